@@ -1,0 +1,277 @@
+r"""Pretrain a small class-conditional DiT in pixel space on any image dataset.
+
+The result is a folder with `transformer/` and `scheduler/`, which `DiTModel.from_pretrained` reads. The embedded DiT
+of the package was made by these two commands (about an hour on two CPU cores that have nothing else to do):
+
+    python examples/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist fashion-mnist
+    python examples/pretrain_dit.py --train_file fashion-mnist/train.parquet --output_dir dit-fashion-mnist \
+        --image_size 28 --patch_size 4 --num_channels 1 --num_pictures 921600 --label_dropout 0.5 --save_dtype float16
+
+A run that was stopped goes on from its last checkpoint when the same command is given again. Several processes:
+`accelerate launch --num_processes 2 examples/pretrain_dit.py ...`; `--batch_size` is then the batch of each process.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset, load_dataset
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+
+@dataclass
+class PretrainingArguments:
+    """What to train on, the DiT's sizes, and how long."""
+
+    output_dir: str = field(metadata={"help": "Folder for transformer/, scheduler/, samples and checkpoints."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of pictures a class."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and labels."})
+    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class indices."})
+    image_size: int = field(default=32, metadata={"help": "Side of the pictures in pixels; a multiple of patch_size."})
+    num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for RGB."})
+    patch_size: int = field(default=4, metadata={"help": "Side of a token in pixels."})
+    num_layers: int = field(default=8, metadata={"help": "Transformer blocks."})
+    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads."})
+    attention_head_dim: int = field(default=64, metadata={"help": "Width of a head."})
+    num_pictures: int = field(default=960_000, metadata={"help": "Pictures to train on, repetitions counted."})
+    batch_size: int = field(default=128, metadata={"help": "Pictures a step and process."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "`cosine` or `linear`, down to 0."})
+    warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
+    label_dropout: float = field(default=0.1, metadata={"help": "Share of pictures shown with the null label."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged weights, which are saved."})
+    mixed_precision: str = field(default="bf16", metadata={"help": "`no`, `bf16` or `fp16`."})
+    save_dtype: str = field(default="float32", metadata={"help": "`float32`, `float16` or `bfloat16`."})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order of pictures, noise and samples."})
+
+
+def load_pictures(args: PretrainingArguments) -> Dataset:
+    """Return the training split of the one source that was named."""
+    sources = [args.dataset_name, args.train_dir, args.train_file]
+    if sum(source is not None for source in sources) != 1:
+        raise ValueError("Give exactly one of --dataset_name, --train_dir and --train_file.")
+    if args.dataset_name:
+        return load_dataset(args.dataset_name, split="train")
+    if args.train_dir:
+        return load_dataset("imagefolder", data_dir=args.train_dir, split="train")
+    return load_dataset("parquet", data_files=args.train_file, split="train")
+
+
+def to_tensors(batch: dict[str, list], args: PretrainingArguments) -> dict[str, list]:
+    """Resize and centre-crop pictures to (C, H, W) tensors in [-1, 1]."""
+    mode = "L" if args.num_channels == 1 else "RGB"
+    size = (args.image_size, args.image_size)
+    pictures = [ImageOps.fit(picture.convert(mode), size) for picture in batch[args.image_column]]
+    arrays = [np.asarray(picture, dtype=np.float32).reshape(*size, -1) / 127.5 - 1 for picture in pictures]
+    return {"pixels": [torch.from_numpy(a).permute(2, 0, 1) for a in arrays], "labels": batch[args.label_column]}
+
+
+def picture_order(num_pictures: int, args: PretrainingArguments, num_processes: int) -> list[list[int]]:
+    """Return the picture indices of every batch of the run: a function of the seed, so a resumed run repeats it."""
+    total = args.num_pictures + args.batch_size * num_processes
+    epochs = [
+        torch.randperm(num_pictures, generator=torch.Generator().manual_seed(args.seed + epoch))
+        for epoch in range(total // num_pictures + 1)
+    ]
+    order = torch.cat(epochs)
+    num_batches = num_processes * -(-args.num_pictures // (args.batch_size * num_processes))
+    return [order[i * args.batch_size : (i + 1) * args.batch_size].tolist() for i in range(num_batches)]
+
+
+def build_transformer(args: PretrainingArguments, num_classes: int) -> DiTTransformer2DModel:
+    """Return a DiT initialised as in the DiT paper: each block is the identity, the output is 0."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=args.num_attention_heads,
+        attention_head_dim=args.attention_head_dim,
+        in_channels=args.num_channels,
+        num_layers=args.num_layers,
+        sample_size=args.image_size,
+        patch_size=args.patch_size,
+        num_embeds_ada_norm=num_classes,
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) or ".timestep_embedder.linear" in name:
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.view(model.pos_embed.proj.out_channels, -1))
+    zeroed = [block.norm1.linear for block in model.transformer_blocks] + [model.proj_out_1, model.proj_out_2]
+    for module in zeroed:
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    return model
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Set train mode, but not for the label embeddings: diffusers' dropout drops in each block on its own."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.eval()
+
+
+@torch.no_grad()
+def sample_grid(model: DiTTransformer2DModel, scheduler: DDPMScheduler, path: Path, seed: int, rows: int = 8) -> None:
+    """Draw `rows` pictures of up to 10 classes (DDIM, 50 steps, guidance 2) and save them as one PNG."""
+    config = model.config
+    columns, null_label = min(10, config.num_embeds_ada_norm), config.num_embeds_ada_norm
+    labels = torch.arange(columns).repeat(rows).to(model.device)
+    shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+    pictures = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=True)
+    sampler.set_timesteps(50)
+    for t in sampler.timesteps:
+        both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
+        timesteps = t.to(model.device).expand(len(both_labels))
+        noise = model(torch.cat([pictures, pictures]), timestep=timesteps, class_labels=both_labels).sample
+        with_label, without_label = noise.chunk(2)
+        pictures = sampler.step(without_label + 2.0 * (with_label - without_label), t, pictures).prev_sample
+    grid = pictures.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    array = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    picture = Image.fromarray(array.squeeze(-1) if config.in_channels == 1 else array)
+    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path)
+
+
+def save_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(folder)` on a temporary folder, then rename it to `target`: never half of a folder."""
+    temporary = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    previous = target.with_name(f".{target.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        os.replace(target, previous)
+    os.replace(temporary, target)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def training_step(
+    model: nn.Module, scheduler: DDPMScheduler, batch: dict[str, Tensor], args: PretrainingArguments, null_label: int
+) -> Tensor:
+    """Return the mean squared error of the predicted noise at uniformly drawn timesteps."""
+    pixels, labels = batch["pixels"], batch["labels"]
+    noise = torch.randn_like(pixels)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(pixels),), device=pixels.device)
+    dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
+    noised = scheduler.add_noise(pixels, noise, timesteps)
+    prediction = model(noised, timestep=timesteps, class_labels=labels.masked_fill(dropped, null_label)).sample
+    return nn.functional.mse_loss(prediction.float(), noise)
+
+
+def main() -> None:
+    args = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()[0]
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    dataset = load_pictures(args)
+    num_classes = dataset.features[args.label_column].num_classes
+    batches = picture_order(len(dataset), args, accelerator.num_processes)
+    num_steps = len(batches) // accelerator.num_processes
+
+    set_seed(args.seed)
+    model = build_transformer(args, num_classes)
+    ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
+    set_seed(args.seed, device_specific=True)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.warmup_steps * accelerator.num_processes,
+        num_training_steps=len(batches),
+    )
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+
+    checkpoint, log = output / "checkpoint", []
+    if checkpoint.exists():
+        accelerator.load_state(checkpoint)
+        log = json.loads((checkpoint / "log.json").read_text())
+    step = log[-1]["step"] if log else 0
+    dataset = dataset.with_transform(lambda batch: to_tensors(batch, args))
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[step * accelerator.num_processes :])
+    loader = accelerator.prepare(loader)
+
+    def save(transformer: DiTTransformer2DModel) -> None:
+        save_folder(output / "transformer", lambda folder: transformer.save_pretrained(folder))
+        save_folder(output / "scheduler", lambda folder: scheduler.save_pretrained(folder))
+
+    def write_checkpoint(loss: float, seconds: float) -> None:
+        log.append({"step": step, "pictures": step * batch_size, "loss": round(loss, 5), "seconds": round(seconds, 1)})
+        if accelerator.is_main_process:
+            print(json.dumps(log[-1]), flush=True)
+
+        def write(folder: Path) -> None:
+            accelerator.save_state(folder)
+            (folder / "log.json").write_text(json.dumps(log))
+
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_folder(checkpoint, write)
+            shadow = accelerator.unwrap_model(model)
+            ema.store(shadow.parameters())
+            ema.copy_to(shadow.parameters())
+            shadow.eval()
+            sample_grid(shadow, scheduler, output / "samples.png", args.seed)
+            dtype = getattr(torch, args.save_dtype)
+            weights = {name: value.to(dtype) for name, value in shadow.state_dict().items()}
+            final = DiTTransformer2DModel.from_config(shadow.config).to(dtype)
+            final.load_state_dict(weights)
+            save(final)
+            ema.restore(shadow.parameters())
+            (output / "training_log.json").write_text(json.dumps({"arguments": vars(args), "log": log}, indent=1))
+        accelerator.wait_for_everyone()
+        set_train_mode(model)
+
+    batch_size = args.batch_size * accelerator.num_processes
+    bar = tqdm(
+        total=num_steps * batch_size,
+        initial=step * batch_size,
+        unit=" pictures",
+        mininterval=5,
+        disable=not accelerator.is_main_process,
+    )
+    set_train_mode(model)
+    started = last = time.monotonic()
+    spent, losses = (log[-1]["seconds"] if log else 0.0), []
+    for batch in loader:
+        loss = training_step(model, scheduler, batch, args, num_classes)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        step += 1
+        losses.append(loss.item())
+        bar.update(batch_size)
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+        if step == num_steps or time.monotonic() - last > 60 * args.checkpoint_minutes:
+            write_checkpoint(float(np.mean(losses)), spent + time.monotonic() - started)
+            last, losses = time.monotonic(), []
+    bar.close()
+
+
+if __name__ == "__main__":
+    main()
