@@ -1,0 +1,40 @@
+"""Diffusion transformers as vision models: A-SelecT finds the timestep at which a DiT sees best."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from .configuration_aselect import ASelectConfig
+from .image_processing_aselect import ASelectImageProcessor
+from .modeling_aselect import DiTForImageClassification, DiTModel
+from .noise_schedule import NoiseSchedule
+from .timestep_selection import TimestepSelection, select_timestep
+from .training import ASelectCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASelectCallback",
+    "ASelectConfig",
+    "ASelectImageProcessor",
+    "Accuracy",
+    "DiTForImageClassification",
+    "DiTModel",
+    "NoiseSchedule",
+    "TimestepSelection",
+    "select_timestep",
+]
+
+AutoConfig.register(ASelectConfig.model_type, ASelectConfig)
+AutoModel.register(ASelectConfig, DiTModel)
+AutoModelForImageClassification.register(ASelectConfig, DiTForImageClassification)
+AutoImageProcessor.register(ASelectConfig, image_processor_classes={"pil": ASelectImageProcessor})
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute
+    """Import the metrics on their first use: they need `evaluate`, which takes a second and which not all install."""
+    if name == "Accuracy":
+        from .metrics import Accuracy
+
+        return Accuracy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,262 @@
+"""Configuration of the A-SelecT models: every value that changes their output."""
+
+import difflib
+from typing import Any, Literal, get_args
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
+FEATURES: tuple[str, ...] = get_args(Feature)
+NUM_TIMESTEPS = 1000
+
+# diffusers' defaults of `DiTTransformer2DModel`, written out: they are DiT-XL/2's sizes.
+DIT_XL_2 = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+DDPM_LINEAR = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": NUM_TIMESTEPS,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
+
+# Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
+_WRITTEN_BY_TRANSFORMERS = {
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+}
+
+
+def check_timestep(timestep: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+    """Refuse anything but an integer timestep in [0, 1000).
+
+    Raises:
+        ValueError: If `timestep` is not an integer or lies outside [0, 1000).
+    """
+    if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < NUM_TIMESTEPS:
+        raise ValueError(
+            f"`timestep` must be an integer in [0, {NUM_TIMESTEPS}) or 'auto' (0 = least noise), got {timestep!r}."
+        )
+
+
+def check_feature(feature: str) -> None:
+    """Refuse a name that is none of the features.
+
+    Raises:
+        ValueError: If `feature` is unknown.
+    """
+    if feature not in FEATURES:
+        raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}, got {feature!r}.")
+
+
+@strict
+class ASelectConfig(PreTrainedConfig):
+    """Configuration of a diffusion transformer that is read at one timestep and one tap.
+
+    Unknown keywords are refused, unlike in `PreTrainedConfig`. `hidden_size`, `num_hidden_layers`,
+    `num_attention_heads` and `num_channels` are read off `transformer` and `vae` and cannot be set.
+
+    Args:
+        transformer: diffusers' configuration of the transformer, with `_class_name`. Default: DiT-XL/2's sizes.
+        vae: diffusers' configuration of the `AutoencoderKL`, with `_class_name`; None for a DiT in pixel space.
+        scheduler: diffusers' configuration of the DDPM-like scheduler that the DiT was trained with, with
+            `_class_name`. Default: DiT's own, 1000 steps of linear betas.
+        timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise; "auto" as long as
+            none is chosen.
+        block: Block at which features are read, 0-based, negative from the end. Default: `3 * num_hidden_layers // 8`,
+            the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable Diffusion 3).
+        feature: What is read there: `hidden` (block output), `normed` (adaLN-modulated input of attention), `query`,
+            `key`, `value` (before the head split), `attention` (after the output projection, before the gate).
+        timestep_embedding: "diffusers" for transformers trained with diffusers, "original" for weights of
+            `facebookresearch/DiT`: the frequencies of diffusers' sinusoidal embedding differ a little from those.
+        noise_seed: Seed of the fixed noise that pictures are mixed with.
+        num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
+        resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).
+        freeze_backbone: Whether only the head is trained.
+        head: Classification head: "attention" (the A-SelecT authors') or "linear" (mean pooling, layer norm, linear).
+        head_hidden_size: Width of the attention head.
+        head_num_layers: Transformer blocks of the attention head.
+        head_num_attention_heads: Attention heads in each of them.
+        head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
+        image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
+            down-sampling). Other multiples of the patch work: the position table is made anew for them.
+        selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
+        initializer_range: Standard deviation of newly initialised weights.
+
+    Raises:
+        ValueError: If a keyword is unknown or a value does not fit; inside a `StrictDataclassError` of
+            huggingface_hub where the value was checked after construction.
+    """
+
+    model_type = "aselect_dit"
+
+    transformer: dict[str, Any] | None = None
+    vae: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    timestep: int | str = "auto"
+    block: int | None = None
+    feature: str = "query"
+    timestep_embedding: Literal["diffusers", "original"] = "diffusers"
+    noise_seed: int = 0
+    num_noise_draws: int = 1
+    resample_noise_in_training: bool = False
+    freeze_backbone: bool = True
+    head: str = "attention"
+    head_hidden_size: int = 800
+    head_num_layers: int = 2
+    head_num_attention_heads: int = 8
+    head_mlp_ratio: int = 4
+    image_size: int | list[int] | None = None
+    selection: dict[str, Any] | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
+        """Fill what is derived from the transformer and refuse unknown keywords."""
+        refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
+        self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
+        self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
+        if self.block is None:
+            self.block = 3 * self.num_hidden_layers // 8
+        if self.image_size is None:
+            self.image_size = self.transformer["sample_size"] * self.vae_scale_factor
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401 - the host's signature
+        """Build a configuration from a dictionary, with `kwargs` in place of its values.
+
+        The host sets `kwargs` on the finished configuration, past the checks; here they are checked like any value.
+        """
+        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        return super().from_dict({**config_dict, **own_fields}, **kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the tokens."""
+        return int(self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"])  # type: ignore[index]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.transformer["num_layers"])  # type: ignore[index]
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Number of attention heads in each block."""
+        return int(self.transformer["num_attention_heads"])  # type: ignore[index]
+
+    @property
+    def num_channels(self) -> int:
+        """Number of colour channels of a picture: 1 for grey, 3 for RGB."""
+        return int(self.transformer["in_channels"] if self.vae is None else self.vae["in_channels"])  # type: ignore[index]
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a side that one latent stands for: 1 in pixel space."""
+        return 1 if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels a side that one token stands for."""
+        return int(self.transformer["patch_size"]) * self.vae_scale_factor  # type: ignore[index]
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        if isinstance(self.image_size, list):
+            return self.image_size[0], self.image_size[1]
+        return self.image_size, self.image_size  # type: ignore[return-value]
+
+    def block_index(self, block: int | None = None) -> int:
+        """Return a block's index counted from the first; the config's own block if None is given.
+
+        Raises:
+            ValueError: If there is no such block.
+        """
+        block = self.block if block is None else block
+        depth = self.num_hidden_layers
+        if not isinstance(block, int) or not -depth <= block < depth:
+            raise ValueError(
+                f"`block` must be in [{-depth}, {depth}) for a transformer of {depth} blocks, got {block!r}."
+            )
+        return block % depth
+
+    def validate_timestep(self) -> None:
+        """Refuse a timestep outside [0, 1000) that is not "auto"."""
+        if self.timestep != "auto":
+            check_timestep(self.timestep)
+
+    def validate_tap(self) -> None:
+        """Refuse an unknown feature and a block that the transformer does not have."""
+        check_feature(self.feature)
+        self.block_index()
+
+    def validate_head(self) -> None:
+        """Refuse an unknown head and sizes that do not divide."""
+        if self.head not in ("linear", "attention"):
+            raise ValueError(f"`head` must be 'linear' or 'attention', got {self.head!r}.")
+        if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
+            raise ValueError(
+                "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "
+                f"{self.head_hidden_size}, {self.head_num_layers} and {self.head_mlp_ratio}."
+            )
+        if self.head_num_attention_heads < 1 or self.head_hidden_size % self.head_num_attention_heads:
+            raise ValueError(
+                f"`head_hidden_size` ({self.head_hidden_size}) must be a multiple of `head_num_attention_heads` "
+                f"({self.head_num_attention_heads})."
+            )
+
+    def validate_noise(self) -> None:
+        """Refuse fewer than one noise draw and a seed that a generator does not take."""
+        if self.num_noise_draws < 1:
+            raise ValueError(f"`num_noise_draws` must be at least 1, got {self.num_noise_draws}.")
+        if not 0 <= self.noise_seed < 2**32:
+            raise ValueError(f"`noise_seed` must be in [0, 2**32), got {self.noise_seed}.")
+
+    def validate_image_size(self) -> None:
+        """Refuse picture sizes that do not divide into tokens."""
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise ValueError(f"`image_size` must be an integer or [height, width], got {self.image_size}.")
+        for side in self.image_height_width:
+            if side < 1 or side % self.patch_pixels:
+                raise ValueError(
+                    f"`image_size` must be a multiple of {self.patch_pixels} pixels (a token's side), "
+                    f"got {self.image_size}."
+                )
+
+
+def refuse_unknown_keywords(names: set[str]) -> None:
+    """Refuse keywords that are no fields of the configuration, naming the nearest field.
+
+    Raises:
+        ValueError: If `names` is not empty.
+    """
+    if not names:
+        return
+    fields = sorted(set(ASelectConfig.__dataclass_fields__) | {"num_labels"})
+    hints = []
+    for name in sorted(names):
+        near = difflib.get_close_matches(name, fields, n=1)
+        hints.append(f"`{name}`" + (f" (did you mean `{near[0]}`?)" if near else ""))
+    raise ValueError(f"ASelectConfig has no field {', '.join(hints)}.")

@@ -1,0 +1,404 @@
+"""The main job from end to end on the embedded DiT: choose the timestep, train a head, compare, save, reload."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    pipeline,
+    set_seed,
+)
+
+from .image_processing_aselect import ASelectImageProcessor
+from .metrics import compute_accuracy
+from .modeling_aselect import DiTForImageClassification
+from .plots import plot_predictions
+from .probe import ridge_probe_accuracy
+from .timestep_selection import TimestepSelection
+from .training import write_model_card
+
+EMBEDDED = Path(__file__).parent / "assets" / "fashion_mnist"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo runs with; the defaults are those of `hf-aselect demo`.
+
+    Args:
+        seed: Seed of the head's weights, the order of the pictures, their augmentation and the selection.
+        num_train: Training pictures, at most 4,000.
+        num_test: Test pictures, at most 2,000.
+        num_calibration: Training pictures that the timestep is chosen from.
+        num_epochs: Epochs of the attention head.
+    """
+
+    seed: int = 0
+    num_train: int = 4000
+    num_test: int = 2000
+    num_calibration: int = 256
+    num_epochs: int = 20
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of each named part of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time spent in the `with` block to the part `name`."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
+
+
+def load_embedded_split(split: str, size: int) -> Dataset:
+    """Return the first `size` pictures of the embedded sample of Fashion-MNIST, columns `image` and `label`.
+
+    Args:
+        split: "train" (4,000 pictures) or "test" (2,000).
+        size: Number of pictures.
+
+    Raises:
+        ValueError: If the sample has no so many pictures.
+    """
+    # Not through `load_dataset`, which would copy the sample into a cache.
+    dataset = Dataset(pyarrow.parquet.read_table(EMBEDDED / f"{split}.parquet"))
+    if not 1 <= size <= len(dataset):
+        raise ValueError(f"The embedded {split} sample has {len(dataset)} pictures, asked for {size}.")
+    return dataset.select(range(size))
+
+
+def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = None) -> dict[str, Any]:
+    """Run the demo and write `model/`, `results.json`, `timestep_curve.png` and `predictions.png`.
+
+    Args:
+        output: Folder for the files; made if it is missing.
+        settings: What to run with.
+
+    Returns:
+        The results, as in `results.json`: accuracies are shares in [0, 1].
+
+    Raises:
+        RuntimeError: If the saved model, loaded again, does not predict the same.
+        OSError: If the folder cannot be written.
+    """
+    settings = settings or DemoSettings()
+    output = Path(output)
+    (output / "model").mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch()
+    train = load_embedded_split("train", settings.num_train)
+    test = load_embedded_split("test", settings.num_test)
+    set_seed(settings.seed)
+    with watch.measure("select_timestep"):
+        model = load_model(train, settings)
+    selection = TimestepSelection.from_dict(model.config.selection or {})
+    processor = ASelectImageProcessor.from_model_config(model.config)
+    pixels = {"train": pixel_values(processor, train), "test": pixel_values(processor, test)}
+    labels = {"train": torch.tensor(train["label"][:]), "test": torch.tensor(test["label"][:])}
+    with watch.measure("raw_pixels"):
+        raw_pixels = raw_pixel_accuracy(pixels, labels, settings.seed)
+    with watch.measure("exhaustive_search"):
+        probed = probe_each_timestep(model, selection.timesteps, pixels, labels)
+    with watch.measure("attention_head"):
+        trainer = train_head(model, processor, pixels, labels, output / "model", settings)
+        attention_head = trainer.evaluate()["eval_accuracy"]
+    results = collect_results(selection, probed, attention_head, raw_pixels, watch, settings)
+    predicted = predict(model, pixels["test"])
+    save_everything(model, trainer, selection, probed, results, output)
+    save_predictions(test, predicted, output / "predictions.png")
+    check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
+    write_json(output / "results.json", results)
+    return results
+
+
+def load_model(train: Dataset, settings: DemoSettings) -> DiTForImageClassification:
+    """Return a classifier on the embedded DiT, its timestep chosen from training pictures."""
+    names = train.features["label"].names
+    return DiTForImageClassification.from_pretrained(
+        EMBEDDED,
+        timestep="auto",
+        calibration_images=train["image"][: settings.num_calibration],
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        head="attention",
+        head_hidden_size=128,
+        head_num_attention_heads=4,
+    )
+
+
+def pixel_values(processor: ASelectImageProcessor, dataset: Dataset) -> Tensor:
+    """Return the pictures of a dataset as pixel values, (n, C, H, W)."""
+    pixels: Tensor = processor(dataset["image"][:], return_tensors="pt").pixel_values
+    return pixels
+
+
+def probe_each_timestep(
+    model: DiTForImageClassification, timesteps: list[int], pixels: dict[str, Tensor], labels: dict[str, Tensor]
+) -> list[float]:
+    """Return the test accuracy of a ridge probe on mean-pooled tokens at each timestep: the exhaustive search."""
+    accuracies = []
+    model.eval()
+    for timestep in tqdm(timesteps, desc="Probing each timestep"):
+        pooled = {split: pooled_features(model, batch, timestep) for split, batch in pixels.items()}
+        accuracies.append(ridge_probe_accuracy(pooled["train"], labels["train"], pooled["test"], labels["test"]))
+    return accuracies
+
+
+@torch.no_grad()
+def pooled_features(model: DiTForImageClassification, pixels: Tensor, timestep: int) -> Tensor:
+    """Return mean-pooled tokens, (n, D)."""
+    return torch.cat([model.extract_features(batch, timestep=timestep).mean(1) for batch in pixels.split(250)])
+
+
+def raw_pixel_accuracy(pixels: dict[str, Tensor], labels: dict[str, Tensor], seed: int) -> float:
+    """Return the test accuracy of logistic regression on standardised pixels.
+
+    The strength of its regularisation is the best of four on a fifth of the training pictures.
+    """
+    flat = {split: batch.flatten(1).numpy() for split, batch in pixels.items()}
+    targets = {split: batch.numpy() for split, batch in labels.items()}
+    order = np.random.default_rng(seed).permutation(len(flat["train"]))
+    held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
+
+    def fitted(strength: float, rows: np.ndarray) -> Any:  # noqa: ANN401 - scikit-learn is untyped
+        regression = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+        return regression.fit(flat["train"][rows], targets["train"][rows])
+
+    strengths = (0.0003, 0.001, 0.003, 0.01)
+    scores = [fitted(s, rest).score(flat["train"][held_out], targets["train"][held_out]) for s in strengths]
+    best = strengths[int(np.argmax(scores))]
+    return float(fitted(best, order).score(flat["test"], targets["test"]))
+
+
+class AugmentingCollator:
+    """Makes batches, mirrored or shifted by up to `shift` pixels at random in training.
+
+    Args:
+        shift: Largest shift in pixels, each way.
+    """
+
+    def __init__(self, shift: int = 1) -> None:
+        self.shift = shift
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return `pixel_values`, (B, C, H, W), and `labels`, (B,); rows marked `augment` are augmented."""
+        augment = [bool(row.get("augment")) for row in rows]
+        batch = default_data_collator([{k: v for k, v in row.items() if k != "augment"} for row in rows])
+        if any(augment):
+            batch["pixel_values"] = torch.stack([self._augmented(picture) for picture in batch["pixel_values"]])
+        return dict(batch)
+
+    def _augmented(self, picture: Tensor) -> Tensor:
+        if torch.rand(()) < 0.5:
+            picture = picture.flip(-1)
+        height, width = picture.shape[-2:]
+        top, left = torch.randint(2 * self.shift + 1, (2,)).tolist()
+        padded = torch.nn.functional.pad(picture[None], [self.shift] * 4, mode="replicate")[0]
+        return padded[:, top : top + height, left : left + width]
+
+
+def train_head(
+    model: DiTForImageClassification,
+    processor: ASelectImageProcessor,
+    pixels: dict[str, Tensor],
+    labels: dict[str, Tensor],
+    output: Path,
+    settings: DemoSettings,
+) -> Trainer:
+    """Train the classifier's head with the plain Trainer and return the trainer."""
+    rows = {
+        split: [
+            {"pixel_values": picture, "labels": label, "augment": split == "train"}
+            for picture, label in zip(pixels[split], labels[split], strict=True)
+        ]
+        for split in pixels
+    }
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=settings.num_epochs,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=250,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.05,
+        seed=settings.seed,
+        save_strategy="no",
+        logging_strategy="epoch",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows["test"],
+        data_collator=AugmentingCollator(),
+        processing_class=processor,
+        compute_metrics=compute_accuracy,
+    )
+    trainer.train()
+    return trainer
+
+
+def collect_results(
+    selection: TimestepSelection,
+    probed: list[float],
+    attention_head: float,
+    raw_pixels: float,
+    watch: Stopwatch,
+    settings: DemoSettings,
+) -> dict[str, Any]:
+    """Return the results as they are written to `results.json`."""
+    chosen = selection.timesteps.index(selection.timestep)
+    return {
+        "timestep": selection.timestep,
+        "log_snr": selection.log_snr[chosen],
+        "accuracy": {
+            "attention_head": attention_head,
+            "selected": probed[chosen],
+            "zero": probed[selection.timesteps.index(0)],
+            "random_mean": float(np.mean(probed)),
+            "worst": min(probed),
+            "best": max(probed),
+            "raw_pixels": raw_pixels,
+        },
+        "timesteps": selection.timesteps,
+        "probe_accuracies": probed,
+        "best_timestep": selection.timesteps[int(np.argmax(probed))],
+        "worst_timestep": selection.timesteps[int(np.argmin(probed))],
+        "seconds": watch.seconds,
+        "seed": settings.seed,
+        "num_train": settings.num_train,
+        "num_test": settings.num_test,
+    }
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """Return the demo's table: accuracies, timesteps and seconds."""
+    accuracy, seconds = results["accuracy"], results["seconds"]
+    chosen = f"t = {results['timestep']}"
+    search, select = seconds["exhaustive_search"], seconds["select_timestep"]
+    each = search / len(results["timesteps"])
+    rows = [
+        ("attention head", f"{chosen}, chosen by A-SelecT", accuracy["attention_head"], seconds["attention_head"]),
+        ("linear probe", f"{chosen}, chosen by A-SelecT", accuracy["selected"], select + each),
+        ("linear probe", "t = 0", accuracy["zero"], each),
+        ("linear probe", "random t (mean over the grid)", accuracy["random_mean"], each),
+        ("linear probe", f"worst t = {results['worst_timestep']}", accuracy["worst"], each),
+        ("linear probe", f"best t = {results['best_timestep']}, exhaustive search", accuracy["best"], search),
+        ("logistic regression", "raw pixels", accuracy["raw_pixels"], seconds["raw_pixels"]),
+    ]
+    lines = [f"Chosen timestep: {results['timestep']} (log-SNR {results['log_snr']:.2f}), in {select:.1f} s", ""]
+    lines.append(f"{'classifier':<20} {'features':<36} {'test accuracy':>13} {'seconds':>8}")
+    lines += [f"{name:<20} {where:<36} {share:>13.1%} {spent:>8.1f}" for name, where, share, spent in rows]
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def predict(model: DiTForImageClassification, pixels: Tensor) -> list[int]:
+    """Return the most likely class of each picture, (n,)."""
+    model.eval()
+    classes: list[int] = torch.cat([model(batch).logits.argmax(-1) for batch in pixels.split(250)]).tolist()
+    return classes
+
+
+def save_everything(
+    model: DiTForImageClassification,
+    trainer: Trainer,
+    selection: TimestepSelection,
+    probed: list[float],
+    results: dict[str, Any],
+    output: Path,
+) -> None:
+    """Write model, processor, card and the curve."""
+    trainer.save_model()
+    selection.plot(output / "timestep_curve.png", accuracies=probed)
+    accuracy = results["accuracy"]
+    write_model_card(
+        model,
+        output / "model",
+        model_name="Fashion-MNIST classifier on hf_aselect's embedded DiT",
+        license="apache-2.0",
+        dataset="fashion_mnist",
+        accuracy=accuracy["attention_head"],
+        baselines={
+            "linear probe at the chosen timestep": accuracy["selected"],
+            "linear probe at t = 0": accuracy["zero"],
+            "linear probe at a random t (mean over the grid)": accuracy["random_mean"],
+            "linear probe at the worst t": accuracy["worst"],
+            "linear probe at the best t (exhaustive search)": accuracy["best"],
+            "logistic regression on raw pixels": accuracy["raw_pixels"],
+        },
+        training={
+            "training pictures": results["num_train"],
+            "test pictures": results["num_test"],
+            "epochs": trainer.args.num_train_epochs,
+            "batch size": trainer.args.train_batch_size,
+            "learning rate": trainer.args.learning_rate,
+            "seed": results["seed"],
+        },
+        command=f"hf-aselect demo --seed {results['seed']}",
+    )
+
+
+def save_predictions(test: Dataset, predicted: list[int], path: Path) -> None:
+    """Draw the first 40 test pictures with their true and predicted names."""
+    names = test.features["label"].names
+    shown = range(min(40, len(test)))
+    plot_predictions(
+        path,
+        [test[index]["image"] for index in shown],
+        [names[test[index]["label"]] for index in shown],
+        [names[predicted[index]] for index in shown],
+    )
+
+
+def check_reloaded(model: DiTForImageClassification, pixels: Tensor, pictures: list[Any], folder: Path) -> None:
+    """Load the saved model through the Auto classes and `pipeline`, and compare its predictions.
+
+    Raises:
+        RuntimeError: If a logit differs, or a label of the pipeline does.
+    """
+    reloaded = AutoModelForImageClassification.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    model.eval()
+    with torch.no_grad():
+        if not torch.equal(reloaded(pixels).logits, model(pixels).logits):
+            raise RuntimeError(f"The model reloaded from {str(folder)!r} gives other logits than the trained one.")
+        expected = model(processor(pictures, return_tensors="pt").pixel_values).logits.argmax(-1).tolist()
+    classify = pipeline("image-classification", model=str(folder), device="cpu")
+    found = [ranking[0]["label"] for ranking in classify(pictures, top_k=1)]
+    names = model.config.id2label or {}
+    if found != [names[index] for index in expected]:
+        raise RuntimeError(f"The pipeline on {str(folder)!r} gives other labels than the trained model.")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file: first under a temporary name, so that it is never half there."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,55 @@
+"""The table of transformer families, and the diffusers modules that a configuration asks for."""
+
+from typing import Any
+
+from torch import nn
+
+from .configuration_aselect import ASelectConfig
+from .denoiser_dit import DiTDenoiser
+
+FAMILIES = {"DiTTransformer2DModel": DiTDenoiser}
+
+
+def check_family(name: str | None) -> None:
+    """Refuse a transformer class that has no denoiser here.
+
+    Raises:
+        ValueError: If `name` is none of the families.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"Unsupported transformer {name!r}; supported are {', '.join(FAMILIES)}.")
+
+
+def build_denoiser(config: ASelectConfig) -> DiTDenoiser:
+    """Build the denoiser of a configuration, with new weights.
+
+    Raises:
+        ValueError: If the transformer's class has no denoiser here.
+    """
+    transformer = dict(config.transformer or {})
+    check_family(transformer.get("_class_name"))
+    return FAMILIES[transformer["_class_name"]](_build(transformer), config.timestep_embedding)
+
+
+def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
+    """Build the encoder half of the `AutoencoderKL` of a configuration, with new weights; None in pixel space.
+
+    Raises:
+        ValueError: If the VAE is not an `AutoencoderKL`.
+    """
+    if config.vae is None:
+        return None
+    if config.vae.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"Unsupported VAE {config.vae.get('_class_name')!r}; supported is AutoencoderKL.")
+    vae: nn.Module = _build(config.vae)
+    # Features need no pictures back: the decoder is more than half of the VAE's weights.
+    vae.register_module("decoder", None)
+    vae.register_module("post_quant_conv", None)
+    return vae
+
+
+def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped
+    # diffusers takes seconds to import, and what only reads configurations or heads does not need it.
+    import diffusers
+
+    return getattr(diffusers, config["_class_name"]).from_config(config)

@@ -1,0 +1,148 @@
+"""Pictures of any kind to `pixel_values` in [-1, 1]."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
+
+from .configuration_aselect import ASelectConfig
+
+logger = logging.get_logger(__name__)
+
+# Rec. 601, the weights of PIL's conversion to grey.
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+
+
+class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
+    """Keyword arguments of the image processor beyond the host's.
+
+    Args:
+        num_channels: 3 for RGB, 1 for grey.
+    """
+
+    num_channels: int | None
+
+
+class ASelectImageProcessor(PilBackend):
+    """Turn pictures into `pixel_values`: RGB or grey, centre crop to the target's shape, resize, scale to [-1, 1].
+
+    Takes PIL pictures of any mode (turned upright by their EXIF entry), arrays and tensors of values in [0, 255].
+
+    Args:
+        size: Height and width of the result in pixels, or one integer for both.
+        num_channels: 3 for RGB, 1 for grey.
+        do_center_crop: Whether the middle of the picture is cut out in the shape of `size` before it is resized;
+            otherwise the whole picture is squeezed into it.
+    """
+
+    valid_kwargs = ASelectImageProcessorKwargs
+    resample = PILImageResampling.BICUBIC
+    image_mean = 0.5
+    image_std = 0.5
+    size = {"height": 256, "width": 256}  # noqa: RUF012 - the host's way to give a default
+    num_channels = 3
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+
+    @classmethod
+    def from_model_config(cls, config: ASelectConfig) -> "ASelectImageProcessor":
+        """Return the processor that fits a model: its picture size and number of channels."""
+        height, width = config.image_height_width
+        values: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
+        return cls(**values)
+
+    def process_image(  # type: ignore[override]
+        self,
+        image: Any,  # noqa: ANN401 - PIL picture, array or tensor
+        num_channels: int = 3,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> NDArray[Any]:
+        """Return a picture as an array, (C, H, W), with the asked number of channels.
+
+        Args:
+            image: PIL picture of any mode, or array or tensor, (H, W, C) or (C, H, W), in [0, 255].
+            num_channels: 3 for RGB, 1 for grey.
+            kwargs: Passed on to the host.
+
+        Raises:
+            ValueError: If `num_channels` is neither 1 nor 3, the picture has another number of channels than 1, 3 or 4
+                (the fourth, transparency, is dropped), or it holds NaN or infinite values.
+        """
+        if num_channels not in (1, 3):
+            raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
+        if isinstance(image, Image.Image):
+            array = np.asarray(_upright(image).convert("L" if num_channels == 1 else "RGB"))
+            return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
+        array = super().process_image(image, **kwargs)
+        if array.dtype.kind == "f":
+            if not np.isfinite(array).all():
+                raise ValueError("A picture holds NaN or infinite values; expected values in [0, 255].")
+            if array.max(initial=0) <= 1:
+                logger.warning_once(
+                    "A picture of floating-point values has no value above 1; values in [0, 255] are expected. "
+                    "Pass `do_rescale=False` if they are in [0, 1] already."
+                )
+        return _with_channels(array, num_channels)
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: list[NDArray[Any]],
+        *,
+        do_resize: bool,
+        do_center_crop: bool,
+        size: SizeDict,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> BatchFeature:
+        if do_center_crop:
+            crop = _crop_to_shape if do_resize else self.center_crop
+            images = [crop(image, size) for image in images]
+        kwargs["do_center_crop"] = False
+        return super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
+
+    def _validate_preprocess_kwargs(  # type: ignore[override]
+        self,
+        do_center_crop: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> None:
+        # The host asks for a `crop_size` of its own; ours is `size`.
+        super()._validate_preprocess_kwargs(**kwargs)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the picture turned as its EXIF entry says, 16-bit grey values brought to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # `convert` would clip instead of scale.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def _with_channels(array: NDArray[Any], num_channels: int) -> NDArray[Any]:
+    """Return a (C, H, W) array with 1 or 3 channels."""
+    if len(array) == 4:
+        array = array[:3]
+    if len(array) == num_channels:
+        return array
+    if len(array) == 1:
+        return np.repeat(array, num_channels, axis=0)
+    if len(array) == 3:
+        grey = np.tensordot(LUMINANCE, array, axes=1)[None]
+        return grey if array.dtype.kind == "f" else grey.round().astype(array.dtype)
+    raise ValueError(f"A picture must have 1, 3 or 4 channels, got {len(array)}.")
+
+
+def _crop_to_shape(image: NDArray[Any], size: SizeDict) -> NDArray[Any]:
+    """Cut out the largest middle part, (C, h, w), that has the shape of `size`."""
+    height, width = image.shape[-2:]
+    scale = min(height / size.height, width / size.width)
+    new_height, new_width = max(1, round(size.height * scale)), max(1, round(size.width * scale))
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    return image[:, top : top + new_height, left : left + new_width]

@@ -1,0 +1,166 @@
+"""Model cards: what is known of a model and its training, as README.md."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+TAGS = ("hf_aselect", "a-select", "diffusion-transformer")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What is known of a model; what is None is left out of the card.
+
+    Args:
+        model_name: Its name.
+        timestep: Timestep at which features are read, in [0, 1000).
+        block: Block at which they are read, counted from the first.
+        feature: Feature that is read there.
+        criterion: Criterion that chose the timestep.
+        log_snr: 2·ln(alpha / sigma) at the timestep.
+        num_images: Pictures that it was chosen from.
+        seconds: Seconds that the choice took.
+        confidence: Share of bootstrap resamples that agree with the choice, in [0, 1].
+        figure: Path of the curve's picture, relative to the card.
+        accuracy: Accuracy on the evaluation split, in [0, 1].
+        baselines: Accuracies of what it is compared with, by name, in [0, 1].
+        dataset: Dataset that it was trained and evaluated on.
+        base_model: Model that it was made from, as an id of the Hub.
+        license: Identifier of its licence.
+        training: Facts of the training, by name.
+        command: Command that gives the figures again.
+        limits: What it is not for.
+    """
+
+    model_name: str
+    timestep: int | None = None
+    block: int | None = None
+    feature: str | None = None
+    criterion: str | None = None
+    log_snr: float | None = None
+    num_images: int | None = None
+    seconds: float | None = None
+    confidence: float | None = None
+    figure: str | None = None
+    accuracy: float | None = None
+    baselines: Mapping[str, float] | None = None
+    dataset: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    training: Mapping[str, object] | None = None
+    command: str | None = None
+    limits: str | None = None
+
+
+def render_card(facts: CardFacts) -> str:
+    """Return the text of a model card: front matter for the Hub, then sections for what is known."""
+    sections = [
+        f"# {facts.model_name}",
+        "A diffusion transformer (DiT) with a head that classifies pictures, made with hf_aselect. A DiT learned to "
+        "generate pictures; its tokens at the right noise level, the *timestep*, also tell what is in one.",
+        _choice_section(facts),
+        _results_section(facts),
+        _USAGE,
+        _training_section(facts),
+        f"## Limits\n\n{facts.limits}" if facts.limits else "",
+        _CITATION,
+    ]
+    return f"---\n{_metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def write_card(facts: CardFacts, folder: str | os.PathLike[str]) -> None:
+    """Write README.md into a folder; it appears whole or not at all."""
+    path = Path(folder) / "README.md"
+    temporary = path.with_name(".README.md.incomplete")
+    temporary.write_text(render_card(facts), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
+    results = None
+    if facts.accuracy is not None and facts.dataset is not None:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=facts.dataset,
+                dataset_name=facts.dataset,
+                metric_type="accuracy",
+                metric_value=round(facts.accuracy, 4),
+            )
+        ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=list(TAGS),
+        license=facts.license,
+        base_model=facts.base_model,
+        datasets=[facts.dataset] if facts.dataset else None,
+        metrics=["accuracy"] if results else None,
+        model_name=facts.model_name,
+        eval_results=results,
+    )
+
+
+def _choice_section(facts: CardFacts) -> str:
+    rows = {
+        "timestep": facts.timestep,
+        "log-SNR": None if facts.log_snr is None else f"{facts.log_snr:.2f}",
+        "block": facts.block,
+        "feature": facts.feature,
+        "criterion": facts.criterion,
+        "pictures": facts.num_images,
+        "confidence": None if facts.confidence is None else f"{facts.confidence:.2f}",
+        "seconds": None if facts.seconds is None else f"{facts.seconds:.1f}",
+    }
+    how = (
+        "Chosen by A-SelecT from the spectrum of the features, without labels or training."
+        if facts.criterion
+        else "Features are read here:"
+    )
+    parts = ["## The timestep", how, _table(("what", "value"), rows)]
+    if facts.figure:
+        parts.append(f"![Criterion over the timestep]({facts.figure})")
+    return "\n\n".join(parts)
+
+
+def _results_section(facts: CardFacts) -> str:
+    if facts.accuracy is None:
+        return ""
+    rows = {"**this model**": facts.accuracy, **(facts.baselines or {})}
+    parts = ["## Results", _table(("what", "accuracy"), {name: f"{share:.1%}" for name, share in rows.items()})]
+    if facts.command:
+        parts.append(f"Command: `{facts.command}`")
+    return "\n\n".join(parts)
+
+
+def _training_section(facts: CardFacts) -> str:
+    rows = {"dataset": facts.dataset, "base model": facts.base_model, **(facts.training or {})}
+    if all(value is None for value in rows.values()):
+        return ""
+    return "## Training\n\n" + _table(("what", "value"), rows)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, object]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items() if value is not None])
+
+
+_USAGE = """## Use
+
+```python
+import hf_aselect  # registers the model with the Auto classes
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+folder = "."  # this folder, or the model's id on the Hub
+model = AutoModelForImageClassification.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder)
+classify = pipeline("image-classification", model=folder)
+```"""
+
+_CITATION = """## Source
+
+The choice of the timestep follows A-SelecT (Liu et al., CVPR 2026 Findings,
+[arXiv 2603.25758](https://arxiv.org/abs/2603.25758))."""

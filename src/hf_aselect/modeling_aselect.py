@@ -1,0 +1,399 @@
+"""The models: a diffusion transformer read at one timestep, alone and under a classification head."""
+
+import logging
+import os
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+
+from .configuration_aselect import ASelectConfig, check_feature, check_timestep
+from .convert_diffusers import is_diffusers_folder, load_diffusers
+from .denoisers import build_denoiser, build_vae_encoder
+from .heads import AttentionHead, LinearHead
+from .noise_schedule import NoiseSchedule, fixed_noise
+from .timestep_selection import select_timestep
+
+logger = logging.getLogger(__name__)
+
+# Keywords that name a value of the configuration but are no field of ours.
+HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
+
+
+class ASelectPreTrainedModel(PreTrainedModel):
+    """What all models share: loading, weight initialisation, and the road from pictures to tokens."""
+
+    config: ASelectConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    _no_split_modules = ["BasicTransformerBlock", "AttentionHeadBlock"]  # noqa: RUF012 - the host's way
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        denoiser = self._base().denoiser
+        if module is denoiser.position_embedding:
+            # diffusers keeps the table out of checkpoints, and loading builds the model without data.
+            init.copy_(module.pos_embed, denoiser.position_table())
+        if isinstance(module, AttentionHead):
+            init.zeros_(module.class_token)
+
+    def _base(self) -> "DiTModel":
+        """Return the model that holds the denoiser: this one, or the one under the head."""
+        base: DiTModel = self.base_model  # type: ignore[assignment]
+        return base
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,  # noqa: ANN401 - the host's signature
+        calibration_images: Any = None,  # noqa: ANN401 - whatever `select_timestep` takes
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> Self:
+        """Load a model and, where its timestep is "auto" and pictures are given, choose the timestep.
+
+        Args:
+            pretrained_model_name_or_path: A checkpoint of ours (folder or Hub id); a folder with `transformer/` and
+                `scheduler/` (and `vae/` for a DiT in latent space); or the folder of a bare diffusers transformer,
+                taken for a DiT in pixel space with DiT's own noise schedule.
+            args: Passed on to the host.
+            calibration_images: Pictures to choose the timestep from, as in `select_timestep`.
+            kwargs: Fields of `ASelectConfig` (`timestep=`, `block=`, `num_labels=`, ...), or anything that
+                `PreTrainedModel.from_pretrained` takes. diffusers' weights become float32 unless `dtype` says
+                otherwise.
+
+        Returns:
+            The model in eval mode. Where the timestep was chosen here, `config.selection` holds the record.
+
+        Raises:
+            ValueError: If the folder is none of those, its files are broken, has only pickled weights, a part of the
+                backbone's weights is missing, a field is unknown or out of range, or `calibration_images` are given
+                though the timestep is fixed.
+        """
+        source = pretrained_model_name_or_path
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        path: str | os.PathLike[str] | None = source
+        if is_diffusers_folder(source):
+            own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
+            fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
+            kwargs["config"], kwargs["state_dict"] = load_diffusers(source, **fields)
+            kwargs.setdefault("dtype", torch.float32)
+            path = None
+        try:
+            loaded: Any = super().from_pretrained(
+                path,
+                *args,
+                output_loading_info=True,
+                use_safetensors=True,  # never unpickle
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {str(source)!r} are truncated or no safetensors ({error}). "
+                "Save or download them again."
+            ) from error
+        model: Self
+        model, info = loaded
+        _check_backbone_is_complete(source, info)
+        model._base().freeze()  # the host makes every loaded weight trainable
+        model._settle_timestep(calibration_images)
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]
+
+    def _settle_timestep(self, calibration_images: Any) -> None:  # noqa: ANN401 - whatever `select_timestep` takes
+        """Choose the timestep if it is "auto" and there are pictures; forget a record that no longer fits."""
+        config = self.config
+        if config.timestep == "auto":
+            config.selection = None
+            if calibration_images is None:
+                logger.warning("The timestep is 'auto' and there are no `calibration_images`: %s.", _HOW_TO_RESOLVE)
+                return
+            record = select_timestep(self, calibration_images)
+            config.timestep, config.selection = record.timestep, record.to_dict()
+            return
+        if calibration_images is not None:
+            raise ValueError(
+                f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. "
+                "Pass `timestep='auto'` to choose it anew, or leave the pictures out."
+            )
+        made_for = config.selection and tuple(config.selection.get(k) for k in ("timestep", "block", "feature"))
+        if made_for and made_for != (config.timestep, config.block_index(), config.feature):
+            config.selection = None
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """Timesteps to signal and noise levels."""
+        return self._base().schedule
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Return clean latents of pictures: the VAE's posterior mean, scaled; the pictures themselves in pixel space.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W); H and W multiples of a token's side.
+
+        Returns:
+            Latents, (B, C, h, w), in the model's dtype.
+
+        Raises:
+            ValueError: If the shape does not fit the model or a value is NaN or infinite.
+        """
+        self._check_pixel_values(pixel_values)
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        vae = self._base().vae
+        if vae is None:
+            return pixel_values
+        latents: Tensor = vae.encode(pixel_values).latent_dist.mode()
+        shift, scale = float(vae.config.shift_factor or 0), float(vae.config.scaling_factor)
+        return (latents - shift) * scale
+
+    def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
+        """Mix latents with the fixed noise of `config.noise_seed`, the same for every picture.
+
+        Args:
+            latents: Clean latents, (B, C, h, w).
+            timestep: Integer in [0, 1000), 0 = least noise.
+            draw: Which of the seed's noise tensors to take, from 0.
+
+        Returns:
+            Noised latents, (B, C, h, w).
+
+        Raises:
+            ValueError: If `timestep` is outside [0, 1000).
+        """
+        check_timestep(timestep)
+        noise = fixed_noise(tuple(latents.shape[1:]), self.config.noise_seed, draw)
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        return self.noise_schedule.add_noise(latents, noise, timesteps)
+
+    def read_tokens(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
+        """Return tokens at a tap, (B, N, D), of noised latents, (B, C, h, w), at timesteps, (B,)."""
+        tokens: Tensor = self._base().denoiser(noised_latents, timesteps, block, feature)
+        return tokens
+
+    def token_grid(self, latents: Tensor) -> tuple[int, int]:
+        """Return rows and columns of the token grid of latents, (B, C, h, w)."""
+        patch_size = self._base().denoiser.patch_size
+        return latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
+
+    def extract_features(
+        self,
+        pixel_values: Tensor,
+        timestep: int | None = None,
+        block: int | None = None,
+        feature: str | None = None,
+        num_noise_draws: int | None = None,
+    ) -> Tensor:
+        """Return the tokens of pictures at a timestep and a tap; what is None is taken from the configuration.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            timestep: Integer in [0, 1000), 0 = least noise.
+            block: Block index, negative from the end.
+            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`.
+            num_noise_draws: Fixed noise draws to average over.
+
+        Returns:
+            Tokens in row-major order, (B, N, D).
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, or an argument is out of range.
+        """
+        if timestep is None:
+            timestep = self._resolved_timestep()
+        feature = self.config.feature if feature is None else feature
+        check_feature(feature)
+        block = self.config.block_index(block)
+        num_draws = self.config.num_noise_draws if num_noise_draws is None else num_noise_draws
+        if num_draws < 1:
+            raise ValueError(f"`num_noise_draws` must be at least 1, got {num_draws}.")
+        check_timestep(timestep)
+        latents = self.encode(pixel_values)
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        tokens = []
+        for draw in range(num_draws):
+            if self.training and self.config.resample_noise_in_training:
+                noised = self.noise_schedule.add_noise(latents, torch.randn_like(latents), timesteps)
+            else:
+                noised = self.add_noise(latents, timestep, draw)
+            tokens.append(self.read_tokens(noised, timesteps, block, feature))
+        return torch.stack(tokens).mean(0) if num_draws > 1 else tokens[0]
+
+    def _resolved_timestep(self) -> int:
+        timestep = self.config.timestep
+        if isinstance(timestep, str):
+            raise ValueError(f"The timestep of this model is still {timestep!r}: {_HOW_TO_RESOLVE}.")
+        return timestep
+
+    def _check_pixel_values(self, pixel_values: Tensor) -> None:
+        config = self.config
+        if pixel_values.ndim != 4:
+            raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
+        num_channels, height, width = pixel_values.shape[1:]
+        if num_channels != config.num_channels:
+            raise ValueError(
+                f"The model takes pictures of {config.num_channels} channels, got {num_channels}. Use "
+                f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."
+            )
+        side = config.patch_pixels
+        if height < side or width < side or height % side or width % side:
+            raise ValueError(
+                f"Height and width must be multiples of {side} pixels (a token's side), got {height}×{width}. Use "
+                f"`ASelectImageProcessor.from_model_config(model.config)`, which resizes to "
+                f"{'×'.join(map(str, config.image_height_width))}."
+            )
+        # A compiled graph cannot branch on values.
+        if not torch.compiler.is_compiling() and not bool(pixel_values.isfinite().all()):
+            raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
+
+
+_HOW_TO_RESOLVE = (
+    "pass `calibration_images=` to `from_pretrained`, or set `model.config.timestep = "
+    "select_timestep(model, images).timestep`, or choose an integer in [0, 1000) yourself"
+)
+
+
+def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
+    broken = {name for name in info["missing_keys"] if "denoiser." in name or "vae." in name}
+    broken |= {name for name in info["unexpected_keys"] if "denoiser." in name or "vae." in name}
+    broken |= {entry[0] for entry in info["mismatched_keys"] if "denoiser." in entry[0] or "vae." in entry[0]}
+    if broken:
+        raise ValueError(
+            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
+            f"are missing, left over or of another shape, among them {sorted(broken)[:3]}."
+        )
+
+
+class DiTModel(ASelectPreTrainedModel):
+    """A diffusion transformer (and VAE encoder) whose tokens at one timestep and tap are its output.
+
+    Args:
+        config: The configuration.
+    """
+
+    schedule: NoiseSchedule
+    denoiser: Any  # one of the families of `denoisers`
+    vae: Any  # diffusers is imported when a VAE is built, not here
+
+    def __init__(self, config: ASelectConfig) -> None:
+        super().__init__(config)
+        self.schedule = NoiseSchedule.from_config(config.scheduler or {})
+        self.denoiser = build_denoiser(config)
+        self.vae = build_vae_encoder(config)
+        self.freeze()
+        self.post_init()
+
+    def freeze(self) -> None:
+        """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the tap."""
+        if self.config.freeze_backbone:
+            self.denoiser.requires_grad_(False)
+        else:
+            # What is never run never gets a gradient, which distributed training takes for an error.
+            for module in self.denoiser.unused_modules(self.config.block_index(), self.config.feature):
+                module.requires_grad_(False)
+        if self.vae is not None:
+            self.vae.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set train mode, except for what is frozen: it stays as it is used later."""
+        super().train(mode)
+        if self.config.freeze_backbone:
+            self.denoiser.eval()
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:  # noqa: ANN401
+        """Return the tokens of pictures, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            kwargs: Ignored; the host passes keywords that only some models know.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet or the pictures do not fit.
+        """
+        tokens = self.extract_features(pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
+
+
+class DiTForImageClassification(ASelectPreTrainedModel):
+    """A diffusion transformer with a classification head on its tokens.
+
+    Args:
+        config: The configuration; `head` and its sizes say which head.
+    """
+
+    def __init__(self, config: ASelectConfig) -> None:
+        super().__init__(config)
+        self.backbone = DiTModel(config)
+        num_labels = int(config.num_labels or 0)
+        self.head: LinearHead | AttentionHead
+        if config.head == "linear":
+            self.head = LinearHead(config.hidden_size, num_labels)
+        else:
+            self.head = AttentionHead(
+                config.hidden_size,
+                num_labels,
+                config.head_hidden_size,
+                config.head_num_layers,
+                config.head_num_attention_heads,
+                config.head_mlp_ratio,
+            )
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> ImageClassifierOutput:
+        """Return logits, (B, K), and the loss where labels are given.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            labels: Class indices in [0, K), (B,); -100 is left out of the loss. Or, as `config.problem_type` says,
+                regression targets or multi-label rows, (B, K).
+            features: Tokens, (B, N, D), in place of `pixel_values`.
+            kwargs: Passed on to the loss.
+
+        Raises:
+            ValueError: If not exactly one of `pixel_values` and `features` is given, they do not fit the model, a
+                label is outside the classes, or the timestep is not chosen yet.
+        """
+        if features is not None and pixel_values is None:
+            tokens = self._checked_features(features)
+        elif pixel_values is not None and features is None:
+            tokens = self.extract_features(pixel_values)
+        else:
+            raise ValueError("Give exactly one of `pixel_values` and `features`.")
+        logits = self.head(tokens)
+        loss = None
+        if labels is not None:
+            self._check_labels(labels)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def _checked_features(self, features: Tensor) -> Tensor:
+        if features.ndim != 3 or features.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"`features` must be tokens of shape (B, N, {self.config.hidden_size}), got {tuple(features.shape)}."
+            )
+        return features.to(self.device, self.dtype)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        num_labels = int(self.config.num_labels or 0)
+        if labels.ndim != 1 or labels.is_floating_point() or num_labels == 1 or torch.compiler.is_compiling():
+            return
+        outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
+        if len(outside):
+            raise ValueError(
+                f"Labels must be class indices in [0, {num_labels}), got {sorted(set(outside.tolist()))[:5]}. "
+                f"Load the model with `num_labels=` the number of classes of the dataset."
+            )

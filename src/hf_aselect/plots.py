@@ -1,0 +1,149 @@
+"""Pictures for reports: the timestep's curve and a sheet of predictions. matplotlib is imported on first use only."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, told apart by the colour-blind; in grey, line styles and markers tell.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+DPI = 150
+
+
+def plot_timestep_curve(
+    path: str | os.PathLike[str],
+    timesteps: Sequence[int],
+    scores: Sequence[float],
+    log_snr: Sequence[float],
+    chosen: int,
+    intervals: Sequence[Sequence[float]] | None = None,
+    criterion: str = "signal_hfr",
+    accuracies: Sequence[float] | None = None,
+) -> None:
+    """Draw a criterion, and where given a probe's accuracy, over the timestep, the choice marked, as a PNG.
+
+    The timesteps are spaced by their log-SNR, which stands below; a step to the right is as much more noise anywhere.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        timesteps: Timesteps, rising.
+        scores: The criterion at each.
+        log_snr: 2·ln(alpha / sigma) at each.
+        chosen: The chosen timestep, one of `timesteps`.
+        intervals: Low and high end of each score's interval.
+        criterion: Name of the criterion.
+        accuracies: Accuracy at each, in [0, 1].
+
+    Raises:
+        ValueError: If the lengths differ or `chosen` is none of the timesteps.
+        ImportError: If matplotlib is missing.
+    """
+    for name, values in (
+        ("scores", scores),
+        ("log_snr", log_snr),
+        ("intervals", intervals),
+        ("accuracies", accuracies),
+    ):
+        if values is not None and len(values) != len(timesteps):
+            raise ValueError(
+                f"`{name}` must have one entry for each of {len(timesteps)} timesteps, got {len(values)}."
+            )
+    if chosen not in timesteps:
+        raise ValueError(f"The chosen timestep {chosen} is none of those in the curve: {list(timesteps)}.")
+    figure = _new_figure(8, 4.8)
+    axes = figure.add_subplot()
+    positions = [-value for value in log_snr]
+    if intervals is not None:
+        low, high = zip(*intervals, strict=True)
+        axes.fill_between(positions, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    lines = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=f"{criterion} (left)")
+    axes.set_ylabel(f"{criterion}, 95 % interval" if intervals is not None else criterion)
+    if accuracies is not None:
+        right = axes.twinx()
+        shares = [100 * accuracy for accuracy in accuracies]
+        lines += right.plot(
+            positions, shares, color=ORANGE, marker="s", markersize=4, linestyle="--", label="probe accuracy (right)"
+        )
+        right.set_ylabel("test accuracy of a linear probe, %")
+    mark = positions[list(timesteps).index(chosen)]
+    lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"chosen: t = {chosen}"))
+    _label_timesteps(axes, timesteps, log_snr, positions)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def plot_predictions(
+    path: str | os.PathLike[str],
+    images: Sequence[Any],
+    true_names: Sequence[str],
+    predicted_names: Sequence[str],
+    columns: int = 8,
+) -> None:
+    """Draw pictures with their true and predicted names as a PNG; wrong ones have a cross, a frame and both names.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        images: PIL pictures.
+        true_names: Name of each picture's class.
+        predicted_names: Name of the class predicted for each.
+        columns: Pictures in a row.
+
+    Raises:
+        ValueError: If there are no pictures or the lengths differ.
+        ImportError: If matplotlib is missing.
+    """
+    if not len(images) or not len(images) == len(true_names) == len(predicted_names):
+        raise ValueError(
+            "There must be one true and one predicted name for each picture, and at least one picture; got "
+            f"{len(images)} pictures, {len(true_names)} true and {len(predicted_names)} predicted names."
+        )
+    rows = math.ceil(len(images) / columns)
+    figure = _new_figure(1.45 * columns, 1.8 * rows)
+    for index, (image, true, predicted) in enumerate(zip(images, true_names, predicted_names, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.imshow(image, cmap="gray" if image.mode in ("L", "1") else None)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if true == predicted:
+            axes.set_title(f"✓ {true}", fontsize=8)
+            continue
+        axes.set_title(f"✗ {predicted}\ntrue: {true}", fontsize=8, color=ORANGE)
+        for spine in axes.spines.values():
+            spine.set(color=ORANGE, linewidth=3)
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Any:  # noqa: ANN401 - matplotlib comes late
+    try:
+        # It takes a second to import, and only reports need it; a figure of its own leaves pyplot's state alone.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'hf_aselect[train]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _label_timesteps(
+    axes: Any,  # noqa: ANN401 - matplotlib comes late
+    timesteps: Sequence[int],
+    log_snr: Sequence[float],
+    positions: Sequence[float],
+) -> None:
+    """Label at most a dozen of the timesteps, with their log-SNR below."""
+    step = max(1, math.ceil(len(timesteps) / 12))
+    shown = range(0, len(timesteps), step)
+    labels = [f"{timesteps[i]}\n{log_snr[i]:.1f}".replace("-", "−") for i in shown]
+    axes.set_xticks([positions[i] for i in shown], labels)
+    axes.set_xlabel("timestep (0 = least noise), log-SNR below")
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:  # noqa: ANN401 - matplotlib comes late
+    """Save under a temporary name in the same folder, then rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        figure.savefig(temporary, format="png", dpi=DPI)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

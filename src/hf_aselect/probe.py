@@ -1,0 +1,66 @@
+"""A cheap linear probe: closed-form ridge classification of pooled features."""
+
+import torch
+from torch import Tensor
+
+# Strengths of the ridge as shares of the mean eigenvalue of the features' covariance.
+STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 3))
+
+
+def ridge_probe_accuracy(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> float:
+    """Return the test accuracy of a ridge classifier on standardised features.
+
+    One least-squares target per class (1 for the class, -1 else); the strength is the one with the smallest
+    leave-one-out error on the training set, in closed form, so no test picture takes part in the choice.
+
+    Args:
+        train_features: Features, (n, D); computed in float64.
+        train_labels: Class indices from 0, (n,).
+        test_features: Features, (m, D).
+        test_labels: Class indices from 0, (m,).
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        ValueError: If the shapes do not fit or there is only one class.
+    """
+    if train_features.ndim != 2 or train_features.shape[1:] != test_features.shape[1:]:
+        raise ValueError(
+            "Features must have shapes (n, D) and (m, D), got "
+            f"{tuple(train_features.shape)} and {tuple(test_features.shape)}."
+        )
+    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
+        raise ValueError("There must be one label for each row of features.")
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    if len(train_labels.unique()) < 2:
+        raise ValueError("A probe needs training pictures of at least 2 classes.")
+    train, test = train_features.double(), test_features.double()
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-12)
+    train, test = (train - mean) / std, (test - mean) / std
+    targets = torch.nn.functional.one_hot(train_labels.long(), num_classes).double() * 2 - 1
+    offset = targets.mean(0)
+    weights = _best_ridge_weights(train, targets - offset)
+    predicted = (test @ weights + offset).argmax(1)
+    return float((predicted == test_labels).double().mean())
+
+
+def _best_ridge_weights(features: Tensor, targets: Tensor) -> Tensor:
+    """Return the ridge solution, (D, K), whose leave-one-out squared error is smallest."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(features.T @ features)
+    rotated = features @ eigenvectors  # (n, D)
+    projected = rotated.T @ targets  # (D, K)
+    best_error = float("inf")
+    best: Tensor = projected
+    for strength in STRENGTHS:
+        shrunk = 1 / (eigenvalues + strength * eigenvalues.mean())
+        # Leave-one-out residual = residual / (1 - leverage); the mean that was subtracted has leverage 1 / n.
+        leverage = (rotated.square() * shrunk).sum(1) + 1 / len(features)
+        solution = shrunk[:, None] * projected
+        residual = (targets - rotated @ solution) / (1 - leverage)[:, None]
+        error = float(residual.square().mean())
+        if error < best_error:
+            best_error, best = error, eigenvectors @ solution
+    return best

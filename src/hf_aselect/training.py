@@ -1,0 +1,103 @@
+"""What `transformers.Trainer` is given for our models: a callback that writes the model card."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .model_card import CardFacts, write_card
+from .modeling_aselect import ASelectPreTrainedModel
+from .timestep_selection import TimestepSelection
+
+CURVE = "timestep_curve.png"
+
+
+class ASelectCallback(TrainerCallback):
+    """Writes the model card and the curve of the timestep's choice into the output folder.
+
+    They are written after each evaluation, with its accuracy, and at the end of training, by the main process only.
+
+    Args:
+        dataset: Name of the dataset, for the card; left out of it if None.
+        base_model: Where the DiT comes from, for the card; left out of it if None.
+        license: Licence of the trained model, for the card; left out of it if None.
+    """
+
+    def __init__(self, dataset: str | None = None, base_model: str | None = None, license: str | None = None) -> None:
+        self.dataset = dataset
+        self.base_model = base_model
+        self.license = license
+        self.metrics: dict[str, float] = {}
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Write card and curve with the newest accuracy."""
+        self.metrics = kwargs.get("metrics") or {}
+        self._write(args, state, kwargs["model"])
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Write card and curve."""
+        self._write(args, state, kwargs["model"])
+
+    def _write(self, args: TrainingArguments, state: TrainerState, model: ASelectPreTrainedModel) -> None:
+        if not state.is_world_process_zero:
+            return
+        training = {
+            "epochs": args.num_train_epochs,
+            "steps": state.global_step,
+            "batch size": args.train_batch_size,
+            "learning rate": args.learning_rate,
+            "seed": args.seed,
+        }
+        write_model_card(
+            model,
+            str(args.output_dir),
+            accuracy=self.metrics.get("eval_accuracy"),
+            dataset=self.dataset,
+            base_model=self.base_model,
+            license=self.license,
+            training=training if state.global_step else None,
+        )
+
+
+def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401
+    """Write a model's card (README.md) into a folder, with the curve of its timestep's choice where it was chosen.
+
+    Args:
+        model: The model; its configuration tells timestep, tap and selection.
+        folder: Folder for the files; made if it is missing.
+        facts: Fields of `CardFacts` that the configuration does not tell.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    known: dict[str, Any] = {
+        "model_name": folder.resolve().name,
+        "timestep": None if config.timestep == "auto" else config.timestep,
+        "block": config.block_index(),
+        "feature": config.feature,
+    }
+    if config.selection is not None:
+        record = TimestepSelection.from_dict(config.selection)
+        record.plot(folder / CURVE)
+        known |= {
+            "criterion": record.criterion,
+            "log_snr": record.log_snr[record.timesteps.index(record.timestep)],
+            "num_images": record.num_images,
+            "seconds": record.seconds,
+            "confidence": record.confidence,
+            "figure": CURVE,
+        }
+    write_card(CardFacts(**{**known, **facts}), folder)
