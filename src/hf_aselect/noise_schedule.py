@@ -120,14 +120,15 @@ def _betas(config: dict[str, Any]) -> Tensor:
     """Return the noise variance added by each timestep, (1000,), float64."""
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
     kind = config.get("beta_schedule", "linear")
     if kind == "linear":
         return torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64)
     if kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, NUM_TIMESTEPS, dtype=torch.float64).square()
     if kind == "sigmoid":
-        return torch.linspace(-6, 6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid() * (end - start) + start
+        sigmoid = torch.linspace(-6, 6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid()
+        return start + (end - start) * sigmoid
     if kind == "squaredcos_cap_v2":
         edges = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
         shares = ((edges + 0.008) / 1.008 * math.pi / 2).cos() ** 2

@@ -1,0 +1,129 @@
+"""Tiny real diffusers models, made once: nothing is downloaded."""
+
+import os
+
+# Before anything imports huggingface_hub: a test that reaches for the network fails instead of waiting.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import logging
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
+from PIL import Image
+from torch import nn
+
+from hf_aselect import DiTForImageClassification, DiTModel
+
+NUM_CLASSES = 5
+NUM_BLOCKS = 3
+HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2}
+
+
+class DeprecationHandler(logging.Handler):
+    """Collects what transformers and diffusers say of deprecated things."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            self.lines.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_deprecations():
+    """The host's deprecations fail our tests on the day they appear."""
+    handler = DeprecationHandler()
+    for name in ("transformers", "diffusers"):
+        logging.getLogger(name).addHandler(handler)
+    yield
+    for name in ("transformers", "diffusers"):
+        logging.getLogger(name).removeHandler(handler)
+    assert not handler.lines
+
+
+def build_transformer(num_channels=3):
+    """A DiT of 3 blocks, 16 wide, 8 × 8 latents, every weight of which matters."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=num_channels,
+        num_layers=NUM_BLOCKS,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=NUM_CLASSES,
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def build_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.5,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def pixel_folder(tmp_path_factory):
+    """transformer/ and scheduler/ of a DiT on RGB pictures of 8 × 8."""
+    folder = tmp_path_factory.mktemp("pixel")
+    build_transformer().save_pretrained(folder / "transformer")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bare_folder(tmp_path_factory):
+    """A diffusers transformer alone."""
+    folder = tmp_path_factory.mktemp("bare")
+    build_transformer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latent_folder(tmp_path_factory):
+    """transformer/, scheduler/ and vae/ of a DiT on latents of pictures of 16 × 16."""
+    folder = tmp_path_factory.mktemp("latent")
+    build_transformer(num_channels=4).save_pretrained(folder / "transformer")
+    build_vae().save_pretrained(folder / "vae")
+    DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture
+def model(pixel_folder):
+    """A DiT in pixel space, read at timestep 50."""
+    return DiTModel.from_pretrained(pixel_folder, timestep=50)
+
+
+@pytest.fixture
+def classifier(pixel_folder):
+    """A classifier of 4 classes on it, with a small attention head that is not trained."""
+    torch.manual_seed(1)
+    return DiTForImageClassification.from_pretrained(pixel_folder, timestep=50, num_labels=4, **HEAD)
+
+
+@pytest.fixture
+def pixels():
+    """Seven RGB pictures of 8 × 8 in [-1, 1]."""
+    return torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+@pytest.fixture
+def pictures():
+    """Six PIL pictures of 12 × 10."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randint(0, 256, (6, 10, 12, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(value.numpy()) for value in values]

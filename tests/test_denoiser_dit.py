@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer
+from diffusers import DiTTransformer2DModel
+
+from hf_aselect.configuration_aselect import FEATURES
+from hf_aselect.denoiser_dit import DiTDenoiser
+
+TAPS = [(block, feature) for block in range(NUM_BLOCKS) for feature in FEATURES]
+SHAPES = {"square": (8, 8), "wide": (4, 12), "high": (10, 6)}
+
+
+def hooked_tokens(transformer, noised, timestep, block, feature):
+    """What a forward hook on diffusers' own module sees while diffusers' own blocks run."""
+    tapped = transformer.transformer_blocks[block]
+    attention = tapped.attn1
+    module = {
+        "hidden": tapped,
+        "normed": tapped.norm1,
+        "query": attention.to_q,
+        "key": attention.to_k,
+        "value": attention.to_v,
+        "attention": attention,
+    }[feature]
+    seen = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    timesteps = torch.full((len(noised),), timestep)
+    labels = torch.full((len(noised),), NUM_CLASSES)
+    if noised.shape[-1] == noised.shape[-2]:
+        transformer(noised, timestep=timesteps, class_labels=labels)
+    else:
+        # diffusers' forward puts the patches together to a square, so its parts are called one by one.
+        hidden_states = transformer.pos_embed(noised)
+        for each in transformer.transformer_blocks:
+            hidden_states = each(hidden_states, timestep=timesteps, class_labels=labels)
+    handle.remove()
+    return seen[0][0] if feature == "normed" else seen[0]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_equal_a_hook_on_diffusers_at_every_tap(shape, batch, training):
+    transformer = build_transformer()
+    denoiser = DiTDenoiser(transformer, "diffusers").train(training)
+    generator = torch.Generator().manual_seed(0)
+    noised = torch.randn(batch, 3, *SHAPES[shape], generator=generator)
+    timesteps = torch.full((batch,), 141)
+    with torch.no_grad():
+        for block, feature in TAPS:
+            expected = hooked_tokens(transformer, noised, 141, block, feature)
+            found = denoiser(noised, timesteps, block, feature)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("block", "feature"), TAPS)
+def test_nothing_that_comes_after_the_tap_is_run(block, feature):
+    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    ran = []
+    for module in denoiser.unused_modules(block, feature):
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+    with torch.no_grad():
+        denoiser(torch.randn(1, 3, 8, 8), torch.tensor([5]), block, feature)
+    assert ran == []
+
+
+def test_the_last_block_and_the_mlp_are_unused_at_a_query():
+    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    blocks = denoiser.transformer.transformer_blocks
+    unused = denoiser.unused_modules(1, "query")
+    for module in (blocks[2], blocks[1].ff, blocks[1].attn1.to_k, blocks[1].attn1.to_v, denoiser.transformer.proj_out_2):
+        assert any(module is other for other in unused)
+    assert not any(blocks[1].attn1.to_q is other for other in unused)
+
+
+def test_the_timestep_changes_the_tokens():
+    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    noised = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        early, late = (denoiser(noised, torch.tensor([t]), 1, "query") for t in (5, 500))
+    assert (early - late).abs().max() > 1e-3
+
+
+def test_the_original_timestep_embedding_is_that_of_the_dit_paper():
+    """facebookresearch/DiT, models.py, TimestepEmbedder: frequencies 10000^(-i/half), cosines first."""
+    denoiser = DiTDenoiser(build_transformer(), "original")
+    timesteps = torch.tensor([0, 121, 999])
+    half = 128
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * torch.arange(half) / half)
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1)
+    for block in denoiser.transformer.transformer_blocks:
+        torch.testing.assert_close(block.norm1.emb.time_proj(timesteps), expected, rtol=0, atol=1e-4)
+
+
+def test_the_diffusers_timestep_embedding_is_left_alone():
+    plain = build_transformer().transformer_blocks[0].norm1.emb.time_proj
+    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    timesteps = torch.tensor([121])
+    found = denoiser.transformer.transformer_blocks[0].norm1.emb.time_proj(timesteps)
+    assert torch.equal(found, plain(timesteps))
+    original = DiTDenoiser(build_transformer(), "original").transformer.transformer_blocks[0].norm1.emb.time_proj
+    assert (original(timesteps) - found).abs().max() > 0.1
+
+
+def test_the_position_table_is_the_one_that_diffusers_builds():
+    transformer = build_transformer()
+    table = DiTDenoiser(transformer, "diffusers").position_table()
+    assert torch.equal(table, transformer.pos_embed.pos_embed)
+
+
+def test_the_embedder_drops_labels_to_the_label_that_we_give():
+    """diffusers drops to `num_classes` in train mode; so dropping changes nothing for us."""
+    embedder = build_transformer().transformer_blocks[0].norm1.emb.class_embedder.train()
+    assert embedder.num_classes == NUM_CLASSES
+    assert len(embedder.embedding_table.weight) == NUM_CLASSES + 1
+
+
+def test_the_names_that_are_reached_in_diffusers_exist():
+    transformer = DiTTransformer2DModel(num_layers=1, num_attention_heads=1, attention_head_dim=8, sample_size=4)
+    block = transformer.transformer_blocks[0]
+    assert block.norm1.emb.time_proj.downscale_freq_shift == 1
+    for module in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out, block.ff):
+        assert isinstance(module, torch.nn.Module)

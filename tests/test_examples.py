@@ -1,0 +1,118 @@
+"""The example scripts, each run as a user runs it: as a process, on few pictures."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from hf_aselect import DiTForImageClassification, DiTModel
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Forty grey pictures of 8 × 8 in two classes: dark and bright."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 100, (40, 8, 8)) + 150 * (np.arange(40) % 2)[:, None, None]
+    columns = {
+        "picture": [PILImage.fromarray(value.astype(np.uint8)) for value in values],
+        "class": (np.arange(40) % 2).tolist(),
+    }
+    features = Features({"picture": Image(), "class": ClassLabel(names=["dark", "bright"])})
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    return folder / "train.parquet"
+
+
+PRETRAIN = (
+    "--image_column=picture --label_column=class --image_size=8 --num_channels=1 --num_layers=2 "
+    "--num_attention_heads=1 --attention_head_dim=16 --batch_size=8 --warmup_steps=2 --mixed_precision=no"
+).split()
+
+
+@pytest.fixture(scope="module")
+def pretrained(parquet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dit")
+    run("pretrain_dit.py", "--train_file", parquet, "--output_dir", folder, "--num_pictures", 48, *PRETRAIN)
+    return folder
+
+
+def test_pretraining_ends_with_a_dit_that_loads(pretrained):
+    model = DiTModel.from_pretrained(pretrained, timestep=5)
+    assert model.config.num_hidden_layers == 2
+    assert model.config.num_channels == 1
+    log = json.loads((pretrained / "training_log.json").read_text())["log"]
+    assert log[-1]["pictures"] == 48
+
+
+def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
+    with PILImage.open(pretrained / "samples.png") as samples:
+        assert samples.size == (2 * 2 * 8, 2 * 8 * 8)  # 2 classes, 8 rows, drawn twice as large
+
+
+def test_pretraining_goes_on_where_it_stopped(parquet, pretrained, tmp_path):
+    """Every step is a checkpoint; a second command with the same target trains nothing more."""
+    arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN)
+    run("pretrain_dit.py", *arguments, "--checkpoint_minutes", 0)
+    before = (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert before == (pretrained / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    run("pretrain_dit.py", *arguments)
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretrained, tmp_path):
+    run(
+        "train_image_classification.py",
+        *("--model_name_or_path", pretrained, "--train_file", parquet, "--validation_file", parquet),
+        *("--image_column", "picture", "--label_column", "class", "--timestep", "auto", "--block", "-1"),
+        *("--feature", "hidden", "--head", "linear", "--output_dir", tmp_path, "--max_steps", 30),
+        *("--learning_rate", "0.05", "--report_to", "none", "--use_cpu", "--num_calibration_images", 8),
+    )
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "eval_results.json"):
+        assert (tmp_path / name).exists(), name
+    model = DiTForImageClassification.from_pretrained(tmp_path)
+    assert (model.config.feature, model.config.block, model.config.head) == ("hidden", -1, "linear")
+    assert model.config.id2label == {0: "dark", 1: "bright"}
+    assert model.config.selection["num_images"] == 8
+    # Dark and bright pictures are told apart: training did something.
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"] == 1.0
+
+
+def test_training_on_a_folder_of_pictures(pretrained, tmp_path):
+    for index, name in enumerate(["dark", "bright"]):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            PILImage.new("L", (9, 9), 200 * index + number).save(tmp_path / "data" / name / f"{number}.png")
+    run(
+        "train_image_classification.py",
+        *("--model_name_or_path", pretrained, "--train_dir", tmp_path / "data", "--timestep", 5, "--head", "linear"),
+        *("--output_dir", tmp_path / "out", "--max_steps", 1, "--report_to", "none", "--use_cpu"),
+    )
+    assert DiTForImageClassification.from_pretrained(tmp_path / "out").config.timestep == 5
+
+
+def test_fashion_mnist_becomes_parquet(tmp_path):
+    pictures, labels = bytes(range(196)) * 4 * 3, bytes([9, 0, 3])
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pictures))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
+    run("fashion_mnist_to_parquet.py", tmp_path, tmp_path / "out", "--num_test", 2)
+    train, test = (Dataset.from_parquet(str(tmp_path / "out" / f"{name}.parquet")) for name in ("train", "test"))
+    assert (train["label"][:], test["label"][:]) == ([9, 0, 3], [9, 0])
+    assert train[0]["image"].size == (28, 28)

@@ -1,0 +1,42 @@
+import torch
+
+from hf_aselect import ASelectConfig
+from hf_aselect.heads import AttentionHead, LinearHead
+
+
+def default_head(input_size=1536, num_labels=200):
+    config = ASelectConfig()
+    return AttentionHead(
+        input_size,
+        num_labels,
+        config.head_hidden_size,
+        config.head_num_layers,
+        config.head_num_attention_heads,
+        config.head_mlp_ratio,
+    )
+
+
+def test_the_default_head_is_the_papers():
+    assert sum(parameter.numel() for parameter in default_head().parameters()) == 16_766_600
+
+
+def test_the_class_token_starts_at_zero():
+    assert not default_head(8, 2).class_token.any()
+
+
+def test_the_attention_head_does_not_see_the_order_of_tokens():
+    head, tokens = AttentionHead(6, 3, 16, 2, 2, 4), torch.randn(2, 9, 6)
+    torch.testing.assert_close(head(tokens), head(tokens.flip(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_attention_head_sees_each_token():
+    head, tokens = AttentionHead(6, 3, 16, 2, 2, 4), torch.randn(1, 9, 6, requires_grad=True)
+    head(tokens).sum().backward()
+    assert bool((tokens.grad.abs().sum(-1) > 0).all())
+
+
+def test_the_linear_head_reads_the_mean():
+    head, tokens = LinearHead(6, 3), torch.randn(2, 9, 6)
+    pooled = tokens.mean(1, keepdim=True)
+    torch.testing.assert_close(head(tokens), head(pooled))
+    assert head(tokens).shape == (2, 3)

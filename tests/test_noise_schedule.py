@@ -1,0 +1,119 @@
+import math
+
+import diffusers
+import pytest
+import torch
+
+from hf_aselect import NoiseSchedule
+from hf_aselect.noise_schedule import DDPM_LIKE, fixed_noise
+
+EVERY = torch.arange(1000)
+
+
+def schedule(**config):
+    return NoiseSchedule.from_config({"_class_name": "DDPMScheduler", **config})
+
+
+@pytest.mark.parametrize("name", DDPM_LIKE)
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_levels_are_those_of_diffusers(name, betas):
+    theirs = getattr(diffusers, name)(beta_schedule=betas)
+    ours = NoiseSchedule.from_config({**theirs.config, "_class_name": name})
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_schedule": "sigmoid"},
+        {"rescale_betas_zero_snr": True},
+        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        {"trained_betas": torch.linspace(0.001, 0.01, 1000).tolist()},
+    ],
+    ids=["sigmoid", "zero terminal SNR", "stable diffusion", "trained betas"],
+)
+def test_other_settings_give_the_levels_of_diffusers(config):
+    theirs = diffusers.DDPMScheduler(**config)
+    ours = NoiseSchedule.from_config(dict(theirs.config) | {"_class_name": "DDPMScheduler"})
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_is_added_as_by_diffusers():
+    latents, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    timesteps = torch.tensor([0, 10, 500, 999])
+    expected = diffusers.DDPMScheduler().add_noise(latents, noise, timesteps)
+    torch.testing.assert_close(schedule().add_noise(latents, noise, timesteps), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_latents_stay_half_precision():
+    latents = torch.randn(1, 3, 8, 8, dtype=torch.bfloat16)
+    assert schedule().add_noise(latents, torch.randn(3, 8, 8), torch.tensor([3])).dtype == torch.bfloat16
+
+
+def test_signal_and_noise_make_unit_power():
+    levels = schedule()
+    total = levels.alpha(EVERY) ** 2 + levels.sigma(EVERY) ** 2
+    torch.testing.assert_close(total, torch.ones(1000, dtype=torch.float64))
+
+
+def test_log_snr_falls_with_the_timestep():
+    assert bool((schedule().log_snr(EVERY).diff() < 0).all())
+
+
+def test_log_snr_is_that_of_alpha_and_sigma():
+    levels, timesteps = schedule(), torch.tensor([50])
+    expected = 2 * math.log(levels.alpha(timesteps) / levels.sigma(timesteps))
+    assert float(levels.log_snr(timesteps)) == pytest.approx(expected)
+
+
+def test_log_snr_of_pure_noise_is_finite():
+    assert bool(schedule(rescale_betas_zero_snr=True).log_snr(EVERY).isfinite().all())
+
+
+def test_timesteps_are_found_again_by_their_log_snr():
+    levels = schedule()
+    for timestep in (0, 1, 121, 500, 999):
+        assert levels.timestep_at(float(levels.log_snr(torch.tensor(timestep)))) == timestep
+
+
+def test_fixed_noise_is_the_same_each_time_and_differs_by_seed_and_draw():
+    first = fixed_noise((3, 8, 8), seed=0)
+    assert torch.equal(first, fixed_noise((3, 8, 8), seed=0))
+    for other in (fixed_noise((3, 8, 8), seed=1), fixed_noise((3, 8, 8), seed=0, draw=1)):
+        assert (first - other).abs().max() > 0.1
+
+
+def test_fixed_noise_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    fixed_noise((3, 8, 8), seed=0, draw=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_other_schedulers_are_refused():
+    with pytest.raises(ValueError, match="Unsupported scheduler 'EulerDiscreteScheduler'; supported are DDIM"):
+        NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler"})
+
+
+def test_other_numbers_of_timesteps_are_refused():
+    with pytest.raises(ValueError, match="`num_train_timesteps` of the scheduler must be 1000, got 4000"):
+        schedule(num_train_timesteps=4000)
+
+
+def test_unknown_betas_are_refused():
+    with pytest.raises(ValueError, match="Unsupported `beta_schedule` 'cubic'"):
+        schedule(beta_schedule="cubic")
+
+
+def test_levels_that_rise_are_refused():
+    with pytest.raises(ValueError, match="must fall with the timestep"):
+        NoiseSchedule(torch.linspace(0.1, 0.9, 1000))
+
+
+def test_a_wrong_number_of_levels_is_refused():
+    with pytest.raises(ValueError, match=r"has 1000 timesteps, got shape \(10,\)"):
+        NoiseSchedule(torch.linspace(0.9, 0.1, 10))
+
+
+def test_a_log_snr_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="`log_snr` must be a number"):
+        schedule().timestep_at(float("nan"))

@@ -1,0 +1,80 @@
+import builtins
+
+import pytest
+from PIL import Image
+
+from hf_aselect import plots
+from hf_aselect.plots import plot_predictions, plot_timestep_curve
+
+TIMESTEPS, SCORES, LOG_SNR = [0, 50, 400, 999], [0.1, 0.3, 0.2, 0.1], [9.2, 3.5, -1.4, -10.1]
+PICTURES = [Image.new("L", (8, 8), 30 * index) for index in range(3)]
+
+
+def test_the_curve_is_a_picture(tmp_path):
+    intervals = [[score - 0.05, score + 0.05] for score in SCORES]
+    plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 50, intervals, accuracies=SCORES)
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 500
+
+
+def test_the_choice_changes_the_picture(tmp_path):
+    for chosen in (50, 400):
+        plot_timestep_curve(tmp_path / f"{chosen}.png", TIMESTEPS, SCORES, LOG_SNR, chosen)
+    assert (tmp_path / "50.png").read_bytes() != (tmp_path / "400.png").read_bytes()
+
+
+def test_a_choice_outside_the_grid_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="chosen timestep 7 is none of those"):
+        plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 7)
+
+
+@pytest.mark.parametrize("name", ["scores", "log_snr", "intervals", "accuracies"])
+def test_lengths_that_differ_are_refused(tmp_path, name):
+    values = {"scores": SCORES, "log_snr": LOG_SNR, "intervals": None, "accuracies": None, name: [0.1]}
+    with pytest.raises(ValueError, match=f"`{name}` must have one entry for each of 4 timesteps, got 1"):
+        plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, chosen=50, **values)
+
+
+def test_the_predictions_are_a_picture(tmp_path):
+    plot_predictions(tmp_path / "p.png", PICTURES, ["cat", "dog", "cat"], ["cat", "cat", "cat"])
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_wrong_predictions_look_different(tmp_path):
+    plot_predictions(tmp_path / "right.png", PICTURES, ["cat"] * 3, ["cat"] * 3)
+    plot_predictions(tmp_path / "wrong.png", PICTURES, ["dog"] * 3, ["cat"] * 3)
+    assert (tmp_path / "right.png").read_bytes() != (tmp_path / "wrong.png").read_bytes()
+
+
+@pytest.mark.parametrize(("pictures", "names"), [([], []), (PICTURES, ["cat"])])
+def test_a_sheet_without_a_name_for_each_picture_is_refused(tmp_path, pictures, names):
+    with pytest.raises(ValueError, match="one true and one predicted name for each picture"):
+        plot_predictions(tmp_path / "p.png", pictures, names, names)
+
+
+def test_a_plot_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    (tmp_path / "c.png").write_text("old")
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plots.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 50)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
+    assert (tmp_path / "c.png").read_text() == "old"
+
+
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ImportError, match=r"pip install 'hf_aselect\[train\]'"):
+        plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 50)

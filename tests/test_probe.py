@@ -1,0 +1,70 @@
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch.nn.functional import one_hot
+
+from hf_aselect.probe import _best_ridge_weights, ridge_probe_accuracy
+
+
+def blobs(num_pictures, seed, spread=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_pictures) % 3
+    centres = 3 * torch.eye(3, 6)
+    return centres[labels] + spread * torch.randn(num_pictures, 6, generator=generator), labels
+
+
+def test_separate_classes_are_told_apart():
+    assert ridge_probe_accuracy(*blobs(90, 0), *blobs(60, 1)) == 1.0
+
+
+def test_features_without_information_give_chance():
+    features, labels = torch.randn(600, 6, generator=torch.Generator().manual_seed(0)), torch.arange(600) % 3
+    assert abs(ridge_probe_accuracy(features[:300], labels[:300], features[300:], labels[300:]) - 1 / 3) < 0.1
+
+
+def test_the_scale_and_place_of_a_feature_do_not_matter():
+    (train, train_labels), (test, test_labels) = blobs(90, 0, 3.0), blobs(300, 1, 3.0)
+    scale, shift = torch.tensor([1e-3, 1.0, 1e3, 5.0, 0.1, 2.0]), torch.arange(6.0)
+    plain = ridge_probe_accuracy(train, train_labels, test, test_labels)
+    assert ridge_probe_accuracy(train * scale + shift, train_labels, test * scale + shift, test_labels) == plain
+
+
+def test_a_constant_feature_does_no_harm():
+    (train, train_labels), (test, test_labels) = blobs(90, 0), blobs(60, 1)
+    with_constant = [torch.cat([f, torch.ones(len(f), 1)], dim=1) for f in (train, test)]
+    assert ridge_probe_accuracy(with_constant[0], train_labels, with_constant[1], test_labels) == 1.0
+
+
+def test_the_strength_is_the_one_that_leaving_each_picture_out_prefers():
+    """Against scikit-learn: 40 noisy pictures, each predicted by a ridge that was fitted on the other 39."""
+    features, labels = blobs(40, 0, 3.0)
+    features = ((features - features.mean(0)) / features.std(0)).double()
+    targets = one_hot(labels).double() * 2 - 1
+    targets = targets - targets.mean(0)
+    scale = torch.linalg.eigvalsh(features.T @ features).mean()
+    errors = {}
+    for exponent in range(-6, 3):
+        ridge = Ridge(alpha=float(scale) * 10.0**exponent)
+        squares = []
+        for left_out in range(40):
+            rest = [index for index in range(40) if index != left_out]
+            predicted = ridge.fit(features[rest], targets[rest]).predict(features[left_out][None])
+            squares.append(((predicted - targets[left_out].numpy()) ** 2).mean())
+        errors[exponent] = sum(squares)
+    best = float(scale) * 10.0 ** min(errors, key=errors.get)
+    expected = Ridge(alpha=best).fit(features, targets).coef_.T
+    torch.testing.assert_close(_best_ridge_weights(features, targets), torch.from_numpy(expected))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    features, labels = blobs(30, 0)
+    with pytest.raises(ValueError, match="must have shapes"):
+        ridge_probe_accuracy(features, labels, features[:, :2], labels)
+    with pytest.raises(ValueError, match="one label for each row"):
+        ridge_probe_accuracy(features, labels[:5], features, labels)
+
+
+def test_a_single_class_is_refused():
+    features = torch.randn(10, 3)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        ridge_probe_accuracy(features, torch.zeros(10).long(), features, torch.zeros(10).long())

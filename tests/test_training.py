@@ -1,0 +1,69 @@
+import pytest
+from huggingface_hub import ModelCard
+from transformers import Trainer, TrainingArguments
+
+from hf_aselect import ASelectCallback, DiTForImageClassification
+from hf_aselect.metrics import compute_accuracy
+
+
+@pytest.fixture
+def trainer(pixel_folder, pictures, pixels, tmp_path):
+    model = DiTForImageClassification.from_pretrained(
+        pixel_folder, timestep="auto", calibration_images=pictures, num_labels=4, head="linear"
+    )
+    rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels)]
+    arguments = TrainingArguments(
+        str(tmp_path / "out"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    callback = ASelectCallback(dataset="noise", base_model="me/dit", license="apache-2.0")
+    return Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_accuracy, callbacks=[callback]
+    )
+
+
+def test_the_plain_trainer_trains_the_head_and_only_the_head(trainer):
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    for name, value in trainer.model.named_parameters():
+        assert value.equal(before[name]) != name.startswith("head."), name
+
+
+def test_what_the_trainer_saves_is_loaded_again(trainer, pixels):
+    trainer.train()
+    trainer.save_model()
+    again = DiTForImageClassification.from_pretrained(trainer.args.output_dir)
+    assert again(pixels).logits.equal(trainer.model.eval()(pixels).logits)
+    assert again.config.timestep == trainer.model.config.timestep
+
+
+def test_after_evaluation_the_card_tells_the_accuracy_and_the_choice(trainer, tmp_path):
+    trainer.train()
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(accuracy, 4)
+    assert card.data.base_model == "me/dit"
+    assert f"| timestep | {trainer.model.config.timestep} |" in card.text
+    assert "| steps | 3 |" in card.text
+    assert (tmp_path / "out" / "timestep_curve.png").exists()
+
+
+def test_the_card_of_a_chosen_by_hand_timestep_has_no_curve(trainer, tmp_path):
+    trainer.model.config.timestep, trainer.model.config.selection = 7, None
+    trainer.train()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| timestep | 7 |" in card
+    assert "Chosen by" not in card
+    assert not (tmp_path / "out" / "timestep_curve.png").exists()
+
+
+def test_other_processes_write_nothing(trainer, tmp_path):
+    trainer.state.is_world_process_zero = False
+    callback = ASelectCallback()
+    callback.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model, metrics={})
+    assert not (tmp_path / "out" / "README.md").exists()
