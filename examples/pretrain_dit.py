@@ -11,18 +11,18 @@ A run that was stopped goes on from its last checkpoint when the same command is
 `accelerate launch --num_processes 2 examples/pretrain_dit.py ...`; `--batch_size` is then the batch of each process.
 """
 
+import copy
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, load_dataset
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
@@ -151,17 +151,21 @@ def sample_grid(model: DiTTransformer2DModel, scheduler: DDPMScheduler, path: Pa
     picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path)
 
 
-def save_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(folder)` on a temporary folder, then rename it to `target`: never half of a folder."""
+def incomplete(target: Path) -> Path:
+    """Return the empty folder that becomes `target` once it is written."""
     temporary = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    return temporary
+
+
+def complete(target: Path) -> None:
+    """Rename what was written to `incomplete(target)`: `target` is never half of a folder."""
     previous = target.with_name(f".{target.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if target.exists():
         os.replace(target, previous)
-    os.replace(temporary, target)
+    os.replace(target.with_name(f".{target.name}.incomplete"), target)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -178,99 +182,122 @@ def training_step(
     return nn.functional.mse_loss(prediction.float(), noise)
 
 
+class Pretraining:
+    """A run: model, averaged weights, optimizer and how far it is; goes on from the last checkpoint, if there is one.
+
+    Args:
+        args: What to train on, and how.
+    """
+
+    def __init__(self, args: PretrainingArguments) -> None:
+        self.args, self.output = args, Path(args.output_dir)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.accelerator = accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        self.dataset = load_pictures(args)
+        self.num_classes = self.dataset.features[args.label_column].num_classes
+        self.batches = picture_order(len(self.dataset), args, accelerator.num_processes)
+        self.batch_size = args.batch_size * accelerator.num_processes
+        self.num_steps = len(self.batches) // accelerator.num_processes
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        set_seed(args.seed)
+        model = build_transformer(args, self.num_classes)
+        self.ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
+        set_seed(args.seed, device_specific=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.warmup_steps * accelerator.num_processes,
+            num_training_steps=len(self.batches),
+        )
+        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        self.ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(self.ema)
+        self.checkpoint = self.output / "checkpoint"
+        self.log: list[dict] = []
+        if self.checkpoint.exists():
+            accelerator.load_state(self.checkpoint)
+            self.log = json.loads((self.checkpoint / "log.json").read_text())
+        self.step = self.log[-1]["step"] if self.log else 0
+
+    def train(self) -> None:
+        """Train to the end, with a checkpoint every few minutes."""
+        accelerator, losses = self.accelerator, []
+        dataset = self.dataset.with_transform(lambda batch: to_tensors(batch, self.args))
+        # Each process takes its own batches of the same list; where a run goes on, the list starts later.
+        mine = self.batches[
+            self.step * accelerator.num_processes + accelerator.process_index :: accelerator.num_processes
+        ]
+        bar = tqdm(
+            total=self.num_steps * self.batch_size,
+            initial=self.step * self.batch_size,
+            unit=" pictures",
+            mininterval=5,
+            disable=not accelerator.is_main_process,
+        )
+        set_train_mode(self.model)
+        spent = self.log[-1]["seconds"] if self.log else 0.0
+        started = last = time.monotonic()
+        # A generator of its own: starting a loader draws a number, which a run that goes on would draw once more.
+        for batch in torch.utils.data.DataLoader(dataset, batch_sampler=mine, generator=torch.Generator()):
+            losses.append(self.optimize(batch))
+            bar.update(self.batch_size)
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+            late = time.monotonic() - last > 60 * self.args.checkpoint_minutes
+            if self.step == self.num_steps or broadcast_object_list([late])[0]:
+                self.write_checkpoint(float(np.mean(losses)), spent + time.monotonic() - started)
+                last, losses = time.monotonic(), []
+        bar.close()
+
+    def optimize(self, batch: dict[str, Tensor]) -> float:
+        """Take one step and return its loss."""
+        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        loss = training_step(self.model, self.scheduler, batch, self.args, self.num_classes)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+        self.step += 1
+        return loss.item()
+
+    def write_checkpoint(self, loss: float, seconds: float) -> None:
+        """Write what a later run goes on from, and the averaged weights with samples of theirs."""
+        pictures = self.step * self.batch_size
+        self.log.append(
+            {"step": self.step, "pictures": pictures, "loss": round(loss, 5), "seconds": round(seconds, 1)}
+        )
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            print(json.dumps(self.log[-1]), flush=True)
+            incomplete(self.checkpoint)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(self.checkpoint.with_name(".checkpoint.incomplete"))  # each process has its own share
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (self.checkpoint.with_name(".checkpoint.incomplete") / "log.json").write_text(json.dumps(self.log))
+            complete(self.checkpoint)
+            self.write_averaged_model()
+        accelerator.wait_for_everyone()
+
+    def write_averaged_model(self) -> None:
+        """Write `transformer/`, `scheduler/`, a grid of samples and the log."""
+        # A copy, not a new model: drawing new weights would change the random numbers of the steps that follow.
+        averaged = copy.deepcopy(self.accelerator.unwrap_model(self.model)).eval()
+        self.ema.copy_to(averaged.parameters())
+        sample_grid(averaged, self.scheduler, self.output / "samples.png", self.args.seed)
+        averaged.to(getattr(torch, self.args.save_dtype))
+        for name, part in (("transformer", averaged), ("scheduler", self.scheduler)):
+            part.save_pretrained(incomplete(self.output / name))
+            complete(self.output / name)
+        log = {"arguments": vars(self.args), "log": self.log}
+        (self.output / "training_log.json").write_text(json.dumps(log, indent=1))
+
+
 def main() -> None:
-    args = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()[0]
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    dataset = load_pictures(args)
-    num_classes = dataset.features[args.label_column].num_classes
-    batches = picture_order(len(dataset), args, accelerator.num_processes)
-    num_steps = len(batches) // accelerator.num_processes
-
-    set_seed(args.seed)
-    model = build_transformer(args, num_classes)
-    ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
-    set_seed(args.seed, device_specific=True)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=args.warmup_steps * accelerator.num_processes,
-        num_training_steps=len(batches),
-    )
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
-
-    checkpoint, log = output / "checkpoint", []
-    if checkpoint.exists():
-        accelerator.load_state(checkpoint)
-        log = json.loads((checkpoint / "log.json").read_text())
-    step = log[-1]["step"] if log else 0
-    dataset = dataset.with_transform(lambda batch: to_tensors(batch, args))
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[step * accelerator.num_processes :])
-    loader = accelerator.prepare(loader)
-
-    def save(transformer: DiTTransformer2DModel) -> None:
-        save_folder(output / "transformer", lambda folder: transformer.save_pretrained(folder))
-        save_folder(output / "scheduler", lambda folder: scheduler.save_pretrained(folder))
-
-    def write_checkpoint(loss: float, seconds: float) -> None:
-        log.append({"step": step, "pictures": step * batch_size, "loss": round(loss, 5), "seconds": round(seconds, 1)})
-        if accelerator.is_main_process:
-            print(json.dumps(log[-1]), flush=True)
-
-        def write(folder: Path) -> None:
-            accelerator.save_state(folder)
-            (folder / "log.json").write_text(json.dumps(log))
-
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            save_folder(checkpoint, write)
-            shadow = accelerator.unwrap_model(model)
-            ema.store(shadow.parameters())
-            ema.copy_to(shadow.parameters())
-            shadow.eval()
-            sample_grid(shadow, scheduler, output / "samples.png", args.seed)
-            dtype = getattr(torch, args.save_dtype)
-            weights = {name: value.to(dtype) for name, value in shadow.state_dict().items()}
-            final = DiTTransformer2DModel.from_config(shadow.config).to(dtype)
-            final.load_state_dict(weights)
-            save(final)
-            ema.restore(shadow.parameters())
-            (output / "training_log.json").write_text(json.dumps({"arguments": vars(args), "log": log}, indent=1))
-        accelerator.wait_for_everyone()
-        set_train_mode(model)
-
-    batch_size = args.batch_size * accelerator.num_processes
-    bar = tqdm(
-        total=num_steps * batch_size,
-        initial=step * batch_size,
-        unit=" pictures",
-        mininterval=5,
-        disable=not accelerator.is_main_process,
-    )
-    set_train_mode(model)
-    started = last = time.monotonic()
-    spent, losses = (log[-1]["seconds"] if log else 0.0), []
-    for batch in loader:
-        loss = training_step(model, scheduler, batch, args, num_classes)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
-        step += 1
-        losses.append(loss.item())
-        bar.update(batch_size)
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
-        if step == num_steps or time.monotonic() - last > 60 * args.checkpoint_minutes:
-            write_checkpoint(float(np.mean(losses)), spent + time.monotonic() - started)
-            last, losses = time.monotonic(), []
-    bar.close()
+    """Run the training that the command line asks for."""
+    Pretraining(HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()[0]).train()
 
 
 if __name__ == "__main__":

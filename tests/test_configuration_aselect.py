@@ -12,7 +12,12 @@ FIELDS = [name for name in ASelectConfig.__annotations__ if name != "model_type"
 
 
 def test_the_default_tap_is_the_authors_place():
-    sd3 = {"_class_name": "DiTTransformer2DModel", "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64}
+    sd3 = {
+        "_class_name": "DiTTransformer2DModel",
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "attention_head_dim": 64,
+    }
     config = ASelectConfig(transformer={**sd3, "in_channels": 16, "sample_size": 64, "patch_size": 2})
     assert (config.block, config.feature) == (9, "query")
 

@@ -109,7 +109,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 def test_a_missing_scheduler_is_refused(folder):
     shutil.rmtree(folder / "scheduler")
-    with pytest.raises(ValueError, match="has transformer/ but no scheduler/scheduler_config.json"):
+    with pytest.raises(ValueError, match=r"has transformer/ but no scheduler/scheduler_config.json"):
         DiTModel.from_pretrained(folder)
 
 
@@ -160,7 +160,9 @@ def test_pickled_weights_of_diffusers_are_refused_and_never_unpickled(pixel_fold
     folder = shutil.copytree(source, tmp_path / "copy")
     (folder / place).with_name(WEIGHTS).unlink()
     (folder / place).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with pytest.raises(ValueError, match="only pickled weights .diffusion_pytorch_model.bin., which are never unpickled"):
+    with pytest.raises(
+        ValueError, match=r"only pickled weights .diffusion_pytorch_model.bin., which are never unpickled"
+    ):
         DiTModel.from_pretrained(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -168,7 +170,7 @@ def test_pickled_weights_of_diffusers_are_refused_and_never_unpickled(pixel_fold
 def test_pickled_weights_of_ours_are_refused_and_never_unpickled(saved, tmp_path):
     (saved / "model.safetensors").unlink()
     (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with pytest.raises(ValueError, match="only pickled weights .pytorch_model.bin., which are never unpickled"):
+    with pytest.raises(ValueError, match=r"only pickled weights .pytorch_model.bin., which are never unpickled"):
         DiTForImageClassification.from_pretrained(saved)
     assert not (tmp_path / "ran").exists()
 
@@ -199,7 +201,7 @@ def test_a_missing_tensor_of_our_checkpoint_is_refused(saved):
 
 def test_a_tensor_of_another_shape_is_refused(folder):
     rewrite(folder / "transformer" / WEIGHTS, lambda weights: weights.update({"proj_out_1.bias": torch.zeros(3)}))
-    with pytest.raises((ValueError, RuntimeError), match="proj_out_1"):
+    with pytest.raises(ValueError, match=r"of another shape.*proj_out_1"):
         DiTModel.from_pretrained(folder)
 
 

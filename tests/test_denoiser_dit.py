@@ -70,7 +70,13 @@ def test_the_last_block_and_the_mlp_are_unused_at_a_query():
     denoiser = DiTDenoiser(build_transformer(), "diffusers")
     blocks = denoiser.transformer.transformer_blocks
     unused = denoiser.unused_modules(1, "query")
-    for module in (blocks[2], blocks[1].ff, blocks[1].attn1.to_k, blocks[1].attn1.to_v, denoiser.transformer.proj_out_2):
+    for module in (
+        blocks[2],
+        blocks[1].ff,
+        blocks[1].attn1.to_k,
+        blocks[1].attn1.to_v,
+        denoiser.transformer.proj_out_2,
+    ):
         assert any(module is other for other in unused)
     assert not any(blocks[1].attn1.to_q is other for other in unused)
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,10 @@ def parquet(tmp_path_factory):
 
 
 PRETRAIN = (
-    "--image_column=picture --label_column=class --image_size=8 --num_channels=1 --num_layers=2 "
-    "--num_attention_heads=1 --attention_head_dim=16 --batch_size=8 --warmup_steps=2 --mixed_precision=no"
-).split()
+    *("--image_column=picture", "--label_column=class", "--image_size=8", "--num_channels=1", "--num_layers=2"),
+    *("--num_attention_heads=1", "--attention_head_dim=16", "--batch_size=8", "--warmup_steps=2"),
+    "--mixed_precision=no",
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +68,18 @@ def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
         assert samples.size == (2 * 2 * 8, 2 * 8 * 8)  # 2 classes, 8 rows, drawn twice as large
 
 
-def test_pretraining_goes_on_where_it_stopped(parquet, pretrained, tmp_path):
-    """Every step is a checkpoint; a second command with the same target trains nothing more."""
+def test_pretraining_goes_on_where_it_was_killed(parquet, pretrained, tmp_path):
+    """A run that is killed after its first checkpoint and started again ends with the weights of one that was not."""
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN)
-    run("pretrain_dit.py", *arguments, "--checkpoint_minutes", 0)
-    before = (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert before == (pretrained / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    command = [sys.executable, str(EXAMPLES / "pretrain_dit.py"), *map(str, arguments), "--checkpoint_minutes", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
+        assert json.loads(process.stdout.readline())["step"] == 1
+        while not (tmp_path / "checkpoint").exists():
+            time.sleep(0.01)
+        process.kill()
     run("pretrain_dit.py", *arguments)
-    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (pretrained / weights).read_bytes()
 
 
 def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretrained, tmp_path):

@@ -109,5 +109,5 @@ def test_nan_pictures_are_refused():
 
 
 def test_other_numbers_of_channels_are_refused():
-    with pytest.raises(ValueError, match="`num_channels` must be 1 .grey. or 3 .RGB., got 2"):
+    with pytest.raises(ValueError, match=r"`num_channels` must be 1 .grey. or 3 .RGB., got 2"):
         values_of(RED, num_channels=2)

@@ -29,7 +29,7 @@ def test_accuracy_of_nothing_is_refused():
 
 
 def test_accuracy_of_different_lengths_is_refused():
-    with pytest.raises(ValueError, match="[Mm]ismatch"):
+    with pytest.raises(ValueError, match=r"[Mm]ismatch"):
         Accuracy().compute(predictions=[0, 1], references=[0])
 
 

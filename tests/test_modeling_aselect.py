@@ -132,6 +132,14 @@ def test_the_number_of_labels_can_change_on_loading(classifier, tmp_path):
     assert again.head.classifier.out_features == 7
 
 
+def test_another_number_of_labels_says_how_to_start_anew(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"expected \(7.*Pass `ignore_mismatched_sizes=True` to start with a new head"
+    ):
+        DiTForImageClassification.from_pretrained(tmp_path, num_labels=7)
+
+
 def test_the_linear_head_is_built(pixel_folder, pixels):
     model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, num_labels=4, head="linear")
     assert model(pixels).logits.shape == (7, 4)
@@ -152,7 +160,9 @@ def test_a_training_step_moves_what_is_trainable_and_nothing_else(pixel_folder, 
     for name, value in model.named_parameters():
         in_backbone = name.startswith("backbone.")
         after_tap = "transformer_blocks.2" in name or "proj_out" in name or "blocks.1.ff" in name
-        after_tap |= any(part in name for part in ("blocks.1.attn1.to_k", "blocks.1.attn1.to_v", "blocks.1.attn1.to_out"))
+        after_tap |= any(
+            part in name for part in ("blocks.1.attn1.to_k", "blocks.1.attn1.to_v", "blocks.1.attn1.to_out")
+        )
         expected = not in_backbone or (not freeze_backbone and not after_tap)
         assert value.requires_grad == expected, name
         # The label table has a row for each class, and only the null label's is read.
@@ -230,7 +240,7 @@ def test_a_resolved_checkpoint_is_searched_again_when_asked(model, pictures, tmp
 
 def test_pictures_for_a_fixed_timestep_are_refused(model, pictures, tmp_path):
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the timestep is fixed at 50. Pass `timestep='auto'`"):
+    with pytest.raises(ValueError, match=r"the timestep is fixed at 50. Pass `timestep='auto'`"):
         DiTModel.from_pretrained(tmp_path, calibration_images=pictures)
 
 
@@ -287,7 +297,9 @@ def test_a_label_outside_the_classes_is_refused(classifier, pixels):
 def test_a_label_that_is_to_be_ignored_is_left_out(classifier, pixels):
     labels = torch.tensor([0, 1, -100, 3, 0, 1, 2])
     kept = labels != -100
-    torch.testing.assert_close(classifier(pixels, labels=labels).loss, classifier(pixels[kept], labels=labels[kept]).loss)
+    torch.testing.assert_close(
+        classifier(pixels, labels=labels).loss, classifier(pixels[kept], labels=labels[kept]).loss
+    )
 
 
 def test_neither_pictures_nor_features_is_refused(classifier, pixels):

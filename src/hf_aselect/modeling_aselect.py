@@ -78,6 +78,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         output_loading_info = kwargs.pop("output_loading_info", False)
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
         if is_diffusers_folder(source):
             own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
@@ -90,6 +91,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 path,
                 *args,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # checked below, where the error can say what to do
                 use_safetensors=True,  # never unpickle
                 **kwargs,
             )
@@ -101,6 +103,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         model: Self
         model, info = loaded
         _check_backbone_is_complete(source, info)
+        if not ignore_mismatched_sizes:
+            _check_head_fits(source, info)
         model._base().freeze()  # the host makes every loaded weight trainable
         model._settle_timestep(calibration_images)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
@@ -266,6 +270,17 @@ def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, 
         raise ValueError(
             f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
             f"are missing, left over or of another shape, among them {sorted(broken)[:3]}."
+        )
+
+
+def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose head has other shapes than the configuration says."""
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"The head saved in {str(source)!r} does not fit the configuration: {name!r} has shape {tuple(found)}, "
+            f"expected {tuple(expected)}. Pass `ignore_mismatched_sizes=True` to start with a new head, or leave "
+            "`num_labels` and the sizes of the head as they were saved."
         )
 
 

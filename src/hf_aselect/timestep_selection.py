@@ -341,9 +341,10 @@ def _sample(images: Iterable[Any], max_images: int, seed: int) -> Iterable[Any]:
             "Pictures must be a list of PIL pictures or arrays, a dataset with an image column, or a tensor of pixel "
             f"values, got {type(images).__name__}."
         )
-    if not isinstance(images, Sequence | Tensor) and not hasattr(images, "__getitem__"):
-        return islice(images, max_images)  # a stream has no length
-    size = len(images)  # type: ignore[arg-type]
+    try:
+        size = len(images)  # type: ignore[arg-type]
+    except TypeError:  # a stream has no length
+        return islice(images, max_images)
     if size <= max_images:
         return images
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:max_images]
