@@ -137,7 +137,8 @@ def sample_grid(model: DiTTransformer2DModel, scheduler: DDPMScheduler, path: Pa
     labels = torch.arange(columns).repeat(rows).to(model.device)
     shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
     pictures = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=True)
+    # From the last timestep on, where there is only noise, and without clipping, which breaks guidance.
+    sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
     sampler.set_timesteps(50)
     for t in sampler.timesteps:
         both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
@@ -221,7 +222,10 @@ class Pretraining:
         self.step = self.log[-1]["step"] if self.log else 0
 
     def train(self) -> None:
-        """Train to the end, with a checkpoint every few minutes."""
+        """Train to the end, with a checkpoint every few minutes; a finished run only writes its results anew."""
+        if self.step == self.num_steps:
+            self.write_averaged_model()
+            return
         accelerator, losses = self.accelerator, []
         dataset = self.dataset.with_transform(lambda batch: to_tensors(batch, self.args))
         # Each process takes its own batches of the same list; where a run goes on, the list starts later.
