@@ -132,6 +132,14 @@ def test_the_number_of_labels_can_change_on_loading(classifier, tmp_path):
     assert again.head.classifier.out_features == 7
 
 
+def test_a_new_attention_head_starts_with_xaviers_range(classifier):
+    for layer in classifier.head.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+            assert layer.bias is None or not layer.bias.any()
+
+
 def test_another_number_of_labels_says_how_to_start_anew(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
     with pytest.raises(

@@ -51,6 +51,22 @@ def test_a_timestep_that_is_best_is_found(best, criterion):
     assert selection.confidence > 0.9
 
 
+class BlindModel(StubModel):
+    """At t = 999, where nearly no signal is left, shows the noise's high frequencies only."""
+
+    def read_tokens(self, noised_latents, timesteps, block, feature):
+        tokens = super().read_tokens(noised_latents, timesteps, block, feature) - 5
+        noise = noised_latents.flatten(2).transpose(1, 2)
+        return noise - noise.mean(1, keepdim=True) if timesteps[0] == 999 else tokens
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_ratio_of_two_small_numbers_is_not_chosen(seed):
+    model, grid = BlindModel(100), [0, 100, 999]
+    assert select_timestep(model, pictures(64, seed), criterion="hfr", timesteps=grid, seed=seed).timestep == 999
+    assert select_timestep(model, pictures(64, seed), timesteps=grid, seed=seed).timestep == 100
+
+
 def test_the_number_of_forward_passes_is_counted():
     model = StubModel(100)
     selection = select_timestep(model, pictures(10), timesteps=GRID)

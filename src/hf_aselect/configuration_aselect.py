@@ -102,7 +102,7 @@ class ASelectConfig(PreTrainedConfig):
         image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
             down-sampling). Other multiples of the patch work: the position table is made anew for them.
         selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
-        initializer_range: Standard deviation of newly initialised weights.
+        initializer_range: Standard deviation of newly initialised weights; the attention head has Xavier's instead.
 
     Raises:
         ValueError: If a keyword is unknown or a value does not fit; inside a `StrictDataclassError` of

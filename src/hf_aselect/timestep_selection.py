@@ -66,9 +66,10 @@ def _score_hfr(powers: Tensor) -> Tensor:
 
 def _score_signal_hfr(powers: Tensor) -> Tensor:
     high, whole, _, noisy = powers.sum(-2).unbind(-1)
-    # Where nearly nothing of the signal survives, its ratio is one of two small numbers and can be anything: it counts
-    # as much as the draws agree.
-    return high / whole * (whole / noisy).clamp(0, 1)
+    # Where the draws agree on less than a quarter of the power, the ratio is one of two small numbers and can be
+    # anything, or even without bound: there it fades to 0.
+    return high / torch.maximum(whole, noisy / 4)
+
 
 
 CRITERIA = {"hfr": Criterion(1, _score_hfr), "signal_hfr": Criterion(2, _score_signal_hfr)}
@@ -165,8 +166,8 @@ def select_timestep(
         model: Model with the tap (`config.block`, `config.feature`) to choose a timestep for.
         images: PIL pictures or arrays; a `datasets` dataset with an image column; or pixel values, (B, C, H, W), in
             [-1, 1].
-        criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on, times that agreement) or
-            "hfr" (the paper's, of one noise draw, as reconstructed in `spectrum.hfr`).
+        criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on) or "hfr" (the paper's, of
+            one noise draw, as reconstructed in `spectrum.hfr`).
         timesteps: Grid to search, integers in [0, 1000). Default: about 20, evenly spaced in log-SNR.
         max_images: Look at so many pictures at the most; a larger set is sampled.
         batch_size: Pictures in one forward pass; does not change the result beyond rounding.
@@ -341,14 +342,15 @@ def _sample(images: Iterable[Any], max_images: int, seed: int) -> Iterable[Any]:
             "Pictures must be a list of PIL pictures or arrays, a dataset with an image column, or a tensor of pixel "
             f"values, got {type(images).__name__}."
         )
+    indexed: Any = images
     try:
-        size = len(images)  # type: ignore[arg-type]
+        size = len(indexed)
     except TypeError:  # a stream has no length
         return islice(images, max_images)
     if size <= max_images:
         return images
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:max_images]
-    return (images[int(index)] for index in order.sort().values)
+    return (indexed[int(index)] for index in order.sort().values)
 
 
 def _picture_of(row: Any) -> Any:  # noqa: ANN401 - a row of a dataset or a picture
