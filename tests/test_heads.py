@@ -35,6 +35,16 @@ def test_the_attention_head_sees_each_token():
     assert bool((tokens.grad.abs().sum(-1) > 0).all())
 
 
+def test_leaving_out_what_is_not_read_changes_nothing():
+    head = AttentionHead(6, 3, hidden_size=8, num_layers=2, num_attention_heads=2, mlp_ratio=2)
+    tokens = torch.randn(5, 7, 6)
+    hidden_states = torch.cat([head.class_token.expand(5, -1, -1), head.input_projection(tokens)], dim=1)
+    for block in head.blocks:
+        hidden_states = block(hidden_states)
+    assert hidden_states.shape == (5, 8, 8)
+    torch.testing.assert_close(head(tokens), head.classifier(hidden_states[:, 0]))
+
+
 def test_the_linear_head_reads_the_mean():
     head, tokens = LinearHead(6, 3), torch.randn(2, 9, 6)
     pooled = tokens.mean(1, keepdim=True)

@@ -44,13 +44,13 @@ class AttentionHeadBlock(nn.Module):
         self.activation = nn.GELU()
         self.down_projection = nn.Linear(mlp_ratio * hidden_size, hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the block's output, (B, N, D), of its input, (B, N, D)."""
+    def forward(self, hidden_states: Tensor, num_outputs: int | None = None) -> Tensor:
+        """Return the block's output for the first `num_outputs` tokens (default: all), (B, n, D), of (B, N, D)."""
         normed = self.attention_norm(hidden_states)
         split = self.query_key_value(normed).unflatten(-1, (3, self.num_attention_heads, -1))  # (B, N, 3, heads, d)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
-        hidden_states = hidden_states + self.projection(mixed.transpose(1, 2).flatten(2))
+        mixed = nn.functional.scaled_dot_product_attention(query[:, :, :num_outputs], key, value)
+        hidden_states = hidden_states[:, :num_outputs] + self.projection(mixed.transpose(1, 2).flatten(2))
         normed = self.mlp_norm(hidden_states)
         output: Tensor = hidden_states + self.down_projection(self.activation(self.up_projection(normed)))
         return output
@@ -96,7 +96,9 @@ class AttentionHead(nn.Module):
         hidden_states = self.input_projection(tokens)
         class_tokens = self.class_token.expand(len(tokens), -1, -1)
         hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            # Of the last block only the class token is read: the others need no query and no MLP.
+            hidden_states = block(hidden_states, num_outputs=1 if index == last else None)
         logits: Tensor = self.classifier(hidden_states[:, 0])
         return logits
