@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_aselect import cli, demo
 from hf_aselect.demo import DemoSettings, format_table, load_embedded_split, run_demo
 
-SMALL = DemoSettings(num_train=200, num_test=100, num_calibration=16, num_epochs=1)
+SMALL = DemoSettings(num_train=200, num_test=100, num_calibration=16, num_probe=100, num_views=2, num_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,28 @@ def test_help_names_the_command(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     assert "demo" in capsys.readouterr().out
+
+
+def test_augmented_pictures_are_mirrored_or_shifted_by_a_pixel():
+    picture = torch.rand(1, 5, 6)
+    padded = torch.nn.functional.pad(torch.stack([picture, picture.flip(-1)]), [1] * 4, mode="replicate")
+    possible = {
+        tuple(view[:, top : top + 5, left : left + 6].flatten().tolist())
+        for view in padded
+        for top in range(3)
+        for left in range(3)
+    }
+    torch.manual_seed(0)
+    found = {tuple(view.flatten().tolist()) for view in demo.augmented(picture.expand(500, -1, -1, -1))}
+    assert found == possible
+    assert len(possible) == 18
+
+
+def test_the_rows_are_the_tokens_of_the_pictures_and_of_augmented_ones(finished):
+    model = AutoModelForImageClassification.from_pretrained(finished[0] / "model")
+    pixels, labels = torch.rand(3, 1, 28, 28) * 2 - 1, torch.tensor([4, 5, 6])
+    rows = demo.training_rows(model, pixels, labels, num_views=3)
+    assert [int(row["labels"]) for row in rows] == [4, 5, 6] * 3
+    plain = model.extract_features(pixels)
+    torch.testing.assert_close(torch.stack([row["features"] for row in rows[:3]]), plain.half())
+    assert not torch.allclose(torch.stack([row["features"] for row in rows[3:6]]).float(), plain, atol=1e-2)

@@ -71,7 +71,6 @@ def _score_signal_hfr(powers: Tensor) -> Tensor:
     return high / torch.maximum(whole, noisy / 4)
 
 
-
 CRITERIA = {"hfr": Criterion(1, _score_hfr), "signal_hfr": Criterion(2, _score_signal_hfr)}
 
 
