@@ -95,4 +95,6 @@ def test_a_misspelt_keyword_is_refused_with_the_nearest_field(name, near):
 
 
 def test_what_the_host_writes_into_a_configuration_is_let_in():
-    ASelectConfig(use_cache=False, torch_dtype="float16", _name_or_path="x", output_attentions=False)
+    config = ASelectConfig(use_cache=False, torch_dtype="float16", _name_or_path="x", output_attentions=False)
+    assert str(config.dtype).removeprefix("torch.") == "float16"
+    assert config.name_or_path == "x"
