@@ -59,6 +59,10 @@ class PretrainingArguments:
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged weights, which are saved."})
     mixed_precision: str = field(default="bf16", metadata={"help": "`no`, `bf16` or `fp16`."})
     save_dtype: str = field(default="float32", metadata={"help": "`float32`, `float16` or `bfloat16`."})
+    stages: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Also keep the DiT as it is after about so many pictures, in OUTPUT_DIR/stage-PICTURES."},
+    )
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order of pictures, noise and samples."})
 
@@ -247,6 +251,7 @@ class Pretraining:
             losses.append(self.optimize(batch))
             bar.update(self.batch_size)
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+            self.write_stage()
             late = time.monotonic() - last > 60 * self.args.checkpoint_minutes
             if self.step == self.num_steps or broadcast_object_list([late])[0]:
                 self.write_checkpoint(float(np.mean(losses)), spent + time.monotonic() - started)
@@ -285,18 +290,27 @@ class Pretraining:
             self.write_averaged_model()
         accelerator.wait_for_everyone()
 
-    def write_averaged_model(self) -> None:
-        """Write `transformer/`, `scheduler/`, a grid of samples and the log."""
+    def write_stage(self) -> None:
+        """Write the averaged model to a folder of its own, when the step just taken completes one of the stages."""
+        done, main = self.step * self.batch_size, self.accelerator.is_main_process
+        for stage in self.args.stages:
+            if main and done - self.batch_size < stage <= done:
+                self.write_averaged_model(self.output / f"stage-{stage}")
+
+    def write_averaged_model(self, output: Path | None = None) -> None:
+        """Write `transformer/`, `scheduler/`, a grid of samples and the log to `output`, else to the run's folder."""
+        output = output or self.output
+        output.mkdir(exist_ok=True)
         # A copy, not a new model: drawing new weights would change the random numbers of the steps that follow.
         averaged = copy.deepcopy(self.accelerator.unwrap_model(self.model)).eval()
         self.ema.copy_to(averaged.parameters())
-        sample_grid(averaged, self.scheduler, self.output / "samples.png", self.args.seed)
+        sample_grid(averaged, self.scheduler, output / "samples.png", self.args.seed)
         averaged.to(getattr(torch, self.args.save_dtype))
         for name, part in (("transformer", averaged), ("scheduler", self.scheduler)):
-            part.save_pretrained(incomplete(self.output / name))
-            complete(self.output / name)
+            part.save_pretrained(incomplete(output / name))
+            complete(output / name)
         log = {"arguments": vars(self.args), "log": self.log}
-        (self.output / "training_log.json").write_text(json.dumps(log, indent=1))
+        (output / "training_log.json").write_text(json.dumps(log, indent=1))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import logging
 from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_aselect import Accuracy, ASelectCallback, ASelectConfig, ASelectImageProcessor, DiTForImageClassification
@@ -59,7 +59,7 @@ ConfigArguments = make_dataclass(
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
-    """Return the `train` and `validation` splits; a tenth of train is held out where there is no other."""
+    """Return the `train` and `validation` splits: `test` stands in for `validation`, else a tenth of train does."""
     sources = [args.dataset_name, args.train_dir, args.train_file]
     if sum(source is not None for source in sources) != 1:
         raise ValueError("Give exactly one of --dataset_name, --train_dir and --train_file.")
@@ -75,12 +75,37 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     for column in (args.image_column, args.label_column):
         if column not in splits["train"].column_names:
             raise ValueError(f"The dataset has no column {column!r}, only {splits['train'].column_names}.")
-    if not hasattr(splits["train"].features[args.label_column], "names"):
-        splits = splits.class_encode_column(args.label_column)
-    if "validation" not in splits:
-        held_out = splits["train"].train_test_split(0.1, seed=seed, stratify_by_column=args.label_column)
-        splits = DatasetDict(train=held_out["train"], validation=splits.get("test", held_out["test"]))
-    return splits
+    train = splits["train"]
+    if not isinstance(train.features[args.label_column], ClassLabel):
+        train = train.class_encode_column(args.label_column)
+    held_out = splits.get("validation", splits.get("test"))
+    if held_out is None:
+        return DatasetDict(
+            zip(
+                ("train", "validation"),
+                train.train_test_split(0.1, seed=seed, stratify_by_column=args.label_column).values(),
+                strict=True,
+            )
+        )
+    return DatasetDict(train=train, validation=with_classes_of(train, held_out, args.label_column))
+
+
+def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
+    """Return another split with the class indices of the training split: each split alone may lack some classes."""
+    classes = train.features[column]
+    if other.features[column] == classes:
+        return other
+    known = set(classes.names)
+    kind = other.features[column]
+    spell = kind.int2str if isinstance(kind, ClassLabel) else str
+    names = [spell(value) for value in other[column]]
+    if unknown := sorted(set(names) - known):
+        raise ValueError(
+            f"The evaluation split has {len(unknown)} classes that the training split lacks, among them "
+            f"{unknown[:3]}; those of the training split are {classes.names[:10]}."
+        )
+    indices = [classes.str2int(name) for name in names]
+    return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)
 
 
 def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArguments) -> Dataset:
@@ -91,6 +116,13 @@ def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArgument
         return {"pixel_values": pixels, "labels": batch[args.label_column]}
 
     return split.with_transform(transform)
+
+
+def needs_timestep(source: str, given: dict[str, Any]) -> bool:
+    """Return whether the model would come without a timestep: asked for "auto", or none was chosen before."""
+    if "timestep" in given:
+        return bool(given["timestep"] == "auto")
+    return DiTForImageClassification.from_pretrained(source).config.timestep == "auto"
 
 
 def main() -> None:
@@ -107,7 +139,7 @@ def main() -> None:
     calibration = calibration[: args.num_calibration_images][args.image_column]
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
-        calibration_images=calibration if given.get("timestep") == "auto" else None,
+        calibration_images=calibration if needs_timestep(args.model_name_or_path, given) else None,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         **given,

@@ -30,6 +30,10 @@ DDPM_LINEAR = {
     "beta_schedule": "linear",
 }
 
+_NEEDED_OF_TRANSFORMER = (
+    *("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size"),
+)
+
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
 _WRITTEN_BY_TRANSFORMERS = {
     "_attn_implementation_autoset",
@@ -136,6 +140,11 @@ class ASelectConfig(PreTrainedConfig):
         refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
+        if missing := [name for name in _NEEDED_OF_TRANSFORMER if self.transformer.get(name) is None]:
+            raise ValueError(
+                f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
+                "(`dict(transformer.config)`)."
+            )
         if self.block is None:
             self.block = 3 * self.num_hidden_layers // 8
         if self.image_size is None:

@@ -85,6 +85,10 @@ def _prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / CONFIG)
+    # The name that DiT went by in diffusers before version 0.29, and in Meta's checkpoints to this day; diffusers
+    # itself maps it in the same way.
+    if config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        config["_class_name"] = "DiTTransformer2DModel"
     check_family(config.get("_class_name"))
     return config
 

@@ -132,8 +132,8 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
     predicted = predict(model, pixels["test"])
     save_everything(model, trainer, selection, probed, results, output)
     save_predictions(test, predicted, output / "predictions.png")
-    check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
     write_json(output / "results.json", results)
+    check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
     return results
 
 
@@ -258,6 +258,7 @@ def train_head(
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        use_cpu=True,  # what is compared with the reloaded model bit by bit must be computed on the same device
         disable_tqdm=False,
     )
     trainer = Trainer(

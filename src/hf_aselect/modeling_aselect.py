@@ -16,7 +16,7 @@ from .convert_diffusers import is_diffusers_folder, load_diffusers
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import AttentionHead, LinearHead
 from .noise_schedule import NoiseSchedule, fixed_noise
-from .timestep_selection import select_timestep
+from .timestep_selection import TimestepSelection, select_timestep
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,20 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         output_loading_info = kwargs.pop("output_loading_info", False)
+        if not kwargs.pop("use_safetensors", True):
+            raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
         if is_diffusers_folder(source):
+            if kwargs.get("config") is not None:
+                raise ValueError(
+                    "`config=` cannot be given with what diffusers saved: its files say what the model is. Give "
+                    "fields of the configuration as keywords (`timestep=`, `block=`, ...)."
+                )
+            kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
             own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
             fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
             kwargs["config"], kwargs["state_dict"] = load_diffusers(source, **fields)
-            kwargs.setdefault("dtype", torch.float32)
             path = None
         try:
             loaded: Any = super().from_pretrained(
@@ -107,6 +114,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         model: Self
         model, info = loaded
         _check_backbone_is_complete(source, info)
+        _check_head_is_whole(source, info, model)
         if not ignore_mismatched_sizes:
             _check_head_fits(source, info)
         model._base().freeze()  # the host makes every loaded weight trainable
@@ -129,9 +137,22 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. "
                 "Pass `timestep='auto'` to choose it anew, or leave the pictures out."
             )
-        made_for = config.selection and tuple(config.selection.get(k) for k in ("timestep", "block", "feature"))
-        if made_for and made_for != (config.timestep, config.block_index(), config.feature):
-            config.selection = None
+        self._forget_stale_selection()
+
+    def _forget_stale_selection(self) -> None:
+        """Drop the record of a choice that is no longer in use: a timestep or tap was set by hand since."""
+        if self.config.selection and not TimestepSelection.from_dict(self.config.selection).is_of(self.config):
+            self.config.selection = None
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
+        """Save configuration and weights as the host does, without the record of a choice that is not in use.
+
+        Args:
+            args: Passed on to the host.
+            kwargs: Passed on to the host.
+        """
+        self._forget_stale_selection()
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -274,6 +295,17 @@ def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, 
         raise ValueError(
             f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
             f"are missing, left over or of another shape, among them {sorted(broken)[:3]}."
+        )
+
+
+def _check_head_is_whole(source: str | os.PathLike[str], info: dict[str, Any], model: ASelectPreTrainedModel) -> None:
+    """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
+    missing = {name for name in info["missing_keys"] if name.startswith("head.")}
+    whole = {name for name in model.state_dict() if name.startswith("head.")}
+    if missing and missing != whole:
+        raise ValueError(
+            f"The weights in {str(source)!r} hold a part of the head only: {len(missing)} of its {len(whole)} tensors "
+            f"are missing, among them {sorted(missing)[:3]}. Save or download them again."
         )
 
 

@@ -65,18 +65,45 @@ class NoiseSchedule:
             alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
         return cls(alphas_cumprod)
 
-    def alpha(self, timesteps: Tensor) -> Tensor:
-        """Return the signal's factor at integer timesteps in [0, 1000), same shape, float64."""
-        return self.alphas_cumprod.to(timesteps.device)[timesteps].sqrt()
+    def alpha(self, timesteps: Tensor | int) -> Tensor:
+        """Return the signal's factor at integer timesteps in [0, 1000), same shape, float64, on the CPU.
 
-    def sigma(self, timesteps: Tensor) -> Tensor:
-        """Return the noise's factor at integer timesteps in [0, 1000), same shape, float64."""
-        return (1 - self.alphas_cumprod.to(timesteps.device)[timesteps]).sqrt()
+        Raises:
+            ValueError: If a timestep is no integer or outside [0, 1000).
+        """
+        return self._shares(timesteps).sqrt()
 
-    def log_snr(self, timesteps: Tensor) -> Tensor:
-        """Return 2·ln(alpha / sigma) at integer timesteps in [0, 1000), same shape, float64; falls with t."""
-        shares = self.alphas_cumprod.to(timesteps.device)[timesteps]
+    def sigma(self, timesteps: Tensor | int) -> Tensor:
+        """Return the noise's factor at integer timesteps in [0, 1000), same shape, float64, on the CPU.
+
+        Raises:
+            ValueError: If a timestep is no integer or outside [0, 1000).
+        """
+        return (1 - self._shares(timesteps)).sqrt()
+
+    def log_snr(self, timesteps: Tensor | int) -> Tensor:
+        """Return 2·ln(alpha / sigma) at integer timesteps in [0, 1000), same shape, float64, on the CPU.
+
+        It falls with t.
+
+        Raises:
+            ValueError: If a timestep is no integer or outside [0, 1000).
+        """
+        shares = self._shares(timesteps)
         return shares.clamp_min(MIN_SIGNAL_POWER).log() - (1 - shares).log()
+
+    def _shares(self, timesteps: Tensor | int) -> Tensor:
+        """Return the signal's share of power; float64 stays on the CPU, as not every accelerator has it."""
+        given = torch.as_tensor(timesteps).cpu()
+        if given.is_floating_point() or given.dtype == torch.bool:
+            raise ValueError(f"Timesteps must be integers in [0, {NUM_TIMESTEPS}), got values of {given.dtype}.")
+        given = given.long()
+        if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < NUM_TIMESTEPS):
+            raise ValueError(
+                f"Timesteps must be integers in [0, {NUM_TIMESTEPS}), got values from {int(given.min())} to "
+                f"{int(given.max())}."
+            )
+        return self.alphas_cumprod[given]
 
     def timestep_at(self, log_snr: float) -> int:
         """Return the integer timestep in [0, 1000) whose log-SNR is nearest to `log_snr`.
@@ -100,8 +127,8 @@ class NoiseSchedule:
         Returns:
             Noised latents, (B, C, h, w), computed in float32 and returned in the dtype of `latents`.
         """
-        alpha = self.alpha(timesteps).to(latents.device, torch.float32).view(-1, 1, 1, 1)
-        sigma = self.sigma(timesteps).to(latents.device, torch.float32).view(-1, 1, 1, 1)
+        alpha = self.alpha(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
+        sigma = self.sigma(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         return (alpha * latents.float() + sigma * noise.to(latents.device).float()).to(latents.dtype)
 
 

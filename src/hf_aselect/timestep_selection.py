@@ -1,6 +1,7 @@
 """Choosing the timestep: a label-free criterion over a grid of timesteps, and the record of the choice."""
 
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,6 +109,10 @@ class TimestepSelection:
     num_forwards: int
     seconds: float
     seed: int
+
+    def is_of(self, config: ASelectConfig) -> bool:
+        """Return whether this is how the timestep of a configuration was chosen, at its tap."""
+        return (self.timestep, self.block, self.feature) == (config.timestep, config.block_index(), config.feature)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain numbers, strings and lists, fit for JSON."""
@@ -241,8 +246,12 @@ def _checked_grid(timesteps: Sequence[int]) -> list[int]:
     if not len(timesteps):
         raise ValueError("`timesteps` must name at least one timestep, got none.")
     for timestep in timesteps:
+        if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):
+            check_timestep(timestep)
+    grid = sorted({operator.index(timestep) for timestep in timesteps})  # of numpy and torch, too
+    for timestep in (grid[0], grid[-1]):
         check_timestep(timestep)
-    return sorted(set(timesteps))
+    return grid
 
 
 def _measure(model: ReadableModel, batches: Iterator[Tensor], grid: list[int], num_draws: int, seed: int) -> Tensor:
@@ -268,7 +277,7 @@ def _measure(model: ReadableModel, batches: Iterator[Tensor], grid: list[int], n
                     tokens = model.read_tokens(noised, timesteps, block, feature)
                     spectra.append(token_spectrum(tokens, rows, columns))
                 by_timestep.append(_picture_powers(torch.stack(spectra)))
-            measured.append(torch.stack(by_timestep).cpu())
+            measured.append(torch.stack(by_timestep))
     if not measured:
         raise ValueError("No pictures to choose a timestep from: the set is empty.")
     return torch.cat(measured, dim=1)
@@ -276,8 +285,9 @@ def _measure(model: ReadableModel, batches: Iterator[Tensor], grid: list[int], n
 
 def _picture_powers(spectra: Tensor, cutoff: float = 0.15) -> Tensor:
     """Return the signal's and the noisy high-band and whole power of each picture, (B, 4), of (K, B, D, h, w)."""
-    noisy = band_powers(noisy_power(spectra).double(), cutoff)
-    signal = band_powers(signal_power(spectra).double(), cutoff) if len(spectra) > 1 else torch.zeros_like(noisy)
+    # On the CPU: not every accelerator has float64.
+    noisy = band_powers(noisy_power(spectra).cpu().double(), cutoff)
+    signal = band_powers(signal_power(spectra).cpu().double(), cutoff) if len(spectra) > 1 else torch.zeros_like(noisy)
     return torch.cat([signal, noisy], dim=-1)
 
 

@@ -89,8 +89,9 @@ def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[st
         "block": config.block_index(),
         "feature": config.feature,
     }
-    if config.selection is not None:
-        record = TimestepSelection.from_dict(config.selection)
+    record = TimestepSelection.from_dict(config.selection) if config.selection else None
+    # After a timestep set by hand the record tells of another one.
+    if record is not None and record.is_of(config):
         record.plot(folder / CURVE)
         known |= {
             "criterion": record.criterion,
