@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 import hf_aselect
 from hf_aselect import ASelectConfig
+from hf_aselect.configuration_aselect import DIT_XL_2
 
 PACKAGE = Path(hf_aselect.__file__).parent
 FIELDS = [name for name in ASelectConfig.__annotations__ if name != "model_type"]
@@ -98,3 +99,14 @@ def test_what_the_host_writes_into_a_configuration_is_let_in():
     config = ASelectConfig(use_cache=False, torch_dtype="float16", _name_or_path="x", output_attentions=False)
     assert str(config.dtype).removeprefix("torch.") == "float16"
     assert config.name_or_path == "x"
+
+
+def test_a_misspelt_keyword_is_refused_on_loading(tmp_path):
+    ASelectConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no field `timestp` .did you mean `timestep`"):
+        ASelectConfig.from_pretrained(tmp_path, timestp=5)
+
+
+def test_a_transformer_without_its_sizes_is_refused():
+    with pytest.raises(ValueError, match="`transformer` lacks sample_size: give the whole configuration"):
+        ASelectConfig(transformer={name: value for name, value in DIT_XL_2.items() if name != "sample_size"})

@@ -63,6 +63,17 @@ def test_pretraining_ends_with_a_dit_that_loads(pretrained):
     assert log[-1]["pictures"] == 48
 
 
+def test_pretraining_keeps_the_stages_asked_for(parquet, pretrained, tmp_path):
+    arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN)
+    run("pretrain_dit.py", *arguments, "--stages", 16, 20)
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    stages = [(tmp_path / name / weights).read_bytes() for name in ("stage-16", "stage-20")]
+    assert stages[0] != stages[1]
+    # Looking at a stage does not change what comes after.
+    assert (tmp_path / weights).read_bytes() == (pretrained / weights).read_bytes()
+    assert DiTModel.from_pretrained(tmp_path / "stage-16", timestep=5).config.num_channels == 1
+
+
 def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
     with PILImage.open(pretrained / "samples.png") as samples:
         assert samples.size == (2 * 2 * 8, 2 * 8 * 8)  # 2 classes, 8 rows, drawn twice as large
@@ -98,6 +109,28 @@ def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretr
     assert model.config.selection["num_images"] == 8
     # Dark and bright pictures are told apart: training did something.
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"] == 1.0
+
+
+def test_classes_named_by_strings_are_those_of_the_training_split(pretrained, tmp_path):
+    """Validation lacks the first class; its pictures must still be scored against the right ones."""
+    levels = {"black": 0, "grey": 120, "white": 250}
+    names = {"train": ["black", "grey", "white"] * 6, "test": ["grey", "white"] * 4}
+    for split, labels in names.items():
+        pictures = [PILImage.new("L", (8, 8), levels[label] + i % 3) for i, label in enumerate(labels)]
+        Dataset.from_dict({"image": pictures, "label": labels}).cast_column("image", Image()).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    run(
+        "train_image_classification.py",
+        *("--model_name_or_path", pretrained, "--train_file", tmp_path / "train.parquet", "--validation_file"),
+        *(tmp_path / "test.parquet", "--head", "linear", "--feature", "hidden", "--block", "-1", "--max_steps", 40),
+        *("--learning_rate", "0.05", "--report_to", "none", "--use_cpu", "--output_dir", tmp_path / "out"),
+    )
+    model = DiTForImageClassification.from_pretrained(tmp_path / "out")
+    assert list(model.config.id2label.values()) == ["black", "grey", "white"]
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"] == 1.0
+    # No --timestep was given, so it was chosen.
+    assert model.config.selection["num_images"] == 18
 
 
 def test_training_on_a_folder_of_pictures(pretrained, tmp_path):

@@ -111,3 +111,27 @@ def test_nan_pictures_are_refused():
 def test_other_numbers_of_channels_are_refused():
     with pytest.raises(ValueError, match=r"`num_channels` must be 1 .grey. or 3 .RGB., got 2"):
         values_of(RED, num_channels=2)
+
+
+@pytest.mark.parametrize("picture", [np.full((9, 9), 255, np.uint8), torch.full((9, 9), 255.0)])
+@pytest.mark.parametrize("wrap", [lambda picture: picture, lambda picture: [picture]])
+def test_grey_arrays_need_no_axis_of_channels(picture, wrap):
+    found = ASelectImageProcessor(size=8, num_channels=1)(wrap(picture), return_tensors="pt").pixel_values
+    assert found.shape == (1, 1, 8, 8)
+    assert found.eq(1).all()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.int32, 255), (np.int32, 65535), (np.float32, 255)])
+def test_pictures_of_32_bits_are_taken(dtype, value):
+    assert values_of(Image.fromarray(np.full((8, 8), value, dtype)), num_channels=1, size=8).eq(1).all()
+
+
+@pytest.mark.parametrize("num_channels", [2, 5])
+def test_arrays_of_other_numbers_of_channels_are_refused(num_channels):
+    with pytest.raises(ValueError, match=r"must have 1, 3 or 4 channels, first or last, got shape \(9, 9, "):
+        values_of(np.zeros((9, 9, num_channels), np.uint8))
+
+
+def test_a_size_without_height_and_width_is_refused():
+    with pytest.raises(ValueError, match=r"must be an integer or have `height` and `width`, got .'shortest"):
+        values_of(RED, size={"shortest_edge": 8})

@@ -319,3 +319,24 @@ def test_neither_pictures_nor_features_is_refused(classifier, pixels):
 def test_features_of_another_width_are_refused(classifier):
     with pytest.raises(ValueError, match=r"tokens of shape \(B, N, 16\), got \(2, 16, 8\)"):
         classifier(features=torch.zeros(2, 16, 8))
+
+
+@pytest.mark.parametrize("named", [{"timestep": 5}, {"block": 0, "feature": "key"}])
+def test_a_timestep_or_tap_in_forward_is_refused(model, classifier, pixels, named):
+    for each in (model, classifier):
+        with pytest.raises(
+            ValueError, match=f"takes no {', '.join(named)}. Set them in `model.config`, or call `extr"
+        ):
+            each(pixels, **named)
+
+
+def test_a_tuple_can_be_asked_for(model, classifier, pixels):
+    assert model(pixels, return_dict=False)[0].equal(model(pixels).last_hidden_state)
+    assert classifier(pixels, return_dict=False)[0].equal(classifier(pixels).logits)
+
+
+def test_a_record_is_not_saved_beside_a_timestep_set_by_hand(pixel_folder, pictures, tmp_path):
+    model = DiTModel.from_pretrained(pixel_folder, timestep="auto", calibration_images=pictures)
+    model.config.timestep += 1
+    model.save_pretrained(tmp_path)
+    assert DiTModel.from_pretrained(tmp_path).config.selection is None

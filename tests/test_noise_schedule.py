@@ -117,3 +117,20 @@ def test_a_wrong_number_of_levels_is_refused():
 def test_a_log_snr_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="`log_snr` must be a number"):
         schedule().timestep_at(float("nan"))
+
+
+@pytest.mark.parametrize("method", ["alpha", "sigma", "log_snr"])
+@pytest.mark.parametrize("timesteps", [-1, 1000, 2.5, True, torch.tensor([5, 1000])])
+def test_timesteps_that_are_none_are_refused(method, timesteps):
+    with pytest.raises(ValueError, match=r"must be integers in \[0, 1000\), got"):
+        getattr(schedule(), method)(timesteps)
+
+
+def test_a_single_timestep_may_be_an_integer():
+    assert schedule().log_snr(5) == schedule().log_snr(torch.tensor([5]))[0]
+
+
+@pytest.mark.parametrize("config", [{"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}])
+def test_schedulers_set_to_flow_matching_are_refused(config):
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler is that of a flow-matching model"):
+        NoiseSchedule.from_config({"_class_name": "UniPCMultistepScheduler", **config})

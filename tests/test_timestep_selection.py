@@ -226,3 +226,17 @@ def test_a_model_whose_features_are_nothing_is_refused(model, pixels):
         parameter.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite at every timestep: the model's features are NaN"):
         select_timestep(model, pixels, timesteps=GRID)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_a_grid_may_be_an_array(model, pictures, kind):
+    record = select_timestep(model, pictures, timesteps=kind([10, 500]))
+    assert record.timesteps == [10, 500]
+    assert type(record.timesteps[0]) is int
+
+
+def test_the_grid_of_a_zero_terminal_snr_schedule_is_spread_over_the_timesteps():
+    config = {"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+    grid = default_timesteps(NoiseSchedule.from_config(config))
+    assert len(grid) >= 19
+    assert sum(timestep < 900 for timestep in grid) >= 12

@@ -67,3 +67,32 @@ def test_other_processes_write_nothing(trainer, tmp_path):
     callback = ASelectCallback()
     callback.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model, metrics={})
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_the_card_of_a_timestep_set_after_a_choice_has_no_curve(trainer, tmp_path):
+    trainer.model.config.timestep = 3
+    trainer.train()
+    assert "Chosen by" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_evaluation_of_another_set_leaves_the_accuracy(trainer, tmp_path):
+    trainer.train()
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    trainer.evaluate(metric_key_prefix="test")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(accuracy, 4)
+
+
+def test_the_card_tells_of_the_weights_that_are_loaded_at_the_end(trainer, tmp_path):
+    """Three steps are evaluated; the first is the best, and its weights are the ones that remain."""
+    accuracies = iter([0.5, 0.25, 0.25])
+    trainer.compute_metrics = lambda _: {"accuracy": next(accuracies)}
+    arguments = trainer.args
+    arguments.eval_strategy = arguments.save_strategy = "steps"
+    arguments.eval_steps = arguments.save_steps = 1
+    arguments.load_best_model_at_end = arguments.greater_is_better = True
+    arguments.metric_for_best_model = "accuracy"
+    trainer.train()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results[0].metric_value == 0.5
+    assert "| steps | 1 |" in card.text

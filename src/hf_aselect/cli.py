@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "it, compare with other timesteps and with raw pixels, save the model with its card, and reload it.",
     )
     demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the head's training (%(default)s)")
     demo.set_defaults(run=_demo)
     parsed = parser.parse_args(arguments)
     try:

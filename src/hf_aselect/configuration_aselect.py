@@ -158,7 +158,11 @@ class ASelectConfig(PreTrainedConfig):
         The host sets `kwargs` on the finished configuration, past the checks; here they are checked like any value.
         """
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
-        return super().from_dict({**config_dict, **own_fields}, **kwargs)
+        if kwargs.pop("return_unused_kwargs", False):
+            return super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
+        config, unused = super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
+        refuse_unknown_keywords({name for name in unused if not name.startswith("_")} - _WRITTEN_BY_TRANSFORMERS)
+        return config
 
     @property
     def hidden_size(self) -> int:

@@ -45,7 +45,8 @@ class DemoSettings:
     """What the demo runs with; the defaults are those of `hf-aselect demo`.
 
     Args:
-        seed: Seed of the head's weights, the order of the pictures, their augmentation and the selection.
+        seed: Seed of the head's weights, the order of the pictures and their augmentation; the timestep is chosen
+            with `select_timestep`'s default seed.
         num_train: Training pictures, at most 4,000.
         num_test: Test pictures, at most 2,000.
         num_calibration: Training pictures that the timestep is chosen from.

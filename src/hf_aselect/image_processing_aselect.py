@@ -81,6 +81,12 @@ class ASelectImageProcessor(PilBackend):
         if isinstance(image, Image.Image):
             array = np.asarray(_upright(image).convert("L" if num_channels == 1 else "RGB"))
             return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
+        sides = (image.shape[0], image.shape[-1])
+        if kwargs.get("input_data_format") is None and not set(sides) & {1, 3}:
+            # The host would say only that it cannot tell which axis is which.
+            if 4 not in sides:
+                raise ValueError(f"A picture must have 1, 3 or 4 channels, first or last, got shape {image.shape}.")
+            kwargs["input_data_format"] = "channels_last" if image.shape[-1] == 4 else "channels_first"
         array = super().process_image(image, **kwargs)
         if array.dtype.kind == "f":
             if not np.isfinite(array).all():
@@ -92,6 +98,14 @@ class ASelectImageProcessor(PilBackend):
                 )
         return _with_channels(array, num_channels)
 
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:  # noqa: ANN401
+        # The host takes no grey arrays without an axis of channels.
+        if getattr(images, "ndim", None) == 2:
+            images = [images]
+        if isinstance(images, list | tuple):
+            images = [image[None] if getattr(image, "ndim", None) == 2 else image for image in images]
+        return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
+
     def _preprocess(  # type: ignore[override]
         self,
         images: list[NDArray[Any]],
@@ -101,6 +115,8 @@ class ASelectImageProcessor(PilBackend):
         size: SizeDict,
         **kwargs: Any,  # noqa: ANN401 - the host's signature
     ) -> BatchFeature:
+        if (do_resize or do_center_crop) and not (size.height and size.width):
+            raise ValueError(f"`size` must be an integer or have `height` and `width`, got {dict(size)}.")
         if do_center_crop:
             crop = _crop_to_shape if do_resize else self.center_crop
             images = [crop(image, size) for image in images]
@@ -119,9 +135,10 @@ class ASelectImageProcessor(PilBackend):
 def _upright(image: Image.Image) -> Image.Image:
     """Return the picture turned as its EXIF entry says, 16-bit grey values brought to 8 bits."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # `convert` would clip instead of scale.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    values = np.asarray(image) if image.mode[0] in "IF" else None
+    if values is not None and (image.mode.startswith("I;16") or values.max(initial=0) > 255):
+        # More than 8 bits: `convert` would clip instead of scale.
+        return Image.fromarray((values.clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     return image
 
 

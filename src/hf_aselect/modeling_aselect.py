@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from typing import Any, Self
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
-from .configuration_aselect import ASelectConfig, check_feature, check_timestep
+from .configuration_aselect import ASelectConfig, check_feature, check_timestep, refuse_unknown_keywords
 from .convert_diffusers import is_diffusers_folder, load_diffusers
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import AttentionHead, LinearHead
@@ -86,7 +88,9 @@ class ASelectPreTrainedModel(PreTrainedModel):
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
-        if is_diffusers_folder(source):
+        folder = os.path.join(source, kwargs.get("subfolder") or "")
+        if is_diffusers_folder(folder):
+            kwargs.pop("subfolder", None)
             if kwargs.get("config") is not None:
                 raise ValueError(
                     "`config=` cannot be given with what diffusers saved: its files say what the model is. Give "
@@ -95,7 +99,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
             kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
             own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
             fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
-            kwargs["config"], kwargs["state_dict"] = load_diffusers(source, **fields)
+            kwargs["config"], kwargs["state_dict"] = load_diffusers(folder, **fields)
             path = None
         try:
             loaded: Any = super().from_pretrained(
@@ -111,6 +115,10 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"The weights in {str(source)!r} are truncated or no safetensors ({error}). "
                 "Save or download them again."
             ) from error
+        except TypeError as error:
+            # The host passes keywords that it does not know on to the model's `__init__`.
+            refuse_unknown_keywords(set(re.findall(r"unexpected keyword argument '(\w+)'", str(error))))
+            raise
         model: Self
         model, info = loaded
         _check_backbone_is_complete(source, info)
@@ -286,6 +294,15 @@ _HOW_TO_RESOLVE = (
 )
 
 
+def _refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
+    """Refuse a timestep or tap in `forward`: it would be ignored, as the head was trained at the configuration's."""
+    if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "num_noise_draws"}):
+        raise ValueError(
+            f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
+            "`model.config`, or call `extract_features`, which takes them."
+        )
+
+
 def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
     """Refuse a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
     broken = {name for name in info["missing_keys"] if "denoiser." in name or "vae." in name}
@@ -359,16 +376,18 @@ class DiTModel(ASelectPreTrainedModel):
             self.vae.eval()
         return self
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:  # noqa: ANN401
         """Return the tokens of pictures, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
 
         Args:
             pixel_values: Pictures in [-1, 1], (B, C, H, W).
-            kwargs: Ignored; the host passes keywords that only some models know.
+            kwargs: Ignored; the host passes keywords that only some models know. `return_dict=False` gives a tuple.
 
         Raises:
-            ValueError: If the timestep is not chosen yet or the pictures do not fit.
+            ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
         """
+        _refuse_tap_keywords(kwargs)
         tokens = self.extract_features(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
 
@@ -398,6 +417,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             )
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -412,12 +432,13 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             labels: Class indices in [0, K), (B,); -100 is left out of the loss. Or, as `config.problem_type` says,
                 regression targets or multi-label rows, (B, K).
             features: Tokens, (B, N, D), in place of `pixel_values`.
-            kwargs: Passed on to the loss.
+            kwargs: Passed on to the loss. `return_dict=False` gives a tuple.
 
         Raises:
             ValueError: If not exactly one of `pixel_values` and `features` is given, they do not fit the model, a
-                label is outside the classes, or the timestep is not chosen yet.
+                label is outside the classes, the timestep is not chosen yet, or a timestep or tap is named here.
         """
+        _refuse_tap_keywords(kwargs)
         if features is not None and pixel_values is None:
             tokens = self._checked_features(features)
         elif pixel_values is not None and features is None:

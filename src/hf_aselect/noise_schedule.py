@@ -11,12 +11,17 @@ from .configuration_aselect import NUM_TIMESTEPS
 # The schedulers of diffusers that add noise as DDPM does; they differ only in how they sample.
 DDPM_LIKE = (
     "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "LCMScheduler",
     "PNDMScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
 )
 # alpha is 0 at the last timestep of zero-terminal-SNR schedules; this keeps the log-SNR finite, hence valid in JSON.
@@ -49,14 +54,19 @@ class NoiseSchedule:
             config: diffusers' configuration with `_class_name`; missing values take `DDPMScheduler`'s defaults.
 
         Raises:
-            ValueError: If the scheduler is none of those, has other than 1000 timesteps, or its betas are of an
-                unknown kind.
+            ValueError: If the scheduler is none of those or set to flow matching, has other than 1000 timesteps, or
+                its betas are of an unknown kind.
 
         Source: diffusers, `schedulers/scheduling_ddpm.py`; computed in float64, diffusers' own in float32.
         """
         name = config.get("_class_name")
         if name not in DDPM_LIKE:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE)}.")
+        if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+            raise ValueError(
+                f"The configuration of {name} is that of a flow-matching model (`use_flow_sigmas` or "
+                "`prediction_type` 'flow_prediction'), whose noise levels are not DDPM's; only DDPM's are supported."
+            )
         num_timesteps = config.get("num_train_timesteps", NUM_TIMESTEPS)
         if num_timesteps != NUM_TIMESTEPS:
             raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")

@@ -22,6 +22,7 @@ from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
 logger = logging.getLogger(__name__)
 
 DEFAULT_GRID_SIZE = 20
+MIN_LOG_SNR = -14.0
 NUM_RESAMPLES = 1000
 
 
@@ -239,6 +240,8 @@ def select_timestep(
 def default_timesteps(schedule: NoiseSchedule, size: int = DEFAULT_GRID_SIZE) -> list[int]:
     """Return up to `size` timesteps from 0 to 999, evenly spaced in log-SNR: where little happens, few are spent."""
     first, last = schedule.log_snr(torch.tensor([0, len(schedule.alphas_cumprod) - 1])).tolist()
+    # A last timestep of pure noise has no finite log-SNR; what is below this holds a millionth of the picture's power.
+    last = max(last, MIN_LOG_SNR)
     return sorted({schedule.timestep_at(level) for level in torch.linspace(first, last, size).tolist()})
 
 

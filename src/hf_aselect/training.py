@@ -28,7 +28,7 @@ class ASelectCallback(TrainerCallback):
         self.dataset = dataset
         self.base_model = base_model
         self.license = license
-        self.metrics: dict[str, float] = {}
+        self.metrics_by_step: dict[int, dict[str, float]] = {}
 
     def on_evaluate(
         self,
@@ -37,9 +37,11 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Write card and curve with the newest accuracy."""
-        self.metrics = kwargs.get("metrics") or {}
-        self._write(args, state, kwargs["model"])
+        """Write card and curve with the newest accuracy; evaluations of other sets than Trainer's own do not count."""
+        metrics = kwargs.get("metrics") or {}
+        if any(name.startswith("eval_") for name in metrics):
+            self.metrics_by_step[state.global_step] = metrics
+        self._write(args, state, kwargs["model"], state.global_step)
 
     def on_train_end(
         self,
@@ -48,15 +50,16 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Write card and curve."""
-        self._write(args, state, kwargs["model"])
+        """Write card and curve: of the best step where its weights are loaded at the end, else of the last."""
+        best = state.best_global_step if args.load_best_model_at_end else None
+        self._write(args, state, kwargs["model"], best or state.global_step)
 
-    def _write(self, args: TrainingArguments, state: TrainerState, model: ASelectPreTrainedModel) -> None:
+    def _write(self, args: TrainingArguments, state: TrainerState, model: ASelectPreTrainedModel, step: int) -> None:
         if not state.is_world_process_zero:
             return
         training = {
             "epochs": args.num_train_epochs,
-            "steps": state.global_step,
+            "steps": step,
             "batch size": args.train_batch_size,
             "learning rate": args.learning_rate,
             "seed": args.seed,
@@ -64,11 +67,11 @@ class ASelectCallback(TrainerCallback):
         write_model_card(
             model,
             str(args.output_dir),
-            accuracy=self.metrics.get("eval_accuracy"),
+            accuracy=self.metrics_by_step.get(step, {}).get("eval_accuracy"),
             dataset=self.dataset,
             base_model=self.base_model,
             license=self.license,
-            training=training if state.global_step else None,
+            training=training if step else None,
         )
 
 
