@@ -43,8 +43,14 @@ class PretrainingArguments:
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of pictures a class."})
     train_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and labels."})
     image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class indices."})
+    label_column: str | None = field(
+        default="label", metadata={"help": "Column with the class indices; `none` trains without labels."}
+    )
     image_size: int = field(default=32, metadata={"help": "Side of the pictures in pixels; a multiple of patch_size."})
+    min_crop: float = field(
+        default=1.0,
+        metadata={"help": "Least side of a random square crop, as a share of the short side; 1: the middle, always."},
+    )
     num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for RGB."})
     patch_size: int = field(default=4, metadata={"help": "Side of a token in pixels."})
     num_layers: int = field(default=8, metadata={"help": "Transformer blocks."})
@@ -80,12 +86,25 @@ def load_pictures(args: PretrainingArguments) -> Dataset:
 
 
 def to_tensors(batch: dict[str, list], args: PretrainingArguments) -> dict[str, list]:
-    """Resize and centre-crop pictures to (C, H, W) tensors in [-1, 1]."""
+    """Crop squares out of pictures and resize them to (C, H, W) tensors in [-1, 1]."""
     mode = "L" if args.num_channels == 1 else "RGB"
     size = (args.image_size, args.image_size)
-    pictures = [ImageOps.fit(picture.convert(mode), size) for picture in batch[args.image_column]]
+    pictures = [picture.convert(mode) for picture in batch[args.image_column]]
+    if args.min_crop < 1:
+        pictures = [random_square(picture, args.min_crop) for picture in pictures]
+    pictures = [ImageOps.fit(picture, size) for picture in pictures]
     arrays = [np.asarray(picture, dtype=np.float32).reshape(*size, -1) / 127.5 - 1 for picture in pictures]
-    return {"pixels": [torch.from_numpy(a).permute(2, 0, 1) for a in arrays], "labels": batch[args.label_column]}
+    labels = batch[args.label_column] if args.label_column else [0] * len(arrays)
+    return {"pixels": [torch.from_numpy(a).permute(2, 0, 1) for a in arrays], "labels": labels}
+
+
+def random_square(picture: Image.Image, min_crop: float) -> Image.Image:
+    """Cut a square of random place and side out of a picture, and mirror it half of the time."""
+    share, left, top, mirror = torch.rand(4).tolist()
+    side = round((min_crop + share * (1 - min_crop)) * min(picture.size))
+    left, top = round(left * (picture.width - side)), round(top * (picture.height - side))
+    square = picture.crop((left, top, left + side, top + side))
+    return ImageOps.mirror(square) if mirror < 0.5 else square
 
 
 def picture_order(num_pictures: int, args: PretrainingArguments, num_processes: int) -> list[list[int]]:
@@ -199,7 +218,10 @@ class Pretraining:
         self.output.mkdir(parents=True, exist_ok=True)
         self.accelerator = accelerator = Accelerator(mixed_precision=args.mixed_precision)
         self.dataset = load_pictures(args)
-        self.num_classes = self.dataset.features[args.label_column].num_classes
+        if args.label_column in ("none", ""):
+            # One class that is never shown: every picture has the null label.
+            args.label_column, args.label_dropout = None, 1.0
+        self.num_classes = self.dataset.features[args.label_column].num_classes if args.label_column else 1
         self.batches = picture_order(len(self.dataset), args, accelerator.num_processes)
         self.batch_size = args.batch_size * accelerator.num_processes
         self.num_steps = len(self.batches) // accelerator.num_processes

@@ -74,6 +74,12 @@ def test_pretraining_keeps_the_stages_asked_for(parquet, pretrained, tmp_path):
     assert DiTModel.from_pretrained(tmp_path / "stage-16", timestep=5).config.num_channels == 1
 
 
+def test_pretraining_needs_no_labels(parquet, tmp_path):
+    arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 16, *PRETRAIN)
+    run("pretrain_dit.py", *arguments, "--label_column", "none", "--min_crop", 0.5)
+    assert DiTModel.from_pretrained(tmp_path, timestep=5).config.transformer["num_embeds_ada_norm"] == 1
+
+
 def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
     with PILImage.open(pretrained / "samples.png") as samples:
         assert samples.size == (2 * 2 * 8, 2 * 8 * 8)  # 2 classes, 8 rows, drawn twice as large
