@@ -129,3 +129,17 @@ def test_the_names_that_are_reached_in_diffusers_exist():
     assert block.norm1.emb.time_proj.downscale_freq_shift == 1
     for module in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out, block.ff):
         assert isinstance(module, torch.nn.Module)
+
+
+def test_several_taps_are_read_in_one_pass(model, pixels):
+    latents, timesteps = model.encode(pixels), torch.full((7,), 50)
+    taps = [(0, "key"), (0, "hidden"), (2, "query"), (1, "attention")]
+    calls = []
+    first = model.denoiser.transformer.transformer_blocks[0]
+    hook = first.register_forward_hook(lambda *_: calls.append(1))
+    found = model.read_taps(latents, timesteps, taps)
+    hook.remove()
+    assert len(calls) == 1
+    assert found.keys() == set(taps)
+    for block, feature in taps:
+        assert found[block, feature].equal(model.read_tokens(latents, timesteps, block, feature))

@@ -210,20 +210,23 @@ def test_the_loss_is_cross_entropy(classifier, pixels):
     torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
 
 
-def test_an_unresolved_model_refuses_to_read_and_says_what_to_do(pixel_folder, pixels):
-    model = DiTModel.from_pretrained(pixel_folder)
+def test_an_unresolved_model_refuses_to_read_and_says_what_to_do(model, pixels):
+    model.config.timestep = "auto"
     with pytest.raises(ValueError, match="still 'auto': pass `calibration_images=` to `from_pretrained`, or set"):
         model(pixels)
 
 
-def test_an_unresolved_model_can_be_read_at_a_named_timestep(pixel_folder, pixels):
-    assert DiTModel.from_pretrained(pixel_folder).extract_features(pixels, timestep=3).shape == (7, 16, 16)
+def test_an_unresolved_model_can_be_read_at_a_named_timestep(model, pixels):
+    model.config.timestep = "auto"
+    assert model.extract_features(pixels, timestep=3).shape == (7, 16, 16)
 
 
-def test_loading_without_pictures_warns_that_the_timestep_is_open(pixel_folder, caplog):
-    with caplog.at_level(logging.WARNING):
-        DiTModel.from_pretrained(pixel_folder, timestep="auto")
-    assert "The timestep is 'auto' and there are no `calibration_images`" in caplog.text
+def test_loading_without_pictures_chooses_from_those_that_the_transformer_makes(pixel_folder, caplog):
+    with caplog.at_level(logging.INFO, logger="hf_aselect"):
+        model = DiTModel.from_pretrained(pixel_folder, timestep="auto")
+    assert model.config.timestep == model.config.selection["timestep"]
+    assert model.config.selection["pictures"] == "generated"
+    assert "No pictures to choose a timestep from are given: the transformer makes" in caplog.text
 
 
 def test_loading_with_pictures_chooses_and_records(pixel_folder, pictures):

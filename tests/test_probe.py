@@ -3,7 +3,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn.functional import one_hot
 
-from hf_aselect.probe import _best_ridge_weights, ridge_probe_accuracy
+from hf_aselect.probe import _best_ridge, leave_one_out_hits, ridge_probe_accuracy
 
 
 def blobs(num_pictures, seed, spread=0.5):
@@ -53,7 +53,7 @@ def test_the_strength_is_the_one_that_leaving_each_picture_out_prefers():
         errors[exponent] = sum(squares)
     best = float(scale) * 10.0 ** min(errors, key=errors.get)
     expected = Ridge(alpha=best).fit(features, targets).coef_.T
-    torch.testing.assert_close(_best_ridge_weights(features, targets), torch.from_numpy(expected))
+    torch.testing.assert_close(_best_ridge(features, targets)[0], torch.from_numpy(expected))
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -68,3 +68,28 @@ def test_a_single_class_is_refused():
     features = torch.randn(10, 3)
     with pytest.raises(ValueError, match="at least 2 classes"):
         ridge_probe_accuracy(features, torch.zeros(10).long(), features, torch.zeros(10).long())
+
+
+def test_leaving_each_picture_out_is_training_on_the_others():
+    """Against scikit-learn at the strength that was chosen, which is found by trying all."""
+    features, labels = blobs(40, 0, 3.0)
+    standard = ((features - features.mean(0)) / features.std(0)).double()
+    targets = one_hot(labels).double() * 2 - 1
+    scale = float(torch.linalg.eigvalsh(standard.T @ standard).mean())
+    found = leave_one_out_hits(features, labels).tolist()
+    candidates = []
+    for exponent in range(-6, 3):
+        ridge, hits = Ridge(alpha=scale * 10.0**exponent), []
+        for left_out in range(40):
+            rest = [index for index in range(40) if index != left_out]
+            predicted = ridge.fit(standard[rest], targets[rest]).predict(standard[left_out][None])[0]
+            hits.append(bool(predicted.argmax() == labels[left_out]))
+        candidates.append(hits)
+    assert found in candidates
+    assert 0 < sum(found) < 40
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(5, dtype=torch.long), torch.arange(4)])
+def test_a_probe_without_classes_or_labels_is_refused(labels):
+    with pytest.raises(ValueError, match=r"one label for each row|at least 2 classes"):
+        leave_one_out_hits(torch.rand(5, 3), labels)

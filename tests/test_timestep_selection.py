@@ -1,14 +1,16 @@
 import json
 import logging
+import os
+import socket
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
-from hf_aselect import ASelectConfig, NoiseSchedule, TimestepSelection, select_timestep
+from hf_aselect import ASelectConfig, DiTModel, NoiseSchedule, TimestepSelection, select_timestep
 from hf_aselect.configuration_aselect import DDPM_LINEAR
-from hf_aselect.timestep_selection import default_timesteps
+from hf_aselect.criteria import HFR
 
 GRID = [0, 100, 300, 600, 999]
 SCHEDULE = NoiseSchedule.from_config(DDPM_LINEAR)
@@ -31,12 +33,12 @@ class StubModel:
     def token_grid(self, latents):
         return latents.shape[-2], latents.shape[-1]
 
-    def read_tokens(self, noised_latents, timesteps, block, feature):
+    def read_taps(self, noised_latents, timesteps, taps):
         self.num_forwards += len(noised_latents)
         coarse = torch.nn.functional.avg_pool2d(noised_latents, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)
-        detail = 2.0 / (1 + abs(int(timesteps[0]) - self.best) / 50)
+        detail = (2.0 / (1 + (timesteps - self.best).abs() / 50)).view(-1, 1, 1, 1)
         tokens = 5 + 5 * coarse + detail * (noised_latents - coarse)
-        return tokens.flatten(2).transpose(1, 2)
+        return dict.fromkeys(taps, tokens.flatten(2).transpose(1, 2))
 
 
 def pictures(count, seed=0):
@@ -54,10 +56,11 @@ def test_a_timestep_that_is_best_is_found(best, criterion):
 class BlindModel(StubModel):
     """At t = 999, where nearly no signal is left, shows the noise's high frequencies only."""
 
-    def read_tokens(self, noised_latents, timesteps, block, feature):
-        tokens = super().read_tokens(noised_latents, timesteps, block, feature) - 5
+    def read_taps(self, noised_latents, timesteps, taps):
+        (tokens,) = super().read_taps(noised_latents, timesteps, taps).values()
         noise = noised_latents.flatten(2).transpose(1, 2)
-        return noise - noise.mean(1, keepdim=True) if timesteps[0] == 999 else tokens
+        blind = (timesteps == 999).view(-1, 1, 1)
+        return dict.fromkeys(taps, torch.where(blind, noise - noise.mean(1, keepdim=True), tokens - 5))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -137,7 +140,7 @@ def test_the_choice_is_logged_in_one_line(model, pixels, caplog):
 
 
 def test_the_default_grid_is_even_in_log_snr():
-    grid = default_timesteps(SCHEDULE)
+    grid = SCHEDULE.even_timesteps()
     assert (grid[0], grid[-1]) == (0, 999)
     steps = SCHEDULE.log_snr(torch.tensor(grid)).diff()
     assert 15 <= len(grid) <= 20
@@ -181,7 +184,7 @@ def test_an_empty_calibration_set_is_refused(model, empty):
 
 
 def test_an_unknown_criterion_is_refused(model, pixels):
-    with pytest.raises(ValueError, match="`criterion` must be one of hfr, signal_hfr, got 'best'"):
+    with pytest.raises(ValueError, match="`criterion` must be one of hfr, signal_hfr, probe, got 'best'"):
         select_timestep(model, pixels, criterion="best")
 
 
@@ -237,6 +240,201 @@ def test_a_grid_may_be_an_array(model, pictures, kind):
 
 def test_the_grid_of_a_zero_terminal_snr_schedule_is_spread_over_the_timesteps():
     config = {"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
-    grid = default_timesteps(NoiseSchedule.from_config(config))
+    grid = NoiseSchedule.from_config(config).even_timesteps()
     assert len(grid) >= 19
     assert sum(timestep < 900 for timestep in grid) >= 12
+
+
+@pytest.mark.parametrize("best", [0, 61, 103, 253])
+def test_coarse_to_fine_finds_what_the_full_grid_finds(best):
+    model = StubModel(best)
+    selection = select_timestep(model, pictures(64))
+    full = select_timestep(StubModel(best), pictures(64), timesteps=SCHEDULE.even_timesteps())
+    assert selection.timestep == full.timestep == best
+    assert selection.num_forwards == model.num_forwards
+    assert len(selection.timesteps) < 0.7 * len(full.timesteps)
+    assert selection.num_forwards < 0.7 * full.num_forwards
+
+
+def test_a_clear_choice_stops_after_the_first_round():
+    selection = select_timestep(StubModel(100), pictures(500), timesteps=GRID)
+    assert (selection.num_images, selection.stopped_by) == (64, "confidence")
+
+
+class NoisyModel(StubModel):
+    """Which timestep is best differs from picture to picture."""
+
+    def read_taps(self, noised_latents, timesteps, taps):
+        tokens = noised_latents.flatten(2).transpose(1, 2)
+        return dict.fromkeys(taps, tokens / tokens.std(1, keepdim=True))
+
+
+def test_pictures_are_added_while_the_choice_is_unsure():
+    model = NoisyModel(0)
+    options = {"timesteps": [0, 1, 2, 3, 4, 5, 6], "criterion": "hfr", "confidence": 1.0}
+    selection = select_timestep(model, pictures(500), max_images=200, **options)
+    assert (selection.num_images, selection.stopped_by) == (200, "max_images")
+    assert select_timestep(model, pictures(90), **options).stopped_by == "all pictures"
+    assert any("its confidence is" in warning for warning in selection.warnings)
+    assert any("the curve is flat" in warning for warning in selection.warnings)
+
+
+def test_a_choice_at_the_edge_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_aselect"):
+        selection = select_timestep(BlindModel(100), pictures(64), criterion="hfr", timesteps=[0, 100, 999])
+    (warning,) = [text for text in selection.warnings if "edge" in text]
+    assert "lies at the noisy edge of the grid" in warning
+    assert "criterion='probe'" in warning
+    assert warning in caplog.text
+
+
+def test_a_clear_peak_is_not_warned_of():
+    assert select_timestep(StubModel(100), pictures(64), timesteps=GRID).warnings == []
+
+
+class TwoPeaks(StubModel):
+    def read_taps(self, noised_latents, timesteps, taps):
+        self.best = torch.where(timesteps < 350, 100, 600)
+        return super().read_taps(noised_latents / noised_latents.std((2, 3), keepdim=True), timesteps, taps)
+
+
+def test_a_curve_with_two_peaks_is_warned_of():
+    grid = [0, 50, 100, 200, 300, 400, 500, 600, 700, 800]
+    selection = select_timestep(TwoPeaks(0), pictures(64) * 0, timesteps=grid, criterion="hfr")
+    assert any("other peaks as high" in text for text in selection.warnings)
+
+
+@pytest.fixture
+def labelled():
+    """Pictures whose class is told by block 1's tokens at t = 300 alone."""
+    labels = torch.arange(60) % 3
+    return pictures(60) * 0.1 + (labels.view(-1, 1, 1, 1) - 1) * 0.5, labels.tolist()
+
+
+class ProbedModel(StubModel):
+    def __init__(self, best):
+        super().__init__(best)
+        transformer = {**self.config.transformer, "num_layers": 7, "attention_head_dim": 4}
+        self.config = ASelectConfig(transformer=transformer, feature="hidden", block=0)
+
+    def read_taps(self, noised_latents, timesteps, taps):
+        self.num_forwards += len(noised_latents)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(noised_latents), 64, 4, generator=generator)
+        told = noised_latents.mean((1, 2, 3)).view(-1, 1, 1) * torch.tensor([1.0, 0, 0, 0]) + torch.tensor(
+            [0, 1.0, 0, 0]
+        )
+        square = torch.stack([told[..., 0], told[..., 0] ** 2, told[..., 1], told[..., 1]], dim=-1)
+        return {
+            tap: noise + 30 * square * ((timesteps == self.best).view(-1, 1, 1) if tap == (3, "key") else 0)
+            for tap in taps
+        }
+
+
+def test_the_probe_finds_timestep_block_and_feature_in_one_pass(labelled):
+    images, labels = labelled
+    model = ProbedModel(300)
+    selection = select_timestep(
+        model, images, criterion="probe", labels=labels, block="auto", feature="auto", timesteps=GRID
+    )
+    assert (selection.timestep, selection.block, selection.feature) == (300, 3, "key")
+    assert selection.scores[GRID.index(300)] > 0.9 > sorted(selection.scores)[-2]
+    assert selection.num_forwards == model.num_forwards == 60 * len(GRID)
+    assert [(row["block"], row["feature"]) for row in selection.table] == [
+        (block, feature) for block in (0, 3, 6) for feature in ("hidden", "query", "key", "value")
+    ]
+
+
+def test_the_probes_labels_may_be_a_column(model, pictures):
+    rows = as_rows(pictures).remove_columns("label").add_column("label", [0, 1, 0, 1, 0, 1])
+    by_name = select_timestep(model, rows, criterion="probe", labels="label", timesteps=GRID)
+    assert (
+        by_name.scores
+        == select_timestep(model, pictures, criterion="probe", labels=[0, 1, 0, 1, 0, 1], timesteps=GRID).scores
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"criterion": "probe"}, "needs `labels`"),
+        ({"labels": [0] * 7}, "'signal_hfr' uses none; did you mean `criterion='probe'`"),
+        ({"block": [0, 1]}, "can only be compared by `criterion='probe'`"),
+        ({"block": "all"}, "`block` must be an integer, several of them, or 'auto', got 'all'"),
+        ({"feature": ["query", "key"]}, "can only be compared by `criterion='probe'`"),
+        ({"confidence": 2}, r"`confidence` must be in \[0, 1\], got 2"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(model, pixels, options, words):
+    with pytest.raises(ValueError, match=words):
+        select_timestep(model, pixels, **options)
+
+
+def test_another_tap_can_be_asked_for(model, pixels):
+    selection = select_timestep(model, pixels, block=-1, feature="key", timesteps=GRID)
+    assert (selection.block, selection.feature) == (2, "key")
+    model.config.block, model.config.feature = 2, "key"
+    assert select_timestep(model, pixels, timesteps=GRID).scores == selection.scores
+
+
+def test_a_criterion_may_have_settings_of_its_own(model, pixels):
+    with_constant, without = (
+        select_timestep(model, pixels, criterion=HFR(0.3, with_constant=kept), timesteps=GRID)
+        for kept in (True, False)
+    )
+    assert with_constant.settings == {"cutoff": 0.3, "amplitude": False, "with_constant": True}
+    assert all(a < b for a, b in zip(with_constant.scores, without.scores, strict=True))
+
+
+def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
+    selection = select_timestep(model, timesteps=GRID, max_images=4)
+    assert (selection.pictures, selection.num_images) == ("generated", 4)
+    # 4 pictures, 20 steps with and without a class, and 5 timesteps with two draws.
+    assert selection.num_forwards == 4 * 20 * 2 + 4 * 5 * 2
+    latent = DiTModel.from_pretrained(latent_folder, timestep=5)
+    assert select_timestep(latent, timesteps=GRID, max_images=4).pictures == "generated"
+
+
+def test_a_stream_is_read_in_rounds(model, pictures):
+    stream = as_rows(pictures * 20).to_iterable_dataset()
+    options = {"timesteps": [0, 1, 2, 3, 4], "confidence": 1.0, "criterion": "hfr"}
+    found = select_timestep(model, stream, max_images=100, **options)
+    assert found.num_images <= 100
+    assert found.scores == pytest.approx(
+        select_timestep(model, (pictures * 20)[: found.num_images], max_images=100, **options).scores
+    )
+
+
+def select_in_process(rank, port, folder, queue):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    queue.put(
+        (rank, select_timestep(DiTModel.from_pretrained(folder, timestep=5), pictures_of_three_channels()).to_dict())
+    )
+    torch.distributed.destroy_process_group()
+
+
+def pictures_of_three_channels():
+    return torch.rand(90, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 2 - 1
+
+
+def test_two_processes_choose_what_one_does(pixel_folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=select_in_process, args=(rank, port, pixel_folder, queue)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    records = [record for _, record in sorted((queue.get(timeout=120) for _ in processes), key=lambda pair: pair[0])]
+    for process in processes:
+        process.join()
+    alone = select_timestep(DiTModel.from_pretrained(pixel_folder, timestep=5), pictures_of_three_channels()).to_dict()
+    for record in records:
+        assert record["scores"] == records[0]["scores"]
+        assert record["scores"] == pytest.approx(alone["scores"], rel=1e-6)
+        same = ("timestep", "timesteps", "num_images", "num_forwards", "stopped_by")
+        assert [record[name] for name in same] == [alone[name] for name in same]

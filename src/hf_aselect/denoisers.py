@@ -1,11 +1,13 @@
-"""The table of transformer families, and the diffusers modules that a configuration asks for."""
+"""The table of transformer families, and what a configuration asks for of diffusers."""
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .configuration_aselect import ASelectConfig
 from .denoiser_dit import DiTDenoiser
+from .noise_schedule import NoiseSchedule
 
 FAMILIES = {"DiTTransformer2DModel": DiTDenoiser}
 
@@ -46,6 +48,36 @@ def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
     vae.register_module("decoder", None)
     vae.register_module("post_quant_conv", None)
     return vae
+
+
+def build_sampler(config: ASelectConfig) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped
+    """Build the DDIM scheduler that samples from the model of a configuration, without randomness.
+
+    Its noise levels are those of `NoiseSchedule`, its `prediction_type` (epsilon, v_prediction or sample) that of the
+    configuration's scheduler. It begins at the last timestep, where there is most noise, and ends without noise.
+
+    Raises:
+        ValueError: If the scheduler is none that `NoiseSchedule` knows, or its prediction type none of those.
+    """
+    scheduler = dict(config.scheduler or {})
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"Unsupported `prediction_type` {prediction_type!r} of the scheduler; supported for generating are "
+            "epsilon, v_prediction and sample."
+        )
+    shares = NoiseSchedule.from_config(scheduler).alphas_cumprod
+    shares_before = torch.cat([shares.new_ones(1), shares[:-1]])
+    return _build(
+        {
+            "_class_name": "DDIMScheduler",
+            # As one list: DDIMScheduler does not know every `beta_schedule` that noise is added with.
+            "trained_betas": (1 - shares / shares_before).tolist(),
+            "prediction_type": prediction_type,
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+        }
+    )
 
 
 def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aselect import ASelectConfig, check_feature, check_timestep, refuse_unknown_keywords
 from .convert_diffusers import is_diffusers_folder, load_diffusers
-from .denoisers import build_denoiser, build_vae_encoder
+from .denoisers import build_denoiser, build_sampler, build_vae_encoder
+from .generation import generate_latents
 from .heads import AttentionHead, LinearHead
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .timestep_selection import TimestepSelection, select_timestep
@@ -62,14 +64,15 @@ class ASelectPreTrainedModel(PreTrainedModel):
         calibration_images: Any = None,  # noqa: ANN401 - whatever `select_timestep` takes
         **kwargs: Any,  # noqa: ANN401 - the host's signature
     ) -> Self:
-        """Load a model and, where its timestep is "auto" and pictures are given, choose the timestep.
+        """Load a model and, where its timestep is "auto", choose the timestep.
 
         Args:
             pretrained_model_name_or_path: A checkpoint of ours (folder or Hub id); a folder with `transformer/` and
                 `scheduler/` (and `vae/` for a DiT in latent space); or the folder of a bare diffusers transformer,
                 taken for a DiT in pixel space with DiT's own noise schedule.
             args: Passed on to the host.
-            calibration_images: Pictures to choose the timestep from, as in `select_timestep`.
+            calibration_images: Pictures to choose the timestep from, as in `select_timestep`. Without them the
+                transformer generates some, which takes a while for a large one.
             kwargs: Fields of `ASelectConfig` (`timestep=`, `block=`, `num_labels=`, ...), or anything that
                 `PreTrainedModel.from_pretrained` takes. diffusers' weights become float32 unless `dtype` says
                 otherwise.
@@ -130,13 +133,10 @@ class ASelectPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     def _settle_timestep(self, calibration_images: Any) -> None:  # noqa: ANN401 - whatever `select_timestep` takes
-        """Choose the timestep if it is "auto" and there are pictures; forget a record that no longer fits."""
+        """Choose the timestep if it is "auto"; forget a record that no longer fits."""
         config = self.config
         if config.timestep == "auto":
             config.selection = None
-            if calibration_images is None:
-                logger.warning("The timestep is 'auto' and there are no `calibration_images`: %s.", _HOW_TO_RESOLVE)
-                return
             record = select_timestep(self, calibration_images)
             config.timestep, config.selection = record.timestep, record.to_dict()
             return
@@ -212,10 +212,56 @@ class ASelectPreTrainedModel(PreTrainedModel):
         tokens: Tensor = self._base().denoiser(noised_latents, timesteps, block, feature)
         return tokens
 
+    def read_taps(
+        self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[tuple[int, str]]
+    ) -> dict[tuple[int, str], Tensor]:
+        """Return tokens, (B, N, D), at each (block, feature) of `taps` from one pass; see `read_tokens`."""
+        tokens: dict[tuple[int, str], Tensor] = self._base().denoiser.read_taps(noised_latents, timesteps, taps)
+        return tokens
+
     def token_grid(self, latents: Tensor) -> tuple[int, int]:
         """Return rows and columns of the token grid of latents, (B, C, h, w)."""
         patch_size = self._base().denoiser.patch_size
         return latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
+
+    def generate_latents(self, num_images: int, num_steps: int = 20, batch_size: int = 32, seed: int = 0) -> Tensor:
+        """Return clean latents that the diffusion model makes itself, of random classes, for want of pictures.
+
+        They are what `encode` would return for such pictures, of `config.image_size`. DDIM with a guidance of 2:
+        2 · `num_images` · `num_steps` passes of a picture through the whole transformer, half of that where the model
+        knows one class only. `seed` alone says what comes out, beyond rounding; the same pictures come first in a
+        larger set. No global random state is touched, and each module keeps its mode.
+
+        Args:
+            num_images: How many, at least 1.
+            num_steps: Timesteps on the way from noise, a divisor of 1000.
+            batch_size: Pictures at once, at least 1; the transformer sees twice as many.
+            seed: Seed of classes and starting noise.
+
+        Returns:
+            Latents, (n, C, h, w), float32, on the CPU; in pixel space clamped to [-1, 1].
+
+        Raises:
+            ValueError: If a number is out of range, the scheduler's `prediction_type` is unknown, or NaN or infinite
+                values come out.
+        """
+        height, width = (side // self.config.vae_scale_factor for side in self.config.image_height_width)
+        base, sampler = self._base(), build_sampler(self.config)
+        latents = generate_latents(
+            base.denoiser,
+            sampler,
+            (height, width),
+            num_images,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        return latents.clamp(-1, 1) if base.vae is None else latents
+
+    def count_generation_forwards(self, num_images: int, num_steps: int = 20) -> int:
+        """Return how many passes of a picture through the transformer `generate_latents` makes."""
+        guided = 2 if self._base().denoiser.num_classes > 1 else 1
+        return guided * num_images * num_steps
 
     def extract_features(
         self,

@@ -26,6 +26,8 @@ DDPM_LIKE = (
 )
 # alpha is 0 at the last timestep of zero-terminal-SNR schedules; this keeps the log-SNR finite, hence valid in JSON.
 MIN_SIGNAL_POWER = 1e-20
+# A grid of timesteps goes no further: what is below holds a millionth of the picture's power.
+MIN_LOG_SNR = -14.0
 
 
 class NoiseSchedule:
@@ -125,6 +127,17 @@ class NoiseSchedule:
             raise ValueError("`log_snr` must be a number, got nan.")
         every = self.log_snr(torch.arange(NUM_TIMESTEPS))
         return int((every - log_snr).abs().argmin())
+
+    def even_timesteps(self, num: int = 20) -> list[int]:
+        """Return up to `num` timesteps from 0 to 999, evenly spaced in log-SNR: where little happens, few are spent.
+
+        Args:
+            num: Timesteps wanted, at least 1; where two would be the same there is one.
+        """
+        first, last = self.log_snr(torch.tensor([0, NUM_TIMESTEPS - 1])).tolist()
+        # A last timestep of pure noise has no finite log-SNR.
+        last = max(last, MIN_LOG_SNR)
+        return sorted({self.timestep_at(level) for level in torch.linspace(first, last, num).tolist()})
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Mix latents with noise.

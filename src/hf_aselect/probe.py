@@ -42,18 +42,50 @@ def ridge_probe_accuracy(
     train, test = (train - mean) / std, (test - mean) / std
     targets = torch.nn.functional.one_hot(train_labels.long(), num_classes).double() * 2 - 1
     offset = targets.mean(0)
-    weights = _best_ridge_weights(train, targets - offset)
+    weights, _ = _best_ridge(train, targets - offset)
     predicted = (test @ weights + offset).argmax(1)
     return float((predicted == test_labels).double().mean())
 
 
-def _best_ridge_weights(features: Tensor, targets: Tensor) -> Tensor:
-    """Return the ridge solution, (D, K), whose leave-one-out squared error is smallest."""
+def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
+    """Return for each picture whether a ridge classifier trained on all the others is right about it.
+
+    The classifier and the choice of its strength are those of `ridge_probe_accuracy`; the strength is chosen once, on
+    all pictures, which favours no feature over another.
+
+    Args:
+        features: Features, (n, D); computed in float64.
+        labels: Class indices from 0, (n,).
+
+    Returns:
+        Hits, (n,), bool.
+
+    Raises:
+        ValueError: If the shapes do not fit or there is only one class.
+    """
+    if features.ndim != 2 or len(features) != len(labels):
+        raise ValueError(
+            f"There must be one label for each row of features, got shapes {tuple(features.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
+    if len(labels.unique()) < 2:
+        raise ValueError("A probe needs pictures of at least 2 classes.")
+    features = features.double()
+    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)
+    targets = torch.nn.functional.one_hot(labels.long()).double() * 2 - 1
+    offset = targets.mean(0)
+    _, left_out = _best_ridge(features, targets - offset)
+    hits: Tensor = (left_out + offset).argmax(1) == labels
+    return hits
+
+
+def _best_ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ridge solution, (D, K), whose leave-one-out squared error is smallest, and those predictions."""
     eigenvalues, eigenvectors = torch.linalg.eigh(features.T @ features)
     rotated = features @ eigenvectors  # (n, D)
     projected = rotated.T @ targets  # (D, K)
     best_error = float("inf")
-    best: Tensor = projected
+    best, left_out = projected, targets
     for strength in STRENGTHS:
         shrunk = 1 / (eigenvalues + strength * eigenvalues.mean())
         # Leave-one-out residual = residual / (1 - leverage); the mean that was subtracted has leverage 1 / n.
@@ -62,5 +94,5 @@ def _best_ridge_weights(features: Tensor, targets: Tensor) -> Tensor:
         residual = (targets - rotated @ solution) / (1 - leverage)[:, None]
         error = float(residual.square().mean())
         if error < best_error:
-            best_error, best = error, eigenvectors @ solution
-    return best
+            best_error, best, left_out = error, eigenvectors @ solution, targets - residual
+    return best, left_out

@@ -35,12 +35,13 @@ def token_spectrum(tokens: Tensor, height: int, width: int) -> Tensor:
     return spectrum
 
 
-def band_powers(power: Tensor, cutoff: float) -> Tensor:
+def band_powers(power: Tensor, cutoff: float, with_constant: bool = True) -> Tensor:
     """Sum power spectra over all frequencies and over those above a radius.
 
     Args:
-        power: Power at each frequency, (..., h, w).
+        power: Power (or amplitude) at each frequency, (..., h, w).
         cutoff: Radius as a share of the Nyquist frequency, in [0, 1).
+        with_constant: Whether the constant part (frequency 0) counts in the whole.
 
     Returns:
         High-band and whole power, (..., 2), in the dtype of `power`.
@@ -51,7 +52,8 @@ def band_powers(power: Tensor, cutoff: float) -> Tensor:
     if not 0 <= cutoff < 1:
         raise ValueError(f"`cutoff` must be in [0, 1), a share of the Nyquist frequency, got {cutoff}.")
     high_band = (radial_frequency(*power.shape[-2:]) > cutoff).to(power.device, power.dtype)
-    return torch.stack([(power * high_band).sum((-2, -1)), power.sum((-2, -1))], dim=-1)
+    whole = power.sum((-2, -1)) if with_constant else power.sum((-2, -1)) - power[..., 0, 0]
+    return torch.stack([(power * high_band).sum((-2, -1)), whole], dim=-1)
 
 
 def noisy_power(spectra: Tensor) -> Tensor:

@@ -1,29 +1,40 @@
-"""Choosing the timestep: a label-free criterion over a grid of timesteps, and the record of the choice."""
+"""Choosing the timestep: a criterion over a grid of timesteps, how sure the choice is, and the record of it."""
 
 import logging
 import operator
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import pairwise, product
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
+from transformers.utils import logging as host_logging
 
-from .configuration_aselect import ASelectConfig, check_timestep
-from .image_processing_aselect import ASelectImageProcessor
-from .noise_schedule import NoiseSchedule
+from .calibration import CalibrationPictures
+from .configuration_aselect import ASelectConfig, check_feature, check_timestep
+from .criteria import CRITERIA, Criterion, Probe
+from .noise_schedule import NoiseSchedule, fixed_noise
 from .plots import plot_timestep_curve
-from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GRID_SIZE = 20
-MIN_LOG_SNR = -14.0
+FIRST_ROUND = 64
+NUM_GENERATED = 64
+COARSE_STEP = 3
+# Pictures are summed in so many groups, and the bootstrap draws groups: sums are all it needs of the pictures.
+NUM_GROUPS = 32
 NUM_RESAMPLES = 1000
+# A timestep that is as good as the best in this share of the resamples is not told apart from it.
+RIVAL_SHARE = 0.025
+# Latents up to this size are kept, so that a picture is encoded once; beyond it they are encoded again.
+MAX_KEPT_BYTES = 2**25
+AUTO_FEATURES = ("hidden", "query", "key", "value")
+
+Tap = tuple[int, str]
 
 
 class ReadableModel(Protocol):
@@ -40,40 +51,13 @@ class ReadableModel(Protocol):
         """Return clean latents, (B, C, h, w), of pictures, (B, C, H, W)."""
         ...
 
-    def read_tokens(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
-        """Return tokens, (B, N, D), of noised latents, (B, C, h, w)."""
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return tokens, (B, N, D), at each (block, feature), of noised latents, (B, C, h, w), from one pass."""
         ...
 
     def token_grid(self, latents: Tensor) -> tuple[int, int]:
         """Return rows and columns of the token grid of latents, (B, C, h, w)."""
         ...
-
-
-class Criterion(NamedTuple):
-    """A score for each timestep, the largest wins, from the band powers of a set of pictures.
-
-    Args:
-        num_draws: Noise draws it needs of each picture.
-        score: Function of band powers, (..., n, 4) for n pictures, to scores, (...). The four are the high-band and
-            whole power of the signal (zero with one draw) and of the noisy features.
-    """
-
-    num_draws: int
-    score: Callable[[Tensor], Tensor]
-
-
-def _score_hfr(powers: Tensor) -> Tensor:
-    return (powers[..., 2] / powers[..., 3]).mean(-1)
-
-
-def _score_signal_hfr(powers: Tensor) -> Tensor:
-    high, whole, _, noisy = powers.sum(-2).unbind(-1)
-    # Where the draws agree on less than a quarter of the power, the ratio is one of two small numbers and can be
-    # anything, or even without bound: there it fades to 0.
-    return high / torch.maximum(whole, noisy / 4)
-
-
-CRITERIA = {"hfr": Criterion(1, _score_hfr), "signal_hfr": Criterion(2, _score_signal_hfr)}
 
 
 @dataclass(frozen=True)
@@ -82,19 +66,25 @@ class TimestepSelection:
 
     Args:
         timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
-        timesteps: The grid that was searched, rising.
+        timesteps: The timesteps that were read, rising.
         scores: The criterion at each of them; the largest was chosen.
         intervals: 95 % bootstrap interval (over pictures) of each score.
         log_snr: 2·ln(alpha / sigma) at each of them.
         confidence: Share of bootstrap resamples of the pictures that choose this timestep or a neighbour of it in the
             grid, in [0, 1].
-        criterion: "hfr" or "signal_hfr".
+        criterion: Name of the criterion.
+        settings: Its settings, by name.
         block: Block at which features were read, counted from the first.
         feature: Feature that was read there.
         num_images: Pictures that were looked at.
-        num_forwards: Passes of a picture through the backbone up to the block.
+        pictures: "given", or "generated" by the transformer itself.
+        stopped_by: Why no more pictures were looked at: "confidence" (the wanted one was reached), "max_images", or
+            "all pictures".
+        num_forwards: Passes of a picture through the backbone, those that generated pictures included.
         seconds: Time it took.
         seed: Seed of the noise, of the drawn pictures and of the bootstrap.
+        warnings: What speaks against trusting the choice, and what to do about it.
+        table: Where several taps were compared: for each its block, feature and scores.
     """
 
     timestep: int
@@ -104,12 +94,17 @@ class TimestepSelection:
     log_snr: list[float]
     confidence: float
     criterion: str
+    settings: dict[str, Any]
     block: int
     feature: str
     num_images: int
+    pictures: str
+    stopped_by: str
     num_forwards: int
     seconds: float
     seed: int
+    warnings: list[str]
+    table: list[dict[str, Any]] | None = None
 
     def is_of(self, config: ASelectConfig) -> bool:
         """Return whether this is how the timestep of a configuration was chosen, at its tap."""
@@ -155,27 +150,43 @@ class TimestepSelection:
 
 def select_timestep(
     model: ReadableModel,
-    images: Any,  # noqa: ANN401 - whatever the docstring lists
+    images: Any = None,  # noqa: ANN401 - whatever the docstring lists
     *,
-    criterion: str = "signal_hfr",
+    criterion: str | Criterion = "signal_hfr",
     timesteps: Sequence[int] | None = None,
+    labels: Sequence[int] | str | None = None,
+    block: int | str | Sequence[int] | None = None,
+    feature: str | Sequence[str] | None = None,
     max_images: int = 256,
+    confidence: float = 0.95,
     batch_size: int = 32,
     seed: int = 0,
 ) -> TimestepSelection:
-    """Choose the timestep whose features at the model's tap score best, without labels or training.
+    """Choose the timestep whose features at the model's tap score best.
+
+    Pictures are looked at in rounds, each twice as large, until the choice is as sure as `confidence` says. A coarse
+    grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
+    `accelerate launch` each process takes its share of the pictures and all come to the same choice.
 
     Nothing in the model changes; set `model.config.timestep` to the result to use it.
 
     Args:
         model: Model with the tap (`config.block`, `config.feature`) to choose a timestep for.
-        images: PIL pictures or arrays; a `datasets` dataset with an image column; or pixel values, (B, C, H, W), in
-            [-1, 1].
-        criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on) or "hfr" (the paper's, of
-            one noise draw, as reconstructed in `spectrum.hfr`).
-        timesteps: Grid to search, integers in [0, 1000). Default: about 20, evenly spaced in log-SNR.
+        images: PIL pictures or arrays; a `datasets` dataset with an image column, streaming or not; or pixel values,
+            (B, C, H, W), in [-1, 1]. A stream is read from its start on, so it should be shuffled. Default: the
+            transformer generates some.
+        criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on), "hfr" (the paper's, of
+            one noise draw), "probe" (accuracy of a linear probe, needs `labels`), or one with settings of its own,
+            such as `criteria.HFR(cutoff=0.25)`.
+        timesteps: Timesteps to read, integers in [0, 1000): all of them, from every picture. Default: from coarse to
+            fine on `model.noise_schedule.even_timesteps()`.
+        labels: For "probe": class index of each picture in `images`, or the name of a column.
+        block: Block to read at in place of the configuration's; for "probe" also several, or "auto" for every third.
+        feature: Feature to read in place of the configuration's; for "probe" also several, or "auto" for `hidden`,
+            `query`, `key` and `value`.
         max_images: Look at so many pictures at the most; a larger set is sampled.
-        batch_size: Pictures in one forward pass; does not change the result beyond rounding.
+        confidence: Look at no more pictures once the choice is as sure as this, in [0, 1].
+        batch_size: Noised pictures in one forward pass; does not change the result beyond rounding.
         seed: Seed of the noise, of the sampled pictures and of the bootstrap.
 
     Returns:
@@ -183,66 +194,370 @@ def select_timestep(
 
     Raises:
         ValueError: If there are no pictures, they do not fit the model, a timestep is outside [0, 1000), `criterion`
-            is unknown, or a number is not positive.
+            is unknown or lacks its labels, a tap does not exist, or a number is out of range.
 
-    Source: A-SelecT, arXiv 2603.25758, for "hfr". "signal_hfr" is ours: noise has high frequencies of its own, so the
-    paper's criterion can rise toward pure noise.
+    Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
     """
     started = time.monotonic()
-    if criterion not in CRITERIA:
-        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    criterion = _checked_criterion(criterion, labels)
     if max_images < 1 or batch_size < 1:
         raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
-    schedule = model.noise_schedule
-    grid = default_timesteps(schedule) if timesteps is None else _checked_grid(timesteps)
-    batches = _pixel_batches(images, model.config, max_images, batch_size, seed)
-    powers = _measure(model, batches, grid, CRITERIA[criterion].num_draws, seed)  # (T, n, 4)
-    scores = CRITERIA[criterion].score(powers)
-    if not bool(scores.isfinite().all()):
-        raise ValueError(
-            "The criterion is not finite at every timestep: the model's features are NaN, infinite or all zero. "
-            "Check its weights and the pictures."
-        )
-    best = int(scores.argmax())
-    resampled = _bootstrap(powers, CRITERIA[criterion].score, seed)  # (resamples, T)
-    near = (resampled.argmax(1) - best).abs() <= 1
-    intervals = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype), dim=0).T
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"`confidence` must be in [0, 1], got {confidence}.")
+    taps = _checked_taps(model.config, block, feature, several=isinstance(criterion, Probe))
+    grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
+    search = _Search(model, criterion, taps, grid, batch_size, seed)
+    if isinstance(labels, str):
+        labels = images[labels]
+    search.labels = labels
+    with _EvalMode(model), torch.no_grad():
+        if images is None:
+            max_images = min(max_images, NUM_GENERATED)
+            latents = search.generate(max_images)
+            pictures = CalibrationPictures(latents.clamp(-1, 1), model.config, max_images, seed)
+        else:
+            pictures = CalibrationPictures(images, model.config, max_images, seed)
+        wanted = list(grid) if timesteps is not None else sorted({*grid[::COARSE_STEP], grid[-1]})
+        stopped_by = search.run(pictures, wanted, max_images, confidence)
+    curve = search.curve()
+    best_tap, best = curve.best
+    found = curve.timesteps[best]
     selection = TimestepSelection(
-        timestep=grid[best],
-        timesteps=grid,
-        scores=scores.tolist(),
-        intervals=intervals.tolist(),
-        log_snr=schedule.log_snr(torch.tensor(grid)).tolist(),
-        confidence=float(near.double().mean()),
-        criterion=criterion,
-        block=model.config.block_index(),
-        feature=model.config.feature,
-        num_images=powers.shape[1],
-        num_forwards=len(grid) * powers.shape[1] * CRITERIA[criterion].num_draws,
+        timestep=found,
+        timesteps=curve.timesteps,
+        scores=curve.scores[best_tap].tolist(),
+        intervals=curve.intervals[best_tap].tolist(),
+        log_snr=model.noise_schedule.log_snr(torch.tensor(curve.timesteps)).tolist(),
+        confidence=curve.confidence,
+        criterion=criterion.name,
+        settings=asdict(criterion) if is_dataclass(criterion) and not isinstance(criterion, type) else {},
+        block=taps[best_tap][0],
+        feature=taps[best_tap][1],
+        num_images=search.num_images,
+        pictures="generated" if images is None else "given",
+        stopped_by=stopped_by,
+        num_forwards=search.num_forwards,
         seconds=round(time.monotonic() - started, 3),
         seed=seed,
+        warnings=curve.warnings(confidence),
+        table=[
+            {"block": at, "feature": name, "scores": scores.tolist()}
+            for (at, name), scores in zip(taps, curve.scores, strict=True)
+        ]
+        if len(taps) > 1
+        else None,
     )
     logger.info(
         "Chose timestep %d (log-SNR %.2f, confidence %.2f) of %d by %s from %d pictures, %s of block %d, in %.1f s.",
-        selection.timestep,
+        found,
         selection.log_snr[best],
         selection.confidence,
         len(grid),
-        criterion,
+        criterion.name,
         selection.num_images,
         selection.feature,
         selection.block,
         selection.seconds,
     )
+    for warning in selection.warnings:
+        logger.warning("The choice of timestep %d: %s", found, warning)
     return selection
 
 
-def default_timesteps(schedule: NoiseSchedule, size: int = DEFAULT_GRID_SIZE) -> list[int]:
-    """Return up to `size` timesteps from 0 to 999, evenly spaced in log-SNR: where little happens, few are spent."""
-    first, last = schedule.log_snr(torch.tensor([0, len(schedule.alphas_cumprod) - 1])).tolist()
-    # A last timestep of pure noise has no finite log-SNR; what is below this holds a millionth of the picture's power.
-    last = max(last, MIN_LOG_SNR)
-    return sorted({schedule.timestep_at(level) for level in torch.linspace(first, last, size).tolist()})
+@dataclass(frozen=True)
+class _Curve:
+    """Scores of A taps at the T timesteps read so far, and what the bootstrap says of them."""
+
+    grid: list[int]
+    timesteps: list[int]
+    scores: Tensor  # (A, T)
+    intervals: Tensor  # (A, T, 2)
+    rivals: list[int]  # places of the best tap's timesteps that are as good as the best in some of the resamples
+    best: tuple[int, int]  # which tap, which timestep
+    confidence: float
+
+    def warnings(self, wanted: float) -> list[str]:
+        """Return what speaks against trusting the choice, and what to do about it."""
+        tap, best = self.best
+        scores = self.scores[tap].tolist()
+        found: list[str] = []
+        if len(scores) < 2:
+            return found
+        reached = sorted({best, *self.rivals})
+        if best in (0, len(scores) - 1):
+            shape = "rises" if best else "falls"
+            steady = all((after >= before) == bool(best) for before, after in pairwise(scores))
+            found.append(
+                f"it lies at the {'noisy' if best else 'clean'} edge of the grid"
+                + (f", and the curve only {shape} toward it" if steady else "")
+                + ": the criterion may measure noise alone. Compare with a timestep inside the range, best with "
+                "`criterion='probe'` and a few labels."
+            )
+        if len(reached) > len(scores) / 2:
+            found.append(
+                f"the curve is flat: {len(reached)} of {len(scores)} timesteps cannot be told apart. "
+                "Any of them may serve; more pictures (`max_images`) or `criterion='probe'` with a few labels may "
+                "decide."
+            )
+        peaks = [
+            i
+            for i in reached
+            if all(scores[i] >= scores[j] for j in (i - 1, i + 1) if 0 <= j < len(scores)) and abs(i - best) > 1
+        ]
+        if peaks and len(reached) <= len(scores) / 2:
+            found.append(
+                f"the curve has other peaks as high, at {', '.join(str(self.timesteps[i]) for i in peaks)}. "
+                "Read a finer grid (`timesteps=model.noise_schedule.even_timesteps(40)`), or compare them by "
+                "`criterion='probe'` with a few labels."
+            )
+        if self.confidence < wanted:
+            found.append(
+                f"its confidence is {self.confidence:.2f}, below {wanted:.2f}: other pictures may give another "
+                "timestep. Give more pictures (`max_images`), or `criterion='probe'` with a few labels."
+            )
+        return found
+
+
+class _Search:
+    """What was read so far: sums over pictures, by timestep and group of pictures, and how to read more."""
+
+    def __init__(
+        self,
+        model: ReadableModel,
+        criterion: Criterion,
+        taps: list[Tap],
+        grid: list[int],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.model, self.criterion, self.taps, self.grid = model, criterion, taps, grid
+        self.batch_size, self.seed = batch_size, seed
+        self.labels: Any = None
+        self.rank, self.world = _process()
+        self.num_images = self.num_forwards = 0
+        self.sums: dict[int, Tensor] = {}  # by timestep, (A, G, S)
+        self.pooled: dict[int, list[tuple[list[int], Tensor]]] = {}  # of the probe only: indices, (A, B, D)
+        self.groups: set[int] = set()
+        self.latents: dict[int, Tensor] = {}
+        self.kept_bytes = 0
+        self.bar: Any = None
+
+    def generate(self, num_images: int) -> Tensor:
+        """Return latents that the model made itself, (n, C, h, w), and count what they cost."""
+        model: Any = self.model
+        logger.info(
+            "No pictures to choose a timestep from are given: the transformer makes %d, in %d passes.",
+            num_images,
+            model.count_generation_forwards(num_images),
+        )
+        latents: Tensor = model.generate_latents(num_images, batch_size=self.batch_size, seed=self.seed)
+        latents = latents.to(model.device, model.dtype)
+        self.num_forwards += model.count_generation_forwards(num_images)
+        self.latents = dict(enumerate(latents))
+        return latents
+
+    def run(self, pictures: CalibrationPictures, wanted: list[int], max_images: int, confidence: float) -> str:
+        """Read pictures in rounds until the choice is sure; return why it ended."""
+        size = max_images if pictures.order is None else len(pictures.order)
+        done, goal = 0, min(FIRST_ROUND, size)
+        if isinstance(self.criterion, Probe):
+            goal = size  # its accuracy depends on how many pictures it learns from
+        with host_logging.tqdm(desc="Choosing the timestep", unit="pass", leave=False, disable=self.rank > 0) as bar:
+            self.bar = bar
+            while True:
+                before = self.num_images
+                self._read(pictures, done, goal, wanted)
+                if not self.num_images:
+                    raise ValueError("No pictures to choose a timestep from: the set is empty.")
+                while missing := self._unread_neighbours(wanted):
+                    wanted = sorted({*wanted, *missing})
+                    self._read(pictures, 0, goal, missing)
+                if goal < size and self.num_images - before == goal - done:
+                    if self.curve().confidence >= confidence:
+                        return "confidence"
+                    done, goal = goal, min(2 * goal, size)
+                    continue
+                sure = self.curve().confidence >= confidence
+                return "confidence" if sure else "max_images" if self.num_images == max_images else "all pictures"
+
+    def _unread_neighbours(self, read: list[int]) -> list[int]:
+        """Return the neighbours in the grid of the best timestep that were not read yet."""
+        curve = self.curve()
+        place = self.grid.index(curve.timesteps[curve.best[1]])
+        return [t for t in self.grid[max(0, place - 1) : place + 2] if t not in read]
+
+    def _read(self, pictures: CalibrationPictures, start: int, stop: int, timesteps: list[int]) -> None:
+        """Add a part of the pictures to the sums at some timesteps."""
+        first_time = start >= self.num_images
+        count = 0
+        for indices, load in pictures.batches(start, stop, self.batch_size, self.rank, self.world):
+            latents = self._encode(indices, load)
+            count += len(indices)
+            for chosen, tokens in self._tokens(latents, indices, timesteps):
+                rows, columns = self.model.token_grid(latents)
+                self._add(chosen, indices, [self.criterion.measure(tokens[tap], rows, columns) for tap in self.taps])
+            self.groups.update(index % NUM_GROUPS for index in indices)
+        counts = _gather(count)
+        draws = self.criterion.num_draws or self.model.config.num_noise_draws
+        self.num_forwards += sum(counts) * len(timesteps) * draws
+        if first_time:
+            self.num_images += sum(counts)
+
+    def _encode(self, indices: list[int], load: Any) -> Tensor:  # noqa: ANN401 - reads the pixel values
+        if all(index in self.latents for index in indices):
+            return torch.stack([self.latents[index] for index in indices])
+        latents = self.model.encode(load())
+        for index, latent in zip(indices, latents, strict=True):
+            if self.kept_bytes < MAX_KEPT_BYTES and index not in self.latents:
+                self.latents[index] = latent.clone()
+                self.kept_bytes += latent.nbytes
+        return latents
+
+    def _tokens(
+        self, latents: Tensor, indices: list[int], timesteps: list[int]
+    ) -> Iterator[tuple[int, dict[Tap, Tensor]]]:
+        """Yield each timestep with the tokens of all draws, (K, B, N, D), at each tap."""
+        noise = self._noise(latents, indices)  # (K, B, C, h, w)
+        num_draws, size = noise.shape[:2]
+        together = max(1, self.batch_size // (num_draws * size))
+        device = latents.device
+        for at in range(0, len(timesteps), together):
+            chosen = timesteps[at : at + together]
+            where = torch.tensor(chosen).repeat_interleave(num_draws * size)
+            repeated = latents.repeat(len(chosen) * num_draws, 1, 1, 1)
+            drawn = noise.flatten(0, 1).repeat(len(chosen), 1, 1, 1)
+            noised = self.model.noise_schedule.add_noise(repeated, drawn, where)
+            parts = [
+                self.model.read_taps(batch, steps.to(device), self.taps)
+                for batch, steps in zip(noised.split(self.batch_size), where.split(self.batch_size), strict=True)
+            ]
+            read = {tap: torch.cat([part[tap] for part in parts]) for tap in self.taps}
+            for number, timestep in enumerate(chosen):
+                here = slice(number * num_draws * size, (number + 1) * num_draws * size)
+                yield timestep, {tap: tokens[here].unflatten(0, (num_draws, size)) for tap, tokens in read.items()}
+            self.bar.update(len(where))
+
+    def _noise(self, latents: Tensor, indices: list[int]) -> Tensor:
+        """Return the noise of each draw and picture, (K, B, C, h, w); the timesteps share it.
+
+        Each picture has noise of its own, a function of the seed and the picture: what two draws have in common must
+        vanish in the mean over pictures. Only a criterion of the features as they are used later has the model's own.
+        """
+        shape = tuple(latents.shape[1:])
+        config = self.model.config
+        if not self.criterion.num_draws:
+            draws = [fixed_noise(shape, config.noise_seed, draw) for draw in range(config.num_noise_draws)]
+            return torch.stack(draws)[:, None].expand(-1, len(indices), *shape)
+        drawn = [
+            np.random.Generator(np.random.Philox(key=[self.seed, index])).standard_normal(
+                (self.criterion.num_draws, *shape), dtype=np.float32
+            )
+            for index in indices
+        ]
+        return torch.from_numpy(np.stack(drawn, axis=1))
+
+    def _add(self, timestep: int, indices: list[int], measured: list[Tensor]) -> None:
+        if isinstance(self.criterion, Probe):
+            self.pooled.setdefault(timestep, []).append((indices, torch.stack(measured)))
+            return
+        values = torch.stack(measured)  # (A, B, S)
+        if timestep not in self.sums:
+            self.sums[timestep] = values.new_zeros(len(self.taps), NUM_GROUPS, values.shape[-1])
+        self.sums[timestep].index_add_(1, torch.tensor(indices) % NUM_GROUPS, values)
+
+    def _all_sums(self) -> dict[int, Tensor]:
+        """Return the sums of all processes, added in the order of their ranks."""
+        if isinstance(self.criterion, Probe):
+            return self._sums_of_hits(self.criterion)
+        total: dict[int, Tensor] = {}
+        for part in _gather(self.sums):
+            for timestep, sums in part.items():
+                total[timestep] = total[timestep] + sums if timestep in total else sums
+        return total
+
+    def _sums_of_hits(self, probe: Probe) -> dict[int, Tensor]:
+        parts = [part for process in _gather(self.pooled) for part in [process]]
+        total = {}
+        for timestep in sorted({timestep for part in parts for timestep in part}):
+            batches = [batch for part in parts for batch in part.get(timestep, [])]
+            indices = torch.tensor([index for named, _ in batches for index in named])
+            order = indices.argsort()
+            pooled = torch.cat([values for _, values in batches], dim=1)[:, order]
+            labels = torch.tensor([int(self.labels[int(index)]) for index in indices[order]])
+            hits = torch.stack([probe.hits(each, labels) for each in pooled])  # (A, n, 2)
+            sums = hits.new_zeros(len(self.taps), NUM_GROUPS, 2)
+            total[timestep] = sums.index_add_(1, indices[order] % NUM_GROUPS, hits)
+        return total
+
+    def curve(self) -> _Curve:
+        """Return the scores at all timesteps read so far, with the bootstrap over groups of pictures."""
+        by_timestep = self._all_sums()
+        timesteps = sorted(by_timestep)
+        groups = sorted(set().union(*_gather(self.groups)))
+        sums = torch.stack([by_timestep[t] for t in timesteps], dim=1)[:, :, groups]  # (A, T, G, S)
+        scores = self.criterion.score(sums.sum(2))
+        if not bool(scores.isfinite().all()):
+            raise ValueError(
+                "The criterion is not finite at every timestep: the model's features are NaN, infinite or all zero. "
+                "Check its weights and the pictures."
+            )
+        best = divmod(int(scores.argmax()), len(timesteps))
+        generator = torch.Generator().manual_seed(self.seed)
+        picks = torch.randint(len(groups), (NUM_RESAMPLES, len(groups)), generator=generator)
+        weights = torch.zeros(NUM_RESAMPLES, len(groups), dtype=sums.dtype).scatter_add_(
+            1, picks, torch.ones(picks.shape, dtype=sums.dtype)
+        )
+        resampled = self.criterion.score(torch.einsum("rg,atgs->rats", weights, sums))  # (R, A, T)
+        chosen = resampled.flatten(1).argmax(1)
+        places = torch.tensor([self.grid.index(t) for t in timesteps])
+        near = (places[chosen % len(timesteps)] - places[best[1]]).abs() <= 1
+        near &= chosen // len(timesteps) == best[0]
+        ends = torch.tensor([0.025, 0.975], dtype=resampled.dtype)
+        intervals = resampled.quantile(ends, dim=0).movedim(0, -1)
+        # In pairs: a picture that is hard at one timestep is so at the next, which separate intervals do not know.
+        as_good = (resampled[:, best[0]] >= resampled[:, best[0], best[1], None]).double().mean(0)
+        rivals = (as_good >= RIVAL_SHARE).nonzero().flatten().tolist()
+        return _Curve(self.grid, timesteps, scores, intervals, rivals, best, float(near.double().mean()))
+
+
+def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  # noqa: ANN401 - checked later
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+        criterion = CRITERIA[criterion]
+    if isinstance(criterion, Probe) != (labels is not None):
+        raise ValueError(
+            "`criterion='probe'` needs `labels`, the class index of each picture or the name of their column."
+            if labels is None
+            else f"`labels` are given, but {criterion.name!r} uses none; did you mean `criterion='probe'`?"
+        )
+    return criterion
+
+
+def _checked_taps(
+    config: ASelectConfig, block: int | str | Sequence[int] | None, feature: str | Sequence[str] | None, several: bool
+) -> list[Tap]:
+    if block == "auto":
+        blocks = list(range(0, config.num_hidden_layers, 3))
+    elif isinstance(block, str):
+        raise ValueError(f"`block` must be an integer, several of them, or 'auto', got {block!r}.")
+    else:
+        blocks = [config.block_index(each) for each in ([block] if block is None or isinstance(block, int) else block)]
+    if feature == "auto":
+        features = list(AUTO_FEATURES)
+    else:
+        features = [config.feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
+    for each in features:
+        check_feature(each)
+    taps = list(product(blocks, features))
+    if len(taps) > 1 and not several:
+        raise ValueError(
+            "Several blocks or features can only be compared by `criterion='probe'`: the scores of the other criteria "
+            f"say nothing across taps. Name one block and one feature, got {len(taps)} taps."
+        )
+    if not taps:
+        raise ValueError("Name at least one block and one feature.")
+    return taps
 
 
 def _checked_grid(timesteps: Sequence[int]) -> list[int]:
@@ -257,49 +572,22 @@ def _checked_grid(timesteps: Sequence[int]) -> list[int]:
     return grid
 
 
-def _measure(model: ReadableModel, batches: Iterator[Tensor], grid: list[int], num_draws: int, seed: int) -> Tensor:
-    """Return the band powers of each picture at each timestep, (T, n, 4), float64; tokens are not kept."""
-    generator = torch.Generator().manual_seed(seed)
-    block, feature = model.config.block_index(), model.config.feature
-    measured = []
-    with _EvalMode(model), torch.no_grad():
-        for pixel_values in batches:
-            latents = model.encode(pixel_values)
-            rows, columns = model.token_grid(latents)
-            # Each picture has noise of its own: what two draws have in common must vanish in the mean over pictures.
-            # The timesteps share it, so that they differ by the timestep alone.
-            noise = torch.stack(
-                [torch.randn((num_draws, *latents.shape[1:]), generator=generator) for _ in latents], dim=1
-            )
-            by_timestep = []
-            for timestep in grid:
-                timesteps = torch.full((len(latents),), timestep, device=latents.device)
-                spectra = []
-                for draw in noise:
-                    noised = model.noise_schedule.add_noise(latents, draw, timesteps)
-                    tokens = model.read_tokens(noised, timesteps, block, feature)
-                    spectra.append(token_spectrum(tokens, rows, columns))
-                by_timestep.append(_picture_powers(torch.stack(spectra)))
-            measured.append(torch.stack(by_timestep))
-    if not measured:
-        raise ValueError("No pictures to choose a timestep from: the set is empty.")
-    return torch.cat(measured, dim=1)
+def _process() -> tuple[int, int]:
+    """Return the rank of this process and how many there are."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
-def _picture_powers(spectra: Tensor, cutoff: float = 0.15) -> Tensor:
-    """Return the signal's and the noisy high-band and whole power of each picture, (B, 4), of (K, B, D, h, w)."""
-    # On the CPU: not every accelerator has float64.
-    noisy = band_powers(noisy_power(spectra).cpu().double(), cutoff)
-    signal = band_powers(signal_power(spectra).cpu().double(), cutoff) if len(spectra) > 1 else torch.zeros_like(noisy)
-    return torch.cat([signal, noisy], dim=-1)
-
-
-def _bootstrap(powers: Tensor, score: Callable[[Tensor], Tensor], seed: int) -> Tensor:
-    """Return the scores of resamples of the pictures with replacement, (resamples, T)."""
-    generator = torch.Generator().manual_seed(seed)
-    num_images = powers.shape[1]
-    picks = torch.randint(num_images, (NUM_RESAMPLES, num_images), generator=generator)
-    return torch.stack([score(powers[:, pick]) for pick in picks])
+def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pickled
+    """Return the value of each process, in the order of their ranks."""
+    world = _process()[1]
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class _EvalMode:
@@ -315,65 +603,3 @@ class _EvalMode:
     def __exit__(self, *exception: object) -> None:
         for module, training in self.modes.items():
             module.training = training
-
-
-def _pixel_batches(
-    images: Any,  # noqa: ANN401 - as in `select_timestep`
-    config: ASelectConfig,
-    max_images: int,
-    batch_size: int,
-    seed: int,
-) -> Iterator[Tensor]:
-    """Yield pixel values, (B, C, H, W), of at most `max_images` of the pictures."""
-    if isinstance(images, Tensor):
-        _check_pixel_values(images)
-    processor = ASelectImageProcessor.from_model_config(config)
-    chosen = iter(_sample(images, max_images, seed))
-    while batch := list(islice(chosen, batch_size)):
-        if isinstance(batch[0], Tensor) and isinstance(images, Tensor):
-            yield torch.stack(batch)
-        else:
-            yield processor([_picture_of(row) for row in batch], return_tensors="pt").pixel_values
-
-
-def _check_pixel_values(images: Tensor) -> None:
-    if images.ndim != 4:
-        raise ValueError(f"Pixel values must have shape (B, C, H, W), got {tuple(images.shape)}.")
-    # Rounding in half precision may pass 1 by a little.
-    if images.numel() and float(images.abs().max()) > 1.01:
-        low, high = float(images.min()), float(images.max())
-        raise ValueError(
-            f"Pixel values must be in [-1, 1], got [{low:g}, {high:g}]; give PIL pictures, or scale them."
-        )
-
-
-def _sample(images: Iterable[Any], max_images: int, seed: int) -> Iterable[Any]:
-    """Return at most `max_images` of the pictures: a random sample, as sets are often sorted by class."""
-    if isinstance(images, (str, bytes, Image.Image, dict)) or not isinstance(images, Iterable):
-        raise ValueError(
-            "Pictures must be a list of PIL pictures or arrays, a dataset with an image column, or a tensor of pixel "
-            f"values, got {type(images).__name__}."
-        )
-    indexed: Any = images
-    try:
-        size = len(indexed)
-    except TypeError:  # a stream has no length
-        return islice(images, max_images)
-    if size <= max_images:
-        return images
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:max_images]
-    return (indexed[int(index)] for index in order.sort().values)
-
-
-def _picture_of(row: Any) -> Any:  # noqa: ANN401 - a row of a dataset or a picture
-    """Return the picture of a dataset's row; a row that is a picture already as it is."""
-    if not isinstance(row, dict):
-        return row
-    pictures = [name for name, value in row.items() if isinstance(value, Image.Image)]
-    if "image" in row:
-        return row["image"]
-    if len(pictures) != 1:
-        raise ValueError(
-            f"Expected a dataset with a column `image` or exactly one column of PIL pictures, got columns {list(row)}."
-        )
-    return row[pictures[0]]

@@ -1,0 +1,109 @@
+"""Calibration pictures of any kind, as numbered batches of pixel values."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .configuration_aselect import ASelectConfig
+from .image_processing_aselect import ASelectImageProcessor
+
+
+class CalibrationPictures:
+    """A set of pictures that can be read again and again, a part at a time.
+
+    Args:
+        images: PIL pictures or arrays; a `datasets` dataset with an image column, streaming or not; or pixel values,
+            (B, C, H, W), in [-1, 1].
+        config: Configuration of the model that they are for.
+        max_images: Read so many at the most: a random sample of a set of known size, the first ones of a stream.
+        seed: Seed of the sample.
+
+    Raises:
+        ValueError: If `images` is none of those or pixel values are outside [-1, 1].
+    """
+
+    def __init__(self, images: Any, config: ASelectConfig, max_images: int, seed: int) -> None:  # noqa: ANN401
+        if isinstance(images, (str, bytes, Image.Image, dict)) or not isinstance(images, Iterable):
+            raise ValueError(
+                "Pictures must be a list of PIL pictures or arrays, a dataset with an image column, or a tensor of "
+                f"pixel values, got {type(images).__name__}."
+            )
+        if isinstance(images, Tensor):
+            _check_pixel_values(images)
+        if isinstance(images, Iterator):
+            images = list(islice(images, max_images))  # it could not be read again
+        self.images: Any = images
+        self.processor = ASelectImageProcessor.from_model_config(config)
+        self.max_images = max_images
+        self.order: list[int] | None = None  # of a stream the size is unknown
+        if hasattr(images, "__len__"):
+            generator = torch.Generator().manual_seed(seed)
+            self.order = torch.randperm(len(images), generator=generator)[:max_images].tolist()
+
+    def batches(
+        self, start: int, stop: int, batch_size: int, rank: int, world: int
+    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
+        """Yield indices in the set, and what reads their pixel values, (B, C, H, W), of one process's share of a part.
+
+        Args:
+            start: First picture of the part, counted in the sample.
+            stop: End of the part; a shorter sample ends earlier.
+            batch_size: Pictures in a batch.
+            rank: Which process this is.
+            world: How many processes share the pictures: each takes every `world`-th.
+        """
+        rows = iter(self._rows(start, min(stop, self.max_images), rank, world))
+        while batch := list(islice(rows, batch_size)):
+            yield [index for index, _ in batch], partial(self._read, [row for _, row in batch])
+
+    def _rows(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """Yield the index of each picture of the share, and what reads its row."""
+        if self.order is None:
+            numbered = islice(enumerate(self.images), start, stop)
+            for index, row in islice(numbered, rank, None, world):
+                yield index, partial(_itself, row)
+            return
+        # In the order of the set: reading a dataset forward is faster.
+        for index in sorted(self.order[start:stop])[rank::world]:
+            yield index, partial(self.images.__getitem__, index)
+
+    def _read(self, readers: list[Callable[[], Any]]) -> Tensor:
+        rows = [read() for read in readers]
+        if isinstance(self.images, Tensor):
+            return torch.stack(rows)
+        values: Tensor = self.processor([_picture_of(row) for row in rows], return_tensors="pt").pixel_values
+        return values
+
+
+def _itself(row: Any) -> Any:  # noqa: ANN401 - a row of any kind
+    return row
+
+
+def _check_pixel_values(images: Tensor) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"Pixel values must have shape (B, C, H, W), got {tuple(images.shape)}.")
+    # Rounding in half precision may pass 1 by a little.
+    if images.numel() and float(images.abs().max()) > 1.01:
+        low, high = float(images.min()), float(images.max())
+        raise ValueError(
+            f"Pixel values must be in [-1, 1], got [{low:g}, {high:g}]; give PIL pictures, or scale them."
+        )
+
+
+def _picture_of(row: Any) -> Any:  # noqa: ANN401 - a row of a dataset or a picture
+    """Return the picture of a dataset's row; a row that is a picture already as it is."""
+    if not isinstance(row, dict):
+        return row
+    pictures = [name for name, value in row.items() if isinstance(value, Image.Image)]
+    if "image" in row:
+        return row["image"]
+    if len(pictures) != 1:
+        raise ValueError(
+            f"Expected a dataset with a column `image` or exactly one column of PIL pictures, got columns {list(row)}."
+        )
+    return row[pictures[0]]

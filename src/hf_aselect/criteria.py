@@ -1,0 +1,128 @@
+"""The criteria that a timestep can be chosen by: each measures pictures and turns the sums into a score."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .probe import leave_one_out_hits
+from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
+
+
+class Criterion(Protocol):
+    """A score for each timestep, the largest wins.
+
+    The numbers that `measure` returns are added up over pictures, so a criterion is a function of sums: nothing of a
+    single picture is kept, however many there are.
+    """
+
+    name: ClassVar[str]
+    # Noise draws of each picture; 0 stands for the model's own fixed noise, with which its features are used later.
+    num_draws: ClassVar[int]
+
+    def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return numbers that add up over pictures, (B, S), float64 on the CPU, of tokens, (K, B, N, D)."""
+        ...
+
+    def score(self, sums: Tensor) -> Tensor:
+        """Return scores, (...), of sums over pictures, (..., S)."""
+        ...
+
+
+@dataclass(frozen=True)
+class HFR:
+    """The paper's criterion: the share of high spatial frequencies in features of one noise draw.
+
+    Args:
+        cutoff: Radius above which a frequency is high, as a share of Nyquist, in [0, 1).
+        amplitude: Whether amplitudes are summed instead of powers.
+        with_constant: Whether the constant part (frequency 0) counts in the whole.
+
+    Source: A-SelecT, arXiv 2603.25758. The paper's exact formula could not be read; the defaults are a reconstruction,
+    with the cut-off of the authors' configuration.
+    """
+
+    name: ClassVar[str] = "hfr"
+    num_draws: ClassVar[int] = 1
+
+    cutoff: float = 0.15
+    amplitude: bool = False
+    with_constant: bool = True
+
+    def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return each picture's ratio and a 1 to count it, (B, 2)."""
+        spectra = _spectra(tokens, rows, columns)
+        power = spectra.abs().mean(0).sum(1) if self.amplitude else noisy_power(spectra)
+        # On the CPU: not every accelerator has float64.
+        high, whole = band_powers(power.cpu().double(), self.cutoff, self.with_constant).unbind(-1)
+        return torch.stack([high / whole, torch.ones_like(whole)], dim=-1)
+
+    def score(self, sums: Tensor) -> Tensor:
+        """Return the mean ratio, in [0, 1]."""
+        return sums[..., 0] / sums[..., 1]
+
+
+@dataclass(frozen=True)
+class SignalHFR:
+    """The share of high spatial frequencies in what two noise draws agree on (their cross-spectrum).
+
+    Noise has high frequencies of its own, so the paper's criterion can rise toward pure noise; what independent draws
+    agree on has none. Ours.
+
+    Args:
+        cutoff: Radius above which a frequency is high, as a share of Nyquist, in [0, 1).
+        with_constant: Whether the constant part (frequency 0) counts in the whole.
+    """
+
+    name: ClassVar[str] = "signal_hfr"
+    num_draws: ClassVar[int] = 2
+
+    cutoff: float = 0.15
+    with_constant: bool = True
+
+    def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return each picture's high and whole power of the signal, and whole power of the noisy features, (B, 3)."""
+        spectra = _spectra(tokens, rows, columns)
+        signal = band_powers(signal_power(spectra).cpu().double(), self.cutoff, self.with_constant)
+        noisy = band_powers(noisy_power(spectra).cpu().double(), self.cutoff, self.with_constant)
+        return torch.cat([signal, noisy[..., 1:]], dim=-1)
+
+    def score(self, sums: Tensor) -> Tensor:
+        """Return the ratio of the summed powers, near [0, 1]."""
+        high, whole, noisy = sums.unbind(-1)
+        # Where the draws agree on less than a quarter of the power, the ratio is one of two small numbers and can be
+        # anything, or even without bound: there it fades to 0.
+        return high / torch.maximum(whole, noisy / 4)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Accuracy of a linear probe on mean-pooled tokens, each picture left out in turn. Needs labels.
+
+    It is the one criterion that keeps something of each picture: its pooled tokens, D numbers a timestep and tap.
+    """
+
+    name: ClassVar[str] = "probe"
+    num_draws: ClassVar[int] = 0
+
+    def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the mean token of each picture, (B, D), over the noise draws."""
+        return tokens.float().mean((0, 2)).cpu()
+
+    def hits(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """Return for each picture whether the probe is right about it and a 1 to count it, (n, 2), float64."""
+        hits = leave_one_out_hits(pooled, labels).double()
+        return torch.stack([hits, torch.ones_like(hits)], dim=-1)
+
+    def score(self, sums: Tensor) -> Tensor:
+        """Return the accuracy, in [0, 1]."""
+        return sums[..., 0] / sums[..., 1]
+
+
+def _spectra(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Return spectra, (K, B, D, h, w), of the tokens of K noise draws, (K, B, N, D)."""
+    return torch.stack([token_spectrum(draw, rows, columns) for draw in tokens])
+
+
+CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (HFR(), SignalHFR(), Probe())}
