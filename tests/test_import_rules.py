@@ -21,6 +21,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 LEVELS = {
     "configuration_aselect": 0,
+    "consensus": 0,
     "metrics": 0,
     "probe": 0,
     "spectrum": 0,

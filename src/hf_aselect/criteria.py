@@ -20,6 +20,8 @@ class Criterion(Protocol):
     name: ClassVar[str]
     # Noise draws of each picture; 0 stands for the model's own fixed noise, with which its features are used later.
     num_draws: ClassVar[int]
+    # Pictures of the first round, before the choice is looked at.
+    first_round: ClassVar[int]
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return numbers that add up over pictures, (B, S), float64 on the CPU, of tokens, (K, B, N, D)."""
@@ -45,6 +47,7 @@ class HFR:
 
     name: ClassVar[str] = "hfr"
     num_draws: ClassVar[int] = 1
+    first_round: ClassVar[int] = 64
 
     cutoff: float = 0.15
     amplitude: bool = False
@@ -77,6 +80,7 @@ class SignalHFR:
 
     name: ClassVar[str] = "signal_hfr"
     num_draws: ClassVar[int] = 2
+    first_round: ClassVar[int] = 64
 
     cutoff: float = 0.15
     with_constant: bool = True
@@ -105,6 +109,7 @@ class Probe:
 
     name: ClassVar[str] = "probe"
     num_draws: ClassVar[int] = 0
+    first_round: ClassVar[int] = 2**30  # all: its accuracy depends on how many pictures it learns from
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return the mean token of each picture, (B, D), over the noise draws."""
@@ -120,9 +125,34 @@ class Probe:
         return sums[..., 0] / sums[..., 1]
 
 
+@dataclass(frozen=True)
+class Consensus:
+    """How much of what the features of all timesteps and several blocks agree on can be read from this one. Ours.
+
+    The share of variance (R²) of the 20 leading principal components of all reference features that a ridge regression
+    predicts from mean-pooled tokens, cross-validated: a linear probe whose labels are the transformer's own. See
+    `consensus`. The references are `hidden`, `query`, `key` and `value` of the first block and of those at 3/8 and 6/8
+    of the depth, at the timesteps of the coarse grid; so a pass goes to 6/8 of the depth even for an earlier tap.
+    """
+
+    name: ClassVar[str] = "consensus"
+    num_draws: ClassVar[int] = 0
+    first_round: ClassVar[int] = 128
+
+    def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the mean token of each picture, (B, D), over the noise draws, float32."""
+        return tokens.float().mean((0, 2)).cpu()
+
+    def score(self, sums: Tensor) -> Tensor:
+        """Return R², at most 1: 1 - squared error / variance, from their sums."""
+        return 1 - sums[..., 0] / sums[..., 1]
+
+
 def _spectra(tokens: Tensor, rows: int, columns: int) -> Tensor:
     """Return spectra, (K, B, D, h, w), of the tokens of K noise draws, (K, B, N, D)."""
     return torch.stack([token_spectrum(draw, rows, columns) for draw in tokens])
 
 
-CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (HFR(), SignalHFR(), Probe())}
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion for criterion in (HFR(), SignalHFR(), Consensus(), Probe())
+}

@@ -16,22 +16,24 @@ from transformers.utils import logging as host_logging
 
 from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig, check_feature, check_timestep
-from .criteria import CRITERIA, Criterion, Probe
+from .consensus import ConsensusSums, Key, unexplained
+from .criteria import CRITERIA, Consensus, Criterion, Probe
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .plots import plot_timestep_curve
 
 logger = logging.getLogger(__name__)
 
-FIRST_ROUND = 64
 NUM_GENERATED = 64
 COARSE_STEP = 3
 # Pictures are summed in so many groups, and the bootstrap draws groups: sums are all it needs of the pictures.
-NUM_GROUPS = 32
+NUM_GROUPS = 16
 NUM_RESAMPLES = 1000
 # A timestep that is as good as the best in this share of the resamples is not told apart from it.
 RIVAL_SHARE = 0.025
 # Latents up to this size are kept, so that a picture is encoded once; beyond it they are encoded again.
 MAX_KEPT_BYTES = 2**25
+# Scale and weight of a consensus' reference features come from the first so many pictures.
+NUM_CALIBRATION = 32
 AUTO_FEATURES = ("hidden", "query", "key", "value")
 
 Tap = tuple[int, str]
@@ -176,7 +178,8 @@ def select_timestep(
             (B, C, H, W), in [-1, 1]. A stream is read from its start on, so it should be shuffled. Default: the
             transformer generates some.
         criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on), "hfr" (the paper's, of
-            one noise draw), "probe" (accuracy of a linear probe, needs `labels`), or one with settings of its own,
+            one noise draw), "consensus" (how much of what the features agree on can be read from this one), "probe"
+            (accuracy of a linear probe, needs `labels`), or one with settings of its own,
             such as `criteria.HFR(cutoff=0.25)`.
         timesteps: Timesteps to read, integers in [0, 1000): all of them, from every picture. Default: from coarse to
             fine on `model.noise_schedule.even_timesteps()`.
@@ -337,6 +340,9 @@ class _Search:
         self.num_images = self.num_forwards = 0
         self.sums: dict[int, Tensor] = {}  # by timestep, (A, G, S)
         self.pooled: dict[int, list[tuple[list[int], Tensor]]] = {}  # of the probe only: indices, (A, B, D)
+        self.consensus = ConsensusSums(NUM_GROUPS) if isinstance(criterion, Consensus) else None
+        self.references = _reference_taps(model.config) if self.consensus else []
+        self.errors: dict[tuple[int, int], Tensor] = {}  # of the consensus, by timestep and number of pictures
         self.groups: set[int] = set()
         self.latents: dict[int, Tensor] = {}
         self.kept_bytes = 0
@@ -359,11 +365,11 @@ class _Search:
     def run(self, pictures: CalibrationPictures, wanted: list[int], max_images: int, confidence: float) -> str:
         """Read pictures in rounds until the choice is sure; return why it ended."""
         size = max_images if pictures.order is None else len(pictures.order)
-        done, goal = 0, min(FIRST_ROUND, size)
-        if isinstance(self.criterion, Probe):
-            goal = size  # its accuracy depends on how many pictures it learns from
+        done, goal = 0, min(self.criterion.first_round, size)
         with host_logging.tqdm(desc="Choosing the timestep", unit="pass", leave=False, disable=self.rank > 0) as bar:
             self.bar = bar
+            if self.consensus:
+                self._calibrate(pictures, wanted)
             while True:
                 before = self.num_images
                 self._read(pictures, done, goal, wanted)
@@ -393,15 +399,51 @@ class _Search:
         for indices, load in pictures.batches(start, stop, self.batch_size, self.rank, self.world):
             latents = self._encode(indices, load)
             count += len(indices)
-            for chosen, tokens in self._tokens(latents, indices, timesteps):
-                rows, columns = self.model.token_grid(latents)
-                self._add(chosen, indices, [self.criterion.measure(tokens[tap], rows, columns) for tap in self.taps])
+            self._read_batch(latents, indices, timesteps)
             self.groups.update(index % NUM_GROUPS for index in indices)
         counts = _gather(count)
         draws = self.criterion.num_draws or self.model.config.num_noise_draws
         self.num_forwards += sum(counts) * len(timesteps) * draws
         if first_time:
             self.num_images += sum(counts)
+
+    def _read_batch(self, latents: Tensor, indices: list[int], timesteps: list[int]) -> None:
+        rows, columns = self.model.token_grid(latents)
+        if self.consensus is None:
+            for chosen, tokens in self._tokens(latents, indices, timesteps, self.taps):
+                self._add(chosen, indices, [self.criterion.measure(tokens[tap], rows, columns) for tap in self.taps])
+            return
+        known = all(index in self.consensus.targets for index in indices)
+        taps = self.taps if known else list(dict.fromkeys([*self.taps, *self.references]))
+        pooled = {
+            (chosen, *tap): self.criterion.measure(tokens[tap], rows, columns)
+            for chosen, tokens in self._tokens(latents, indices, timesteps, taps)
+            for tap in taps
+        }
+        if not known:
+            # Timesteps that were read later, next to the best, have no share in the targets.
+            self.consensus.add_targets(indices, pooled)
+        calibrated = sorted({timestep for timestep, _, _ in self.consensus.scales})
+        for timestep in timesteps:
+            near = min(calibrated, key=lambda known: abs(known - timestep))
+            like = (near, *self.taps[0])
+            self.consensus.add(timestep, indices, pooled[(timestep, *self.taps[0])], like)
+
+    def _calibrate(self, pictures: CalibrationPictures, timesteps: list[int]) -> None:
+        """Take the scales of the reference features from the first pictures: the same ones in every process."""
+        assert self.consensus is not None  # called for a consensus only
+        pooled: dict[Key, list[Tensor]] = {}
+        taps = list(dict.fromkeys([*self.references, *self.taps]))
+        for indices, load in pictures.batches(0, NUM_CALIBRATION, self.batch_size, 0, 1):
+            latents = self._encode(indices, load)
+            for chosen, tokens in self._tokens(latents, indices, timesteps, taps):
+                for tap in taps:
+                    pooled.setdefault((chosen, *tap), []).append(self.criterion.measure(tokens[tap], 0, 0))
+            self.num_forwards += len(indices) * len(timesteps) * self.model.config.num_noise_draws
+        if not pooled:
+            raise ValueError("No pictures to choose a timestep from: the set is empty.")
+        self.consensus.calibrate({key: torch.cat(values) for key, values in pooled.items()})
+        self.consensus.scales = _gather(self.consensus.scales)[0]
 
     def _encode(self, indices: list[int], load: Any) -> Tensor:  # noqa: ANN401 - reads the pixel values
         if all(index in self.latents for index in indices):
@@ -414,7 +456,7 @@ class _Search:
         return latents
 
     def _tokens(
-        self, latents: Tensor, indices: list[int], timesteps: list[int]
+        self, latents: Tensor, indices: list[int], timesteps: list[int], taps: list[Tap]
     ) -> Iterator[tuple[int, dict[Tap, Tensor]]]:
         """Yield each timestep with the tokens of all draws, (K, B, N, D), at each tap."""
         noise = self._noise(latents, indices)  # (K, B, C, h, w)
@@ -428,10 +470,10 @@ class _Search:
             drawn = noise.flatten(0, 1).repeat(len(chosen), 1, 1, 1)
             noised = self.model.noise_schedule.add_noise(repeated, drawn, where)
             parts = [
-                self.model.read_taps(batch, steps.to(device), self.taps)
+                self.model.read_taps(batch, steps.to(device), taps)
                 for batch, steps in zip(noised.split(self.batch_size), where.split(self.batch_size), strict=True)
             ]
-            read = {tap: torch.cat([part[tap] for part in parts]) for tap in self.taps}
+            read = {tap: torch.cat([part[tap] for part in parts]) for tap in taps}
             for number, timestep in enumerate(chosen):
                 here = slice(number * num_draws * size, (number + 1) * num_draws * size)
                 yield timestep, {tap: tokens[here].unflatten(0, (num_draws, size)) for tap, tokens in read.items()}
@@ -469,6 +511,8 @@ class _Search:
         """Return the sums of all processes, added in the order of their ranks."""
         if isinstance(self.criterion, Probe):
             return self._sums_of_hits(self.criterion)
+        if self.consensus:
+            return self._sums_of_errors(self.consensus)
         total: dict[int, Tensor] = {}
         for part in _gather(self.sums):
             for timestep, sums in part.items():
@@ -488,6 +532,15 @@ class _Search:
             sums = hits.new_zeros(len(self.taps), NUM_GROUPS, 2)
             total[timestep] = sums.index_add_(1, indices[order] % NUM_GROUPS, hits)
         return total
+
+    def _sums_of_errors(self, consensus: ConsensusSums) -> dict[int, Tensor]:
+        parts = _gather((consensus.moments, consensus.target_moments))
+        targets = torch.stack([target for _, target in parts]).sum(0)
+        for timestep in sorted(set().union(*(moments for moments, _ in parts))):
+            if (timestep, self.num_images) not in self.errors:
+                moments = torch.stack([moments[timestep] for moments, _ in parts if timestep in moments]).sum(0)
+                self.errors[timestep, self.num_images] = unexplained(moments, targets)[None]
+        return {timestep: errors for (timestep, count), errors in self.errors.items() if count == self.num_images}
 
     def curve(self) -> _Curve:
         """Return the scores at all timesteps read so far, with the bootstrap over groups of pictures."""
@@ -558,6 +611,12 @@ def _checked_taps(
     if not taps:
         raise ValueError("Name at least one block and one feature.")
     return taps
+
+
+def _reference_taps(config: ASelectConfig) -> list[Tap]:
+    """Return the taps whose agreement a consensus is: four features of three blocks, from 0 to 6/8 of the depth."""
+    blocks = sorted({share * config.num_hidden_layers // 8 for share in (0, 3, 6)})
+    return list(product(blocks, AUTO_FEATURES))
 
 
 def _checked_grid(timesteps: Sequence[int]) -> list[int]:

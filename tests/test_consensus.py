@@ -1,0 +1,104 @@
+"""What views of the same pictures agree on, and how much of it one view tells: against long-hand computations."""
+
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from hf_aselect.consensus import NUM_COMPONENTS, NUM_TARGETS, STRENGTHS, ConsensusSums, unexplained
+
+NUM_PICTURES, NUM_FOLDS = 320, 8
+
+
+def views(noise, width=48, count=NUM_PICTURES):
+    """Features of 5 views of 40 hidden numbers of each picture, each with noise of its own."""
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randn(count, 40, generator=generator)
+    return {
+        (timestep, 0, "hidden"): content @ torch.randn(40, width, generator=generator)
+        + 4 * noise[timestep] * torch.randn(count, width, generator=generator)
+        for timestep in range(5)
+    }
+
+
+def filled(pooled, batch_size=16):
+    sums = ConsensusSums(NUM_FOLDS)
+    sums.calibrate(pooled)
+    count = len(next(iter(pooled.values())))
+    for start in range(0, count, batch_size):
+        indices = list(range(start, min(start + batch_size, count)))
+        sums.add_targets(indices, {key: values[indices] for key, values in pooled.items()})
+        for key, values in pooled.items():
+            sums.add(key[0], indices, values[indices], key)
+    return sums
+
+
+def r_squared(sums, timestep):
+    error, variance = unexplained(sums.moments[timestep], sums.target_moments).sum(0)
+    return float(1 - error / variance)
+
+
+def test_the_cleanest_view_tells_the_most():
+    scores = [r_squared(filled(views([2.0, 1.0, 0.1, 1.0, 4.0])), timestep) for timestep in range(5)]
+    assert scores.index(max(scores)) == 2
+    assert scores[4] == min(scores)
+
+
+def test_a_view_of_something_else_tells_nothing():
+    pooled = views([0.1] * 5)
+    sums = filled(pooled)
+    other = torch.randn(NUM_PICTURES, 48, generator=torch.Generator().manual_seed(9))
+    sums.add(7, list(range(NUM_PICTURES)), other, (0, 0, "hidden"))
+    assert r_squared(sums, 7) < 0.05 < 0.2 < r_squared(sums, 0)
+
+
+def test_sums_give_what_the_pictures_themselves_give():
+    """Against scikit-learn's ridge, fitted to the other folds and tried on each fold, at each strength."""
+    pooled = views([1.0, 1.0, 0.5, 1.0, 1.0])
+    sums = filled(pooled)
+    targets = torch.stack([sums.targets[index] for index in range(NUM_PICTURES)]).double()
+    targets = targets - targets.mean(0)
+    left, values, _ = torch.linalg.svd(targets, full_matrices=False)
+    count = min(NUM_COMPONENTS, int((values.square() > 1e-6 * values[0].square()).sum()) // 2)
+    whitened = left[:, :count].numpy()
+    features = pooled[2, 0, "hidden"].double()
+    features = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
+    fold = torch.arange(NUM_PICTURES).numpy() % NUM_FOLDS
+    errors = []
+    for strength in STRENGTHS:
+        error = 0.0
+        for number in range(NUM_FOLDS):
+            ridge = Ridge(alpha=strength * NUM_PICTURES).fit(features[fold != number], whitened[fold != number])
+            error += ((ridge.predict(features[fold == number]) - whitened[fold == number]) ** 2).sum()
+        errors.append(error)
+    assert r_squared(sums, 2) == pytest.approx(1 - min(errors) / count, abs=2e-3)
+
+
+def test_the_batches_make_no_difference():
+    pooled = views([1.0, 0.5, 1.0, 2.0, 1.0])
+    alone, together = filled(pooled, 1), filled(pooled, NUM_PICTURES)
+    for timestep in range(5):
+        assert r_squared(alone, timestep) == pytest.approx(r_squared(together, timestep), abs=1e-4)
+
+
+def test_scale_and_order_of_channels_make_no_difference():
+    pooled = views([1.0, 0.5, 1.0, 2.0, 1.0])
+    scaled = {key: values * 1000 + 3 for key, values in pooled.items()}
+    assert r_squared(filled(scaled), 1) == pytest.approx(r_squared(filled(pooled), 1), abs=1e-3)
+
+
+def test_wide_features_are_sketched_and_still_told_apart():
+    sums = filled(views([4.0, 1.0, 0.1, 1.0, 8.0], width=400))
+    assert sums.moments[0].shape == (NUM_FOLDS, 193, 193 + NUM_TARGETS)
+    scores = [r_squared(sums, timestep) for timestep in range(5)]
+    assert scores[4] == min(scores)
+
+
+def test_what_is_kept_does_not_grow_with_the_pictures():
+    few, many = filled(views([1.0] * 5, count=32)), filled(views([1.0] * 5, count=3200))
+    assert {t: m.shape for t, m in few.moments.items()} == {t: m.shape for t, m in many.moments.items()}
+    assert many.targets[0].nbytes == 4 * NUM_TARGETS  # all that is kept of a picture
+
+
+def test_a_constant_channel_does_no_harm():
+    pooled = {key: torch.cat([values, torch.ones(NUM_PICTURES, 1)], dim=1) for key, values in views([0.5] * 5).items()}
+    assert r_squared(filled(pooled), 0) == pytest.approx(r_squared(filled(views([0.5] * 5)), 0), abs=0.02)
