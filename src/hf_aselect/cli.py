@@ -1,8 +1,12 @@
 """The command line: `hf-aselect COMMAND`."""
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -24,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the head's training (%(default)s)")
     demo.set_defaults(run=_demo)
+    _add_select(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -31,6 +36,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-aselect: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+    select = commands.add_parser(
+        "select",
+        help="choose the timestep for a diffusion transformer, and show how sure the choice is",
+        description="Choose the timestep whose features at one tap score best, print the curve, and write it down.",
+        epilog="example: hf-aselect select path/to/a/dit --images pictures/ --output report/",
+    )
+    select.add_argument("source", metavar="SOURCE", help="anything that DiTModel.from_pretrained takes")
+    select.add_argument(
+        "--images",
+        metavar="FOLDER|PARQUET|HUB_ID",
+        help="pictures to look at; without them the transformer makes its own",
+    )
+    select.add_argument("--image-column", metavar="NAME", help="column of the pictures (`image`, or the only one)")
+    select.add_argument("--split", default="train", help="split of a dataset of the Hub (%(default)s)")
+    select.add_argument("--criterion", help="hfr, signal_hfr or consensus")
+    select.add_argument("--block", type=int, help="block to read at, negative from the end")
+    select.add_argument("--feature", help="hidden, normed, query, key, value or attention")
+    select.add_argument("--max-images", type=int, metavar="N", help="look at so many pictures at the most")
+    select.add_argument("--batch-size", type=int, metavar="N", help="noised pictures in one forward pass")
+    select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
+    select.add_argument("--output", metavar="DIR", help="folder for selection.json and timestep_curve.png")
+    select.set_defaults(run=_select)
+
+
+def _select(parsed: argparse.Namespace) -> None:
+    # They take seconds to import, which `--help` should not.
+    from .modeling_aselect import DiTModel
+    from .timestep_selection import select_timestep
+
+    logging.set_verbosity_error()
+    names = ("criterion", "block", "feature", "max_images", "batch_size", "seed")
+    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    images = None if parsed.images is None else _load_images(parsed.images, parsed.image_column, parsed.split)
+    # Any timestep will do here: it only keeps loading from choosing one.
+    model = DiTModel.from_pretrained(parsed.source, timestep=0)
+    selection = select_timestep(model, images, **given)
+    print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   95 % interval")
+    for timestep, level, score, (low, high) in zip(
+        selection.timesteps, selection.log_snr, selection.scores, selection.intervals, strict=True
+    ):
+        mark = "  <- chosen" if timestep == selection.timestep else ""
+        print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}{mark}")
+    print()
+    print(
+        f"Timestep {selection.timestep} for {selection.feature} of block {selection.block}, confidence "
+        f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} pictures in "
+        f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
+    )
+    if parsed.output:
+        folder = Path(parsed.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".selection.json.incomplete"
+        temporary.write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
+        os.replace(temporary, folder / "selection.json")
+        selection.plot(folder / "timestep_curve.png")
+        print(f"Saved {folder / 'selection.json'} and {folder / 'timestep_curve.png'}.")
+
+
+def _load_images(source: str, column: str | None, split: str) -> Any:  # noqa: ANN401 - `datasets` comes late
+    """Return a dataset of pictures from a folder, a parquet file or the Hub."""
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ImportError("Reading pictures needs datasets: pip install 'hf_aselect[train]'") from error
+    path = Path(source)
+    if path.is_dir():
+        rows = load_dataset("imagefolder", data_dir=source, split="train")
+    elif path.suffix == ".parquet":
+        if not path.is_file():
+            raise ValueError(f"There is no file {source!r}.")
+        rows = load_dataset("parquet", data_files=source, split="train")
+    else:
+        rows = load_dataset(source, split=split)
+    if column is None:
+        return rows
+    if column not in rows.column_names:
+        raise ValueError(f"The pictures have no column {column!r}, only {', '.join(rows.column_names)}.")
+    return rows.select_columns([column])
 
 
 def _demo(parsed: argparse.Namespace) -> None:

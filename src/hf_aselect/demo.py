@@ -125,11 +125,12 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
     with watch.measure("raw_pixels"):
         raw_pixels = raw_pixel_accuracy(pixels, labels, settings.seed)
     with watch.measure("exhaustive_search"):
-        probed = probe_each_timestep(model, selection.timesteps, pixels, labels, settings.num_probe)
+        grid = model.noise_schedule.even_timesteps()
+        probed = probe_each_timestep(model, grid, pixels, labels, settings.num_probe)
     with watch.measure("attention_head"):
         trainer = train_head(model, processor, pixels, labels, output / "model", settings)
         attention_head = trainer.evaluate()["eval_accuracy"]
-    results = collect_results(selection, probed, attention_head, raw_pixels, watch, settings)
+    results = collect_results(selection, grid, probed, attention_head, raw_pixels, watch, settings)
     predicted = predict(model, pixels["test"])
     save_everything(model, trainer, selection, probed, results, output)
     save_predictions(test, predicted, output / "predictions.png")
@@ -277,6 +278,7 @@ def train_head(
 
 def collect_results(
     selection: TimestepSelection,
+    grid: list[int],
     probed: list[float],
     attention_head: float,
     raw_pixels: float,
@@ -284,23 +286,22 @@ def collect_results(
     settings: DemoSettings,
 ) -> dict[str, Any]:
     """Return the results as they are written to `results.json`."""
-    chosen = selection.timesteps.index(selection.timestep)
     return {
         "timestep": selection.timestep,
-        "log_snr": selection.log_snr[chosen],
+        "log_snr": selection.log_snr[selection.timesteps.index(selection.timestep)],
         "accuracy": {
             "attention_head": attention_head,
-            "selected": probed[chosen],
-            "zero": probed[selection.timesteps.index(0)],
+            "selected": probed[grid.index(selection.timestep)],
+            "zero": probed[grid.index(0)],
             "random_mean": float(np.mean(probed)),
             "worst": min(probed),
             "best": max(probed),
             "raw_pixels": raw_pixels,
         },
-        "timesteps": selection.timesteps,
+        "timesteps": grid,
         "probe_accuracies": probed,
-        "best_timestep": selection.timesteps[int(np.argmax(probed))],
-        "worst_timestep": selection.timesteps[int(np.argmin(probed))],
+        "best_timestep": grid[int(np.argmax(probed))],
+        "worst_timestep": grid[int(np.argmin(probed))],
         "seconds": watch.seconds,
         "seed": settings.seed,
         "num_train": settings.num_train,
@@ -356,7 +357,8 @@ def save_everything(
 ) -> None:
     """Write model, processor, card and the curve."""
     trainer.save_model()
-    selection.plot(output / "timestep_curve.png", accuracies=probed)
+    levels = model.noise_schedule.log_snr(torch.tensor(results["timesteps"])).tolist()
+    selection.plot(output / "timestep_curve.png", accuracies=probed, accuracy_log_snr=levels)
     accuracy = results["accuracy"]
     write_model_card(
         model,

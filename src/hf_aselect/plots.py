@@ -20,6 +20,7 @@ def plot_timestep_curve(
     intervals: Sequence[Sequence[float]] | None = None,
     criterion: str = "signal_hfr",
     accuracies: Sequence[float] | None = None,
+    accuracy_log_snr: Sequence[float] | None = None,
 ) -> None:
     """Draw a criterion, and where given a probe's accuracy, over the timestep, the choice marked, as a PNG.
 
@@ -33,22 +34,22 @@ def plot_timestep_curve(
         chosen: The chosen timestep, one of `timesteps`.
         intervals: Low and high end of each score's interval.
         criterion: Name of the criterion.
-        accuracies: Accuracy at each, in [0, 1].
+        accuracies: Accuracy at each, in [0, 1], or at timesteps of their own.
+        accuracy_log_snr: The log-SNR of those timesteps.
 
     Raises:
         ValueError: If the lengths differ or `chosen` is none of the timesteps.
         ImportError: If matplotlib is missing.
     """
-    for name, values in (
-        ("scores", scores),
-        ("log_snr", log_snr),
-        ("intervals", intervals),
-        ("accuracies", accuracies),
+    accuracy_log_snr = log_snr if accuracy_log_snr is None else accuracy_log_snr
+    for name, values, expected in (
+        ("scores", scores, len(timesteps)),
+        ("log_snr", log_snr, len(timesteps)),
+        ("intervals", intervals, len(timesteps)),
+        ("accuracies", accuracies, len(accuracy_log_snr)),
     ):
-        if values is not None and len(values) != len(timesteps):
-            raise ValueError(
-                f"`{name}` must have one entry for each of {len(timesteps)} timesteps, got {len(values)}."
-            )
+        if values is not None and len(values) != expected:
+            raise ValueError(f"`{name}` must have one entry for each of {expected} timesteps, got {len(values)}.")
     if chosen not in timesteps:
         raise ValueError(f"The chosen timestep {chosen} is none of those in the curve: {list(timesteps)}.")
     figure = _new_figure(8, 4.8)
@@ -62,8 +63,9 @@ def plot_timestep_curve(
     if accuracies is not None:
         right = axes.twinx()
         shares = [100 * accuracy for accuracy in accuracies]
+        own = [-value for value in accuracy_log_snr]
         lines += right.plot(
-            positions, shares, color=ORANGE, marker="s", markersize=4, linestyle="--", label="probe accuracy (right)"
+            own, shares, color=ORANGE, marker="s", markersize=4, linestyle="--", label="probe accuracy (right)"
         )
         right.set_ylabel("test accuracy of a linear probe, %")
     mark = positions[list(timesteps).index(chosen)]

@@ -131,12 +131,18 @@ class TimestepSelection:
             )
         return cls(**record)
 
-    def plot(self, path: str | os.PathLike[str], accuracies: Sequence[float] | None = None) -> None:
+    def plot(
+        self,
+        path: str | os.PathLike[str],
+        accuracies: Sequence[float] | None = None,
+        accuracy_log_snr: Sequence[float] | None = None,
+    ) -> None:
         """Draw the criterion over the timestep, with intervals and the choice, as a PNG.
 
         Args:
             path: File to write.
             accuracies: Accuracy of a probe at each timestep, in [0, 1], to be drawn beside the criterion.
+            accuracy_log_snr: Where the probe was tried at other timesteps, their log-SNR.
         """
         plot_timestep_curve(
             path,
@@ -147,6 +153,7 @@ class TimestepSelection:
             intervals=self.intervals,
             criterion=self.criterion,
             accuracies=accuracies,
+            accuracy_log_snr=accuracy_log_snr,
         )
 
 

@@ -1,0 +1,75 @@
+"""`hf-aselect select`, called as from a shell, on a tiny real transformer."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from hf_aselect import TimestepSelection
+from hf_aselect.cli import main
+
+
+@pytest.fixture
+def folder(pictures, tmp_path):
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def parquet(pictures, tmp_path):
+    rows = {"photo": pictures, "thumbnail": pictures}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "pictures.parquet")
+    return tmp_path / "pictures.parquet"
+
+
+def run(*words):
+    return main(["select", *map(str, words)])
+
+
+def test_the_choice_is_printed_and_written_down(pixel_folder, folder, tmp_path, capsys):
+    assert run(pixel_folder, "--images", folder, "--output", tmp_path / "report") == 0
+    record = TimestepSelection.from_dict(json.loads((tmp_path / "report" / "selection.json").read_text()))
+    assert record.num_images == 6
+    shown = capsys.readouterr().out
+    (chosen,) = [line for line in shown.splitlines() if line.endswith("<- chosen")]
+    assert chosen.split()[0] == str(record.timestep)
+    assert f"Timestep {record.timestep} for query of block 1, confidence" in shown
+    assert "from 6 given pictures in" in shown
+    assert (tmp_path / "report" / "timestep_curve.png").stat().st_size > 1000
+
+
+def test_options_reach_the_selection(pixel_folder, parquet, tmp_path):
+    words = ("--criterion", "hfr", "--block", "-1", "--feature", "key", "--max-images", "4", "--seed", "3")
+    words += ("--images", parquet, "--image-column", "photo", "--batch-size", "2", "--output", tmp_path)
+    assert run(pixel_folder, *words) == 0
+    record = json.loads((tmp_path / "selection.json").read_text())
+    expected = {"criterion": "hfr", "block": 2, "feature": "key", "num_images": 4, "seed": 3}
+    assert {name: record[name] for name in expected} == expected
+
+
+def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
+    assert run(pixel_folder, "--max-images", "4") == 0
+    assert "from 4 generated pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--criterion", "best"), "`criterion` must be one of hfr, signal_hfr, consensus, probe, got 'best'"),
+        (("--images", "missing.parquet"), "There is no file 'missing.parquet'."),
+        (("--block", "9"), "`block` must be in [-3, 3)"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(pixel_folder, words, complaint, capsys):
+    assert run(pixel_folder, *words) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("hf-aselect: error: ")
+    assert complaint in line
+
+
+def test_a_column_that_is_not_there_is_named(pixel_folder, parquet, capsys):
+    assert run(pixel_folder, "--images", parquet, "--image-column", "picture") == 1
+    assert "have no column 'picture', only photo, thumbnail" in capsys.readouterr().err
+    assert run(pixel_folder, "--images", parquet) == 1
+    assert "exactly one column of PIL pictures" in capsys.readouterr().err
