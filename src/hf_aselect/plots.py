@@ -132,9 +132,13 @@ def _label_timesteps(
     log_snr: Sequence[float],
     positions: Sequence[float],
 ) -> None:
-    """Label at most a dozen of the timesteps, with their log-SNR below."""
+    """Label at most a dozen of the timesteps, none over another, with their log-SNR below."""
     step = max(1, math.ceil(len(timesteps) / 12))
-    shown = range(0, len(timesteps), step)
+    room = abs(positions[-1] - positions[0]) / 20
+    shown: list[int] = []
+    for i in range(0, len(timesteps), step):
+        if not shown or abs(positions[i] - positions[shown[-1]]) >= room:
+            shown.append(i)
     labels = [f"{timesteps[i]}\n{log_snr[i]:.1f}".replace("-", "−") for i in shown]
     axes.set_xticks([positions[i] for i in shown], labels)
     axes.set_xlabel("timestep (0 = least noise), log-SNR below")

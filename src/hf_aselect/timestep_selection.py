@@ -249,7 +249,7 @@ def select_timestep(
         num_forwards=search.num_forwards,
         seconds=round(time.monotonic() - started, 3),
         seed=seed,
-        warnings=curve.warnings(confidence),
+        warnings=curve.warnings(confidence, labelled=isinstance(criterion, Probe)),
         table=[
             {"block": at, "feature": name, "scores": scores.tolist()}
             for (at, name), scores in zip(taps, curve.scores, strict=True)
@@ -286,8 +286,14 @@ class _Curve:
     best: tuple[int, int]  # which tap, which timestep
     confidence: float
 
-    def warnings(self, wanted: float) -> list[str]:
-        """Return what speaks against trusting the choice, and what to do about it."""
+    def warnings(self, wanted: float, labelled: bool) -> list[str]:
+        """Return what speaks against trusting the choice, and what to do about it.
+
+        Args:
+            wanted: The confidence that was asked for.
+            labelled: Whether the criterion has labels already.
+        """
+        remedy = "more labelled pictures" if labelled else "`criterion='probe'` with a few labels"
         tap, best = self.best
         scores = self.scores[tap].tolist()
         found: list[str] = []
@@ -295,19 +301,18 @@ class _Curve:
             return found
         reached = sorted({best, *self.rivals})
         if best in (0, len(scores) - 1):
-            shape = "rises" if best else "falls"
             steady = all((after >= before) == bool(best) for before, after in pairwise(scores))
             found.append(
                 f"it lies at the {'noisy' if best else 'clean'} edge of the grid"
-                + (f", and the curve only {shape} toward it" if steady else "")
-                + ": the criterion may measure noise alone. Compare with a timestep inside the range, best with "
-                "`criterion='probe'` and a few labels."
+                + (", and the curve only rises toward it: " if steady else ": ")
+                + ("the criterion may measure noise alone" if best else "the criterion may see only what noise takes")
+                + f". Compare it with a timestep inside the range by {remedy}."
             )
         if len(reached) > len(scores) / 2:
             found.append(
                 f"the curve is flat: {len(reached)} of {len(scores)} timesteps cannot be told apart. "
-                "Any of them may serve; more pictures (`max_images`) or `criterion='probe'` with a few labels may "
-                "decide."
+                "Any of them may serve; more pictures (`max_images`) or "
+                f"{remedy} may decide."
             )
         peaks = [
             i
@@ -318,12 +323,12 @@ class _Curve:
             found.append(
                 f"the curve has other peaks as high, at {', '.join(str(self.timesteps[i]) for i in peaks)}. "
                 "Read a finer grid (`timesteps=model.noise_schedule.even_timesteps(40)`), or compare them by "
-                "`criterion='probe'` with a few labels."
+                f"{remedy}."
             )
         if self.confidence < wanted:
             found.append(
                 f"its confidence is {self.confidence:.2f}, below {wanted:.2f}: other pictures may give another "
-                "timestep. Give more pictures (`max_images`), or `criterion='probe'` with a few labels."
+                f"timestep. Give more pictures (`max_images`), or {remedy}."
             )
         return found
 
