@@ -119,10 +119,14 @@ def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArgument
 
 
 def needs_timestep(source: str, given: dict[str, Any]) -> bool:
-    """Return whether the model would come without a timestep: asked for "auto", or none was chosen before."""
+    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
     if "timestep" in given:
         return bool(given["timestep"] == "auto")
-    return DiTForImageClassification.from_pretrained(source).config.timestep == "auto"
+    try:
+        saved, _ = ASelectConfig.get_config_dict(source)
+    except OSError:
+        saved = {}  # a folder of diffusers has no configuration of ours
+    return bool(saved.get("timestep", "auto") == "auto")
 
 
 def main() -> None:

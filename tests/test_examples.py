@@ -152,6 +152,28 @@ def test_training_on_a_folder_of_pictures(pretrained, tmp_path):
     assert DiTForImageClassification.from_pretrained(tmp_path / "out").config.timestep == 5
 
 
+def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, pretrained, tmp_path):
+    run(
+        "benchmarks/selection_regret.py",
+        *("--name", "tiny", "--model_name_or_path", pretrained, "--train_file", parquet, "--test_file", parquet),
+        *("--image_column", "picture", "--label_column", "class", "--num_timesteps", 3, "--seeds", 0),
+        *("--output_dir", tmp_path),
+    )
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    accuracies = [row["accuracies"] for row in result["accuracy"]]
+    assert {(row["block"], row["feature"]) for row in result["accuracy"]} == {
+        (0, feature) for feature in ("hidden", "query", "key", "value")
+    }
+    # Dark and bright are told apart where there is little noise.
+    assert all(each[0] == 1.0 for each in accuracies)
+    named = {row["criterion"] for row in result["rows"]}
+    assert {"hfr", "signal_hfr", "consensus", "RankMe", "LiDAR", "t = 0", "random t"} <= named
+    assert all(row["loss"] == 0 for row in result["rows"] if row["criterion"] == "t = 0")
+    table = (tmp_path / "table.md").read_text()
+    assert "1 pairs (tiny)" in table
+    assert "| consensus |" in table
+
+
 def test_fashion_mnist_becomes_parquet(tmp_path):
     pictures, labels = bytes(range(196)) * 4 * 3, bytes([9, 0, 3])
     for prefix in ("train", "t10k"):
