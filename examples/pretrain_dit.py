@@ -158,6 +158,8 @@ def sample_grid(model: DiTTransformer2DModel, scheduler: DDPMScheduler, path: Pa
     config = model.config
     columns, null_label = min(10, config.num_embeds_ada_norm), config.num_embeds_ada_norm
     labels = torch.arange(columns).repeat(rows).to(model.device)
+    if null_label == 1:
+        labels = torch.full_like(labels, null_label)  # trained without labels, it knows no class
     shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
     pictures = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     # From the last timestep on, where there is only noise, and without clipping, which breaks guidance.

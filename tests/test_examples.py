@@ -1,6 +1,7 @@
 """The example scripts, each run as a user runs it: as a process, on few pictures."""
 
 import gzip
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image as PILImage
 
 from hf_aselect import DiTForImageClassification, DiTModel
@@ -78,6 +80,20 @@ def test_pretraining_needs_no_labels(parquet, tmp_path):
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 16, *PRETRAIN)
     run("pretrain_dit.py", *arguments, "--label_column", "none", "--min_crop", 0.5)
     assert DiTModel.from_pretrained(tmp_path, timestep=5).config.transformer["num_embeds_ada_norm"] == 1
+
+
+def test_without_labels_the_samples_are_of_no_class(tmp_path):
+    spec = importlib.util.spec_from_file_location("pretrain_dit", EXAMPLES / "pretrain_dit.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 1, "sample_size": 8}
+    model = DiTTransformer2DModel(**sizes, patch_size=2, num_embeds_ada_norm=1).eval()
+    for name, value in (("plain", 0.0), ("nan", float("nan"))):
+        # The class that no picture was trained with, and that must not be used.
+        for block in model.transformer_blocks:
+            block.norm1.emb.class_embedder.embedding_table.weight.data[0] = value
+        script.sample_grid(model, DDPMScheduler(), tmp_path / f"{name}.png", seed=0)
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "nan.png").read_bytes()
 
 
 def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
