@@ -134,7 +134,7 @@ def _label_timesteps(
 ) -> None:
     """Label at most a dozen of the timesteps, none over another, with their log-SNR below."""
     step = max(1, math.ceil(len(timesteps) / 12))
-    room = abs(positions[-1] - positions[0]) / 20
+    room = abs(positions[-1] - positions[0]) / 16
     shown: list[int] = []
     for i in range(0, len(timesteps), step):
         if not shown or abs(positions[i] - positions[shown[-1]]) >= room:
