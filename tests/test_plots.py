@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from hf_aselect import plots
-from hf_aselect.plots import plot_predictions, plot_timestep_curve
+from hf_aselect.plots import plot_predictions, plot_timestep_curve, plot_timestep_heat_map
 
 TIMESTEPS, SCORES, LOG_SNR = [0, 50, 400, 999], [0.1, 0.3, 0.2, 0.1], [9.2, 3.5, -1.4, -10.1]
 PICTURES = [Image.new("L", (8, 8), 30 * index) for index in range(3)]
@@ -34,6 +34,46 @@ def test_lengths_that_differ_are_refused(tmp_path, name):
     values = {"scores": SCORES, "log_snr": LOG_SNR, "intervals": None, "accuracies": None, name: [0.1]}
     with pytest.raises(ValueError, match=f"`{name}` must have one entry for each of 4 timesteps, got 1"):
         plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, chosen=50, **values)
+
+
+TAPS = ["block 0, hidden", "block 3, query"]
+
+
+def test_the_heat_map_shows_its_choice(tmp_path):
+    for tap in TAPS:
+        plot_timestep_heat_map(
+            tmp_path / f"{tap}.png", TIMESTEPS, LOG_SNR, TAPS, [SCORES, SCORES[::-1]], tap, 50, "accuracy"
+        )
+    pictures = [(tmp_path / f"{tap}.png").read_bytes() for tap in TAPS]
+    assert pictures[0] != pictures[1]
+    with Image.open(tmp_path / f"{TAPS[0]}.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"values": [SCORES]}, "`values` must have one row for each of 2 taps, got 1"),
+        ({"values": [SCORES, SCORES[:3]]}, "block 3, query` must have one entry for each of 4 timesteps, got 3"),
+        ({"log_snr": [1.0]}, "`log_snr` must have one entry for each of 4 timesteps, got 1"),
+        ({"chosen_tap": "block 9, key"}, "'block 9, key' is none of those in the heat map"),
+        ({"chosen_timestep": 7}, "chosen timestep 7 is none of those in the heat map"),
+    ],
+)
+def test_a_heat_map_that_does_not_fit_is_refused(tmp_path, changed, message):
+    good = {
+        "timesteps": TIMESTEPS,
+        "log_snr": LOG_SNR,
+        "taps": TAPS,
+        "values": [SCORES, SCORES],
+        "chosen_tap": TAPS[0],
+        "chosen_timestep": 50,
+        "label": "accuracy",
+    }
+    with pytest.raises(ValueError, match=message):
+        plot_timestep_heat_map(tmp_path / "h.png", **{**good, **changed})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_predictions_are_a_picture(tmp_path):

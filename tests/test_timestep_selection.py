@@ -337,7 +337,7 @@ class ProbedModel(StubModel):
         }
 
 
-def test_the_probe_finds_timestep_block_and_feature_in_one_pass(labelled):
+def test_the_probe_finds_timestep_block_and_feature_in_one_pass(labelled, tmp_path):
     images, labels = labelled
     model = ProbedModel(300)
     selection = select_timestep(
@@ -349,6 +349,9 @@ def test_the_probe_finds_timestep_block_and_feature_in_one_pass(labelled):
     assert [(row["block"], row["feature"]) for row in selection.table] == [
         (block, feature) for block in (0, 3, 6) for feature in ("hidden", "query", "key", "value")
     ]
+    written = selection.plot(tmp_path / "curve.png")
+    assert written == [tmp_path / "curve.png", tmp_path / "curve_heat_map.png"]
+    assert all(path.is_file() for path in written)
 
 
 def test_the_probes_labels_may_be_a_column(model, pictures):

@@ -93,8 +93,8 @@ def _select(parsed: argparse.Namespace) -> None:
         temporary = folder / ".selection.json.incomplete"
         temporary.write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
         os.replace(temporary, folder / "selection.json")
-        selection.plot(folder / "timestep_curve.png")
-        print(f"Saved {folder / 'selection.json'} and {folder / 'timestep_curve.png'}.")
+        written = [folder / "selection.json", *selection.plot(folder / "timestep_curve.png")]
+        print(f"Saved {', '.join(str(path) for path in written)}.")
 
 
 def _load_images(source: str, column: str | None, split: str) -> Any:  # noqa: ANN401 - `datasets` comes late

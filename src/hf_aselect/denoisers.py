@@ -1,5 +1,7 @@
 """The table of transformer families, and what a configuration asks for of diffusers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,3 +87,16 @@ def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffuser
     import diffusers
 
     return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:  # noqa: ANN401 - a module, or something that reads like one
+    """Put a module in eval mode for a while; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
+    for part in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .configuration_aselect import NUM_TIMESTEPS
+from .denoisers import eval_mode
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def generate_latents(
     is_guided = denoiser.num_classes > 1 and guidance_scale > 1
     sampler.set_timesteps(num_steps)
     done = []
-    with _EvalMode(denoiser):
+    with eval_mode(denoiser):
         parameter = next(denoiser.parameters())
         for start in range(0, num_images, batch_size):
             labels = classes[start : start + batch_size].to(parameter.device)
@@ -120,18 +121,3 @@ def _predict(
     timesteps = torch.full((len(latents),), timestep, device=latents.device)
     prediction: Tensor = denoiser.predict(latents, timesteps, labels)
     return prediction
-
-
-class _EvalMode:
-    """Puts a module in eval mode for a while; afterwards each of its parts is in the mode it was in."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.modes = {part: part.training for part in module.modules()}
-
-    def __enter__(self) -> None:
-        for part in self.modes:
-            part.training = False
-
-    def __exit__(self, *exception: object) -> None:
-        for part, training in self.modes.items():
-            part.training = training

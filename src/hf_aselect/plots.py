@@ -76,6 +76,80 @@ def plot_timestep_curve(
     _save(figure, path)
 
 
+def plot_timestep_heat_map(
+    path: str | os.PathLike[str],
+    timesteps: Sequence[int],
+    log_snr: Sequence[float],
+    taps: Sequence[str],
+    values: Sequence[Sequence[float]],
+    chosen_tap: str,
+    chosen_timestep: int,
+    label: str,
+) -> None:
+    """Draw values over taps and timesteps as a heat map, as a PNG.
+
+    The choice and the best timestep of each tap are marked. The timesteps stand side by side, equally wide,
+    with their log-SNR below.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        timesteps: Timesteps, rising: the columns.
+        log_snr: 2·ln(alpha / sigma) at each.
+        taps: Names of the taps, such as "block 3, query": the rows, from the top.
+        values: For each tap, the value at each timestep; the largest is the best, and of equal ones the first.
+        chosen_tap: Name of the chosen tap, one of `taps`.
+        chosen_timestep: The chosen timestep, one of `timesteps`.
+        label: What the values are.
+
+    Raises:
+        ValueError: If the lengths differ, or the choice is none of the taps or of the timesteps.
+        ImportError: If matplotlib is missing.
+    """
+    if len(values) != len(taps):
+        raise ValueError(f"`values` must have one row for each of {len(taps)} taps, got {len(values)}.")
+    for name, row in (
+        ("log_snr", log_snr),
+        *((f"values of {tap}", row) for tap, row in zip(taps, values, strict=True)),
+    ):
+        if len(row) != len(timesteps):
+            raise ValueError(f"`{name}` must have one entry for each of {len(timesteps)} timesteps, got {len(row)}.")
+    if chosen_tap not in taps:
+        raise ValueError(f"The chosen tap {chosen_tap!r} is none of those in the heat map: {list(taps)}.")
+    if chosen_timestep not in timesteps:
+        raise ValueError(f"The chosen timestep {chosen_timestep} is none of those in the heat map: {list(timesteps)}.")
+    figure = _new_figure(8, 1.9 + 0.27 * len(taps))
+    axes = figure.add_subplot()
+    # Brightness rises evenly with the value, in grey and for the colour-blind, too.
+    picture = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest")
+    figure.colorbar(picture, ax=axes, label=label, pad=0.02)
+    best = [max(range(len(row)), key=row.__getitem__) for row in values]
+    # White with a black rim is seen on any colour of the map.
+    (dots,) = axes.plot(
+        best,
+        range(len(taps)),
+        linestyle="none",
+        marker="o",
+        markersize=4.5,
+        markerfacecolor="white",
+        markeredgecolor="black",
+        label="best timestep of each tap",
+    )
+    across, down = list(timesteps).index(chosen_timestep), list(taps).index(chosen_tap)
+    outline = ([across + x for x in (-0.5, 0.5, 0.5, -0.5, -0.5)], [down + y for y in (-0.5, -0.5, 0.5, 0.5, -0.5)])
+    for color, width in (("black", 5), ("white", 2)):
+        axes.plot(*outline, color=color, linewidth=width, clip_on=False)
+    square = {"marker": "s", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
+    chosen = f"chosen: {chosen_tap}, t = {chosen_timestep}"
+    (box,) = axes.plot([], [], linestyle="none", markeredgewidth=2, label=chosen, **square)
+    # Lines must not widen what the map takes up.
+    axes.set_xlim(-0.5, len(timesteps) - 0.5)
+    axes.set_ylim(len(taps) - 0.5, -0.5)
+    axes.set_yticks(range(len(taps)), taps)
+    _label_timesteps(axes, timesteps, log_snr, range(len(timesteps)))
+    figure.legend(handles=[box, dots], loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
 def plot_predictions(
     path: str | os.PathLike[str],
     images: Sequence[Any],

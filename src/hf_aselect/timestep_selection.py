@@ -7,19 +7,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as host_logging
 
 from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig, check_feature, check_timestep
 from .consensus import ConsensusSums, Key, unexplained
 from .criteria import CRITERIA, Consensus, Criterion, Probe
+from .denoisers import eval_mode
 from .noise_schedule import NoiseSchedule, fixed_noise
-from .plots import plot_timestep_curve
+from .plots import plot_timestep_curve, plot_timestep_heat_map
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +138,23 @@ class TimestepSelection:
         path: str | os.PathLike[str],
         accuracies: Sequence[float] | None = None,
         accuracy_log_snr: Sequence[float] | None = None,
-    ) -> None:
+    ) -> list[Path]:
         """Draw the criterion over the timestep, with intervals and the choice, as a PNG.
+
+        Where several taps were compared, a heat map of all of them is written beside it, as `NAME_heat_map.png`.
 
         Args:
             path: File to write.
             accuracies: Accuracy of a probe at each timestep, in [0, 1], to be drawn beside the criterion.
             accuracy_log_snr: Where the probe was tried at other timesteps, their log-SNR.
+
+        Returns:
+            The files written.
+
+        Raises:
+            ImportError: If matplotlib is missing.
         """
+        written = [Path(path)]
         plot_timestep_curve(
             path,
             self.timesteps,
@@ -155,6 +166,19 @@ class TimestepSelection:
             accuracies=accuracies,
             accuracy_log_snr=accuracy_log_snr,
         )
+        if self.table is not None:
+            written.append(written[0].with_name(f"{written[0].stem}_heat_map.png"))
+            plot_timestep_heat_map(
+                written[1],
+                self.timesteps,
+                self.log_snr,
+                [_tap_name(row["block"], row["feature"]) for row in self.table],
+                [row["scores"] for row in self.table],
+                _tap_name(self.block, self.feature),
+                self.timestep,
+                self.criterion,
+            )
+        return written
 
 
 def select_timestep(
@@ -220,7 +244,7 @@ def select_timestep(
     if isinstance(labels, str):
         labels = images[labels]
     search.labels = labels
-    with _EvalMode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         if images is None:
             max_images = min(max_images, NUM_GENERATED)
             latents = search.generate(max_images)
@@ -625,6 +649,10 @@ def _checked_taps(
     return taps
 
 
+def _tap_name(block: int, feature: str) -> str:
+    return f"block {block}, {feature}"
+
+
 def _reference_taps(config: ASelectConfig) -> list[Tap]:
     """Return the taps whose agreement a consensus is: four features of three blocks, from 0 to 6/8 of the depth."""
     blocks = sorted({share * config.num_hidden_layers // 8 for share in (0, 3, 6)})
@@ -659,18 +687,3 @@ def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pic
     values: list[Any] = [None] * world
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-class _EvalMode:
-    """Puts a model in eval mode for a while; afterwards each module is in the mode it was in."""
-
-    def __init__(self, model: ReadableModel) -> None:
-        self.modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-
-    def __enter__(self) -> None:
-        for module in self.modes:
-            module.training = False
-
-    def __exit__(self, *exception: object) -> None:
-        for module, training in self.modes.items():
-            module.training = training
