@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer
-from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel
@@ -109,6 +109,34 @@ def test_it_equals_a_plain_loop_around_diffusers(denoiser, prediction_type):
         seed=7,
     )
     assert_near(found, torch.cat(expected))
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+
+def test_flow_matching_is_sampled_by_euler_steps(denoiser):
+    # Two batches: the scheduler counts its steps and must begin again.
+    sampler = build_sampler(ASelectConfig(scheduler=FLOW))
+    found = generate_latents(denoiser, sampler, SIZE, 3, num_steps=4, guidance_scale=1, batch_size=2, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    expected = []
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for _ in range(3):
+        label = torch.randint(NUM_CLASSES, (1,), generator=generator)
+        latents = torch.randn((1, 3, *SIZE), generator=generator)
+        theirs.set_timesteps(4)
+        for timestep, sigma, following in zip(theirs.timesteps, theirs.sigmas, theirs.sigmas[1:], strict=False):
+            assert float(timestep) == pytest.approx(1000 * float(sigma), rel=1e-5)
+            with torch.no_grad():
+                velocity = denoiser.transformer(latents, timestep=timestep[None], class_labels=label).sample
+            latents = latents + (following - sigma) * velocity
+        expected.append(latents)
+    assert_near(found, torch.cat(expected))
+
+
+def test_a_shift_by_its_other_name_is_kept():
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    assert build_sampler(ASelectConfig(scheduler=scheduler)).config.shift == 3
 
 
 @pytest.mark.parametrize(

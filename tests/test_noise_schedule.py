@@ -105,13 +105,15 @@ def test_unknown_betas_are_refused():
 
 
 def test_levels_that_rise_are_refused():
-    with pytest.raises(ValueError, match="must fall with the timestep"):
-        NoiseSchedule(torch.linspace(0.1, 0.9, 1000))
+    with pytest.raises(ValueError, match="`alphas` must fall with the timestep"):
+        NoiseSchedule.from_alphas_cumprod(torch.linspace(0.1, 0.9, 1000))
+    with pytest.raises(ValueError, match="`sigmas` must rise with the timestep"):
+        NoiseSchedule(torch.linspace(1, 0, 1000), torch.linspace(1, 0, 1000))
 
 
 def test_a_wrong_number_of_levels_is_refused():
-    with pytest.raises(ValueError, match=r"has 1000 timesteps, got shape \(10,\)"):
-        NoiseSchedule(torch.linspace(0.9, 0.1, 10))
+    with pytest.raises(ValueError, match=r"must have 1000 timesteps, got shape \(10,\)"):
+        NoiseSchedule.from_alphas_cumprod(torch.linspace(0.9, 0.1, 10))
 
 
 def test_a_log_snr_that_is_no_number_is_refused():
@@ -130,7 +132,42 @@ def test_a_single_timestep_may_be_an_integer():
     assert schedule().log_snr(5) == schedule().log_snr(torch.tensor([5]))[0]
 
 
-@pytest.mark.parametrize("config", [{"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}])
-def test_schedulers_set_to_flow_matching_are_refused(config):
-    with pytest.raises(ValueError, match="UniPCMultistepScheduler is that of a flow-matching model"):
-        NoiseSchedule.from_config({"_class_name": "UniPCMultistepScheduler", **config})
+FLOWS = [
+    {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+    {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+    {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
+]
+
+
+@pytest.mark.parametrize("config", FLOWS)
+def test_flow_matching_goes_straight_from_picture_to_noise(config):
+    flow = NoiseSchedule.from_config(config)
+    timesteps = torch.tensor([0, 250, 500, 999])
+    torch.testing.assert_close(flow.sigma(timesteps), timesteps.double() / 1000)
+    torch.testing.assert_close(flow.alpha(timesteps), 1 - timesteps.double() / 1000)
+    assert float(flow.log_snr(500)) == pytest.approx(0, abs=1e-12)
+    assert bool(flow.log_snr(torch.arange(1000)).isfinite().all())
+    assert bool((flow.log_snr(torch.arange(1000)).diff() < 0).all())
+
+
+def test_flow_matching_noises_as_diffusers_does():
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    latents, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    # Of a shifted scheduler the timesteps that it passes to the transformer are 1000 sigma, too.
+    timestep = theirs.timesteps[(theirs.timesteps - 600).abs().argmin()]
+    expected = theirs.scale_noise(latents, timestep[None], noise)
+    nearest = torch.full((2,), round(float(timestep)))
+    found = NoiseSchedule.flow_matching().add_noise(latents, noise, nearest)
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+
+
+def test_an_even_grid_of_flow_matching_spans_the_same_levels_on_both_sides():
+    flow = NoiseSchedule.flow_matching()
+    grid = flow.even_timesteps(20)
+    assert grid[0] <= 1
+    assert grid[-1] == 999
+    levels = flow.log_snr(torch.tensor(grid))
+    assert float(levels[0]) == pytest.approx(-float(levels[-1]), abs=0.1)
+    middle = levels[3:-3].diff()
+    assert float(middle.max() - middle.min()) < 0.3

@@ -54,6 +54,40 @@ def test_a_timestep_that_is_best_is_found(best, criterion):
     assert selection.confidence > 0.9
 
 
+class AsFlowMatching:
+    """A model that was trained with DDPM's noise, behind timesteps and noise of flow matching: the same log-SNRs."""
+
+    def __init__(self, model, timesteps):
+        self.model, self.config, self.noise_schedule = model, model.config, NoiseSchedule.flow_matching()
+        levels = model.noise_schedule.log_snr(torch.tensor(timesteps)).tolist()
+        self.theirs = {self.noise_schedule.timestep_at(level): t for level, t in zip(levels, timesteps, strict=True)}
+        self.device, self.dtype = model.device, model.dtype
+        self.encode, self.token_grid = model.encode, model.token_grid
+
+    def read_taps(self, noised_latents, timesteps, taps):
+        theirs = [self.theirs[timestep] for timestep in timesteps.tolist()]
+        power = self.noise_schedule.alpha(timesteps).square() + self.noise_schedule.sigma(timesteps).square()
+        latents = noised_latents / power.sqrt().float().view(-1, 1, 1, 1)
+        return self.model.read_taps(latents, torch.tensor(theirs), taps)
+
+
+@pytest.mark.parametrize("criterion", ["hfr", "signal_hfr", "consensus"])
+def test_ddpm_and_flow_matching_choose_the_same_noise_level(model, criterion):
+    grid = [model.noise_schedule.timestep_at(level) for level in torch.linspace(4, -4, 9).tolist()]
+    flow_model = AsFlowMatching(model, grid)
+    images = pictures_of_three_channels()
+    records = [
+        select_timestep(each, images, criterion=criterion, timesteps=timesteps, max_images=60)
+        for each, timesteps in ((model, grid), (flow_model, list(flow_model.theirs)))
+    ]
+    ddpm, flow = records
+    assert ddpm.timesteps != flow.timesteps
+    assert ddpm.timesteps.index(ddpm.timestep) == flow.timesteps.index(flow.timestep)
+    # Timesteps are whole numbers, so the levels are only nearly the same.
+    spread = max(ddpm.scores) - min(ddpm.scores)
+    assert ddpm.scores == pytest.approx(flow.scores, abs=0.05 * spread)
+
+
 class BlindModel(StubModel):
     """At t = 999, where nearly no signal is left, shows the noise's high frequencies only."""
 

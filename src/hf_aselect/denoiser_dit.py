@@ -130,7 +130,7 @@ class DiTDenoiser(nn.Module):
 
         Args:
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,).
+            timesteps: Timesteps in [0, 1000], (B,).
             labels: Class indices in [0, `num_classes`), or `num_classes` for the null label, (B,).
 
         Returns:

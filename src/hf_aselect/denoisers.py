@@ -9,7 +9,7 @@ from torch import nn
 
 from .configuration_aselect import ASelectConfig
 from .denoiser_dit import DiTDenoiser
-from .noise_schedule import NoiseSchedule
+from .noise_schedule import NoiseSchedule, is_flow_matching
 
 FAMILIES = {"DiTTransformer2DModel": DiTDenoiser}
 
@@ -53,22 +53,28 @@ def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
 
 
 def build_sampler(config: ASelectConfig) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped
-    """Build the DDIM scheduler that samples from the model of a configuration, without randomness.
+    """Build the diffusers scheduler that samples from the model of a configuration, without randomness.
 
-    Its noise levels are those of `NoiseSchedule`, its `prediction_type` (epsilon, v_prediction or sample) that of the
-    configuration's scheduler. It begins at the last timestep, where there is most noise, and ends without noise.
+    For flow matching Euler's method, with the shift of the configuration's scheduler. Else DDIM with the noise levels
+    of `NoiseSchedule` and the `prediction_type` (epsilon, v_prediction or sample) of the configuration's scheduler; it
+    begins at the last timestep, where there is most noise, and ends without noise.
 
     Raises:
         ValueError: If the scheduler is none that `NoiseSchedule` knows, or its prediction type none of those.
     """
     scheduler = dict(config.scheduler or {})
+    schedule = NoiseSchedule.from_config(scheduler)
+    if is_flow_matching(scheduler):
+        # A shift that depends on the size of the picture is left out: few coarse steps do not need it.
+        shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+        return _build({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift})
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
             f"Unsupported `prediction_type` {prediction_type!r} of the scheduler; supported for generating are "
             "epsilon, v_prediction and sample."
         )
-    shares = NoiseSchedule.from_config(scheduler).alphas_cumprod
+    shares = schedule.alphas_cumprod
     shares_before = torch.cat([shares.new_ones(1), shares[:-1]])
     return _build(
         {

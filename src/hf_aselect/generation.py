@@ -52,7 +52,6 @@ def generate_latents(
     _check(num_images, num_steps, guidance_scale, batch_size)
     classes, noise = _draw(denoiser, size, num_images, seed)
     is_guided = denoiser.num_classes > 1 and guidance_scale > 1
-    sampler.set_timesteps(num_steps)
     done = []
     with eval_mode(denoiser):
         parameter = next(denoiser.parameters())
@@ -60,7 +59,9 @@ def generate_latents(
             labels = classes[start : start + batch_size].to(parameter.device)
             # In float32 whatever the model's dtype: the first steps divide by a signal factor below 0.01.
             latents = noise[start : start + batch_size].to(parameter.device)
-            for timestep in sampler.timesteps.tolist():
+            # Anew for each batch: Euler's scheduler counts its steps.
+            sampler.set_timesteps(num_steps)
+            for timestep in sampler.timesteps:
                 prediction = _predict(denoiser, latents.to(parameter.dtype), timestep, labels, is_guided).float()
                 if is_guided:
                     conditional, null = prediction.chunk(2)
@@ -110,7 +111,7 @@ def _draw(
 def _predict(
     denoiser: Any,  # noqa: ANN401 - as in `generate_latents`
     latents: Tensor,
-    timestep: int,
+    timestep: Tensor,
     labels: Tensor,
     is_guided: bool,
 ) -> Tensor:
@@ -118,6 +119,6 @@ def _predict(
     if is_guided:
         latents = torch.cat([latents, latents])
         labels = torch.cat([labels, torch.full_like(labels, denoiser.num_classes)])
-    timesteps = torch.full((len(latents),), timestep, device=latents.device)
+    timesteps = timestep.to(latents.device).expand(len(latents))
     prediction: Tensor = denoiser.predict(latents, timesteps, labels)
     return prediction

@@ -24,58 +24,89 @@ DDPM_LIKE = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-# alpha is 0 at the last timestep of zero-terminal-SNR schedules; this keeps the log-SNR finite, hence valid in JSON.
-MIN_SIGNAL_POWER = 1e-20
-# A grid of timesteps goes no further: what is below holds a millionth of the picture's power.
-MIN_LOG_SNR = -14.0
+# Those that know flow matching alone. Some of the above do it when they are told to.
+FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# alpha is 0 at the last timestep of zero-terminal-SNR schedules; sigma at the first one of
+# flow matching: this keeps the log-SNR finite, hence valid in JSON.
+MIN_POWER = 1e-20
+# A grid of timesteps goes no further: beyond, the picture or the noise has a millionth of the other's power.
+MAX_LOG_SNR = 14.0
 
 
 class NoiseSchedule:
     """How much signal and how much noise a timestep stands for: noised = alpha(t)·latents + sigma(t)·noise.
 
     Args:
-        alphas_cumprod: Share of signal power after each timestep, (1000,), falling, in [0, 1].
+        alphas: Factor of the signal at each timestep, (1000,), falling, in [0, 1].
+        sigmas: Factor of the noise at each timestep, (1000,), rising, in [0, 1].
 
     Raises:
-        ValueError: If there are not 1000 timesteps, or the shares do not fall within [0, 1].
+        ValueError: If there are not 1000 timesteps, or the factors do not fall and rise within [0, 1].
     """
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
+    def __init__(self, alphas: Tensor, sigmas: Tensor) -> None:
+        self.alphas, self.sigmas = (values.to("cpu", torch.float64) for values in (alphas, sigmas))
+        for name, falling in (("alphas", self.alphas), ("sigmas", self.sigmas.flip(0))):
+            if falling.shape != (NUM_TIMESTEPS,):
+                raise ValueError(f"`{name}` must have {NUM_TIMESTEPS} timesteps, got shape {tuple(falling.shape)}.")
+            if not (bool((falling.diff() <= 0).all()) and float(falling[-1]) >= 0 and float(falling[0]) <= 1):
+                way = "fall" if name == "alphas" else "rise"
+                raise ValueError(f"`{name}` must {way} with the timestep and stay in [0, 1].")
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "NoiseSchedule":
+        """Build the schedule of a model whose signal and noise have powers that add up to 1, as DDPM's.
+
+        Args:
+            alphas_cumprod: Share of signal power after each timestep, (1000,), falling, in [0, 1].
+
+        Raises:
+            ValueError: If there are not 1000 timesteps, or the shares do not fall within [0, 1].
+        """
         shares = alphas_cumprod.to("cpu", torch.float64)
-        if shares.shape != (NUM_TIMESTEPS,):
-            raise ValueError(f"A noise schedule has {NUM_TIMESTEPS} timesteps, got shape {tuple(shares.shape)}.")
-        if not (bool((shares.diff() <= 0).all()) and float(shares[-1]) >= 0 and float(shares[0]) < 1):
-            raise ValueError("`alphas_cumprod` must fall with the timestep and stay in [0, 1).")
-        self.alphas_cumprod = shares
+        return cls(shares.sqrt(), (1 - shares).sqrt())
+
+    @classmethod
+    def flow_matching(cls) -> "NoiseSchedule":
+        """Build the schedule of flow matching along straight lines: sigma = t / 1000, alpha = 1 - sigma.
+
+        A scheduler's shift moves the timesteps that sampling and training visit, not what a timestep stands for.
+
+        Source: diffusers, `schedulers/scheduling_flow_match_euler_discrete.py`: the transformer is given 1000·sigma.
+        """
+        sigmas = torch.arange(NUM_TIMESTEPS, dtype=torch.float64) / NUM_TIMESTEPS
+        return cls(1 - sigmas, sigmas)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """Build the schedule from the configuration of a diffusers scheduler that adds noise as DDPM does.
+        """Build the schedule from the configuration of a diffusers scheduler: DDPM's or flow matching's.
 
         Args:
             config: diffusers' configuration with `_class_name`; missing values take `DDPMScheduler`'s defaults.
 
         Raises:
-            ValueError: If the scheduler is none of those or set to flow matching, has other than 1000 timesteps, or
-                its betas are of an unknown kind.
+            ValueError: If the scheduler is none of those, has other than 1000 timesteps, or its betas are of an
+                unknown kind.
 
         Source: diffusers, `schedulers/scheduling_ddpm.py`; computed in float64, diffusers' own in float32.
         """
         name = config.get("_class_name")
-        if name not in DDPM_LIKE:
-            raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE)}.")
-        if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-            raise ValueError(
-                f"The configuration of {name} is that of a flow-matching model (`use_flow_sigmas` or "
-                "`prediction_type` 'flow_prediction'), whose noise levels are not DDPM's; only DDPM's are supported."
-            )
+        if name not in DDPM_LIKE + FLOW_MATCHING:
+            raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
         num_timesteps = config.get("num_train_timesteps", NUM_TIMESTEPS)
         if num_timesteps != NUM_TIMESTEPS:
             raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")
+        if is_flow_matching(config):
+            return cls.flow_matching()
         alphas_cumprod = (1 - _betas(config)).cumprod(0)
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
-        return cls(alphas_cumprod)
+        return cls.from_alphas_cumprod(alphas_cumprod)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Signal power at each timestep, (1000,)."""
+        return self.alphas.square()
 
     def alpha(self, timesteps: Tensor | int) -> Tensor:
         """Return the signal's factor at integer timesteps in [0, 1000), same shape, float64, on the CPU.
@@ -83,7 +114,7 @@ class NoiseSchedule:
         Raises:
             ValueError: If a timestep is no integer or outside [0, 1000).
         """
-        return self._shares(timesteps).sqrt()
+        return self.alphas[_checked_timesteps(timesteps)]
 
     def sigma(self, timesteps: Tensor | int) -> Tensor:
         """Return the noise's factor at integer timesteps in [0, 1000), same shape, float64, on the CPU.
@@ -91,7 +122,7 @@ class NoiseSchedule:
         Raises:
             ValueError: If a timestep is no integer or outside [0, 1000).
         """
-        return (1 - self._shares(timesteps)).sqrt()
+        return self.sigmas[_checked_timesteps(timesteps)]
 
     def log_snr(self, timesteps: Tensor | int) -> Tensor:
         """Return 2·ln(alpha / sigma) at integer timesteps in [0, 1000), same shape, float64, on the CPU.
@@ -101,21 +132,9 @@ class NoiseSchedule:
         Raises:
             ValueError: If a timestep is no integer or outside [0, 1000).
         """
-        shares = self._shares(timesteps)
-        return shares.clamp_min(MIN_SIGNAL_POWER).log() - (1 - shares).log()
-
-    def _shares(self, timesteps: Tensor | int) -> Tensor:
-        """Return the signal's share of power; float64 stays on the CPU, as not every accelerator has it."""
-        given = torch.as_tensor(timesteps).cpu()
-        if given.is_floating_point() or given.dtype == torch.bool:
-            raise ValueError(f"Timesteps must be integers in [0, {NUM_TIMESTEPS}), got values of {given.dtype}.")
-        given = given.long()
-        if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < NUM_TIMESTEPS):
-            raise ValueError(
-                f"Timesteps must be integers in [0, {NUM_TIMESTEPS}), got values from {int(given.min())} to "
-                f"{int(given.max())}."
-            )
-        return self.alphas_cumprod[given]
+        chosen = _checked_timesteps(timesteps)
+        signal, noise = (factor[chosen].square().clamp_min(MIN_POWER).log() for factor in (self.alphas, self.sigmas))
+        return signal - noise
 
     def timestep_at(self, log_snr: float) -> int:
         """Return the integer timestep in [0, 1000) whose log-SNR is nearest to `log_snr`.
@@ -129,15 +148,17 @@ class NoiseSchedule:
         return int((every - log_snr).abs().argmin())
 
     def even_timesteps(self, num: int = 20) -> list[int]:
-        """Return up to `num` timesteps from 0 to 999, evenly spaced in log-SNR: where little happens, few are spent.
+        """Return up to `num` timesteps from least to most noise, evenly spaced in log-SNR.
+
+        Where little happens between timesteps, few of them are spent.
 
         Args:
             num: Timesteps wanted, at least 1; where two would be the same there is one.
         """
         first, last = self.log_snr(torch.tensor([0, NUM_TIMESTEPS - 1])).tolist()
-        # A last timestep of pure noise has no finite log-SNR.
-        last = max(last, MIN_LOG_SNR)
-        return sorted({self.timestep_at(level) for level in torch.linspace(first, last, num).tolist()})
+        # Neither pure noise nor an untouched picture has a finite log-SNR.
+        levels = torch.linspace(min(first, MAX_LOG_SNR), max(last, -MAX_LOG_SNR), num)
+        return sorted({self.timestep_at(level) for level in levels.tolist()})
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Mix latents with noise.
@@ -153,6 +174,29 @@ class NoiseSchedule:
         alpha = self.alpha(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         sigma = self.sigma(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         return (alpha * latents.float() + sigma * noise.to(latents.device).float()).to(latents.dtype)
+
+
+def is_flow_matching(config: dict[str, Any]) -> bool:
+    """Return whether the configuration of a diffusers scheduler is that of a flow-matching model."""
+    return bool(
+        config.get("_class_name") in FLOW_MATCHING
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def _checked_timesteps(timesteps: Tensor | int) -> Tensor:
+    """Return timesteps as indices on the CPU: float64 stays there, as not every accelerator has it."""
+    given = torch.as_tensor(timesteps).cpu()
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(f"Timesteps must be integers in [0, {NUM_TIMESTEPS}), got values of {given.dtype}.")
+    given = given.long()
+    if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < NUM_TIMESTEPS):
+        raise ValueError(
+            f"Timesteps must be integers in [0, {NUM_TIMESTEPS}), got values from {int(given.min())} to "
+            f"{int(given.max())}."
+        )
+    return given
 
 
 def fixed_noise(shape: tuple[int, ...], seed: int, draw: int = 0) -> Tensor:
