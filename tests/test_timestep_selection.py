@@ -102,12 +102,14 @@ class BlindModel(StubModel):
 def test_a_ratio_of_two_small_numbers_is_not_chosen(seed):
     model, grid = BlindModel(100), [0, 100, 999]
     assert select_timestep(model, pictures(64, seed), criterion="hfr", timesteps=grid, seed=seed).timestep == 999
-    assert select_timestep(model, pictures(64, seed), timesteps=grid, seed=seed).timestep == 100
+    assert (
+        select_timestep(model, pictures(64, seed), criterion="signal_hfr", timesteps=grid, seed=seed).timestep == 100
+    )
 
 
 def test_the_number_of_forward_passes_is_counted():
     model = StubModel(100)
-    selection = select_timestep(model, pictures(10), timesteps=GRID)
+    selection = select_timestep(model, pictures(10), timesteps=GRID, criterion="signal_hfr")
     assert selection.num_forwards == model.num_forwards == 10 * 5 * 2
 
 
@@ -131,7 +133,9 @@ def test_the_same_seed_gives_the_same_record(model, pixels):
 
 
 def test_another_seed_draws_other_noise(model, pixels):
-    first, second = (select_timestep(model, pixels, timesteps=GRID, seed=seed) for seed in (0, 1))
+    first, second = (
+        select_timestep(model, pixels, criterion="signal_hfr", timesteps=GRID, seed=seed) for seed in (0, 1)
+    )
     assert first.scores != second.scores
 
 
@@ -176,7 +180,7 @@ def test_the_choice_is_logged_in_one_line(model, pixels, caplog):
         selection = select_timestep(model, pixels, timesteps=GRID)
     (line,) = [record.getMessage() for record in caplog.records if "Chose timestep" in record.getMessage()]
     assert line.startswith(f"Chose timestep {selection.timestep} (log-SNR")
-    assert "of 5 by signal_hfr from 7 pictures, query of block 1, in" in line
+    assert "of 5 by consensus from 7 pictures, query of block 1, in" in line
 
 
 def test_the_default_grid_is_even_in_log_snr():
@@ -288,8 +292,9 @@ def test_the_grid_of_a_zero_terminal_snr_schedule_is_spread_over_the_timesteps()
 @pytest.mark.parametrize("best", [0, 61, 103, 253])
 def test_coarse_to_fine_finds_what_the_full_grid_finds(best):
     model = StubModel(best)
-    selection = select_timestep(model, pictures(64))
-    full = select_timestep(StubModel(best), pictures(64), timesteps=SCHEDULE.even_timesteps())
+    selection = select_timestep(model, pictures(64), criterion="signal_hfr")
+    grid = SCHEDULE.even_timesteps()
+    full = select_timestep(StubModel(best), pictures(64), criterion="signal_hfr", timesteps=grid)
     assert selection.timestep == full.timestep == best
     assert selection.num_forwards == model.num_forwards
     assert len(selection.timesteps) < 0.7 * len(full.timesteps)
@@ -297,7 +302,7 @@ def test_coarse_to_fine_finds_what_the_full_grid_finds(best):
 
 
 def test_a_clear_choice_stops_after_the_first_round():
-    selection = select_timestep(StubModel(100), pictures(500), timesteps=GRID)
+    selection = select_timestep(StubModel(100), pictures(500), timesteps=GRID, criterion="signal_hfr")
     assert (selection.num_images, selection.stopped_by) == (64, "confidence")
 
 
@@ -329,7 +334,21 @@ def test_a_choice_at_the_edge_is_warned_of(caplog):
 
 
 def test_a_clear_peak_is_not_warned_of():
-    assert select_timestep(StubModel(100), pictures(64), timesteps=GRID).warnings == []
+    assert select_timestep(StubModel(100), pictures(64), timesteps=GRID, criterion="signal_hfr").warnings == []
+
+
+@pytest.mark.parametrize(("criterion", "needed"), [("hfr", 8), ("signal_hfr", 8), ("consensus", 32)])
+def test_few_pictures_are_warned_of(model, criterion, needed):
+    images = pictures_of_three_channels()
+    for count, expected in ((needed - 1, 1), (needed, 0)):
+        record = select_timestep(model, images, criterion=criterion, timesteps=GRID, max_images=count)
+        warned = [text for text in record.warnings if f"rests on {count} pictures" in text]
+        assert len(warned) == expected
+
+
+def test_one_picture_is_too_few_to_compare(model):
+    with pytest.raises(ValueError, match="or one picture is too few"):
+        select_timestep(model, pictures_of_three_channels(), timesteps=GRID, max_images=1)
 
 
 class TwoPeaks(StubModel):
@@ -401,7 +420,7 @@ def test_the_probes_labels_may_be_a_column(model, pictures):
     ("options", "words"),
     [
         ({"criterion": "probe"}, "needs `labels`"),
-        ({"labels": [0] * 7}, "'signal_hfr' uses none; did you mean `criterion='probe'`"),
+        ({"labels": [0] * 7}, "'consensus' uses none; did you mean `criterion='probe'`"),
         ({"block": [0, 1]}, "can only be compared by `criterion='probe'`"),
         ({"block": "all"}, "`block` must be an integer, several of them, or 'auto', got 'all'"),
         ({"feature": ["query", "key"]}, "can only be compared by `criterion='probe'`"),
@@ -432,8 +451,8 @@ def test_a_criterion_may_have_settings_of_its_own(model, pixels):
 def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
     selection = select_timestep(model, timesteps=GRID, max_images=4)
     assert (selection.pictures, selection.num_images) == ("generated", 4)
-    # 4 pictures, 20 steps with and without a class, and 5 timesteps with two draws.
-    assert selection.num_forwards == 4 * 20 * 2 + 4 * 5 * 2
+    # 4 pictures, 20 steps with and without a class, and 5 timesteps.
+    assert selection.num_forwards == 4 * 20 * 2 + 4 * 5
     latent = DiTModel.from_pretrained(latent_folder, timestep=5)
     assert select_timestep(latent, timesteps=GRID, max_images=4).pictures == "generated"
 
@@ -500,8 +519,9 @@ def test_the_timestep_that_tells_most_of_what_all_agree_on_is_found(best):
 
 def select_both(folder):
     model = DiTModel.from_pretrained(folder, timestep=5)
+    # A certainty that is not reached, so that there are two rounds.
     return [
-        select_timestep(model, pictures_of_three_channels(), criterion=criterion).to_dict()
+        select_timestep(model, pictures_of_three_channels(150), criterion=criterion, confidence=1.0).to_dict()
         for criterion in ("signal_hfr", "consensus")
     ]
 
@@ -513,8 +533,8 @@ def select_in_process(rank, port, folder, queue):
     torch.distributed.destroy_process_group()
 
 
-def pictures_of_three_channels():
-    return torch.rand(90, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 2 - 1
+def pictures_of_three_channels(count=90):
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 2 - 1
 
 
 def test_two_processes_choose_what_one_does(pixel_folder):

@@ -55,7 +55,8 @@ class CalibrationPictures:
             stop: End of the part; a shorter sample ends earlier.
             batch_size: Pictures in a batch.
             rank: Which process this is.
-            world: How many processes share the pictures: each takes every `world`-th.
+            world: How many processes share the pictures: each takes every `world`-th of the sample, so that a picture
+                is of the same process in every part.
         """
         rows = iter(self._rows(start, min(stop, self.max_images), rank, world))
         while batch := list(islice(rows, batch_size)):
@@ -64,12 +65,11 @@ class CalibrationPictures:
     def _rows(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Yield the index of each picture of the share, and what reads its row."""
         if self.order is None:
-            numbered = islice(enumerate(self.images), start, stop)
-            for index, row in islice(numbered, rank, None, world):
+            for index, row in islice(enumerate(self.images), start + (rank - start) % world, stop, world):
                 yield index, partial(_itself, row)
             return
         # In the order of the set: reading a dataset forward is faster.
-        for index in sorted(self.order[start:stop])[rank::world]:
+        for index in sorted(self.order[start + (rank - start) % world : stop : world]):
             yield index, partial(self.images.__getitem__, index)
 
     def _read(self, readers: list[Callable[[], Any]]) -> Tensor:

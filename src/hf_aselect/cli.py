@@ -53,7 +53,7 @@ def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name
     )
     select.add_argument("--image-column", metavar="NAME", help="column of the pictures (`image`, or the only one)")
     select.add_argument("--split", default="train", help="split of a dataset of the Hub (%(default)s)")
-    select.add_argument("--criterion", help="hfr, signal_hfr or consensus")
+    select.add_argument("--criterion", help="consensus (default), signal_hfr or hfr")
     select.add_argument("--block", type=int, help="block to read at, negative from the end")
     select.add_argument("--feature", help="hidden, normed, query, key, value or attention")
     select.add_argument("--max-images", type=int, metavar="N", help="look at so many pictures at the most")

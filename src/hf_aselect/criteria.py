@@ -22,6 +22,8 @@ class Criterion(Protocol):
     num_draws: ClassVar[int]
     # Pictures of the first round, before the choice is looked at.
     first_round: ClassVar[int]
+    # With fewer pictures the choice is warned of, however sure the bootstrap is.
+    min_images: ClassVar[int]
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return numbers that add up over pictures, (B, S), float64 on the CPU, of tokens, (K, B, N, D)."""
@@ -48,6 +50,7 @@ class HFR:
     name: ClassVar[str] = "hfr"
     num_draws: ClassVar[int] = 1
     first_round: ClassVar[int] = 64
+    min_images: ClassVar[int] = 8
 
     cutoff: float = 0.15
     amplitude: bool = False
@@ -81,6 +84,7 @@ class SignalHFR:
     name: ClassVar[str] = "signal_hfr"
     num_draws: ClassVar[int] = 2
     first_round: ClassVar[int] = 64
+    min_images: ClassVar[int] = 8
 
     cutoff: float = 0.15
     with_constant: bool = True
@@ -110,6 +114,7 @@ class Probe:
     name: ClassVar[str] = "probe"
     num_draws: ClassVar[int] = 0
     first_round: ClassVar[int] = 2**30  # all: its accuracy depends on how many pictures it learns from
+    min_images: ClassVar[int] = 32
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return the mean token of each picture, (B, D), over the noise draws."""
@@ -138,6 +143,7 @@ class Consensus:
     name: ClassVar[str] = "consensus"
     num_draws: ClassVar[int] = 0
     first_round: ClassVar[int] = 128
+    min_images: ClassVar[int] = 32
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return the mean token of each picture, (B, D), over the noise draws, float32."""

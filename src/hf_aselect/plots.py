@@ -18,7 +18,7 @@ def plot_timestep_curve(
     log_snr: Sequence[float],
     chosen: int,
     intervals: Sequence[Sequence[float]] | None = None,
-    criterion: str = "signal_hfr",
+    criterion: str = "consensus",
     accuracies: Sequence[float] | None = None,
     accuracy_log_snr: Sequence[float] | None = None,
 ) -> None:

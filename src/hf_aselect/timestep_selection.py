@@ -185,7 +185,7 @@ def select_timestep(
     model: ReadableModel,
     images: Any = None,  # noqa: ANN401 - whatever the docstring lists
     *,
-    criterion: str | Criterion = "signal_hfr",
+    criterion: str | Criterion = "consensus",
     timesteps: Sequence[int] | None = None,
     labels: Sequence[int] | str | None = None,
     block: int | str | Sequence[int] | None = None,
@@ -273,7 +273,7 @@ def select_timestep(
         num_forwards=search.num_forwards,
         seconds=round(time.monotonic() - started, 3),
         seed=seed,
-        warnings=curve.warnings(confidence, labelled=isinstance(criterion, Probe)),
+        warnings=search.warnings() + curve.warnings(confidence, labelled=isinstance(criterion, Probe)),
         table=[
             {"block": at, "feature": name, "scores": scores.tolist()}
             for (at, name), scores in zip(taps, curve.scores, strict=True)
@@ -384,6 +384,14 @@ class _Search:
         self.kept_bytes = 0
         self.bar: Any = None
 
+    def warnings(self) -> list[str]:
+        """Return what speaks against trusting any choice from these pictures."""
+        if self.num_images >= self.criterion.min_images:
+            return []
+        remedy = "." if self.labels is not None else ", or none: the transformer then makes its own."
+        needed = f"{self.criterion.name!r} needs {self.criterion.min_images} or more, however sure it seems"
+        return [f"it rests on {self.num_images} pictures, and {needed}. Give more pictures{remedy}"]
+
     def generate(self, num_images: int) -> Tensor:
         """Return latents that the model made itself, (n, C, h, w), and count what they cost."""
         model: Any = self.model
@@ -402,10 +410,13 @@ class _Search:
         """Read pictures in rounds until the choice is sure; return why it ended."""
         size = max_images if pictures.order is None else len(pictures.order)
         done, goal = 0, min(self.criterion.first_round, size)
-        with host_logging.tqdm(desc="Choosing the timestep", unit="pass", leave=False, disable=self.rank > 0) as bar:
+        # Not `disable=False` in the first process: that would overrule TQDM_DISABLE.
+        quiet = {"disable": True} if self.rank else {}
+        with host_logging.tqdm(desc="Choosing the timestep", unit="pass", leave=False, **quiet) as bar:
             self.bar = bar
             if self.consensus:
-                self._calibrate(pictures, wanted)
+                done = min(NUM_CALIBRATION, goal)
+                self._calibrate(pictures, done, wanted)
             while True:
                 before = self.num_images
                 self._read(pictures, done, goal, wanted)
@@ -456,30 +467,48 @@ class _Search:
             for chosen, tokens in self._tokens(latents, indices, timesteps, taps)
             for tap in taps
         }
+        self._add_pooled(self.consensus, indices, pooled, timesteps, known)
+
+    def _add_pooled(
+        self, consensus: ConsensusSums, indices: list[int], pooled: dict[Key, Tensor], timesteps: list[int], known: bool
+    ) -> None:
+        """Add some pictures' pooled tokens, (B, D), to a consensus; and their targets, unless these are known."""
         if not known:
             # Timesteps that were read later, next to the best, have no share in the targets.
-            self.consensus.add_targets(indices, pooled)
-        calibrated = sorted({timestep for timestep, _, _ in self.consensus.scales})
+            consensus.add_targets(indices, pooled)
+        calibrated = sorted({timestep for timestep, _, _ in consensus.scales})
         for timestep in timesteps:
             near = min(calibrated, key=lambda known: abs(known - timestep))
-            like = (near, *self.taps[0])
-            self.consensus.add(timestep, indices, pooled[(timestep, *self.taps[0])], like)
+            consensus.add(timestep, indices, pooled[(timestep, *self.taps[0])], (near, *self.taps[0]))
 
-    def _calibrate(self, pictures: CalibrationPictures, timesteps: list[int]) -> None:
-        """Take the scales of the reference features from the first pictures: the same ones in every process."""
+    def _calibrate(self, pictures: CalibrationPictures, stop: int, timesteps: list[int]) -> None:
+        """Take the scales of the reference features from the first pictures, and add these to the sums.
+
+        Every process reads them all, so that all have the same scales, and adds its share.
+        """
         assert self.consensus is not None  # called for a consensus only
         pooled: dict[Key, list[Tensor]] = {}
+        read: list[int] = []
         taps = list(dict.fromkeys([*self.references, *self.taps]))
-        for indices, load in pictures.batches(0, NUM_CALIBRATION, self.batch_size, 0, 1):
+        for indices, load in pictures.batches(0, stop, self.batch_size, 0, 1):
             latents = self._encode(indices, load)
+            read += indices
             for chosen, tokens in self._tokens(latents, indices, timesteps, taps):
                 for tap in taps:
                     pooled.setdefault((chosen, *tap), []).append(self.criterion.measure(tokens[tap], 0, 0))
-            self.num_forwards += len(indices) * len(timesteps) * self.model.config.num_noise_draws
-        if not pooled:
+        if not read:
             raise ValueError("No pictures to choose a timestep from: the set is empty.")
-        self.consensus.calibrate({key: torch.cat(values) for key, values in pooled.items()})
+        together = {key: torch.cat(values) for key, values in pooled.items()}
+        self.consensus.calibrate(together)
         self.consensus.scales = _gather(self.consensus.scales)[0]
+        share = pictures.batches(0, stop, self.batch_size, self.rank, self.world)
+        if own := [index for indices, _ in share for index in indices]:
+            places = [read.index(index) for index in own]
+            mine = {key: values[places] for key, values in together.items()}
+            self._add_pooled(self.consensus, own, mine, timesteps, known=False)
+            self.groups.update(index % NUM_GROUPS for index in own)
+        self.num_images = len(read)
+        self.num_forwards += self.world * len(read) * len(timesteps) * self.model.config.num_noise_draws
 
     def _encode(self, indices: list[int], load: Any) -> Tensor:  # noqa: ANN401 - reads the pixel values
         if all(index in self.latents for index in indices):
@@ -587,8 +616,9 @@ class _Search:
         scores = self.criterion.score(sums.sum(2))
         if not bool(scores.isfinite().all()):
             raise ValueError(
-                "The criterion is not finite at every timestep: the model's features are NaN, infinite or all zero. "
-                "Check its weights and the pictures."
+                "The criterion is not finite at every timestep: the model's features are NaN, infinite or all zero"
+                + (", or one picture is too few. " if self.num_images < 2 else ". ")
+                + "Check its weights and the pictures."
             )
         best = divmod(int(scores.argmax()), len(timesteps))
         generator = torch.Generator().manual_seed(self.seed)
