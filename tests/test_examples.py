@@ -186,8 +186,10 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
     assert {"hfr", "signal_hfr", "consensus", "RankMe", "LiDAR", "t = 0", "random t"} <= named
     assert all(row["loss"] == 0 for row in result["rows"] if row["criterion"] == "t = 0")
     table = (tmp_path / "table.md").read_text()
-    assert "1 pairs (tiny)" in table
-    assert "| consensus |" in table
+    assert "over 1 pairs (tiny)" in table
+    assert "\n| consensus | 0." in table
+    with PILImage.open(tmp_path / "tiny.png") as picture:
+        assert picture.width > 800
 
 
 def test_fashion_mnist_becomes_parquet(tmp_path):

@@ -18,10 +18,10 @@ on the other half, over 20 random halves: what an exhaustive search really buys.
 accuracy on all test pictures, which is lucky by as much as the largest of many noisy numbers is.
 """
 
+import inspect
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeClassifierCV
@@ -42,6 +43,7 @@ from hf_aselect.heads import AttentionHead
 
 FEATURES = ("hidden", "query", "key", "value")
 CRITERIA = ("hfr", "signal_hfr", "consensus")
+DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
 GUESSES = (0, 50, 100, 150, 261)
 MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
@@ -356,41 +358,114 @@ def write(path: Path, text: str) -> None:
 
 
 def summarize(folder: Path) -> str:
-    """Return a table over all pairs in a folder: mean and worst loss, rank correlation, share of the search's cost."""
+    """Return two tables over the results in a folder: what each way of choosing loses, over all pairs and by pair."""
     pairs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     if not pairs:
         raise ValueError(f"There are no results in {str(folder)!r}; run the benchmark on some pairs first.")
-    rows = [{**row, "search": pair["search"]} for pair in pairs.values() for row in pair["rows"]]
+    for name, pair in pairs.items():
+        draw(pair, folder / f"{name}.png")
+    rows = [{**row, "pair": name, "search": pair["search"]} for name, pair in pairs.items() for row in pair["rows"]]
+    names = list(dict.fromkeys(row["criterion"] for row in rows))
+    names.sort(key=lambda name: float(np.mean([row["loss"] for row in rows if row["criterion"] == name])))
+    return "\n".join([*overall_table(names, rows), "", *table_by_pair(names, rows, pairs)]) + "\n"
+
+
+def overall_table(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table of losses over all pairs and taps, by each truth, and of costs."""
+    pairs = list(dict.fromkeys(row["pair"] for row in rows))
     lines = [
-        f"{len(pairs)} pairs ({', '.join(pairs)}), losses in accuracy points over all taps.",
+        f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps.",
         "",
-        "| criterion | mean loss | worst loss | mean loss to maximum | rank correlation | forward passes | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| criterion | mean | worst | to the maximum | attention head, mean | worst | rank correlation "
+        "| forward passes | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    summary = []
-    for name in dict.fromkeys(row["criterion"] for row in rows):
+    for name in names:
         own = [row for row in rows if row["criterion"] == name]
-        losses = [row["loss"] for row in own]
-
-        def mean(get: Callable[[dict], float], own: list[dict] = own) -> float:
-            values = [get(row) for row in own]
-            return float(np.mean(values)) if np.isfinite(values).all() else float("nan")
-
-        costs = ["", ""]
-        if "num_forwards" in own[0]:
-            share = mean(lambda row: row["num_forwards"] / row["search"]["num_forwards"])
-            costs = [f"1/{1 / share:.0f}", f"{mean(lambda row: row['seconds']):.1f}"]
-        correlation = mean(lambda row: row["rank_correlation"])
+        heads = [row["attention_loss"] for row in own if "attention_loss" in row]
+        # Two curves have no rank correlation where one of them is level.
+        correlations = [row["rank_correlation"] for row in own if row["rank_correlation"] is not None]
+        correlations = [value for value in correlations if np.isfinite(value)]
+        shares = [row["num_forwards"] / row["search"]["num_forwards"] for row in own if "num_forwards" in row]
         cells = [
             name,
-            f"{np.mean(losses):.2f}",
-            f"{max(losses):.2f}",
-            f"{mean(lambda row: row['loss_to_maximum']):.2f}",
-            "" if np.isnan(correlation) else f"{correlation:.2f}",
-            *costs,
+            *mean_and_worst([row["loss"] for row in own]),
+            f"{np.mean([row['loss_to_maximum'] for row in own]):.2f}",
+            *mean_and_worst(heads),
+            f"{np.mean(correlations):.2f}" if correlations else "",
+            f"1/{1 / np.mean(shares):.0f}" if shares else "",
+            f"{np.mean([row['seconds'] for row in own]):.1f}" if shares else "",
         ]
-        summary.append((float(np.mean(losses)), f"| {' | '.join(cells)} |"))
-    return "\n".join(lines + [line for _, line in sorted(summary)]) + "\n"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def table_by_pair(names: list[str], rows: list[dict[str, Any]], pairs: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a Markdown table of mean and worst loss by pair, and on how many taps the best t lies inside."""
+    lines = [
+        "Mean (worst) loss by pair. Inside: taps whose best timestep is at least 1 point above t = 0 and above the "
+        "noisy end of the grid.",
+        "",
+        f"| criterion | {' | '.join(pairs)} |",
+        f"| --- |{' --- |' * len(pairs)}",
+        f"| inside | {' | '.join(inside(pair) for pair in pairs.values())} |",
+    ]
+    for name in names:
+        cells = [name]
+        for pair in pairs:
+            losses = [row["loss"] for row in rows if row["criterion"] == name and row["pair"] == pair]
+            cells.append(f"{np.mean(losses):.2f} ({max(losses):.2f})" if losses else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def inside(pair: dict[str, Any]) -> str:
+    """Return on how many taps the ridge classifier's best timestep is 1 point above both ends of the grid."""
+    curves = np.array([curve["accuracies"] for curve in pair["accuracy"] if curve["truth"] == "ridge"])
+    ends = np.maximum(curves[:, pair["timesteps"].index(0)], curves[:, -1])
+    return f"{int((curves.max(1) >= ends + 0.01).sum())} of {len(curves)} taps"
+
+
+def mean_and_worst(losses: list[float]) -> tuple[str, str]:
+    """Return two cells of a table, empty where there is nothing."""
+    return (f"{np.mean(losses):.2f}", f"{max(losses):.2f}") if losses else ("", "")
+
+
+def draw(pair: dict[str, Any], path: Path) -> None:
+    """Draw the accuracy at each timestep, tap by tap, and where the default criterion's choices lie."""
+    curves = pair["accuracy"]
+    taps = list(dict.fromkeys((curve["block"], curve["feature"]) for curve in curves))
+    blocks, features = sorted({block for block, _ in taps}), list(dict.fromkeys(feature for _, feature in taps))
+    figure = Figure(figsize=(3 * len(features), 2.2 * len(blocks)), layout="constrained")
+    axes = figure.subplots(len(blocks), len(features), squeeze=False, sharex=True)
+    ratios = 10 * np.log10(np.e) * np.array(pair["log_snr"])  # decibels
+    styles = {
+        "ridge": ("#0072b2", "-", "o", "linear classifier"),
+        "attention": ("#d55e00", "--", "s", "attention head"),
+    }
+    for block, feature in taps:
+        axis = axes[blocks.index(block), features.index(feature)]
+        for curve in curves:
+            if (curve["block"], curve["feature"]) == (block, feature):
+                color, line, marker, label = styles[curve["truth"]]
+                accuracies = 100 * np.array(curve["accuracies"])
+                axis.plot(ratios, accuracies, color=color, linestyle=line, marker=marker, markersize=3, label=label)
+        chosen = [row for row in pair["rows"] if (row["block"], row["feature"]) == (block, feature)]
+        for timestep in {row["timestep"] for row in chosen if row["criterion"] == DEFAULT}:
+            place = ratios[pair["timesteps"].index(timestep)]
+            axis.axvline(place, color="black", linestyle=":", label=f"chosen ({DEFAULT}): t = {timestep}")
+        axis.set_title(f"block {block}, {feature}", fontsize=9)
+        axis.grid(alpha=0.3)
+    # From clean to noisy, as t runs.
+    axes[0, 0].invert_xaxis()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy (%)")
+    for axis in axes[-1]:
+        axis.set_xlabel("signal-to-noise ratio (dB)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    shown = {label.split(": t")[0]: handle for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown), fontsize=9)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -1,0 +1,125 @@
+r"""What does a choice of the timestep cost, and does another seed choose the same?
+
+    python examples/benchmarks/selection_cost.py --model_name_or_path src/hf_aselect/assets/fashion_mnist \
+        --image_file src/hf_aselect/assets/fashion_mnist/train.parquet --output_dir cost
+
+Seconds and forward passes of the default selection (median of several), the choices of 20 seeds, each with other
+noise and other pictures, and the peak memory of a process that reads 64 and one that reads 4,096 pictures. Memory is
+measured in processes of their own, on Linux, as how far the peak rises above what the loaded model and the pictures
+take. Everything is in `OUTPUT_DIR/cost.json`.
+"""
+
+import inspect
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import HfArgumentParser
+
+from hf_aselect import DiTModel, select_timestep
+from hf_aselect.criteria import CRITERIA
+
+
+@dataclass
+class CostArguments:
+    """Which model, which pictures, where to write."""
+
+    model_name_or_path: str = field(metadata={"help": "The DiT."})
+    image_file: str = field(metadata={"help": "Parquet file with pictures."})
+    output_dir: str = field(metadata={"help": "Folder for cost.json."})
+    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    criterion: str | None = field(default=None, metadata={"help": "Criterion. Default: that of `select_timestep`."})
+    num_seeds: int = field(default=20, metadata={"help": "Seeds of noise and pictures."})
+    num_images: list[int] = field(
+        default_factory=lambda: [64, 4096], metadata={"help": "Numbers of pictures whose peak memory is compared."}
+    )
+    measure: int | None = field(
+        default=None, metadata={"help": "Only print the peak memory of reading so many pictures (used by itself)."}
+    )
+
+
+def load(args: CostArguments) -> tuple[DiTModel, Dataset, dict[str, Any]]:
+    """Return the model, the pictures and the options of a selection."""
+    model = DiTModel.from_pretrained(args.model_name_or_path, timestep=0)
+    images = load_dataset("parquet", data_files=args.image_file, split="train").select_columns([args.image_column])
+    return model, images, {} if args.criterion is None else {"criterion": args.criterion}
+
+
+def peak_mebibytes() -> float:
+    """Return the peak memory of this process so far, in MiB (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure_memory(args: CostArguments) -> None:
+    """Print as JSON how far the peak rises while `args.measure` pictures are read at three timesteps and at twenty."""
+    model, images, options = load(args)
+    if len(images) < args.measure:
+        raise ValueError(f"{args.image_file} has {len(images)} pictures, fewer than {args.measure}.")
+    criterion = CRITERIA[
+        options.get("criterion") or inspect.signature(select_timestep).parameters["criterion"].default
+    ]
+    # All pictures in the first round, so that none are left out for a choice that is sure before.
+    in_one_round = type("InOneRound", (type(criterion),), {"first_round": args.measure})()
+    found = {}
+    # What the first pass allocates once is none of the pictures' or of the timesteps'.
+    select_timestep(model, images, max_images=32, **options)
+    for num_timesteps in (3, 20):
+        before = peak_mebibytes()
+        record = select_timestep(
+            model,
+            images,
+            timesteps=model.noise_schedule.even_timesteps(num_timesteps),
+            max_images=args.measure,
+            criterion=in_one_round,
+        )
+        found[num_timesteps] = {"num_images": record.num_images, "rise_mib": peak_mebibytes() - before}
+        found[num_timesteps]["peak_mib"] = peak_mebibytes()
+    print(json.dumps(found))
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses()
+    if args.measure is not None:
+        measure_memory(args)
+        return
+    model, images, options = load(args)
+    grid = model.noise_schedule.even_timesteps()
+    records = []
+    for seed in range(args.num_seeds):
+        model.config.noise_seed = seed
+        records.append(select_timestep(model, images, seed=seed, **options))
+    places = [grid.index(record.timestep) for record in records]
+    centre = statistics.median_low(places)
+    near = sum(abs(place - centre) <= 1 for place in places) / len(places)
+    memory = {}
+    for count in args.num_images:
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(count)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        memory[count] = json.loads(output.splitlines()[-1])
+    result = {
+        "criterion": records[0].criterion,
+        "seconds": [record.seconds for record in records],
+        "median_seconds": statistics.median(record.seconds for record in records),
+        "num_forwards": [record.num_forwards for record in records],
+        "num_images": [record.num_images for record in records],
+        "timesteps": [record.timestep for record in records],
+        "share_within_one_grid_step": near,
+        "memory": memory,
+    }
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".cost.json.incomplete"
+    temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / "cost.json")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
