@@ -354,13 +354,39 @@ def test_one_picture_is_too_few_to_compare(model):
 class TwoPeaks(StubModel):
     def read_taps(self, noised_latents, timesteps, taps):
         self.best = torch.where(timesteps < 350, 100, 600)
-        return super().read_taps(noised_latents / noised_latents.std((2, 3), keepdim=True), timesteps, taps)
+        normalised = noised_latents / noised_latents.std((2, 3), keepdim=True)
+        # With the noise of other pictures, so that now the one and now the other is a little higher.
+        return super().read_taps(normalised.roll(int(timesteps[0] > 350), 0), timesteps, taps)
 
 
 def test_a_curve_with_two_peaks_is_warned_of():
-    grid = [0, 50, 100, 200, 300, 400, 500, 600, 700, 800]
+    # So coarse that each score counts alone.
+    grid = [0, 10, 100, 300, 600, 850]
     selection = select_timestep(TwoPeaks(0), pictures(64) * 0, timesteps=grid, criterion="hfr")
     assert any("other peaks as high" in text for text in selection.warnings)
+
+
+class HillAndSpike(StubModel):
+    """Detail grows slowly toward t = 103 and is a little stronger at t = 454 alone."""
+
+    def read_taps(self, noised_latents, timesteps, taps):
+        noised_latents = noised_latents / noised_latents.std((2, 3), keepdim=True)
+        coarse = torch.nn.functional.avg_pool2d(noised_latents, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)
+        log_snr = SCHEDULE.log_snr(timesteps).float()
+        detail = 1 / (1 + 0.1 * (log_snr - SCHEDULE.log_snr(103)).square()) + 0.8 * (timesteps == 454)
+        tokens = 5 + 5 * coarse + detail.float().view(-1, 1, 1, 1) * (noised_latents - coarse)
+        return dict.fromkeys(taps, tokens.flatten(2).transpose(1, 2))
+
+
+def test_a_spike_of_one_timestep_is_not_chosen_over_a_hill():
+    grid = SCHEDULE.even_timesteps()
+    selection = select_timestep(HillAndSpike(0), pictures(64) * 0, criterion="hfr", timesteps=grid)
+    assert selection.timesteps[int(np.argmax(selection.scores))] == 454
+    assert selection.timestep == 103
+    # Where no neighbour is near, each score counts alone.
+    assert (
+        select_timestep(HillAndSpike(0), pictures(64) * 0, criterion="hfr", timesteps=[10, 103, 454]).timestep == 454
+    )
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ class TimestepSelection:
     Args:
         timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
         timesteps: The timesteps that were read, rising.
-        scores: The criterion at each of them; the largest was chosen.
+        scores: The criterion at each of them. Chosen was the one with the largest mean over itself and its neighbours
+            on the log-SNR scale, see `select_timestep`.
         intervals: 95 % bootstrap interval (over pictures) of each score.
         log_snr: 2·ln(alpha / sigma) at each of them.
         confidence: Share of bootstrap resamples of the pictures that choose this timestep or a neighbour of it in the
@@ -201,6 +202,11 @@ def select_timestep(
     grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
     `accelerate launch` each process takes its share of the pictures and all come to the same choice.
 
+    The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by
+    2^-(d / step)², where d is their distance in log-SNR and step that of `model.noise_schedule.even_timesteps()`: one
+    step away counts half, and on a much coarser grid each score counts alone. The curve is smooth on that scale and a
+    score from few pictures is not, so this steadies the choice.
+
     Nothing in the model changes; set `model.config.timestep` to the result to use it.
 
     Args:
@@ -305,6 +311,7 @@ class _Curve:
     grid: list[int]
     timesteps: list[int]
     scores: Tensor  # (A, T)
+    smoothed: Tensor  # (A, T), what the choice is made by
     intervals: Tensor  # (A, T, 2)
     rivals: list[int]  # places of the best tap's timesteps that are as good as the best in some of the resamples
     best: tuple[int, int]  # which tap, which timestep
@@ -319,7 +326,7 @@ class _Curve:
         """
         remedy = "more labelled pictures" if labelled else "`criterion='probe'` with a few labels"
         tap, best = self.best
-        scores = self.scores[tap].tolist()
+        scores = self.smoothed[tap].tolist()
         found: list[str] = []
         if len(scores) < 2:
             return found
@@ -470,7 +477,12 @@ class _Search:
         self._add_pooled(self.consensus, indices, pooled, timesteps, known)
 
     def _add_pooled(
-        self, consensus: ConsensusSums, indices: list[int], pooled: dict[Key, Tensor], timesteps: list[int], known: bool
+        self,
+        consensus: ConsensusSums,
+        indices: list[int],
+        pooled: dict[Key, Tensor],
+        timesteps: list[int],
+        known: bool,
     ) -> None:
         """Add some pictures' pooled tokens, (B, D), to a consensus; and their targets, unless these are known."""
         if not known:
@@ -620,23 +632,35 @@ class _Search:
                 + (", or one picture is too few. " if self.num_images < 2 else ". ")
                 + "Check its weights and the pictures."
             )
-        best = divmod(int(scores.argmax()), len(timesteps))
+        kernel = _smoothing_kernel(self.model.noise_schedule, timesteps).to(scores)
+        smoothed = scores @ kernel.T
+        best = divmod(int(smoothed.argmax()), len(timesteps))
         generator = torch.Generator().manual_seed(self.seed)
         picks = torch.randint(len(groups), (NUM_RESAMPLES, len(groups)), generator=generator)
         weights = torch.zeros(NUM_RESAMPLES, len(groups), dtype=sums.dtype).scatter_add_(
             1, picks, torch.ones(picks.shape, dtype=sums.dtype)
         )
         resampled = self.criterion.score(torch.einsum("rg,atgs->rats", weights, sums))  # (R, A, T)
+        ends = torch.tensor([0.025, 0.975], dtype=resampled.dtype)
+        intervals = resampled.quantile(ends, dim=0).movedim(0, -1)
+        resampled = resampled @ kernel.T
         chosen = resampled.flatten(1).argmax(1)
         places = torch.tensor([self.grid.index(t) for t in timesteps])
         near = (places[chosen % len(timesteps)] - places[best[1]]).abs() <= 1
         near &= chosen // len(timesteps) == best[0]
-        ends = torch.tensor([0.025, 0.975], dtype=resampled.dtype)
-        intervals = resampled.quantile(ends, dim=0).movedim(0, -1)
         # In pairs: a picture that is hard at one timestep is so at the next, which separate intervals do not know.
         as_good = (resampled[:, best[0]] >= resampled[:, best[0], best[1], None]).double().mean(0)
         rivals = (as_good >= RIVAL_SHARE).nonzero().flatten().tolist()
-        return _Curve(self.grid, timesteps, scores, intervals, rivals, best, float(near.double().mean()))
+        return _Curve(self.grid, timesteps, scores, smoothed, intervals, rivals, best, float(near.double().mean()))
+
+
+def _smoothing_kernel(schedule: NoiseSchedule, timesteps: list[int]) -> Tensor:
+    """Return how much each timestep's score counts at each timestep, (T, T), float64; rows add up to 1."""
+    ends = schedule.log_snr(torch.tensor(schedule.even_timesteps()))
+    step = (ends[0] - ends[-1]) / (len(ends) - 1)
+    log_snr = schedule.log_snr(torch.tensor(timesteps))
+    weights = torch.exp2(-((log_snr[:, None] - log_snr) / step).square())
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  # noqa: ANN401 - checked later
