@@ -51,6 +51,7 @@ NUM_HALVES = 20
 UNLABELLED = 255
 
 Tap = tuple[int, str]
+Place = tuple[str, int, str]  # pair, block, feature
 Hits = dict[tuple[str, Tap], np.ndarray]
 
 
@@ -70,9 +71,9 @@ class BenchmarkArguments:
     )
     ignore_index: int = field(default=UNLABELLED, metadata={"help": "Class index that stands for no label."})
     num_train: int = field(default=3000, metadata={"help": "Pictures that a ridge classifier is fitted to."})
-    num_test: int = field(default=5000, metadata={"help": "Pictures that it is tried on."})
+    num_test: int = field(default=6000, metadata={"help": "Pictures that it is tried on."})
     attention_features: list[str] = field(
-        default_factory=lambda: ["hidden", "query"],
+        default_factory=lambda: list(FEATURES),
         metadata={"help": "Features that an attention head is trained on, too; 'none' for no such head."},
     )
     num_attention_train: int = field(default=2000, metadata={"help": "Pictures that the head is trained on."})
@@ -358,7 +359,7 @@ def write(path: Path, text: str) -> None:
 
 
 def summarize(folder: Path) -> str:
-    """Return two tables over the results in a folder: what each way of choosing loses, over all pairs and by pair."""
+    """Return tables over the results in a folder: what each way of choosing loses, and what own pictures change."""
     pairs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     if not pairs:
         raise ValueError(f"There are no results in {str(folder)!r}; run the benchmark on some pairs first.")
@@ -367,48 +368,63 @@ def summarize(folder: Path) -> str:
     rows = [{**row, "pair": name, "search": pair["search"]} for name, pair in pairs.items() for row in pair["rows"]]
     names = list(dict.fromkeys(row["criterion"] for row in rows))
     names.sort(key=lambda name: float(np.mean([row["loss"] for row in rows if row["criterion"] == name])))
-    return "\n".join([*overall_table(names, rows), "", *table_by_pair(names, rows, pairs)]) + "\n"
+    inside = places_inside(pairs)
+    tables = (
+        overall_table(names, rows, inside),
+        table_by_pair(names, rows, pairs, inside),
+        table_of_own_pictures(rows, pairs),
+    )
+    return "\n\n".join("\n".join(table) for table in tables) + "\n"
 
 
-def overall_table(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
+def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Place]) -> list[str]:
     """Return a Markdown table of losses over all pairs and taps, by each truth, and of costs."""
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
     lines = [
-        f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps.",
+        f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps. Inside: on the "
+        f"{len(inside)} taps whose best timestep is 1 point above t = 0 and above the noisy end of the grid.",
         "",
-        "| criterion | mean | worst | to the maximum | attention head, mean | worst | rank correlation "
+        "| criterion | mean | worst | inside, mean | to the maximum | attention head, mean | worst | rank correlation "
         "| forward passes | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
         own = [row for row in rows if row["criterion"] == name]
         heads = [row["attention_loss"] for row in own if "attention_loss" in row]
+        peaked = [row["loss"] for row in own if place_of(row) in inside]
         # Two curves have no rank correlation where one of them is level.
         correlations = [row["rank_correlation"] for row in own if row["rank_correlation"] is not None]
         correlations = [value for value in correlations if np.isfinite(value)]
-        shares = [row["num_forwards"] / row["search"]["num_forwards"] for row in own if "num_forwards" in row]
+        # What all the searches cost against what all the selections cost.
+        shares = {
+            key: sum(row["search"][key] for row in own) / sum(row[key] for row in own) if key in own[0] else None
+            for key in ("num_forwards", "seconds")
+        }
         cells = [
             name,
             *mean_and_worst([row["loss"] for row in own]),
+            mean_and_worst(peaked)[0],
             f"{np.mean([row['loss_to_maximum'] for row in own]):.2f}",
             *mean_and_worst(heads),
             f"{np.mean(correlations):.2f}" if correlations else "",
-            f"1/{1 / np.mean(shares):.0f}" if shares else "",
-            f"{np.mean([row['seconds'] for row in own]):.1f}" if shares else "",
+            *("" if share is None else f"1/{share:.0f}" for share in shares.values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def table_by_pair(names: list[str], rows: list[dict[str, Any]], pairs: dict[str, dict[str, Any]]) -> list[str]:
+def table_by_pair(
+    names: list[str], rows: list[dict[str, Any]], pairs: dict[str, dict[str, Any]], inside: set[Place]
+) -> list[str]:
     """Return a Markdown table of mean and worst loss by pair, and on how many taps the best t lies inside."""
+    counts = [sum(place[0] == pair for place in inside) for pair in pairs]
+    totals = [sum(curve["truth"] == "ridge" for curve in pair["accuracy"]) for pair in pairs.values()]
     lines = [
-        "Mean (worst) loss by pair. Inside: taps whose best timestep is at least 1 point above t = 0 and above the "
-        "noisy end of the grid.",
+        "Mean (worst) loss by pair.",
         "",
         f"| criterion | {' | '.join(pairs)} |",
         f"| --- |{' --- |' * len(pairs)}",
-        f"| inside | {' | '.join(inside(pair) for pair in pairs.values())} |",
+        f"| best inside | {' | '.join(f'{n} of {m} taps' for n, m in zip(counts, totals, strict=True))} |",
     ]
     for name in names:
         cells = [name]
@@ -419,11 +435,43 @@ def table_by_pair(names: list[str], rows: list[dict[str, Any]], pairs: dict[str,
     return lines
 
 
-def inside(pair: dict[str, Any]) -> str:
-    """Return on how many taps the ridge classifier's best timestep is 1 point above both ends of the grid."""
-    curves = np.array([curve["accuracies"] for curve in pair["accuracy"] if curve["truth"] == "ridge"])
-    ends = np.maximum(curves[:, pair["timesteps"].index(0)], curves[:, -1])
-    return f"{int((curves.max(1) >= ends + 0.01).sum())} of {len(curves)} taps"
+def table_of_own_pictures(rows: list[dict[str, Any]], pairs: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a Markdown table of what changes where the DiT makes the pictures itself."""
+    lines = [
+        "Pictures that the DiT makes itself against given ones (same criterion, tap and seed): how many steps of the "
+        "grid apart the choices are, and how many points more are lost.",
+        "",
+        f"| criterion | {' | '.join(pairs)} |",
+        f"| --- |{' --- |' * len(pairs)}",
+    ]
+    for name in dict.fromkeys(row["criterion"] for row in rows if row["criterion"].endswith(", own pictures")):
+        cells = [name.removesuffix(", own pictures")]
+        for pair, result in pairs.items():
+            of_pair = [row for row in rows if row["pair"] == pair and "seed" in row]
+            given = {(place_of(row), row["seed"]): row for row in of_pair if row["criterion"] == cells[0]}
+            both = [(row, given[place_of(row), row["seed"]]) for row in of_pair if row["criterion"] == name]
+            place = result["timesteps"].index
+            steps = [abs(place(own["timestep"]) - place(real["timestep"])) for own, real in both]
+            more = [own["loss"] - real["loss"] for own, real in both]
+            cells.append(f"{np.mean(steps):.1f} steps, {np.mean(more):+.2f} points")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def place_of(row: dict[str, Any]) -> Place:
+    """Return the pair and tap that a row belongs to."""
+    return row["pair"], row["block"], row["feature"]
+
+
+def places_inside(pairs: dict[str, dict[str, Any]]) -> set[Place]:
+    """Return where the ridge classifier's best timestep is 1 point above both ends of the grid."""
+    inside = set()
+    for name, pair in pairs.items():
+        for curve in pair["accuracy"]:
+            values = curve["accuracies"]
+            if curve["truth"] == "ridge" and max(values) >= max(values[0], values[-1]) + 0.01:
+                inside.add((name, curve["block"], curve["feature"]))
+    return inside
 
 
 def mean_and_worst(losses: list[float]) -> tuple[str, str]:
