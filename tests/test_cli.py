@@ -48,6 +48,20 @@ def test_options_reach_the_selection(pixel_folder, parquet, tmp_path):
     assert {name: record[name] for name in expected} == expected
 
 
+def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictures, tmp_path, capsys):
+    rows = {"image": pictures * 7, "kind": list(range(6)) * 7}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "labelled.parquet")
+    words = ("--images", tmp_path / "labelled.parquet", "--label-column", "kind", "--output", tmp_path / "report")
+    assert run(pixel_folder, *words, "--block", "auto", "--feature", "auto") == 0
+    record = json.loads((tmp_path / "report" / "selection.json").read_text())
+    assert record["criterion"] == "probe"
+    # Each picture is there seven times, so that its class is known from the others.
+    assert max(record["scores"]) == 1.0
+    assert len(record["table"]) == 4
+    assert (tmp_path / "report" / "timestep_curve_heat_map.png").stat().st_size > 1000
+    assert "timestep_curve_heat_map.png" in capsys.readouterr().out
+
+
 def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
     assert run(pixel_folder, "--max-images", "4") == 0
     assert "from 4 generated pictures" in capsys.readouterr().out
@@ -59,6 +73,8 @@ def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
         (("--criterion", "best"), "`criterion` must be one of hfr, signal_hfr, consensus, probe, got 'best'"),
         (("--images", "missing.parquet"), "There is no file 'missing.parquet'."),
         (("--block", "9"), "`block` must be in [-3, 3)"),
+        (("--feature", "auto"), "can only be compared by `criterion='probe'`"),
+        (("--label-column", "kind"), "`--label-column` needs `--images`"),
     ],
 )
 def test_what_goes_wrong_is_said_in_one_line(pixel_folder, words, complaint, capsys):
@@ -66,6 +82,12 @@ def test_what_goes_wrong_is_said_in_one_line(pixel_folder, words, complaint, cap
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("hf-aselect: error: ")
     assert complaint in line
+
+
+def test_a_block_that_is_no_number_is_refused(pixel_folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(pixel_folder, "--block", "first")
+    assert "argument --block: must be an integer or auto, got 'first'" in capsys.readouterr().err
 
 
 def test_a_column_that_is_not_there_is_named(pixel_folder, parquet, capsys):

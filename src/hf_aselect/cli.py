@@ -53,9 +53,14 @@ def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name
     )
     select.add_argument("--image-column", metavar="NAME", help="column of the pictures (`image`, or the only one)")
     select.add_argument("--split", default="train", help="split of a dataset of the Hub (%(default)s)")
-    select.add_argument("--criterion", help="consensus (default), signal_hfr or hfr")
-    select.add_argument("--block", type=int, help="block to read at, negative from the end")
-    select.add_argument("--feature", help="hidden, normed, query, key, value or attention")
+    select.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="column of the class indices; the timestep is then chosen by a linear probe",
+    )
+    select.add_argument("--criterion", help="consensus (default), signal_hfr, hfr or, with labels, probe")
+    select.add_argument("--block", type=_block, help="block to read at, negative from the end; auto: the probe's best")
+    select.add_argument("--feature", help="hidden, normed, query, key, value or attention; auto: the probe's best")
     select.add_argument("--max-images", type=int, metavar="N", help="look at so many pictures at the most")
     select.add_argument("--batch-size", type=int, metavar="N", help="noised pictures in one forward pass")
     select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
@@ -71,7 +76,13 @@ def _select(parsed: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     names = ("criterion", "block", "feature", "max_images", "batch_size", "seed")
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
-    images = None if parsed.images is None else _load_images(parsed.images, parsed.image_column, parsed.split)
+    images = None if parsed.images is None else _load_images(parsed.images, parsed.split)
+    if parsed.label_column is not None:
+        if images is None:
+            raise ValueError("`--label-column` needs `--images`: generated pictures have no labels.")
+        given = {"criterion": "probe", **given, "labels": _column(images, parsed.label_column)[parsed.label_column][:]}
+    if images is not None and parsed.image_column is not None:
+        images = _column(images, parsed.image_column)
     # Any timestep will do here: it only keeps loading from choosing one.
     model = DiTModel.from_pretrained(parsed.source, timestep=0)
     selection = select_timestep(model, images, **given)
@@ -97,7 +108,14 @@ def _select(parsed: argparse.Namespace) -> None:
         print(f"Saved {', '.join(str(path) for path in written)}.")
 
 
-def _load_images(source: str, column: str | None, split: str) -> Any:  # noqa: ANN401 - `datasets` comes late
+def _block(word: str) -> int | str:
+    try:
+        return word if word == "auto" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or auto, got {word!r}") from None
+
+
+def _load_images(source: str, split: str) -> Any:  # noqa: ANN401 - `datasets` comes late
     """Return a dataset of pictures from a folder, a parquet file or the Hub."""
     try:
         from datasets import load_dataset
@@ -105,18 +123,19 @@ def _load_images(source: str, column: str | None, split: str) -> Any:  # noqa: A
         raise ImportError("Reading pictures needs datasets: pip install 'hf_aselect[train]'") from error
     path = Path(source)
     if path.is_dir():
-        rows = load_dataset("imagefolder", data_dir=source, split="train")
-    elif path.suffix == ".parquet":
+        return load_dataset("imagefolder", data_dir=source, split="train")
+    if path.suffix == ".parquet":
         if not path.is_file():
             raise ValueError(f"There is no file {source!r}.")
-        rows = load_dataset("parquet", data_files=source, split="train")
-    else:
-        rows = load_dataset(source, split=split)
-    if column is None:
-        return rows
-    if column not in rows.column_names:
-        raise ValueError(f"The pictures have no column {column!r}, only {', '.join(rows.column_names)}.")
-    return rows.select_columns([column])
+        return load_dataset("parquet", data_files=source, split="train")
+    return load_dataset(source, split=split)
+
+
+def _column(rows: Any, name: str) -> Any:  # noqa: ANN401 - as above
+    """Return the rows with one column alone."""
+    if name not in rows.column_names:
+        raise ValueError(f"The pictures have no column {name!r}, only {', '.join(rows.column_names)}.")
+    return rows.select_columns([name])
 
 
 def _demo(parsed: argparse.Namespace) -> None:
