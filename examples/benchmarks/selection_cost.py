@@ -1,7 +1,7 @@
 r"""What does a choice of the timestep cost, and does another seed choose the same?
 
     python examples/benchmarks/selection_cost.py --model_name_or_path src/hf_aselect/assets/fashion_mnist \
-        --image_file src/hf_aselect/assets/fashion_mnist/train.parquet --output_dir cost
+        --image_file fashion-mnist/train.parquet --output_dir cost
 
 Seconds and forward passes of the default selection (median of several), the choices of 20 seeds, each with other
 noise and other pictures, and the peak memory of a process that reads 64 and one that reads 4,096 pictures. Memory is
