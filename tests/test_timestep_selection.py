@@ -3,6 +3,7 @@ import logging
 import os
 import socket
 import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -472,6 +473,14 @@ def test_a_criterion_may_have_settings_of_its_own(model, pixels):
     )
     assert with_constant.settings == {"cutoff": 0.3, "amplitude": False, "with_constant": True}
     assert all(a < b for a, b in zip(with_constant.scores, without.scores, strict=True))
+
+
+def test_the_criterion_that_contributors_are_shown_works():
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    record = select_timestep(StubModel(300), pictures(64), criterion=names["Energy"](), timesteps=GRID)
+    assert (record.criterion, record.timestep) == ("energy", 300)
 
 
 def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
