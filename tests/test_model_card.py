@@ -1,5 +1,7 @@
+import pytest
 from huggingface_hub import ModelCard
 
+from hf_aselect.criteria import CRITERIA
 from hf_aselect.model_card import CardFacts, render_card, write_card
 
 FACTS = CardFacts(
@@ -54,7 +56,8 @@ pictures; its tokens at the right noise level, the *timestep*, also tell what is
 
 ## The timestep
 
-Chosen by A-SelecT from the spectrum of the features, without labels or training.
+Chosen by the share of high spatial frequencies in what the features of two noise draws agree on, without labels or \
+training.
 
 | what | value |
 | --- | --- |
@@ -104,13 +107,20 @@ Only clothes.
 
 ## Source
 
-The choice of the timestep follows A-SelecT (Liu et al., CVPR 2026 Findings,
+That a timestep can be chosen without labels is A-SelecT's idea (Liu et al., CVPR 2026 Findings,
 [arXiv 2603.25758](https://arxiv.org/abs/2603.25758)).
 """
 
 
 def test_the_whole_card():
     assert render_card(FACTS) == CARD
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_how_the_timestep_was_chosen_is_said_of_each_criterion(name):
+    card = render_card(CardFacts(model_name="Clothes", timestep=61, criterion=name))
+    (how,) = [line for line in card.splitlines() if line.startswith("Chosen by")]
+    assert how.endswith("with labels." if name == "probe" else "without labels or training.")
 
 
 def test_what_is_unknown_is_left_out():

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="train, compare and save a classifier on the embedded DiT, in a few minutes and without network",
-        description="Choose the timestep of the embedded Fashion-MNIST DiT with A-SelecT, train an attention head on "
+        description="Choose the timestep of the embedded Fashion-MNIST DiT without labels, train an attention head on "
         "it, compare with other timesteps and with raw pixels, save the model with its card, and reload it.",
     )
     demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write (%(default)s)")

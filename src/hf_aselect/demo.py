@@ -319,8 +319,8 @@ def format_table(results: dict[str, Any]) -> str:
     search, select = seconds["exhaustive_search"], seconds["select_timestep"]
     each = search / len(results["timesteps"])
     rows = [
-        ("attention head", f"{chosen}, chosen by A-SelecT", accuracy["attention_head"], seconds["attention_head"]),
-        ("linear probe", f"{chosen}, chosen by A-SelecT", accuracy["selected"], select + each),
+        ("attention head", f"{chosen}, chosen without labels", accuracy["attention_head"], seconds["attention_head"]),
+        ("linear probe", f"{chosen}, chosen without labels", accuracy["selected"], select + each),
         ("linear probe", "t = 0", accuracy["zero"], each),
         ("linear probe", "random t (mean over the grid)", accuracy["random_mean"], each),
         ("linear probe", f"worst t = {results['worst_timestep']}", accuracy["worst"], each),

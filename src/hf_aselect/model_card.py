@@ -115,11 +115,8 @@ def _choice_section(facts: CardFacts) -> str:
         "confidence": None if facts.confidence is None else f"{facts.confidence:.2f}",
         "seconds": None if facts.seconds is None else f"{facts.seconds:.1f}",
     }
-    how = (
-        "Chosen by A-SelecT from the spectrum of the features, without labels or training."
-        if facts.criterion
-        else "Features are read here:"
-    )
+    # A criterion of the user's own is named in the table.
+    how = "Features are read here:" if facts.criterion is None else _HOW.get(facts.criterion, "Chosen by a criterion:")
     parts = ["## The timestep", how, _table(("what", "value"), rows)]
     if facts.figure:
         parts.append(f"![Criterion over the timestep]({facts.figure})")
@@ -148,6 +145,16 @@ def _table(head: tuple[str, str], rows: Mapping[str, object]) -> str:
     return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items() if value is not None])
 
 
+_UNLABELLED = ", without labels or training."
+_HOW = {
+    "consensus": "Chosen by how much of what the transformer's features agree on can be read from these" + _UNLABELLED,
+    "hfr": "Chosen by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
+    + _UNLABELLED,
+    "signal_hfr": "Chosen by the share of high spatial frequencies in what the features of two noise draws agree on"
+    + _UNLABELLED,
+    "probe": "Chosen by the accuracy of a linear probe, with labels.",
+}
+
 _USAGE = """## Use
 
 ```python
@@ -162,5 +169,5 @@ classify = pipeline("image-classification", model=folder)
 
 _CITATION = """## Source
 
-The choice of the timestep follows A-SelecT (Liu et al., CVPR 2026 Findings,
+That a timestep can be chosen without labels is A-SelecT's idea (Liu et al., CVPR 2026 Findings,
 [arXiv 2603.25758](https://arxiv.org/abs/2603.25758))."""
