@@ -198,8 +198,8 @@ def select_timestep(
 ) -> TimestepSelection:
     """Choose the timestep whose features at the model's tap score best.
 
-    Pictures are looked at in rounds, each twice as large, until the choice is as sure as `confidence` says. A coarse
-    grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
+    Pictures are looked at in rounds, each adding half of those before, until the choice is as sure as `confidence`
+    says. A coarse grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
     `accelerate launch` each process takes its share of the pictures and all come to the same choice.
 
     The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by
@@ -435,7 +435,7 @@ class _Search:
                 if goal < size and self.num_images - before == goal - done:
                     if self.curve().confidence >= confidence:
                         return "confidence"
-                    done, goal = goal, min(2 * goal, size)
+                    done, goal = goal, min(goal + -(-goal // 2), size)
                     continue
                 sure = self.curve().confidence >= confidence
                 return "confidence" if sure else "max_images" if self.num_images == max_images else "all pictures"
