@@ -218,6 +218,8 @@ class Pair:
                 rows += [self.selection_row(name, tap, hits, seed) for seed in self.args.seeds]
                 if name != "hfr":
                     rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], generated=True))
+            if self.per_picture:
+                rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
         return {
             "arguments": asdict(self.args),
             "timesteps": self.grid,
@@ -238,10 +240,20 @@ class Pair:
     ) -> dict[str, Any]:
         """Return what one selection lost and cost."""
         images = None if generated else self.train.select_columns([self.args.image_column])
-        record = select_timestep(self.model, images, criterion=criterion, block=tap[0], feature=tap[1], seed=seed)
+        record = select_timestep(
+            self.model,
+            images,
+            criterion=criterion,
+            block=tap[0],
+            feature=tap[1],
+            labels=self.labels[0] if criterion == "probe" else None,
+            seed=seed,
+        )
         places = [self.grid.index(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits["ridge", tap].mean(1)[places]).statistic
         name = f"{criterion}, own pictures" if generated else criterion
+        if criterion == "probe":
+            name = f"probe, {record.num_images} labels"
         row = self.row(name, tap, hits, record.timestep, correlation)
         cost = {key: getattr(record, key) for key in ("num_images", "num_forwards", "seconds", "confidence")}
         return {**row, **cost, "seed": seed}

@@ -32,6 +32,11 @@ NUM_GROUPS = 16
 NUM_RESAMPLES = 1000
 # A timestep that is as good as the best in this share of the resamples is not told apart from it.
 RIVAL_SHARE = 0.025
+# Neighbours on the log-SNR scale count half at this distance, and one choice is near another within a step and a half:
+# the default grid's step is 1.0 for DDPM's schedule.
+SMOOTHING_WIDTH = 1.0
+NEAR = 1.5
+ROUNDED_TO = 12  # decimals
 # Latents up to this size are kept, so that a picture is encoded once; beyond it they are encoded again.
 MAX_KEPT_BYTES = 2**25
 # Scale and weight of a consensus' reference features come from the first so many pictures.
@@ -75,8 +80,8 @@ class TimestepSelection:
             on the log-SNR scale, see `select_timestep`.
         intervals: 95 % bootstrap interval (over pictures) of each score.
         log_snr: 2·ln(alpha / sigma) at each of them.
-        confidence: Share of bootstrap resamples of the pictures that choose this timestep or a neighbour of it in the
-            grid, in [0, 1].
+        confidence: Share of bootstrap resamples of the pictures that choose this timestep or one within 1.5 of it in
+            log-SNR (a neighbour in the default grid), in [0, 1].
         criterion: Name of the criterion.
         settings: Its settings, by name.
         block: Block at which features were read, counted from the first.
@@ -202,10 +207,9 @@ def select_timestep(
     says. A coarse grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
     `accelerate launch` each process takes its share of the pictures and all come to the same choice.
 
-    The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by
-    2^-(d / step)², where d is their distance in log-SNR and step that of `model.noise_schedule.even_timesteps()`: one
-    step away counts half, and on a much coarser grid each score counts alone. The curve is smooth on that scale and a
-    score from few pictures is not, so this steadies the choice.
+    The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by 2^-d², where
+    d is their distance in log-SNR: a step of DDPM's default grid counts half, and on a much coarser grid each score
+    counts alone. The curve is smooth on that scale and a score from few pictures is not, so this steadies the choice.
 
     Nothing in the model changes; set `model.config.timestep` to the result to use it.
 
@@ -632,8 +636,10 @@ class _Search:
                 + (", or one picture is too few. " if self.num_images < 2 else ". ")
                 + "Check its weights and the pictures."
             )
-        kernel = _smoothing_kernel(self.model.noise_schedule, timesteps).to(scores)
-        smoothed = scores @ kernel.T
+        log_snr = self.model.noise_schedule.log_snr(torch.tensor(timesteps)).to(scores)
+        kernel = _smoothing_kernel(log_snr)
+        # Rounded, so that equal scores stay equal: the rows of the kernel add up to 1 but for the last bit.
+        smoothed = (scores @ kernel.T).round(decimals=ROUNDED_TO)
         best = divmod(int(smoothed.argmax()), len(timesteps))
         generator = torch.Generator().manual_seed(self.seed)
         picks = torch.randint(len(groups), (NUM_RESAMPLES, len(groups)), generator=generator)
@@ -643,10 +649,10 @@ class _Search:
         resampled = self.criterion.score(torch.einsum("rg,atgs->rats", weights, sums))  # (R, A, T)
         ends = torch.tensor([0.025, 0.975], dtype=resampled.dtype)
         intervals = resampled.quantile(ends, dim=0).movedim(0, -1)
-        resampled = resampled @ kernel.T
+        resampled = (resampled @ kernel.T).round(decimals=ROUNDED_TO)
         chosen = resampled.flatten(1).argmax(1)
-        places = torch.tensor([self.grid.index(t) for t in timesteps])
-        near = (places[chosen % len(timesteps)] - places[best[1]]).abs() <= 1
+        # Not so many places of the grid: it may be fine or coarse.
+        near = (log_snr[chosen % len(timesteps)] - log_snr[best[1]]).abs() <= NEAR
         near &= chosen // len(timesteps) == best[0]
         # In pairs: a picture that is hard at one timestep is so at the next, which separate intervals do not know.
         as_good = (resampled[:, best[0]] >= resampled[:, best[0], best[1], None]).double().mean(0)
@@ -654,12 +660,9 @@ class _Search:
         return _Curve(self.grid, timesteps, scores, smoothed, intervals, rivals, best, float(near.double().mean()))
 
 
-def _smoothing_kernel(schedule: NoiseSchedule, timesteps: list[int]) -> Tensor:
-    """Return how much each timestep's score counts at each timestep, (T, T), float64; rows add up to 1."""
-    ends = schedule.log_snr(torch.tensor(schedule.even_timesteps()))
-    step = (ends[0] - ends[-1]) / (len(ends) - 1)
-    log_snr = schedule.log_snr(torch.tensor(timesteps))
-    weights = torch.exp2(-((log_snr[:, None] - log_snr) / step).square())
+def _smoothing_kernel(log_snr: Tensor) -> Tensor:
+    """Return how much each timestep's score counts at each timestep, (T, T), of log-SNRs, (T,); rows add up to 1."""
+    weights = torch.exp2(-((log_snr[:, None] - log_snr) / SMOOTHING_WIDTH).square())
     return weights / weights.sum(1, keepdim=True)
 
 
