@@ -12,7 +12,7 @@ import torch
 
 from hf_aselect import ASelectConfig, DiTModel, NoiseSchedule, TimestepSelection, select_timestep
 from hf_aselect.configuration_aselect import DDPM_LINEAR
-from hf_aselect.criteria import HFR
+from hf_aselect.criteria import HFR, SignalHFR
 
 GRID = [0, 100, 300, 600, 999]
 SCHEDULE = NoiseSchedule.from_config(DDPM_LINEAR)
@@ -158,6 +158,13 @@ def test_nothing_changes_in_the_model(classifier, pixels):
 def test_a_record_survives_json(model, pixels):
     selection = select_timestep(model, pixels, timesteps=GRID)
     assert TimestepSelection.from_dict(json.loads(json.dumps(selection.to_dict()))) == selection
+
+
+def test_the_record_says_what_the_choice_depends_on(model, pixels):
+    settings = {"max_images": 5, "confidence": 0.9, "batch_size": 3}
+    record = select_timestep(model, pixels, timesteps=GRID, **settings)
+    own = {"noise_seed": model.config.noise_seed, "num_noise_draws": model.config.num_noise_draws}
+    assert record.options == {**settings, **own}
 
 
 def test_a_record_of_something_else_is_refused():
@@ -367,6 +374,33 @@ def test_a_curve_with_two_peaks_is_warned_of():
     assert any("other peaks as high" in text for text in selection.warnings)
 
 
+class LevelModel(StubModel):
+    def read_taps(self, noised_latents, timesteps, taps):
+        return dict.fromkeys(taps, torch.ones(len(noised_latents), 64, 1))
+
+
+def test_of_equal_timesteps_the_least_noisy_is_chosen():
+    """The mean of equal scores differs from them in the last bit, now up and now down."""
+    for value in (0.1, 1.0):
+
+        class Level(HFR):
+            def score(self, sums, value=value):
+                return torch.full_like(sums[..., 0], value)
+
+        record = select_timestep(LevelModel(0), pictures(64), criterion=Level(), timesteps=SCHEDULE.even_timesteps())
+        assert record.timestep == 0
+        assert any("the curve is flat: 20 of 20" in text for text in record.warnings)
+
+
+def test_confidence_does_not_depend_on_how_fine_the_grid_is():
+    fine = [t for t in range(60, 160, 2)]
+    record = select_timestep(StubModel(100), pictures(64), criterion="signal_hfr", timesteps=fine)
+    assert record.confidence > 0.95
+    # Three places, the middle one chosen: the others are far away.
+    coarse = select_timestep(TwoPeaks(0), pictures(64) * 0, timesteps=[100, 600, 999], criterion="hfr")
+    assert coarse.confidence < 0.95
+
+
 class HillAndSpike(StubModel):
     """Detail grows slowly toward t = 103 and is a little stronger at t = 454 alone."""
 
@@ -384,6 +418,7 @@ def test_a_spike_of_one_timestep_is_not_chosen_over_a_hill():
     selection = select_timestep(HillAndSpike(0), pictures(64) * 0, criterion="hfr", timesteps=grid)
     assert selection.timesteps[int(np.argmax(selection.scores))] == 454
     assert selection.timestep == 103
+    assert selection.smoothed[selection.timesteps.index(103)] == max(selection.smoothed)
     # Where no neighbour is near, each score counts alone.
     assert (
         select_timestep(HillAndSpike(0), pictures(64) * 0, criterion="hfr", timesteps=[10, 103, 454]).timestep == 454
@@ -459,6 +494,33 @@ def test_options_that_do_not_fit_together_are_refused(model, pixels, options, wo
         select_timestep(model, pixels, **options)
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, 1], "the class of each of 6 pictures, got 2 labels"),
+        (["cat", "dog"] * 3, "must be class indices, integers from 0 on"),
+        ([None, 1] * 3, "must be class indices, integers from 0 on"),
+        ([0, -1] * 3, "must be class indices from 0 on, of two classes or more"),
+        ([1] * 6, "of two classes or more"),
+        ("kind", "names the column 'kind', but the pictures have no columns"),
+    ],
+)
+def test_labels_that_are_no_class_indices_are_refused_before_a_pass(labels, words):
+    model = StubModel(100)
+    with pytest.raises(ValueError, match=words):
+        select_timestep(model, pictures(6), criterion="probe", labels=labels)
+    assert model.num_forwards == 0
+
+
+def test_labels_of_a_stream_or_of_no_pictures_are_refused(model, pictures):
+    rows = datasets.Dataset.from_dict({"image": pictures, "kind": list(range(6))})
+    for images in (rows.to_iterable_dataset(), None):
+        with pytest.raises(ValueError, match="need a set of pictures whose size is known"):
+            select_timestep(model, images, criterion="probe", labels="kind")
+    with pytest.raises(ValueError, match="names the column 'class', but the pictures have the columns image, kind"):
+        select_timestep(model, rows, criterion="probe", labels="class")
+
+
 def test_another_tap_can_be_asked_for(model, pixels):
     selection = select_timestep(model, pixels, block=-1, feature="key", timesteps=GRID)
     assert (selection.block, selection.feature) == (2, "key")
@@ -475,6 +537,14 @@ def test_a_criterion_may_have_settings_of_its_own(model, pixels):
     assert all(a < b for a, b in zip(with_constant.scores, without.scores, strict=True))
 
 
+def test_signal_hfr_may_have_more_draws(model, pixels):
+    record = select_timestep(model, pixels, criterion=SignalHFR(num_draws=4), timesteps=GRID)
+    assert record.settings["num_draws"] == 4
+    assert record.num_forwards == 4 * len(pixels) * len(GRID)
+    with pytest.raises(ValueError, match="`num_draws` of 'signal_hfr' must be 2 or more, got 1"):
+        SignalHFR(num_draws=1)
+
+
 def test_the_criterion_that_contributors_are_shown_works():
     text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     names = {}
@@ -486,17 +556,33 @@ def test_the_criterion_that_contributors_are_shown_works():
 def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
     selection = select_timestep(model, timesteps=GRID, max_images=4)
     assert (selection.pictures, selection.num_images) == ("generated", 4)
+    assert any("Give pictures, or raise `max_images`" in text for text in selection.warnings)
+    assert not any("makes its own" in text for text in selection.warnings)
     # 4 pictures, 20 steps with and without a class, and 5 timesteps.
     assert selection.num_forwards == 4 * 20 * 2 + 4 * 5
     latent = DiTModel.from_pretrained(latent_folder, timestep=5)
     assert select_timestep(latent, timesteps=GRID, max_images=4).pictures == "generated"
 
 
-def test_a_stream_is_read_in_rounds(model, pictures):
+class Unsure(HFR):
+    """Each resample of the pictures prefers another timestep."""
+
+    def score(self, sums):
+        return sums[..., 0] * 1e6 % 1
+
+
+@pytest.mark.parametrize(("available", "read", "reason"), [(120, 100, "max_images"), (70, 70, "all pictures")])
+def test_a_stream_is_read_until_there_is_no_more(model, pictures, available, read, reason):
+    stream = as_rows((pictures * 20)[:available]).to_iterable_dataset()
+    found = select_timestep(model, stream, max_images=100, criterion=Unsure(), timesteps=[0, 400, 800])
+    assert (found.num_images, found.stopped_by) == (read, reason)
+    assert found.num_forwards == 3 * read
+
+
+def test_a_stream_gives_what_a_list_gives(model, pictures):
     stream = as_rows(pictures * 20).to_iterable_dataset()
     options = {"timesteps": [0, 1, 2, 3, 4], "confidence": 1.0, "criterion": "hfr"}
     found = select_timestep(model, stream, max_images=100, **options)
-    assert found.num_images <= 100
     assert found.scores == pytest.approx(
         select_timestep(model, (pictures * 20)[: found.num_images], max_images=100, **options).scores
     )
@@ -554,7 +640,7 @@ def test_the_timestep_that_tells_most_of_what_all_agree_on_is_found(best):
 
 def select_both(folder):
     model = DiTModel.from_pretrained(folder, timestep=5)
-    # A certainty that is not reached, so that there are two rounds.
+    # A certainty that the consensus does not reach, so that it has two rounds.
     return [
         select_timestep(model, pictures_of_three_channels(150), criterion=criterion, confidence=1.0).to_dict()
         for criterion in ("signal_hfr", "consensus")
@@ -586,6 +672,7 @@ def test_two_processes_choose_what_one_does(pixel_folder):
     records = [record for _, record in sorted((queue.get(timeout=120) for _ in processes), key=lambda pair: pair[0])]
     for process in processes:
         process.join()
+    assert [record["num_images"] for record in records[0]] == [64, 150]
     for first, second, alone in zip(*records, select_both(pixel_folder), strict=True):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         assert first["scores"] == pytest.approx(alone["scores"], rel=1e-4, abs=1e-4)

@@ -62,14 +62,22 @@ class CalibrationPictures:
         while batch := list(islice(rows, batch_size)):
             yield [index for index, _ in batch], partial(self._read, [row for _, row in batch])
 
+    def share(self, start: int, stop: int, rank: int, world: int) -> list[int]:
+        """Return the indices of one process's share of a part, as `batches` yields them, without reading a picture.
+
+        A stream may end before.
+        """
+        first, stop = start + (rank - start) % world, min(stop, self.max_images)
+        # In the order of the set: reading a dataset forward is faster.
+        return list(range(first, stop, world)) if self.order is None else sorted(self.order[first:stop:world])
+
     def _rows(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Yield the index of each picture of the share, and what reads its row."""
         if self.order is None:
             for index, row in islice(enumerate(self.images), start + (rank - start) % world, stop, world):
                 yield index, partial(_itself, row)
             return
-        # In the order of the set: reading a dataset forward is faster.
-        for index in sorted(self.order[start + (rank - start) % world : stop : world]):
+        for index in self.share(start, stop, rank, world):
             yield index, partial(self.images.__getitem__, index)
 
     def _read(self, readers: list[Callable[[], Any]]) -> Tensor:

@@ -86,12 +86,17 @@ def _select(parsed: argparse.Namespace) -> None:
     # Any timestep will do here: it only keeps loading from choosing one.
     model = DiTModel.from_pretrained(parsed.source, timestep=0)
     selection = select_timestep(model, images, **given)
-    print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   95 % interval")
-    for timestep, level, score, (low, high) in zip(
-        selection.timesteps, selection.log_snr, selection.scores, selection.intervals, strict=True
+    print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  mean of neighbours")
+    for timestep, level, score, (low, high), mean in zip(
+        selection.timesteps,
+        selection.log_snr,
+        selection.scores,
+        selection.intervals,
+        selection.smoothed,
+        strict=True,
     ):
         mark = "  <- chosen" if timestep == selection.timestep else ""
-        print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}{mark}")
+        print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}  {mean:.4f}{mark}")
     print()
     print(
         f"Timestep {selection.timestep} for {selection.feature} of block {selection.block}, confidence "

@@ -18,12 +18,15 @@ class Criterion(Protocol):
     """
 
     name: ClassVar[str]
-    # Noise draws of each picture; 0 stands for the model's own fixed noise, with which its features are used later.
-    num_draws: ClassVar[int]
     # Pictures of the first round, before the choice is looked at.
     first_round: ClassVar[int]
     # With fewer pictures the choice is warned of, however sure the bootstrap is.
     min_images: ClassVar[int]
+
+    @property
+    def num_draws(self) -> int:
+        """Noise draws of each picture; 0 stands for the model's own noise, with which its features are used later."""
+        ...
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return numbers that add up over pictures, (B, S), float64 on the CPU, of tokens, (K, B, N, D)."""
@@ -79,15 +82,24 @@ class SignalHFR:
     Args:
         cutoff: Radius above which a frequency is high, as a share of Nyquist, in [0, 1).
         with_constant: Whether the constant part (frequency 0) counts in the whole.
+        num_draws: Noise draws of each picture, two or more.
+
+    Raises:
+        ValueError: If there are fewer draws than two.
     """
 
     name: ClassVar[str] = "signal_hfr"
-    num_draws: ClassVar[int] = 2
     first_round: ClassVar[int] = 64
     min_images: ClassVar[int] = 8
 
     cutoff: float = 0.15
     with_constant: bool = True
+    num_draws: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse a single draw, which agrees with itself in everything."""
+        if self.num_draws < 2:
+            raise ValueError(f"`num_draws` of 'signal_hfr' must be 2 or more, got {self.num_draws}.")
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return each picture's high and whole power of the signal, and whole power of the noisy features, (B, 3)."""
@@ -137,7 +149,8 @@ class Consensus:
     The share of variance (R²) of the 20 leading principal components of all reference features that a ridge regression
     predicts from mean-pooled tokens, cross-validated: a linear probe whose labels are the transformer's own. See
     `consensus`. The references are `hidden`, `query`, `key` and `value` of the first block and of those at 3/8 and 6/8
-    of the depth, at the timesteps of the coarse grid; so a pass goes to 6/8 of the depth even for an earlier tap.
+    of the depth, and the tap itself, at the timesteps of the coarse grid (or at the given ones); so a pass goes to 6/8
+    of the depth even for an earlier tap.
     """
 
     name: ClassVar[str] = "consensus"

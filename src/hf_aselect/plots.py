@@ -18,6 +18,7 @@ def plot_timestep_curve(
     log_snr: Sequence[float],
     chosen: int,
     intervals: Sequence[Sequence[float]] | None = None,
+    smoothed: Sequence[float] | None = None,
     criterion: str = "consensus",
     accuracies: Sequence[float] | None = None,
     accuracy_log_snr: Sequence[float] | None = None,
@@ -33,6 +34,7 @@ def plot_timestep_curve(
         log_snr: 2·ln(alpha / sigma) at each.
         chosen: The chosen timestep, one of `timesteps`.
         intervals: Low and high end of each score's interval.
+        smoothed: Each score averaged with its neighbours, if the choice was made by that.
         criterion: Name of the criterion.
         accuracies: Accuracy at each, in [0, 1], or at timesteps of their own.
         accuracy_log_snr: The log-SNR of those timesteps.
@@ -46,6 +48,7 @@ def plot_timestep_curve(
         ("scores", scores, len(timesteps)),
         ("log_snr", log_snr, len(timesteps)),
         ("intervals", intervals, len(timesteps)),
+        ("smoothed", smoothed, len(timesteps)),
         ("accuracies", accuracies, len(accuracy_log_snr)),
     ):
         if values is not None and len(values) != expected:
@@ -59,6 +62,8 @@ def plot_timestep_curve(
         low, high = zip(*intervals, strict=True)
         axes.fill_between(positions, low, high, color=BLUE, alpha=0.2, linewidth=0)
     lines = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=f"{criterion} (left)")
+    if smoothed is not None:
+        lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="mean of neighbours")
     axes.set_ylabel(f"{criterion}, 95 % interval" if intervals is not None else criterion)
     if accuracies is not None:
         right = axes.twinx()
@@ -72,7 +77,7 @@ def plot_timestep_curve(
     lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"chosen: t = {chosen}"))
     _label_timesteps(axes, timesteps, log_snr, positions)
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
     _save(figure, path)
 
 

@@ -76,14 +76,16 @@ class TimestepSelection:
     Args:
         timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
         timesteps: The timesteps that were read, rising.
-        scores: The criterion at each of them. Chosen was the one with the largest mean over itself and its neighbours
-            on the log-SNR scale, see `select_timestep`.
-        intervals: 95 % bootstrap interval (over pictures) of each score.
+        scores: The criterion at each of them.
+        smoothed: The same, each averaged with its neighbours: what the choice was made by.
+        intervals: 95 % bootstrap interval (over groups of pictures) of each score.
         log_snr: 2·ln(alpha / sigma) at each of them.
         confidence: Share of bootstrap resamples of the pictures that choose this timestep or one within 1.5 of it in
             log-SNR (a neighbour in the default grid), in [0, 1].
         criterion: Name of the criterion.
         settings: Its settings, by name.
+        options: What else the choice depends on: `max_images`, `confidence` (the wanted one) and `batch_size` of
+            `select_timestep`, `noise_seed` and `num_noise_draws` of the configuration.
         block: Block at which features were read, counted from the first.
         feature: Feature that was read there.
         num_images: Pictures that were looked at.
@@ -92,19 +94,22 @@ class TimestepSelection:
             "all pictures".
         num_forwards: Passes of a picture through the backbone, those that generated pictures included.
         seconds: Time it took.
-        seed: Seed of the noise, of the drawn pictures and of the bootstrap.
+        seed: Seed of the sampled or generated pictures, of the bootstrap and, for "hfr" and "signal_hfr", of the
+            noise; the other criteria read features with the model's own noise.
         warnings: What speaks against trusting the choice, and what to do about it.
-        table: Where several taps were compared: for each its block, feature and scores.
+        table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
     """
 
     timestep: int
     timesteps: list[int]
     scores: list[float]
+    smoothed: list[float]
     intervals: list[list[float]]
     log_snr: list[float]
     confidence: float
     criterion: str
     settings: dict[str, Any]
+    options: dict[str, Any]
     block: int
     feature: str
     num_images: int
@@ -168,6 +173,7 @@ class TimestepSelection:
             self.log_snr,
             self.timestep,
             intervals=self.intervals,
+            smoothed=self.smoothed,
             criterion=self.criterion,
             accuracies=accuracies,
             accuracy_log_snr=accuracy_log_snr,
@@ -179,7 +185,7 @@ class TimestepSelection:
                 self.timesteps,
                 self.log_snr,
                 [_tap_name(row["block"], row["feature"]) for row in self.table],
-                [row["scores"] for row in self.table],
+                [row["smoothed"] for row in self.table],
                 _tap_name(self.block, self.feature),
                 self.timestep,
                 self.criterion,
@@ -205,7 +211,8 @@ def select_timestep(
 
     Pictures are looked at in rounds, each adding half of those before, until the choice is as sure as `confidence`
     says. A coarse grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
-    `accelerate launch` each process takes its share of the pictures and all come to the same choice.
+    `accelerate launch` each process takes its share of the pictures and all come to the same choice; only what must be
+    equal everywhere is done by each: pictures that the transformer makes, and the first 32 of a consensus.
 
     The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by 2^-d², where
     d is their distance in log-SNR: a step of DDPM's default grid counts half, and on a much coarser grid each score
@@ -216,8 +223,8 @@ def select_timestep(
     Args:
         model: Model with the tap (`config.block`, `config.feature`) to choose a timestep for.
         images: PIL pictures or arrays; a `datasets` dataset with an image column, streaming or not; or pixel values,
-            (B, C, H, W), in [-1, 1]. A stream is read from its start on, so it should be shuffled. Default: the
-            transformer generates some.
+            (B, C, H, W), in [-1, 1]. A stream is read from its start on several times, so it should be shuffled, with
+            a seed: the same each time. Default: the transformer generates some.
         criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on), "hfr" (the paper's, of
             one noise draw), "consensus" (how much of what the features agree on can be read from this one), "probe"
             (accuracy of a linear probe, needs `labels`), or one with settings of its own,
@@ -228,17 +235,20 @@ def select_timestep(
         block: Block to read at in place of the configuration's; for "probe" also several, or "auto" for every third.
         feature: Feature to read in place of the configuration's; for "probe" also several, or "auto" for `hidden`,
             `query`, `key` and `value`.
-        max_images: Look at so many pictures at the most; a larger set is sampled.
+        max_images: Look at so many pictures at the most; a larger set is sampled. Of its own pictures the transformer
+            makes 64 at the most: each costs as many passes as a sampler has steps.
         confidence: Look at no more pictures once the choice is as sure as this, in [0, 1].
         batch_size: Noised pictures in one forward pass; does not change the result beyond rounding.
-        seed: Seed of the noise, of the sampled pictures and of the bootstrap.
+        seed: Seed in [0, 2**63) of the sampled or generated pictures, of the bootstrap and, for "hfr" and
+            "signal_hfr", of the noise; the other criteria read features with the model's own noise.
 
     Returns:
         The choice with its curve; ties go to the smaller timestep.
 
     Raises:
         ValueError: If there are no pictures, they do not fit the model, a timestep is outside [0, 1000), `criterion`
-            is unknown or lacks its labels, a tap does not exist, or a number is out of range.
+            is unknown or lacks its labels, the labels are not one class index a picture, a tap does not exist, or a
+            number is out of range.
 
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
     """
@@ -248,12 +258,13 @@ def select_timestep(
         raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
     if not 0 <= confidence <= 1:
         raise ValueError(f"`confidence` must be in [0, 1], got {confidence}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}.")
     taps = _checked_taps(model.config, block, feature, several=isinstance(criterion, Probe))
     grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
     search = _Search(model, criterion, taps, grid, batch_size, seed)
-    if isinstance(labels, str):
-        labels = images[labels]
-    search.labels = labels
+    if labels is not None:
+        search.labels = _checked_labels(labels, images)
     with eval_mode(model), torch.no_grad():
         if images is None:
             max_images = min(max_images, NUM_GENERATED)
@@ -270,11 +281,19 @@ def select_timestep(
         timestep=found,
         timesteps=curve.timesteps,
         scores=curve.scores[best_tap].tolist(),
+        smoothed=curve.smoothed[best_tap].tolist(),
         intervals=curve.intervals[best_tap].tolist(),
         log_snr=model.noise_schedule.log_snr(torch.tensor(curve.timesteps)).tolist(),
         confidence=curve.confidence,
         criterion=criterion.name,
         settings=asdict(criterion) if is_dataclass(criterion) and not isinstance(criterion, type) else {},
+        options={
+            "max_images": max_images,
+            "confidence": confidence,
+            "batch_size": batch_size,
+            "noise_seed": model.config.noise_seed,
+            "num_noise_draws": model.config.num_noise_draws,
+        },
         block=taps[best_tap][0],
         feature=taps[best_tap][1],
         num_images=search.num_images,
@@ -283,10 +302,10 @@ def select_timestep(
         num_forwards=search.num_forwards,
         seconds=round(time.monotonic() - started, 3),
         seed=seed,
-        warnings=search.warnings() + curve.warnings(confidence, labelled=isinstance(criterion, Probe)),
+        warnings=search.warnings() + curve.warnings(confidence, _remedies(search, max_images)),
         table=[
-            {"block": at, "feature": name, "scores": scores.tolist()}
-            for (at, name), scores in zip(taps, curve.scores, strict=True)
+            {"block": at, "feature": name, "scores": scores.tolist(), "smoothed": smoothed.tolist()}
+            for (at, name), scores, smoothed in zip(taps, curve.scores, curve.smoothed, strict=True)
         ]
         if len(taps) > 1
         else None,
@@ -321,14 +340,14 @@ class _Curve:
     best: tuple[int, int]  # which tap, which timestep
     confidence: float
 
-    def warnings(self, wanted: float, labelled: bool) -> list[str]:
+    def warnings(self, wanted: float, remedies: tuple[str, str]) -> list[str]:
         """Return what speaks against trusting the choice, and what to do about it.
 
         Args:
             wanted: The confidence that was asked for.
-            labelled: Whether the criterion has labels already.
+            remedies: What gives more pictures, and what labels would decide.
         """
-        remedy = "more labelled pictures" if labelled else "`criterion='probe'` with a few labels"
+        more, remedy = remedies
         tap, best = self.best
         scores = self.smoothed[tap].tolist()
         found: list[str] = []
@@ -346,8 +365,7 @@ class _Curve:
         if len(reached) > len(scores) / 2:
             found.append(
                 f"the curve is flat: {len(reached)} of {len(scores)} timesteps cannot be told apart. "
-                "Any of them may serve; more pictures (`max_images`) or "
-                f"{remedy} may decide."
+                f"Any of them may serve; {more} or {remedy} may decide."
             )
         peaks = [
             i
@@ -363,7 +381,7 @@ class _Curve:
         if self.confidence < wanted:
             found.append(
                 f"its confidence is {self.confidence:.2f}, below {wanted:.2f}: other pictures may give another "
-                f"timestep. Give more pictures (`max_images`), or {remedy}."
+                f"timestep. Use {more}, or {remedy}."
             )
         return found
 
@@ -382,14 +400,16 @@ class _Search:
     ) -> None:
         self.model, self.criterion, self.taps, self.grid = model, criterion, taps, grid
         self.batch_size, self.seed = batch_size, seed
-        self.labels: Any = None
+        self.labels: list[int] | None = None
+        self.generated = False
         self.rank, self.world = _process()
         self.num_images = self.num_forwards = 0
         self.sums: dict[int, Tensor] = {}  # by timestep, (A, G, S)
         self.pooled: dict[int, list[tuple[list[int], Tensor]]] = {}  # of the probe only: indices, (A, B, D)
         self.consensus = ConsensusSums(NUM_GROUPS) if isinstance(criterion, Consensus) else None
         self.references = _reference_taps(model.config) if self.consensus else []
-        self.errors: dict[tuple[int, int], Tensor] = {}  # of the consensus, by timestep and number of pictures
+        # Of consensus and probe, which are not sums of what was measured: by timestep and number of pictures.
+        self.fitted: dict[tuple[int, int], Tensor] = {}
         self.groups: set[int] = set()
         self.latents: dict[int, Tensor] = {}
         self.kept_bytes = 0
@@ -399,9 +419,13 @@ class _Search:
         """Return what speaks against trusting any choice from these pictures."""
         if self.num_images >= self.criterion.min_images:
             return []
-        remedy = "." if self.labels is not None else ", or none: the transformer then makes its own."
+        remedy = "Give more pictures"
+        if self.generated:
+            remedy = "Give pictures, or raise `max_images`"
+        elif self.labels is None:
+            remedy += ", or none: the transformer then makes its own"
         needed = f"{self.criterion.name!r} needs {self.criterion.min_images} or more, however sure it seems"
-        return [f"it rests on {self.num_images} pictures, and {needed}. Give more pictures{remedy}"]
+        return [f"it rests on {self.num_images} pictures, and {needed}. {remedy}."]
 
     def generate(self, num_images: int) -> Tensor:
         """Return latents that the model made itself, (n, C, h, w), and count what they cost."""
@@ -413,7 +437,9 @@ class _Search:
         )
         latents: Tensor = model.generate_latents(num_images, batch_size=self.batch_size, seed=self.seed)
         latents = latents.to(model.device, model.dtype)
-        self.num_forwards += model.count_generation_forwards(num_images)
+        self.generated = True
+        # Every process makes all of them.
+        self.num_forwards += self.world * model.count_generation_forwards(num_images)
         self.latents = dict(enumerate(latents))
         return latents
 
@@ -517,8 +543,8 @@ class _Search:
         together = {key: torch.cat(values) for key, values in pooled.items()}
         self.consensus.calibrate(together)
         self.consensus.scales = _gather(self.consensus.scales)[0]
-        share = pictures.batches(0, stop, self.batch_size, self.rank, self.world)
-        if own := [index for indices, _ in share for index in indices]:
+        own = pictures.share(0, stop, self.rank, self.world)
+        if own := [index for index in own if index in read]:  # a stream may have ended
             places = [read.index(index) for index in own]
             mine = {key: values[places] for key, values in together.items()}
             self._add_pooled(self.consensus, own, mine, timesteps, known=False)
@@ -600,28 +626,34 @@ class _Search:
                 total[timestep] = total[timestep] + sums if timestep in total else sums
         return total
 
+    def _unfitted(self, by_timestep: dict[int, Any]) -> dict[int, Any]:
+        """Return what was kept at the timesteps that have not been fitted to the pictures read so far."""
+        return {t: kept for t, kept in by_timestep.items() if (t, self.num_images) not in self.fitted}
+
+    def _fitted(self) -> dict[int, Tensor]:
+        return {timestep: sums for (timestep, count), sums in self.fitted.items() if count == self.num_images}
+
     def _sums_of_hits(self, probe: Probe) -> dict[int, Tensor]:
-        parts = [part for process in _gather(self.pooled) for part in [process]]
-        total = {}
+        parts = _gather(self._unfitted(self.pooled))
         for timestep in sorted({timestep for part in parts for timestep in part}):
             batches = [batch for part in parts for batch in part.get(timestep, [])]
             indices = torch.tensor([index for named, _ in batches for index in named])
             order = indices.argsort()
             pooled = torch.cat([values for _, values in batches], dim=1)[:, order]
-            labels = torch.tensor([int(self.labels[int(index)]) for index in indices[order]])
+            labels = torch.tensor(self.labels)[indices[order]]
             hits = torch.stack([probe.hits(each, labels) for each in pooled])  # (A, n, 2)
             sums = hits.new_zeros(len(self.taps), NUM_GROUPS, 2)
-            total[timestep] = sums.index_add_(1, indices[order] % NUM_GROUPS, hits)
-        return total
+            self.fitted[timestep, self.num_images] = sums.index_add_(1, indices[order] % NUM_GROUPS, hits)
+        return self._fitted()
 
     def _sums_of_errors(self, consensus: ConsensusSums) -> dict[int, Tensor]:
-        parts = _gather((consensus.moments, consensus.target_moments))
+        # Some megabytes a timestep: only of those that are new.
+        parts = _gather((self._unfitted(consensus.moments), consensus.target_moments))
         targets = torch.stack([target for _, target in parts]).sum(0)
         for timestep in sorted(set().union(*(moments for moments, _ in parts))):
-            if (timestep, self.num_images) not in self.errors:
-                moments = torch.stack([moments[timestep] for moments, _ in parts if timestep in moments]).sum(0)
-                self.errors[timestep, self.num_images] = unexplained(moments, targets)[None]
-        return {timestep: errors for (timestep, count), errors in self.errors.items() if count == self.num_images}
+            moments = torch.stack([moments[timestep] for moments, _ in parts if timestep in moments]).sum(0)
+            self.fitted[timestep, self.num_images] = unexplained(moments, targets)[None]
+        return self._fitted()
 
     def curve(self) -> _Curve:
         """Return the scores at all timesteps read so far, with the bootstrap over groups of pictures."""
@@ -660,6 +692,18 @@ class _Search:
         return _Curve(self.grid, timesteps, scores, smoothed, intervals, rivals, best, float(near.double().mean()))
 
 
+def _remedies(search: _Search, max_images: int) -> tuple[str, str]:
+    """Return what gives more pictures, and what labels would decide."""
+    if search.generated:
+        more = "pictures of your own"
+    elif search.num_images >= max_images:
+        more = "more pictures (`max_images`)"
+    else:
+        more = "more pictures"
+    labelled = isinstance(search.criterion, Probe)
+    return more, "more labelled pictures" if labelled else "`criterion='probe'` with a few labels"
+
+
 def _smoothing_kernel(log_snr: Tensor) -> Tensor:
     """Return how much each timestep's score counts at each timestep, (T, T), of log-SNRs, (T,); rows add up to 1."""
     weights = torch.exp2(-((log_snr[:, None] - log_snr) / SMOOTHING_WIDTH).square())
@@ -678,6 +722,33 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  #
             else f"`labels` are given, but {criterion.name!r} uses none; did you mean `criterion='probe'`?"
         )
     return criterion
+
+
+def _checked_labels(labels: Any, images: Any) -> list[int]:  # noqa: ANN401 - what they may be is checked here
+    """Return the class index of each picture."""
+    if not hasattr(images, "__len__"):
+        raise ValueError(
+            "`labels` need a set of pictures whose size is known, got "
+            f"{'none' if images is None else type(images).__name__}. Of a stream, take a part first: "
+            "`datasets.Dataset.from_list(list(stream.take(1000)))`."
+        )
+    if isinstance(labels, str):
+        columns = getattr(images, "column_names", [])
+        if labels not in columns:
+            raise ValueError(
+                f"`labels` names the column {labels!r}, but the pictures have "
+                f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
+            )
+        labels = images[labels][:]
+    if len(labels) != len(images):
+        raise ValueError(f"`labels` must name the class of each of {len(images)} pictures, got {len(labels)} labels.")
+    try:
+        indices = [operator.index(label) for label in labels]
+    except TypeError as error:
+        raise ValueError(f"`labels` must be class indices, integers from 0 on: {error}.") from error
+    if min(indices, default=0) < 0 or len(set(indices)) < 2:
+        raise ValueError(f"`labels` must be class indices from 0 on, of two classes or more, got {set(indices)}.")
+    return indices
 
 
 def _checked_taps(
