@@ -183,13 +183,29 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
     # Dark and bright are told apart where there is little noise.
     assert all(each[0] == 1.0 for each in accuracies)
     named = {row["criterion"] for row in result["rows"]}
-    assert {"hfr", "signal_hfr", "consensus", "RankMe", "LiDAR", "t = 0", "random t"} <= named
+    assert {"hfr", "signal_hfr", "consensus", "probe, 40 labels", "RankMe", "LiDAR", "t = 0", "random t"} <= named
     assert all(row["loss"] == 0 for row in result["rows"] if row["criterion"] == "t = 0")
     table = (tmp_path / "table.md").read_text()
     assert "over 1 pairs (tiny)" in table
     assert "\n| consensus | 0." in table
+    assert f"| search, passes | {2 * 40 * len(result['timesteps'])} |" in table
+    assert "steps, " in table.split("Pictures that the DiT makes itself")[1].splitlines()[-1]
     with PILImage.open(tmp_path / "tiny.png") as picture:
         assert picture.width > 800
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read as Linux tells it")
+def test_the_cost_of_a_selection_is_measured(parquet, pretrained, tmp_path):
+    run(
+        "benchmarks/selection_cost.py",
+        *("--model_name_or_path", pretrained, "--image_file", parquet, "--image_column", "picture", "--num_seeds", 3),
+        *("--num_images", 4, 40, "--num_timesteps", 2, "--output_dir", tmp_path),
+    )
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert cost["criterion"] == "consensus"
+    assert len(cost["timesteps"]) == len(cost["seconds"]) == 3
+    assert [(row["num_images"], row["num_timesteps"]) for row in cost["memory"]] == [(4, 2), (40, 2)]
+    assert all(0 <= row["rise_mib"] < row["before_mib"] for row in cost["memory"])
 
 
 def test_fashion_mnist_becomes_parquet(tmp_path):

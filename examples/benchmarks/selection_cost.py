@@ -4,19 +4,20 @@ r"""What does a choice of the timestep cost, and does another seed choose the sa
         --image_file fashion-mnist/train.parquet --output_dir cost
 
 Seconds and forward passes of the default selection (median of several), the choices of 20 seeds, each with other
-noise and other pictures, and the peak memory of a process that reads 64 and one that reads 4,096 pictures. Memory is
-measured in processes of their own, on Linux, as how far the peak rises above what the loaded model and the pictures
-take. Everything is in `OUTPUT_DIR/cost.json`.
+noise and other pictures, and the memory that a selection takes with 64 and with 4,096 pictures, at 3 and at 20
+timesteps. Memory is measured on Linux, each in a process of its own: how far the peak rises above what the process
+held just before, after a first small selection. Everything is in `OUTPUT_DIR/cost.json`.
 """
 
 import inspect
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ class CostArguments:
     num_images: list[int] = field(
         default_factory=lambda: [64, 4096], metadata={"help": "Numbers of pictures whose peak memory is compared."}
     )
-    measure: int | None = field(
-        default=None, metadata={"help": "Only print the peak memory of reading so many pictures (used by itself)."}
+    num_timesteps: list[int] = field(
+        default_factory=lambda: [3, 20], metadata={"help": "Numbers of timesteps whose peak memory is compared."}
+    )
+    measure: bool = field(
+        default=False,
+        metadata={"help": "Only print the memory that the first of both numbers take (used by itself)."},
     )
 
 
@@ -52,41 +57,41 @@ def load(args: CostArguments) -> tuple[DiTModel, Dataset, dict[str, Any]]:
     return model, images, {} if args.criterion is None else {"criterion": args.criterion}
 
 
-def peak_mebibytes() -> float:
-    """Return the peak memory of this process so far, in MiB (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def mebibytes(name: str) -> float:
+    """Return a figure of this process's memory, such as VmRSS, in MiB."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) / 2**10
 
 
 def measure_memory(args: CostArguments) -> None:
-    """Print as JSON how far the peak rises while `args.measure` pictures are read at three timesteps and at twenty."""
+    """Print as JSON how far the peak rises while some pictures are read at some timesteps."""
+    count, num_timesteps = args.num_images[0], args.num_timesteps[0]
     model, images, options = load(args)
-    if len(images) < args.measure:
-        raise ValueError(f"{args.image_file} has {len(images)} pictures, fewer than {args.measure}.")
+    if len(images) < count:
+        raise ValueError(f"{args.image_file} has {len(images)} pictures, fewer than {count}.")
     criterion = CRITERIA[
         options.get("criterion") or inspect.signature(select_timestep).parameters["criterion"].default
     ]
     # All pictures in the first round, so that none are left out for a choice that is sure before.
-    in_one_round = type("InOneRound", (type(criterion),), {"first_round": args.measure})()
-    found = {}
+    in_one_round = type("InOneRound", (type(criterion),), {"first_round": count})()
     # What the first pass allocates once is none of the pictures' or of the timesteps'.
-    select_timestep(model, images, max_images=32, **options)
-    for num_timesteps in (3, 20):
-        before = peak_mebibytes()
-        record = select_timestep(
-            model,
-            images,
-            timesteps=model.noise_schedule.even_timesteps(num_timesteps),
-            max_images=args.measure,
-            criterion=in_one_round,
-        )
-        found[num_timesteps] = {"num_images": record.num_images, "rise_mib": peak_mebibytes() - before}
-        found[num_timesteps]["peak_mib"] = peak_mebibytes()
-    print(json.dumps(found))
+    select_timestep(model, images, max_images=8, timesteps=[0, 500], **options)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here on
+    before = mebibytes("VmRSS")
+    record = select_timestep(
+        model,
+        images,
+        timesteps=model.noise_schedule.even_timesteps(num_timesteps),
+        max_images=count,
+        criterion=in_one_round,
+    )
+    found = {"num_images": record.num_images, "num_timesteps": len(record.timesteps)}
+    print(json.dumps({**found, "before_mib": before, "rise_mib": mebibytes("VmHWM") - before}))
 
 
 def main() -> None:
     (args,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses()
-    if args.measure is not None:
+    if args.measure:
         measure_memory(args)
         return
     model, images, options = load(args)
@@ -98,11 +103,12 @@ def main() -> None:
     places = [grid.index(record.timestep) for record in records]
     centre = statistics.median_low(places)
     near = sum(abs(place - centre) <= 1 for place in places) / len(places)
-    memory = {}
-    for count in args.num_images:
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(count)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        memory[count] = json.loads(output.splitlines()[-1])
+    memory = []
+    for count, timesteps in product(args.num_images, args.num_timesteps):
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
+        command += ["--num_images", str(count), "--num_timesteps", str(timesteps)]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        memory.append(json.loads(output.splitlines()[-1]))
     result = {
         "criterion": records[0].criterion,
         "seconds": [record.seconds for record in records],
@@ -110,7 +116,7 @@ def main() -> None:
         "num_forwards": [record.num_forwards for record in records],
         "num_images": [record.num_images for record in records],
         "timesteps": [record.timestep for record in records],
-        "share_within_one_grid_step": near,
+        "share_within_one_step_of_the_median": near,
         "memory": memory,
     }
     folder = Path(args.output_dir)

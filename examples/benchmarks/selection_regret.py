@@ -151,7 +151,9 @@ class Pair:
         """Return hits, (T, m), of each truth and tap, the literature's measures of each tap, and the seconds."""
         path = Path(self.args.output_dir) / f"{self.args.name}.search.npz"
         # A search of other pictures or taps is another search.
-        settings = {**asdict(self.args), "seeds": None, "summarize": None, "output_dir": None, "grid": self.grid}
+        weights = sum(float(values.double().abs().sum()) for values in self.model.state_dict().values())
+        unimportant = {"seeds": None, "summarize": None, "output_dir": None}
+        settings = {**asdict(self.args), **unimportant, "grid": self.grid, "weights": weights}
         done: dict[str, np.ndarray] = {"settings": np.array(json.dumps(settings))}
         if path.exists():
             with np.load(path) as stored:
@@ -396,11 +398,12 @@ def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Plac
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
     lines = [
         f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps. Inside: on the "
-        f"{len(inside)} taps whose best timestep is 1 point above t = 0 and above the noisy end of the grid.",
+        f"{len(inside)} taps whose best timestep is 1 point above t = 0 and above the noisy end of the grid. Passes "
+        "are a share of the exhaustive search's, the rank correlation is over the timesteps that were read.",
         "",
-        "| criterion | mean | worst | inside, mean | to the maximum | attention head, mean | worst | rank correlation "
-        "| forward passes | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| criterion | mean | worst | inside, mean | to the maximum, mean | worst | attention head, mean | worst "
+        "| rank correlation | forward passes | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
         own = [row for row in rows if row["criterion"] == name]
@@ -409,19 +412,19 @@ def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Plac
         # Two curves have no rank correlation where one of them is level.
         correlations = [row["rank_correlation"] for row in own if row["rank_correlation"] is not None]
         correlations = [value for value in correlations if np.isfinite(value)]
-        # What all the searches cost against what all the selections cost.
-        shares = {
-            key: sum(row["search"][key] for row in own) / sum(row[key] for row in own) if key in own[0] else None
-            for key in ("num_forwards", "seconds")
-        }
+        measured = [row for row in own if "num_forwards" in row]
+        # A search for this tap alone has as many passes as one for all of them, but fits fewer classifiers.
+        passes = sum(row["num_forwards"] for row in measured)
+        searched = sum(row["search"]["num_forwards"] for row in measured)
         cells = [
             name,
             *mean_and_worst([row["loss"] for row in own]),
             mean_and_worst(peaked)[0],
-            f"{np.mean([row['loss_to_maximum'] for row in own]):.2f}",
+            *mean_and_worst([row["loss_to_maximum"] for row in own]),
             *mean_and_worst(heads),
             f"{np.mean(correlations):.2f}" if correlations else "",
-            *("" if share is None else f"1/{share:.0f}" for share in shares.values()),
+            f"1/{searched / passes:.0f}" if measured else "",
+            f"{np.mean([row['seconds'] for row in measured]):.1f}" if measured else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -439,6 +442,8 @@ def table_by_pair(
         f"| criterion | {' | '.join(pairs)} |",
         f"| --- |{' --- |' * len(pairs)}",
         f"| best inside | {' | '.join(f'{n} of {m} taps' for n, m in zip(counts, totals, strict=True))} |",
+        f"| search, passes | {' | '.join(str(pair['search']['num_forwards']) for pair in pairs.values())} |",
+        f"| search, seconds | {' | '.join(format(pair['search']['seconds'], '.0f') for pair in pairs.values())} |",
     ]
     for name in names:
         cells = [name]
