@@ -36,12 +36,15 @@ LEVELS = {
     "criteria": 1,
     "convert_diffusers": 3,
     "generation": 3,
-    "timestep_selection": 3,
-    "modeling_aselect": 4,
-    "training": 5,
-    "demo": 6,
-    "__init__": 7,
-    "cli": 7,
+    "selection_record": 2,
+    "sweep": 3,
+    "timestep_curve": 0,
+    "timestep_selection": 4,
+    "modeling_aselect": 5,
+    "training": 6,
+    "demo": 7,
+    "__init__": 8,
+    "cli": 8,
 }
 
 # Saving a model with its code copies these two and all that they import to the Hub.

@@ -8,7 +8,8 @@ from .configuration_aselect import ASelectConfig
 from .image_processing_aselect import ASelectImageProcessor
 from .modeling_aselect import DiTForImageClassification, DiTModel
 from .noise_schedule import NoiseSchedule
-from .timestep_selection import TimestepSelection, select_timestep
+from .selection_record import TimestepSelection
+from .timestep_selection import select_timestep
 from .training import ASelectCallback
 
 __version__ = "0.1.0"

@@ -97,13 +97,12 @@ def unexplained(moments: Tensor, target_moments: Tensor) -> Tensor:
     penalty = torch.eye(size, dtype=torch.float64)
     penalty[0, 0] = 0
     tiny = 1e-9 * (count + scale) * torch.eye(size, dtype=torch.float64)
-    best = None
+    errors = []
     for strength in STRENGTHS:
         weights = torch.linalg.solve(others + strength * scale * penalty + tiny, others_right)
         error = variance - 2 * (weights * right).sum((1, 2)) + (weights * (left @ weights)).sum((1, 2))
-        if best is None or float(error.sum()) < float(best.sum()):
-            best = error
-    assert best is not None  # there is more than one strength
+        errors.append(error)
+    best = min(errors, key=lambda error: float(error.sum()))
     return torch.stack([best, variance], dim=-1)
 
 

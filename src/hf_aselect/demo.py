@@ -33,7 +33,7 @@ from .metrics import compute_accuracy
 from .modeling_aselect import DiTForImageClassification
 from .plots import plot_predictions
 from .probe import ridge_probe_accuracy
-from .timestep_selection import TimestepSelection
+from .selection_record import TimestepSelection
 from .training import write_model_card
 
 BATCH_SIZE = 50  # pictures in one forward pass without gradients: small ones stay in a CPU's cache

@@ -20,7 +20,8 @@ from .denoisers import build_denoiser, build_sampler, build_vae_encoder
 from .generation import generate_latents
 from .heads import AttentionHead, LinearHead
 from .noise_schedule import NoiseSchedule, fixed_noise
-from .timestep_selection import TimestepSelection, select_timestep
+from .selection_record import TimestepSelection
+from .timestep_selection import select_timestep
 
 logger = logging.getLogger(__name__)
 

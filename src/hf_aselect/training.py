@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .model_card import CardFacts, write_card
 from .modeling_aselect import ASelectPreTrainedModel
-from .timestep_selection import TimestepSelection
+from .selection_record import TimestepSelection
 
 CURVE = "timestep_curve.png"
 

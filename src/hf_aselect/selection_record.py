@@ -1,0 +1,138 @@
+"""The record of a choice of the timestep: everything needed to repeat, to judge and to plot it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .configuration_aselect import ASelectConfig
+from .plots import plot_timestep_curve, plot_timestep_heat_map
+
+
+@dataclass(frozen=True)
+class TimestepSelection:
+    """Which timestep was chosen, from what, and how sure the choice is.
+
+    Args:
+        timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
+        timesteps: The timesteps that were read, rising.
+        scores: The criterion at each of them.
+        smoothed: The same, each averaged with its neighbours: what the choice was made by.
+        intervals: 95 % bootstrap interval (over groups of pictures) of each score.
+        log_snr: 2·ln(alpha / sigma) at each of them.
+        confidence: Share of bootstrap resamples of the pictures that choose this timestep or one within 1.5 of it in
+            log-SNR (a neighbour in the default grid), in [0, 1].
+        criterion: Name of the criterion.
+        settings: Its settings, by name.
+        options: What else the choice depends on: `max_images`, `confidence` (the wanted one) and `batch_size` of
+            `select_timestep`, `noise_seed` and `num_noise_draws` of the configuration.
+        block: Block at which features were read, counted from the first.
+        feature: Feature that was read there.
+        num_images: Pictures that were looked at.
+        pictures: "given", or "generated" by the transformer itself.
+        stopped_by: Why no more pictures were looked at: "confidence" (the wanted one was reached), "max_images", or
+            "all pictures".
+        num_forwards: Passes of a picture through the backbone, those that generated pictures included.
+        seconds: Time it took.
+        seed: Seed of the sampled or generated pictures, of the bootstrap and, for "hfr" and "signal_hfr", of the
+            noise; the other criteria read features with the model's own noise.
+        warnings: What speaks against trusting the choice, and what to do about it.
+        table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
+    """
+
+    timestep: int
+    timesteps: list[int]
+    scores: list[float]
+    smoothed: list[float]
+    intervals: list[list[float]]
+    log_snr: list[float]
+    confidence: float
+    criterion: str
+    settings: dict[str, Any]
+    options: dict[str, Any]
+    block: int
+    feature: str
+    num_images: int
+    pictures: str
+    stopped_by: str
+    num_forwards: int
+    seconds: float
+    seed: int
+    warnings: list[str]
+    table: list[dict[str, Any]] | None = None
+
+    def is_of(self, config: ASelectConfig) -> bool:
+        """Return whether this is how the timestep of a configuration was chosen, at its tap."""
+        return (self.timestep, self.block, self.feature) == (config.timestep, config.block_index(), config.feature)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain numbers, strings and lists, fit for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "TimestepSelection":
+        """Return the record that `to_dict` wrote.
+
+        Raises:
+            ValueError: If a field is missing or unknown.
+        """
+        fields = set(cls.__dataclass_fields__)
+        if record.keys() != fields:
+            raise ValueError(
+                f"Not a record of a selection: missing {sorted(fields - record.keys())}, "
+                f"unknown {sorted(record.keys() - fields)}."
+            )
+        return cls(**record)
+
+    def plot(
+        self,
+        path: str | os.PathLike[str],
+        accuracies: Sequence[float] | None = None,
+        accuracy_log_snr: Sequence[float] | None = None,
+    ) -> list[Path]:
+        """Draw the criterion over the timestep, with intervals and the choice, as a PNG.
+
+        Where several taps were compared, a heat map of all of them is written beside it, as `NAME_heat_map.png`.
+
+        Args:
+            path: File to write.
+            accuracies: Accuracy of a probe at each timestep, in [0, 1], to be drawn beside the criterion.
+            accuracy_log_snr: Where the probe was tried at other timesteps, their log-SNR.
+
+        Returns:
+            The files written.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        written = [Path(path)]
+        plot_timestep_curve(
+            path,
+            self.timesteps,
+            self.scores,
+            self.log_snr,
+            self.timestep,
+            intervals=self.intervals,
+            smoothed=self.smoothed,
+            criterion=self.criterion,
+            accuracies=accuracies,
+            accuracy_log_snr=accuracy_log_snr,
+        )
+        if self.table is not None:
+            written.append(written[0].with_name(f"{written[0].stem}_heat_map.png"))
+            plot_timestep_heat_map(
+                written[1],
+                self.timesteps,
+                self.log_snr,
+                [_tap_name(row["block"], row["feature"]) for row in self.table],
+                [row["smoothed"] for row in self.table],
+                _tap_name(self.block, self.feature),
+                self.timestep,
+                self.criterion,
+            )
+        return written
+
+
+def _tap_name(block: int, feature: str) -> str:
+    return f"block {block}, {feature}"
