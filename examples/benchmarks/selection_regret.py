@@ -405,8 +405,8 @@ def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Plac
     lines = [
         f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps. Inside: a best "
         f"timestep that is 1 point above t = 0 and above the noisy end of the grid, as on {len(inside)} taps, and on "
-        f"more than half of the taps of {' and '.join(inside_pairs) or 'no pair'}. Passes are a share of the exhaustive "
-        "search's, the rank correlation is over the timesteps that were read.",
+        f"more than half of the taps of {' and '.join(inside_pairs) or 'no pair'}. Passes are a share of the "
+        "exhaustive search's, the rank correlation is over the timesteps that were read.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",

@@ -61,7 +61,8 @@ def plot_timestep_curve(
     if intervals is not None:
         low, high = zip(*intervals, strict=True)
         axes.fill_between(positions, low, high, color=BLUE, alpha=0.2, linewidth=0)
-    lines = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=f"{criterion} (left)")
+    label = criterion if accuracies is None else f"{criterion} (left)"
+    lines = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=label)
     if smoothed is not None:
         lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="mean of neighbours")
     axes.set_ylabel(f"{criterion}, 95 % interval" if intervals is not None else criterion)
