@@ -85,6 +85,9 @@ class BenchmarkArguments:
     num_measured: int = field(default=256, metadata={"help": "Pictures for RankMe, alpha-ReQ and LiDAR."})
     batch_size: int = field(default=64, metadata={"help": "Pictures in one forward pass."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of the selections."})
+    own_pictures: bool = field(
+        default=True, metadata={"help": "Also select on pictures that the DiT makes itself, which takes longest."}
+    )
     summarize: bool = field(default=False, metadata={"help": "Only write the table over all pairs."})
 
 
@@ -156,7 +159,7 @@ class Pair:
         path = Path(self.args.output_dir) / f"{self.args.name}.search.npz"
         # A search of other pictures or taps is another search.
         weights = sum(float(values.double().abs().sum()) for values in self.model.state_dict().values())
-        unimportant = {"seeds": None, "summarize": None, "output_dir": None}
+        unimportant = dict.fromkeys(("seeds", "own_pictures", "summarize", "output_dir"))
         settings = {**asdict(self.args), **unimportant, "grid": self.grid, "weights": weights}
         done: dict[str, np.ndarray] = {"settings": np.array(json.dumps(settings))}
         if path.exists():
@@ -222,7 +225,7 @@ class Pair:
         for tap in tqdm(self.taps, desc="Selecting"):
             for name in CRITERIA:
                 rows += [self.selection_row(name, tap, hits, seed) for seed in self.args.seeds]
-                if name != "hfr":
+                if name != "hfr" and self.args.own_pictures:
                     rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], generated=True))
             if self.per_picture:
                 rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
@@ -479,7 +482,7 @@ def table_of_own_pictures(rows: list[dict[str, Any]], pairs: dict[str, dict[str,
             place = result["timesteps"].index
             steps = [abs(place(own["timestep"]) - place(real["timestep"])) for own, real in both]
             more = [own["loss"] - real["loss"] for own, real in both]
-            cells.append(f"{np.mean(steps):.1f} steps, {np.mean(more):+.2f} points")
+            cells.append(f"{np.mean(steps):.1f} steps, {np.mean(more):+.2f} points" if both else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
