@@ -395,6 +395,7 @@ def summarize(folder: Path) -> str:
     tables = (
         overall_table(names, rows, inside),
         table_by_pair(names, rows, pairs, inside),
+        table_by_confidence(rows),
         table_of_own_pictures(rows, pairs),
     )
     return "\n\n".join("\n".join(table) for table in tables) + "\n"
@@ -460,6 +461,23 @@ def table_by_pair(
         for pair in pairs:
             losses = [row["loss"] for row in rows if row["criterion"] == name and row["pair"] == pair]
             cells.append(f"{np.mean(losses):.2f} ({max(losses):.2f})" if losses else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def table_by_confidence(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table of the losses of choices that were sure and of those that were not."""
+    lines = [
+        "Choices by the confidence that they came with: those below 0.95 are warned of.",
+        "",
+        "| criterion | 0.95 and more: choices | mean | worst | below: choices | mean | worst |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["criterion"] for row in rows if "confidence" in row):
+        cells = [name]
+        for sure in (True, False):
+            losses = [r["loss"] for r in rows if r["criterion"] == name and (r["confidence"] >= 0.95) == sure]
+            cells += [str(len(losses)), *mean_and_worst(losses)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
