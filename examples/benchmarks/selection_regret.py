@@ -405,11 +405,11 @@ def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Plac
     """Return a Markdown table of losses over all pairs and taps, by each truth, and of costs."""
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
     taps = {pair: {place_of(row) for row in rows if row["pair"] == pair} for pair in pairs}
-    inside_pairs = [pair for pair in pairs if 2 * len(taps[pair] & inside) > len(taps[pair])]
+    inside_pairs = [pair for pair in pairs if 2 * len(taps[pair] & inside) >= len(taps[pair])]
     lines = [
         f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps. Inside: a best "
         f"timestep that is 1 point above t = 0 and above the noisy end of the grid, as on {len(inside)} taps, and on "
-        f"more than half of the taps of {' and '.join(inside_pairs) or 'no pair'}. Passes are a share of the "
+        f"half or more of the taps of {' and '.join(inside_pairs) or 'no pair'}. Passes are a share of the "
         "exhaustive search's, the rank correlation is over the timesteps that were read.",
         "",
         f"| {' | '.join(COLUMNS)} |",
