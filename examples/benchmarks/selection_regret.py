@@ -557,8 +557,9 @@ def draw(pair: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("accuracy (%)")
     for axis in axes[-1]:
         axis.set_xlabel("signal-to-noise ratio (dB)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    shown = {label.split(": t")[0]: handle for handle, label in zip(handles, labels, strict=True)}
+    # Not every tap has an attention head.
+    drawn = [pair for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    shown = {label.split(": t")[0]: handle for handle, label in drawn}
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown), fontsize=9)
     figure.savefig(path, dpi=100)
 
