@@ -232,7 +232,7 @@ def test_an_unsupported_scheduler_is_refused(folder):
 def test_an_unsupported_vae_is_refused(latent_folder, tmp_path):
     folder = shutil.copytree(latent_folder, tmp_path / "copy")
     change_config(folder / "vae" / "config.json", _class_name="VQModel")
-    with pytest.raises(ValueError, match="Unsupported VAE 'VQModel'; supported is AutoencoderKL"):
+    with pytest.raises(ValueError, match="Unsupported VAE 'VQModel'; supported are AutoencoderKL, AutoencoderDC"):
         DiTModel.from_pretrained(folder)
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .transformer_layout import TransformerLayout, layout_of
+
 Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
 FEATURES: tuple[str, ...] = get_args(Feature)
 NUM_TIMESTEPS = 1000
@@ -30,9 +32,8 @@ DDPM_LINEAR = {
     "beta_schedule": "linear",
 }
 
-_NEEDED_OF_TRANSFORMER = (
-    *("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size"),
-)
+# By class of the VAE: the field whose length is the number of its resolutions.
+_VAE_LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
 
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
 _WRITTEN_BY_TRANSFORMERS = {
@@ -83,17 +84,24 @@ class ASelectConfig(PreTrainedConfig):
 
     Args:
         transformer: diffusers' configuration of the transformer, with `_class_name`. Default: DiT-XL/2's sizes.
-        vae: diffusers' configuration of the `AutoencoderKL`, with `_class_name`; None for a DiT in pixel space.
-        scheduler: diffusers' configuration of the DDPM-like scheduler that the DiT was trained with, with
-            `_class_name`. Default: DiT's own, 1000 steps of linear betas.
+        vae: diffusers' configuration of the `AutoencoderKL` or `AutoencoderDC`, with `_class_name`; None for a DiT
+            in pixel space.
+        scheduler: diffusers' configuration of a scheduler of the kind that the transformer was trained with, DDPM-like
+            or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
         timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise; "auto" as long as
             none is chosen.
         block: Block at which features are read, 0-based, negative from the end. Default: `3 * num_hidden_layers // 8`,
             the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable Diffusion 3).
         feature: What is read there: `hidden` (block output), `normed` (adaLN-modulated input of attention), `query`,
-            `key`, `value` (before the head split), `attention` (after the output projection, before the gate).
-        timestep_embedding: "diffusers" for transformers trained with diffusers, "original" for weights of
-            `facebookresearch/DiT`: the frequencies of diffusers' sinusoidal embedding differ a little from those.
+            `key`, `value` (before the head split), `attention` (after the output projection, before the gate). FLUX's
+            blocks of one stream have no `attention`.
+        timestep_embedding: Of a `DiTTransformer2DModel`: "diffusers" for one that was trained with diffusers,
+            "original" for weights of `facebookresearch/DiT` (the frequencies of diffusers' sinusoidal embedding differ
+            a little from those), "sit" for weights of SiT, which is given 1 - t/1000. The other families have
+            "diffusers" alone.
+        prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
+            weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
+        guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
         noise_seed: Seed of the fixed noise that pictures are mixed with.
         num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
         resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).
@@ -104,7 +112,9 @@ class ASelectConfig(PreTrainedConfig):
         head_num_attention_heads: Attention heads in each of them.
         head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
         image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
-            down-sampling). Other multiples of the patch work: the position table is made anew for them.
+            down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
+            and Sana make their position table anew, scaled to it as diffusers does; Stable Diffusion 3 cuts the middle
+            out of its table, which ends at 96 (3.5-medium: 384) tokens a side; FLUX and Lumina have rotary positions.
         selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
         initializer_range: Standard deviation of newly initialised weights; the attention head has Xavier's instead.
 
@@ -121,7 +131,9 @@ class ASelectConfig(PreTrainedConfig):
     timestep: int | str = "auto"
     block: int | None = None
     feature: str = "query"
-    timestep_embedding: Literal["diffusers", "original"] = "diffusers"
+    timestep_embedding: Literal["diffusers", "original", "sit"] = "diffusers"
+    prompt_shapes: dict[str, list[int]] | None = None
+    guidance: float = 1.0
     noise_seed: int = 0
     num_noise_draws: int = 1
     resample_noise_in_training: bool = False
@@ -140,15 +152,12 @@ class ASelectConfig(PreTrainedConfig):
         refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
-        if missing := [name for name in _NEEDED_OF_TRANSFORMER if self.transformer.get(name) is None]:
-            raise ValueError(
-                f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
-                "(`dict(transformer.config)`)."
-            )
+        layout = layout_of(self.transformer)
+        _check_vae(self.vae)
         if self.block is None:
-            self.block = 3 * self.num_hidden_layers // 8
+            self.block = 3 * layout.num_layers // 8
         if self.image_size is None:
-            self.image_size = self.transformer["sample_size"] * self.vae_scale_factor
+            self.image_size = layout.sample_size * self.vae_scale_factor
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -165,34 +174,44 @@ class ASelectConfig(PreTrainedConfig):
         return config
 
     @property
+    def layout(self) -> TransformerLayout:
+        """The sizes of the transformer."""
+        return layout_of(self.transformer or {})
+
+    @property
     def hidden_size(self) -> int:
-        """Width of the tokens."""
-        return int(self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"])  # type: ignore[index]
+        """Width of the transformer's tokens."""
+        return self.layout.hidden_size
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the tokens that are read: `hidden_size`, but for keys and values that several heads share."""
+        return self.layout.key_value_size if self.feature in ("key", "value") else self.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
         """Number of transformer blocks."""
-        return int(self.transformer["num_layers"])  # type: ignore[index]
+        return self.layout.num_layers
 
     @property
     def num_attention_heads(self) -> int:
         """Number of attention heads in each block."""
-        return int(self.transformer["num_attention_heads"])  # type: ignore[index]
+        return self.layout.num_attention_heads
 
     @property
     def num_channels(self) -> int:
         """Number of colour channels of a picture: 1 for grey, 3 for RGB."""
-        return int(self.transformer["in_channels"] if self.vae is None else self.vae["in_channels"])  # type: ignore[index]
+        return self.layout.num_channels if self.vae is None else int(self.vae["in_channels"])
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels a side that one latent stands for: 1 in pixel space."""
-        return 1 if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return 1 if self.vae is None else 2 ** (len(self.vae[_VAE_LEVELS[self.vae["_class_name"]]]) - 1)
 
     @property
     def patch_pixels(self) -> int:
         """Pixels a side that one token stands for."""
-        return int(self.transformer["patch_size"]) * self.vae_scale_factor  # type: ignore[index]
+        return self.layout.patch_size * self.vae_scale_factor
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -222,8 +241,30 @@ class ASelectConfig(PreTrainedConfig):
 
     def validate_tap(self) -> None:
         """Refuse an unknown feature and a block that the transformer does not have."""
-        check_feature(self.feature)
-        self.block_index()
+        self.check_tap(self.block_index(), self.feature)
+
+    def check_tap(self, block: int, feature: str) -> None:
+        """Refuse a feature that there is not, or not at this block, counted from the first.
+
+        Raises:
+            ValueError: If `feature` is unknown, or the block has none of that name.
+        """
+        check_feature(feature)
+        depth = self.layout.num_attention_outputs
+        if feature == "attention" and block >= depth:
+            raise ValueError(
+                f"Block {block} has no `attention`: only the first {depth} blocks of this transformer project their "
+                "attention alone. Read `hidden`, `normed`, `query`, `key` or `value` there, or an earlier block."
+            )
+
+    def validate_prompt(self) -> None:
+        """Refuse the empty prompt's shapes where the transformer has none, and a guidance that is no number."""
+        if self.prompt_shapes and not self.layout.needs_prompt:
+            raise ValueError(
+                f"`prompt_shapes` are given, but a {self.transformer['_class_name']} is not conditioned on a text."  # type: ignore[index]
+            )
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"`guidance` must be a finite number from 0 on, got {self.guidance}.")
 
     def validate_head(self) -> None:
         """Refuse an unknown head and sizes that do not divide."""
@@ -257,6 +298,31 @@ class ASelectConfig(PreTrainedConfig):
                     f"`image_size` must be a multiple of {self.patch_pixels} pixels (a token's side), "
                     f"got {self.image_size}."
                 )
+            limit = self.layout.max_grid
+            if limit is not None and side > limit * self.patch_pixels:
+                raise ValueError(
+                    f"`image_size` must be at most {limit * self.patch_pixels} pixels a side, where the position "
+                    f"table of this transformer ends, got {self.image_size}."
+                )
+
+
+def _check_vae(vae: dict[str, Any] | None) -> None:
+    """Refuse a VAE that is none of those we can encode with."""
+    if vae is None:
+        return
+    name = vae.get("_class_name")
+    if name not in _VAE_LEVELS:
+        raise ValueError(f"Unsupported VAE {name!r}; supported are {', '.join(_VAE_LEVELS)}.")
+    if missing := [field for field in ("in_channels", _VAE_LEVELS[name]) if vae.get(field) is None]:
+        raise ValueError(
+            f"`vae` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
+            "(`dict(vae.config)`)."
+        )
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise ValueError(
+            "A VAE with `latents_mean` and `latents_std` is not supported: none of the supported transformers was "
+            "trained on latents that were scaled channel by channel."
+        )
 
 
 def refuse_unknown_keywords(names: set[str]) -> None:

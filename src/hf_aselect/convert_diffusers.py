@@ -1,138 +1,352 @@
-"""Reading what diffusers saved: a checkpoint's parts to our configuration and weights."""
+"""What diffusers saved, as ours: configuration and weights, in memory or as a folder."""
 
 import json
+import logging
 import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .configuration_aselect import DDPM_LINEAR, ASelectConfig
-from .denoisers import check_family
+from .diffusers_files import (
+    CONFIG,
+    SCHEDULER_CONFIG,
+    HubOptions,
+    iterate_weights,
+    locate,
+    read_json,
+    weight_files,
+)
+from .empty_prompt import TEXT_PARTS, encode_empty_prompt
+from .image_processing_aselect import ASelectImageProcessor
+from .transformer_layout import check_family
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONFIG = "config.json"
-SCHEDULER_CONFIG = "scheduler_config.json"
-# What a VAE needs to encode; the rest of an `AutoencoderKL` turns latents back into pictures.
+logger = logging.getLogger(__name__)
+
+# What a VAE needs to encode; the rest of it turns latents back into pictures.
 VAE_ENCODER_KEYS = ("encoder.", "quant_conv.")
+# DiT-XL/2 with a learned variance is what facebookresearch/DiT trained and nobody trains with diffusers.
+_ORIGINAL_DIT = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_embeds_ada_norm": 1000,
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def is_diffusers_folder(source: str | os.PathLike[str]) -> bool:
-    """Return whether a local folder holds a transformer of diffusers, rather than a checkpoint of ours.
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion made.
+
+    Args:
+        output: The folder.
+        num_parameters: Parameters of transformer and VAE encoder.
+        transformer_bytes: Size of the transformer's weights there, with the empty prompt's embeddings.
+        vae_encoder_bytes: Size of the VAE encoder's weights there.
+        vae_decoder_bytes: Size of the VAE decoder's weights in the source, which are dropped.
+        text_encoder_bytes: Size of the text encoders' weights in the source, which are not needed any more.
+        seconds: How long it took.
+    """
+
+    output: Path
+    num_parameters: int
+    transformer_bytes: int
+    vae_encoder_bytes: int
+    vae_decoder_bytes: int
+    text_encoder_bytes: int
+    seconds: float
+
+
+def find_diffusers(source: str | os.PathLike[str], options: HubOptions) -> Path | None:
+    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
 
     Raises:
-        ValueError: If the folder exists but is neither; if it has only pickled weights.
+        ValueError: As `diffusers_files.locate`.
+        OSError: As `diffusers_files.locate`.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        return False  # an id of the Hub, or a path that the host will complain of
-    _refuse_pickles(folder)
-    if (folder / "transformer").is_dir():
-        return True
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if "_class_name" in config:
-        return True
-    if config.get("model_type") == ASelectConfig.model_type:
-        return False
-    raise ValueError(
-        f"{str(source)!r} holds nothing that can be loaded: expected a checkpoint of hf_aselect ({CONFIG} with "
-        f"model_type {ASelectConfig.model_type!r}), a folder with transformer/ and scheduler/, or a diffusers "
-        f"transformer ({CONFIG} with `_class_name`); found {sorted(path.name for path in folder.iterdir())[:10]}."
-    )
+    return locate(source, ASelectConfig.model_type, options, TEXT_PARTS)
 
 
-def load_diffusers(source: str | os.PathLike[str], **fields: Any) -> tuple[ASelectConfig, dict[str, Tensor]]:  # noqa: ANN401
+def load_diffusers(
+    folder: Path,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    without: tuple[str, ...] = (),
+    prompt_embeds: Mapping[str, Tensor] | None = None,
+    **fields: Any,  # noqa: ANN401
+) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
     """Read a diffusers transformer, with its scheduler and VAE where they lie beside it.
 
     Args:
-        source: Folder with `transformer/` and `scheduler/` (and `vae/` for a DiT in latent space), or a bare
+        folder: Folder with `transformer/` and `scheduler/` (and `vae/` for a DiT in latent space), or a bare
             transformer's folder, which is taken for a DiT in pixel space with DiT's own schedule.
+        variant: Variant of the weights, as "fp16".
+        dtype: What the text encoders compute the empty prompt's embeddings in, where the transformer needs them.
+        without: Parts of the text side to do without; see `encode_empty_prompt`.
+        prompt_embeds: The empty prompt's embeddings by name, in place of computing them.
         fields: Fields of `ASelectConfig` that take the place of what was read.
 
     Returns:
-        The configuration, and the weights by the names that `DiTModel` gives them, in the dtype they were saved in.
+        The configuration, and the weights by the names that `DiTModel` gives them, one after the other, in the dtype
+        they were saved in.
 
     Raises:
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
-    folder = Path(source)
-    fields.setdefault("name_or_path", str(source))
-    if not (folder / "transformer").is_dir():
-        config = ASelectConfig(**{"transformer": _read_config(folder), "scheduler": dict(DDPM_LINEAR), **fields})
-        return config, _prefixed("denoiser.transformer.", _read_weights(folder))
-    if not (folder / "scheduler" / SCHEDULER_CONFIG).is_file():
+    is_bare = not (folder / "transformer").is_dir()
+    transformer = _read_transformer(folder if is_bare else folder / "transformer")
+    parts: dict[str, Any] = {"transformer": transformer, "scheduler": dict(DDPM_LINEAR)}
+    if not is_bare:
+        if not (folder / "scheduler" / SCHEDULER_CONFIG).is_file():
+            raise ValueError(
+                f"{str(folder)!r} has transformer/ but no scheduler/{SCHEDULER_CONFIG}: the noise levels of the "
+                "timesteps are unknown. Save the scheduler that the transformer was trained with beside it."
+            )
+        parts["scheduler"] = read_json(folder / "scheduler" / SCHEDULER_CONFIG)
+    transformer_files = weight_files(folder if is_bare else folder / "transformer", variant)
+    vae_files: list[Path] = []
+    if not is_bare and (folder / "vae").is_dir():
+        parts["vae"] = read_json(folder / "vae" / CONFIG)
+        vae_files = weight_files(folder / "vae", variant, fall_back=True)
+    parts["timestep_embedding"] = _default_embedding(parts, fields)
+    config = ASelectConfig(**{**parts, **fields})
+    embeddings: dict[str, Tensor] = {}
+    if config.layout.needs_prompt:
+        embeddings = dict(prompt_embeds or encode_empty_prompt(folder, transformer, dtype=dtype, without=without))
+        config.prompt_shapes = {name: list(value.shape) for name, value in embeddings.items()}
+    elif prompt_embeds:
         raise ValueError(
-            f"{str(source)!r} has transformer/ but no scheduler/{SCHEDULER_CONFIG}: the noise levels of the timesteps "
-            "are unknown. Save the scheduler that the transformer was trained with beside it."
+            f"`prompt_embeds` are given, but a {transformer['_class_name']} is not conditioned on a text."
         )
-    parts = {
-        "transformer": _read_config(folder / "transformer"),
-        "scheduler": _read_json(folder / "scheduler" / SCHEDULER_CONFIG),
-    }
-    weights = _prefixed("denoiser.transformer.", _read_weights(folder / "transformer"))
-    if (folder / "vae").is_dir():
-        parts["vae"] = _read_json(folder / "vae" / CONFIG)
-        encoder = {k: v for k, v in _read_weights(folder / "vae").items() if k.startswith(VAE_ENCODER_KEYS)}
-        weights.update(_prefixed("vae.", encoder))
-    return ASelectConfig(**{**parts, **fields}), weights
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, value in iterate_weights(transformer_files):
+            yield f"denoiser.transformer.{name}", value
+        for name, value in embeddings.items():
+            yield f"denoiser.{name}", value
+        for name, value in iterate_weights(vae_files):
+            if name.startswith(VAE_ENCODER_KEYS):
+                yield f"vae.{name}", value
+
+    return config, weights()
 
 
-def _prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in weights.items()}
+def convert_diffusers(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    without: tuple[str, ...] = (),
+    prompt_embeds: Mapping[str, Tensor] | None = None,
+    max_shard_size: int = 10**9,
+    **fields: Any,  # noqa: ANN401
+) -> Conversion:
+    """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
+
+    Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
+    encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
+    whole or not at all. The VAE encoder stays in float32.
+
+    Args:
+        source: A pipeline that diffusers saved (folder, or id on the Hub, of which only the files that are needed are
+            downloaded), or a bare transformer; see `DiTModel.from_pretrained`.
+        output: Folder to write; it must not exist, or be empty.
+        dtype: Of the weights that are written, and of the text encoders meanwhile; "float32", "float16" and "bfloat16"
+            will do, too. Default: the weights as they are, text encoders in float32.
+        variant: Variant of the weights to read, as "fp16".
+        revision: Branch, tag or commit on the Hub.
+        subfolder: Folder in `source` that holds the checkpoint.
+        token: Token for the Hub, or whether to take the one that is logged in.
+        cache_dir: Folder of downloads.
+        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        without: Parts of the text side to do without, as `("text_encoder_3", "tokenizer_3")` of Stable Diffusion 3.
+        prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
+        max_shard_size: Bytes of a file of weights at the most, unless one tensor is larger.
+        fields: Fields of `ASelectConfig`.
+
+    Returns:
+        What was made and what was dropped.
+
+    Raises:
+        ValueError: If the source is none, or already one of ours; a part is missing, broken, or of an unsupported
+            kind; a field is unknown; a number is out of range.
+        FileExistsError: If `output` exists and is not empty.
+        OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
+    """
+    started = time.monotonic()
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{str(target)!r} exists and is not empty; name another folder, or remove it.")
+    if max_shard_size < 1:
+        raise ValueError(f"`max_shard_size` must be at least 1 byte, got {max_shard_size}.")
+    wanted = _checked_dtype(dtype)
+    options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
+    folder = find_diffusers(source, options)
+    if folder is None:
+        raise ValueError(f"{str(source)!r} is no diffusers checkpoint: one of ours needs no conversion.")
+    fields.setdefault("name_or_path", str(source))
+    config, weights = load_diffusers(
+        folder,
+        variant=variant,
+        dtype=wanted or torch.float32,
+        without=without,
+        prompt_embeds=prompt_embeds,
+        **fields,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        sizes, dtypes = _write_weights(weights, unfinished, wanted, max_shard_size)
+        config.architectures = ["DiTModel"]
+        config.dtype = wanted or max(dtypes, key=lambda kind: dtypes[kind])
+        config.save_pretrained(unfinished)
+        ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
+        if target.exists():
+            target.rmdir()
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Conversion(
+        output=target,
+        num_parameters=sum(count for count, _ in sizes.values()),
+        transformer_bytes=sizes["denoiser"][1],
+        vae_encoder_bytes=sizes["vae"][1],
+        vae_decoder_bytes=_dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS),
+        text_encoder_bytes=sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS),
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / CONFIG)
+def _read_transformer(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
     # The name that DiT went by in diffusers before version 0.29, and in Meta's checkpoints to this day; diffusers
     # itself maps it in the same way.
-    if config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        config["_class_name"] = "DiTTransformer2DModel"
+    if config.get("_class_name") == "Transformer2DModel":
+        renamed = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+        config["_class_name"] = renamed.get(str(config.get("norm_type")), "Transformer2DModel")
     check_family(config.get("_class_name"))
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{str(path)!r} is missing; save the model again with diffusers' `save_pretrained`."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Save or download it again.") from error
-    return content
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a diffusers model, whole or in shards."""
-    _refuse_pickles(folder)
-    index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if path.parent != folder or not path.is_file():
-            raise ValueError(f"{str(folder)!r} has no weights {name!r}. Save or download them again.")
-        weights.update(_load_safetensors(path))
-    return weights
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} is truncated or no safetensors file ({error}). Save or download it again."
-        ) from error
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Refuse a folder whose only weights are pickles: unpickling runs whatever code they hold."""
-    pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if any("model" in name for name in pickles) and not list(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{str(folder)!r} has only pickled weights ({', '.join(sorted(pickles))}), which are never unpickled, as "
-            "they can run any code. Save them again with `safe_serialization=True` (safetensors)."
+def _default_embedding(parts: dict[str, Any], fields: dict[str, Any]) -> str:
+    """Return how timesteps are embedded, as far as the files tell."""
+    transformer = parts["transformer"]
+    if transformer["_class_name"] != "DiTTransformer2DModel" or "timestep_embedding" in fields:
+        return "diffusers"
+    is_xl_2 = all(transformer.get(name) == value for name, value in _ORIGINAL_DIT.items())
+    is_flow = "Flow" in str(parts["scheduler"].get("_class_name"))
+    if is_flow:
+        logger.warning(
+            "A DiT with a flow-matching scheduler: taken for one that was trained with diffusers, conditioned on "
+            "1000 * sigma. If its weights are SiT's own, pass `timestep_embedding='sit'`."
         )
+    elif is_xl_2:
+        logger.info("A DiT-XL/2 with a learned variance: taken for the weights of facebookresearch/DiT.")
+        return "original"
+    return "diffusers"
+
+
+def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+
+
+def _write_weights(
+    weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None, max_shard_size: int
+) -> tuple[dict[str, tuple[int, int]], dict[torch.dtype, int]]:
+    """Write weights in shards, each as it fills.
+
+    Returns:
+        Parameters and bytes of each part, and the values of each dtype in the transformer.
+    """
+    sizes = {"denoiser": (0, 0), "vae": (0, 0)}
+    dtypes: dict[torch.dtype, int] = {}
+    shard: dict[str, Tensor] = {}
+    places: dict[str, int] = {}
+    filled = count = 0
+
+    def flush() -> None:
+        nonlocal shard, filled, count
+        if shard:
+            count += 1
+            save_file(shard, folder / _unnumbered(count), metadata={"format": "pt"})
+            shard, filled = {}, 0
+
+    for name, value in weights:
+        part = name.split(".")[0]
+        # Encoders overflow in float16, and bfloat16 has too few digits for what little noise leaves of the latents.
+        kind = torch.float32 if part == "vae" else dtype
+        value = value.to(kind or value.dtype).clone() if value.is_floating_point() else value.clone()
+        if shard and filled + value.nbytes > max_shard_size:
+            flush()
+        shard[name] = value.contiguous()
+        places[name] = count + 1
+        filled += value.nbytes
+        sizes[part] = sizes[part][0] + value.numel(), sizes[part][1] + value.nbytes
+        if part == "denoiser":
+            dtypes[value.dtype] = dtypes.get(value.dtype, 0) + value.numel()
+    flush()
+    if count == 1:
+        os.replace(folder / _unnumbered(1), folder / "model.safetensors")
+        return sizes, dtypes
+    files = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+    for number, name in files.items():
+        os.replace(folder / _unnumbered(number), folder / name)
+    index = {
+        "metadata": {"total_size": sum(size for _, size in sizes.values())},
+        "weight_map": {name: files[number] for name, number in sorted(places.items())},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return sizes, dtypes
+
+
+def _unnumbered(number: int) -> str:
+    return f"shard-{number}.safetensors"
+
+
+def _dropped_bytes(folder: Path, variant: str | None, kept: tuple[str, ...] = ()) -> int:
+    """Return the size of the weights in a folder, but for those whose names begin as `kept`."""
+    if not folder.is_dir() or folder.name.startswith("tokenizer"):
+        return 0
+    total = 0
+    for path in weight_files(folder, variant, fall_back=True):
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no dictionary
+                if not (kept and name.startswith(kept)):
+                    part = opened.get_slice(name)
+                    total += _NUM_BYTES[part.get_dtype()] * _product(part.get_shape())
+    return total
+
+
+_NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total

@@ -1,15 +1,16 @@
 """diffusers' `DiTTransformer2DModel` as a feature extractor: noised latents and timestep to tokens at a tap."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from .denoiser import Denoiser, Pass, grid_of
 
-class DiTDenoiser(nn.Module):
-    """A DiT that is read at one block, and run no further; or run to its end, to generate.
+
+class DiTDenoiser(Denoiser):
+    """A class-conditional DiT, or a SiT in its layout; a tap is read with the null label.
 
     Facts of diffusers' DiT that are dealt with here and nowhere else: its label embedding drops labels at random in
     train mode (a tap always gets the null label, which is what it drops to); its `forward` un-patchifies to a square
@@ -17,16 +18,25 @@ class DiTDenoiser(nn.Module):
 
     Args:
         transformer: A `DiTTransformer2DModel`.
-        timestep_embedding: "original" sets the frequencies of `facebookresearch/DiT`, 10000^(-i/128); "diffusers"
-            leaves diffusers' 10000^(-i/127).
+        timestep_embedding: "diffusers" leaves diffusers' frequencies, 10000^(-i/127), for models that were trained
+            with them; "original" sets those of `facebookresearch/DiT`, 10000^(-i/128); "sit" sets the latter and
+            conditions on SiT's own time, 1 - t/1000, whose velocity points from the noise to the picture.
+        options: Of all families, see `Denoiser`.
+
+    Source: diffusers, `models/transformers/dit_transformer_2d.py`; facebookresearch/DiT, `models.py`,
+    `TimestepEmbedder`; willisma/SiT, `transport/path.py` (x_t = t · picture + (1 - t) · noise).
     """
 
-    transformer: Any  # diffusers is imported when a denoiser is built, not here
+    timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers", "original", "sit")
 
-    def __init__(self, transformer: nn.Module, timestep_embedding: str) -> None:
-        super().__init__()
-        self.transformer = transformer
-        if timestep_embedding == "original":
+    def __init__(
+        self,
+        transformer: nn.Module,
+        timestep_embedding: str = "diffusers",
+        **options: Any,  # noqa: ANN401 - of the base class
+    ) -> None:
+        super().__init__(transformer, timestep_embedding, **options)
+        if timestep_embedding != "diffusers":
             for block in self.transformer.transformer_blocks:
                 block.norm1.emb.time_proj.downscale_freq_shift = 0
 
@@ -41,128 +51,49 @@ class DiTDenoiser(nn.Module):
         return int(self.transformer.config.num_embeds_ada_norm)
 
     @property
-    def patch_size(self) -> int:
-        """Side of a token in latents."""
-        return int(self.transformer.config.patch_size)
-
-    @property
     def position_embedding(self) -> nn.Module:
         """The module that holds the position table, in its buffer `pos_embed`."""
         module: nn.Module = self.transformer.pos_embed
         return module
 
-    def position_table(self) -> Tensor:
-        """Return a newly computed position table, (1, N, D), float32: checkpoints do not hold it."""
-        embed: Any = self.position_embedding
-        with torch.device("cpu"):
-            fresh = type(embed)(
-                height=embed.height * embed.patch_size,
-                width=embed.width * embed.patch_size,
-                patch_size=embed.patch_size,
-                in_channels=1,
-                embed_dim=embed.proj.out_channels,
-            )
-        table: Tensor = fresh.pos_embed
-        return table
+    def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
+        """Return the state before the first block; see `Denoiser`."""
+        rows, columns = grid_of(noised_latents, self.patch_size)
+        if labels is None:
+            labels = torch.full(timesteps.shape, self.num_classes, device=timesteps.device)
+        if self.timestep_embedding == "sit":
+            timesteps = 1 - timesteps / 1000
+        return Pass(self.transformer.pos_embed(noised_latents), rows, columns, (timesteps, labels))
 
-    def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
-        """Return the modules that are not run when tokens are read at (block, feature)."""
-        blocks = self.transformer.transformer_blocks
-        tapped, unused = blocks[block], list(blocks[block + 1 :])
-        unused += [self.transformer.proj_out_1, self.transformer.proj_out_2]
-        attention = tapped.attn1
-        projections = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
-        if feature == "hidden":
-            return unused
-        unused.append(tapped.ff)
-        if feature != "attention":
-            unused.append(attention.to_out)
-            unused += [module for name, module in projections.items() if name != feature]
-        return unused
-
-    def forward(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
-        """Return the tokens at a tap, with the null label, running no module that comes after it.
-
-        Args:
-            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,).
-            block: Block index, counted from the first.
-            feature: One of `configuration_aselect.FEATURES`.
-
-        Returns:
-            Tokens in row-major order, (B, N, D).
-        """
-        return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
-
-    def read_taps(
-        self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[tuple[int, str]]
-    ) -> dict[tuple[int, str], Tensor]:
-        """Return the tokens at several taps from one pass, as `forward` does at one.
-
-        Args:
-            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,).
-            taps: (block, feature) pairs.
-
-        Returns:
-            Tokens of each tap, (B, N, D).
-        """
-        labels = torch.full_like(timesteps, self.num_classes)
-        hidden_states = self.transformer.pos_embed(noised_latents)  # (B, N, D)
-        last = max(block for block, _ in taps)
-        tokens = {}
-        for index, block in enumerate(self.transformer.transformer_blocks[: last + 1]):
-            asked = [feature for tapped, feature in taps if tapped == index]
-            for feature in asked:
-                if feature != "hidden":
-                    tokens[index, feature] = self._read(block, feature, hidden_states, timesteps, labels)
-            if index < last or "hidden" in asked:
-                hidden_states = block(hidden_states, timestep=timesteps, class_labels=labels)
-            if "hidden" in asked:
-                tokens[index, "hidden"] = hidden_states
+    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+        """Return what the block's attention reads, (B, N, D)."""
+        hidden_states = state.hidden_states
+        tokens: Tensor = block.norm1(hidden_states, *state.condition, hidden_dtype=hidden_states.dtype)[0]
         return tokens
 
-    def predict(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """Return what the DiT predicts, running all of it: the noise, or what its scheduler's `prediction_type` says.
+    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
+        """Return what the block's attention yields, (B, N, D)."""
+        tokens: Tensor = block.attn1(normed)
+        return tokens
 
-        A learned variance, where the DiT has one, is left out. Call it in eval mode: in train mode diffusers replaces
-        one label in ten by the null label, at random.
+    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+        """Run a block, changing the state."""
+        timesteps, labels = state.condition
+        state.hidden_states = block(state.hidden_states, timestep=timesteps, class_labels=labels)
 
-        Args:
-            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Timesteps in [0, 1000], (B,).
-            labels: Class indices in [0, `num_classes`), or `num_classes` for the null label, (B,).
-
-        Returns:
-            The prediction, (B, C, h, w).
+    def finish(self, state: Pass) -> Tensor:
+        """Return the prediction, (B, C, h, w).
 
         Source: diffusers, `models/transformers/dit_transformer_2d.py`, `forward`.
         """
-        transformer, side = self.transformer, self.patch_size
-        rows, columns = noised_latents.shape[-2] // side, noised_latents.shape[-1] // side
-        hidden_states = transformer.pos_embed(noised_latents)  # (B, N, D)
-        for block in transformer.transformer_blocks:
-            hidden_states = block(hidden_states, timestep=timesteps, class_labels=labels)
+        transformer, hidden_states = self.transformer, state.hidden_states
         embedding = transformer.transformer_blocks[0].norm1.emb
-        condition = embedding(timesteps, labels, hidden_dtype=hidden_states.dtype)
+        condition = embedding(*state.condition, hidden_dtype=hidden_states.dtype)
         shift, scale = transformer.proj_out_1(silu(condition)).chunk(2, dim=1)
         hidden_states = transformer.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
-        patches = transformer.proj_out_2(hidden_states).unflatten(-1, (side, side, -1))  # (B, N, p, p, C or 2C)
-        grid = patches[..., : self.num_channels].unflatten(1, (rows, columns))
-        prediction: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return prediction
+        prediction = self.unpatchify(transformer.proj_out_2(hidden_states), state)
+        return -prediction if self.timestep_embedding == "sit" else prediction
 
-    def _read(
-        self,
-        block: Any,  # noqa: ANN401 - diffusers' block
-        feature: str,
-        hidden_states: Tensor,
-        timesteps: Tensor,
-        labels: Tensor,
-    ) -> Tensor:
-        tokens: Tensor = block.norm1(hidden_states, timesteps, labels, hidden_dtype=hidden_states.dtype)[0]
-        attention = block.attn1
-        if feature != "normed":
-            reader = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v, "attention": attention}
-            tokens = reader[feature](tokens)
-        return tokens
+    def output_modules(self) -> list[nn.Module]:
+        """Return the modules that are run after the last block."""
+        return [self.transformer.proj_out_1, self.transformer.proj_out_2]

@@ -8,48 +8,59 @@ import torch
 from torch import nn
 
 from .configuration_aselect import ASelectConfig
+from .denoiser import Denoiser
 from .denoiser_dit import DiTDenoiser
+from .denoiser_flux import FluxDenoiser
+from .denoiser_lumina2 import Lumina2Denoiser
+from .denoiser_pixart import PixArtDenoiser
+from .denoiser_sana import SanaDenoiser
+from .denoiser_sd3 import SD3Denoiser
 from .noise_schedule import NoiseSchedule, is_flow_matching
+from .transformer_layout import check_family
 
-FAMILIES = {"DiTTransformer2DModel": DiTDenoiser}
-
-
-def check_family(name: str | None) -> None:
-    """Refuse a transformer class that has no denoiser here.
-
-    Raises:
-        ValueError: If `name` is none of the families.
-    """
-    if name not in FAMILIES:
-        raise ValueError(f"Unsupported transformer {name!r}; supported are {', '.join(FAMILIES)}.")
+FAMILIES: dict[str, type[Denoiser]] = {
+    "DiTTransformer2DModel": DiTDenoiser,
+    "SD3Transformer2DModel": SD3Denoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
+    "FluxTransformer2DModel": FluxDenoiser,
+    "SanaTransformer2DModel": SanaDenoiser,
+    "Lumina2Transformer2DModel": Lumina2Denoiser,
+}
 
 
-def build_denoiser(config: ASelectConfig) -> DiTDenoiser:
+def build_denoiser(config: ASelectConfig) -> Denoiser:
     """Build the denoiser of a configuration, with new weights.
 
     Raises:
-        ValueError: If the transformer's class has no denoiser here.
+        ValueError: If the transformer's class has no denoiser here, its kind is not supported, or the configuration
+            lacks the shapes of the prompt that it is conditioned on.
     """
     transformer = dict(config.transformer or {})
     check_family(transformer.get("_class_name"))
-    return FAMILIES[transformer["_class_name"]](_build(transformer), config.timestep_embedding)
+    return FAMILIES[transformer["_class_name"]](
+        _build(transformer),
+        timestep_embedding=config.timestep_embedding,
+        prompt_shapes=config.prompt_shapes,
+        guidance=config.guidance,
+        vae_scale_factor=config.vae_scale_factor,
+    )
 
 
 def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
-    """Build the encoder half of the `AutoencoderKL` of a configuration, with new weights; None in pixel space.
+    """Build the encoder half of the VAE of a configuration, with new weights; None in pixel space.
 
     Raises:
-        ValueError: If the VAE is not an `AutoencoderKL`.
+        ValueError: If the VAE is neither an `AutoencoderKL` nor an `AutoencoderDC`.
     """
     if config.vae is None:
         return None
-    if config.vae.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"Unsupported VAE {config.vae.get('_class_name')!r}; supported is AutoencoderKL.")
-    vae: nn.Module = _build(config.vae)
+    vae: Any = _build(config.vae)
     # Features need no pictures back: the decoder is more than half of the VAE's weights.
-    vae.register_module("decoder", None)
-    vae.register_module("post_quant_conv", None)
-    return vae
+    vae.decoder = None
+    if hasattr(vae, "post_quant_conv"):
+        vae.post_quant_conv = None
+    encoder: nn.Module = vae
+    return encoder
 
 
 def build_sampler(config: ASelectConfig) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped

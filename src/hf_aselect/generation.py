@@ -101,8 +101,9 @@ def _draw(
     num_classes = denoiser.num_classes
     classes, noise = [], []
     for _ in range(num_images):
-        drawn = torch.randint(num_classes, (), generator=generator)
-        # The null label, `num_classes`, where there are no classes to choose from.
+        drawn = torch.randint(max(num_classes, 1), (), generator=generator)
+        # The null label, `num_classes`, where there are no classes to choose from; a text-conditioned transformer has
+        # its empty prompt.
         classes.append(drawn if num_classes > 1 else torch.tensor(num_classes))
         noise.append(torch.randn((denoiser.num_channels, *size), generator=generator))
     return torch.stack(classes), torch.stack(noise)

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,9 +15,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_aselect import ASelectConfig, check_feature, check_timestep, refuse_unknown_keywords
-from .convert_diffusers import is_diffusers_folder, load_diffusers
+from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown_keywords
+from .convert_diffusers import find_diffusers, load_diffusers
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
+from .diffusers_files import HubOptions
+from .empty_prompt import TEXT_PARTS
 from .generation import generate_latents
 from .heads import AttentionHead, LinearHead
 from .noise_schedule import NoiseSchedule, fixed_noise
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
+_HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "variant")
 
 
 class ASelectPreTrainedModel(PreTrainedModel):
@@ -36,13 +40,23 @@ class ASelectPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = "image"
-    _no_split_modules = ["BasicTransformerBlock", "AttentionHeadBlock"]  # noqa: RUF012 - the host's way
+    _no_split_modules = [  # noqa: RUF012 - the host's way
+        "AttentionHeadBlock",
+        "BasicTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "FluxTransformerBlock",
+        "JointTransformerBlock",
+        "Lumina2TransformerBlock",
+        "SanaTransformerBlock",
+    ]
+    # Encoders overflow in float16, and in bfloat16 latents lose what a small timestep leaves of them.
+    _keep_in_fp32_modules_strict = {"vae"}  # noqa: RUF012 - the host's way
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         denoiser = self._base().denoiser
-        if module is denoiser.position_embedding:
+        if denoiser.position_embedding is not None and module is denoiser.position_embedding:
             # diffusers keeps the table out of checkpoints, and loading builds the model without data.
             init.copy_(module.pos_embed, denoiser.position_table())
         if isinstance(module, AttentionHead):
@@ -68,15 +82,19 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """Load a model and, where its timestep is "auto", choose the timestep.
 
         Args:
-            pretrained_model_name_or_path: A checkpoint of ours (folder or Hub id); a folder with `transformer/` and
-                `scheduler/` (and `vae/` for a DiT in latent space); or the folder of a bare diffusers transformer,
-                taken for a DiT in pixel space with DiT's own noise schedule.
+            pretrained_model_name_or_path: A checkpoint of ours (folder or id on the Hub); a pipeline of diffusers
+                (folder or id), or as much of one as `transformer/` and `scheduler/` (and `vae/` for a DiT in latent
+                space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
+                noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
+                empty prompt, which the pipeline's text encoders are loaded for, once.
             args: Passed on to the host.
             calibration_images: Pictures to choose the timestep from, as in `select_timestep`. Without them the
                 transformer generates some, which takes a while for a large one.
             kwargs: Fields of `ASelectConfig` (`timestep=`, `block=`, `num_labels=`, ...), or anything that
-                `PreTrainedModel.from_pretrained` takes. diffusers' weights become float32 unless `dtype` says
-                otherwise.
+                `PreTrainedModel.from_pretrained` takes (`revision=`, `token=`, `variant=`, ...). diffusers' weights
+                become float32 unless `dtype` says otherwise. With a text-conditioned pipeline also
+                `text_encoder_3=None` and the like, to do without a part as diffusers does, or `prompt_embeds=`, the
+                empty prompt's embeddings by name, to load no text encoder.
 
         Returns:
             The model in eval mode. Where the timestep was chosen here, `config.selection` holds the record.
@@ -85,6 +103,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
             ValueError: If the folder is none of those, its files are broken, has only pickled weights, a part of the
                 backbone's weights is missing, a field is unknown or out of range, or `calibration_images` are given
                 though the timestep is fixed.
+            OSError: If a repository of the Hub is not found or may not be read, or the Hub cannot be reached.
         """
         source = pretrained_model_name_or_path
         output_loading_info = kwargs.pop("output_loading_info", False)
@@ -92,19 +111,16 @@ class ASelectPreTrainedModel(PreTrainedModel):
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
-        folder = os.path.join(source, kwargs.get("subfolder") or "")
-        if is_diffusers_folder(folder):
-            kwargs.pop("subfolder", None)
-            if kwargs.get("config") is not None:
-                raise ValueError(
-                    "`config=` cannot be given with what diffusers saved: its files say what the model is. Give "
-                    "fields of the configuration as keywords (`timestep=`, `block=`, ...)."
-                )
-            kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
-            own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
-            fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
-            kwargs["config"], kwargs["state_dict"] = load_diffusers(folder, **fields)
+        text = {name: kwargs.pop(name) for name in (*TEXT_PARTS, "prompt_embeds") if name in kwargs}
+        folder = find_diffusers(source, HubOptions(**{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}))
+        if folder is not None:
+            _take_diffusers(source, folder, text, kwargs)
             path = None
+        elif text:
+            raise ValueError(
+                f"{', '.join(text)} can only be given with a diffusers pipeline; in a checkpoint of ours the empty "
+                "prompt's embeddings are among the weights."
+            )
         try:
             loaded: Any = super().from_pretrained(
                 path,
@@ -181,13 +197,16 @@ class ASelectPreTrainedModel(PreTrainedModel):
             ValueError: If the shape does not fit the model or a value is NaN or infinite.
         """
         self._check_pixel_values(pixel_values)
-        pixel_values = pixel_values.to(self.device, self.dtype)
         vae = self._base().vae
         if vae is None:
-            return pixel_values
-        latents: Tensor = vae.encode(pixel_values).latent_dist.mode()
-        shift, scale = float(vae.config.shift_factor or 0), float(vae.config.scaling_factor)
-        return (latents - shift) * scale
+            return pixel_values.to(self.device, self.dtype)
+        parameter = next(vae.parameters())
+        encoded = vae.encode(pixel_values.to(parameter.device, parameter.dtype))
+        # An AutoencoderDC has no distribution.
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)
+        scaled: Tensor = ((latents - shift) * scale).to(self.device, self.dtype)
+        return scaled
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
         """Mix latents with the fixed noise of `config.noise_seed`, the same for every picture.
@@ -290,8 +309,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         if timestep is None:
             timestep = self._resolved_timestep()
         feature = self.config.feature if feature is None else feature
-        check_feature(feature)
         block = self.config.block_index(block)
+        self.config.check_tap(block, feature)
         num_draws = self.config.num_noise_draws if num_noise_draws is None else num_noise_draws
         if num_draws < 1:
             raise ValueError(f"`num_noise_draws` must be at least 1, got {num_draws}.")
@@ -333,6 +352,36 @@ class ASelectPreTrainedModel(PreTrainedModel):
         # A compiled graph cannot branch on values.
         if not torch.compiler.is_compiling() and not bool(pixel_values.isfinite().all()):
             raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
+
+
+def _take_diffusers(
+    source: str | os.PathLike[str], folder: Path, text: dict[str, Any], kwargs: dict[str, Any]
+) -> None:
+    """Put the configuration and weights that diffusers saved in a folder into the keywords of `from_pretrained`."""
+    if kwargs.get("config") is not None:
+        raise ValueError(
+            "`config=` cannot be given with what diffusers saved: its files say what the model is. Give "
+            "fields of the configuration as keywords (`timestep=`, `block=`, ...)."
+        )
+    if given := [name for name, value in text.items() if name != "prompt_embeds" and value is not None]:
+        raise ValueError(
+            f"{', '.join(given)} can only be None, which does without it; another text encoder cannot be given. Pass "
+            "`prompt_embeds=`, the empty prompt's embeddings by name."
+        )
+    options = {name: kwargs.pop(name, None) for name in _HUB_OPTIONS}
+    kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
+    own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
+    fields.setdefault("name_or_path", str(source))
+    kwargs["config"], weights = load_diffusers(
+        folder,
+        variant=options["variant"],
+        dtype=kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32,
+        without=tuple(name for name in text if name != "prompt_embeds"),
+        prompt_embeds=text.get("prompt_embeds"),
+        **fields,
+    )
+    kwargs["state_dict"] = dict(weights)
 
 
 _HOW_TO_RESOLVE = (
@@ -452,10 +501,10 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         num_labels = int(config.num_labels or 0)
         self.head: LinearHead | AttentionHead
         if config.head == "linear":
-            self.head = LinearHead(config.hidden_size, num_labels)
+            self.head = LinearHead(config.feature_size, num_labels)
         else:
             self.head = AttentionHead(
-                config.hidden_size,
+                config.feature_size,
                 num_labels,
                 config.head_hidden_size,
                 config.head_num_layers,
@@ -500,9 +549,9 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def _checked_features(self, features: Tensor) -> Tensor:
-        if features.ndim != 3 or features.shape[-1] != self.config.hidden_size:
+        if features.ndim != 3 or features.shape[-1] != self.config.feature_size:
             raise ValueError(
-                f"`features` must be tokens of shape (B, N, {self.config.hidden_size}), got {tuple(features.shape)}."
+                f"`features` must be tokens of shape (B, N, {self.config.feature_size}), got {tuple(features.shape)}."
             )
         return features.to(self.device, self.dtype)
 

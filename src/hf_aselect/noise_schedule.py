@@ -74,7 +74,7 @@ class NoiseSchedule:
 
         Source: diffusers, `schedulers/scheduling_flow_match_euler_discrete.py`: the transformer is given 1000·sigma.
         """
-        sigmas = torch.arange(NUM_TIMESTEPS, dtype=torch.float64) / NUM_TIMESTEPS
+        sigmas = torch.arange(NUM_TIMESTEPS, dtype=torch.float64, device="cpu") / NUM_TIMESTEPS
         return cls(1 - sigmas, sigmas)
 
     @classmethod
@@ -98,10 +98,12 @@ class NoiseSchedule:
             raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")
         if is_flow_matching(config):
             return cls.flow_matching()
-        alphas_cumprod = (1 - _betas(config)).cumprod(0)
-        if config.get("rescale_betas_zero_snr"):
-            alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
-        return cls.from_alphas_cumprod(alphas_cumprod)
+        # On the CPU by name: a model is built on the meta device to be loaded.
+        with torch.device("cpu"):
+            alphas_cumprod = (1 - _betas(config)).cumprod(0)
+            if config.get("rescale_betas_zero_snr"):
+                alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
+            return cls.from_alphas_cumprod(alphas_cumprod)
 
     @property
     def alphas_cumprod(self) -> Tensor:

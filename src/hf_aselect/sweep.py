@@ -72,7 +72,7 @@ class Sweep:
         self.rank, self.world = _process()
         self.num_images = self.num_forwards = 0
         self.sums: dict[int, Tensor] = {}  # by timestep, (A, G, S)
-        self.pooled: dict[int, list[tuple[list[int], Tensor]]] = {}  # of the probe only: indices, (A, B, D)
+        self.pooled: dict[int, list[tuple[list[int], list[Tensor]]]] = {}  # of the probe only: indices, (B, D) a tap
         self.consensus = ConsensusSums(NUM_GROUPS) if isinstance(criterion, Consensus) else None
         self.references = _reference_taps(model.config) if self.consensus else []
         # Of consensus and probe, which are not sums of what was measured: by timestep and number of pictures.
@@ -275,7 +275,7 @@ class Sweep:
 
     def _add(self, timestep: int, indices: list[int], measured: list[Tensor]) -> None:
         if isinstance(self.criterion, Probe):
-            self.pooled.setdefault(timestep, []).append((indices, torch.stack(measured)))
+            self.pooled.setdefault(timestep, []).append((indices, measured))
             return
         values = torch.stack(measured)  # (A, B, S)
         if timestep not in self.sums:
@@ -307,8 +307,9 @@ class Sweep:
             batches = [batch for part in parts for batch in part.get(timestep, [])]
             indices = torch.tensor([index for named, _ in batches for index in named])
             order = indices.argsort()
-            pooled = torch.cat([values for _, values in batches], dim=1)[:, order]
             labels = torch.tensor(self.labels)[indices[order]]
+            # Taps may differ in width.
+            pooled = [torch.cat([values[tap] for _, values in batches])[order] for tap in range(len(self.taps))]
             hits = torch.stack([probe.hits(each, labels) for each in pooled])  # (A, n, 2)
             sums = hits.new_zeros(len(self.taps), NUM_GROUPS, 2)
             self.fitted[timestep, self.num_images] = sums.index_add_(1, indices[order] % NUM_GROUPS, hits)

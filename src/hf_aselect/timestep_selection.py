@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .calibration import CalibrationPictures
-from .configuration_aselect import ASelectConfig, check_feature, check_timestep
+from .configuration_aselect import ASelectConfig, check_timestep
 from .criteria import CRITERIA, Criterion, Probe
 from .denoisers import eval_mode
 from .selection_record import TimestepSelection
@@ -223,9 +223,9 @@ def _checked_taps(
         features = list(AUTO_FEATURES)
     else:
         features = [config.feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
-    for each in features:
-        check_feature(each)
     taps = list(product(blocks, features))
+    for tap in taps:
+        config.check_tap(*tap)
     if len(taps) > 1 and not several:
         raise ValueError(
             "Several blocks or features can only be compared by `criterion='probe'`: the scores of the other criteria "

@@ -1,0 +1,86 @@
+"""diffusers' `SD3Transformer2DModel` (Stable Diffusion 3 and 3.5) as a feature extractor."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .denoiser import Denoiser, Pass, grid_of
+
+
+class SD3Denoiser(Denoiser):
+    """An MMDiT of two streams, picture and text, that attend to each other; read with the empty prompt.
+
+    Tokens are the picture's alone. `query`, `key` and `value` are taken before the head split and before the norm of
+    queries and keys that Stable Diffusion 3.5 has. In its dual-attention blocks the first attention is read, the joint
+    one; `normed` is what that one reads.
+
+    Source: diffusers, `models/transformers/transformer_sd3.py` and `models/attention.py`, `JointTransformerBlock`.
+    """
+
+    prompt_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.transformer.config.in_channels)
+
+    def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
+        """Return the state before the first block; see `Denoiser`."""
+        transformer, size = self.transformer, len(noised_latents)
+        rows, columns = grid_of(noised_latents, self.patch_size)
+        return Pass(
+            transformer.pos_embed(noised_latents).contiguous(),
+            rows,
+            columns,
+            transformer.time_text_embed(timesteps, self.pooled_prompt_embeds.expand(size, -1)),
+            context=transformer.context_embedder(self.prompt_embeds.expand(size, -1, -1)),
+        )
+
+    def attention_of(self, block: Any) -> Any:  # noqa: ANN401 - diffusers' block
+        """Return the block's joint attention."""
+        return block.attn
+
+    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+        """Return what the joint attention reads of the picture, (B, N, D)."""
+        tokens: Tensor = block.norm1(state.hidden_states, emb=state.condition)[0]
+        return tokens
+
+    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
+        """Return what the joint attention yields for the picture, (B, N, D)."""
+        if block.context_pre_only:
+            context = block.norm1_context(state.context, state.condition)
+        else:
+            context = block.norm1_context(state.context, emb=state.condition)[0]
+        tokens: Tensor = block.attn(hidden_states=normed, encoder_hidden_states=context)[0]
+        return tokens
+
+    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+        """Run a block, changing the state."""
+        state.context, state.hidden_states = block(
+            hidden_states=state.hidden_states, encoder_hidden_states=state.context, temb=state.condition
+        )
+
+    def finish(self, state: Pass) -> Tensor:
+        """Return the prediction, (B, C, h, w)."""
+        transformer = self.transformer
+        return self.unpatchify(transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition)), state)
+
+    def output_modules(self) -> list[nn.Module]:
+        """Return the modules that are run after the last block."""
+        return [self.transformer.norm_out, self.transformer.proj_out]
+
+    def text_inputs(self) -> list[nn.Module]:
+        """Return the modules that only the text runs through before the first block."""
+        return [self.transformer.context_embedder]
+
+    def text_outputs(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+        """Return the modules of a block that only the text of later blocks depends on."""
+        return [] if block.context_pre_only else [block.attn.to_add_out, block.ff_context]
+
+    def is_joint(self, block: Any) -> bool:  # noqa: ANN401 - all are
+        """Return whether the block's attention looks at the text, too."""
+        return True
+
+    def joint_norms_of(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+        """Return the module that makes what the joint attention reads of the text."""
+        return [block.norm1_context]

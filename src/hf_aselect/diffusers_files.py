@@ -1,0 +1,300 @@
+"""The files of a diffusers checkpoint: found in a folder, or fetched from the Hub as far as needed, and read."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+MODEL_INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+# What diffusers and transformers call their weights, without and with a variant, whole and in shards.
+_STEMS = "(?:diffusion_pytorch_model|model)"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How files are fetched from the Hub; what each means is `huggingface_hub.snapshot_download`'s.
+
+    Args:
+        revision: Branch, tag or commit.
+        subfolder: Folder in the repository, or in the local folder, that holds the checkpoint.
+        token: Token of the user, or whether to take the one that is logged in.
+        cache_dir: Folder of downloads.
+        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        force_download: Whether to download again what was downloaded before.
+        variant: Weights whose file names have this in them, as "fp16", where there are any.
+    """
+
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    variant: str | None = None
+
+    def of_a_download(self) -> dict[str, Any]:
+        """Return those that every download takes."""
+        names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        return {name: getattr(self, name) for name in names}
+
+
+def locate(
+    source: str | os.PathLike[str], model_type: str, options: HubOptions, text_parts: Iterable[str]
+) -> Path | None:
+    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
+
+    Args:
+        source: Local folder, or id on the Hub.
+        model_type: What the `config.json` of a checkpoint of ours names as its `model_type`.
+        options: How to fetch.
+        text_parts: Folders of a pipeline that encode a text: fetched with those that a transformer conditioned on one
+            needs.
+
+    Raises:
+        ValueError: If a local folder is neither; if the only weights are pickles or of another variant.
+        OSError: If a repository, revision or file is not found, may not be read, or the Hub cannot be reached; the
+            message says what to do.
+    """
+    folder = Path(source, options.subfolder or "")
+    if folder.is_dir():
+        return folder if _is_diffusers(folder, source, model_type) else None
+    if os.path.exists(source):
+        raise ValueError(f"{str(source)!r} is a file; expected a folder or an id on the Hub.")
+    try:
+        return _fetch(str(source), options, tuple(text_parts))
+    except HFValidationError:
+        # Neither a folder nor an id: the host says so.
+        return None
+    except GatedRepoError as error:
+        raise OSError(
+            f"{str(source)!r} is gated: accept its conditions at https://huggingface.co/{source}, then log in with "
+            "`hf auth login` or pass `token=`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"{str(source)!r} has no revision {options.revision!r} on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{str(source)!r} is neither a local folder nor a repository of the Hub that you may read. Check the "
+            "name; if it is private, log in with `hf auth login` or pass `token=`."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise OSError(
+            f"{str(source)!r} is no local folder, the Hub cannot be reached (or may not be: `local_files_only`, "
+            f"`HF_HUB_OFFLINE`), and it was not downloaded before. Run `hf download {source}` where there is a "
+            "network, or give the folder of a checkpoint."
+        ) from error
+    except HfHubHTTPError as error:
+        raise OSError(f"The Hub did not give {str(source)!r}: {error}") from error
+
+
+def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str) -> bool:
+    """Return whether a local folder holds a transformer of diffusers, rather than a checkpoint of ours."""
+    refuse_pickles(folder)
+    if (folder / "transformer").is_dir():
+        return True
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if "_class_name" in config:
+        return True
+    if config.get("model_type") == model_type:
+        return False
+    raise ValueError(
+        f"{str(source)!r} holds nothing that can be loaded: expected a checkpoint of hf_aselect ({CONFIG} with "
+        f"model_type {model_type!r}), a folder with transformer/ and scheduler/, or a diffusers "
+        f"transformer ({CONFIG} with `_class_name`); found {sorted(path.name for path in folder.iterdir())[:10]}."
+    )
+
+
+def _fetch(repo_id: str, options: HubOptions, text_parts: tuple[str, ...]) -> Path | None:
+    """Return the folder of a diffusers checkpoint of the Hub, with the files that are needed; None if it is none."""
+    prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
+    # The cache alone knows nothing of what the Hub would say: a file that is not in it may be there.
+    is_offline = options.local_files_only or constants.HF_HUB_OFFLINE
+    for name in (MODEL_INDEX, CONFIG):
+        try:
+            found = read_json(Path(hf_hub_download(repo_id, prefix + name, **options.of_a_download())))
+        except LocalEntryNotFoundError:
+            if name == MODEL_INDEX:
+                continue
+            raise
+        except EntryNotFoundError:
+            continue
+        if "_class_name" in found:
+            break
+        if name == CONFIG:
+            return None
+    else:
+        return None
+    if is_offline:
+        folder = Path(snapshot_download(repo_id, **options.of_a_download())) / prefix
+    else:
+        api = HfApi(token=options.token)
+        files = api.list_repo_files(repo_id, revision=options.revision)
+        inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+        needed = needed_files(inside, found if name == MODEL_INDEX else None, options.variant, text_parts)
+        logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
+        wanted = [prefix + file for file in needed]
+        folder = Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
+    return folder
+
+
+def needed_files(
+    files: list[str], model_index: dict[str, Any] | None, variant: str | None, text_parts: tuple[str, ...] = ()
+) -> list[str]:
+    """Return which files of a repository are needed of a pipeline, or of a bare transformer.
+
+    Args:
+        files: Paths of all files.
+        model_index: What the pipeline's `model_index.json` says; None for a bare transformer.
+        variant: The variant of the weights.
+        text_parts: Folders that encode a text; taken where the pipeline has them.
+
+    Raises:
+        ValueError: If the transformer has no safetensors, or none of the variant.
+    """
+    if model_index is None:
+        return [CONFIG, *_weights_of("", files, variant)]
+    needed = [MODEL_INDEX, *(file for file in files if file.startswith("scheduler/"))]
+    parts = [part for part in ("transformer", "vae", *text_parts) if (model_index.get(part) or [None])[0]]
+    for part in parts:
+        inside = [file for file in files if file.startswith(f"{part}/")]
+        needed += [file for file in inside if not file.endswith((".safetensors", ".index.json", *_PICKLES))]
+        if not part.startswith("tokenizer"):
+            needed += _weights_of(part, inside, variant, fall_back=part != "transformer")
+    # Notes and weights of other frameworks have no use here.
+    return sorted({file for file in needed if not file.endswith((".md", ".msgpack", ".h5", ".onnx", ".onnx_data"))})
+
+
+def _weights_of(
+    part: str, files: Iterable[str], variant: str | None, fall_back: bool = False, where: str = "the repository"
+) -> list[str]:
+    """Return the files of a part's weights, in the variant asked for."""
+    prefix = f"{part}/" if part else ""
+    where = f"{part}/ of {where}" if part else where
+    names = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    found = [name for name in names if _is_weights(name, variant)]
+    if not found and fall_back and variant:
+        found = [name for name in names if _is_weights(name, None)]
+    if not found:
+        refuse_pickled_names(where, names)
+        there = sorted(name for name in names if name.endswith(".safetensors"))
+        wanted = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
+        raise ValueError(
+            f"{where!r} has no weights {wanted!r}, whole or in shards; it has {', '.join(there[:4]) or 'none'}. "
+            "Save or download them again, or name the variant that there is by `variant=`."
+        )
+    return [prefix + name for name in found]
+
+
+def _is_weights(name: str, variant: str | None) -> bool:
+    tag = rf"\.{re.escape(variant)}" if variant else ""
+    shard = r"(?:-\d+-of-\d+)?"
+    whole = rf"{_STEMS}{tag}{shard}\.safetensors|{_STEMS}{shard}{tag}\.safetensors"
+    index = rf"{_STEMS}\.safetensors\.index{tag}\.json"
+    return re.fullmatch(f"{whole}|{index}", name) is not None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: If it is missing, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{str(path)!r} is missing; save the model again with diffusers' `save_pretrained`."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Save or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, expected an object of fields.")
+    return content
+
+
+def weight_files(folder: Path, variant: str | None = None, fall_back: bool = False) -> list[Path]:
+    """Return the safetensors of a model that diffusers saved, whole or in shards.
+
+    Args:
+        folder: Where they are.
+        variant: The variant of the weights.
+        fall_back: Whether those without a variant do where there are none of it.
+
+    Raises:
+        ValueError: If there are none, or one that the index names is missing or outside the folder.
+    """
+    refuse_pickles(folder)
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = _weights_of("", there, variant, fall_back, where=str(folder))
+    indices = [name for name in names if name.endswith(".json")]
+    if indices:
+        content = read_json(folder / indices[0]).get("weight_map")
+        if not isinstance(content, dict) or not content:
+            raise ValueError(f"{str(folder / indices[0])!r} has no `weight_map`. Save or download it again.")
+        names = sorted({str(name) for name in content.values()})
+    for name in names:
+        if (folder / name).parent != folder or not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no weights {name!r}. Save or download them again.")
+    return [folder / name for name in names]
+
+
+def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of each tensor of some safetensors, one after the other.
+
+    Raises:
+        ValueError: If a file is truncated or no safetensors.
+    """
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no dictionary
+                    yield name, opened.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is truncated or no safetensors file ({error}). Save or download it again."
+            ) from error
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose only weights are pickles: unpickling runs whatever code they hold.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if folder.is_dir():
+        refuse_pickled_names(str(folder), [path.name for path in folder.iterdir()])
+
+
+def refuse_pickled_names(where: str, names: Iterable[str]) -> None:
+    """Refuse files whose only weights are pickles; see `refuse_pickles`."""
+    names = list(names)
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    if any("model" in name for name in pickles) and not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(
+            f"{where!r} has only pickled weights ({', '.join(pickles)}), which are never unpickled, as "
+            "they can run any code. If you trust them, load the pipeline with diffusers and save it again, which "
+            "writes safetensors: `DiffusionPipeline.from_pretrained(source).save_pretrained(folder)`."
+        )

@@ -1,0 +1,315 @@
+"""Tiny pipelines of every transformer family, with random weights: diffusers' own classes."""
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+WIDTH = 32  # of the tokens and of the text encoders' embeddings
+VOCABULARY = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "a": 4, "cat": 5}
+
+
+def randomized(module):
+    """Give a module weights every one of which matters, small enough for a dozen blocks."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "norm_q" in name or "norm_k" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.1, generator=generator)
+        else:
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return module.eval()
+
+
+def tokenizer(template="$A </s>", length=16):
+    """A tokenizer of six words; `template` is what it puts around a text."""
+    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(word, index) for word, index in VOCABULARY.items() if word in template]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=length,
+        padding_side="right",
+    )
+
+
+def clip(projection=True, width=8):
+    config = CLIPTextConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=width,
+        intermediate_size=16,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return randomized((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
+
+
+def t5():
+    config = T5Config(
+        vocab_size=len(VOCABULARY), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0
+    )
+    return randomized(T5EncoderModel(config))
+
+
+def gemma():
+    config = Gemma2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return randomized(Gemma2Model(config))
+
+
+def kl(channels=4, **options):
+    return randomized(
+        AutoencoderKL(
+            latent_channels=channels,
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            **options,
+        )
+    )
+
+
+def dc():
+    return randomized(
+        AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 16),
+            decoder_block_out_channels=(8, 16),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            upsample_block_type="interpolate",
+            downsample_block_type="stride_conv",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.41407,
+        )
+    )
+
+
+SMALL = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 3, "sample_size": 8, "patch_size": 2}
+
+
+def dit_transformer(**options):
+    given = {"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 10, **SMALL, **options}
+    return randomized(DiTTransformer2DModel(**given))
+
+
+def sd3_transformer(**options):
+    given = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "joint_attention_dim": WIDTH,
+        "caption_projection_dim": WIDTH,
+        "pooled_projection_dim": 16,
+        "pos_embed_max_size": 12,
+        **SMALL,
+        **options,
+    }
+    return randomized(SD3Transformer2DModel(**given))
+
+
+def pixart_transformer(**options):
+    given = {"cross_attention_dim": WIDTH, "caption_channels": WIDTH, **SMALL, **options}
+    return randomized(PixArtTransformer2DModel(**given))
+
+
+def flux_transformer(**options):
+    given = {
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": WIDTH,
+        "pooled_projection_dim": 8,
+        "axes_dims_rope": (4, 6, 6),
+        **options,
+    }
+    return randomized(FluxTransformer2DModel(**given))
+
+
+def sana_transformer(**options):
+    given = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16,
+        "cross_attention_dim": WIDTH,
+        "caption_channels": WIDTH,
+        **SMALL,
+        "patch_size": 1,
+        **options,
+    }
+    return randomized(SanaTransformer2DModel(**given))
+
+
+def lumina2_transformer(**options):
+    given = {
+        "sample_size": 8,
+        "in_channels": 16,
+        "hidden_size": WIDTH,
+        "num_layers": 3,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "multiple_of": 8,
+        "axes_dim_rope": (4, 2, 2),
+        "axes_lens": (32, 16, 16),
+        "cap_feat_dim": WIDTH,
+        **options,
+    }
+    return randomized(Lumina2Transformer2DModel(**given))
+
+
+def dit(**options):
+    return DiTPipeline(transformer=dit_transformer(**options), vae=kl(), scheduler=DDIMScheduler(clip_sample=False))
+
+
+def sit(**options):
+    pipe = dit(**options)
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
+    return pipe
+
+
+def sd3(t5_too=True, **options):
+    return StableDiffusion3Pipeline(
+        transformer=sd3_transformer(**options),
+        vae=kl(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip(),
+        tokenizer=tokenizer("<s> $A </s>"),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer("<s> $A </s>"),
+        text_encoder_3=t5() if t5_too else None,
+        tokenizer_3=tokenizer() if t5_too else None,
+    )
+
+
+def sd35(**options):
+    return sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1), **options)
+
+
+def pixart_alpha(**options):
+    # The embeddings of size and aspect ratio are thirds of the width.
+    sizes = {"use_additional_conditions": True, "attention_head_dim": 12, "cross_attention_dim": 48}
+    return PixArtAlphaPipeline(
+        transformer=pixart_transformer(**sizes, **options),
+        vae=kl(),
+        scheduler=DPMSolverMultistepScheduler(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+    )
+
+
+def pixart_sigma(**options):
+    return PixArtSigmaPipeline(
+        transformer=pixart_transformer(**options),
+        vae=kl(),
+        scheduler=DPMSolverMultistepScheduler(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+    )
+
+
+def flux(**options):
+    return FluxPipeline(
+        transformer=flux_transformer(**options),
+        vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        text_encoder=clip(projection=False),
+        tokenizer=tokenizer("<s> $A </s>"),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
+    )
+
+
+def flux_dev(**options):
+    return flux(guidance_embeds=True, **options)
+
+
+def sana(**options):
+    return SanaPipeline(
+        transformer=sana_transformer(**options),
+        vae=dc(),
+        scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        text_encoder=gemma(),
+        tokenizer=tokenizer("<s> $A"),
+    )
+
+
+def lumina2(**options):
+    return Lumina2Pipeline(
+        transformer=lumina2_transformer(**options),
+        vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        text_encoder=gemma(),
+        tokenizer=tokenizer("<s> $A"),
+    )
+
+
+PIPELINES = {
+    "dit": dit,
+    "sit": sit,
+    "sd3": sd3,
+    "sd35": sd35,
+    "pixart_alpha": pixart_alpha,
+    "pixart_sigma": pixart_sigma,
+    "flux": flux,
+    "flux_dev": flux_dev,
+    "sana": sana,
+    "lumina2": lumina2,
+}

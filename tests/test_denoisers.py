@@ -1,0 +1,385 @@
+"""Every family: a pipeline that diffusers saved is loaded, and its tokens are those that diffusers' own call makes."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pipelines import PIPELINES, WIDTH, dit, flux_transformer, pixart_alpha, sana_transformer, sd3
+from torch import nn
+
+from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel
+from hf_aselect.configuration_aselect import FEATURES
+from hf_aselect.denoisers import FAMILIES, build_denoiser
+from hf_aselect.transformer_layout import FAMILY_NAMES
+
+TIMESTEP = 141
+HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}
+TEXT_FAMILIES = [name for name in PIPELINES if name not in ("dit", "sit")]
+# Options of the pipelines' own that take time: SiT's own conditioning is no default.
+OPTIONS = {"sit": {"timestep_embedding": "sit"}, "flux_dev": {"guidance": 3.5}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Each pipeline, and the folder that diffusers saved it in; made when it is first asked for."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            pipe = PIPELINES[name]()
+            folder = tmp_path_factory.mktemp(name)
+            pipe.save_pretrained(folder)
+            made[name] = pipe, folder
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = DiTModel.from_pretrained(saved(name)[1], timestep=TIMESTEP, **OPTIONS.get(name, {}))
+        return made[name]
+
+    return get
+
+
+def conditioning(name, pipe, size):
+    """What the family's pipeline gives its transformer beside latents, timestep and the class: padding and all."""
+    if name in ("dit", "sit"):
+        return {"class_labels": torch.full((size,), 10)}
+    if name.startswith("sd3"):
+        prompt, _, pooled, _ = pipe.encode_prompt("", "", "", do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": prompt.expand(size, -1, -1), "pooled_projections": pooled.expand(size, -1)}
+    if name.startswith("flux"):
+        prompt, pooled, ids = pipe.encode_prompt("", "")
+        guidance = torch.full((size,), 3.5) if name == "flux_dev" else None
+        return {
+            "encoder_hidden_states": prompt.expand(size, -1, -1),
+            "pooled_projections": pooled.expand(size, -1),
+            "txt_ids": ids,
+            "guidance": guidance,
+        }
+    _, _, prompt, mask = pipe.encode_prompt("", do_classifier_free_guidance=True, negative_prompt="")
+    assert prompt.shape[1] > mask.sum()  # there is padding, which we leave out
+    return {
+        "encoder_hidden_states": prompt.expand(size, -1, -1),
+        "encoder_attention_mask": mask.expand(size, -1),
+    }
+
+
+def call(name, pipe, noised, timestep):
+    """Diffusers' own call of the transformer, as its pipeline makes it; what it predicts, for us."""
+    size, _, height, width = noised.shape
+    given = conditioning(name, pipe, size)
+    timesteps = torch.full((size,), float(timestep))
+    if name.startswith("flux"):
+        given["img_ids"] = FLUX._prepare_latent_image_ids(size, height // 2, width // 2, "cpu", torch.float32)
+        packed = FLUX._pack_latents(noised, size, 16, height, width)
+        output = pipe.transformer(packed, timestep=timesteps / 1000, **given).sample
+        return FLUX._unpack_latents(output, height * 8, width * 8, 8)
+    if name == "lumina2":
+        return -pipe.transformer(noised, timestep=1 - timesteps / 1000, **given).sample
+    if name == "sit":
+        # The original embedding of SiT's own time; diffusers' module has no other.
+        for block in pipe.transformer.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+        return -pipe.transformer(noised, timestep=1 - timesteps / 1000, **given).sample
+    if name == "pixart_alpha":
+        resolution = torch.tensor([height * 8.0, width * 8.0]).expand(size, -1)
+        aspect_ratio = torch.tensor([height / width]).expand(size, -1)
+        given["added_cond_kwargs"] = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+    return pipe.transformer(noised, timestep=timesteps, **given).sample
+
+
+FLUX = __import__("diffusers").FluxPipeline
+
+
+def hooked(name, pipe, noised, taps):
+    """What forward hooks on diffusers' own modules see during its own call, at the picture's tokens."""
+    transformer = pipe.transformer
+    blocks = list(getattr(transformer, "layers", getattr(transformer, "transformer_blocks", None)))
+    blocks += list(getattr(transformer, "single_transformer_blocks", []))
+    num_tokens = noised.shape[-1] * noised.shape[-2] // (1 if name == "sana" else 4)
+    seen, handles = {}, []
+    for index, feature in taps:
+        block = blocks[index]
+        attention = getattr(block, "attn1", None) or block.attn
+        modules = {"query": "to_q", "key": "to_k", "value": "to_v"}
+        # What the attention reads is its first argument, however the family calls it.
+        is_input = feature == "normed"
+        module = block if feature == "hidden" else getattr(attention, modules.get(feature, ""), attention)
+
+        def keep(_module, inputs, keywords, output, key=(index, feature), is_input=is_input):
+            value = output
+            if is_input:
+                value = inputs[0] if inputs else keywords["hidden_states"]
+            elif isinstance(output, tuple):
+                # A block of two streams gives the text first, an attention the picture.
+                value = output[1] if key[1] == "hidden" else output[0]
+            seen[key] = value[:, -num_tokens:]
+
+        handles.append(module.register_forward_hook(keep, with_kwargs=True))
+    with torch.no_grad():
+        prediction = call(name, pipe, noised, TIMESTEP)
+    for handle in handles:
+        handle.remove()
+    return seen, prediction
+
+
+def all_taps(config):
+    blocks = range(config.num_hidden_layers)
+    return [
+        (block, feature)
+        for block in blocks
+        for feature in FEATURES
+        if feature != "attention" or block < config.layout.num_attention_outputs
+    ]
+
+
+def close(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_tokens_equal_hooks_in_diffusers_own_call_at_every_tap(saved, loaded, name):
+    pipe, model = saved(name)[0], loaded(name)
+    generator = torch.Generator().manual_seed(0)
+    noised = torch.randn(2, model.denoiser.num_channels, 8, 8, generator=generator)
+    taps = all_taps(model.config)
+    seen, prediction = hooked(name, pipe, noised, taps)
+    timesteps = torch.full((2,), TIMESTEP)
+    with torch.no_grad():
+        together = model.read_taps(noised, timesteps, taps)
+        for block, feature in taps:
+            close(together[block, feature], seen[block, feature])
+            assert torch.equal(model.read_tokens(noised, timesteps, block, feature), together[block, feature])
+        found = model.denoiser.predict(noised, timesteps, torch.full((2,), model.denoiser.num_classes))
+    close(found, prediction[:, : found.shape[1]])
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("dit", "sit")])
+def test_tokens_of_a_picture_that_is_not_square_equal_diffusers_own(saved, loaded, name):
+    pipe, model = saved(name)[0], loaded(name)
+    noised = torch.randn(1, model.denoiser.num_channels, 8, 12, generator=torch.Generator().manual_seed(1))
+    taps = [(0, "query"), (model.config.num_hidden_layers - 1, "hidden")]
+    seen, _ = hooked(name, pipe, noised, taps)
+    with torch.no_grad():
+        found = model.read_taps(noised, torch.tensor([TIMESTEP]), taps)
+    for tap in taps:
+        close(found[tap], seen[tap])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_latents_are_scaled_as_the_familys_pipeline_has_them(saved, loaded, name):
+    pipe, model = saved(name)[0], loaded(name)
+    height, width = model.config.image_height_width
+    pixel_values = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        encoded = pipe.vae.encode(pixel_values)
+        raw = encoded.latent if name == "sana" else encoded.latent_dist.mean
+        # As the pipelines undo it before they decode: latents / scaling_factor + shift_factor.
+        expected = (raw - (pipe.vae.config.get("shift_factor") or 0)) * pipe.vae.config.scaling_factor
+        found = model.encode(pixel_values)
+    close(found, expected)
+    assert found.shape[1] == model.denoiser.num_channels
+    tokens = model(pixel_values).last_hidden_state
+    rows, columns = model.token_grid(found)
+    assert tokens.shape == (2, rows * columns, model.config.feature_size)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_classifier_selects_trains_saves_and_reloads(saved, name, tmp_path):
+    # Without pictures: each family generates its own.
+    options = {"num_labels": 3, "timestep": "auto", **HEAD, **OPTIONS.get(name, {})}
+    if name.startswith(("flux", "sd3")):
+        options["image_size"] = 64
+    calibration = torch.rand(4, 3, 64, 64) * 2 - 1 if name != "sana" else None
+    model = DiTForImageClassification.from_pretrained(saved(name)[1], calibration_images=calibration, **options)
+    assert 0 <= model.config.timestep < 1000
+    assert model.config.selection["pictures"] == ("given" if calibration is not None else "generated")
+    height, width = model.config.image_height_width
+    pixel_values = torch.rand(2, 3, height, width) * 2 - 1
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(pixel_values, labels=torch.tensor([0, 2])).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in trained)
+    model.save_pretrained(tmp_path)
+    again = DiTForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        # Not to the bit: how a tensor lies in memory decides by which way a CPU multiplies it.
+        close(again(pixel_values).logits, model.eval()(pixel_values).logits)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_called_unused_gets_no_gradient_and_all_else_does(loaded, name):
+    """Else distributed training, which waits for each gradient, would hang or fail."""
+    model = loaded(name)
+    transformer = model.denoiser.transformer
+    noised = torch.randn(2, model.denoiser.num_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    for block, feature in all_taps(model.config):
+        for parameter in transformer.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        model.denoiser.train(False)
+        model.read_tokens(noised, torch.full((2,), TIMESTEP), block, feature).square().sum().backward()
+        unused = {
+            id(parameter)
+            for module in model.denoiser.unused_modules(block, feature)
+            for parameter in module.parameters()
+        }
+        without = {name for name, parameter in transformer.named_parameters() if parameter.grad is None}
+        called = {name for name, parameter in transformer.named_parameters() if id(parameter) in unused}
+        # Tables that hang on the transformer itself belong to its output; no module holds them alone.
+        assert without - called <= {"scale_shift_table"}, (block, feature, sorted(without - called))
+        assert called <= without, (block, feature, sorted(called - without))
+    model.freeze()
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_module_that_comes_after_the_tap_is_run(loaded, name):
+    model = loaded(name)
+    noised = torch.randn(1, model.denoiser.num_channels, 8, 8)
+    for block, feature in all_taps(model.config):
+        tapped = [model.denoiser.blocks[index] for index in {block, max(block - 1, 0)}]
+        # The text's stream of the last block that is run whole is diffusers' own business.
+        text = [part for each in tapped for part in model.denoiser.text_outputs(each)] + model.denoiser.text_inputs()
+        ran, handles = [], []
+        for module in model.denoiser.unused_modules(block, feature):
+            if not any(module is part for part in text):
+                handles.append(module.register_forward_hook(lambda module, *_, ran=ran: ran.append(module)))
+        with torch.no_grad():
+            model.read_tokens(noised, torch.tensor([5]), block, feature)
+        for handle in handles:
+            handle.remove()
+        assert handles and not ran, (block, feature)
+
+
+def test_the_two_tables_of_families_name_the_same():
+    assert tuple(FAMILIES) == FAMILY_NAMES
+
+
+def test_keys_of_lumina_are_narrower_than_its_queries(loaded):
+    model = loaded("lumina2")
+    tokens = model.read_taps(torch.randn(1, 16, 8, 8), torch.tensor([5]), [(1, "query"), (1, "key"), (1, "value")])
+    assert [tokens[1, name].shape[-1] for name in ("query", "key", "value")] == [WIDTH, WIDTH // 2, WIDTH // 2]
+    head = DiTForImageClassification(ASelectConfig(**{**model.config.to_dict(), "feature": "key", "num_labels": 2}))
+    assert head(torch.rand(1, 3, 64, 64)).logits.shape == (1, 2)
+
+
+def test_flux_has_no_attention_where_it_is_projected_with_the_mlp(loaded):
+    model = loaded("flux")
+    with pytest.raises(ValueError, match=r"Block 2 has no `attention`: only the first 2 blocks"):
+        model.extract_features(torch.rand(1, 3, 64, 64), block=2, feature="attention")
+    with pytest.raises(StrictDataclassError, match="Block 3 has no `attention`"):
+        ASelectConfig(**{**model.config.to_dict(), "block": -1, "feature": "attention"})
+
+
+def test_the_guidance_changes_what_a_distilled_transformer_sees_and_no_other(saved):
+    pixel_values = torch.rand(1, 3, 64, 64)
+    for name, changes in (("flux_dev", True), ("flux", False)):
+        found = [
+            DiTModel.from_pretrained(saved(name)[1], timestep=5, guidance=guidance)(pixel_values).last_hidden_state
+            for guidance in (1.0, 3.5)
+        ]
+        assert torch.equal(*found) != changes
+
+
+def test_a_sana_with_a_guidance_is_refused():
+    config = dict(sana_transformer(guidance_embeds=True).config)
+    with pytest.raises(ValueError, match="Sana-Sprint"):
+        build_denoiser(
+            ASelectConfig(
+                transformer={**config, "_class_name": "SanaTransformer2DModel"},
+                prompt_shapes={"prompt_embeds": [1, 1, WIDTH]},
+            )
+        )
+
+
+def test_an_unknown_family_is_refused_by_naming_those_we_have():
+    with pytest.raises(
+        ValueError, match=r"Unsupported transformer 'AuraFlowTransformer2DModel'; supported are DiT.*SD3"
+    ):
+        ASelectConfig(transformer={"_class_name": "AuraFlowTransformer2DModel"})
+
+
+def test_another_embedding_than_diffusers_is_refused_where_there_is_none(saved):
+    with pytest.raises(ValueError, match=r"`timestep_embedding` of SD3.* must be one of diffusers, got 'original'"):
+        DiTModel.from_pretrained(saved("sd3")[1], timestep=5, timestep_embedding="original")
+
+
+def test_a_missing_prompt_is_refused():
+    config = dict(flux_transformer().config)
+    with pytest.raises(ValueError, match=r"conditioned on prompt_embeds, pooled_prompt_embeds.*has none"):
+        build_denoiser(ASelectConfig(transformer={**config, "_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(StrictDataclassError, match="is not conditioned on a text"):
+        ASelectConfig(prompt_shapes={"prompt_embeds": [1, 1, 8]})
+
+
+def test_pictures_beyond_the_position_table_are_refused(saved):
+    with pytest.raises(StrictDataclassError, match=r"`image_size` must be at most 192 pixels a side"):
+        DiTModel.from_pretrained(saved("sd3")[1], timestep=5, image_size=208)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart_sigma"])
+def test_other_sizes_have_the_position_table_that_diffusers_makes(saved, name):
+    model = DiTModel.from_pretrained(saved(name)[1], timestep=TIMESTEP, image_size=[128, 64])
+    pipe = {"dit": dit, "pixart_sigma": PIPELINES["pixart_sigma"]}[name]()
+    noised = torch.randn(1, 4, 16, 8)
+    with torch.no_grad():
+        expected = pipe.transformer.pos_embed(noised)
+        close(model.denoiser.begin(noised, torch.tensor([5]), None).hidden_states, expected)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart_alpha", "sana", "lumina2"])
+def test_what_no_checkpoint_holds_is_there_after_loading(saved, name):
+    """Position tables and rotary frequencies: loading builds the model without data."""
+    model = DiTModel.from_pretrained(saved(name)[1], timestep=5)
+    tokens = model.extract_features(torch.rand(1, 3, *model.config.image_height_width))
+    assert bool(tokens.isfinite().all())
+
+
+def test_a_position_table_with_an_interpolation_scale_is_made_anew():
+    pipe = pixart_alpha(interpolation_scale=2)
+    config = ASelectConfig(
+        transformer={**pipe.transformer.config, "_class_name": "PixArtTransformer2DModel"},
+        prompt_shapes={"prompt_embeds": [1, 1, WIDTH]},
+    )
+    denoiser = build_denoiser(config)
+    assert torch.equal(denoiser.position_table(), pipe.transformer.pos_embed.pos_embed)
+    assert not torch.equal(denoiser.position_table(), pixart_alpha().transformer.pos_embed.pos_embed)
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_half_precision_keeps_the_vae_and_changes_tokens_little(saved, loaded, name):
+    exact = loaded(name)
+    model = DiTModel.from_pretrained(saved(name)[1], timestep=TIMESTEP, dtype=torch.bfloat16, **OPTIONS.get(name, {}))
+    assert {parameter.dtype for parameter in model.vae.parameters()} == {torch.float32}
+    assert model.denoiser.prompt_embeds.dtype == torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.rand(1, 3, *model.config.image_height_width, generator=generator) * 2 - 1
+    with torch.no_grad():
+        found, expected = model(pixel_values).last_hidden_state.float(), exact(pixel_values).last_hidden_state
+    assert (
+        float((found - expected).norm() / expected.norm()) < 0.1
+    )  # bfloat16 has 3 digits, and there are some dozen layers
+
+
+def test_only_real_modules_are_called_unused(loaded):
+    assert all(isinstance(module, nn.Module) for module in loaded("sd3").denoiser.unused_modules(1, "query"))
+
+
+def test_sd3_does_without_t5_as_diffusers_does(tmp_path):
+    pipe = sd3(t5_too=False)
+    pipe.save_pretrained(tmp_path / "without")
+    sd3().save_pretrained(tmp_path / "with")
+    absent = DiTModel.from_pretrained(tmp_path / "without", timestep=5)
+    dropped = DiTModel.from_pretrained(tmp_path / "with", timestep=5, text_encoder_3=None, tokenizer_3=None)
+    whole = DiTModel.from_pretrained(tmp_path / "with", timestep=5)
+    with torch.no_grad():
+        expected = pipe.encode_prompt("", "", "", do_classifier_free_guidance=False)[0]
+    close(absent.denoiser.prompt_embeds, expected)
+    assert torch.equal(absent.denoiser.prompt_embeds, dropped.denoiser.prompt_embeds)
+    assert not torch.equal(whole.denoiser.prompt_embeds, dropped.denoiser.prompt_embeds)
