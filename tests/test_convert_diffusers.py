@@ -3,14 +3,22 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
+import diffusers
 import pytest
 import torch
 from conftest import HEAD, build_transformer, build_vae
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, StableDiffusion3Pipeline
+from pipelines import dit, sd3, sit
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_aselect import DiTForImageClassification, DiTModel
+from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
+from hf_aselect.convert_diffusers import _default_embedding
+from hf_aselect.denoisers import FAMILIES
+from hf_aselect.transformer_layout import layout_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -277,3 +285,309 @@ def test_a_part_of_the_head_is_refused(saved):
     rewrite(saved / "model.safetensors", lambda weights: weights.pop("head.class_token"))
     with pytest.raises(ValueError, match=r"a part of the head only: 1 of its \d+ tensors are missing.*class_token"):
         DiTForImageClassification.from_pretrained(saved)
+
+
+# Conversion to a folder.
+
+
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    sd3().save_pretrained(folder)
+    return folder
+
+
+def test_a_converted_pipeline_equals_the_one_converted_on_the_fly(sd3_folder, tmp_path):
+    made = convert_diffusers(sd3_folder, tmp_path / "out", block=1, feature="key")
+    direct = DiTModel.from_pretrained(sd3_folder, timestep=141, block=1, feature="key")
+    model = DiTModel.from_pretrained(made.output, timestep=141)
+    for name, value in direct.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    written = model.config.to_diff_dict()
+    written.pop("architectures")
+    expected = direct.config.to_diff_dict()
+    assert {name: written[name] for name in expected if name != "architectures"} == {
+        name: value for name, value in expected.items() if name != "architectures"
+    }
+    classifier = AutoModelForImageClassification.from_pretrained(made.output, timestep=141, num_labels=3, **HEAD)
+    assert classifier(torch.rand(1, 3, 64, 64)).logits.shape == (1, 3)
+    assert AutoImageProcessor.from_pretrained(made.output).size == {"height": 64, "width": 64}
+
+
+def test_a_conversion_says_what_it_made_and_dropped(sd3_folder, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
+    made = convert_diffusers(sd3_folder, tmp_path / "out")
+
+    def size(module):
+        return sum(value.nbytes for value in module.state_dict().values())
+
+    prompt = 4 * (272 * 32 + 16)
+    assert made.transformer_bytes == size(pipe.transformer) + prompt
+    assert made.vae_encoder_bytes == size(pipe.vae.encoder)
+    assert made.vae_decoder_bytes == size(pipe.vae.decoder)
+    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    # Parameters that two names share are saved once.
+    assert made.text_encoder_bytes == sum(p.nbytes for encoder in encoders for p in encoder.parameters())
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_conversion_is_written_in_shards_that_reload(sd3_folder, tmp_path):
+    whole = DiTModel.from_pretrained(convert_diffusers(sd3_folder, tmp_path / "whole").output, timestep=5)
+    made = convert_diffusers(sd3_folder, tmp_path / "parts", max_shard_size=100_000)
+    files = sorted(path.name for path in made.output.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((made.output / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert all((made.output / name).stat().st_size < 120_000 for name in files)
+    parts = DiTModel.from_pretrained(made.output, timestep=5)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
+def test_a_conversion_to_half_precision_keeps_the_vae_in_float32(sd3_folder, tmp_path, dtype):
+    made = convert_diffusers(sd3_folder, tmp_path / "out", dtype=dtype)
+    model = DiTModel.from_pretrained(made.output, timestep=5)
+    assert model.dtype == model.config.dtype == (torch.float16 if dtype == "float16" else dtype)
+    assert {parameter.dtype for parameter in model.vae.parameters()} == {torch.float32}
+    kinds = {value.dtype for name, value in load_file(made.output / "model.safetensors").items() if "vae" in name}
+    assert kinds == {torch.float32}
+
+
+def test_a_variant_is_read_where_there_is_one(tmp_path):
+    pipe = dit()
+    pipe.save_pretrained(tmp_path / "both")
+    pipe.to(torch.float16).save_pretrained(tmp_path / "both", variant="fp16")
+    half = DiTModel.from_pretrained(convert_diffusers(tmp_path / "both", tmp_path / "half", variant="fp16").output)
+    assert half.dtype == torch.float16
+    whole = DiTModel.from_pretrained(tmp_path / "both", timestep=5)
+    assert whole.dtype == torch.float32
+    again = DiTModel.from_pretrained(tmp_path / "both", timestep=5, variant="fp16")
+    name = "denoiser.transformer.transformer_blocks.0.attn1.to_q.weight"
+    assert torch.equal(again.state_dict()[name], whole.state_dict()[name].half().float())
+    assert not torch.equal(again.state_dict()[name], whole.state_dict()[name])
+    with pytest.raises(ValueError, match=r"has no weights 'diffusion_pytorch_model.bf16.safetensors'.*fp16"):
+        convert_diffusers(tmp_path / "both", tmp_path / "none", variant="bf16")
+
+
+def test_a_part_without_the_variant_is_read_without(tmp_path):
+    pipe = dit()
+    pipe.vae.save_pretrained(tmp_path / "in" / "vae")
+    pipe.scheduler.save_pretrained(tmp_path / "in" / "scheduler")
+    pipe.transformer.to(torch.float16).save_pretrained(tmp_path / "in" / "transformer", variant="fp16")
+    assert DiTModel.from_pretrained(tmp_path / "in", timestep=5, variant="fp16").vae is not None
+    with pytest.raises(ValueError, match=r"name the variant that there is by `variant=`"):
+        DiTModel.from_pretrained(tmp_path / "in", timestep=5)
+
+
+def test_a_subfolder_is_read(latent_folder, tmp_path):
+    shutil.copytree(latent_folder, tmp_path / "all" / "one")
+    model = DiTModel.from_pretrained(tmp_path / "all", subfolder="one", timestep=5)
+    made = convert_diffusers(tmp_path / "all", tmp_path / "out", subfolder="one")
+    assert DiTModel.from_pretrained(made.output, timestep=5).config.vae["latent_channels"] == 4
+    assert model.config.vae["latent_channels"] == 4
+
+
+def test_a_failed_conversion_leaves_nothing(latent_folder, tmp_path):
+    folder = shutil.copytree(latent_folder, tmp_path / "in")
+    cut(folder / "vae" / WEIGHTS)
+    with pytest.raises(ValueError, match="truncated or no safetensors"):
+        convert_diffusers(folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_conversion_that_is_killed_never_looks_finished(latent_folder, tmp_path):
+    script = f"""
+import os
+from hf_aselect import convert_diffusers, convert_diffusers as _
+import hf_aselect.convert_diffusers
+import sys
+module = sys.modules["hf_aselect.convert_diffusers"]
+count = 0
+save = module.save_file
+def save_once(*args, **kwargs):
+    global count
+    count += 1
+    if count == 3:
+        os.kill(os.getpid(), 9)
+    return save(*args, **kwargs)
+module.save_file = save_once
+convert_diffusers({str(latent_folder)!r}, {str(tmp_path / "out")!r}, max_shard_size=5000)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.incomplete").is_dir()
+    # The next one clears it away.
+    convert_diffusers(latent_folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_that_is_there_is_overwritten(latent_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not empty; name another folder"):
+        convert_diffusers(latent_folder, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    assert convert_diffusers(latent_folder, tmp_path / "empty").output == tmp_path / "empty"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "`dtype` must be one of float32, float16, bfloat16, got 'int8'"),
+        ({"max_shard_size": 0}, "`max_shard_size` must be at least 1 byte, got 0"),
+        ({"blok": 3}, "no field `blok`"),
+        ({"prompt_embeds": {"prompt_embeds": torch.zeros(1, 1, 4)}}, "is not conditioned on a text"),
+    ],
+)
+def test_bad_options_are_refused(latent_folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert_diffusers(latent_folder, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_ours_needs_no_conversion(saved, tmp_path):
+    with pytest.raises(ValueError, match="one of ours needs no conversion"):
+        convert_diffusers(saved, tmp_path / "out")
+
+
+def test_the_prompts_embeddings_can_be_given_in_place_of_text_encoders(sd3_folder, tmp_path):
+    whole = DiTModel.from_pretrained(sd3_folder, timestep=5)
+    folder = shutil.copytree(sd3_folder, tmp_path / "in", ignore=shutil.ignore_patterns("text_*", "tokenizer*"))
+    with pytest.raises(ValueError, match=r"has no text encoder.*or pass `prompt_embeds="):
+        DiTModel.from_pretrained(folder, timestep=5)
+    given = {
+        "prompt_embeds": whole.denoiser.prompt_embeds,
+        "pooled_prompt_embeds": whole.denoiser.pooled_prompt_embeds,
+    }
+    model = DiTModel.from_pretrained(folder, timestep=5, prompt_embeds=given)
+    pixel_values = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values)[0], whole(pixel_values)[0])
+    with pytest.raises(ValueError, match="can only be None"):
+        DiTModel.from_pretrained(folder, timestep=5, text_encoder=whole)
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="can only be given with a diffusers pipeline"):
+        DiTModel.from_pretrained(tmp_path / "ours", text_encoder_3=None)
+
+
+# What the files tell of the timestep embedding.
+
+XL_2 = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "patch_size": 2, "in_channels": 4}
+XL_2 |= {"out_channels": 8, "num_embeds_ada_norm": 1000, "sample_size": 32, "_class_name": "DiTTransformer2DModel"}
+
+
+@pytest.mark.parametrize(
+    ("transformer", "scheduler", "expected"),
+    [
+        (XL_2, "DDIMScheduler", "original"),
+        ({**XL_2, "sample_size": 64}, "DDIMScheduler", "original"),
+        ({**XL_2, "num_layers": 12}, "DDIMScheduler", "diffusers"),
+        ({**XL_2, "out_channels": 4}, "DDPMScheduler", "diffusers"),
+        (XL_2, "FlowMatchEulerDiscreteScheduler", "diffusers"),
+        ({"_class_name": "SD3Transformer2DModel"}, "FlowMatchEulerDiscreteScheduler", "diffusers"),
+    ],
+)
+def test_the_timestep_embedding_is_read_off_the_source(transformer, scheduler, expected):
+    parts = {"transformer": transformer, "scheduler": {"_class_name": scheduler}}
+    assert _default_embedding(parts, {}) == expected
+
+
+def test_a_flow_matching_dit_is_said_to_be_taken_for_one_of_diffusers(tmp_path, caplog):
+    sit().save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        assert DiTModel.from_pretrained(tmp_path, timestep=5).config.timestep_embedding == "diffusers"
+    assert "If its weights are SiT's own, pass `timestep_embedding='sit'`" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        DiTModel.from_pretrained(tmp_path, timestep=5, timestep_embedding="sit")
+    assert "SiT" not in caplog.text
+
+
+# Real architectures, without weights.
+
+
+def full_size(name, **config):
+    with torch.device("meta"):
+        return getattr(diffusers, name)(**config)
+
+
+FULL = {
+    # name, configuration, parameters in millions, by diffusers
+    "DiT-XL/2-256": ("DiTTransformer2DModel", {"num_embeds_ada_norm": 1000, "sample_size": 32}, 749.8),
+    "SD3-medium": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+        2028.3,
+    ),
+    "SD3.5-medium": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": tuple(range(13)),
+        },
+        None,
+    ),
+    "SD3.5-large": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        None,
+    ),
+    "PixArt-Sigma": ("PixArtTransformer2DModel", {"caption_channels": 4096}, None),
+    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, None),
+    "Sana-1600M": ("SanaTransformer2DModel", {}, None),
+    "Lumina-Image-2.0": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, None),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
+    class_name, options, millions = FULL[name]
+    transformer = full_size(class_name, **options)
+    theirs = {f"denoiser.transformer.{key}": value.shape for key, value in transformer.state_dict().items()}
+    if millions is not None:
+        assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    config = {**transformer.config, "_class_name": class_name}
+    layout = layout_of(config)
+    shapes = {"prompt_embeds": [1, 333, 4096], "pooled_prompt_embeds": [1, 2048]}
+    names = FAMILIES[class_name].prompt_names
+    vae = {"_class_name": "AutoencoderKL", "in_channels": 3, "block_out_channels": [128, 256, 512, 512]}
+    fields = {"transformer": config, "vae": {**vae, "latent_channels": layout.num_channels}}
+    if layout.needs_prompt:
+        fields["prompt_shapes"] = {key: shapes[key] for key in names}
+    with torch.device("meta"):
+        model = DiTModel(ASelectConfig(timestep=5, **fields))
+    ours = {key: value.shape for key, value in model.state_dict().items() if key.startswith("denoiser.transformer.")}
+    assert ours == theirs
+    assert model.config.hidden_size == transformer.inner_dim if hasattr(transformer, "inner_dim") else True
+    assert len(model.denoiser.blocks) == layout.num_layers == model.config.num_hidden_layers
+
+
+def test_sd3_medium_is_read_where_the_paper_reads_it():
+    _, options, _ = FULL["SD3-medium"]
+    transformer = full_size("SD3Transformer2DModel", **options)
+    config = ASelectConfig(transformer={**transformer.config, "_class_name": "SD3Transformer2DModel"})
+    assert (config.block, config.feature, config.feature_size) == (9, "query", 1536)
+    schedule = NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    # The paper's "t = 50": index 950 of the schedule shifted by 3.
+    assert schedule.timestep_of_paper(50) == schedule.timestep_at_index(950) == 141
+    assert float(schedule.sigma(141)) == pytest.approx(0.141)
+    assert float(schedule.log_snr(141)) == pytest.approx(3.61, abs=0.01)

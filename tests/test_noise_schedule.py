@@ -3,6 +3,7 @@ import math
 import diffusers
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from hf_aselect import NoiseSchedule
 from hf_aselect.noise_schedule import DDPM_LIKE, fixed_noise
@@ -171,3 +172,58 @@ def test_an_even_grid_of_flow_matching_spans_the_same_levels_on_both_sides():
     assert float(levels[0]) == pytest.approx(-float(levels[-1]), abs=0.1)
     middle = levels[3:-3].diff()
     assert float(middle.max() - middle.min()) < 0.3
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_an_index_is_that_of_diffusers_sampler_with_its_shift(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(1000)
+    schedule = NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift})
+    torch.testing.assert_close(schedule.sampled.float(), scheduler.timesteps, rtol=1e-5, atol=1e-3)
+    for index in (1, 500, 950, 999):
+        timestep = schedule.timestep_at_index(index)
+        assert timestep == min(round(float(scheduler.timesteps[index])), 999)
+        assert abs(schedule.timestep_at_index(schedule.index_at(timestep)) - timestep) <= shift
+
+
+def test_an_index_of_ddpm_counts_down_from_the_last_timestep():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(1000)
+    schedule = NoiseSchedule.from_config({"_class_name": "DDIMScheduler"})
+    assert schedule.sampled.long().tolist() == scheduler.timesteps.tolist()
+    assert schedule.timestep_at_index(0) == 999 and schedule.index_at(49) == 950
+
+
+def test_index_timestep_sigma_and_log_snr_are_one_scale():
+    schedule = NoiseSchedule.flow_matching(shift=3.0)
+    timestep = schedule.timestep_of_paper(50)
+    assert timestep == 141
+    assert schedule.timestep_at_sigma(float(schedule.sigma(timestep))) == timestep
+    assert schedule.timestep_at(float(schedule.log_snr(timestep))) == timestep
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+    ],
+)
+def test_an_index_is_refused_where_it_stands_for_no_timestep_of_its_own(config):
+    schedule = NoiseSchedule.from_config(config)
+    for call in (lambda: schedule.timestep_at_index(5), lambda: schedule.index_at(5)):
+        with pytest.raises(ValueError, match=r"an index stands for none of its own. Name the noise level by"):
+            call()
+
+
+@pytest.mark.parametrize("index", [-1, 1000, 2.5, True])
+def test_a_bad_index_is_refused(index):
+    with pytest.raises(ValueError, match=r"`index` must be an integer in \[0, 1000\)"):
+        NoiseSchedule.flow_matching().timestep_at_index(index)
+
+
+def test_bad_sigmas_and_shifts_are_refused():
+    with pytest.raises(ValueError, match=r"`sigma` must be in \[0, 1\], got 1.5"):
+        NoiseSchedule.flow_matching().timestep_at_sigma(1.5)
+    with pytest.raises(ValueError, match="`shift` of a flow-matching scheduler must be above 0, got 0"):
+        NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0})

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from .configuration_aselect import ASelectConfig
+from .convert_diffusers import convert_diffusers
 from .image_processing_aselect import ASelectImageProcessor
 from .modeling_aselect import DiTForImageClassification, DiTModel
 from .noise_schedule import NoiseSchedule
@@ -23,6 +24,7 @@ __all__ = [
     "DiTModel",
     "NoiseSchedule",
     "TimestepSelection",
+    "convert_diffusers",
     "select_timestep",
 ]
 

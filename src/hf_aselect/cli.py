@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="seed of the head's training (%(default)s)")
     demo.set_defaults(run=_demo)
     _add_select(commands)
+    _add_convert(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -66,6 +67,68 @@ def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name
     select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
     select.add_argument("--output", metavar="DIR", help="folder for selection.json and timestep_curve.png")
     select.set_defaults(run=_select)
+
+
+def _add_convert(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+    convert = commands.add_parser(
+        "convert",
+        help="write a diffusers checkpoint as one of ours, without what features do not need",
+        description="Write transformer, VAE encoder and scheduler of a diffusers checkpoint as one of ours, with the "
+        "empty prompt's embeddings in place of text encoders. Weights are streamed; of the Hub only what is needed is "
+        "downloaded.",
+        epilog="example: hf-aselect convert facebook/DiT-XL-2-256 dit-xl --dtype bfloat16",
+    )
+    convert.add_argument(
+        "source", metavar="SOURCE", help="pipeline or transformer of diffusers: folder or id on the Hub"
+    )
+    convert.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
+    convert.add_argument("--dtype", help="float32, float16 or bfloat16 (default: as they are)")
+    convert.add_argument("--variant", help="variant of the weights to read, as fp16")
+    convert.add_argument("--revision", help="branch, tag or commit on the Hub")
+    convert.add_argument("--subfolder", help="folder in SOURCE that holds the checkpoint")
+    convert.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
+    convert.add_argument("--cache-dir", metavar="DIR", help="folder of downloads")
+    convert.add_argument("--local-files-only", action="store_true", help="ask the Hub nothing")
+    convert.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="do without a text encoder, as text_encoder_3 (T5) of Stable Diffusion 3; can be repeated",
+    )
+    convert.add_argument(
+        "--max-shard-size", type=float, default=1.0, metavar="GB", help="size of a file of weights (%(default)s)"
+    )
+    convert.add_argument("--timestep-embedding", help="of a DiT: diffusers, original or sit (default: by the source)")
+    convert.add_argument("--image-size", type=int, metavar="PIXELS", help="pixels a side (default: the transformer's)")
+    convert.set_defaults(run=_convert)
+
+
+def _convert(parsed: argparse.Namespace) -> None:
+    # They take seconds to import, which `--help` should not.
+    from .convert_diffusers import convert_diffusers
+
+    logging.set_verbosity_error()
+    names = ("dtype", "variant", "revision", "subfolder", "token", "cache_dir", "timestep_embedding", "image_size")
+    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    made = convert_diffusers(
+        parsed.source,
+        parsed.output,
+        local_files_only=parsed.local_files_only,
+        without=tuple(parsed.without),
+        max_shard_size=int(parsed.max_shard_size * 1e9),
+        **given,
+    )
+    rows = {
+        "transformer": made.transformer_bytes,
+        "VAE encoder": made.vae_encoder_bytes,
+        "VAE decoder, dropped": made.vae_decoder_bytes,
+        "text encoders, dropped": made.text_encoder_bytes,
+    }
+    for name, size in rows.items():
+        print(f"{name:<24} {size / 1e6:>10.1f} MB")
+    print()
+    print(f"Saved {made.output}: {made.num_parameters / 1e6:.1f} M parameters, in {made.seconds:.1f} s.")
 
 
 def _select(parsed: argparse.Namespace) -> None:

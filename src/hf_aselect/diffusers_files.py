@@ -31,6 +31,7 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 # What diffusers and transformers call their weights, without and with a variant, whole and in shards.
 _STEMS = "(?:diffusion_pytorch_model|model)"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MAPPED_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -132,32 +133,38 @@ def _fetch(repo_id: str, options: HubOptions, text_parts: tuple[str, ...]) -> Pa
     prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
     # The cache alone knows nothing of what the Hub would say: a file that is not in it may be there.
     is_offline = options.local_files_only or constants.HF_HUB_OFFLINE
+    how = options.of_a_download()
     for name in (MODEL_INDEX, CONFIG):
         try:
-            found = read_json(Path(hf_hub_download(repo_id, prefix + name, **options.of_a_download())))
+            path = Path(hf_hub_download(repo_id, prefix + name, **how))
         except LocalEntryNotFoundError:
-            if name == MODEL_INDEX:
-                continue
-            raise
+            if name == CONFIG:
+                raise
+            # A Hub that did not answer is not waited for a second time.
+            is_offline, how["local_files_only"] = True, True
+            continue
         except EntryNotFoundError:
             continue
+        found = read_json(path)
         if "_class_name" in found:
             break
         if name == CONFIG:
             return None
     else:
         return None
-    if is_offline:
-        folder = Path(snapshot_download(repo_id, **options.of_a_download())) / prefix
-    else:
-        api = HfApi(token=options.token)
-        files = api.list_repo_files(repo_id, revision=options.revision)
+    if name == MODEL_INDEX and not (found.get("transformer") or [None])[0]:
+        raise ValueError(
+            f"{repo_id!r} is a {found['_class_name']}, which has no `transformer`: features are read from diffusion "
+            "transformers only."
+        )
+    if not is_offline:
+        files = HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision)
         inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
         needed = needed_files(inside, found if name == MODEL_INDEX else None, options.variant, text_parts)
         logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
         wanted = [prefix + file for file in needed]
-        folder = Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
-    return folder
+        return Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
+    return path.parent
 
 
 def needed_files(
@@ -180,11 +187,12 @@ def needed_files(
     parts = [part for part in ("transformer", "vae", *text_parts) if (model_index.get(part) or [None])[0]]
     for part in parts:
         inside = [file for file in files if file.startswith(f"{part}/")]
-        needed += [file for file in inside if not file.endswith((".safetensors", ".index.json", *_PICKLES))]
+        needed += [file for file in inside if ".safetensors" not in file and not file.endswith(_PICKLES)]
         if not part.startswith("tokenizer"):
             needed += _weights_of(part, inside, variant, fall_back=part != "transformer")
-    # Notes and weights of other frameworks have no use here.
-    return sorted({file for file in needed if not file.endswith((".md", ".msgpack", ".h5", ".onnx", ".onnx_data"))})
+    # Notes and weights of other frameworks have no use here; the pickles' index ends as their files do not.
+    useless = (".md", ".msgpack", ".h5", ".onnx", ".onnx_data", ".bin.index.json")
+    return sorted({file for file in needed if not file.endswith(useless)})
 
 
 def _weights_of(
@@ -264,14 +272,25 @@ def weight_files(folder: Path, variant: str | None = None, fall_back: bool = Fal
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each tensor of some safetensors, one after the other.
 
+    A value is a part of the mapped file. A file is mapped anew every `_MAPPED_BYTES`, so that what was read before
+    leaves memory, unless somebody holds on to it.
+
     Raises:
         ValueError: If a file is truncated or no safetensors.
     """
     for path in files:
         try:
             with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - no dictionary
-                    yield name, opened.get_tensor(name)
+                waiting = list(opened.keys())
+            while waiting:
+                mapped = 0
+                with safe_open(path, framework="pt") as opened:
+                    while waiting and mapped < _MAPPED_BYTES:
+                        name = waiting.pop(0)
+                        value = opened.get_tensor(name)
+                        mapped += value.nbytes
+                        yield name, value
+                        del value
         except SafetensorError as error:
             raise ValueError(
                 f"{str(path)!r} is truncated or no safetensors file ({error}). Save or download it again."

@@ -39,12 +39,14 @@ class NoiseSchedule:
     Args:
         alphas: Factor of the signal at each timestep, (1000,), falling, in [0, 1].
         sigmas: Factor of the noise at each timestep, (1000,), rising, in [0, 1].
+        sampled: Timesteps that a sampler of 1000 steps visits, (1000,), falling; None where that is not known.
 
     Raises:
         ValueError: If there are not 1000 timesteps, or the factors do not fall and rise within [0, 1].
     """
 
-    def __init__(self, alphas: Tensor, sigmas: Tensor) -> None:
+    def __init__(self, alphas: Tensor, sigmas: Tensor, sampled: Tensor | None = None) -> None:
+        self.sampled = sampled
         self.alphas, self.sigmas = (values.to("cpu", torch.float64) for values in (alphas, sigmas))
         for name, falling in (("alphas", self.alphas), ("sigmas", self.sigmas.flip(0))):
             if falling.shape != (NUM_TIMESTEPS,):
@@ -64,18 +66,31 @@ class NoiseSchedule:
             ValueError: If there are not 1000 timesteps, or the shares do not fall within [0, 1].
         """
         shares = alphas_cumprod.to("cpu", torch.float64)
-        return cls(shares.sqrt(), (1 - shares).sqrt())
+        descending = torch.arange(NUM_TIMESTEPS - 1, -1, -1, dtype=torch.float64, device="cpu")
+        return cls(shares.sqrt(), (1 - shares).sqrt(), descending)
 
     @classmethod
-    def flow_matching(cls) -> "NoiseSchedule":
+    def flow_matching(cls, shift: float | None = 1.0) -> "NoiseSchedule":
         """Build the schedule of flow matching along straight lines: sigma = t / 1000, alpha = 1 - sigma.
 
-        A scheduler's shift moves the timesteps that sampling and training visit, not what a timestep stands for.
+        Args:
+            shift: Moves the timesteps that sampling and training visit toward noise, and so what an index means; not
+                what a timestep stands for. None where it depends on the picture's size (FLUX).
+
+        Raises:
+            ValueError: If `shift` is not above 0.
 
         Source: diffusers, `schedulers/scheduling_flow_match_euler_discrete.py`: the transformer is given 1000·sigma.
         """
         sigmas = torch.arange(NUM_TIMESTEPS, dtype=torch.float64, device="cpu") / NUM_TIMESTEPS
-        return cls(1 - sigmas, sigmas)
+        if shift is None:
+            return cls(1 - sigmas, sigmas)
+        if not shift > 0:
+            raise ValueError(f"`shift` of a flow-matching scheduler must be above 0, got {shift}.")
+        # diffusers' `set_timesteps(1000)` spaces evenly down to a least sigma that is shifted already, and shifts all.
+        least = float(_shifted(torch.tensor(1 / NUM_TIMESTEPS, dtype=torch.float64, device="cpu"), shift))
+        even = torch.linspace(1, least, NUM_TIMESTEPS, dtype=torch.float64, device="cpu")
+        return cls(1 - sigmas, sigmas, NUM_TIMESTEPS * _shifted(even, shift))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
@@ -97,7 +112,9 @@ class NoiseSchedule:
         if num_timesteps != NUM_TIMESTEPS:
             raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")
         if is_flow_matching(config):
-            return cls.flow_matching()
+            # FLUX's shift depends on the picture's size, and how many-step solvers space their sigmas is their own.
+            is_plain = name in FLOW_MATCHING and not config.get("use_dynamic_shifting")
+            return cls.flow_matching(float(config.get("shift", 1.0)) if is_plain else None)
         # On the CPU by name: a model is built on the meta device to be loaded.
         with torch.device("cpu"):
             alphas_cumprod = (1 - _betas(config)).cumprod(0)
@@ -138,6 +155,59 @@ class NoiseSchedule:
         signal, noise = (factor[chosen].square().clamp_min(MIN_POWER).log() for factor in (self.alphas, self.sigmas))
         return signal - noise
 
+    def timestep_at_index(self, index: int) -> int:
+        """Return the integer timestep nearest to the one that a sampler of 1000 steps visits at an index.
+
+        The A-SelecT authors' code names timesteps so, and their paper by 1000 - index: index 950 of Stable Diffusion 3
+        is the paper's t = 50, and the timestep 141 that the transformer is conditioned on (sigma 0.141, log-SNR 3.6).
+
+        Args:
+            index: From 0, the first step from pure noise, to 999.
+
+        Raises:
+            ValueError: If there is no such index, or a sampler's timesteps depend on more than is known here.
+        """
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < NUM_TIMESTEPS:
+            raise ValueError(f"`index` must be an integer in [0, {NUM_TIMESTEPS}), got {index!r}.")
+        nearest = int(self._known_sampled()[index].round())
+        return min(nearest, NUM_TIMESTEPS - 1)  # flow matching begins at 1000, which is noise alone
+
+    def index_at(self, timestep: int) -> int:
+        """Return the index at which a sampler of 1000 steps comes nearest to a timestep; see `timestep_at_index`.
+
+        Raises:
+            ValueError: If `timestep` is no integer in [0, 1000), or a sampler's timesteps depend on more than is known
+                here.
+        """
+        _checked_timesteps(timestep)
+        return int((self._known_sampled() - timestep).abs().argmin())
+
+    def timestep_of_paper(self, paper_timestep: int) -> int:
+        """Return the timestep that the A-SelecT paper calls `paper_timestep`, in [1, 1000]; see `timestep_at_index`.
+
+        Raises:
+            ValueError: If it is out of range, or a sampler's timesteps depend on more than is known here.
+        """
+        return self.timestep_at_index(NUM_TIMESTEPS - paper_timestep)
+
+    def _known_sampled(self) -> Tensor:
+        if self.sampled is None:
+            raise ValueError(
+                "The timesteps of this scheduler depend on the picture's size or on the solver, so an index stands "
+                "for none of its own. Name the noise level by `timestep_at(log_snr)` or `timestep_at_sigma(sigma)`."
+            )
+        return self.sampled
+
+    def timestep_at_sigma(self, sigma: float) -> int:
+        """Return the integer timestep in [0, 1000) whose factor of the noise is nearest to `sigma`.
+
+        Raises:
+            ValueError: If `sigma` is outside [0, 1].
+        """
+        if not 0 <= sigma <= 1:
+            raise ValueError(f"`sigma` must be in [0, 1], got {sigma}.")
+        return int((self.sigmas - sigma).abs().argmin())
+
     def timestep_at(self, log_snr: float) -> int:
         """Return the integer timestep in [0, 1000) whose log-SNR is nearest to `log_snr`.
 
@@ -176,6 +246,11 @@ class NoiseSchedule:
         alpha = self.alpha(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         sigma = self.sigma(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         return (alpha * latents.float() + sigma * noise.to(latents.device).float()).to(latents.dtype)
+
+
+def _shifted(sigmas: Tensor, shift: float) -> Tensor:
+    """Return sigmas moved toward noise. Source: diffusers' flow-matching schedulers."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def is_flow_matching(config: dict[str, Any]) -> bool:

@@ -1,0 +1,234 @@
+"""What is fetched of a repository, over real HTTP by the real client, and what its refusals say."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_server import LoopbackHub, serve
+from pipelines import dit, dit_transformer, pixart_sigma
+
+from hf_aselect import DiTModel
+from hf_aselect.diffusers_files import needed_files, read_json
+
+# Each step is one line of output, so that one process, which takes seconds to start, does for all.
+STEPS = """
+import json, os, sys
+import torch
+from huggingface_hub import constants
+from hf_aselect import DiTForImageClassification, DiTModel, convert_diffusers
+
+def step(name, call):
+    try:
+        result = call()
+    except (OSError, ValueError) as error:
+        result = f"{type(error).__name__}: {error}"
+    print("STEP", json.dumps([name, result]))
+
+def described(model):
+    return [type(model).__name__, model.config.transformer["_class_name"], str(model.dtype)]
+
+step("pipeline", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5)))
+step("again", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5)))
+step("text", lambda: described(DiTForImageClassification.from_pretrained("us/pixart", timestep=5, num_labels=2)))
+step("variant", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, variant="fp16")))
+step("bare", lambda: described(DiTModel.from_pretrained("us/bare", timestep=5)))
+step("subfolder", lambda: described(DiTModel.from_pretrained("us/many", subfolder="one/dit", timestep=5)))
+step("ours", lambda: described(DiTModel.from_pretrained("us/ours")))
+step("convert", lambda: str(convert_diffusers("us/dit", sys.argv[1] + "/converted").output.name))
+step("gated", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5)))
+step("wrong token", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5, token="hf_wrong")))
+step("right token", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5, token="hf_right")))
+step("missing", lambda: described(DiTModel.from_pretrained("us/nothing", timestep=5)))
+step("revision", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, revision="v9")))
+step("pickled", lambda: described(DiTModel.from_pretrained("us/pickled", timestep=5)))
+step("another", lambda: described(DiTModel.from_pretrained("us/unet", timestep=5)))
+step("local", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, local_files_only=True)))
+step("local ours", lambda: described(DiTModel.from_pretrained("us/ours", local_files_only=True)))
+step("not local", lambda: described(DiTModel.from_pretrained("us/other", timestep=5, local_files_only=True)))
+"""
+
+
+def changed(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """What each step gave, what was downloaded for it in all, and all output."""
+    root = tmp_path_factory.mktemp("hub")
+    pipe = dit()
+    pipe.save_pretrained(root / "dit")
+    pipe.save_pretrained(root / "gated")
+    pipe.save_pretrained(root / "many" / "one" / "dit")
+    pipe.save_pretrained(root / "pickled")
+    dit_transformer(in_channels=3).save_pretrained(root / "bare")
+    pixart_sigma().save_pretrained(root / "pixart")
+    DiTModel.from_pretrained(root / "dit", timestep=7).save_pretrained(root / "ours")
+    pipe.to(torch.float16).save_pretrained(root / "dit", variant="fp16")
+    # What such repositories hold beside it, and no feature needs.
+    for name in ("README.md", "samples.png", "transformer/diffusion_pytorch_model.bin", "safety_checker/model.bin"):
+        (root / "dit" / name).parent.mkdir(exist_ok=True)
+        (root / "dit" / name).write_bytes(b"no use")
+    weights = root / "pickled" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    (root / "unet").mkdir()
+    (root / "unet" / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
+    )
+    hub = LoopbackHub({f"us/{path.name}": path for path in root.iterdir()}, gated={"us/gated": "hf_right"})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with serve(hub):
+        environment |= {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(root.parent / f"{root.name}-home"),
+        }
+        work = tmp_path_factory.mktemp("work")
+        finished = subprocess.run(
+            [sys.executable, "-c", STEPS, str(work)], capture_output=True, text=True, env=environment, check=False
+        )
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("STEP ")]
+    assert finished.returncode == 0, finished.stderr
+    steps = dict(json.loads(line.removeprefix("STEP ")) for line in lines)
+    return steps, hub.downloads, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("name", ["pipeline", "again", "variant", "bare", "subfolder", "ours", "right token", "local"])
+def test_a_repository_is_loaded(outcome, name):
+    assert outcome[0][name] == ["DiTModel", "DiTTransformer2DModel", "torch.float32"]
+
+
+def test_a_text_conditioned_pipeline_is_loaded_with_its_encoders(outcome):
+    steps, downloads, _ = outcome
+    assert steps["text"] == ["DiTForImageClassification", "PixArtTransformer2DModel", "torch.float32"]
+    assert "us/pixart/text_encoder/model.safetensors" in downloads
+    assert steps["local ours"] == steps["ours"]
+
+
+def test_only_what_is_needed_is_downloaded_and_once(outcome):
+    downloads = [name for name in outcome[1] if name.startswith("us/dit/")]
+    # By three loads and a conversion.
+    assert sorted(downloads) == [
+        "us/dit/model_index.json",
+        "us/dit/scheduler/scheduler_config.json",
+        "us/dit/transformer/config.json",
+        "us/dit/transformer/diffusion_pytorch_model.fp16.safetensors",
+        "us/dit/transformer/diffusion_pytorch_model.safetensors",
+        "us/dit/vae/config.json",
+        "us/dit/vae/diffusion_pytorch_model.fp16.safetensors",
+        "us/dit/vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert outcome[0]["convert"] == "converted"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "gated",
+            "OSError: 'us/gated' is gated: accept its conditions at https://huggingface.co/us/gated, then log in",
+        ),
+        ("wrong token", "OSError: 'us/gated' is gated"),
+        ("missing", "OSError: 'us/nothing' is neither a local folder nor a repository of the Hub that you may read"),
+        ("revision", "OSError: 'us/dit' has no revision 'v9' on the Hub"),
+        (
+            "pickled",
+            "ValueError: 'transformer/ of the repository' has only pickled weights (diffusion_pytorch_model.bin)",
+        ),
+        ("another", "ValueError: 'us/unet' is a StableDiffusionPipeline, which has no `transformer`"),
+        ("not local", "OSError: 'us/other' is no local folder, the Hub cannot be reached (or may not be:"),
+    ],
+)
+def test_a_refusal_says_what_to_do(outcome, name, message):
+    assert outcome[0][name].startswith(message)
+
+
+def test_no_token_is_printed(outcome):
+    assert "hf_right" not in outcome[2] and "hf_wrong" not in outcome[2]
+
+
+def convert_by_command(tmp_path, **variables):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path), **variables}
+    words = ["convert", "us/dit", str(tmp_path / "out")]
+    command = [sys.executable, "-c", f"import sys; from hf_aselect.cli import main; sys.exit(main({words!r}))"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"HF_HUB_OFFLINE": "1"},
+        # The client tries for half a minute.
+        pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
+    ],
+    ids=["told to be offline", "no answer"],
+)
+def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path, variables):
+    finished = convert_by_command(tmp_path, **variables)
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-1].startswith(
+        "hf-aselect: error: 'us/dit' is no local folder, the Hub cannot be reached"
+    )
+    assert "Run `hf download us/dit` where there is a network" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+FILES = [
+    "README.md",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/model.safetensors",
+    "text_encoder_3/model-00001-of-00002.safetensors",
+    "text_encoder_3/model-00002-of-00002.safetensors",
+    "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    "text_encoder_3/model.fp16-00002-of-00002.safetensors",
+    "text_encoder_3/model.safetensors.index.fp16.json",
+    "text_encoder_3/model.safetensors.index.json",
+    "tokenizer/vocab.json",
+    "tokenizer_3/spiece.model",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+]
+INDEX = {name: ["diffusers", "Some"] for name in ("transformer", "vae", "scheduler")}
+INDEX |= {name: ["transformers", "Some"] for name in ("text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3")}
+TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_3")
+
+
+def test_shards_and_their_index_are_needed_of_the_variant_alone():
+    found = needed_files(FILES, INDEX, None, TEXT)
+    assert found == [name for name in FILES if "fp16" not in name and name != "README.md"]
+    files = [*FILES, "transformer/diffusion_pytorch_model.fp16.safetensors"]
+    found = needed_files(files, INDEX, "fp16", TEXT)
+    assert "transformer/diffusion_pytorch_model.safetensors" not in found
+    assert "text_encoder_3/model.fp16-00001-of-00002.safetensors" in found
+    assert "text_encoder_3/model.safetensors.index.fp16.json" in found
+    # The VAE has no such variant.
+    assert "vae/diffusion_pytorch_model.safetensors" in found
+
+
+def test_parts_that_a_pipeline_was_saved_without_are_not_needed():
+    found = needed_files(FILES, {**INDEX, "text_encoder_3": [None, None], "tokenizer_3": [None, None]}, None, TEXT)
+    assert not [name for name in found if "_3" in name]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "\xff"])
+def test_json_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"is not valid JSON|holds a list, expected an object"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file; expected a folder or an id on the Hub"):
+        DiTModel.from_pretrained(tmp_path / "model.safetensors")
