@@ -24,6 +24,7 @@ LEVELS = {
     "denoiser": 0,
     "diffusers_files": 0,
     "empty_prompt": 0,
+    "massive_channels": 0,
     "metrics": 0,
     "probe": 0,
     "spectrum": 0,

@@ -26,7 +26,7 @@ class StubModel:
         self.noise_schedule = SCHEDULE
         transformer = {"_class_name": "DiTTransformer2DModel", "num_layers": 1, "num_attention_heads": 1}
         sizes = {"attention_head_dim": 1, "in_channels": 1, "sample_size": 8, "patch_size": 1}
-        self.config = ASelectConfig(transformer={**transformer, **sizes}, feature="hidden")
+        self.config = ASelectConfig(transformer={**transformer, **sizes}, feature="hidden", zeroed_channels=[])
         self.num_forwards = 0
 
     def encode(self, pixel_values):
@@ -436,7 +436,7 @@ class ProbedModel(StubModel):
     def __init__(self, best):
         super().__init__(best)
         transformer = {**self.config.transformer, "num_layers": 7, "attention_head_dim": 4}
-        self.config = ASelectConfig(transformer=transformer, feature="hidden", block=0)
+        self.config = ASelectConfig(transformer=transformer, feature="hidden", block=0, zeroed_channels=[])
 
     def read_taps(self, noised_latents, timesteps, taps):
         self.num_forwards += len(noised_latents)

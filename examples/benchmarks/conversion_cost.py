@@ -3,7 +3,7 @@
     python examples/benchmarks/conversion_cost.py --work_dir /tmp/dit-xl --output cost.json
     python examples/benchmarks/conversion_cost.py --work_dir /tmp/pixart --pipeline pixart-sigma --output cost.json
 
-No weights can be downloaded everywhere, so a pipeline of the sizes of DiT-XL/2-256 (3.3 GB in float32) or of PixArt-Sigma
+No weights can be downloaded everywhere, so a pipeline of the sizes of DiT-XL/2-256 (3.3 GB in float32) or PixArt-Sigma
 with its text encoder T5-XXL (11 GB in bfloat16) gets random ones (seed 0) and is saved by diffusers itself. Conversion
 and classification run in processes of their own, whose peak memory is the kernel's count (`ru_maxrss`), mapped files
 included.

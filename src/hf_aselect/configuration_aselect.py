@@ -10,6 +10,8 @@ from .transformer_layout import TransformerLayout, layout_of
 
 Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
 FEATURES: tuple[str, ...] = get_args(Feature)
+# Of the residual stream, where a few channels may dwarf all others.
+MASSIVE_FEATURES: tuple[str, ...] = ("hidden", "normed", "attention")
 NUM_TIMESTEPS = 1000
 
 # diffusers' defaults of `DiTTransformer2DModel`, written out: they are DiT-XL/2's sizes.
@@ -102,6 +104,9 @@ class ASelectConfig(PreTrainedConfig):
         prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
             weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
         guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
+        zeroed_channels: Channels of the tokens that are set to zero at the tap. A few channels dwarf all others in
+            the residual stream of large transformers. "auto": those that `select_timestep` finds to be so, with the
+            timestep. Default: "auto" for `hidden`, `normed` and `attention`, none for `query`, `key` and `value`.
         noise_seed: Seed of the fixed noise that pictures are mixed with.
         num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
         resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).
@@ -134,6 +139,7 @@ class ASelectConfig(PreTrainedConfig):
     timestep_embedding: Literal["diffusers", "original", "sit"] = "diffusers"
     prompt_shapes: dict[str, list[int]] | None = None
     guidance: float = 1.0
+    zeroed_channels: list[int] | str | None = None
     noise_seed: int = 0
     num_noise_draws: int = 1
     resample_noise_in_training: bool = False
@@ -265,6 +271,16 @@ class ASelectConfig(PreTrainedConfig):
             )
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"`guidance` must be a finite number from 0 on, got {self.guidance}.")
+
+    def validate_zeroed_channels(self) -> None:
+        """Refuse channels that the tokens do not have."""
+        channels, size = self.zeroed_channels, self.feature_size
+        if channels is None or channels == "auto":
+            return
+        if isinstance(channels, str) or not all(0 <= channel < size for channel in channels):
+            raise ValueError(
+                f"`zeroed_channels` must be 'auto' or integers in [0, {size}), the tokens' channels, got {channels!r}."
+            )
 
     def validate_head(self) -> None:
         """Refuse an unknown head and sizes that do not divide."""

@@ -22,6 +22,7 @@ from .diffusers_files import HubOptions
 from .empty_prompt import TEXT_PARTS
 from .generation import generate_latents
 from .heads import AttentionHead, LinearHead
+from .massive_channels import zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .selection_record import TimestepSelection
 from .timestep_selection import select_timestep
@@ -153,10 +154,17 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """Choose the timestep if it is "auto"; forget a record that no longer fits."""
         config = self.config
         if config.timestep == "auto":
-            config.selection = None
+            self._forget_selection()
             record = select_timestep(self, calibration_images)
             config.timestep, config.selection = record.timestep, record.to_dict()
+            if record.massive_channels is not None:
+                config.zeroed_channels = record.massive_channels
             return
+        if config.zeroed_channels == "auto":
+            raise ValueError(
+                f"`zeroed_channels='auto'` are found with the timestep, which is fixed at {config.timestep}. Pass "
+                "`timestep='auto'`, or name the channels."
+            )
         if calibration_images is not None:
             raise ValueError(
                 f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. "
@@ -167,7 +175,15 @@ class ASelectPreTrainedModel(PreTrainedModel):
     def _forget_stale_selection(self) -> None:
         """Drop the record of a choice that is no longer in use: a timestep or tap was set by hand since."""
         if self.config.selection and not TimestepSelection.from_dict(self.config.selection).is_of(self.config):
-            self.config.selection = None
+            self._forget_selection()
+
+    def _forget_selection(self) -> None:
+        """Drop the record of a choice, and the channels that were found with it: they are of its tap."""
+        config = self.config
+        found = (config.selection or {}).get("massive_channels")
+        if found is not None and config.zeroed_channels == found:
+            config.zeroed_channels = None
+        config.selection = None
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
         """Save configuration and weights as the host does, without the record of a choice that is not in use.
@@ -324,7 +340,15 @@ class ASelectPreTrainedModel(PreTrainedModel):
             else:
                 noised = self.add_noise(latents, timestep, draw)
             tokens.append(self.read_tokens(noised, timesteps, block, feature))
-        return torch.stack(tokens).mean(0) if num_draws > 1 else tokens[0]
+        mean = torch.stack(tokens).mean(0) if num_draws > 1 else tokens[0]
+        return zero_channels(mean, self._zeroed_channels(block, feature))
+
+    def _zeroed_channels(self, block: int, feature: str) -> Sequence[int]:
+        """Return the channels that are set to zero at a tap: at the configuration's own alone."""
+        channels = self.config.zeroed_channels
+        if (block, feature) != (self.config.block_index(), self.config.feature) or not isinstance(channels, list):
+            return ()
+        return channels
 
     def _resolved_timestep(self) -> int:
         timestep = self.config.timestep

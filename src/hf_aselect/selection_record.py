@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class TimestepSelection:
         seed: Seed of the sampled or generated pictures, of the bootstrap and, for "hfr" and "signal_hfr", of the
             noise; the other criteria read features with the model's own noise.
         warnings: What speaks against trusting the choice, and what to do about it.
+        massive_channels: Channels of the chosen tap that dwarf all others in every token, and were set to zero; None
+            where they were not looked for.
         table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
     """
 
@@ -60,6 +62,7 @@ class TimestepSelection:
     seconds: float
     seed: int
     warnings: list[str]
+    massive_channels: list[int] | None = None
     table: list[dict[str, Any]] | None = None
 
     def is_of(self, config: ASelectConfig) -> bool:
@@ -77,11 +80,12 @@ class TimestepSelection:
         Raises:
             ValueError: If a field is missing or unknown.
         """
-        fields = set(cls.__dataclass_fields__)
-        if record.keys() != fields:
+        known = cls.__dataclass_fields__
+        missing = {name for name, field in known.items() if field.default is MISSING} - record.keys()
+        if missing or record.keys() - known.keys():
             raise ValueError(
-                f"Not a record of a selection: missing {sorted(fields - record.keys())}, "
-                f"unknown {sorted(record.keys() - fields)}."
+                f"Not a record of a selection: missing {sorted(missing)}, "
+                f"unknown {sorted(record.keys() - known.keys())}."
             )
         return cls(**record)
 

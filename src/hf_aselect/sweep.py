@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers.utils import logging as host_logging
 
 from .calibration import CalibrationPictures
-from .configuration_aselect import ASelectConfig
+from .configuration_aselect import MASSIVE_FEATURES, ASelectConfig
 from .consensus import ConsensusSums, Key, unexplained
 from .criteria import Consensus, Criterion, Probe
+from .massive_channels import massive_channels, outlier_share, zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .timestep_curve import TimestepCurve, bootstrap
 
@@ -25,6 +26,8 @@ NUM_GROUPS = 16
 MAX_KEPT_BYTES = 2**25
 # Scale and weight of a consensus' reference features come from the first so many pictures.
 NUM_CALIBRATION = 32
+# Massive channels are the same in every picture, so a few pictures show them.
+NUM_FOR_CHANNELS = 8
 AUTO_FEATURES = ("hidden", "query", "key", "value")
 
 Tap = tuple[int, str]
@@ -75,6 +78,8 @@ class Sweep:
         self.pooled: dict[int, list[tuple[list[int], list[Tensor]]]] = {}  # of the probe only: indices, (B, D) a tap
         self.consensus = ConsensusSums(NUM_GROUPS) if isinstance(criterion, Consensus) else None
         self.references = _reference_taps(model.config) if self.consensus else []
+        self.channels = _given_channels(model.config, taps)  # set to zero, by tap
+        self.searched: set[Tap] = set()
         # Of consensus and probe, which are not sums of what was measured: by timestep and number of pictures.
         self.fitted: dict[tuple[int, int], Tensor] = {}
         self.groups: set[int] = set()
@@ -118,6 +123,7 @@ class Sweep:
         quiet = {"disable": True} if self.rank else {}
         with host_logging.tqdm(desc="Choosing the timestep", unit="pass", leave=False, **quiet) as bar:
             self.bar = bar
+            self._find_channels(pictures, wanted)
             if self.consensus:
                 done = min(NUM_CALIBRATION, goal)
                 self._calibrate(self.consensus, pictures, done, wanted)
@@ -136,6 +142,34 @@ class Sweep:
                     continue
                 sure = self.curve().confidence >= confidence
                 return "confidence" if sure else "max_images" if self.num_images == max_images else "all pictures"
+
+    def found_channels(self, tap: Tap) -> bool:
+        """Return whether massive channels were looked for at a tap, rather than given or left alone."""
+        return tap in self.searched
+
+    def _find_channels(self, pictures: CalibrationPictures, timesteps: list[int]) -> None:
+        """Find the massive channels of the taps that are asked for them, on the first pictures.
+
+        Every process reads them all, so that all find the same.
+        """
+        taps = [tap for tap in self.taps if self.channels[tap] is None]
+        self.searched = set(taps)
+        if not taps:
+            return
+        shares: dict[Tap, dict[int, list[Tensor]]] = {tap: {} for tap in taps}
+        count = 0
+        for indices, load in pictures.batches(0, NUM_FOR_CHANNELS, self.batch_size, 0, 1):
+            latents = self._encode(indices, load)
+            count += len(indices)
+            for chosen, tokens in self._tokens(latents, indices, timesteps, taps):
+                for tap in taps:
+                    shares[tap].setdefault(chosen, []).append(outlier_share(tokens[tap]))
+        for tap, by_timestep in shares.items():
+            if by_timestep:
+                found = massive_channels([torch.stack(parts).mean(0) for parts in by_timestep.values()])
+                self.channels[tap] = _gather(found)[0]
+        draws = self.criterion.num_draws or self.model.config.num_noise_draws
+        self.num_forwards += self.world * count * len(timesteps) * draws
 
     def _unread_neighbours(self, read: list[int]) -> list[int]:
         """Return the neighbours in the grid of the best timestep that were not read yet."""
@@ -249,6 +283,7 @@ class Sweep:
                 for batch, steps in zip(noised.split(self.batch_size), where.split(self.batch_size), strict=True)
             ]
             read = {tap: torch.cat([part[tap] for part in parts]) for tap in taps}
+            read = {tap: zero_channels(tokens, self.channels.get(tap) or ()) for tap, tokens in read.items()}
             for number, timestep in enumerate(chosen):
                 here = slice(number * num_draws * size, (number + 1) * num_draws * size)
                 yield timestep, {tap: tokens[here].unflatten(0, (num_draws, size)) for tap, tokens in read.items()}
@@ -337,6 +372,17 @@ class Sweep:
             why = "the model's features are NaN, infinite or all zero"
             why += ", or one picture is too few" if self.num_images < 2 else ""
             raise ValueError(f"{error}: {why}. Check its weights and the pictures.") from error
+
+
+def _given_channels(config: ASelectConfig, taps: list[Tap]) -> dict[Tap, list[int] | None]:
+    """Return the channels to set to zero by tap; None where they have to be found."""
+    channels, given = config.zeroed_channels, dict[Tap, list[int] | None]()
+    for tap in taps:
+        if isinstance(channels, list):
+            given[tap] = channels if tap == (config.block_index(), config.feature) else []
+        else:
+            given[tap] = None if channels == "auto" or tap[1] in MASSIVE_FEATURES else []
+    return given
 
 
 def _reference_taps(config: ASelectConfig) -> list[Tap]:

@@ -48,7 +48,11 @@ def select_timestep(
     d is their distance in log-SNR: a step of DDPM's default grid counts half, and on a much coarser grid each score
     counts alone. The curve is smooth on that scale and a score from few pictures is not, so this steadies the choice.
 
-    Nothing in the model changes; set `model.config.timestep` to the result to use it.
+    Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
+    others in every token are found on the first pictures and set to zero before anything is scored.
+
+    Nothing in the model changes; set `model.config.timestep` to the result to use it, and `config.zeroed_channels` to
+    its `massive_channels`, if it has any.
 
     Args:
         model: Model with the tap (`config.block`, `config.feature`) to choose a timestep for.
@@ -133,6 +137,7 @@ def select_timestep(
         seconds=round(time.monotonic() - started, 3),
         seed=seed,
         warnings=search.warnings() + curve.warnings(confidence, _remedies(search, max_images)),
+        massive_channels=search.channels[taps[best_tap]] if search.found_channels(taps[best_tap]) else None,
         table=[
             {"block": at, "feature": name, "scores": scores.tolist(), "smoothed": smoothed.tolist()}
             for (at, name), scores, smoothed in zip(taps, curve.scores, curve.smoothed, strict=True)

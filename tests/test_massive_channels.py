@@ -1,0 +1,174 @@
+import pytest
+import torch
+from conftest import HEAD
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, TimestepSelection, select_timestep
+from hf_aselect.massive_channels import massive_channels, outlier_share, zero_channels
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def tokens(width=64):
+    return torch.randn(4, 16, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_channel_that_is_large_in_every_token_is_massive():
+    values = tokens()
+    values[..., 7] = 50
+    values[..., 9] *= 3  # large, and no outlier
+    assert massive_channels([outlier_share(values)]) == [7]
+
+
+def test_a_token_that_is_large_in_every_channel_has_no_massive_channel():
+    values = tokens()
+    values[0, 0] *= 1000
+    assert massive_channels([outlier_share(values)]) == []
+
+
+def test_a_channel_that_is_large_in_a_few_tokens_is_not_massive():
+    values = tokens()
+    values[:, :4, 7] = 500
+    assert float(outlier_share(values)[7]) == 0.25
+    assert massive_channels([outlier_share(values)]) == []
+
+
+def test_normal_values_have_none_at_any_scale():
+    for scale in (1e-3, 1.0, 1e3):
+        assert massive_channels([outlier_share(scale * torch.randn(100, 4096, generator=GENERATOR))]) == []
+
+
+def test_a_channel_must_be_massive_at_half_of_the_timesteps():
+    large, plain = tokens(), tokens()
+    large[..., 7] = 500
+    shares = [outlier_share(large), outlier_share(plain)]
+    assert massive_channels(shares) == [7]
+    assert massive_channels([*shares, outlier_share(plain)]) == []
+
+
+def test_zeroing_leaves_the_given_tokens_alone():
+    values = tokens()
+    zeroed = zero_channels(values, [3, 5])
+    assert not zeroed[..., [3, 5]].any() and values[..., 3].all()
+    kept = [channel for channel in range(64) if channel not in (3, 5)]
+    assert torch.equal(zeroed[..., kept], values[..., kept])
+    assert zero_channels(values, []) is values
+
+
+@pytest.fixture
+def dominated(pixel_folder, tmp_path):
+    """A DiT whose block 1 adds a constant of 1000 to channel 3, as large transformers do."""
+    model = DiTModel.from_pretrained(pixel_folder, timestep=5)
+    with torch.no_grad():
+        feed_forward = model.denoiser.transformer.transformer_blocks[0].ff.net[2]
+        nn.init.zeros_(feed_forward.weight[3])
+        feed_forward.bias[3] = 1e4
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder, pixels, **fields):
+    fields = {"timestep": "auto", "block": 1, "feature": "hidden", **fields}
+    return DiTModel.from_pretrained(folder, calibration_images=pixels, **fields)
+
+
+def test_massive_channels_are_found_with_the_timestep_recorded_and_zeroed(dominated, pixels, tmp_path):
+    model = load(dominated, pixels)
+    assert model.config.selection["massive_channels"] == model.config.zeroed_channels == [3]
+    found = model(pixels).last_hidden_state
+    raw = model.read_tokens(
+        model.add_noise(model.encode(pixels), model.config.timestep), torch.full((7,), 0), 1, "hidden"
+    )
+    assert not found[..., 3].any() and raw[..., 3].abs().min() > 30 * raw.abs().median()
+    # Another tap has channels of its own.
+    assert model.extract_features(pixels, feature="query")[..., 3].any()
+    model.save_pretrained(tmp_path / "saved")
+    again = DiTModel.from_pretrained(tmp_path / "saved")
+    assert again.config.zeroed_channels == [3]
+    assert torch.equal(again(pixels).last_hidden_state, found)
+
+
+def test_another_tap_forgets_the_channels_of_the_one_before(dominated, pixels, tmp_path):
+    load(dominated, pixels).save_pretrained(tmp_path / "saved")
+    moved = DiTModel.from_pretrained(tmp_path / "saved", feature="query")
+    assert moved.config.selection is None and moved.config.zeroed_channels is None
+    anew = DiTModel.from_pretrained(tmp_path / "saved", timestep="auto", feature="query", calibration_images=pixels)
+    assert anew.config.zeroed_channels is None and anew.config.selection["massive_channels"] is None
+
+
+@pytest.mark.parametrize("feature", ["query", "key", "value"])
+def test_nothing_is_zeroed_where_queries_keys_and_values_are_read(dominated, pixels, feature):
+    model = load(dominated, pixels, feature=feature)
+    assert model.config.zeroed_channels is None
+    assert model.config.selection["massive_channels"] is None
+
+
+def test_it_can_be_asked_for_anywhere_and_turned_off(dominated, pixels):
+    assert load(dominated, pixels, feature="key", zeroed_channels="auto").config.zeroed_channels == []
+    off = load(dominated, pixels, zeroed_channels=[])
+    assert off.config.zeroed_channels == [] and off.config.selection["massive_channels"] is None
+    assert off(pixels).last_hidden_state[..., 3].any()
+
+
+def test_given_channels_are_zeroed_at_a_fixed_timestep_and_in_a_selection(pixel_folder, pixels):
+    model = DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels=[0, 2])
+    assert not model(pixels).last_hidden_state[..., [0, 2]].any()
+    other = DiTModel.from_pretrained(pixel_folder, timestep=5)
+    scores = [select_timestep(each, pixels, timesteps=[5, 500], criterion="hfr").scores for each in (model, other)]
+    assert scores[0] != scores[1]
+
+
+def test_the_criterion_sees_what_is_used(dominated, pixels):
+    """A constant of 1000 has no high frequency: it would drown all that the ratio asks for."""
+    model = load(dominated, pixels)
+    zeroed = select_timestep(model, pixels, criterion="hfr", timesteps=[5, 500])
+    model.config.zeroed_channels = []
+    drowned = select_timestep(model, pixels, criterion="hfr", timesteps=[5, 500])
+    assert min(zeroed.scores) > 100 * max(drowned.scores)
+
+
+def test_the_passes_that_find_channels_are_counted(dominated, pixels):
+    model = DiTModel.from_pretrained(dominated, timestep=5, block=1, feature="hidden")
+    with_search = select_timestep(model, pixels, criterion="hfr", timesteps=[5, 500])
+    model.config.zeroed_channels = [3]
+    without = select_timestep(model, pixels, criterion="hfr", timesteps=[5, 500])
+    assert with_search.num_forwards == without.num_forwards + 7 * 2
+    assert with_search.scores == without.scores
+
+
+def test_each_tap_of_a_comparison_has_channels_of_its_own(dominated, pixels):
+    model = DiTModel.from_pretrained(dominated, timestep=5)
+    record = select_timestep(
+        model,
+        pixels,
+        criterion="probe",
+        labels=[0, 1, 0, 1, 0, 1, 0],
+        block=[0, 1],
+        feature=["hidden", "query"],
+        timesteps=[5, 500],
+    )
+    assert record.massive_channels == ([3] if record.feature == "hidden" else None)
+
+
+def test_a_record_from_before_is_read(dominated, pixels):
+    record = load(dominated, pixels).config.selection
+    record.pop("massive_channels")
+    assert TimestepSelection.from_dict(record).massive_channels is None
+
+
+def test_bad_channels_are_refused(pixel_folder):
+    for channels in ([16], [-1], "all"):
+        with pytest.raises(StrictDataclassError, match=r"`zeroed_channels` must be 'auto' or integers in \[0, 16\)"):
+            DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels=channels)
+    with pytest.raises(ValueError, match=r"are found with the timestep, which is fixed at 5. Pass `timestep='auto'`"):
+        DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels="auto")
+
+
+def test_a_classifier_takes_what_was_found(dominated, pixels):
+    model = DiTForImageClassification.from_pretrained(
+        dominated, timestep="auto", block=1, feature="hidden", calibration_images=pixels, num_labels=2, **HEAD
+    )
+    assert model.config.zeroed_channels == [3]
+    assert ASelectConfig(**model.config.to_dict()).zeroed_channels == [3]
+    assert bool(model(pixels).logits.isfinite().all())
