@@ -383,3 +383,12 @@ def test_sd3_does_without_t5_as_diffusers_does(tmp_path):
     close(absent.denoiser.prompt_embeds, expected)
     assert torch.equal(absent.denoiser.prompt_embeds, dropped.denoiser.prompt_embeds)
     assert not torch.equal(whole.denoiser.prompt_embeds, dropped.denoiser.prompt_embeds)
+
+
+def test_a_configuration_is_built_as_it_says():
+    """diffusers' own configuration lists what was left at its default, and would take the default again."""
+    config = dict(flux_transformer().config)
+    config |= {"_use_default_values": ["num_single_layers"], "num_single_layers": 1}
+    shapes = {"prompt_embeds": [1, 2, WIDTH], "pooled_prompt_embeds": [1, 8]}
+    config = ASelectConfig(transformer={**config, "_class_name": "FluxTransformer2DModel"}, prompt_shapes=shapes)
+    assert len(build_denoiser(config).blocks) == config.num_hidden_layers == 3

@@ -30,6 +30,11 @@ def step(name, call):
 def described(model):
     return [type(model).__name__, model.config.transformer["_class_name"], str(model.dtype)]
 
+def origin(source):
+    model = DiTModel.from_pretrained(source, timestep=5)
+    model.save_pretrained(sys.argv[1] + "/saved")
+    return DiTModel.from_pretrained(sys.argv[1] + "/saved").config.base_model
+
 step("pipeline", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5)))
 step("again", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5)))
 step("text", lambda: described(DiTForImageClassification.from_pretrained("us/pixart", timestep=5, num_labels=2)))
@@ -38,6 +43,8 @@ step("bare", lambda: described(DiTModel.from_pretrained("us/bare", timestep=5)))
 step("subfolder", lambda: described(DiTModel.from_pretrained("us/many", subfolder="one/dit", timestep=5)))
 step("ours", lambda: described(DiTModel.from_pretrained("us/ours")))
 step("convert", lambda: str(convert_diffusers("us/dit", sys.argv[1] + "/converted").output.name))
+step("origin", lambda: origin("us/dit"))
+step("origin of a folder", lambda: origin(sys.argv[1] + "/converted"))
 step("gated", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5)))
 step("wrong token", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5, token="hf_wrong")))
 step("right token", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5, token="hf_right")))
@@ -145,6 +152,10 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
 )
 def test_a_refusal_says_what_to_do(outcome, name, message):
     assert outcome[0][name].startswith(message)
+
+
+def test_where_weights_come_from_is_kept(outcome):
+    assert outcome[0]["origin"] == outcome[0]["origin of a folder"] == "us/dit"
 
 
 def test_no_token_is_printed(outcome):

@@ -1,15 +1,21 @@
 """The cards of what the project publishes: their figures are those of the files beside them."""
 
+import importlib
 import inspect
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from pipelines import dit, flux_dev, lumina2, pixart_sigma, sana, sd3, sit
 
-from hf_aselect import select_timestep
+from hf_aselect import DiTForImageClassification, select_timestep
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "model_cards" / "selection-benchmark"
@@ -61,3 +67,93 @@ def test_each_pair_is_drawn():
     results = sorted(path.stem for path in BENCHMARK.glob("*.json"))
     assert len(results) >= 6
     assert sorted(path.stem for path in BENCHMARK.glob("*.png")) == results
+
+
+# The cards of the sources that people have.
+
+SOURCES = {
+    # card: what its code names, and a tiny pipeline in its place
+    "dit": ("facebook/DiT-XL-2-256", dit),
+    "sit": ("path/to/sit-in-dit-layout", sit),
+    # The paper's block is there.
+    "stable-diffusion-3": ("stabilityai/stable-diffusion-3-medium-diffusers", partial(sd3, num_layers=11)),
+    "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", pixart_sigma),
+    "flux-1": ("black-forest-labs/FLUX.1-dev", flux_dev),
+    "sana": ("Efficient-Large-Model/Sana_1600M_512px_diffusers", sana),
+    "lumina-image-2": ("Alpha-VLLM/Lumina-Image-2.0", lumina2),
+}
+
+
+def card(name):
+    return (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_code_of_a_sources_card_runs(name, tmp_path, pictures):
+    source, build = SOURCES[name]
+    build().save_pretrained(tmp_path / "source")
+    (code,) = re.findall(r"```python\n(.*?)```", card(name), re.DOTALL)
+    assert source in code
+    # The stand-in is smaller than the source, and so are its pictures.
+    code = code.replace(source, str(tmp_path / "source")).replace("image_size=512", "image_size=64")
+    scope = {"pictures": pictures}
+    exec(compile(code, name, "exec"), scope)
+    model = scope["model"]
+    assert isinstance(model, DiTForImageClassification)
+    assert model.config.num_labels == 200
+    assert isinstance(model.config.timestep, int)
+    height, width = model.config.image_height_width
+    assert model(torch.zeros(1, 3, height, width)).logits.shape == (1, 200)
+
+
+def test_the_papers_set_up_is_what_the_card_says(tmp_path, pictures):
+    source, build = SOURCES["stable-diffusion-3"]
+    build().save_pretrained(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", card("stable-diffusion-3"), re.DOTALL)[0]
+    scope = {}
+    exec(code.replace(source, str(tmp_path)).replace("image_size=512", "image_size=64"), scope)
+    model = scope["model"]
+    assert (model.config.block, model.config.feature, model.config.timestep) == (9, "query", 141)
+    assert model.noise_schedule.timestep_of_paper(50) == 141
+    assert model.config.head == "attention"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_sources_card_says_its_licence_and_what_to_expect(name):
+    text = card(name)
+    assert re.match(r"---\n(.*\n)*license: ", text)
+    for heading in (
+        "**Licence.**",
+        "## Use" if name != "stable-diffusion-3" else "## The paper's",
+        "## Memory and time",
+    ):
+        assert heading in text
+
+
+def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
+    cards = ROOT / "model_cards"
+    for name in SOURCES:
+        (tmp_path / name).mkdir()
+        # The figures are put in anew, whatever stands there.
+        text = re.sub(r"(<!-- reading_cost: .*? -->\n).*?(<!-- end -->)", r"\1stale\n\2", card(name), flags=re.DOTALL)
+        (tmp_path / name / "README.md").write_text(text, encoding="utf-8")
+    script = ROOT / "examples" / "benchmarks" / "reading_cost.py"
+    figures = cards / "reading_cost.json"
+    command = [sys.executable, str(script), "--output", str(figures), "--cards", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    for name in SOURCES:
+        assert (tmp_path / name / "README.md").read_text(encoding="utf-8") == card(name), name
+
+
+def test_the_parameters_in_the_figures_are_those_of_diffusers_classes():
+    sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+    try:
+        reading_cost = importlib.import_module("reading_cost")
+    finally:
+        sys.path.pop(0)
+    figures = json.loads((ROOT / "model_cards" / "reading_cost.json").read_text(encoding="utf-8"))
+    assert set(reading_cost.SOURCES) == set(figures) - {"machine"}
+    for name in reading_cost.SOURCES:
+        found = sum(parameter.numel() for parameter in reading_cost.whole_transformer(name).parameters())
+        assert figures[name]["parameters"] == found, name
+        assert figures[name]["parameters_read"] < found

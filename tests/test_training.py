@@ -4,6 +4,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_aselect import ASelectCallback, DiTForImageClassification
 from hf_aselect.metrics import compute_accuracy
+from hf_aselect.training import write_model_card
 
 
 @pytest.fixture
@@ -96,3 +97,26 @@ def test_the_card_tells_of_the_weights_that_are_loaded_at_the_end(trainer, tmp_p
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.eval_results[0].metric_value == 0.5
     assert "| steps | 1 |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"base_model": "facebook/DiT-XL-2-256"}, "license: cc-by-nc-4.0"),
+        ({"timestep_embedding": "original"}, "license: cc-by-nc-4.0"),
+        ({"base_model": "stabilityai/stable-diffusion-3.5-large"}, "license_name: stabilityai-ai-community"),
+        ({"base_model": "black-forest-labs/FLUX.1-dev"}, "license_name: flux-1-dev-non-commercial-license"),
+    ],
+)
+def test_the_card_says_the_licence_of_what_the_model_is_made_from(classifier, tmp_path, fields, expected):
+    for name, value in fields.items():
+        setattr(classifier.config, name, value)
+    write_model_card(classifier, tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert expected in text.split("---")[1]
+    if "base_model" in fields:
+        assert f"base_model: {fields['base_model']}" in text
+        assert "licence of its weights, and so of these" in text
+    # What the user says comes first.
+    write_model_card(classifier, tmp_path, license="mit")
+    assert "license: mit" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -119,8 +119,9 @@ class ASelectConfig(PreTrainedConfig):
         image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
             down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
             and Sana make their position table anew, scaled to it as diffusers does; Stable Diffusion 3 cuts the middle
-            out of its table, which ends at 96 (3.5-medium: 384) tokens a side; FLUX and Lumina have rotary positions.
+            out of its table, which ends at 192 tokens a side (3.5-medium: 384); FLUX and Lumina have rotary positions.
         selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
+        base_model: Id on the Hub of what the weights were made from: their licence holds for this model, too.
         initializer_range: Standard deviation of newly initialised weights; the attention head has Xavier's instead.
 
     Raises:
@@ -151,6 +152,7 @@ class ASelectConfig(PreTrainedConfig):
     head_mlp_ratio: int = 4
     image_size: int | list[int] | None = None
     selection: dict[str, Any] | None = None
+    base_model: str | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature

@@ -203,7 +203,8 @@ def convert_diffusers(
     folder = find_diffusers(source, options)
     if folder is None:
         raise ValueError(f"{str(source)!r} is no diffusers checkpoint: one of ours needs no conversion.")
-    fields.setdefault("name_or_path", str(source))
+    if not Path(source).exists():
+        fields.setdefault("base_model", str(source))
     config, weights = load_diffusers(
         folder,
         variant=variant,

@@ -103,6 +103,8 @@ def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffuser
     # diffusers takes seconds to import, and what only reads configurations or heads does not need it.
     import diffusers
 
+    # diffusers would take its own defaults for what this lists, whatever the configuration says.
+    config = {name: value for name, value in config.items() if name != "_use_default_values"}
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 

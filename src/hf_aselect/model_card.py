@@ -7,6 +7,16 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+# Of what people have, by the beginning of its id: licence and, where the Hub has no identifier for it, its name. It
+# holds for what is made from the weights, too.
+LICENSES = {
+    "facebook/DiT-XL-2-": ("cc-by-nc-4.0", None),
+    "stabilityai/stable-diffusion-3": ("other", "stabilityai-ai-community"),
+    "PixArt-alpha/": ("openrail++", None),
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None),
+    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license"),
+    "Efficient-Large-Model/Sana": ("other", "nscl-v2-custom"),
+}
 TAGS = ("hf_aselect", "a-select", "diffusion-transformer")
 
 
@@ -29,7 +39,8 @@ class CardFacts:
         baselines: Accuracies of what it is compared with, by name, in [0, 1].
         dataset: Dataset that it was trained and evaluated on.
         base_model: Model that it was made from, as an id of the Hub.
-        license: Identifier of its licence.
+        license: Identifier of its licence; by default that of `base_model`, where it is known.
+        license_name: Its name, where the Hub has no identifier for it ("other").
         training: Facts of the training, by name.
         command: Command that gives the figures again.
         limits: What it is not for.
@@ -50,9 +61,18 @@ class CardFacts:
     dataset: str | None = None
     base_model: str | None = None
     license: str | None = None
+    license_name: str | None = None
     training: Mapping[str, object] | None = None
     command: str | None = None
     limits: str | None = None
+
+
+def license_of(base_model: str) -> tuple[str | None, str | None]:
+    """Return the licence of a published model and, where that is "other", its name; None where it is not known."""
+    for beginning, license_and_name in LICENSES.items():
+        if base_model.startswith(beginning):
+            return license_and_name
+    return None, None
 
 
 def render_card(facts: CardFacts) -> str:
@@ -79,7 +99,14 @@ def write_card(facts: CardFacts, folder: str | os.PathLike[str]) -> None:
     os.replace(temporary, path)
 
 
+def _license(facts: CardFacts) -> tuple[str | None, str | None]:
+    if facts.license is not None or facts.base_model is None:
+        return facts.license, facts.license_name
+    return license_of(facts.base_model)
+
+
 def _metadata(facts: CardFacts) -> ModelCardData:
+    identifier, name = _license(facts)
     results = None
     if facts.accuracy is not None and facts.dataset is not None:
         results = [
@@ -95,7 +122,8 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=list(TAGS),
-        license=facts.license,
+        license=identifier,
+        license_name=name,
         base_model=facts.base_model,
         datasets=[facts.dataset] if facts.dataset else None,
         metrics=["accuracy"] if results else None,
@@ -134,7 +162,13 @@ def _results_section(facts: CardFacts) -> str:
 
 
 def _training_section(facts: CardFacts) -> str:
-    rows = {"dataset": facts.dataset, "base model": facts.base_model, **(facts.training or {})}
+    identifier, name = _license(facts)
+    rows = {
+        "dataset": facts.dataset,
+        "base model": facts.base_model,
+        "licence of its weights, and so of these": name or identifier if facts.base_model else None,
+        **(facts.training or {}),
+    }
     if all(value is None for value in rows.values()):
         return ""
     return "## Training\n\n" + _table(("what", "value"), rows)

@@ -397,6 +397,8 @@ def _take_diffusers(
     own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
     fields.setdefault("name_or_path", str(source))
+    if not os.path.exists(source):  # an id on the Hub; the path of a machine is nobody's business
+        fields.setdefault("base_model", str(source))
     kwargs["config"], weights = load_diffusers(
         folder,
         variant=options["variant"],

@@ -20,8 +20,8 @@ class ASelectCallback(TrainerCallback):
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
-        base_model: Where the DiT comes from, for the card; left out of it if None.
-        license: Licence of the trained model, for the card; left out of it if None.
+        base_model: Where the DiT comes from, for the card. Default: the id on the Hub that it was loaded from, if any.
+        license: Licence of the trained model, for the card. Default: that of the weights, where it is known.
     """
 
     def __init__(self, dataset: str | None = None, base_model: str | None = None, license: str | None = None) -> None:
@@ -91,6 +91,9 @@ def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[st
         "timestep": None if config.timestep == "auto" else config.timestep,
         "block": config.block_index(),
         "feature": config.feature,
+        "base_model": config.base_model,
+        # By definition: that embedding is of no others' weights.
+        "license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else None,
     }
     record = TimestepSelection.from_dict(config.selection) if config.selection else None
     # After a timestep set by hand the record tells of another one.
@@ -104,4 +107,5 @@ def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[st
             "confidence": record.confidence,
             "figure": CURVE,
         }
-    write_card(CardFacts(**{**known, **facts}), folder)
+    given = {name: value for name, value in facts.items() if value is not None}
+    write_card(CardFacts(**{**known, **given}), folder)
