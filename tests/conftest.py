@@ -44,14 +44,14 @@ def no_deprecations():
     assert not handler.lines
 
 
-def build_transformer(num_channels=3):
+def build_transformer(num_channels=3, num_layers=NUM_BLOCKS):
     """A DiT of 3 blocks, 16 wide, 8 × 8 latents, every weight of which matters."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=num_channels,
-        num_layers=NUM_BLOCKS,
+        num_layers=num_layers,
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=NUM_CLASSES,

@@ -9,7 +9,7 @@ from hf_aselect import ASelectConfig
 from hf_aselect.configuration_aselect import DIT_XL_2
 
 PACKAGE = Path(hf_aselect.__file__).parent
-FIELDS = [name for name in ASelectConfig.__annotations__ if name != "model_type"]
+FIELDS = [name for name in ASelectConfig.__annotations__ if name != "model_type" and not name.startswith("_")]
 
 
 def test_the_default_tap_is_the_authors_place():

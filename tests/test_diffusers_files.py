@@ -17,7 +17,7 @@ from hf_aselect.diffusers_files import needed_files, read_json
 STEPS = """
 import json, os, sys
 import torch
-from huggingface_hub import constants
+from transformers import AutoBackbone
 from hf_aselect import DiTForImageClassification, DiTModel, convert_diffusers
 
 def step(name, call):
@@ -45,6 +45,7 @@ step("ours", lambda: described(DiTModel.from_pretrained("us/ours")))
 step("convert", lambda: str(convert_diffusers("us/dit", sys.argv[1] + "/converted").output.name))
 step("origin", lambda: origin("us/dit"))
 step("origin of a folder", lambda: origin(sys.argv[1] + "/converted"))
+step("backbone", lambda: described(AutoBackbone.from_pretrained("us/ours", out_indices=[1, 2])))
 step("gated", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5)))
 step("wrong token", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5, token="hf_wrong")))
 step("right token", lambda: described(DiTModel.from_pretrained("us/gated", timestep=5, token="hf_right")))
@@ -152,6 +153,10 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
 )
 def test_a_refusal_says_what_to_do(outcome, name, message):
     assert outcome[0][name].startswith(message)
+
+
+def test_auto_backbone_loads_a_repository(outcome):
+    assert outcome[0]["backbone"] == ["DiTBackbone", "DiTTransformer2DModel", "torch.float32"]
 
 
 def test_where_weights_come_from_is_kept(outcome):

@@ -21,6 +21,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 LEVELS = {
     "consensus": 0,
+    "decoders": 0,
     "denoiser": 0,
     "diffusers_files": 0,
     "empty_prompt": 0,
@@ -51,6 +52,7 @@ LEVELS = {
     "sweep": 4,
     "timestep_selection": 5,
     "modeling_aselect": 6,
+    "modeling_segmentation": 7,
     "training": 7,
     "demo": 8,
     "__init__": 9,
@@ -58,7 +60,7 @@ LEVELS = {
 }
 
 # Saving a model with its code copies these two and all that they import to the Hub.
-HUB_ROOTS = ("modeling_aselect", "image_processing_aselect")
+HUB_ROOTS = ("modeling_aselect", "modeling_segmentation", "image_processing_aselect")
 # What a user of such a checkpoint has installed, beside the standard library.
 HUB_LIBRARIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 

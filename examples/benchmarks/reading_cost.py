@@ -222,8 +222,8 @@ def fill_cards(results: dict[str, dict[str, float]], folder: Path) -> None:
     marks = re.compile(r"(<!-- reading_cost: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
     note = (
         "\n\nRandom weights in bfloat16, the VAE encoder in float32, one picture at a time on two CPU cores, the\n"
-        "median of three runs (`examples/benchmarks/reading_cost.py`). What comes after the tap is never run; here it\n"
-        "was not built either, while `from_pretrained` maps the whole checkpoint into memory, and reads as it runs.\n"
+        "median of three runs (`examples/benchmarks/reading_cost.py`). What comes after the tap is never run; here\n"
+        "it was not built either, while `from_pretrained` maps the whole checkpoint and reads it as it runs.\n"
     )
     for path in sorted(folder.glob("*/README.md")):
         text = path.read_text(encoding="utf-8")

@@ -2,12 +2,20 @@
 
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 
 from .configuration_aselect import ASelectConfig
 from .convert_diffusers import convert_diffusers
 from .image_processing_aselect import ASelectImageProcessor
 from .modeling_aselect import DiTForImageClassification, DiTModel
+from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
 from .noise_schedule import NoiseSchedule
 from .selection_record import TimestepSelection
 from .timestep_selection import select_timestep
@@ -20,8 +28,11 @@ __all__ = [
     "ASelectConfig",
     "ASelectImageProcessor",
     "Accuracy",
+    "DiTBackbone",
     "DiTForImageClassification",
+    "DiTForSemanticSegmentation",
     "DiTModel",
+    "MeanIoU",
     "NoiseSchedule",
     "TimestepSelection",
     "convert_diffusers",
@@ -31,13 +42,15 @@ __all__ = [
 AutoConfig.register(ASelectConfig.model_type, ASelectConfig)
 AutoModel.register(ASelectConfig, DiTModel)
 AutoModelForImageClassification.register(ASelectConfig, DiTForImageClassification)
+AutoModelForSemanticSegmentation.register(ASelectConfig, DiTForSemanticSegmentation)
+AutoBackbone.register(ASelectConfig, DiTBackbone)
 AutoImageProcessor.register(ASelectConfig, image_processor_classes={"pil": ASelectImageProcessor})
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute
     """Import the metrics on their first use: they need `evaluate`, which takes a second and which not all install."""
-    if name == "Accuracy":
-        from .metrics import Accuracy
+    if name in ("Accuracy", "MeanIoU"):
+        from .metrics import Accuracy, MeanIoU
 
-        return Accuracy
+        return Accuracy if name == "Accuracy" else MeanIoU
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 from .transformer_layout import TransformerLayout, layout_of
 
@@ -13,6 +14,8 @@ FEATURES: tuple[str, ...] = get_args(Feature)
 # Of the residual stream, where a few channels may dwarf all others.
 MASSIVE_FEATURES: tuple[str, ...] = ("hidden", "normed", "attention")
 NUM_TIMESTEPS = 1000
+# Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
+UPERNET_EIGHTHS = (1, 3, 5, 6)
 
 # diffusers' defaults of `DiTTransformer2DModel`, written out: they are DiT-XL/2's sizes.
 DIT_XL_2 = {
@@ -50,6 +53,7 @@ _WRITTEN_BY_TRANSFORMERS = {
     "num_labels",
     "output_attentions",
     "quantization_config",
+    "stage_names",
     "torch_dtype",
     "use_cache",
 }
@@ -78,7 +82,7 @@ def check_feature(feature: str) -> None:
 
 
 @strict
-class ASelectConfig(PreTrainedConfig):
+class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a diffusion transformer that is read at one timestep and one tap.
 
     Unknown keywords are refused, unlike in `PreTrainedConfig`. `hidden_size`, `num_hidden_layers`,
@@ -116,6 +120,17 @@ class ASelectConfig(PreTrainedConfig):
         head_num_layers: Transformer blocks of the attention head.
         head_num_attention_heads: Attention heads in each of them.
         head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
+        decoder: Segmentation decoder: "linear" (batch norm and a classifier of each token of `block`) or "upernet" (of
+            four blocks, `out_indices`).
+        decoder_hidden_size: Channels of UperNet.
+        auxiliary_hidden_size: Channels of its auxiliary head, which only training uses; 0 for none.
+        auxiliary_loss_weight: Weight of that head's loss.
+        semantic_loss_ignore_index: Value of mask pixels that have no class.
+        out_features: Stages that a backbone returns: "stem" is what the first block reads, "stage1" the first block.
+        out_indices: Or their indices, rising, negative from the end: 0 is the stem, 1 the first block. Default: the
+            last block, as the host's backbones; for "upernet" the blocks at 1, 3, 5 and 6 eighths of the depth.
+        reshape_hidden_states: Whether a backbone returns maps, (B, D, rows, columns); else tokens, (B, 1 + N, D),
+            behind their mean in the place of a class token, as the host's DPT wants them.
         image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
             down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
             and Sana make their position table anew, scaled to it as diffusers does; Stable Diffusion 3 cuts the middle
@@ -150,6 +165,14 @@ class ASelectConfig(PreTrainedConfig):
     head_num_layers: int = 2
     head_num_attention_heads: int = 8
     head_mlp_ratio: int = 4
+    decoder: str = "linear"
+    decoder_hidden_size: int = 512
+    auxiliary_hidden_size: int = 256
+    auxiliary_loss_weight: float = 0.4
+    semantic_loss_ignore_index: int = 255
+    reshape_hidden_states: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
     image_size: int | list[int] | None = None
     selection: dict[str, Any] | None = None
     base_model: str | None = None
@@ -157,7 +180,11 @@ class ASelectConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
         """Fill what is derived from the transformer and refuse unknown keywords."""
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
+        names, num_labels = self.id2label, kwargs.get("num_labels")
+        if names is not None and num_labels is not None and len(names) != num_labels:
+            raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
         layout = layout_of(self.transformer)
@@ -166,7 +193,38 @@ class ASelectConfig(PreTrainedConfig):
             self.block = 3 * layout.num_layers // 8
         if self.image_size is None:
             self.image_size = layout.sample_size * self.vae_scale_factor
+        # The host's names: what the first block reads, then each block.
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, layout.num_layers + 1))]
+        if out_features is None and out_indices is None:
+            out_indices = self._default_out_indices()
+        self._check_order(out_indices)
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
+
+    def _default_out_indices(self) -> list[int]:
+        """Return the stages that are read where none are named: the last, as the host's; or UperNet's four."""
+        depth = len(self.stage_names) - 1
+        return [1 + share * depth // 8 for share in UPERNET_EIGHTHS] if self.decoder == "upernet" else [depth]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values; stages by their indices alone, and where they are not the default."""
+        values: dict[str, Any] = super().to_dict()
+        values.pop("stage_names", None)
+        del values["out_features"]
+        if values["out_indices"] == self._default_out_indices():
+            del values["out_indices"]
+        return values
+
+    def _check_order(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
+        """Refuse stages that there are not, or that are out of order; the host takes the first wrong one for right."""
+        depth = len(self.stage_names)
+        if out_indices is None:
+            return
+        if not all(isinstance(index, int) and -depth <= index < depth for index in out_indices):
+            raise ValueError(f"`out_indices` must be integers in [{-depth}, {depth}), got {list(out_indices)}.")
+        positive = [index % depth for index in out_indices]
+        if positive != sorted(set(positive)):
+            raise ValueError(f"`out_indices` must rise, each block once, got {list(out_indices)}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401 - the host's signature
@@ -174,7 +232,11 @@ class ASelectConfig(PreTrainedConfig):
 
         The host sets `kwargs` on the finished configuration, past the checks; here they are checked like any value.
         """
-        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
+        num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
+        if num_labels is not None and names is not None and len(names) != num_labels and "id2label" not in kwargs:
+            # Another number of classes has other names.
+            config_dict = {name: value for name, value in config_dict.items() if name not in ("id2label", "label2id")}
         if kwargs.pop("return_unused_kwargs", False):
             return super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
         config, unused = super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
@@ -222,6 +284,11 @@ class ASelectConfig(PreTrainedConfig):
         return self.layout.patch_size * self.vae_scale_factor
 
     @property
+    def patch_size(self) -> int:
+        """The same by the name that the host's heads ask for, DPT's above all."""
+        return self.patch_pixels
+
+    @property
     def image_height_width(self) -> tuple[int, int]:
         """Height and width of a picture in pixels."""
         if isinstance(self.image_size, list):
@@ -250,6 +317,11 @@ class ASelectConfig(PreTrainedConfig):
     def validate_tap(self) -> None:
         """Refuse an unknown feature and a block that the transformer does not have."""
         self.check_tap(self.block_index(), self.feature)
+
+    def stage_taps(self) -> list[tuple[int, str]]:
+        """Return block and feature of the stages that a backbone returns; the stem is the hidden state of block -1."""
+        stages = [index % len(self.stage_names) for index in self.out_indices]
+        return [(stage - 1, self.feature if stage else "hidden") for stage in stages]
 
     def check_tap(self, block: int, feature: str) -> None:
         """Refuse a feature that there is not, or not at this block, counted from the first.
@@ -299,6 +371,20 @@ class ASelectConfig(PreTrainedConfig):
                 f"({self.head_num_attention_heads})."
             )
 
+    def validate_decoder(self) -> None:
+        """Refuse an unknown decoder, sizes out of range, and other than four blocks for UperNet."""
+        if self.decoder not in ("linear", "upernet"):
+            raise ValueError(f"`decoder` must be 'linear' or 'upernet', got {self.decoder!r}.")
+        if self.decoder_hidden_size < 1 or self.auxiliary_hidden_size < 0 or self.auxiliary_loss_weight < 0:
+            raise ValueError(
+                "`decoder_hidden_size` must be at least 1, `auxiliary_hidden_size` and `auxiliary_loss_weight` at "
+                f"least 0, got {self.decoder_hidden_size}, {self.auxiliary_hidden_size}, {self.auxiliary_loss_weight}."
+            )
+        if self.decoder == "upernet" and len(self.out_indices) != 4:
+            raise ValueError(f"`decoder='upernet'` reads four blocks; `out_indices` names {self.out_indices}.")
+        for block, feature in self.stage_taps():
+            self.check_tap(block, feature)
+
     def validate_noise(self) -> None:
         """Refuse fewer than one noise draw and a seed that a generator does not take."""
         if self.num_noise_draws < 1:
@@ -322,6 +408,13 @@ class ASelectConfig(PreTrainedConfig):
                     f"`image_size` must be at most {limit * self.patch_pixels} pixels a side, where the position "
                     f"table of this transformer ends, got {self.image_size}."
                 )
+
+
+# What a user may give: the fields, and the two that the host keeps under other names.
+OWN_FIELDS = {name for name in ASelectConfig.__annotations__ if not name.startswith("_")} | {
+    "out_features",
+    "out_indices",
+}
 
 
 def _check_vae(vae: dict[str, Any] | None) -> None:
@@ -351,7 +444,7 @@ def refuse_unknown_keywords(names: set[str]) -> None:
     """
     if not names:
         return
-    fields = sorted(set(ASelectConfig.__dataclass_fields__) | {"num_labels"})
+    fields = sorted(OWN_FIELDS | {"num_labels"})
     hints = []
     for name in sorted(names):
         near = difflib.get_close_matches(name, fields, n=1)

@@ -180,14 +180,14 @@ class Denoiser(nn.Module, ABC):
         Args:
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
             timesteps: Integer timesteps in [0, 1000), (B,).
-            taps: (block, feature) pairs.
+            taps: (block, feature) pairs; (-1, "hidden") is what the first block reads.
 
         Returns:
             Tokens of each tap, (B, N, D).
         """
         state = self.begin(noised_latents, timesteps, None)
         last = max(block for block, _ in taps)
-        tokens = {}
+        tokens = {(-1, "hidden"): self.tokens_of(state)} if (-1, "hidden") in taps else {}
         for index, block in enumerate(self.blocks[: last + 1]):
             asked = [feature for tapped, feature in taps if tapped == index]
             for feature in asked:

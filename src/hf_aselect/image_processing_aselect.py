@@ -1,4 +1,4 @@
-"""Pictures of any kind to `pixel_values` in [-1, 1]."""
+"""Pictures of any kind to `pixel_values` in [-1, 1], masks to `labels`, and logits back to masks."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
@@ -24,9 +25,11 @@ class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
 
     Args:
         num_channels: 3 for RGB, 1 for grey.
+        do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1.
     """
 
     num_channels: int | None
+    do_reduce_labels: bool | None
 
 
 class ASelectImageProcessor(PilBackend):
@@ -39,6 +42,8 @@ class ASelectImageProcessor(PilBackend):
         num_channels: 3 for RGB, 1 for grey.
         do_center_crop: Whether the middle of the picture is cut out in the shape of `size` before it is resized;
             otherwise the whole picture is squeezed into it.
+        do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1 (as in ADE20K): 0 becomes
+            255 and all else is reduced by 1.
     """
 
     valid_kwargs = ASelectImageProcessorKwargs
@@ -51,6 +56,7 @@ class ASelectImageProcessor(PilBackend):
     do_center_crop = True
     do_rescale = True
     do_normalize = True
+    do_reduce_labels = False
 
     @classmethod
     def from_model_config(cls, config: ASelectConfig) -> "ASelectImageProcessor":
@@ -58,6 +64,82 @@ class ASelectImageProcessor(PilBackend):
         height, width = config.image_height_width
         values: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
         return cls(**values)
+
+    def preprocess(
+        self,
+        images: Any,  # noqa: ANN401 - the host's signature
+        segmentation_maps: Any = None,  # noqa: ANN401 - pictures or arrays
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> BatchFeature:
+        """Return `pixel_values`, and `labels` where masks are given.
+
+        Args:
+            images: A picture or several: PIL of any mode, or arrays and tensors of values in [0, 255].
+            segmentation_maps: A mask for each picture, of its size: PIL of mode L, P (its indices), 1 or I, or
+                integers, (H, W). It is cropped and resized with its picture, to the nearest value.
+            kwargs: What else the processor takes, in place of its own settings.
+
+        Returns:
+            `pixel_values`, (C, H, W) each, and `labels`, (H, W) each, int64.
+
+        Raises:
+            ValueError: If a picture or mask is none, a mask is of another size than its picture, has colours, is empty
+                or holds negative values, or there are not as many masks as pictures.
+        """
+        features: BatchFeature = super().preprocess(images, segmentation_maps, **kwargs)
+        return features
+
+    def _preprocess_image_like_inputs(  # type: ignore[override]
+        self,
+        images: Any,  # noqa: ANN401 - the host's signature
+        segmentation_maps: Any = None,  # noqa: ANN401 - pictures or arrays
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> BatchFeature:
+        prepared = self._prepare_image_like_inputs(images, **kwargs)
+        if segmentation_maps is None:
+            return self._preprocess(prepared, **kwargs)
+        masks = [_mask_array(mask) for mask in _as_list(segmentation_maps)]
+        if len(masks) != len(prepared):
+            raise ValueError(f"Got {len(masks)} masks for {len(prepared)} pictures; each picture needs its own.")
+        labels = [
+            self._label(mask, picture.shape[-2:], **kwargs) for mask, picture in zip(masks, prepared, strict=True)
+        ]
+        pixel_values = self._preprocess(prepared, **{**kwargs, "return_tensors": None})["pixel_values"]
+        data = {"pixel_values": pixel_values, "labels": labels}
+        return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
+
+    def _label(
+        self,
+        mask: NDArray[np.int64],
+        picture_size: tuple[int, int],
+        *,
+        do_resize: bool,
+        do_center_crop: bool,
+        size: SizeDict,
+        do_reduce_labels: bool = False,
+        **_: Any,  # noqa: ANN401 - what only pictures need
+    ) -> NDArray[np.int64]:
+        """Return a mask as its picture is cut and resized, (H, W)."""
+        if mask.shape != tuple(picture_size):
+            raise ValueError(
+                f"A mask has {mask.shape[0]}×{mask.shape[1]} pixels and its picture "
+                f"{picture_size[0]}×{picture_size[1]}; they must be equal."
+            )
+        if do_reduce_labels:
+            mask = np.where(mask == 0, 255, mask - 1)
+        array = mask[None]
+        if do_center_crop:
+            array = (_crop_to_shape if do_resize else self.center_crop)(array, size)
+        if do_resize:
+            # As 32-bit integers, which PIL keeps whatever the number of classes.
+            picture = Image.fromarray(array[0].astype(np.int32))
+            sides = int(size.width), int(size.height)  # type: ignore[arg-type]
+            array = np.asarray(picture.resize(sides, Image.Resampling.NEAREST))[None]
+        label: NDArray[np.int64] = array[0].astype(np.int64)
+        return label
+
+    # Logits of any head to masks, (height, width) of each of `target_sizes`: as the host's processors do it.
+    post_process_semantic_segmentation = BeitImageProcessorPil.post_process_semantic_segmentation
 
     def process_image(  # type: ignore[override]
         self,
@@ -130,6 +212,33 @@ class ASelectImageProcessor(PilBackend):
     ) -> None:
         # The host asks for a `crop_size` of its own; ours is `size`.
         super()._validate_preprocess_kwargs(**kwargs)
+
+
+def _as_list(segmentation_maps: Any) -> list[Any]:  # noqa: ANN401 - pictures or arrays
+    if isinstance(segmentation_maps, list | tuple):
+        return list(segmentation_maps)
+    is_one = isinstance(segmentation_maps, Image.Image) or segmentation_maps.ndim == 2
+    return [segmentation_maps] if is_one else list(segmentation_maps)
+
+
+def _mask_array(mask: Any) -> NDArray[np.int64]:  # noqa: ANN401 - picture, array or tensor
+    """Return a mask as class indices, (H, W)."""
+    if isinstance(mask, Image.Image) and mask.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(
+            f"A mask must have one class index a pixel, got a picture of mode {mask.mode}. Map its colours to indices "
+            "first, or save it with a palette (mode P)."
+        )
+    array = np.asarray(mask)
+    if array.ndim != 2 or array.dtype.kind not in "iub":
+        raise ValueError(
+            f"A mask must hold integers of shape (H, W), one class index a pixel, got {array.dtype} of shape "
+            f"{array.shape}."
+        )
+    if not array.size:
+        raise ValueError(f"A mask is empty: it has shape {array.shape}.")
+    if array.min() < 0:
+        raise ValueError(f"A mask holds negative values, {array.min()} the least; mark pixels of no class by 255.")
+    return array.astype(np.int64)
 
 
 def _upright(image: Image.Image) -> Image.Image:

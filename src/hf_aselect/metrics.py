@@ -5,6 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import NDArray
 from transformers import EvalPrediction
 
 
@@ -34,6 +35,106 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]
         if not len(predictions):
             raise ValueError("Accuracy needs at least one prediction, got none.")
         return {"accuracy": float((np.asarray(predictions) == np.asarray(references)).mean())}
+
+
+class MeanIoU(evaluate.Metric):  # type: ignore[misc]
+    """Mean intersection over union of segmentation masks, in [0, 1], with pixel and class accuracies.
+
+    Each batch is kept as a matrix of counts, (K, K), so memory does not grow with pictures, and counts of batches and
+    processes add up. A class that neither masks nor predictions have is left out of the means and named in
+    `absent_classes`. The figures are those of `evaluate.load("mean_iou")`, without network.
+
+    Args:
+        num_labels: Classes, at least 1.
+        ignore_index: Value of mask pixels that have no class.
+        kwargs: Passed on to the host (`num_process`, `process_id`, ...).
+
+    Raises:
+        ValueError: If `num_labels` is less than 1.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any) -> None:  # noqa: ANN401
+        if num_labels < 1:
+            raise ValueError(f"`num_labels` must be at least 1, got {num_labels}.")
+        self.num_labels, self.ignore_index = num_labels, ignore_index
+        super().__init__(**kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean intersection over union of segmentation masks.",
+            citation="",
+            inputs_description="Masks of class indices of equal shape: `predictions` and `references`.",
+            features=datasets.Features(
+                {"counts": datasets.Sequence(datasets.Sequence(datasets.Value("int64")))},
+            ),
+        )
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Count the pixels of one predicted mask, (H, W), against its reference; see `add_batch`."""
+        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Count the pixels of some masks.
+
+        Args:
+            predictions: Predicted masks of class indices, (H, W) each, in a list or an array.
+            references: The true ones, of the same shapes.
+            kwargs: Passed on to the host.
+
+        Raises:
+            ValueError: If shapes differ, or a value is no class index: outside [0, K), and no `ignore_index` of a
+                reference.
+        """
+        counts = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)
+        if len(predictions) != len(references):
+            raise ValueError(f"Got {len(predictions)} predicted masks and {len(references)} references.")
+        for prediction, reference in zip(predictions, references, strict=True):
+            counts += self._count(np.asarray(prediction), np.asarray(reference))
+        super().add_batch(counts=[counts.tolist()], **kwargs)
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Return the figures of all that was added, after adding `predictions` and `references` if they are given."""
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references)
+        return super().compute(**kwargs)
+
+    def _count(self, prediction: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.int64]:
+        """Return how many pixels of each true class (rows) were predicted as each class (columns)."""
+        if prediction.shape != reference.shape:
+            raise ValueError(
+                f"A predicted mask has shape {prediction.shape}, its reference {reference.shape}; they must be equal. "
+                "Enlarge the logits to the mask, not the mask to the logits."
+            )
+        counted = reference != self.ignore_index
+        true, guess = reference[counted].astype(np.int64), prediction[counted].astype(np.int64)
+        for name, values in (("reference", true), ("prediction", guess)):
+            outside = np.unique(values[(values < 0) | (values >= self.num_labels)])
+            if outside.size:
+                raise ValueError(
+                    f"A {name} holds {outside[:5].tolist()}, expected classes in [0, {self.num_labels})"
+                    + (f" or {self.ignore_index} for pixels of no class." if name == "reference" else ".")
+                )
+        return np.bincount(true * self.num_labels + guess, minlength=self.num_labels**2).reshape(
+            self.num_labels, self.num_labels
+        )
+
+    def _compute(self, counts: Any) -> dict[str, Any]:  # noqa: ANN401 - as the host stores it
+        total = np.asarray(counts, dtype=np.int64).sum(0)
+        if not total.sum():
+            raise ValueError("MeanIoU needs at least one pixel that has a class, got none.")
+        right, true, guessed = total.diagonal(), total.sum(1), total.sum(0)
+        union = true + guessed - right
+        present, in_truth = union > 0, true > 0
+        iou = [float(r / u) if u else None for r, u in zip(right, union, strict=True)]
+        accuracy = [float(r / t) if t else None for r, t in zip(right, true, strict=True)]
+        return {
+            "mean_iou": float((right[present] / union[present]).mean()),
+            "mean_accuracy": float((right[in_truth] / true[in_truth]).mean()),
+            "overall_accuracy": float(right.sum() / true.sum()),
+            "per_category_iou": iou,
+            "per_category_accuracy": accuracy,
+            "absent_classes": np.flatnonzero(~present).tolist(),
+        }
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -15,8 +15,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown_keywords
+from .configuration_aselect import OWN_FIELDS, ASelectConfig, check_timestep, refuse_unknown_keywords
 from .convert_diffusers import find_diffusers, load_diffusers
+from .decoders import token_map
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
 from .diffusers_files import HubOptions
 from .empty_prompt import TEXT_PARTS
@@ -28,6 +29,8 @@ from .selection_record import TimestepSelection
 from .timestep_selection import select_timestep
 
 logger = logging.getLogger(__name__)
+
+Tap = tuple[int, str]  # block, feature
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
@@ -330,25 +333,49 @@ class ASelectPreTrainedModel(PreTrainedModel):
         num_draws = self.config.num_noise_draws if num_noise_draws is None else num_noise_draws
         if num_draws < 1:
             raise ValueError(f"`num_noise_draws` must be at least 1, got {num_draws}.")
+        return self._read(pixel_values, timestep, [(block, feature)], num_draws)[0][block, feature]
+
+    def extract_maps(self, pixel_values: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return a map, (B, D, rows, columns), at each (block, feature) of `taps`, from one pass.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            taps: Blocks, counted from the first, and features.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, the pictures do not fit, or there is no such tap.
+        """
+        for tap in taps:
+            self.config.check_tap(*tap)
+        read, (rows, columns) = self._read(
+            pixel_values, self._resolved_timestep(), list(taps), self.config.num_noise_draws
+        )
+        return {tap: token_map(tokens, rows, columns) for tap, tokens in read.items()}
+
+    def _read(
+        self, pixel_values: Tensor, timestep: int, taps: list[Tap], num_draws: int
+    ) -> tuple[dict[Tap, Tensor], tuple[int, int]]:
+        """Return the tokens of pictures, (B, N, D), at each tap, and the rows and columns of their grid."""
         check_timestep(timestep)
         latents = self.encode(pixel_values)
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        tokens = []
+        draws = []
         for draw in range(num_draws):
             if self.training and self.config.resample_noise_in_training:
                 noised = self.noise_schedule.add_noise(latents, torch.randn_like(latents), timesteps)
             else:
                 noised = self.add_noise(latents, timestep, draw)
-            tokens.append(self.read_tokens(noised, timesteps, block, feature))
-        mean = torch.stack(tokens).mean(0) if num_draws > 1 else tokens[0]
-        return zero_channels(mean, self._zeroed_channels(block, feature))
+            draws.append(self.read_taps(noised, timesteps, taps))
+        tokens = {
+            tap: torch.stack([read[tap] for read in draws]).mean(0) if num_draws > 1 else draws[0][tap] for tap in taps
+        }
+        zeroed = {tap: zero_channels(values, self._zeroed_channels(*tap)) for tap, values in tokens.items()}
+        return zeroed, self.token_grid(latents)
 
     def _zeroed_channels(self, block: int, feature: str) -> Sequence[int]:
-        """Return the channels that are set to zero at a tap: at the configuration's own alone."""
+        """Return the channels that are set to zero at a tap: at those that the model reads for its own use."""
         channels = self.config.zeroed_channels
-        if (block, feature) != (self.config.block_index(), self.config.feature) or not isinstance(channels, list):
-            return ()
-        return channels
+        return channels if isinstance(channels, list) and (block, feature) in self._base().taps() else ()
 
     def _resolved_timestep(self) -> int:
         timestep = self.config.timestep
@@ -394,7 +421,7 @@ def _take_diffusers(
         )
     options = {name: kwargs.pop(name, None) for name in _HUB_OPTIONS}
     kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
-    own_fields = ASelectConfig.__annotations__.keys() | HOST_FIELDS
+    own_fields = OWN_FIELDS | HOST_FIELDS
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
     fields.setdefault("name_or_path", str(source))
     if not os.path.exists(source):  # an id on the Hub; the path of a machine is nobody's business
@@ -416,7 +443,7 @@ _HOW_TO_RESOLVE = (
 )
 
 
-def _refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
+def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
     """Refuse a timestep or tap in `forward`: it would be ignored, as the head was trained at the configuration's."""
     if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "num_noise_draws"}):
         raise ValueError(
@@ -478,14 +505,22 @@ class DiTModel(ASelectPreTrainedModel):
         self.freeze()
         self.post_init()
 
+    def taps(self) -> list[Tap]:
+        """Return the (block, feature) pairs that are read."""
+        return [(self.config.block_index(), self.config.feature)]
+
     def freeze(self) -> None:
         """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the tap."""
         if self.config.freeze_backbone:
             self.denoiser.requires_grad_(False)
         else:
             # What is never run never gets a gradient, which distributed training takes for an error.
-            for module in self.denoiser.unused_modules(self.config.block_index(), self.config.feature):
-                module.requires_grad_(False)
+            unused = [
+                {id(part): part for module in self.denoiser.unused_modules(*tap) for part in module.parameters()}
+                for tap in self.taps()
+            ]
+            for name in set.intersection(*(set(parts) for parts in unused)):
+                unused[0][name].requires_grad_(False)
         if self.vae is not None:
             self.vae.requires_grad_(False)
 
@@ -509,7 +544,7 @@ class DiTModel(ASelectPreTrainedModel):
         Raises:
             ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
         """
-        _refuse_tap_keywords(kwargs)
+        refuse_tap_keywords(kwargs)
         tokens = self.extract_features(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
 
@@ -560,7 +595,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             ValueError: If not exactly one of `pixel_values` and `features` is given, they do not fit the model, a
                 label is outside the classes, the timestep is not chosen yet, or a timestep or tap is named here.
         """
-        _refuse_tap_keywords(kwargs)
+        refuse_tap_keywords(kwargs)
         if features is not None and pixel_values is None:
             tokens = self._checked_features(features)
         elif pixel_values is not None and features is None:
