@@ -47,7 +47,8 @@ def int_or_word(value: str) -> int | str:
 OPTIONS = {
     name: int_or_word if kind not in (bool, float) else kind
     for name, kind in ASelectConfig.__annotations__.items()
-    if name not in ("transformer", "vae", "scheduler", "selection", "model_type")
+    if not name.startswith("_")
+    and name not in ("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes")
 }
 ConfigArguments = make_dataclass(
     "ConfigArguments",

@@ -95,3 +95,28 @@ def test_a_column_that_is_not_there_is_named(pixel_folder, parquet, capsys):
     assert "have no column 'picture', only photo, thumbnail" in capsys.readouterr().err
     assert run(pixel_folder, "--images", parquet) == 1
     assert "exactly one column of PIL pictures" in capsys.readouterr().err
+
+
+def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys):
+    assert main(["convert", str(latent_folder), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("transformer", "VAE decoder, dropped", "text encoders, dropped", f"Saved {tmp_path / 'out'}: "):
+        assert words in printed
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (a token's side), got 7."),
+        (["--timestep-embedding", "wrong"], "Field 'timestep_embedding' expected one of"),
+        (["--dtype", "int8"], "`dtype` must be one of float32, float16, bfloat16, got 'int8'."),
+        (["--max-shard-size", "0"], "`max_shard_size` must be at least 1 byte, got 0."),
+    ],
+)
+def test_convert_says_in_one_line_what_is_wrong(latent_folder, tmp_path, capsys, words, message):
+    assert main(["convert", str(latent_folder), str(tmp_path / "out"), *words]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"hf-aselect: error: {message}")
+    assert "Traceback" not in "".join(lines)
+    assert not list(tmp_path.iterdir())

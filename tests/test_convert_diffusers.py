@@ -450,8 +450,41 @@ def test_bad_options_are_refused(latent_folder, tmp_path, options, message):
 
 
 def test_a_checkpoint_of_ours_needs_no_conversion(saved, tmp_path):
-    with pytest.raises(ValueError, match="one of ours needs no conversion"):
+    with pytest.raises(ValueError, match="is a checkpoint of hf_aselect already and needs no conversion"):
         convert_diffusers(saved, tmp_path / "out")
+
+
+def test_a_path_that_is_not_there_is_said_so(tmp_path):
+    with pytest.raises(ValueError, match="is neither a local folder nor a repository of the Hub with a diffusers"):
+        convert_diffusers(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_an_output_inside_the_source_is_refused(latent_folder):
+    with pytest.raises(ValueError, match="lies inside the source; name a folder beside it"):
+        convert_diffusers(latent_folder, latent_folder / "transformer" / "out")
+    assert not (latent_folder / "transformer" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        (("text_encoder_9",), "cannot do without text_encoder_9; what can be left out: text_encoder_3, tokenizer_3"),
+        (("text_encoder", "tokenizer_3"), "cannot do without text_encoder;"),
+    ],
+)
+def test_parts_that_are_needed_cannot_be_left_out(sd3_folder, tmp_path, without, message):
+    with pytest.raises(ValueError, match=message):
+        convert_diffusers(sd3_folder, tmp_path / "out", without=without)
+
+
+def test_t5_is_left_out_with_its_tokenizer(sd3_folder, tmp_path):
+    prompts = [
+        load_file(convert_diffusers(sd3_folder, tmp_path / str(number), without=without).output / "model.safetensors")[
+            "denoiser.prompt_embeds"
+        ]
+        for number, without in enumerate([("text_encoder_3",), ("text_encoder_3", "tokenizer_3"), ()])
+    ]
+    assert torch.equal(prompts[0], prompts[1]) and not torch.equal(prompts[0], prompts[2])
 
 
 def test_the_prompts_embeddings_can_be_given_in_place_of_text_encoders(sd3_folder, tmp_path):

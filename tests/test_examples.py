@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image as PILImage
 
-from hf_aselect import DiTForImageClassification, DiTModel
+from hf_aselect import DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -166,6 +166,37 @@ def test_training_on_a_folder_of_pictures(pretrained, tmp_path):
         *("--output_dir", tmp_path / "out", "--max_steps", 1, "--report_to", "none", "--use_cpu"),
     )
     assert DiTForImageClassification.from_pretrained(tmp_path / "out").config.timestep == 5
+
+
+def test_training_a_segmenter_ends_with_everything_in_its_folder(pretrained, tmp_path):
+    """Pictures of a dark and a bright half, on either side."""
+    rng = np.random.default_rng(0)
+    pictures, masks = [], []
+    for _ in range(16):
+        mask = np.zeros((12, 16), dtype=np.uint8)
+        mask[:, 8:] = 1
+        mask = mask[:, ::-1] if rng.random() < 0.5 else mask
+        pictures.append(PILImage.fromarray((200 * mask + rng.integers(0, 40, mask.shape)).astype(np.uint8)))
+        mask[0, 0] = 255
+        masks.append(PILImage.fromarray(mask))
+    data = Dataset.from_dict({"image": pictures, "annotation": masks})
+    data.cast_column("image", Image()).cast_column("annotation", Image()).to_parquet(tmp_path / "data.parquet")
+    run(
+        "train_semantic_segmentation.py",
+        *("--model_name_or_path", pretrained, "--train_file", tmp_path / "data.parquet"),
+        *("--validation_file", tmp_path / "data.parquet", "--class_names", "dark, bright", "--timestep", 5),
+        *("--feature", "hidden", "--block", "-1", "--output_dir", tmp_path / "out", "--max_steps", 40),
+        *("--learning_rate", "0.05", "--report_to", "none", "--use_cpu", "--num_overlays", 2),
+    )
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md"):
+        assert (tmp_path / "out" / name).exists(), name
+    figures = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert figures["eval_mean_iou"] > 0.8
+    assert figures["eval_iou_bright"] > 0.8 and figures["eval_absent_classes"] == ""
+    with PILImage.open(tmp_path / "out" / "overlays.png") as overlays:
+        assert overlays.width > 500
+    model = DiTForSemanticSegmentation.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "dark", 1: "bright"}
 
 
 def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, pretrained, tmp_path):

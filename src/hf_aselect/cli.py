@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
+    except StrictDataclassError as error:
+        # It says where the check stands; its cause says what is wrong.
+        print(f"hf-aselect: error: {error.__cause__ or error}", file=sys.stderr)
+        return 1
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"hf-aselect: error: {error}", file=sys.stderr)
         return 1
@@ -94,7 +99,7 @@ def _add_convert(commands: Any) -> None:  # noqa: ANN401 - argparse does not nam
         action="append",
         default=[],
         metavar="PART",
-        help="do without a text encoder, as text_encoder_3 (T5) of Stable Diffusion 3; can be repeated",
+        help="do without a text encoder: text_encoder_3 (T5) of Stable Diffusion 3",
     )
     convert.add_argument(
         "--max-shard-size", type=float, default=1.0, metavar="GB", help="size of a file of weights (%(default)s)"

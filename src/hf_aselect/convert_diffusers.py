@@ -178,7 +178,7 @@ def convert_diffusers(
         token: Token for the Hub, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
         local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
-        without: Parts of the text side to do without, as `("text_encoder_3", "tokenizer_3")` of Stable Diffusion 3.
+        without: Parts of the text side to do without: `("text_encoder_3",)` of Stable Diffusion 3, its T5.
         prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
         max_shard_size: Bytes of a file of weights at the most, unless one tensor is larger.
         fields: Fields of `ASelectConfig`.
@@ -202,7 +202,13 @@ def convert_diffusers(
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
     folder = find_diffusers(source, options)
     if folder is None:
-        raise ValueError(f"{str(source)!r} is no diffusers checkpoint: one of ours needs no conversion.")
+        if Path(source).is_dir():
+            raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
+        raise ValueError(
+            f"{str(source)!r} is neither a local folder nor a repository of the Hub with a diffusers checkpoint."
+        )
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
     if not Path(source).exists():
         fields.setdefault("base_model", str(source))
     config, weights = load_diffusers(

@@ -40,6 +40,10 @@ _ENCODERS: dict[str, tuple[str, Callable[[Any], dict[str, Tensor]]]] = {
 }
 
 
+# What diffusers puts zeros in the place of.
+_OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
+
+
 @torch.no_grad()
 def encode_empty_prompt(
     folder: str | os.PathLike[str],
@@ -56,16 +60,23 @@ def encode_empty_prompt(
         folder: A pipeline that diffusers saved.
         transformer: diffusers' configuration of its transformer, with `_class_name`.
         dtype: What the text encoders compute in.
-        without: Parts of the text side to do without, as `("text_encoder_3", "tokenizer_3")` of Stable Diffusion 3:
-            diffusers then puts zeros in their place.
+        without: Parts of the text side to do without: `text_encoder_3` and `tokenizer_3` of Stable Diffusion 3, either
+            or both; diffusers then puts zeros in place of T5's embeddings.
 
     Returns:
         Embeddings by name, on the CPU: `prompt_embeds` (1, L, C), and `pooled_prompt_embeds` (1, C) where the
         transformer has them. Where the pipeline masks the padding, L counts what is not padding.
 
     Raises:
-        ValueError: If a part is missing or broken, or needs a package that is not installed.
+        ValueError: If a part is missing or broken, needs a package that is not installed, or cannot be done without.
     """
+    if needed := sorted(set(without) - set(_OPTIONAL.get(transformer["_class_name"], ()))):
+        optional = ", ".join(_OPTIONAL.get(transformer["_class_name"], ())) or "none"
+        raise ValueError(
+            f"A {transformer['_class_name']} cannot do without {', '.join(needed)}; what can be left out: {optional}."
+        )
+    if without:
+        without = _OPTIONAL[transformer["_class_name"]]
     # diffusers takes seconds to import, and only a conversion needs its pipelines.
     import diffusers
 

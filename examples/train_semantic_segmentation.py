@@ -1,0 +1,212 @@
+r"""Train a segmenter on a diffusion transformer with the plain `Trainer`, on any `datasets` source with masks.
+
+    python examples/train_semantic_segmentation.py \
+        --model_name_or_path path/to/a/dit --timestep auto --decoder upernet \
+        --train_file camvid/train.parquet --validation_file camvid/test.parquet \
+        --class_names sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist \
+        --semantic_loss_ignore_index 11 --image_size 128 \
+        --output_dir street-segmenter --num_train_epochs 30 --learning_rate 1e-3
+
+`--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json`, the card, `README.md`, and
+`overlays.png`: pictures, masks, predictions and the classes' colours. Every field of `ASelectConfig` is an option
+(`--timestep`, `--block`, `--decoder`, ...), and so is every one of `TrainingArguments`. Training pictures are cropped
+at random and mirrored, mask and picture alike; evaluation sees whole pictures, squeezed into the model's size, and
+counts pixels there.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from PIL import Image
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from hf_aselect import ASelectCallback, ASelectConfig, ASelectImageProcessor, DiTForSemanticSegmentation, MeanIoU
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and how training pictures are changed."""
+
+    model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or what diffusers saved: folder or id."})
+    class_names: str = field(metadata={"help": "Names of the classes, in the order of their indices, with commas."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local folder of it."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and masks."})
+    validation_file: str | None = field(default=None, metadata={"help": "Parquet file of the evaluation split."})
+    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    annotation_column: str = field(default="annotation", metadata={"help": "Column with the masks."})
+    num_calibration_images: int = field(default=256, metadata={"help": "Training pictures for `--timestep auto`."})
+    min_crop: float = field(default=0.5, metadata={"help": "Least side of a random crop, as a share of the whole."})
+    num_overlays: int = field(default=4, metadata={"help": "Pictures in overlays.png."})
+
+
+def int_or_word(value: str) -> int | str:
+    """Return the integer that a word spells, else the word."""
+    return int(value) if value.lstrip("-").isdigit() else value
+
+
+# Fields of the configuration that are one word on a command line; the rest are records of diffusers and of ours.
+OPTIONS = {
+    name: int_or_word if kind not in (bool, float) else kind
+    for name, kind in ASelectConfig.__annotations__.items()
+    if not name.startswith("_")
+    and name not in ("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes")
+}
+ConfigArguments = make_dataclass(
+    "ConfigArguments",
+    [
+        (name, kind, field(default=None, metadata={"help": "Field of ASelectConfig."}))
+        for name, kind in OPTIONS.items()
+    ],
+)
+
+
+def load_splits(args: DataArguments, seed: int) -> DatasetDict:
+    """Return the `train` and `validation` splits: `test` stands in for `validation`, else a tenth of train does."""
+    if (args.dataset_name is None) == (args.train_file is None):
+        raise ValueError("Give exactly one of --dataset_name and --train_file.")
+    if args.dataset_name:
+        splits = load_dataset(args.dataset_name)
+    else:
+        files = {"train": args.train_file, "validation": args.validation_file}
+        splits = load_dataset("parquet", data_files={name: path for name, path in files.items() if path})
+    if "train" not in splits:
+        raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
+    for column in (args.image_column, args.annotation_column):
+        if column not in splits["train"].column_names:
+            raise ValueError(f"The dataset has no column {column!r}, only {splits['train'].column_names}.")
+    held_out = splits.get("validation", splits.get("test"))
+    if held_out is None:
+        return DatasetDict(
+            zip(("train", "validation"), splits["train"].train_test_split(0.1, seed=seed).values(), strict=True)
+        )
+    return DatasetDict(train=splits["train"], validation=held_out)
+
+
+def random_crop_and_flip(image: Image.Image, mask: Image.Image, min_crop: float) -> tuple[Image.Image, Image.Image]:
+    """Return a random part of a picture, mirrored half of the time, and the same of its mask."""
+    share = float(torch.empty(()).uniform_(min_crop, 1))
+    width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
+    left = int(torch.randint(image.width - width + 1, ()))
+    top = int(torch.randint(image.height - height + 1, ()))
+    pair = [each.crop((left, top, left + width, top + height)) for each in (image, mask)]
+    if torch.rand(()) < 0.5:
+        pair = [each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in pair]
+    return pair[0], pair[1]
+
+
+def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArguments, augment: bool) -> Dataset:
+    """Return the split with `pixel_values` and `labels`, made when a row is read."""
+
+    def transform(batch: dict[str, list]) -> dict[str, Any]:
+        images, masks = batch[args.image_column], batch[args.annotation_column]
+        if augment:
+            pairs = [random_crop_and_flip(*pair, args.min_crop) for pair in zip(images, masks, strict=True)]
+            images, masks = map(list, zip(*pairs, strict=True))
+        return dict(processor(images, masks, do_center_crop=augment, return_tensors="pt"))
+
+    return split.with_transform(transform)
+
+
+def needs_timestep(source: str, given: dict[str, Any]) -> bool:
+    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
+    if "timestep" in given:
+        return bool(given["timestep"] == "auto")
+    try:
+        saved, _ = ASelectConfig.get_config_dict(source)
+    except OSError:
+        saved = {}  # a folder of diffusers has no configuration of ours
+    return bool(saved.get("timestep", "auto") == "auto")
+
+
+@torch.no_grad()
+def draw_overlays(model: DiTForSemanticSegmentation, split: Dataset, names: list[str], path: Path, count: int) -> None:
+    """Draw pictures, their masks and what the model says, with a legend of the classes."""
+    model.eval()
+    rows = [split[index] for index in range(min(count, len(split)))]
+    colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)[:, :3]
+    figure, axes = plt.subplots(len(rows), 3, figsize=(9, 2.6 * len(rows)), squeeze=False, layout="constrained")
+    for row, places in zip(rows, axes, strict=True):
+        pixel_values = row["pixel_values"][None].to(model.device)
+        guess = model(pixel_values).logits[0].argmax(0).cpu().numpy()
+        picture = (row["pixel_values"].numpy().transpose(1, 2, 0) + 1) / 2
+        truth = row["labels"].numpy()
+        shown = np.where((truth < len(names))[..., None], colours[np.minimum(truth, len(names) - 1)], 0.0)
+        for place, values in zip(places, (picture, shown, colours[guess]), strict=True):
+            place.imshow(values if values.shape[-1] == 3 else values[..., 0], cmap="gray", vmin=0, vmax=1)
+            place.axis("off")
+    for place, title in zip(axes[0], ("picture", "truth (black: no class)", "prediction"), strict=True):
+        place.set_title(title)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    figure.legend(patches, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.savefig(path.with_suffix(".incomplete.png"), dpi=110)
+    plt.close(figure)
+    path.with_suffix(".incomplete.png").replace(path)
+
+
+def main() -> None:
+    parser = HfArgumentParser((DataArguments, ConfigArguments, TrainingArguments))
+    args, config_args, training_args = parser.parse_args_into_dataclasses()
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    set_seed(training_args.seed)
+    training_args.remove_unused_columns = False  # the transform needs the picture's column
+    training_args.batch_eval_metrics = True  # masks are counted batch by batch, and not kept
+    splits = load_splits(args, training_args.seed)
+    names = [name.strip() for name in args.class_names.split(",")]
+
+    given = {name: value for name, value in asdict(config_args).items() if value is not None}
+    calibration = splits["train"].shuffle(training_args.seed)
+    calibration = calibration[: args.num_calibration_images][args.image_column]
+    model = DiTForSemanticSegmentation.from_pretrained(
+        args.model_name_or_path,
+        calibration_images=calibration if needs_timestep(args.model_name_or_path, given) else None,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        **given,
+    )
+    processor = ASelectImageProcessor.from_model_config(model.config)
+    metric = MeanIoU(num_labels=len(names), ignore_index=model.config.semantic_loss_ignore_index)
+
+    def compute_metrics(prediction: EvalPrediction, compute_result: bool) -> dict[str, Any]:
+        metric.add_batch(predictions=prediction.predictions.cpu(), references=prediction.label_ids.cpu())
+        if not compute_result:
+            return {}
+        figures = metric.compute()
+        for name, iou in zip(names, figures.pop("per_category_iou"), strict=True):
+            figures[f"iou_{name}"] = iou
+        absent = [names[index] for index in figures.pop("absent_classes")]
+        figures.pop("per_category_accuracy")
+        return {**figures, "absent_classes": ", ".join(absent)}
+
+    validation = prepare(splits["validation"], processor, args, augment=False)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=prepare(splits["train"], processor, args, augment=True),
+        eval_dataset=validation,
+        data_collator=default_data_collator,
+        processing_class=processor,
+        compute_metrics=compute_metrics,
+        # Logits of all pixels are K times the masks: only the masks are gathered.
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(1),
+        callbacks=[ASelectCallback(dataset=args.dataset_name)],
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        draw_overlays(model, validation, names, Path(training_args.output_dir) / "overlays.png", args.num_overlays)
+
+
+if __name__ == "__main__":
+    main()
