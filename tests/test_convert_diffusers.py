@@ -500,6 +500,13 @@ def test_the_prompts_embeddings_can_be_given_in_place_of_text_encoders(sd3_folde
     pixel_values = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values)[0], whole(pixel_values)[0])
+    for name, shape, wanted in (
+        ("prompt_embeds", (1, 4, 7), r"\(1, L, 32\), got \(1, 4, 7\)"),
+        ("prompt_embeds", (2, 4, 32), r"\(1, L, 32\), got \(2, 4, 32\)"),
+        ("pooled_prompt_embeds", (1, 4, 16), r"\(1, 16\), got \(1, 4, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` of a SD3Transformer2DModel must have shape {wanted}"):
+            DiTModel.from_pretrained(folder, timestep=5, prompt_embeds={**given, name: torch.zeros(shape)})
     with pytest.raises(ValueError, match="can only be None"):
         DiTModel.from_pretrained(folder, timestep=5, text_encoder=whole)
     model.save_pretrained(tmp_path / "ours")
@@ -600,12 +607,13 @@ def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
         assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
     config = {**transformer.config, "_class_name": class_name}
     layout = layout_of(config)
-    shapes = {"prompt_embeds": [1, 333, 4096], "pooled_prompt_embeds": [1, 2048]}
-    names = FAMILIES[class_name].prompt_names
+    widths = {name: transformer.config[field] for name, field in FAMILIES[class_name].prompt_fields.items()}
     vae = {"_class_name": "AutoencoderKL", "in_channels": 3, "block_out_channels": [128, 256, 512, 512]}
     fields = {"transformer": config, "vae": {**vae, "latent_channels": layout.num_channels}}
     if layout.needs_prompt:
-        fields["prompt_shapes"] = {key: shapes[key] for key in names}
+        fields["prompt_shapes"] = {
+            key: [1, width] if key.startswith("pooled") else [1, 3, width] for key, width in widths.items()
+        }
     with torch.device("meta"):
         model = DiTModel(ASelectConfig(timestep=5, **fields))
     ours = {key: value.shape for key, value in model.state_dict().items() if key.startswith("denoiser.transformer.")}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hub_server import LoopbackHub, serve
+from hub_server import COMMIT, LoopbackHub, serve
 from pipelines import dit, dit_transformer, pixart_sigma
 
 from hf_aselect import DiTModel
@@ -39,6 +39,8 @@ step("pipeline", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5
 step("again", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5)))
 step("text", lambda: described(DiTForImageClassification.from_pretrained("us/pixart", timestep=5, num_labels=2)))
 step("variant", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, variant="fp16")))
+step("commit", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, revision=sys.argv[2])))
+step("cache", lambda: described(DiTModel.from_pretrained("us/bare", timestep=5, cache_dir=sys.argv[1] + "/cache")))
 step("bare", lambda: described(DiTModel.from_pretrained("us/bare", timestep=5)))
 step("subfolder", lambda: described(DiTModel.from_pretrained("us/many", subfolder="one/dit", timestep=5)))
 step("ours", lambda: described(DiTModel.from_pretrained("us/ours")))
@@ -97,15 +99,22 @@ def outcome(tmp_path_factory):
         }
         work = tmp_path_factory.mktemp("work")
         finished = subprocess.run(
-            [sys.executable, "-c", STEPS, str(work)], capture_output=True, text=True, env=environment, check=False
+            [sys.executable, "-c", STEPS, str(work), COMMIT],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
         )
     lines = [line for line in finished.stdout.splitlines() if line.startswith("STEP ")]
     assert finished.returncode == 0, finished.stderr
     steps = dict(json.loads(line.removeprefix("STEP ")) for line in lines)
+    assert (work / "cache" / "models--us--bare").is_dir()
     return steps, hub.downloads, finished.stdout + finished.stderr
 
 
-@pytest.mark.parametrize("name", ["pipeline", "again", "variant", "bare", "subfolder", "ours", "right token", "local"])
+@pytest.mark.parametrize(
+    "name", ["pipeline", "again", "variant", "commit", "cache", "bare", "subfolder", "ours", "right token", "local"]
+)
 def test_a_repository_is_loaded(outcome, name):
     assert outcome[0][name] == ["DiTModel", "DiTTransformer2DModel", "torch.float32"]
 

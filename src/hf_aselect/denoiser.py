@@ -49,8 +49,9 @@ class Denoiser(nn.Module, ABC):
         vae_scale_factor: Pixels a side that one latent stands for.
     """
 
-    # Names of the empty prompt's embeddings, and of the buffers that hold them.
-    prompt_names: ClassVar[tuple[str, ...]] = ()
+    # Names of the empty prompt's embeddings and of the buffers that hold them; the field of diffusers' configuration
+    # that says how wide each is.
+    prompt_fields: ClassVar[dict[str, str]] = {}
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
 
     transformer: Any  # diffusers is imported when a denoiser is built, not here
@@ -76,14 +77,25 @@ class Denoiser(nn.Module, ABC):
         self.guidance = guidance
         self.vae_scale_factor = vae_scale_factor
         shapes = prompt_shapes or {}
-        if set(shapes) != set(self.prompt_names):
-            raise ValueError(
-                f"{type(transformer).__name__} is conditioned on {', '.join(self.prompt_names) or 'no prompt'}, but "
-                f"the configuration's `prompt_shapes` has {', '.join(shapes) or 'none'}. Load the whole pipeline, "
-                "with its text encoders, or give `prompt_embeds=`."
-            )
+        self._check_prompt(shapes)
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
+
+    def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
+        """Refuse embeddings of the prompt that the transformer does not take."""
+        name = type(self.transformer).__name__
+        if set(shapes) != set(self.prompt_fields):
+            raise ValueError(
+                f"{name} is conditioned on {', '.join(self.prompt_fields) or 'no prompt'}, but the configuration's "
+                f"`prompt_shapes` has {', '.join(shapes) or 'none'}. Load the whole pipeline, with its text encoders, "
+                "or give `prompt_embeds=`."
+            )
+        for part, field in self.prompt_fields.items():
+            width, shape = self.transformer.config.get(field), list(shapes[part])
+            expected = [1, width] if part.startswith("pooled") else [1, *shape[1:2], width]
+            if width is not None and (shape != expected or 0 in shape):
+                wanted = f"(1, {width})" if part.startswith("pooled") else f"(1, L, {width})"
+                raise ValueError(f"`{part}` of a {name} must have shape {wanted}, got {tuple(shape)}.")
 
     @property
     @abstractmethod

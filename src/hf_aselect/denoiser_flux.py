@@ -20,7 +20,10 @@ class FluxDenoiser(Denoiser):
     Source: diffusers, `models/transformers/transformer_flux.py` and `pipelines/flux/pipeline_flux.py`.
     """
 
-    prompt_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+    prompt_fields: ClassVar[dict[str, str]] = {
+        "prompt_embeds": "joint_attention_dim",
+        "pooled_prompt_embeds": "pooled_projection_dim",
+    }
 
     @property
     def num_channels(self) -> int:

@@ -24,7 +24,7 @@ class Lumina2Denoiser(Denoiser):
     Source: diffusers, `models/transformers/transformer_lumina2.py` and `pipelines/lumina2/pipeline_lumina2.py`.
     """
 
-    prompt_names: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "cap_feat_dim"}
 
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:  # noqa: ANN401 - of the base class
         super().__init__(transformer, *args, **options)

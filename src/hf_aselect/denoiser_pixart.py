@@ -17,7 +17,7 @@ class PixArtDenoiser(Denoiser):
     `BasicTransformerBlock` with `ada_norm_single`.
     """
 
-    prompt_names: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "caption_channels"}
 
     @property
     def num_channels(self) -> int:

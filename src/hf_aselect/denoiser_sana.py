@@ -20,7 +20,7 @@ class SanaDenoiser(Denoiser):
     Source: diffusers, `models/transformers/sana_transformer.py`.
     """
 
-    prompt_names: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "caption_channels"}
 
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:  # noqa: ANN401 - of the base class
         super().__init__(transformer, *args, **options)

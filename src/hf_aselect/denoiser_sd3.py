@@ -17,7 +17,10 @@ class SD3Denoiser(Denoiser):
     Source: diffusers, `models/transformers/transformer_sd3.py` and `models/attention.py`, `JointTransformerBlock`.
     """
 
-    prompt_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+    prompt_fields: ClassVar[dict[str, str]] = {
+        "prompt_embeds": "joint_attention_dim",
+        "pooled_prompt_embeds": "pooled_projection_dim",
+    }
 
     @property
     def num_channels(self) -> int:
