@@ -3,7 +3,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn.functional import one_hot
 
-from hf_aselect.probe import _best_ridge, leave_one_out_hits, ridge_probe_accuracy
+from hf_aselect.probe import STRENGTHS, _best_ridge, held_out_hits, leave_one_out_hits, ridge_probe_accuracy
 
 
 def blobs(num_pictures, seed, spread=0.5):
@@ -93,3 +93,46 @@ def test_leaving_each_picture_out_is_training_on_the_others():
 def test_a_probe_without_classes_or_labels_is_refused(labels):
     with pytest.raises(ValueError, match=r"one label for each row|at least 2 classes"):
         leave_one_out_hits(torch.rand(5, 3), labels)
+
+
+def test_held_out_hits_are_those_of_a_classifier_of_the_other_folds():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (120,), generator=generator)
+    features = torch.randn(120, 6, generator=generator)
+    features[:, 0] += 2 * labels
+    folds = torch.arange(120) % 4
+    hits = held_out_hits(features, labels, folds)
+    assert 0.5 < float(hits.double().mean()) < 1
+    # By hand, at the strength that is best on what is left out.
+    standard = (features.double() - features.double().mean(0)) / features.double().std(0)
+    targets = torch.nn.functional.one_hot(labels).double() * 2 - 1
+    offset = targets.mean(0)
+    found = []
+    for strength in STRENGTHS:
+        predicted = torch.zeros_like(targets)
+        for fold in range(4):
+            out = folds == fold
+            left = standard[~out]
+            moments = left.T @ left
+            ridge = strength * moments.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+            weights = torch.linalg.solve(moments + ridge, left.T @ (targets - offset)[~out])
+            predicted[out] = standard[out] @ weights
+        found.append((float((predicted - targets + offset).square().mean()), predicted))
+    best = min(found, key=lambda pair: pair[0])[1]
+    assert torch.equal(hits, (best + offset).argmax(1) == labels)
+
+
+def test_what_comes_together_is_left_out_together():
+    """Rows of a picture tell of each other: left out one by one, they would be told right."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.arange(40).repeat_interleave(4)
+    features = torch.randn(40, 60, generator=generator)[pictures] + 0.01 * torch.randn(160, 60, generator=generator)
+    labels = torch.randint(0, 2, (40,), generator=generator)[pictures]
+    assert float(leave_one_out_hits(features, labels).double().mean()) > 0.9
+    assert float(held_out_hits(features, labels, pictures % 8).double().mean()) < 0.7
+
+
+def test_one_fold_or_class_is_refused():
+    for labels, folds in (([0, 0, 0], [0, 1, 2]), ([0, 1, 0], [0, 0, 0])):
+        with pytest.raises(ValueError, match="at least 2 classes, from at least 2 pictures"):
+            held_out_hits(torch.randn(3, 2), torch.tensor(labels), torch.tensor(folds))

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_transformer
+from datasets import Dataset
+from datasets import Image as Pictures
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from pipelines import PIPELINES
@@ -35,8 +37,11 @@ from hf_aselect import (
     DiTForSemanticSegmentation,
     DiTModel,
     MeanIoU,
+    NoiseSchedule,
     select_timestep,
 )
+from hf_aselect.calibration import CalibrationPictures
+from hf_aselect.criteria import PatchProbe
 
 NUM_LABELS = 3
 ZERO = np.zeros((1, 2, 2), dtype=int)
@@ -190,6 +195,88 @@ def test_a_timestep_is_selected_for_a_segmenter_too(deep_folder, pixels):
     model = load(deep_folder, timestep="auto", calibration_images=pixels)
     assert model.config.selection["timestep"] == model.config.timestep
     assert select_timestep(model, pixels, timesteps=[5, 500], criterion="hfr").block == 3
+
+
+class TellingModel:
+    """Tokens that tell the class of their patch at timestep 300, and nothing elsewhere."""
+
+    def __init__(self):
+        transformer = {"_class_name": "DiTTransformer2DModel", "num_layers": 4, "num_attention_heads": 1}
+        sizes = {"attention_head_dim": 4, "in_channels": 3, "sample_size": 8, "patch_size": 2}
+        self.config = ASelectConfig(transformer={**transformer, **sizes}, feature="query", block=1)
+        self.noise_schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler"})
+
+    def encode(self, pixel_values):
+        return pixel_values
+
+    def token_grid(self, latents):
+        return latents.shape[-2] // 2, latents.shape[-1] // 2
+
+    def read_taps(self, noised_latents, timesteps, taps):
+        clean = nn.functional.avg_pool2d(noised_latents[:, :1], 2).flatten(2).transpose(1, 2)  # (B, N, 1)
+        noise = torch.randn(len(clean), clean.shape[1], 4, generator=torch.Generator().manual_seed(0))
+        told = noise + 20 * clean * torch.tensor([1.0, 0, 0, 0])
+        return {tap: torch.where((timesteps == 300).view(-1, 1, 1), told, noise) for tap in taps}
+
+
+def halves(count):
+    """Pictures of a bright and a dark half, and their masks; a row of no class."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(count, 8, 8, dtype=torch.long)
+    for mask, side in zip(masks, torch.randint(0, 4, (count,), generator=generator), strict=True):
+        mask[[slice(0, 4), slice(4, 8), slice(None), slice(None)][side]] = side < 2
+        mask[:, [slice(None), slice(None), slice(0, 4), slice(4, 8)][side]] |= side >= 2
+    pictures = (2.0 * masks - 1)[:, None].expand(-1, 3, -1, -1)
+    masks[:, :2] = 255
+    return pictures, masks
+
+
+def test_the_probe_of_patches_finds_the_timestep_that_tells_their_class():
+    pictures, masks = halves(40)
+    model, grid = TellingModel(), [0, 100, 300, 600]
+    record = select_timestep(model, pictures, criterion="probe", labels=list(masks), timesteps=grid)
+    assert (record.timestep, record.criterion, record.num_images) == (300, "patch_probe", 40)
+    assert record.scores[2] > 0.8 > sorted(record.scores)[-2] + 0.15
+
+
+def test_masks_of_a_dataset_are_cut_and_resized_with_its_pictures(deep_folder):
+    model = DiTModel.from_pretrained(deep_folder, timestep=50)
+    pictures, masks = halves(12)
+    rows = (
+        Dataset.from_dict(
+            {
+                "image": [
+                    Image.fromarray(((p + 1) * 127).byte().permute(1, 2, 0).numpy()).resize((24, 16)) for p in pictures
+                ],
+                "mask": [Image.fromarray(m.byte().numpy()).resize((24, 16), Image.Resampling.NEAREST) for m in masks],
+            }
+        )
+        .cast_column("image", Pictures())
+        .cast_column("mask", Pictures())
+    )
+    options = {"criterion": "probe", "timesteps": [5, 500], "feature": "hidden"}
+    by_name = select_timestep(model, rows.select_columns(["image", "mask"]), labels="mask", **options)
+    by_value = select_timestep(model, rows.select_columns(["image"]), labels=rows["mask"][:], **options)
+    assert by_name.scores == by_value.scores and max(by_name.scores) > 0.8
+
+
+def test_a_patch_has_the_class_of_most_of_its_pixels(deep_folder):
+    config = DiTModel.from_pretrained(deep_folder, timestep=50).config
+    pictures = CalibrationPictures(torch.zeros(1, 3, 4, 4), config, 1, 0)
+    mask = torch.tensor([[0, 2, 255, 255], [2, 2, 255, 255], [255, 255, 1, 1], [255, 0, 0, 1]])
+    assert pictures.patch_labels(0, mask, 2, 2, 255).tolist() == [2, -1, 0, 1]
+    with pytest.raises(ValueError, match=r"A mask has shape \(4, 3\), its picture \(4, 4\)"):
+        pictures.patch_labels(0, mask[:, :3], 2, 2, 255)
+
+
+def test_a_probe_of_patches_needs_masks(deep_folder, pixels):
+    model = DiTModel.from_pretrained(deep_folder, timestep=50)
+    with pytest.raises(ValueError, match="needs masks as `labels`"):
+        select_timestep(model, pixels, criterion="patch_probe", labels=[0, 1, 0, 1, 0, 1, 0])
+    with pytest.raises(ValueError, match="There must be a mask for each picture, got 2 masks for 7 pictures"):
+        select_timestep(model, pixels, criterion="probe", labels=[np.zeros((8, 8), dtype=int)] * 2)
+    with pytest.raises(ValueError, match="`num_patches` of 'patch_probe' must be at least 1, got 0"):
+        PatchProbe(num_patches=0)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -236,7 +236,9 @@ def test_an_empty_calibration_set_is_refused(model, empty):
 
 
 def test_an_unknown_criterion_is_refused(model, pixels):
-    with pytest.raises(ValueError, match="`criterion` must be one of hfr, signal_hfr, consensus, probe, got 'best'"):
+    with pytest.raises(
+        ValueError, match="`criterion` must be one of hfr, signal_hfr, consensus, probe, patch_probe, got 'best'"
+    ):
         select_timestep(model, pixels, criterion="best")
 
 

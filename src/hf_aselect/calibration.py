@@ -71,6 +71,32 @@ class CalibrationPictures:
         # In the order of the set: reading a dataset forward is faster.
         return list(range(first, stop, world)) if self.order is None else sorted(self.order[first:stop:world])
 
+    def patch_labels(self, index: int, mask: Any, rows: int, columns: int, ignored: int) -> Tensor:  # noqa: ANN401
+        """Return the class of each token of a picture, (rows · columns,): that of most of its pixels, -1 if of none.
+
+        Args:
+            index: Which picture.
+            mask: Its mask, of its size, as `ASelectImageProcessor` takes them; it is cut and resized as the picture.
+            rows: Rows of the token grid.
+            columns: Its columns.
+            ignored: Value of mask pixels that have no class.
+
+        Raises:
+            ValueError: If the mask does not fit the picture.
+        """
+        row = self.images[index]
+        if isinstance(self.images, Tensor):
+            labels = torch.as_tensor(mask).long()
+            if labels.shape != row.shape[-2:]:
+                raise ValueError(f"A mask has shape {tuple(labels.shape)}, its picture {tuple(row.shape[-2:])}.")
+        else:
+            labels = torch.from_numpy(self.processor([_picture_of(row)], [mask])["labels"][0])
+        patches = labels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+        has_class = patches != ignored
+        counts = torch.nn.functional.one_hot(patches * has_class) * has_class[..., None]
+        most, found = counts.sum(1).max(1)
+        return torch.where(most > 0, found, -1)
+
     def _rows(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Yield the index of each picture of the share, and what reads its row."""
         if self.order is None:

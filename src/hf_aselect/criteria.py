@@ -6,8 +6,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .probe import leave_one_out_hits
+from .probe import held_out_hits, leave_one_out_hits
 from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
+
+# A probe of patches is tried on each of so many parts of the pictures.
+NUM_FOLDS = 8
 
 
 class Criterion(Protocol):
@@ -143,6 +146,53 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class PatchProbe(Probe):
+    """The accuracy of a linear probe of single patches, for dense tasks: needs a mask of each picture.
+
+    A ridge classifier of some patches' tokens, on pictures that it was not fitted to. A patch's class is that of most
+    of its pixels.
+
+    Args:
+        num_patches: Patches of each picture, at the same places in all, at least 1; the whole grid where it has fewer.
+
+    Raises:
+        ValueError: If `num_patches` is less than 1.
+    """
+
+    name: ClassVar[str] = "patch_probe"
+    min_images: ClassVar[int] = 16
+
+    num_patches: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.num_patches < 1:
+            raise ValueError(f"`num_patches` of 'patch_probe' must be at least 1, got {self.num_patches}.")
+
+    def places(self, num_tokens: int) -> Tensor:
+        """Return which tokens are read: the same at random each time, (S,)."""
+        order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0))
+        return order[: self.num_patches].sort().values
+
+    def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the tokens of some patches of each picture, (B, S, D), averaged over the noise draws."""
+        return tokens[:, :, self.places(rows * columns)].float().mean(0).cpu()
+
+    def hits(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """Return of how many patches of each picture the probe is right, and how many have a class, (n, 2), float64.
+
+        Args:
+            pooled: Tokens of patches, (n, S, D).
+            labels: Their classes, (n, S); -1 for those of none.
+        """
+        known = labels >= 0
+        pictures = torch.arange(len(labels))[:, None].expand_as(labels)
+        right = torch.zeros_like(known)
+        right[known] = held_out_hits(pooled[known], labels[known], pictures[known] % NUM_FOLDS)
+        return torch.stack([right.sum(1), known.sum(1)], dim=-1).double()
+
+
+@dataclass(frozen=True)
 class Consensus:
     """How much of what the features of all timesteps and several blocks agree on can be read from this one. Ours.
 
@@ -173,5 +223,5 @@ def _spectra(tokens: Tensor, rows: int, columns: int) -> Tensor:
 
 
 CRITERIA: dict[str, Criterion] = {
-    criterion.name: criterion for criterion in (HFR(), SignalHFR(), Consensus(), Probe())
+    criterion.name: criterion for criterion in (HFR(), SignalHFR(), Consensus(), Probe(), PatchProbe())
 }

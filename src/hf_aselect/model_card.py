@@ -187,6 +187,7 @@ _HOW = {
     "signal_hfr": "Chosen by the share of high spatial frequencies in what the features of two noise draws agree on"
     + _UNLABELLED,
     "probe": "Chosen by the accuracy of a linear probe, with labels.",
+    "patch_probe": "Chosen by the accuracy of a linear probe of patches, with masks.",
 }
 
 _USAGE = """## Use

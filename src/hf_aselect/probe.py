@@ -79,6 +79,45 @@ def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
     return hits
 
 
+def held_out_hits(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
+    """Return for each row whether a ridge classifier trained on the other folds is right about it.
+
+    For rows that come together, as the patches of a picture: left out one by one, the others would tell of it. The
+    strength is the one with the smallest squared error on what is left out, chosen once.
+
+    Args:
+        features: Features, (n, D); computed in float64.
+        labels: Class indices from 0, (n,).
+        folds: Which fold each row is in, integers, (n,).
+
+    Returns:
+        Hits, (n,), bool.
+
+    Raises:
+        ValueError: If there is only one class or one fold.
+    """
+    if len(labels.unique()) < 2 or len(folds.unique()) < 2:
+        raise ValueError("A probe needs rows of at least 2 classes, from at least 2 pictures.")
+    features = features.double()
+    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)
+    targets = torch.nn.functional.one_hot(labels.long()).double() * 2 - 1
+    offset = targets.mean(0)
+    targets = targets - offset
+    moments, products = features.T @ features, features.T @ targets
+    predictions = torch.zeros(len(STRENGTHS), *targets.shape, dtype=torch.float64)
+    for fold in folds.unique():
+        out = folds == fold
+        held = features[out]
+        eigenvalues, eigenvectors = torch.linalg.eigh(moments - held.T @ held)
+        rotated = eigenvectors.T @ (products - held.T @ targets[out])
+        for number, strength in enumerate(STRENGTHS):
+            shrunk = 1 / (eigenvalues.clamp_min(0) + strength * eigenvalues.mean())
+            predictions[number, out] = held @ eigenvectors @ (shrunk[:, None] * rotated)
+    best = (predictions - targets).square().mean((1, 2)).argmin()
+    hits: Tensor = (predictions[best] + offset).argmax(1) == labels
+    return hits
+
+
 def _best_ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ridge solution, (D, K), whose leave-one-out squared error is smallest, and those predictions."""
     eigenvalues, eigenvectors = torch.linalg.eigh(features.T @ features)

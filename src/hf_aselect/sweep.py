@@ -13,7 +13,7 @@ from transformers.utils import logging as host_logging
 from .calibration import CalibrationPictures
 from .configuration_aselect import MASSIVE_FEATURES, ASelectConfig
 from .consensus import ConsensusSums, Key, unexplained
-from .criteria import Consensus, Criterion, Probe
+from .criteria import Consensus, Criterion, PatchProbe, Probe
 from .massive_channels import massive_channels, outlier_share, zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .timestep_curve import TimestepCurve, bootstrap
@@ -71,6 +71,10 @@ class Sweep:
         self.model, self.criterion, self.taps, self.grid = model, criterion, taps, grid
         self.batch_size, self.seed = batch_size, seed
         self.labels: list[int] | None = None
+        self.masks: Any = None  # of a probe of patches, by picture
+        self.patches: dict[int, Tensor] = {}  # the class of each patch, by picture
+        self.pictures: Any = None
+        self.shape = (0, 0)  # of the token grid
         self.generated = False
         self.rank, self.world = _process()
         self.num_images = self.num_forwards = 0
@@ -117,6 +121,7 @@ class Sweep:
 
     def run(self, pictures: CalibrationPictures, wanted: list[int], max_images: int, confidence: float) -> str:
         """Read pictures in rounds until the choice is sure; return why it ended."""
+        self.pictures = pictures
         size = max_images if pictures.order is None else len(pictures.order)
         done, goal = 0, min(self.criterion.first_round, size)
         # Not `disable=False` in the first process: that would overrule TQDM_DISABLE.
@@ -194,6 +199,7 @@ class Sweep:
 
     def _read_batch(self, latents: Tensor, indices: list[int], timesteps: list[int]) -> None:
         rows, columns = self.model.token_grid(latents)
+        self.shape = rows, columns
         if self.consensus is None:
             for chosen, tokens in self._tokens(latents, indices, timesteps, self.taps):
                 self._add(chosen, indices, [self.criterion.measure(tokens[tap], rows, columns) for tap in self.taps])
@@ -342,13 +348,24 @@ class Sweep:
             batches = [batch for part in parts for batch in part.get(timestep, [])]
             indices = torch.tensor([index for named, _ in batches for index in named])
             order = indices.argsort()
-            labels = torch.tensor(self.labels)[indices[order]]
+            labels = self._labels_of(probe, indices[order].tolist())
             # Taps may differ in width.
             pooled = [torch.cat([values[tap] for _, values in batches])[order] for tap in range(len(self.taps))]
             hits = torch.stack([probe.hits(each, labels) for each in pooled])  # (A, n, 2)
             sums = hits.new_zeros(len(self.taps), NUM_GROUPS, 2)
             self.fitted[timestep, self.num_images] = sums.index_add_(1, indices[order] % NUM_GROUPS, hits)
         return self._fitted()
+
+    def _labels_of(self, probe: Probe, indices: list[int]) -> Tensor:
+        """Return the class of some pictures, (n,); or of their patches, (n, S)."""
+        if not isinstance(probe, PatchProbe):
+            return torch.tensor(self.labels)[indices]
+        for index in indices:
+            if index not in self.patches:
+                ignored = self.model.config.semantic_loss_ignore_index
+                self.patches[index] = self.pictures.patch_labels(index, self.masks[index], *self.shape, ignored)
+        places = probe.places(self.shape[0] * self.shape[1])
+        return torch.stack([self.patches[index][places] for index in indices])
 
     def _sums_of_errors(self, consensus: ConsensusSums) -> dict[int, Tensor]:
         # Some megabytes a timestep: only of those that are new.

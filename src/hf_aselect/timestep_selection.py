@@ -9,10 +9,11 @@ from itertools import product
 from typing import Any
 
 import torch
+from PIL import Image
 
 from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig, check_timestep
-from .criteria import CRITERIA, Criterion, Probe
+from .criteria import CRITERIA, Criterion, PatchProbe, Probe
 from .denoisers import eval_mode
 from .selection_record import TimestepSelection
 from .sweep import AUTO_FEATURES, ReadableModel, Sweep, Tap
@@ -61,11 +62,12 @@ def select_timestep(
             a seed: the same each time. Default: the transformer generates some.
         criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on), "hfr" (the paper's, of
             one noise draw), "consensus" (how much of what the features agree on can be read from this one), "probe"
-            (accuracy of a linear probe, needs `labels`), or one with settings of its own,
-            such as `criteria.HFR(cutoff=0.25)`.
+            (accuracy of a linear probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or one with
+            settings of its own, such as `criteria.HFR(cutoff=0.25)`.
         timesteps: Timesteps to read, integers in [0, 1000): all of them, from every picture. Default: from coarse to
             fine on `model.noise_schedule.even_timesteps()`.
-        labels: For "probe": class index of each picture in `images`, or the name of a column.
+        labels: For "probe": class index of each picture in `images`; or, for dense tasks, its mask, one class index a
+            pixel: the probe then classifies patches ("patch_probe"). Or the name of a column with either.
         block: Block to read at in place of the configuration's; for "probe" also several, or "auto" for every third.
         feature: Feature to read in place of the configuration's; for "probe" also several, or "auto" for `hidden`,
             `query`, `key` and `value`.
@@ -88,6 +90,11 @@ def select_timestep(
     """
     started = time.monotonic()
     criterion = _checked_criterion(criterion, labels)
+    masks = _masks(labels, images)
+    if masks is not None and type(criterion) is Probe:
+        criterion = PatchProbe()
+    if isinstance(criterion, PatchProbe) and masks is None:
+        raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each picture.")
     if max_images < 1 or batch_size < 1:
         raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
     if not 0 <= confidence <= 1:
@@ -97,7 +104,9 @@ def select_timestep(
     taps = _checked_taps(model.config, block, feature, several=isinstance(criterion, Probe))
     grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
     search = Sweep(model, criterion, taps, grid, batch_size, seed)
-    if labels is not None:
+    if masks is not None:
+        search.masks = masks
+    elif labels is not None:
         search.labels = _checked_labels(labels, images)
     with eval_mode(model), torch.no_grad():
         if images is None:
@@ -186,6 +195,27 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  #
             else f"`labels` are given, but {criterion.name!r} uses none; did you mean `criterion='probe'`?"
         )
     return criterion
+
+
+def _masks(labels: Any, images: Any) -> Any:  # noqa: ANN401 - what they may be is found here
+    """Return masks by picture where the labels are masks, else None.
+
+    Raises:
+        ValueError: If there are not as many masks as pictures.
+    """
+    if isinstance(labels, str):
+        is_there = hasattr(images, "__len__") and labels in getattr(images, "column_names", [])
+        labels = images[labels] if is_there and len(images) else None
+    if labels is None or not hasattr(labels, "__len__") or not len(labels):
+        return None
+    if not isinstance(labels[0], Image.Image) and getattr(labels[0], "ndim", 0) != 2:
+        return None
+    if not hasattr(images, "__len__") or len(images) != len(labels):
+        raise ValueError(
+            f"There must be a mask for each picture, got {len(labels)} masks for "
+            f"{len(images) if hasattr(images, '__len__') else 'a stream of'} pictures."
+        )
+    return labels
 
 
 def _checked_labels(labels: Any, images: Any) -> list[int]:  # noqa: ANN401 - what they may be is checked here
