@@ -193,6 +193,7 @@ def test_training_a_segmenter_ends_with_everything_in_its_folder(pretrained, tmp
     figures = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert figures["eval_mean_iou"] > 0.8
     assert figures["eval_iou_bright"] > 0.8 and figures["eval_absent_classes"] == ""
+    assert "pipeline_tag: image-segmentation" in (tmp_path / "out" / "README.md").read_text()
     with PILImage.open(tmp_path / "out" / "overlays.png") as overlays:
         assert overlays.width > 500
     model = DiTForSemanticSegmentation.from_pretrained(tmp_path / "out")

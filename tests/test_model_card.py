@@ -120,7 +120,24 @@ def test_the_whole_card():
 def test_how_the_timestep_was_chosen_is_said_of_each_criterion(name):
     card = render_card(CardFacts(model_name="Clothes", timestep=61, criterion=name))
     (how,) = [line for line in card.splitlines() if line.startswith("Chosen by")]
-    assert how.endswith("with labels." if name == "probe" else "without labels or training.")
+    needs = {"probe": "with labels.", "patch_probe": "with masks."}
+    assert how.endswith(needs.get(name, "without labels or training."))
+
+
+@pytest.mark.parametrize(
+    ("task", "auto"),
+    [
+        ("image-classification", "AutoModelForImageClassification"),
+        ("image-segmentation", "AutoModelForSemanticSegmentation"),
+        ("image-feature-extraction", "AutoModel"),
+    ],
+)
+def test_the_card_is_of_the_models_task(task, auto):
+    facts = CardFacts(model_name="Streets", timestep=61, task=task, accuracy=0.5, mean_iou=0.25, dataset="some")
+    card = render_card(facts)
+    assert f"pipeline_tag: {task}" in card and f"model = {auto}.from_pretrained(folder)" in card
+    if task == "image-segmentation":
+        assert "| what | mean iou |" in card and "25.0%" in card and "type: mean_iou" in card
 
 
 def test_what_is_unknown_is_left_out():

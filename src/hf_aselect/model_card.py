@@ -35,7 +35,9 @@ class CardFacts:
         seconds: Seconds that the choice took.
         confidence: Share of bootstrap resamples that agree with the choice, in [0, 1].
         figure: Path of the curve's picture, relative to the card.
+        task: What the model does: "image-classification", "image-segmentation" or "image-feature-extraction".
         accuracy: Accuracy on the evaluation split, in [0, 1].
+        mean_iou: Mean intersection over union on the evaluation split, in [0, 1], of a segmenter.
         baselines: Accuracies of what it is compared with, by name, in [0, 1].
         dataset: Dataset that it was trained and evaluated on.
         base_model: Model that it was made from, as an id of the Hub.
@@ -56,7 +58,9 @@ class CardFacts:
     seconds: float | None = None
     confidence: float | None = None
     figure: str | None = None
+    task: str = "image-classification"
     accuracy: float | None = None
+    mean_iou: float | None = None
     baselines: Mapping[str, float] | None = None
     dataset: str | None = None
     base_model: str | None = None
@@ -79,11 +83,11 @@ def render_card(facts: CardFacts) -> str:
     """Return the text of a model card: front matter for the Hub, then sections for what is known."""
     sections = [
         f"# {facts.model_name}",
-        "A diffusion transformer (DiT) with a head that classifies pictures, made with hf_aselect. A DiT learned to "
+        f"A diffusion transformer (DiT) {_TASKS[facts.task][0]}, made with hf_aselect. A DiT learned to "
         "generate pictures; its tokens at the right noise level, the *timestep*, also tell what is in one.",
         _choice_section(facts),
         _results_section(facts),
-        _USAGE,
+        _usage_section(facts),
         _training_section(facts),
         f"## Limits\n\n{facts.limits}" if facts.limits else "",
         _CITATION,
@@ -105,28 +109,35 @@ def _license(facts: CardFacts) -> tuple[str | None, str | None]:
     return license_of(facts.base_model)
 
 
+def _metric(facts: CardFacts) -> tuple[str, float | None]:
+    """Return the metric of the model's task, and its value."""
+    is_segmenter = facts.task == "image-segmentation"
+    return ("mean_iou", facts.mean_iou) if is_segmenter else ("accuracy", facts.accuracy)
+
+
 def _metadata(facts: CardFacts) -> ModelCardData:
     identifier, name = _license(facts)
     results = None
-    if facts.accuracy is not None and facts.dataset is not None:
+    metric, value = _metric(facts)
+    if value is not None and facts.dataset is not None:
         results = [
             EvalResult(
-                task_type="image-classification",
+                task_type=facts.task,
                 dataset_type=facts.dataset,
                 dataset_name=facts.dataset,
-                metric_type="accuracy",
-                metric_value=round(facts.accuracy, 4),
+                metric_type=metric,
+                metric_value=round(value, 4),
             )
         ]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=facts.task,
         tags=list(TAGS),
         license=identifier,
         license_name=name,
         base_model=facts.base_model,
         datasets=[facts.dataset] if facts.dataset else None,
-        metrics=["accuracy"] if results else None,
+        metrics=[metric] if results else None,
         model_name=facts.model_name,
         eval_results=results,
     )
@@ -152,10 +163,14 @@ def _choice_section(facts: CardFacts) -> str:
 
 
 def _results_section(facts: CardFacts) -> str:
-    if facts.accuracy is None:
+    metric, value = _metric(facts)
+    if value is None:
         return ""
-    rows = {"**this model**": facts.accuracy, **(facts.baselines or {})}
-    parts = ["## Results", _table(("what", "accuracy"), {name: f"{share:.1%}" for name, share in rows.items()})]
+    rows = {"**this model**": value, **(facts.baselines or {})}
+    parts = [
+        "## Results",
+        _table(("what", metric.replace("_", " ")), {name: f"{share:.1%}" for name, share in rows.items()}),
+    ]
     if facts.command:
         parts.append(f"Command: `{facts.command}`")
     return "\n\n".join(parts)
@@ -190,17 +205,35 @@ _HOW = {
     "patch_probe": "Chosen by the accuracy of a linear probe of patches, with masks.",
 }
 
-_USAGE = """## Use
+# By task: what the model does, the Auto class that loads it, and what its pipeline is called.
+_TASKS = {
+    "image-classification": ("with a head that classifies pictures", "AutoModelForImageClassification", "classify"),
+    "image-segmentation": (
+        "with a decoder that tells the class of each pixel",
+        "AutoModelForSemanticSegmentation",
+        "segment",
+    ),
+    "image-feature-extraction": ("as a vision model, whose output is tokens", "AutoModel", None),
+}
 
-```python
-import hf_aselect  # registers the model with the Auto classes
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-folder = "."  # this folder, or the model's id on the Hub
-model = AutoModelForImageClassification.from_pretrained(folder)
-processor = AutoImageProcessor.from_pretrained(folder)
-classify = pipeline("image-classification", model=folder)
-```"""
+def _usage_section(facts: CardFacts) -> str:
+    _, auto, verb = _TASKS[facts.task]
+    lines = [
+        "## Use",
+        "",
+        "```python",
+        "import hf_aselect  # registers the model with the Auto classes",
+        f"from transformers import AutoImageProcessor, {auto}{', pipeline' if verb else ''}",
+        "",
+        'folder = "."  # this folder, or the model\'s id on the Hub',
+        f"model = {auto}.from_pretrained(folder)",
+        "processor = AutoImageProcessor.from_pretrained(folder)",
+        *([f'{verb} = pipeline("{facts.task}", model=folder)'] if verb else []),
+        "```",
+    ]
+    return "\n".join(lines)
+
 
 _CITATION = """## Source
 

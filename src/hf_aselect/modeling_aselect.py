@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +41,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
     """What all models share: loading, weight initialisation, and the road from pictures to tokens."""
 
     config: ASelectConfig
+    task: ClassVar[str] = "image-feature-extraction"
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = "image"
@@ -555,6 +556,8 @@ class DiTForImageClassification(ASelectPreTrainedModel):
     Args:
         config: The configuration; `head` and its sizes say which head.
     """
+
+    task: ClassVar[str] = "image-classification"
 
     def __init__(self, config: ASelectConfig) -> None:
         super().__init__(config)

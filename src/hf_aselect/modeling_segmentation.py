@@ -1,6 +1,6 @@
 """Dense models: a diffusion transformer as a backbone of the host's heads, and under a segmentation decoder."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         config: The configuration; `decoder` says which: "linear" reads the configuration's block, "upernet" the four
             of `config.out_indices`.
     """
+
+    task: ClassVar[str] = "image-segmentation"
 
     def __init__(self, config: ASelectConfig) -> None:
         super().__init__(config)

@@ -16,7 +16,8 @@ CURVE = "timestep_curve.png"
 class ASelectCallback(TrainerCallback):
     """Writes the model card and the curve of the timestep's choice into the output folder.
 
-    They are written after each evaluation, with its accuracy, and at the end of training, by the main process only.
+    They are written after each evaluation, with its accuracy or mean IoU, and at the end of training, by the main
+    process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
@@ -37,7 +38,7 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Write card and curve with the newest accuracy; evaluations of other sets than Trainer's own do not count."""
+        """Write card and curve with the newest figure; evaluations of other sets than Trainer's own do not count."""
         metrics = kwargs.get("metrics") or {}
         if any(name.startswith("eval_") for name in metrics):
             self.metrics_by_step[state.global_step] = metrics
@@ -68,6 +69,7 @@ class ASelectCallback(TrainerCallback):
             model,
             str(args.output_dir),
             accuracy=self.metrics_by_step.get(step, {}).get("eval_accuracy"),
+            mean_iou=self.metrics_by_step.get(step, {}).get("eval_mean_iou"),
             dataset=self.dataset,
             base_model=self.base_model,
             license=self.license,
@@ -88,6 +90,7 @@ def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[st
     config = model.config
     known: dict[str, Any] = {
         "model_name": folder.resolve().name,
+        "task": model.task,
         "timestep": None if config.timestep == "auto" else config.timestep,
         "block": config.block_index(),
         "feature": config.feature,
