@@ -397,6 +397,26 @@ def test_a_failed_conversion_leaves_nothing(latent_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+@pytest.mark.parametrize("change", ["missing", "left over", "shape"])
+def test_weights_that_do_not_fit_are_not_converted(latent_folder, tmp_path, change):
+    folder = shutil.copytree(latent_folder, tmp_path / "in")
+    weights = load_file(folder / "transformer" / WEIGHTS)
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    if change == "missing":
+        del weights[name]
+    else:
+        weights[name if change == "shape" else "another.weight"] = torch.zeros(3, 3)
+    save_file(weights, folder / "transformer" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"do not fit their configuration: 1 tensors are missing, left over or of"):
+        convert_diffusers(folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_missing_subfolder_is_said_so(latent_folder):
+    with pytest.raises(ValueError, match="has no folder 'two', which `subfolder=` names"):
+        DiTModel.from_pretrained(latent_folder, subfolder="two", timestep=5)
+
+
 def test_a_conversion_that_is_killed_never_looks_finished(latent_folder, tmp_path):
     script = f"""
 import os

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .configuration_aselect import DDPM_LINEAR, ASelectConfig
+from .denoisers import build_denoiser, build_vae_encoder
 from .diffusers_files import (
     CONFIG,
     SCHEDULER_CONFIG,
@@ -224,7 +225,9 @@ def convert_diffusers(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        sizes, dtypes = _write_weights(weights, unfinished, wanted, max_shard_size)
+        shapes: dict[str, torch.Size] = {}
+        sizes, dtypes = _write_weights(weights, unfinished, wanted, max_shard_size, shapes)
+        _check_fit(config, shapes, source)
         config.architectures = ["DiTModel"]
         config.dtype = wanted or max(dtypes, key=lambda kind: dtypes[kind])
         config.save_pretrained(unfinished)
@@ -282,10 +285,32 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
 
 
+def _check_fit(config: ASelectConfig, shapes: dict[str, torch.Size], source: str | os.PathLike[str]) -> None:
+    """Refuse weights that do not fit their configuration, as loading would."""
+    with torch.device("meta"):
+        parts = {"denoiser": build_denoiser(config), "vae": build_vae_encoder(config)}
+    expected = {
+        f"{part}.{name}": value.shape
+        for part, module in parts.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
+    broken = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
+    if broken:
+        raise ValueError(
+            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors are missing, left "
+            f"over or of another shape, among them {sorted(broken)[:3]}."
+        )
+
+
 def _write_weights(
-    weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None, max_shard_size: int
+    weights: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+    shapes: dict[str, torch.Size],
 ) -> tuple[dict[str, tuple[int, int]], dict[torch.dtype, int]]:
-    """Write weights in shards, each as it fills.
+    """Write weights in shards, each as it fills, and note their shapes.
 
     Returns:
         Parameters and bytes of each part, and the values of each dtype in the transformer.
@@ -312,6 +337,7 @@ def _write_weights(
             flush()
         shard[name] = value.contiguous()
         places[name] = count + 1
+        shapes[name] = value.shape
         filled += value.nbytes
         sizes[part] = sizes[part][0] + value.numel(), sizes[part][1] + value.nbytes
         if part == "denoiser":

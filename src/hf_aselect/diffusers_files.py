@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class HubOptions:
 
     revision: str | None = None
     subfolder: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     force_download: bool = False
@@ -82,6 +82,8 @@ def locate(
     folder = Path(source, options.subfolder or "")
     if folder.is_dir():
         return folder if _is_diffusers(folder, source, model_type) else None
+    if os.path.isdir(source):
+        raise ValueError(f"{str(source)!r} has no folder {options.subfolder!r}, which `subfolder=` names.")
     if os.path.exists(source):
         raise ValueError(f"{str(source)!r} is a file; expected a folder or an id on the Hub.")
     try:
