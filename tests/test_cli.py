@@ -70,7 +70,10 @@ def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("--criterion", "best"), "`criterion` must be one of hfr, signal_hfr, consensus, probe, got 'best'"),
+        (
+            ("--criterion", "best"),
+            "`criterion` must be one of hfr, signal_hfr, consensus, probe, patch_probe, got 'best'",
+        ),
         (("--images", "missing.parquet"), "There is no file 'missing.parquet'."),
         (("--block", "9"), "`block` must be in [-3, 3)"),
         (("--feature", "auto"), "can only be compared by `criterion='probe'`"),
