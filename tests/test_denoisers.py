@@ -392,3 +392,16 @@ def test_a_configuration_is_built_as_it_says():
     shapes = {"prompt_embeds": [1, 2, WIDTH], "pooled_prompt_embeds": [1, 8]}
     config = ASelectConfig(transformer={**config, "_class_name": "FluxTransformer2DModel"}, prompt_shapes=shapes)
     assert len(build_denoiser(config).blocks) == config.num_hidden_layers == 3
+
+
+def test_loading_chooses_a_timestep_in_batches_that_large_pictures_allow(saved):
+    sizes = {}
+    for image_size in (64, 1024):
+        model = DiTModel.from_pretrained(
+            saved("flux")[1],
+            timestep="auto",
+            image_size=image_size,
+            calibration_images=torch.rand(2, 3, 64, 64),
+        )
+        sizes[image_size] = model.config.selection["options"]["batch_size"]
+    assert sizes == {64: 32, 1024: 8}

@@ -1,11 +1,24 @@
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import HEAD
+from datasets import load_dataset
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, TimestepSelection, select_timestep
-from hf_aselect.massive_channels import massive_channels, outlier_share, zero_channels
+import hf_aselect
+from hf_aselect import (
+    ASelectConfig,
+    ASelectImageProcessor,
+    DiTForImageClassification,
+    DiTModel,
+    TimestepSelection,
+    select_timestep,
+)
+from hf_aselect.configuration_aselect import MASSIVE_FEATURES
+from hf_aselect.massive_channels import FACTOR, SHARE, massive_channels, outlier_share, zero_channels
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -172,3 +185,24 @@ def test_a_classifier_takes_what_was_found(dominated, pixels):
     assert model.config.zeroed_channels == [3]
     assert ASelectConfig(**model.config.to_dict()).zeroed_channels == [3]
     assert bool(model(pixels).logits.isfinite().all())
+
+
+def test_the_embedded_dit_has_none_by_a_margin():
+    """What tells the rule's factor from what a small transformer does without massive channels."""
+    assets = Path(hf_aselect.__file__).parent / "assets" / "fashion_mnist"
+    model = DiTModel.from_pretrained(assets, timestep=0)
+    rows = load_dataset("parquet", data_files=str(assets / "test.parquet"), split="train")[:16]["image"]
+    processor = ASelectImageProcessor.from_model_config(model.config)
+    latents = model.encode(processor(rows, return_tensors="pt").pixel_values)
+    taps = list(product(range(model.config.num_hidden_layers), MASSIVE_FEATURES))
+    largest = 0.0
+    with torch.no_grad():
+        for timestep in (0, 35, 400, 999):
+            noised = model.add_noise(latents, timestep)
+            read = model.read_taps(noised, torch.full((len(noised),), timestep), taps)
+            for values in read.values():
+                magnitudes = values.flatten(0, 1).abs()
+                ratios = magnitudes / magnitudes.median(1, keepdim=True).values
+                # What a channel exceeds in 90 % of the tokens.
+                largest = max(largest, float(ratios.quantile(1 - SHARE, dim=0).max()))
+    assert 10 < largest < FACTOR / 1.8

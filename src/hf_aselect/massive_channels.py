@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 # A channel is massive where it exceeds the token's median magnitude so many times, in so large a share of tokens.
-# Normal values do so with neither; small DiTs without such channels came to 13.5 times, published ones to hundreds.
+# Normal values never do so; the embedded DiT, which has no such channels, comes to 15 times, published ones to
+# hundreds.
 FACTOR = 30.0
 SHARE = 0.9
 

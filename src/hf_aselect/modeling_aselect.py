@@ -31,6 +31,7 @@ from .timestep_selection import select_timestep
 logger = logging.getLogger(__name__)
 
 Tap = tuple[int, str]  # block, feature
+MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
@@ -159,7 +160,10 @@ class ASelectPreTrainedModel(PreTrainedModel):
         config = self.config
         if config.timestep == "auto":
             self._forget_selection()
-            record = select_timestep(self, calibration_images)
+            height, width = (side // config.patch_pixels for side in config.image_height_width)
+            # As many tokens at once as 32 pictures of 512 pixels have: large pictures would not fit many a machine.
+            batch_size = max(1, min(32, MAX_TOKENS // (height * width)))
+            record = select_timestep(self, calibration_images, batch_size=batch_size)
             config.timestep, config.selection = record.timestep, record.to_dict()
             if record.massive_channels is not None:
                 config.zeroed_channels = record.massive_channels
