@@ -110,7 +110,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
         zeroed_channels: Channels of the tokens that are set to zero at the tap. A few channels dwarf all others in
             the residual stream of large transformers. "auto": those that `select_timestep` finds to be so, with the
-            timestep. Default: "auto" for `hidden`, `normed` and `attention`, none for `query`, `key` and `value`.
+            timestep. Default: "auto" for `hidden`, `normed` and `attention` where loading chooses the timestep; else
+            none.
         noise_seed: Seed of the fixed noise that pictures are mixed with.
         num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
         resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).

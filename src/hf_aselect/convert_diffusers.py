@@ -53,7 +53,7 @@ class Conversion:
 
     Args:
         output: The folder.
-        num_parameters: Parameters of transformer and VAE encoder.
+        num_parameters: Values in the files: parameters, position tables and the empty prompt's embeddings.
         transformer_bytes: Size of the transformer's weights there, with the empty prompt's embeddings.
         vae_encoder_bytes: Size of the VAE encoder's weights there.
         vae_decoder_bytes: Size of the VAE decoder's weights in the source, which are dropped.
