@@ -5,7 +5,9 @@ import os
 # Before anything imports huggingface_hub: a test that reaches for the network fails instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,15 @@ from hf_aselect import DiTForImageClassification, DiTModel
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2}
+
+
+def example(name):
+    """The module of an example, by its path below `examples/`."""
+    path = Path(__file__).parents[1] / "examples" / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class DeprecationHandler(logging.Handler):

@@ -6,10 +6,9 @@ import shutil
 import subprocess
 import sys
 
-import diffusers
 import pytest
 import torch
-from conftest import HEAD, build_transformer, build_vae
+from conftest import HEAD, build_transformer, build_vae, example
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, StableDiffusion3Pipeline
 from pipelines import dit, sd3, sit
 from safetensors.torch import load_file, save_file
@@ -570,61 +569,18 @@ def test_a_flow_matching_dit_is_said_to_be_taken_for_one_of_diffusers(tmp_path, 
 # Real architectures, without weights.
 
 
-def full_size(name, **config):
-    with torch.device("meta"):
-        return getattr(diffusers, name)(**config)
+READING_COST = example("benchmarks/reading_cost.py")
+# In millions, by diffusers.
+PARAMETERS = {"facebook/DiT-XL-2-256": 749.8, "stabilityai/stable-diffusion-3-medium-diffusers": 2028.3}
 
 
-FULL = {
-    # name, configuration, parameters in millions, by diffusers
-    "DiT-XL/2-256": ("DiTTransformer2DModel", {"num_embeds_ada_norm": 1000, "sample_size": 32}, 749.8),
-    "SD3-medium": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 192,
-        },
-        2028.3,
-    ),
-    "SD3.5-medium": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 384,
-            "qk_norm": "rms_norm",
-            "dual_attention_layers": tuple(range(13)),
-        },
-        None,
-    ),
-    "SD3.5-large": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "caption_projection_dim": 2432,
-            "pos_embed_max_size": 192,
-            "qk_norm": "rms_norm",
-        },
-        None,
-    ),
-    "PixArt-Sigma": ("PixArtTransformer2DModel", {"caption_channels": 4096}, None),
-    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, None),
-    "Sana-1600M": ("SanaTransformer2DModel", {}, None),
-    "Lumina-Image-2.0": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, None),
-}
-
-
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", READING_COST.SOURCES)
 def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
-    class_name, options, millions = FULL[name]
-    transformer = full_size(class_name, **options)
+    class_name = READING_COST.SOURCES[name][0]
+    transformer = READING_COST.whole_transformer(name)
     theirs = {f"denoiser.transformer.{key}": value.shape for key, value in transformer.state_dict().items()}
-    if millions is not None:
-        assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    if name in PARAMETERS:
+        assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.05)
     config = {**transformer.config, "_class_name": class_name}
     layout = layout_of(config)
     widths = {name: transformer.config[field] for name, field in FAMILIES[class_name].prompt_fields.items()}
@@ -638,13 +594,13 @@ def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
         model = DiTModel(ASelectConfig(timestep=5, **fields))
     ours = {key: value.shape for key, value in model.state_dict().items() if key.startswith("denoiser.transformer.")}
     assert ours == theirs
-    assert model.config.hidden_size == transformer.inner_dim if hasattr(transformer, "inner_dim") else True
+    first = next(module for key, module in transformer.named_modules() if key.endswith("to_q"))
+    assert model.config.hidden_size == first.in_features
     assert len(model.denoiser.blocks) == layout.num_layers == model.config.num_hidden_layers
 
 
 def test_sd3_medium_is_read_where_the_paper_reads_it():
-    _, options, _ = FULL["SD3-medium"]
-    transformer = full_size("SD3Transformer2DModel", **options)
+    transformer = READING_COST.whole_transformer("stabilityai/stable-diffusion-3-medium-diffusers")
     config = ASelectConfig(transformer={**transformer.config, "_class_name": "SD3Transformer2DModel"})
     assert (config.block, config.feature, config.feature_size) == (9, "query", 1536)
     schedule = NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})

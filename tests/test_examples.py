@@ -1,7 +1,6 @@
 """The example scripts, each run as a user runs it: as a process, on few pictures."""
 
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image as PILImage
@@ -83,9 +83,7 @@ def test_pretraining_needs_no_labels(parquet, tmp_path):
 
 
 def test_without_labels_the_samples_are_of_no_class(tmp_path):
-    spec = importlib.util.spec_from_file_location("pretrain_dit", EXAMPLES / "pretrain_dit.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = example("pretrain_dit.py")
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 1, "sample_size": 8}
     model = DiTTransformer2DModel(**sizes, patch_size=2, num_embeds_ada_norm=1).eval()
     for name, value in (("plain", 0.0), ("nan", float("nan"))):

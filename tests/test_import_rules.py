@@ -50,6 +50,7 @@ LEVELS = {
     "convert_diffusers": 4,
     "generation": 4,
     "sweep": 4,
+    "loading": 5,
     "timestep_selection": 5,
     "modeling_aselect": 6,
     "modeling_segmentation": 7,

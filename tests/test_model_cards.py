@@ -1,6 +1,5 @@
 """The cards of what the project publishes: their figures are those of the files beside them."""
 
-import importlib
 import inspect
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import example
 from pipelines import dit, flux_dev, lumina2, pixart_sigma, sana, sd3, sit
 
 from hf_aselect import DiTForImageClassification, select_timestep
@@ -146,11 +146,7 @@ def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
 
 
 def test_the_parameters_in_the_figures_are_those_of_diffusers_classes():
-    sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
-    try:
-        reading_cost = importlib.import_module("reading_cost")
-    finally:
-        sys.path.pop(0)
+    reading_cost = example("benchmarks/reading_cost.py")
     figures = json.loads((ROOT / "model_cards" / "reading_cost.json").read_text(encoding="utf-8"))
     assert set(reading_cost.SOURCES) == set(figures) - {"machine"}
     for name in reading_cost.SOURCES:

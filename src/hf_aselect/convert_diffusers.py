@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -194,20 +195,12 @@ def convert_diffusers(
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
     """
     started = time.monotonic()
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{str(target)!r} exists and is not empty; name another folder, or remove it.")
+    target = _checked_output(output)
     if max_shard_size < 1:
         raise ValueError(f"`max_shard_size` must be at least 1 byte, got {max_shard_size}.")
     wanted = _checked_dtype(dtype)
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
-    folder = find_diffusers(source, options)
-    if folder is None:
-        if Path(source).is_dir():
-            raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
-        raise ValueError(
-            f"{str(source)!r} is neither a local folder nor a repository of the Hub with a diffusers checkpoint."
-        )
+    folder = _source_folder(source, options)
     if target.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
     if not Path(source).exists():
@@ -245,6 +238,26 @@ def convert_diffusers(
         vae_decoder_bytes=_dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS),
         text_encoder_bytes=sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS),
         seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _checked_output(output: str | os.PathLike[str]) -> Path:
+    """Return the folder to write; refuse one that holds something."""
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{str(target)!r} exists and is not empty; name another folder, or remove it.")
+    return target
+
+
+def _source_folder(source: str | os.PathLike[str], options: HubOptions) -> Path:
+    """Return the folder of the checkpoint to convert; refuse what is none."""
+    folder = find_diffusers(source, options)
+    if folder is not None:
+        return folder
+    if Path(source).is_dir():
+        raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
+    raise ValueError(
+        f"{str(source)!r} is neither a local folder nor a repository of the Hub with a diffusers checkpoint."
     )
 
 
@@ -371,15 +384,8 @@ def _dropped_bytes(folder: Path, variant: str | None, kept: tuple[str, ...] = ()
             for name in opened.keys():  # noqa: SIM118 - no dictionary
                 if not (kept and name.startswith(kept)):
                     part = opened.get_slice(name)
-                    total += _NUM_BYTES[part.get_dtype()] * _product(part.get_shape())
+                    total += _NUM_BYTES[part.get_dtype()] * math.prod(part.get_shape())
     return total
 
 
 _NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total

@@ -98,9 +98,9 @@ class Denoiser(nn.Module, ABC):
                 raise ValueError(f"`{part}` of a {name} must have shape {wanted}, got {tuple(shape)}.")
 
     @property
-    @abstractmethod
     def num_channels(self) -> int:
         """Channels of the latents."""
+        return int(self.transformer.config.in_channels)
 
     @property
     def num_classes(self) -> int:
@@ -146,9 +146,10 @@ class Denoiser(nn.Module, ABC):
     def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
         """Return what the block's attention reads of the picture's tokens, (B, N, D)."""
 
-    @abstractmethod
     def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
         """Return what the block's attention yields for the picture, after the output projection, (B, N, D)."""
+        tokens: Tensor = self.attention_of(block)(normed)
+        return tokens
 
     @abstractmethod
     def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
@@ -158,9 +159,9 @@ class Denoiser(nn.Module, ABC):
     def finish(self, state: Pass) -> Tensor:
         """Return the prediction, (B, C, h, w), from the state after the last block."""
 
-    @abstractmethod
     def output_modules(self) -> list[nn.Module]:
         """Return the modules that are run after the last block."""
+        return [self.transformer.norm_out, self.transformer.proj_out]
 
     def attention_of(self, block: Any) -> Any:  # noqa: ANN401 - diffusers' block
         """Return the block's self-attention, with `to_q`, `to_k`, `to_v`."""
@@ -308,6 +309,17 @@ def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:
     if not any(part is one for part in module.modules() for one in used):
         return [module]
     return [other for child in module.children() for other in _others(child, used)]
+
+
+def modulated_by_table(state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    """Return what a block's self-attention reads, (B, N, D), where all blocks share one modulation.
+
+    Each adds a table of its own to it (`ada_norm_single` of diffusers).
+    """
+    modulation = block.scale_shift_table[None] + state.condition.unflatten(1, (6, -1))  # (B, 6, D)
+    shift, scale = modulation[:, :1], modulation[:, 1:2]
+    tokens: Tensor = block.norm1(state.hidden_states) * (1 + scale) + shift
+    return tokens.to(state.hidden_states.dtype)
 
 
 def grid_of(noised_latents: Tensor, patch_size: int) -> tuple[int, int]:

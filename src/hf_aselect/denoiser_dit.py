@@ -41,11 +41,6 @@ class DiTDenoiser(Denoiser):
                 block.norm1.emb.time_proj.downscale_freq_shift = 0
 
     @property
-    def num_channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.transformer.config.in_channels)
-
-    @property
     def num_classes(self) -> int:
         """Classes that the DiT knows; as a label, this number is the null label."""
         return int(self.transformer.config.num_embeds_ada_norm)
@@ -69,11 +64,6 @@ class DiTDenoiser(Denoiser):
         """Return what the block's attention reads, (B, N, D)."""
         hidden_states = state.hidden_states
         tokens: Tensor = block.norm1(hidden_states, *state.condition, hidden_dtype=hidden_states.dtype)[0]
-        return tokens
-
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
-        """Return what the block's attention yields, (B, N, D)."""
-        tokens: Tensor = block.attn1(normed)
         return tokens
 
     def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block

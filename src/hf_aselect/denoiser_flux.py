@@ -110,10 +110,6 @@ class FluxDenoiser(Denoiser):
         picture: Tensor = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         return picture
 
-    def output_modules(self) -> list[nn.Module]:
-        """Return the modules that are run after the last block."""
-        return [self.transformer.norm_out, self.transformer.proj_out]
-
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""
         return [self.transformer.context_embedder]

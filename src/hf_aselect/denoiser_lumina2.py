@@ -34,11 +34,6 @@ class Lumina2Denoiser(Denoiser):
             rope.freqs_cis = rope._precompute_freqs_cis(rope.axes_dim, rope.axes_lens, rope.theta)
 
     @property
-    def num_channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.transformer.config.in_channels)
-
-    @property
     def blocks(self) -> Sequence[Any]:
         """The blocks after the refiners."""
         blocks: Sequence[Any] = self.transformer.layers

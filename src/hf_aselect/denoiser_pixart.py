@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .denoiser import Denoiser, Pass, grid_of
+from .denoiser import Denoiser, Pass, grid_of, modulated_by_table
 
 
 class PixArtDenoiser(Denoiser):
@@ -18,11 +18,6 @@ class PixArtDenoiser(Denoiser):
     """
 
     prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "caption_channels"}
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.transformer.config.in_channels)
 
     @property
     def position_embedding(self) -> nn.Module:
@@ -53,15 +48,7 @@ class PixArtDenoiser(Denoiser):
 
     def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
         """Return what the block's self-attention reads, (B, N, D)."""
-        modulation = block.scale_shift_table[None] + state.condition.unflatten(1, (6, -1))  # (B, 6, D)
-        shift, scale = modulation[:, :1], modulation[:, 1:2]
-        tokens: Tensor = block.norm1(state.hidden_states) * (1 + scale) + shift
-        return tokens
-
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
-        """Return what the block's self-attention yields, (B, N, D)."""
-        tokens: Tensor = block.attn1(normed)
-        return tokens
+        return modulated_by_table(state, block)
 
     def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
         """Run a block, changing the state."""
@@ -73,10 +60,6 @@ class PixArtDenoiser(Denoiser):
         shift, scale = (transformer.scale_shift_table[None] + state.output_condition[:, None]).chunk(2, dim=1)
         hidden_states = transformer.norm_out(state.hidden_states) * (1 + scale) + shift
         return self.unpatchify(transformer.proj_out(hidden_states), state)
-
-    def output_modules(self) -> list[nn.Module]:
-        """Return the modules that are run after the last block."""
-        return [self.transformer.norm_out, self.transformer.proj_out]
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .denoiser import Denoiser, Pass, grid_of
+from .denoiser import Denoiser, Pass, grid_of, modulated_by_table
 
 
 class SanaDenoiser(Denoiser):
@@ -31,11 +31,6 @@ class SanaDenoiser(Denoiser):
             )
 
     @property
-    def num_channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.transformer.config.in_channels)
-
-    @property
     def position_embedding(self) -> nn.Module | None:
         """The module that holds the position table, in its buffer `pos_embed`; None where there is none."""
         module: nn.Module = self.transformer.patch_embed
@@ -56,15 +51,7 @@ class SanaDenoiser(Denoiser):
 
     def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
         """Return what the block's self-attention reads, (B, N, D)."""
-        modulation = block.scale_shift_table[None] + state.condition.unflatten(1, (6, -1))  # (B, 6, D)
-        shift, scale = modulation[:, :1], modulation[:, 1:2]
-        tokens: Tensor = block.norm1(state.hidden_states) * (1 + scale) + shift
-        return tokens.to(state.hidden_states.dtype)
-
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
-        """Return what the block's self-attention yields, (B, N, D)."""
-        tokens: Tensor = block.attn1(normed)
-        return tokens
+        return modulated_by_table(state, block)
 
     def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
         """Run a block, changing the state."""
@@ -83,10 +70,6 @@ class SanaDenoiser(Denoiser):
             state.hidden_states, state.output_condition, transformer.scale_shift_table
         )
         return self.unpatchify(transformer.proj_out(hidden_states), state)
-
-    def output_modules(self) -> list[nn.Module]:
-        """Return the modules that are run after the last block."""
-        return [self.transformer.norm_out, self.transformer.proj_out]
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""

@@ -22,11 +22,6 @@ class SD3Denoiser(Denoiser):
         "pooled_prompt_embeds": "pooled_projection_dim",
     }
 
-    @property
-    def num_channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.transformer.config.in_channels)
-
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
         transformer, size = self.transformer, len(noised_latents)
@@ -67,10 +62,6 @@ class SD3Denoiser(Denoiser):
         """Return the prediction, (B, C, h, w)."""
         transformer = self.transformer
         return self.unpatchify(transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition)), state)
-
-    def output_modules(self) -> list[nn.Module]:
-        """Return the modules that are run after the last block."""
-        return [self.transformer.norm_out, self.transformer.proj_out]
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""

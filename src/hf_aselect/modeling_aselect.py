@@ -4,7 +4,6 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,14 +14,15 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_aselect import OWN_FIELDS, ASelectConfig, check_timestep, refuse_unknown_keywords
-from .convert_diffusers import find_diffusers, load_diffusers
+from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown_keywords
+from .convert_diffusers import find_diffusers
 from .decoders import token_map
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
 from .diffusers_files import HubOptions
 from .empty_prompt import TEXT_PARTS
 from .generation import generate_latents
 from .heads import AttentionHead, LinearHead
+from .loading import HUB_OPTIONS, check_loaded, take_diffusers
 from .massive_channels import zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .selection_record import TimestepSelection
@@ -32,10 +32,6 @@ logger = logging.getLogger(__name__)
 
 Tap = tuple[int, str]  # block, feature
 MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
-
-# Keywords that name a value of the configuration but are no field of ours.
-HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
-_HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "variant")
 
 
 class ASelectPreTrainedModel(PreTrainedModel):
@@ -118,9 +114,9 @@ class ASelectPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
         text = {name: kwargs.pop(name) for name in (*TEXT_PARTS, "prompt_embeds") if name in kwargs}
-        folder = find_diffusers(source, HubOptions(**{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}))
+        folder = find_diffusers(source, HubOptions(**{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
         if folder is not None:
-            _take_diffusers(source, folder, text, kwargs)
+            take_diffusers(source, folder, text, kwargs)
             path = None
         elif text:
             raise ValueError(
@@ -147,10 +143,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
             raise
         model: Self
         model, info = loaded
-        _check_backbone_is_complete(source, info)
-        _check_head_is_whole(source, info, model)
-        if not ignore_mismatched_sizes:
-            _check_head_fits(source, info)
+        check_loaded(source, info, model, ignore_mismatched_sizes)
         model._base().freeze()  # the host makes every loaded weight trainable
         model._settle_timestep(calibration_images)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
@@ -410,38 +403,6 @@ class ASelectPreTrainedModel(PreTrainedModel):
             raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
 
 
-def _take_diffusers(
-    source: str | os.PathLike[str], folder: Path, text: dict[str, Any], kwargs: dict[str, Any]
-) -> None:
-    """Put the configuration and weights that diffusers saved in a folder into the keywords of `from_pretrained`."""
-    if kwargs.get("config") is not None:
-        raise ValueError(
-            "`config=` cannot be given with what diffusers saved: its files say what the model is. Give "
-            "fields of the configuration as keywords (`timestep=`, `block=`, ...)."
-        )
-    if given := [name for name, value in text.items() if name != "prompt_embeds" and value is not None]:
-        raise ValueError(
-            f"{', '.join(given)} can only be None, which does without it; another text encoder cannot be given. Pass "
-            "`prompt_embeds=`, the empty prompt's embeddings by name."
-        )
-    options = {name: kwargs.pop(name, None) for name in _HUB_OPTIONS}
-    kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
-    own_fields = OWN_FIELDS | HOST_FIELDS
-    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
-    fields.setdefault("name_or_path", str(source))
-    if not os.path.exists(source):  # an id on the Hub; the path of a machine is nobody's business
-        fields.setdefault("base_model", str(source))
-    kwargs["config"], weights = load_diffusers(
-        folder,
-        variant=options["variant"],
-        dtype=kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32,
-        without=tuple(name for name in text if name != "prompt_embeds"),
-        prompt_embeds=text.get("prompt_embeds"),
-        **fields,
-    )
-    kwargs["state_dict"] = dict(weights)
-
-
 _HOW_TO_RESOLVE = (
     "pass `calibration_images=` to `from_pretrained`, or set `model.config.timestep = "
     "select_timestep(model, images).timestep`, or choose an integer in [0, 1000) yourself"
@@ -454,40 +415,6 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
-        )
-
-
-def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
-    broken = {name for name in info["missing_keys"] if "denoiser." in name or "vae." in name}
-    broken |= {name for name in info["unexpected_keys"] if "denoiser." in name or "vae." in name}
-    broken |= {entry[0] for entry in info["mismatched_keys"] if "denoiser." in entry[0] or "vae." in entry[0]}
-    if broken:
-        raise ValueError(
-            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
-            f"are missing, left over or of another shape, among them {sorted(broken)[:3]}."
-        )
-
-
-def _check_head_is_whole(source: str | os.PathLike[str], info: dict[str, Any], model: ASelectPreTrainedModel) -> None:
-    """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
-    missing = {name for name in info["missing_keys"] if name.startswith("head.")}
-    whole = {name for name in model.state_dict() if name.startswith("head.")}
-    if missing and missing != whole:
-        raise ValueError(
-            f"The weights in {str(source)!r} hold a part of the head only: {len(missing)} of its {len(whole)} tensors "
-            f"are missing, among them {sorted(missing)[:3]}. Save or download them again."
-        )
-
-
-def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose head has other shapes than the configuration says."""
-    if info["mismatched_keys"]:
-        name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"The head saved in {str(source)!r} does not fit the configuration: {name!r} has shape {tuple(found)}, "
-            f"expected {tuple(expected)}. Pass `ignore_mismatched_sizes=True` to start with a new head, or leave "
-            "`num_labels` and the sizes of the head as they were saved."
         )
 
 

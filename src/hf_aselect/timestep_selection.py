@@ -17,6 +17,7 @@ from .criteria import CRITERIA, Criterion, PatchProbe, Probe
 from .denoisers import eval_mode
 from .selection_record import TimestepSelection
 from .sweep import AUTO_FEATURES, ReadableModel, Sweep, Tap
+from .timestep_curve import TimestepCurve
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +96,7 @@ def select_timestep(
         criterion = PatchProbe()
     if isinstance(criterion, PatchProbe) and masks is None:
         raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each picture.")
-    if max_images < 1 or batch_size < 1:
-        raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
-    if not 0 <= confidence <= 1:
-        raise ValueError(f"`confidence` must be in [0, 1], got {confidence}.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}.")
+    _check_numbers(max_images, batch_size, confidence, seed)
     taps = _checked_taps(model.config, block, feature, several=isinstance(criterion, Probe))
     grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
     search = Sweep(model, criterion, taps, grid, batch_size, seed)
@@ -119,9 +115,8 @@ def select_timestep(
         stopped_by = search.run(pictures, wanted, max_images, confidence)
     curve = search.curve()
     best_tap, best = curve.best
-    found = curve.timesteps[best]
     selection = TimestepSelection(
-        timestep=found,
+        timestep=curve.timesteps[best],
         timesteps=curve.timesteps,
         scores=curve.scores[best_tap].tolist(),
         smoothed=curve.smoothed[best_tap].tolist(),
@@ -147,28 +142,36 @@ def select_timestep(
         seed=seed,
         warnings=search.warnings() + curve.warnings(confidence, _remedies(search, max_images)),
         massive_channels=search.channels[taps[best_tap]] if search.found_channels(taps[best_tap]) else None,
-        table=[
-            {"block": at, "feature": name, "scores": scores.tolist(), "smoothed": smoothed.tolist()}
-            for (at, name), scores, smoothed in zip(taps, curve.scores, curve.smoothed, strict=True)
-        ]
-        if len(taps) > 1
-        else None,
+        table=_table(taps, curve) if len(taps) > 1 else None,
     )
+    _report(selection, len(grid))
+    return selection
+
+
+def _table(taps: list[Tap], curve: TimestepCurve) -> list[dict[str, Any]]:
+    """Return the scores of each tap, for the record."""
+    return [
+        {"block": at, "feature": name, "scores": scores.tolist(), "smoothed": smoothed.tolist()}
+        for (at, name), scores, smoothed in zip(taps, curve.scores, curve.smoothed, strict=True)
+    ]
+
+
+def _report(selection: TimestepSelection, grid_size: int) -> None:
+    """Log the choice, and what speaks against it."""
     logger.info(
         "Chose timestep %d (log-SNR %.2f, confidence %.2f) of %d by %s from %d pictures, %s of block %d, in %.1f s.",
-        found,
-        selection.log_snr[best],
+        selection.timestep,
+        selection.log_snr[selection.timesteps.index(selection.timestep)],
         selection.confidence,
-        len(grid),
-        criterion.name,
+        grid_size,
+        selection.criterion,
         selection.num_images,
         selection.feature,
         selection.block,
         selection.seconds,
     )
     for warning in selection.warnings:
-        logger.warning("The choice of timestep %d: %s", found, warning)
-    return selection
+        logger.warning("The choice of timestep %d: %s", selection.timestep, warning)
 
 
 def _remedies(search: Sweep, max_images: int) -> tuple[str, str]:
@@ -181,6 +184,15 @@ def _remedies(search: Sweep, max_images: int) -> tuple[str, str]:
         more = "more pictures"
     labelled = isinstance(search.criterion, Probe)
     return more, "more labelled pictures" if labelled else "`criterion='probe'` with a few labels"
+
+
+def _check_numbers(max_images: int, batch_size: int, confidence: float, seed: int) -> None:
+    if max_images < 1 or batch_size < 1:
+        raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"`confidence` must be in [0, 1], got {confidence}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}.")
 
 
 def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  # noqa: ANN401 - checked later

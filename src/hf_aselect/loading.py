@@ -1,0 +1,99 @@
+"""What `from_pretrained` takes from diffusers' files, and what it refuses of what was loaded."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_aselect import OWN_FIELDS
+from .convert_diffusers import load_diffusers
+
+# Keywords that name a value of the configuration but are no field of ours.
+HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
+HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "variant")
+
+
+def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Put the configuration and weights that diffusers saved in a folder into the keywords of `from_pretrained`."""
+    if kwargs.get("config") is not None:
+        raise ValueError(
+            "`config=` cannot be given with what diffusers saved: its files say what the model is. Give "
+            "fields of the configuration as keywords (`timestep=`, `block=`, ...)."
+        )
+    if given := [name for name, value in text.items() if name != "prompt_embeds" and value is not None]:
+        raise ValueError(
+            f"{', '.join(given)} can only be None, which does without it; another text encoder cannot be given. Pass "
+            "`prompt_embeds=`, the empty prompt's embeddings by name."
+        )
+    options = {name: kwargs.pop(name, None) for name in HUB_OPTIONS}
+    kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
+    own_fields = OWN_FIELDS | HOST_FIELDS
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
+    fields.setdefault("name_or_path", str(source))
+    if not os.path.exists(source):  # an id on the Hub; the path of a machine is nobody's business
+        fields.setdefault("base_model", str(source))
+    kwargs["config"], weights = load_diffusers(
+        folder,
+        variant=options["variant"],
+        dtype=kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32,
+        without=tuple(name for name in text if name != "prompt_embeds"),
+        prompt_embeds=text.get("prompt_embeds"),
+        **fields,
+    )
+    kwargs["state_dict"] = dict(weights)
+
+
+def check_loaded(
+    source: str | os.PathLike[str], info: dict[str, Any], model: nn.Module, ignore_mismatched_sizes: bool
+) -> None:
+    """Refuse a checkpoint whose backbone or head is incomplete or of other shapes.
+
+    Args:
+        source: Where it was loaded from, for the error.
+        info: The host's loading info.
+        model: What was loaded.
+        ignore_mismatched_sizes: Whether a head of other shapes was asked to be replaced by a new one.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    _check_backbone_is_complete(source, info)
+    _check_head_is_whole(source, info, model)
+    if not ignore_mismatched_sizes:
+        _check_head_fits(source, info)
+
+
+def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
+    broken = {name for name in info["missing_keys"] if "denoiser." in name or "vae." in name}
+    broken |= {name for name in info["unexpected_keys"] if "denoiser." in name or "vae." in name}
+    broken |= {entry[0] for entry in info["mismatched_keys"] if "denoiser." in entry[0] or "vae." in entry[0]}
+    if broken:
+        raise ValueError(
+            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
+            f"are missing, left over or of another shape, among them {sorted(broken)[:3]}."
+        )
+
+
+def _check_head_is_whole(source: str | os.PathLike[str], info: dict[str, Any], model: nn.Module) -> None:
+    """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
+    missing = {name for name in info["missing_keys"] if name.startswith("head.")}
+    whole = {name for name in model.state_dict() if name.startswith("head.")}
+    if missing and missing != whole:
+        raise ValueError(
+            f"The weights in {str(source)!r} hold a part of the head only: {len(missing)} of its {len(whole)} tensors "
+            f"are missing, among them {sorted(missing)[:3]}. Save or download them again."
+        )
+
+
+def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose head has other shapes than the configuration says."""
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"The head saved in {str(source)!r} does not fit the configuration: {name!r} has shape {tuple(found)}, "
+            f"expected {tuple(expected)}. Pass `ignore_mismatched_sizes=True` to start with a new head, or leave "
+            "`num_labels` and the sizes of the head as they were saved."
+        )
