@@ -11,6 +11,11 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def commit_of(revision):
+    """The commit that a revision stands for."""
+    return "1" * 40 if revision.startswith("refs/") or revision == "1" * 40 else COMMIT
+
+
 class HubHandler(BaseHTTPRequestHandler):
     """Answers the requests that loading makes."""
 
@@ -23,12 +28,13 @@ class HubHandler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        path = unquote(urlsplit(self.path).path).strip("/")
-        if path.startswith("api/models/"):
-            owner, name, *rest = path.removeprefix("api/models/").split("/")
+        # A revision may have a slash, which is quoted: split first.
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if parts[:2] == ["api", "models"]:
+            owner, name, *rest = parts[2:]
             self.answer_api(f"{owner}/{name}", rest)
         else:
-            owner, name, _, revision, *rest = path.split("/")
+            owner, name, _, revision, *rest = parts
             self.answer_file(f"{owner}/{name}", revision, "/".join(rest))
 
     def refuse(self, status, code, message):
@@ -45,13 +51,36 @@ class HubHandler(BaseHTTPRequestHandler):
             self.refuse(403, "GatedRepo", "Access to model is restricted")
         elif repo_id not in hub.repos:
             self.refuse(404, "RepoNotFound", "Repository not found")
+        elif commit_of(revision) != COMMIT and f"{repo_id}@refs/pr/1" in hub.repos:
+            return hub.repos[f"{repo_id}@refs/pr/1"]
         elif revision not in ("main", COMMIT):
             self.refuse(404, "RevisionNotFound", "Invalid rev id")
         else:
             return hub.repos[repo_id]
         return None
 
+    def answer_pulls(self, repo_id):
+        """List the pull requests: those whose files are served."""
+        pulls = [name for name in self.server.hub.repos if name.startswith(f"{repo_id}@refs/pr/")]
+        found = [
+            {
+                "title": "Adding `safetensors` variant of this model",
+                "num": int(name.rpartition("/")[2]),
+                "author": {"name": "someone"},
+                "createdAt": "2024-06-26T00:00:00.000Z",
+                "status": "open",
+                "repo": {"name": repo_id, "type": "model"},
+                "isPullRequest": True,
+            }
+            for name in pulls
+        ]
+        content = {"count": len(found), "start": 0, "discussions": found}
+        self.send_body(json.dumps(content).encode(), "application/json", {})
+
     def answer_api(self, repo_id, rest):
+        if rest == ["discussions"]:
+            self.answer_pulls(repo_id)
+            return
         revision = rest[1] if len(rest) > 1 else "main"
         folder = self.folder_of(repo_id, revision)
         if folder is None:
@@ -64,7 +93,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 for name, path in zip(names, files, strict=True)
             ]
         else:
-            content = {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            content = {"id": repo_id, "sha": commit_of(revision), "siblings": [{"rfilename": name} for name in names]}
         self.send_body(json.dumps(content).encode(), "application/json", {})
 
     def answer_file(self, repo_id, revision, name):
@@ -79,7 +108,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.server.hub.downloads.append(f"{repo_id}/{name}")
         body = path.read_bytes()
         etag = hashlib.sha256(body).hexdigest()
-        self.send_body(body, "application/octet-stream", {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        self.send_body(body, "application/octet-stream", {"ETag": f'"{etag}"', "X-Repo-Commit": commit_of(revision)})
 
     def send_body(self, body, kind, headers):
         self.send_response(200)
@@ -96,7 +125,7 @@ class LoopbackHub:
     """What the server serves, and what was downloaded.
 
     Args:
-        repos: Folders by the id of the repository.
+        repos: Folders by the id of the repository; that of a pull request by `ID@refs/pr/1`.
         gated: Tokens that open gated repositories, by id.
     """
 

@@ -114,7 +114,6 @@ def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys
         (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (a token's side), got 7."),
         (["--timestep-embedding", "wrong"], "Field 'timestep_embedding' expected one of"),
         (["--dtype", "int8"], "`dtype` must be one of float32, float16, bfloat16, got 'int8'."),
-        (["--max-shard-size", "0"], "`max_shard_size` must be at least 1 byte, got 0."),
     ],
 )
 def test_convert_says_in_one_line_what_is_wrong(latent_folder, tmp_path, capsys, words, message):
@@ -122,4 +121,13 @@ def test_convert_says_in_one_line_what_is_wrong(latent_folder, tmp_path, capsys,
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith(f"hf-aselect: error: {message}")
     assert "Traceback" not in "".join(lines)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "inf", "nan", "many"])
+def test_a_shard_size_that_is_no_size_is_refused(latent_folder, tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as refused:
+        main(["convert", str(latent_folder), str(tmp_path / "out"), "--max-shard-size", size])
+    assert refused.value.code == 2
+    assert f"argument --max-shard-size: must be a positive number, got '{size}'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

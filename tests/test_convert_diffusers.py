@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import HEAD, build_transformer, build_vae, example
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, StableDiffusion3Pipeline
+from huggingface_hub.errors import StrictDataclassError
 from pipelines import dit, sd3, sit
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPTextModelWithProjection
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
-from hf_aselect.convert_diffusers import _default_embedding
+from hf_aselect.convert_diffusers import _default_embedding, _expected_shapes
 from hf_aselect.denoisers import FAMILIES
 from hf_aselect.transformer_layout import layout_of
 
@@ -214,10 +215,88 @@ def test_a_tensor_of_another_shape_is_refused(folder):
         DiTModel.from_pretrained(folder)
 
 
-def test_a_tensor_too_many_is_refused(folder):
+def test_a_tensor_too_many_of_diffusers_is_left_out_with_a_warning(folder, pixel_folder, pixels, tmp_path, caplog):
+    """As diffusers does: old PixArt weights hold `caption_projection.y_embedding`, which nothing reads."""
     rewrite(folder / "transformer" / WEIGHTS, lambda weights: weights.update({"extra.weight": torch.zeros(3)}))
-    with pytest.raises(ValueError, match=r"left over.*extra\.weight"):
-        DiTModel.from_pretrained(folder)
+    expected = DiTModel.from_pretrained(pixel_folder, timestep=5)(pixels).pooler_output
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        assert torch.equal(DiTModel.from_pretrained(folder, timestep=5)(pixels).pooler_output, expected)
+    assert "1 tensors of copy have no place in a DiTTransformer2DModel and are left out" in caplog.text
+    assert "extra.weight" in caplog.text
+    made = convert_diffusers(folder, tmp_path / "out")
+    assert torch.equal(DiTModel.from_pretrained(made.output, timestep=5)(pixels).pooler_output, expected)
+
+
+def test_a_tensor_too_many_of_our_backbone_is_refused(saved):
+    name = "backbone.denoiser.extra"
+    rewrite(saved / "model.safetensors", lambda weights: weights.update({name: torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"left over.*denoiser\.extra"):
+        DiTForImageClassification.from_pretrained(saved)
+
+
+def test_a_vae_with_the_attention_names_of_old_is_read(tmp_path):
+    """As diffusers before 0.17 saved it, `facebook/DiT-XL-2-256` among them; diffusers renames on loading, too."""
+    dit().save_pretrained(tmp_path / "new")
+    folder = shutil.copytree(tmp_path / "new", tmp_path / "old")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(weights):
+        for name in list(weights):
+            for now, before in old.items():
+                if f".attentions.0.{now}." in name:
+                    weights[name.replace(f".{now}.", f".{before}.")] = weights.pop(name)
+
+    rewrite(folder / "vae" / WEIGHTS, rename)
+    names = load_file(folder / "vae" / WEIGHTS)
+    assert "encoder.mid_block.attentions.0.proj_attn.bias" in names
+    assert not [name for name in names if ".to_" in name]
+    pixel_values = torch.rand(2, 3, 64, 64) * 2 - 1
+    expected = DiTModel.from_pretrained(tmp_path / "new", timestep=5).encode(pixel_values)
+    assert torch.equal(DiTModel.from_pretrained(folder, timestep=5).encode(pixel_values), expected)
+    made = convert_diffusers(folder, tmp_path / "out")
+    assert torch.equal(DiTModel.from_pretrained(made.output, timestep=5).encode(pixel_values), expected)
+    # diffusers' own reading of the same files.
+    theirs = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    with torch.no_grad():
+        mean = theirs.encode(pixel_values).latent_dist.mean * theirs.config.scaling_factor
+    torch.testing.assert_close(expected, mean)
+
+
+@pytest.mark.parametrize("part", ["vae", "scheduler", "text_encoder_3", "tokenizer_2"])
+def test_a_part_that_the_pipeline_lists_and_lacks_is_refused(sd3_folder, tmp_path, part):
+    """Without it another model would come out: one on pixels, or one with zeros in place of T5's embeddings."""
+    folder = shutil.copytree(sd3_folder, tmp_path / "in", ignore=shutil.ignore_patterns(part))
+    with pytest.raises(ValueError, match=rf"lacks {part}/, which its model_index\.json lists"):
+        DiTModel.from_pretrained(folder, timestep=5)
+    with pytest.raises(ValueError, match=rf"lacks {part}/, which its model_index\.json lists"):
+        convert_diffusers(folder, tmp_path / "out")
+
+
+def test_a_part_that_is_done_without_may_be_missing(sd3_folder, tmp_path):
+    folder = shutil.copytree(sd3_folder, tmp_path / "in", ignore=shutil.ignore_patterns("*_3"))
+    whole = DiTModel.from_pretrained(sd3_folder, timestep=5, text_encoder_3=None)
+    model = DiTModel.from_pretrained(folder, timestep=5, text_encoder_3=None)
+    assert torch.equal(model.denoiser.prompt_embeds, whole.denoiser.prompt_embeds)
+
+
+def test_a_bare_transformer_of_another_family_needs_its_scheduler(sd3_folder):
+    """DiT's own noise would be taken for it: sigma 0.44 in place of 0.14 at t = 141."""
+    transformer, pipe = sd3_folder / "transformer", DiTModel.from_pretrained(sd3_folder, timestep=141)
+    given = {
+        "prompt_embeds": pipe.denoiser.prompt_embeds,
+        "pooled_prompt_embeds": pipe.denoiser.pooled_prompt_embeds,
+    }
+    with pytest.raises(ValueError, match=r"is a SD3Transformer2DModel alone: the noise levels.*`scheduler=`"):
+        DiTModel.from_pretrained(transformer, timestep=141, prompt_embeds=given)
+    model = DiTModel.from_pretrained(
+        transformer, timestep=141, prompt_embeds=given, scheduler=dict(pipe.config.scheduler)
+    )
+    assert float(model.noise_schedule.sigma(141)) == pytest.approx(0.141)
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        noised = model.add_noise(latents, 141)
+        read = [each.read_tokens(noised, torch.tensor([141]), 1, "query") for each in (model, pipe)]
+    assert torch.equal(*read)
 
 
 def change_config(path, **values):
@@ -284,6 +363,14 @@ def test_a_part_of_the_head_is_refused(saved):
     rewrite(saved / "model.safetensors", lambda weights: weights.pop("head.class_token"))
     with pytest.raises(ValueError, match=r"a part of the head only: 1 of its \d+ tensors are missing.*class_token"):
         DiTForImageClassification.from_pretrained(saved)
+
+
+def test_another_head_is_a_new_one_where_that_is_asked_for(saved, pixels):
+    with pytest.raises(ValueError, match=r"hold another kind of head: .*`ignore_mismatched_sizes=True`.*leave `head`"):
+        DiTForImageClassification.from_pretrained(saved, head="linear")
+    model = DiTForImageClassification.from_pretrained(saved, head="linear", ignore_mismatched_sizes=True)
+    assert model(pixels).logits.shape == (7, 4)
+    assert bool((model.head.norm.weight == 1).all()) and not model.head.norm.bias.any()
 
 
 # Conversion to a folder.
@@ -396,7 +483,7 @@ def test_a_failed_conversion_leaves_nothing(latent_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-@pytest.mark.parametrize("change", ["missing", "left over", "shape"])
+@pytest.mark.parametrize("change", ["missing", "shape"])
 def test_weights_that_do_not_fit_are_not_converted(latent_folder, tmp_path, change):
     folder = shutil.copytree(latent_folder, tmp_path / "in")
     weights = load_file(folder / "transformer" / WEIGHTS)
@@ -404,9 +491,9 @@ def test_weights_that_do_not_fit_are_not_converted(latent_folder, tmp_path, chan
     if change == "missing":
         del weights[name]
     else:
-        weights[name if change == "shape" else "another.weight"] = torch.zeros(3, 3)
+        weights[name] = torch.zeros(3, 3)
     save_file(weights, folder / "transformer" / WEIGHTS)
-    with pytest.raises(ValueError, match=r"do not fit their configuration: 1 tensors are missing, left over or of"):
+    with pytest.raises(ValueError, match=r"do not fit their configuration: 1 tensors are missing or of another"):
         convert_diffusers(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -474,8 +561,10 @@ def test_a_checkpoint_of_ours_needs_no_conversion(saved, tmp_path):
 
 
 def test_a_path_that_is_not_there_is_said_so(tmp_path):
-    with pytest.raises(ValueError, match="is neither a local folder nor a repository of the Hub with a diffusers"):
-        convert_diffusers(tmp_path / "nothing", tmp_path / "out")
+    for call in (DiTModel.from_pretrained, lambda source: convert_diffusers(source, tmp_path / "out")):
+        for source in (tmp_path / "nothing", "./nothing", "a/b/c"):
+            with pytest.raises(OSError, match="is neither a local folder nor an id on the Hub, which has the form"):
+                call(source)
 
 
 def test_an_output_inside_the_source_is_refused(latent_folder):
@@ -496,12 +585,136 @@ def test_parts_that_are_needed_cannot_be_left_out(sd3_folder, tmp_path, without,
         convert_diffusers(sd3_folder, tmp_path / "out", without=without)
 
 
+def test_parts_to_do_without_are_checked_where_there_is_no_text_or_it_is_given(latent_folder, sd3_folder):
+    with pytest.raises(ValueError, match="text_encoder_3; what can be left out: nothing"):
+        DiTModel.from_pretrained(latent_folder, timestep=5, text_encoder_3=None)
+    with pytest.raises(ValueError, match="text_encoder; what can be left out: text_encoder_3, tokenizer_3"):
+        DiTModel.from_pretrained(sd3_folder, timestep=5, text_encoder=None)
+
+
+def test_an_empty_prompt_that_overflows_is_refused(sd3_folder, tmp_path):
+    whole = DiTModel.from_pretrained(sd3_folder, timestep=5)
+    given = {name: getattr(whole.denoiser, name) for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    for value, dtype in ((float("nan"), "float32"), (1e5, "float16")):
+        broken = {**given, "prompt_embeds": torch.full_like(given["prompt_embeds"], value)}
+        with pytest.raises(ValueError, match=rf"SD3Transformer2DModel .prompt_embeds. hold NaN or infinite.*{dtype}"):
+            convert_diffusers(sd3_folder, tmp_path / "out", prompt_embeds=broken, dtype=dtype)
+        with pytest.raises(ValueError, match="hold NaN or infinite values"):
+            DiTModel.from_pretrained(sd3_folder, timestep=5, prompt_embeds=broken, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+    # Of the pipeline's own encoders, too.
+    folder = shutil.copytree(sd3_folder, tmp_path / "in")
+    rewrite(folder / "text_encoder" / "model.safetensors", lambda w: w["text_projection.weight"].fill_(float("inf")))
+    with pytest.raises(ValueError, match=r"hold NaN or infinite values in float32. Convert with `dtype='bfloat16'`"):
+        DiTModel.from_pretrained(folder, timestep=5)
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("float16", "bfloat16"), ("bfloat16", "bfloat16"), (None, "float32")])
+def test_text_encoders_compute_where_they_do_not_overflow(sd3_folder, tmp_path, monkeypatch, dtype, computed):
+    kinds = []
+    load = CLIPTextModelWithProjection.from_pretrained.__func__
+
+    def noted(cls, *args, **kwargs):
+        kinds.append(str(kwargs["dtype"]).removeprefix("torch."))
+        return load(cls, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", classmethod(noted))
+    made = convert_diffusers(sd3_folder, tmp_path / "out", dtype=dtype)
+    assert kinds == [computed] * 2
+    stored = load_file(made.output / "model.safetensors")["denoiser.prompt_embeds"]
+    assert str(stored.dtype) == f"torch.{dtype or 'float32'}"
+    kinds.clear()
+    assert str(DiTModel.from_pretrained(sd3_folder, timestep=5, dtype=dtype).dtype) == f"torch.{dtype or 'float32'}"
+    assert kinds == [computed] * 2
+
+
+def test_a_variant_is_read_of_text_encoders_where_they_have_it(tmp_path):
+    pipe = sd3(t5_too=False)
+    pipe.save_pretrained(tmp_path / "in")
+    pipe.to(torch.float16).save_pretrained(tmp_path / "in", variant="fp16")
+    plain = DiTModel.from_pretrained(tmp_path / "in", timestep=5, text_encoder_3=None)
+    half = DiTModel.from_pretrained(tmp_path / "in", timestep=5, text_encoder_3=None, variant="fp16")
+    assert not torch.equal(plain.denoiser.prompt_embeds, half.denoiser.prompt_embeds)
+    torch.testing.assert_close(plain.denoiser.prompt_embeds, half.denoiser.prompt_embeds, rtol=0.05, atol=0.01)
+    (tmp_path / "in" / "text_encoder" / "model.fp16.safetensors").unlink()
+    mixed = DiTModel.from_pretrained(tmp_path / "in", timestep=5, text_encoder_3=None, variant="fp16")
+    assert torch.equal(mixed.denoiser.pooled_prompt_embeds[:, :8], plain.denoiser.pooled_prompt_embeds[:, :8])
+    assert torch.equal(mixed.denoiser.pooled_prompt_embeds[:, 8:], half.denoiser.pooled_prompt_embeds[:, 8:])
+    made = convert_diffusers(tmp_path / "in", tmp_path / "out", variant="fp16")
+    assert DiTModel.from_pretrained(made.output, timestep=5).dtype == torch.float16
+
+
+def test_a_pickled_text_encoder_is_refused_and_never_unpickled(sd3_folder, tmp_path):
+    folder = shutil.copytree(sd3_folder, tmp_path / "in")
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"only pickled weights .pytorch_model.bin., which are never unpickled"):
+        DiTModel.from_pretrained(folder, timestep=5)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_cannot_be_built_is_said_before_text_encoders_are_loaded(sd3_folder, monkeypatch):
+    module = sys.modules["hf_aselect.convert_diffusers"]  # the package's name is the function's
+    monkeypatch.setattr(module, "encode_empty_prompt", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="`timestep_embedding` of SD3Transformer2DModel must be one of diffusers"):
+        DiTModel.from_pretrained(sd3_folder, timestep=5, timestep_embedding="original")
+
+
+def test_a_transformer_that_takes_more_than_latents_is_refused(sd3_folder, tmp_path):
+    """As FLUX.1-Fill, which takes a picture and a mask beside them."""
+    folder = shutil.copytree(sd3_folder, tmp_path / "in")
+    change_config(folder / "vae" / "config.json", latent_channels=4)
+    with pytest.raises(StrictDataclassError, match="takes latents of 16 channels, but the VAE makes 4"):
+        DiTModel.from_pretrained(folder, timestep=5)
+
+
+@pytest.mark.parametrize("text_encoder", ["pickled", "fp8", "gone"])
+def test_what_is_dropped_never_breaks_a_conversion(sd3_folder, tmp_path, text_encoder):
+    """Where the embeddings are given, nobody looks at the text encoders but to tell what was saved."""
+    whole = DiTModel.from_pretrained(sd3_folder, timestep=5)
+    folder = shutil.copytree(sd3_folder, tmp_path / "in")
+    weights = folder / "text_encoder" / "model.safetensors"
+    if text_encoder == "fp8":
+        save_file({"weight": torch.zeros(1000).to(torch.float8_e4m3fn)}, weights)
+    elif text_encoder == "pickled":
+        weights.rename(weights.with_name("pytorch_model.bin"))
+    else:
+        shutil.rmtree(folder / "text_encoder")
+    given = {name: getattr(whole.denoiser, name) for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    made = convert_diffusers(folder, tmp_path / "out", prompt_embeds=given)
+    others = sum(p.nbytes for part in ("2", "3") for p in text_weights(sd3_folder / f"text_encoder_{part}"))
+    assert made.text_encoder_bytes == others + (1000 if text_encoder == "fp8" else 0)
+
+
+def text_weights(folder):
+    return [value for path in folder.glob("*.safetensors") for value in load_file(path).values()]
+
+
+def test_the_output_may_be_a_link_to_an_empty_folder(latent_folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    made = convert_diffusers(latent_folder, tmp_path / "link")
+    assert made.output == tmp_path / "link" and (tmp_path / "link").is_symlink()
+    assert DiTModel.from_pretrained(tmp_path / "disk", timestep=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_the_current_folder_is_no_output(latent_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match=r"is the current folder or a mount point.*name a folder in it"):
+        convert_diffusers(latent_folder, ".")
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("disk"))
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(FileExistsError, match="is the current folder or a mount point"):
+        convert_diffusers(latent_folder, "disk")
+
+
 def test_t5_is_left_out_with_its_tokenizer(sd3_folder, tmp_path):
     prompts = [
         load_file(convert_diffusers(sd3_folder, tmp_path / str(number), without=without).output / "model.safetensors")[
             "denoiser.prompt_embeds"
         ]
-        for number, without in enumerate([("text_encoder_3",), ("text_encoder_3", "tokenizer_3"), ()])
+        for number, without in enumerate(["text_encoder_3", ("text_encoder_3", "tokenizer_3"), ()])
     ]
     assert torch.equal(prompts[0], prompts[1]) and not torch.equal(prompts[0], prompts[2])
 
@@ -509,7 +722,7 @@ def test_t5_is_left_out_with_its_tokenizer(sd3_folder, tmp_path):
 def test_the_prompts_embeddings_can_be_given_in_place_of_text_encoders(sd3_folder, tmp_path):
     whole = DiTModel.from_pretrained(sd3_folder, timestep=5)
     folder = shutil.copytree(sd3_folder, tmp_path / "in", ignore=shutil.ignore_patterns("text_*", "tokenizer*"))
-    with pytest.raises(ValueError, match=r"has no text encoder.*or pass `prompt_embeds="):
+    with pytest.raises(ValueError, match=r"lacks text_encoder/, text_encoder_2/.*or pass `prompt_embeds="):
         DiTModel.from_pretrained(folder, timestep=5)
     given = {
         "prompt_embeds": whole.denoiser.prompt_embeds,
@@ -526,6 +739,11 @@ def test_the_prompts_embeddings_can_be_given_in_place_of_text_encoders(sd3_folde
     ):
         with pytest.raises(ValueError, match=f"`{name}` of a SD3Transformer2DModel must have shape {wanted}"):
             DiTModel.from_pretrained(folder, timestep=5, prompt_embeds={**given, name: torch.zeros(shape)})
+    for given, got in ((torch.zeros(1, 4, 32), "Tensor"), ({"prompt_embeds": [0.0]}, "dict"), ([], "list")):
+        with pytest.raises(ValueError, match=f"must be a dictionary of tensors by name.*; got {got}"):
+            DiTModel.from_pretrained(folder, timestep=5, prompt_embeds=given)
+    with pytest.raises(ValueError, match=r"is conditioned on prompt_embeds, pooled.*has none"):
+        DiTModel.from_pretrained(folder, timestep=5, prompt_embeds={})
     with pytest.raises(ValueError, match="can only be None"):
         DiTModel.from_pretrained(folder, timestep=5, text_encoder=whole)
     model.save_pretrained(tmp_path / "ours")
@@ -547,11 +765,13 @@ XL_2 |= {"out_channels": 8, "num_embeds_ada_norm": 1000, "sample_size": 32, "_cl
         ({**XL_2, "num_layers": 12}, "DDIMScheduler", "diffusers"),
         ({**XL_2, "out_channels": 4}, "DDPMScheduler", "diffusers"),
         (XL_2, "FlowMatchEulerDiscreteScheduler", "diffusers"),
+        (XL_2, {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "diffusers"),
         ({"_class_name": "SD3Transformer2DModel"}, "FlowMatchEulerDiscreteScheduler", "diffusers"),
     ],
 )
 def test_the_timestep_embedding_is_read_off_the_source(transformer, scheduler, expected):
-    parts = {"transformer": transformer, "scheduler": {"_class_name": scheduler}}
+    scheduler = scheduler if isinstance(scheduler, dict) else {"_class_name": scheduler}
+    parts = {"transformer": transformer, "scheduler": scheduler}
     assert _default_embedding(parts, {}) == expected
 
 
@@ -597,6 +817,65 @@ def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
     first = next(module for key, module in transformer.named_modules() if key.endswith("to_q"))
     assert model.config.hidden_size == first.in_features
     assert len(model.denoiser.blocks) == layout.num_layers == model.config.num_hidden_layers
+
+
+# Names that published files hold, written down from diffusers' own scripts that made them from the original weights
+# (`scripts/convert_dit_to_diffusers.py`, `convert_pixart_alpha_to_diffusers.py`, `convert_sd3_to_diffusers.py`), not
+# from the classes that read them here. `*` stands for weight and bias.
+DIT_OUTSIDE = ["pos_embed.proj.*", "proj_out_1.*", "proj_out_2.*"]
+DIT_BLOCK = [
+    *("norm1.emb.timestep_embedder.linear_1.*", "norm1.emb.timestep_embedder.linear_2.*", "norm1.linear.*"),
+    "norm1.emb.class_embedder.embedding_table.weight",
+    *("attn1.to_q.*", "attn1.to_k.*", "attn1.to_v.*", "attn1.to_out.0.*", "ff.net.0.proj.*", "ff.net.2.*"),
+]
+PIXART_OUTSIDE = [
+    *("pos_embed.proj.*", "caption_projection.linear_1.*", "caption_projection.linear_2.*", "adaln_single.linear.*"),
+    *(f"adaln_single.emb.timestep_embedder.linear_{n}.*" for n in (1, 2)),
+    *("proj_out.*", "scale_shift_table"),
+]
+PIXART_BLOCK = [
+    *(f"attn{n}.{part}.*" for n in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("ff.net.0.proj.*", "ff.net.2.*", "scale_shift_table"),
+]
+SD3_OUTSIDE = [
+    *("pos_embed.pos_embed", "pos_embed.proj.*", "context_embedder.*", "norm_out.linear.*", "proj_out.*"),
+    *(f"time_text_embed.{part}_embedder.linear_{n}.*" for part in ("timestep", "text") for n in (1, 2)),
+]
+SD3_ATTENTION = [f"attn.{part}.*" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+SD3_ATTENTION += [f"attn.add_{part}_proj.*" for part in ("q", "k", "v")]
+SD3_BLOCK = [*SD3_ATTENTION, "norm1.linear.*", "norm1_context.linear.*", "ff.net.0.proj.*", "ff.net.2.*"]
+# The last block has no more use for its text.
+SD3_NOT_LAST = ["attn.to_add_out.*", "ff_context.net.0.proj.*", "ff_context.net.2.*"]
+
+
+def written_out(outside, block, depth, not_last=()):
+    names = list(outside)
+    for number in range(depth):
+        here = [*block, *(not_last if number < depth - 1 else ())]
+        names += [f"transformer_blocks.{number}.{name}" for name in here]
+    return {
+        f"denoiser.transformer.{name.replace('*', kind)}"
+        for name in names
+        for kind in (("weight", "bias") if name.endswith("*") else ("",))
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "published"),
+    [
+        ("facebook/DiT-XL-2-256", written_out(DIT_OUTSIDE, DIT_BLOCK, 28)),
+        ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", written_out(PIXART_OUTSIDE, PIXART_BLOCK, 28)),
+        (
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            written_out(SD3_OUTSIDE, SD3_BLOCK, 24, SD3_NOT_LAST),
+        ),
+    ],
+)
+def test_the_names_of_published_files_are_those_we_read(source, published):
+    transformer = READING_COST.whole_transformer(source)
+    config = ASelectConfig(transformer={**transformer.config, "_class_name": READING_COST.SOURCES[source][0]})
+    expected = _expected_shapes(config)
+    assert {name for name in expected if name.startswith("denoiser.transformer.")} == published
 
 
 def test_sd3_medium_is_read_where_the_paper_reads_it():

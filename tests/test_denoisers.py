@@ -6,7 +6,7 @@ from diffusers import FluxPipeline
 from huggingface_hub.errors import StrictDataclassError
 from pipelines import PIPELINES, WIDTH, flux_transformer, pixart_alpha, sana_transformer, sd3
 
-from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel
+from hf_aselect import ASelectConfig, DiTBackbone, DiTForImageClassification, DiTModel
 from hf_aselect.configuration_aselect import FEATURES
 from hf_aselect.denoisers import FAMILIES, build_denoiser
 from hf_aselect.transformer_layout import FAMILY_NAMES
@@ -54,7 +54,9 @@ def conditioning(name, pipe, size):
         prompt, _, pooled, _ = pipe.encode_prompt("", "", "", do_classifier_free_guidance=False)
         return {"encoder_hidden_states": prompt.expand(size, -1, -1), "pooled_projections": pooled.expand(size, -1)}
     if name.startswith("flux"):
-        prompt, pooled, ids = pipe.encode_prompt("", "")
+        # As black-forest-labs' own code: FLUX.1-schnell, without guidance, was trained with half as many.
+        length = 512 if pipe.transformer.config.guidance_embeds else 256
+        prompt, pooled, ids = pipe.encode_prompt("", "", max_sequence_length=length)
         guidance = torch.full((size,), 3.5) if name == "flux_dev" else None
         return {
             "encoder_hidden_states": prompt.expand(size, -1, -1),
@@ -268,6 +270,10 @@ def test_keys_of_lumina_are_narrower_than_its_queries(loaded):
 
 def test_flux_has_no_attention_where_it_is_projected_with_the_mlp(loaded):
     model = loaded("flux")
+    config = model.config.to_dict()
+    assert ASelectConfig(**{**config, "block": 1, "feature": "attention"}).feature == "attention"
+    with pytest.raises(ValueError, match=r"Block 3 has no `attention`"):
+        DiTBackbone(ASelectConfig(**{**config, "block": 1, "feature": "attention", "out_indices": [2, 4]}))
     with pytest.raises(ValueError, match=r"Block 2 has no `attention`: only the first 2 blocks"):
         model.extract_features(torch.rand(1, 3, 64, 64), block=2, feature="attention")
     with pytest.raises(StrictDataclassError, match="Block 3 has no `attention`"):

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hub_server import COMMIT, LoopbackHub, serve
-from pipelines import dit, dit_transformer, pixart_sigma
+from pipelines import dit, dit_transformer, pixart_sigma, sd3, sd35
 
 from hf_aselect import DiTModel
 from hf_aselect.diffusers_files import needed_files, read_json
@@ -54,6 +56,14 @@ step("right token", lambda: described(DiTModel.from_pretrained("us/gated", times
 step("missing", lambda: described(DiTModel.from_pretrained("us/nothing", timestep=5)))
 step("revision", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, revision="v9")))
 step("pickled", lambda: described(DiTModel.from_pretrained("us/pickled", timestep=5)))
+step("pull request", lambda: described(DiTModel.from_pretrained("us/pickled", timestep=5, revision="refs/pr/1")))
+step("no text encoder", lambda: described(DiTModel.from_pretrained("us/sd3", timestep=5, text_encoder_3=None)))
+given = {"prompt_embeds": torch.zeros(1, 3, 32), "pooled_prompt_embeds": torch.zeros(1, 16)}
+step("prompt", lambda: described(DiTModel.from_pretrained("us/sd35", timestep=5, prompt_embeds=given)))
+step("unsupported", lambda: described(DiTModel.from_pretrained("us/hunyuan", timestep=5)))
+step("vit", lambda: described(DiTModel.from_pretrained("us/vit", timestep=5)))
+step("original", lambda: described(DiTModel.from_pretrained("us/original", timestep=5)))
+step("half", lambda: described(DiTModel.from_pretrained("us/half", timestep=5, local_files_only=True)))
 step("another", lambda: described(DiTModel.from_pretrained("us/unet", timestep=5)))
 step("local", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, local_files_only=True)))
 step("local ours", lambda: described(DiTModel.from_pretrained("us/ours", local_files_only=True)))
@@ -88,7 +98,18 @@ def outcome(tmp_path_factory):
     (root / "unet" / "model_index.json").write_text(
         json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
     )
-    hub = LoopbackHub({f"us/{path.name}": path for path in root.iterdir()}, gated={"us/gated": "hf_right"})
+    pipe.to(torch.float32).save_pretrained(root / "pulled")
+    sd3().save_pretrained(root / "sd3")
+    sd35().save_pretrained(root / "sd35")
+    pipe.save_pretrained(root / "hunyuan")
+    changed(root / "hunyuan" / "transformer" / "config.json", _class_name="HunyuanDiT2DModel")
+    (root / "vit").mkdir()
+    (root / "vit" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (root / "original").mkdir()
+    (root / "original" / "sd3_medium.safetensors").write_bytes(b"weights")
+    repos = {f"us/{path.name}": path for path in root.iterdir()}
+    repos["us/pickled@refs/pr/1"] = repos.pop("us/pulled")
+    hub = LoopbackHub(repos, gated={"us/gated": "hf_right"})
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with serve(hub):
         environment |= {
@@ -97,6 +118,12 @@ def outcome(tmp_path_factory):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(root.parent / f"{root.name}-home"),
         }
+        # What a download leaves that broke off before the VAE.
+        cache = Path(environment["HF_HOME"]) / "hub" / "models--us--half"
+        snapshot = cache / "snapshots" / COMMIT
+        shutil.copytree(root / "dit", snapshot, ignore=shutil.ignore_patterns("vae"))
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(COMMIT)
         work = tmp_path_factory.mktemp("work")
         finished = subprocess.run(
             [sys.executable, "-c", STEPS, str(work), COMMIT],
@@ -113,7 +140,11 @@ def outcome(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["pipeline", "again", "variant", "commit", "cache", "bare", "subfolder", "ours", "right token", "local"]
+    "name",
+    [
+        *("pipeline", "again", "variant", "commit", "cache", "bare", "subfolder", "ours", "right token", "local"),
+        "pull request",
+    ],
 )
 def test_a_repository_is_loaded(outcome, name):
     assert outcome[0][name] == ["DiTModel", "DiTTransformer2DModel", "torch.float32"]
@@ -156,12 +187,52 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
             "pickled",
             "ValueError: 'transformer/ of the repository' has only pickled weights (diffusion_pytorch_model.bin)",
         ),
+        (
+            "unsupported",
+            "ValueError: Unsupported transformer 'HunyuanDiT2DModel'; supported are DiTTransformer",
+        ),
+        ("vit", "ValueError: 'us/vit' is a checkpoint of vit; expected one of hf_aselect, a pipeline of diffusers"),
+        ("original", "ValueError: 'us/original' has neither model_index.json nor config.json in its first folder"),
         ("another", "ValueError: 'us/unet' is a StableDiffusionPipeline, which has no `transformer`"),
         ("not local", "OSError: 'us/other' is no local folder, the Hub cannot be reached (or may not be:"),
     ],
 )
 def test_a_refusal_says_what_to_do(outcome, name, message):
     assert outcome[0][name].startswith(message)
+
+
+def test_pickles_name_the_pull_request_that_has_safetensors(outcome):
+    expected = " Or take the safetensors that a pull request offers, if you trust who made it: `revision='refs/pr/1'`"
+    assert outcome[0]["pickled"].endswith(f"{expected} (by someone).")
+    assert not [name for name in outcome[1] if name.startswith("us/pickled/") and name.endswith(".bin")]
+
+
+def test_text_encoders_that_are_done_without_are_not_downloaded(outcome):
+    steps, downloads, _ = outcome
+    assert steps["no text encoder"] == steps["prompt"] == ["DiTModel", "SD3Transformer2DModel", "torch.float32"]
+    assert not [name for name in downloads if "_3/" in name]
+    # What two encoders have in common is downloaded once.
+    assert [name for name in downloads if name.startswith(("us/sd3/text_encoder/", "us/sd3/text_encoder_2/"))]
+    assert not [name for name in downloads if name.startswith(("us/sd35/text_encoder", "us/sd35/tokenizer"))]
+
+
+def test_what_is_not_supported_is_not_downloaded(outcome):
+    downloads = [name for name in outcome[1] if name.startswith("us/hunyuan/")]
+    assert downloads == ["us/hunyuan/model_index.json", "us/hunyuan/transformer/config.json"]
+
+
+def test_half_a_download_is_said_to_be_one(outcome):
+    assert "lacks vae/, which its model_index.json lists. Download or copy the whole pipeline" in outcome[0]["half"]
+
+
+@pytest.mark.slow  # the client tries for half a minute
+def test_what_was_downloaded_before_is_taken_where_the_hub_does_not_answer(tmp_path):
+    dit().save_pretrained(tmp_path / "hub" / "models--us--dit" / "snapshots" / COMMIT)
+    (tmp_path / "hub" / "models--us--dit" / "refs").mkdir()
+    (tmp_path / "hub" / "models--us--dit" / "refs" / "main").write_text(COMMIT)
+    finished = convert_by_command(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert finished.returncode == 0, finished.stderr
+    assert DiTModel.from_pretrained(tmp_path / "out", timestep=5).config.vae is not None
 
 
 def test_auto_backbone_loads_a_repository(outcome):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def _add_convert(commands: Any) -> None:  # noqa: ANN401 - argparse does not nam
         description="Write transformer, VAE encoder and scheduler of a diffusers checkpoint as one of ours, with the "
         "empty prompt's embeddings in place of text encoders. Weights are streamed; of the Hub only what is needed is "
         "downloaded.",
-        epilog="example: hf-aselect convert facebook/DiT-XL-2-256 dit-xl --dtype bfloat16",
+        epilog="example: hf-aselect convert PixArt-alpha/PixArt-Sigma-XL-2-1024-MS pixart --dtype bfloat16",
     )
     convert.add_argument(
         "source", metavar="SOURCE", help="pipeline or transformer of diffusers: folder or id on the Hub"
@@ -102,7 +103,7 @@ def _add_convert(commands: Any) -> None:  # noqa: ANN401 - argparse does not nam
         help="do without a text encoder: text_encoder_3 (T5) of Stable Diffusion 3",
     )
     convert.add_argument(
-        "--max-shard-size", type=float, default=1.0, metavar="GB", help="size of a file of weights (%(default)s)"
+        "--max-shard-size", type=_gigabytes, default=1.0, metavar="GB", help="size of a file of weights (%(default)s)"
     )
     convert.add_argument("--timestep-embedding", help="of a DiT: diffusers, original or sit (default: by the source)")
     convert.add_argument("--image-size", type=int, metavar="PIXELS", help="pixels a side (default: the transformer's)")
@@ -179,6 +180,16 @@ def _select(parsed: argparse.Namespace) -> None:
         os.replace(temporary, folder / "selection.json")
         written = [folder / "selection.json", *selection.plot(folder / "timestep_curve.png")]
         print(f"Saved {', '.join(str(path) for path in written)}.")
+
+
+def _gigabytes(word: str) -> float:
+    try:
+        size = float(word)
+    except ValueError:
+        size = 0.0
+    if not 1e-9 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {word!r}")
+    return size
 
 
 def _block(word: str) -> int | str:

@@ -44,7 +44,8 @@ class Denoiser(nn.Module, ABC):
     Args:
         transformer: A transformer of diffusers.
         timestep_embedding: How a timestep is embedded; "diffusers" is what diffusers itself does.
-        prompt_shapes: Shapes of the empty prompt's embeddings, by name; the values are buffers of that name.
+        prompt_shapes: Shapes of the empty prompt's embeddings, by name; the values are buffers of that name. None to
+            do without them, where nothing is read.
         guidance: Guidance that a guidance-distilled transformer is conditioned on; the others have no use for it.
         vae_scale_factor: Pixels a side that one latent stands for.
     """
@@ -76,10 +77,10 @@ class Denoiser(nn.Module, ABC):
         self.timestep_embedding = timestep_embedding
         self.guidance = guidance
         self.vae_scale_factor = vae_scale_factor
-        shapes = prompt_shapes or {}
-        self._check_prompt(shapes)
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape))
+        if prompt_shapes is not None:
+            self._check_prompt(prompt_shapes)
+            for name, shape in prompt_shapes.items():
+                self.register_buffer(name, torch.zeros(shape))
 
     def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
         """Refuse embeddings of the prompt that the transformer does not take."""

@@ -28,8 +28,13 @@ FAMILIES: dict[str, type[Denoiser]] = {
 }
 
 
-def build_denoiser(config: ASelectConfig) -> Denoiser:
+def build_denoiser(config: ASelectConfig, with_prompt: bool = True) -> Denoiser:
     """Build the denoiser of a configuration, with new weights.
+
+    Args:
+        config: The configuration.
+        with_prompt: Whether to build the buffers of the empty prompt's embeddings, too; without them nothing can be
+            read, and their shapes need not be known.
 
     Raises:
         ValueError: If the transformer's class has no denoiser here, its kind is not supported, or the configuration
@@ -40,7 +45,7 @@ def build_denoiser(config: ASelectConfig) -> Denoiser:
     return FAMILIES[transformer["_class_name"]](
         _build(transformer),
         timestep_embedding=config.timestep_embedding,
-        prompt_shapes=config.prompt_shapes,
+        prompt_shapes=(config.prompt_shapes or {}) if with_prompt else None,
         guidance=config.guidance,
         vae_scale_factor=config.vae_scale_factor,
     )

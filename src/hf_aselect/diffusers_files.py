@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,17 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
+TRANSFORMER_CONFIG = f"transformer/{CONFIG}"
 # What diffusers and transformers call their weights, without and with a variant, whole and in shards.
 _STEMS = "(?:diffusion_pytorch_model|model)"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAPPED_BYTES = 2**27
+# What the client raises where it gets no answer: `HTTPError` of the HTTP library that its version uses.
+_NO_ANSWER: type[Exception] = HfHubHTTPError.__mro__[1]
+
+
+class PickledWeightsError(ValueError):
+    """There are weights, but all of them are pickles."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,11 @@ class HubOptions:
 
 
 def locate(
-    source: str | os.PathLike[str], model_type: str, options: HubOptions, text_parts: Iterable[str]
+    source: str | os.PathLike[str],
+    model_type: str,
+    options: HubOptions,
+    text_parts: Iterable[str],
+    check_transformer: Callable[[dict[str, Any]], None],
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
 
@@ -73,9 +84,12 @@ def locate(
         options: How to fetch.
         text_parts: Folders of a pipeline that encode a text: fetched with those that a transformer conditioned on one
             needs.
+        check_transformer: Raises `ValueError` for the configuration of a transformer that is not supported; asked
+            before any weights are fetched.
 
     Raises:
-        ValueError: If a local folder is neither; if the only weights are pickles or of another variant.
+        ValueError: If a local folder is neither; if the only weights are pickles or of another variant; if the
+            repository holds another model.
         OSError: If a repository, revision or file is not found, may not be read, or the Hub cannot be reached; the
             message says what to do.
     """
@@ -86,11 +100,13 @@ def locate(
         raise ValueError(f"{str(source)!r} has no folder {options.subfolder!r}, which `subfolder=` names.")
     if os.path.exists(source):
         raise ValueError(f"{str(source)!r} is a file; expected a folder or an id on the Hub.")
+    nothing = f"{str(source)!r} is neither a local folder nor an id on the Hub, which has the form 'owner/name'."
+    if re.match(r"[/.~]|\w:", str(source)):
+        raise OSError(nothing)
     try:
-        return _fetch(str(source), options, tuple(text_parts))
-    except HFValidationError:
-        # Neither a folder nor an id: the host says so.
-        return None
+        return _fetch(str(source), model_type, options, tuple(text_parts), check_transformer)
+    except HFValidationError as error:
+        raise OSError(nothing) from error
     except GatedRepoError as error:
         raise OSError(
             f"{str(source)!r} is gated: accept its conditions at https://huggingface.co/{source}, then log in with "
@@ -130,8 +146,14 @@ def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str)
     )
 
 
-def _fetch(repo_id: str, options: HubOptions, text_parts: tuple[str, ...]) -> Path | None:
-    """Return the folder of a diffusers checkpoint of the Hub, with the files that are needed; None if it is none."""
+def _fetch(
+    repo_id: str,
+    model_type: str,
+    options: HubOptions,
+    text_parts: tuple[str, ...],
+    check_transformer: Callable[[dict[str, Any]], None],
+) -> Path | None:
+    """Return the folder of a diffusers checkpoint of the Hub, with the files that are needed; None for one of ours."""
     prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
     # The cache alone knows nothing of what the Hub would say: a file that is not in it may be there.
     is_offline = options.local_files_only or constants.HF_HUB_OFFLINE
@@ -150,23 +172,65 @@ def _fetch(repo_id: str, options: HubOptions, text_parts: tuple[str, ...]) -> Pa
         found = read_json(path)
         if "_class_name" in found:
             break
-        if name == CONFIG:
+        if found.get("model_type") == model_type:
             return None
+        if name == CONFIG:
+            raise ValueError(
+                f"{repo_id!r} is a checkpoint of {found.get('model_type') or 'another kind'}; expected one of "
+                "hf_aselect, a pipeline of diffusers with a transformer, or a transformer of diffusers."
+            )
     else:
-        return None
-    if name == MODEL_INDEX and not (found.get("transformer") or [None])[0]:
         raise ValueError(
-            f"{repo_id!r} is a {found['_class_name']}, which has no `transformer`: features are read from diffusion "
-            "transformers only."
+            f"{repo_id!r} has neither {MODEL_INDEX} nor {CONFIG} in "
+            f"{options.subfolder or 'its first folder'}: it is no checkpoint in diffusers' layout. Where the original "
+            "weights are in one repository, diffusers' are often in another, whose name ends in '-diffusers'; a part "
+            "of a repository is named by `subfolder=`."
         )
-    if not is_offline:
-        files = HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision)
-        inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    if name == MODEL_INDEX:
+        if not (found.get("transformer") or [None])[0]:
+            raise ValueError(
+                f"{repo_id!r} is a {found['_class_name']}, which has no `transformer`: features are read from "
+                "diffusion transformers only."
+            )
+        found_transformer = read_json(Path(hf_hub_download(repo_id, prefix + TRANSFORMER_CONFIG, **how)))
+    else:
+        found_transformer = found
+    check_transformer(found_transformer)
+    files = [] if is_offline else _files_of(repo_id, options)
+    if not files:
+        return path.parent
+    inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    try:
         needed = needed_files(inside, found if name == MODEL_INDEX else None, options.variant, text_parts)
-        logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
-        wanted = [prefix + file for file in needed]
-        return Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
-    return path.parent
+    except PickledWeightsError as error:
+        raise ValueError(f"{error}{_safetensors_elsewhere(repo_id, options)}") from error
+    logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
+    wanted = [prefix + file for file in needed]
+    return Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
+
+
+def _files_of(repo_id: str, options: HubOptions) -> list[str]:
+    """Return the paths of all files of a repository; none where the Hub does not answer, and the cache has to do."""
+    try:
+        return list(HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision))
+    except HfHubHTTPError:
+        raise
+    except (OSError, _NO_ANSWER) as error:
+        logger.warning("The Hub does not answer (%s): what was downloaded of %s before is taken.", error, repo_id)
+        return []
+
+
+def _safetensors_elsewhere(repo_id: str, options: HubOptions) -> str:
+    """Return a sentence that names the pull requests of a repository which add safetensors; an empty one if none."""
+    try:
+        pulls = HfApi(token=options.token).get_repo_discussions(repo_id, discussion_type="pull_request")
+        found = [pull for pull in pulls if "safetensors" in pull.title.lower() and pull.status in ("open", "draft")]
+    except (OSError, _NO_ANSWER, KeyError, ValueError):
+        return ""  # it would have been a help, no more
+    if not found:
+        return ""
+    named = ", ".join(f"`revision='{pull.git_reference}'` (by {pull.author})" for pull in found[:3])
+    return f" Or take the safetensors that a pull request offers, if you trust who made it: {named}."
 
 
 def needed_files(
@@ -271,6 +335,51 @@ def weight_files(folder: Path, variant: str | None = None, fall_back: bool = Fal
     return [folder / name for name in names]
 
 
+def check_parts(folder: Path, wanted: Iterable[str]) -> None:
+    """Refuse a pipeline that lacks a part which its `model_index.json` lists: without it, it is another model.
+
+    Args:
+        folder: The pipeline; one without that file may hold what it likes.
+        wanted: The parts that are needed, where they are listed.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if not (folder / MODEL_INDEX).is_file():
+        return
+    index = read_json(folder / MODEL_INDEX)
+    listed = [part for part in wanted if isinstance(index.get(part), list) and index[part] and index[part][0]]
+    missing = [part for part in listed if not (folder / part).is_dir() or not any((folder / part).iterdir())]
+    if missing:
+        is_text = all(part.startswith(("text_encoder", "tokenizer")) for part in missing)
+        instead = "pass `prompt_embeds=`, the empty prompt's embeddings by name" if is_text else ""
+        instead = instead or "if it was left out on purpose, write [null, null] for it there"
+        raise ValueError(
+            f"{str(folder)!r} lacks {', '.join(f'{part}/' for part in missing)}, which its {MODEL_INDEX} lists. "
+            f"Download or copy the whole pipeline, or {instead}."
+        )
+
+
+def tensor_bytes(files: Iterable[Path]) -> dict[str, int]:
+    """Return the size in bytes of each tensor of some safetensors, of whatever dtype, by name.
+
+    A file that cannot be read counts nothing.
+    """
+    sizes: dict[str, int] = {}
+    for path in files:
+        try:
+            with path.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(min(length, path.stat().st_size)))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    sizes[name] = end - start
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+            logger.warning("The size of %s is unknown: it is no safetensors file.", path.name)
+    return sizes
+
+
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each tensor of some safetensors, one after the other.
 
@@ -303,18 +412,22 @@ def refuse_pickles(folder: Path) -> None:
     """Refuse a folder whose only weights are pickles: unpickling runs whatever code they hold.
 
     Raises:
-        ValueError: If it is one.
+        PickledWeightsError: If it is one.
     """
     if folder.is_dir():
         refuse_pickled_names(str(folder), [path.name for path in folder.iterdir()])
 
 
 def refuse_pickled_names(where: str, names: Iterable[str]) -> None:
-    """Refuse files whose only weights are pickles; see `refuse_pickles`."""
+    """Refuse files whose only weights are pickles; see `refuse_pickles`.
+
+    Raises:
+        PickledWeightsError: If they are.
+    """
     names = list(names)
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if any("model" in name for name in pickles) and not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(
+        raise PickledWeightsError(
             f"{where!r} has only pickled weights ({', '.join(pickles)}), which are never unpickled, as "
             "they can run any code. If you trust them, load the pipeline with diffusers and save it again, which "
             "writes safetensors: `DiffusionPipeline.from_pretrained(source).save_pretrained(folder)`."

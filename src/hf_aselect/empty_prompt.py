@@ -2,28 +2,37 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .diffusers_files import MODEL_INDEX, read_json, weight_files
+
 # What the text encoders and tokenizers of all pipelines are called.
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def _sd3(pipeline: Any) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
+# Encoders of a prompt get diffusers' pipeline and the configuration of its transformer.
+Encode = Callable[[Any, dict[str, Any]], dict[str, Tensor]]
+
+
+def _sd3(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
     prompt, _, pooled, _ = pipeline.encode_prompt("", "", "", do_classifier_free_guidance=False)
     return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
 
 
-def _flux(pipeline: Any) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
-    prompt, pooled, _ = pipeline.encode_prompt("", "")
+def _flux(pipeline: Any, transformer: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
+    # The padding is attended to, so its length matters: FLUX.1-schnell, which has no guidance, was trained with 256
+    # tokens, FLUX.1-dev with 512 (black-forest-labs/flux, `flux/util.py`, `load_t5`).
+    length = 512 if transformer.get("guidance_embeds") else 256
+    prompt, pooled, _ = pipeline.encode_prompt("", "", max_sequence_length=length)
     return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
 
 
-def _masked(pipeline: Any) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
+def _masked(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
     # The negative prompt: no instruction or system prompt stands before it, as in the guidance of the pipelines.
     _, _, prompt, mask = pipeline.encode_prompt("", do_classifier_free_guidance=True, negative_prompt="")
     # The transformers attend to what the mask keeps and to nothing else, so the padding need not be stored.
@@ -31,7 +40,7 @@ def _masked(pipeline: Any) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pi
 
 
 # By the transformer's class: diffusers' pipeline that encodes a prompt for it, and how.
-_ENCODERS: dict[str, tuple[str, Callable[[Any], dict[str, Tensor]]]] = {
+_ENCODERS: dict[str, tuple[str, Encode]] = {
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline", _sd3),
     "PixArtTransformer2DModel": ("PixArtSigmaPipeline", _masked),
     "FluxTransformer2DModel": ("FluxPipeline", _flux),
@@ -44,13 +53,36 @@ _ENCODERS: dict[str, tuple[str, Callable[[Any], dict[str, Tensor]]]] = {
 _OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
 
 
+def text_parts(transformer: str, without: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return which parts of the text side are needed of a pipeline that has them.
+
+    Args:
+        transformer: Class of the transformer.
+        without: Parts to do without: `text_encoder_3` and `tokenizer_3` of Stable Diffusion 3, either or both.
+
+    Raises:
+        ValueError: If one of them cannot be done without.
+    """
+    without = tuple(without)
+    optional = _OPTIONAL.get(transformer, ())
+    if needed := sorted(set(without) - set(optional)):
+        raise ValueError(
+            f"A {transformer} cannot do without {', '.join(needed)}; what can be left out: "
+            f"{', '.join(optional) or 'nothing'}."
+        )
+    if transformer not in _ENCODERS:
+        return ()
+    return tuple(part for part in TEXT_PARTS if not (without and part in optional))
+
+
 @torch.no_grad()
 def encode_empty_prompt(
     folder: str | os.PathLike[str],
     transformer: dict[str, Any],
     *,
     dtype: torch.dtype = torch.float32,
-    without: tuple[str, ...] = (),
+    variant: str | None = None,
+    without: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Return the embeddings of the empty prompt, as the pipeline in a folder makes them.
 
@@ -59,7 +91,9 @@ def encode_empty_prompt(
     Args:
         folder: A pipeline that diffusers saved.
         transformer: diffusers' configuration of its transformer, with `_class_name`.
-        dtype: What the text encoders compute in.
+        dtype: What the embeddings are in. The text encoders compute in it, too, but for float16, where Gemma and T5
+            overflow: they compute in bfloat16 then.
+        variant: Variant of their weights; those that have none of it are read without.
         without: Parts of the text side to do without: `text_encoder_3` and `tokenizer_3` of Stable Diffusion 3, either
             or both; diffusers then puts zeros in place of T5's embeddings.
 
@@ -68,20 +102,16 @@ def encode_empty_prompt(
         transformer has them. Where the pipeline masks the padding, L counts what is not padding.
 
     Raises:
-        ValueError: If a part is missing or broken, needs a package that is not installed, or cannot be done without.
+        ValueError: If a part is missing, broken or pickled, needs a package that is not installed, or cannot be done
+            without; or if embeddings are NaN or infinite.
     """
-    if needed := sorted(set(without) - set(_OPTIONAL.get(transformer["_class_name"], ()))):
-        optional = ", ".join(_OPTIONAL.get(transformer["_class_name"], ())) or "none"
-        raise ValueError(
-            f"A {transformer['_class_name']} cannot do without {', '.join(needed)}; what can be left out: {optional}."
-        )
-    if without:
-        without = _OPTIONAL[transformer["_class_name"]]
-    # diffusers takes seconds to import, and only a conversion needs its pipelines.
+    wanted = text_parts(transformer["_class_name"], without)
+    # diffusers and transformers' models take seconds to import, and only a conversion needs them.
     import diffusers
+    import transformers
 
     name, encode = _ENCODERS[transformer["_class_name"]]
-    present = {part for part in TEXT_PARTS if (Path(folder) / part).is_dir()} - set(without)
+    present = [part for part in wanted if (Path(folder) / part).is_dir()]
     if not any(part.startswith("text_encoder") for part in present):
         raise ValueError(
             f"{str(folder)!r} has no text encoder, and a {transformer['_class_name']} is conditioned on a text. Load "
@@ -92,15 +122,59 @@ def encode_empty_prompt(
         stand_in = getattr(diffusers, transformer["_class_name"]).from_config(transformer)
     pipeline_class = getattr(diffusers, name)
     known = inspect.signature(pipeline_class.__init__).parameters
-    given = {part: None for part in TEXT_PARTS if part in known and part not in present}
+    parts: dict[str, Any] = {part: None for part in TEXT_PARTS if part in known and part not in present}
+    index = read_json(Path(folder) / MODEL_INDEX)
+    computed_in = torch.bfloat16 if dtype == torch.float16 else dtype
+    for part in present:
+        if part.startswith("text_encoder"):
+            own = Path(folder) / part
+            files = weight_files(own, variant, fall_back=True)  # refuses pickles, which diffusers would load
+            kind = variant if variant and any(variant in path.name for path in files) else None
+            parts[part] = _loaded(getattr(transformers, index[part][1], None), own, kind, computed_in)
     try:
         pipeline = pipeline_class.from_pretrained(
-            folder, transformer=stand_in, vae=None, scheduler=None, dtype=dtype, local_files_only=True, **given
+            folder, transformer=stand_in, vae=None, scheduler=None, local_files_only=True, **parts
         )
-        embeddings = encode(pipeline)
+        embeddings = encode(pipeline, transformer)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_UNREADABLE.format(folder=str(folder), error=error)}") from error
+    return checked_embeddings(embeddings, transformer["_class_name"], dtype)
+
+
+_UNREADABLE = (
+    "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save the "
+    "pipeline again; tokenizers of T5 and Gemma may need `pip install sentencepiece protobuf`."
+)
+
+
+def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:  # noqa: ANN401 - classes of the host
+    try:
+        return kind.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True)
+    except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(_UNREADABLE.format(folder=str(folder), error=error)) from error
+
+
+def checked_embeddings(embeddings: Any, transformer: str, dtype: torch.dtype) -> dict[str, Tensor]:  # noqa: ANN401
+    """Return the empty prompt's embeddings in a dtype, on the CPU.
+
+    Args:
+        embeddings: Tensors by name.
+        transformer: Class of the transformer that they are for.
+        dtype: What to return them in.
+
+    Raises:
+        ValueError: If that is no mapping of names to tensors, or values are NaN or infinite, or so in `dtype`.
+    """
+    if not isinstance(embeddings, Mapping) or not all(isinstance(value, Tensor) for value in embeddings.values()):
         raise ValueError(
-            f"The text encoders in {str(folder)!r} could not be loaded to encode the empty prompt ({error}). Download "
-            "or save the pipeline again; tokenizers of T5 and Gemma may need `pip install sentencepiece protobuf`."
-        ) from error
-    return {key: value.detach().cpu().contiguous() for key, value in embeddings.items()}
+            f"`prompt_embeds` of a {transformer} must be a dictionary of tensors by name, `prompt_embeds` (1, L, C) "
+            f"and, for some transformers, `pooled_prompt_embeds` (1, C); got {type(embeddings).__name__}."
+        )
+    checked = {name: value.detach().to("cpu", dtype).contiguous() for name, value in embeddings.items()}
+    if broken := [name for name, value in checked.items() if not bool(value.isfinite().all())]:
+        raise ValueError(
+            f"The empty prompt's embeddings for {transformer} ({', '.join(broken)}) hold NaN or infinite values in "
+            f"{str(dtype).removeprefix('torch.')}. Convert with `dtype='bfloat16'` or 'float32', whose range is "
+            "wider, or check the text encoders' weights."
+        )
+    return checked

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .configuration_aselect import OWN_FIELDS
-from .convert_diffusers import load_diffusers
+from .convert_diffusers import checked_dtype, load_diffusers
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
+# Parts of our models that a checkpoint may lack altogether, and that are then new.
+HEADS = ("head", "decoder")
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "variant")
 
 
@@ -37,7 +40,8 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
     kwargs["config"], weights = load_diffusers(
         folder,
         variant=options["variant"],
-        dtype=kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32,
+        # "auto" is what the weights are in, which is known when they are read.
+        dtype=torch.float32 if kwargs["dtype"] == "auto" else checked_dtype(kwargs["dtype"]) or torch.float32,
         without=tuple(name for name in text if name != "prompt_embeds"),
         prompt_embeds=text.get("prompt_embeds"),
         **fields,
@@ -46,7 +50,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
 
 
 def check_loaded(
-    source: str | os.PathLike[str], info: dict[str, Any], model: nn.Module, ignore_mismatched_sizes: bool
+    source: str | os.PathLike[str], info: dict[str, Any], model: PreTrainedModel, ignore_mismatched_sizes: bool
 ) -> None:
     """Refuse a checkpoint whose backbone or head is incomplete or of other shapes.
 
@@ -54,13 +58,14 @@ def check_loaded(
         source: Where it was loaded from, for the error.
         info: The host's loading info.
         model: What was loaded.
-        ignore_mismatched_sizes: Whether a head of other shapes was asked to be replaced by a new one.
+        ignore_mismatched_sizes: Whether a head of other shapes, or another kind of head, was asked to be replaced by
+            a new one.
 
     Raises:
         ValueError: If it is one.
     """
     _check_backbone_is_complete(source, info)
-    _check_head_is_whole(source, info, model)
+    _check_head_is_whole(source, info, model, ignore_mismatched_sizes)
     if not ignore_mismatched_sizes:
         _check_head_fits(source, info)
 
@@ -77,15 +82,36 @@ def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, 
         )
 
 
-def _check_head_is_whole(source: str | os.PathLike[str], info: dict[str, Any], model: nn.Module) -> None:
+def _check_head_is_whole(
+    source: str | os.PathLike[str], info: dict[str, Any], model: PreTrainedModel, ignore_mismatched_sizes: bool
+) -> None:
     """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
-    missing = {name for name in info["missing_keys"] if name.startswith("head.")}
-    whole = {name for name in model.state_dict() if name.startswith("head.")}
-    if missing and missing != whole:
-        raise ValueError(
-            f"The weights in {str(source)!r} hold a part of the head only: {len(missing)} of its {len(whole)} tensors "
-            f"are missing, among them {sorted(missing)[:3]}. Save or download them again."
-        )
+    for part in HEADS:
+        of_the_part = f"{part}."
+        missing = {name for name in info["missing_keys"] if name.startswith(of_the_part)}
+        whole = {name for name in model.state_dict() if name.startswith(of_the_part)}
+        left_over = {name for name in info["unexpected_keys"] if name.startswith(of_the_part)}
+        if missing and left_over:
+            if not ignore_mismatched_sizes:
+                raise ValueError(
+                    f"The weights in {str(source)!r} hold another kind of {part}: they lack {sorted(missing)[:2]} and "
+                    f"have {sorted(left_over)[:2]}. Pass `ignore_mismatched_sizes=True` to start with a new one, or "
+                    f"leave `{part}` as it was saved."
+                )
+            _renew(model, part)
+        elif missing and missing != whole:
+            raise ValueError(
+                f"The weights in {str(source)!r} hold a part of the {part} only: {len(missing)} of its {len(whole)} "
+                f"tensors are missing, among them {sorted(missing)[:3]}. Save or download them again."
+            )
+
+
+def _renew(model: PreTrainedModel, part: str) -> None:
+    """Initialise a head anew: some of its tensors may have been those of another kind of head, by the same names."""
+    head: nn.Module = getattr(model, part)
+    for tensor in (*head.parameters(), *head.buffers()):
+        tensor._is_hf_initialized = False  # type: ignore[attr-defined]  # the host's mark of what was loaded
+    head.apply(model._init_weights)
 
 
 def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
