@@ -6,12 +6,14 @@ import torch
 from conftest import HEAD
 from datasets import load_dataset
 from huggingface_hub.errors import StrictDataclassError
+from pipelines import lumina2
 from torch import nn
 
 import hf_aselect
 from hf_aselect import (
     ASelectConfig,
     ASelectImageProcessor,
+    DiTBackbone,
     DiTForImageClassification,
     DiTModel,
     TimestepSelection,
@@ -88,7 +90,8 @@ def load(folder, pixels, **fields):
 
 def test_massive_channels_are_found_with_the_timestep_recorded_and_zeroed(dominated, pixels, tmp_path):
     model = load(dominated, pixels)
-    assert model.config.selection["massive_channels"] == model.config.zeroed_channels == [3]
+    assert model.config.selection["massive_channels"] == [3]
+    assert model.config.zeroed_channels == {"1.hidden": [3]}
     found = model(pixels).last_hidden_state
     raw = model.read_tokens(
         model.add_noise(model.encode(pixels), model.config.timestep), torch.full((7,), 0), 1, "hidden"
@@ -98,16 +101,113 @@ def test_massive_channels_are_found_with_the_timestep_recorded_and_zeroed(domina
     assert model.extract_features(pixels, feature="query")[..., 3].any()
     model.save_pretrained(tmp_path / "saved")
     again = DiTModel.from_pretrained(tmp_path / "saved")
-    assert again.config.zeroed_channels == [3]
+    assert again.config.zeroed_channels == {"1.hidden": [3]}
     assert torch.equal(again(pixels).last_hidden_state, found)
 
 
-def test_another_tap_forgets_the_channels_of_the_one_before(dominated, pixels, tmp_path):
+def test_channels_belong_to_their_tap_whatever_the_timestep(dominated, pixels, tmp_path):
+    model = load(dominated, pixels)
+    record = model.config.selection
+    model.config.timestep = 500
+    before = model(pixels).last_hidden_state
+    assert not before[..., 3].any()
+    model.save_pretrained(tmp_path / "saved")
+    # Saving changes nothing of the model that is saved; the record of another timestep is not saved.
+    assert model.config.selection == record
+    assert torch.equal(model(pixels).last_hidden_state, before)
+    again = DiTModel.from_pretrained(tmp_path / "saved")
+    assert again.config.selection is None
+    assert torch.equal(again(pixels).last_hidden_state, before)
+
+
+def test_another_tap_has_channels_of_its_own(dominated, pixels, tmp_path):
     load(dominated, pixels).save_pretrained(tmp_path / "saved")
     moved = DiTModel.from_pretrained(tmp_path / "saved", feature="query")
-    assert moved.config.selection is None and moved.config.zeroed_channels is None
-    anew = DiTModel.from_pretrained(tmp_path / "saved", timestep="auto", feature="query", calibration_images=pixels)
-    assert anew.config.zeroed_channels is None and anew.config.selection["massive_channels"] is None
+    plain = DiTModel.from_pretrained(dominated, block=1, feature="query", timestep=moved.config.timestep)
+    assert torch.equal(moved(pixels).last_hidden_state, plain(pixels).last_hidden_state)
+    assert moved.config.selection is None
+    anew = DiTModel.from_pretrained(tmp_path / "saved", timestep="auto", block=2, calibration_images=pixels)
+    assert set(anew.config.zeroed_channels) == {"1.hidden", "2.hidden"}
+    assert anew.config.selection["massive_channels"] == anew.config.zeroed_channels["2.hidden"]
+
+
+def test_a_backbone_zeroes_each_stage_s_own_channels(dominated, pixels):
+    fields = {"block": 1, "feature": "hidden", "timestep": 5, "out_indices": [0, 1, 2, 3]}
+    raw = DiTBackbone.from_pretrained(dominated, zeroed_channels=[], **fields)(pixels).feature_maps
+    for given in ([3], {"1.hidden": [3]}):
+        maps = DiTBackbone.from_pretrained(dominated, zeroed_channels=given, **fields)(pixels).feature_maps
+        assert not maps[2][:, 3].any() and raw[2][:, 3].all()
+        for stage in (0, 1, 3):
+            assert torch.equal(maps[stage], raw[stage])
+    both = {"0.hidden": [1], "2.hidden": [0, 5]}
+    maps = DiTBackbone.from_pretrained(dominated, zeroed_channels=both, **fields)(pixels).feature_maps
+    assert not maps[1][:, 1].any() and not maps[3][:, [0, 5]].any() and torch.equal(maps[2], raw[2])
+
+
+def test_a_selection_is_applied_as_it_was_scored(dominated, pixels, tmp_path):
+    """README's way: choose, then take the choice with all that belongs to it."""
+    expected = load(dominated, pixels)
+    model = DiTModel.from_pretrained(dominated, timestep=0, block=1, feature="hidden")
+    model.apply_selection(select_timestep(model, pixels))
+    assert model.config.zeroed_channels == {"1.hidden": [3]}
+    assert model.config.timestep == expected.config.timestep
+    assert torch.equal(model(pixels).last_hidden_state, expected(pixels).last_hidden_state)
+    model.save_pretrained(tmp_path / "saved")
+    again = DiTModel.from_pretrained(tmp_path / "saved")
+    assert again.config.selection["timestep"] == again.config.timestep
+
+
+def test_a_selection_of_another_tap_moves_the_tap(dominated, pixels):
+    model = DiTForImageClassification.from_pretrained(
+        dominated, timestep=0, freeze_backbone=False, block=0, num_labels=2, **HEAD
+    )
+    assert not any(p.requires_grad for p in model.backbone.denoiser.blocks[1].parameters())
+    labels = [0, 1, 0, 1, 0, 1, 0]
+    record = select_timestep(model, pixels, criterion="probe", labels=labels, block=[2], feature=["hidden"])
+    model.apply_selection(record)
+    assert (model.config.block, model.config.feature) == (2, "hidden")
+    assert all(p.requires_grad for p in model.backbone.denoiser.blocks[1].parameters())
+    assert model(pixels).logits.shape == (7, 2)
+
+
+def test_a_selection_that_the_head_cannot_read_is_refused(tmp_path):
+    lumina2().save_pretrained(tmp_path)
+    pixel_values = torch.rand(3, 3, 64, 64)
+    model = DiTForImageClassification.from_pretrained(tmp_path, timestep=5, num_labels=2, **HEAD)
+    record = select_timestep(model, pixel_values, criterion="hfr", feature="key", timesteps=[5, 500])
+    with pytest.raises(
+        ValueError, match=r"The head reads tokens of 32 channels, but 'key' has 16. Load the"
+    ):
+        model.apply_selection(record)
+    assert (model.config.feature, model.config.timestep) == ("query", 5)
+
+
+def test_a_fixed_timestep_in_the_residual_stream_is_warned_of(dominated, caplog):
+    def warning(**fields):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="hf_aselect"):
+            DiTModel.from_pretrained(dominated, timestep=5, block=1, **fields)
+        return "Nothing is set to zero in" in caplog.text
+
+    assert warning(feature="hidden")
+    assert not warning(feature="hidden", zeroed_channels=[])
+    assert not warning(feature="hidden", zeroed_channels={"1.hidden": [3]})
+    assert warning(feature="hidden", zeroed_channels={"0.hidden": [3]})
+    assert not warning(feature="query")
+
+
+def test_pictures_count_alike_in_the_search_whatever_the_batch(pixel_folder, pixels, monkeypatch):
+    """Seven pictures in batches of three: the last one must not weigh as much as three."""
+    model = DiTModel.from_pretrained(pixel_folder, timestep=5, block=1, feature="hidden")
+    found = []
+    monkeypatch.setattr("hf_aselect.sweep.massive_channels", lambda shares: found.append(torch.stack(shares)) or [])
+    # Each picture has a share of its own.
+    monkeypatch.setattr(
+        "hf_aselect.sweep.outlier_share", lambda tokens: tokens.float().std(dim=-2).flatten(0, 1).double().mean(0)
+    )
+    for batch_size in (7, 3):
+        select_timestep(model, pixels, criterion="hfr", timesteps=[5, 500], batch_size=batch_size)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("feature", ["query", "key", "value"])
@@ -118,7 +218,7 @@ def test_nothing_is_zeroed_where_queries_keys_and_values_are_read(dominated, pix
 
 
 def test_it_can_be_asked_for_anywhere_and_turned_off(dominated, pixels):
-    assert load(dominated, pixels, feature="key", zeroed_channels="auto").config.zeroed_channels == []
+    assert load(dominated, pixels, feature="key", zeroed_channels="auto").config.zeroed_channels == {"1.key": []}
     off = load(dominated, pixels, zeroed_channels=[])
     assert off.config.zeroed_channels == [] and off.config.selection["massive_channels"] is None
     assert off(pixels).last_hidden_state[..., 3].any()
@@ -171,9 +271,14 @@ def test_a_record_from_before_is_read(dominated, pixels):
 
 
 def test_bad_channels_are_refused(pixel_folder):
-    for channels in ([16], [-1], "all"):
+    for channels in ([16], [-1], "all", {"1.hidden": [16]}):
         with pytest.raises(StrictDataclassError, match=r"`zeroed_channels` must be 'auto' or integers in \[0, 16\)"):
             DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels=channels)
+    for key in ("hidden", "hidden.1", "1.secret", "-1.hidden"):
+        with pytest.raises(StrictDataclassError, match=r"must have keys 'BLOCK.FEATURE', as '9.hidden', got"):
+            DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels={key: [1]})
+    with pytest.raises(StrictDataclassError, match=r"`block` must be in"):
+        DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels={"99.hidden": [1]})
     with pytest.raises(ValueError, match=r"are found with the timestep, which is fixed at 5. Pass `timestep='auto'`"):
         DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels="auto")
 
@@ -182,8 +287,8 @@ def test_a_classifier_takes_what_was_found(dominated, pixels):
     model = DiTForImageClassification.from_pretrained(
         dominated, timestep="auto", block=1, feature="hidden", calibration_images=pixels, num_labels=2, **HEAD
     )
-    assert model.config.zeroed_channels == [3]
-    assert ASelectConfig(**model.config.to_dict()).zeroed_channels == [3]
+    assert model.config.zeroed_channels == {"1.hidden": [3]}
+    assert ASelectConfig(**model.config.to_dict()).zeroed_channels == {"1.hidden": [3]}
     assert bool(model(pixels).logits.isfinite().all())
 
 

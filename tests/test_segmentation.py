@@ -11,6 +11,7 @@ from datasets import Image as Pictures
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from pipelines import PIPELINES
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import confusion_matrix
 from torch import nn
 from transformers import (
@@ -46,6 +47,9 @@ from hf_aselect.criteria import PatchProbe
 NUM_LABELS = 3
 ZERO = np.zeros((1, 2, 2), dtype=int)
 DECODERS = {"linear": {}, "upernet": {"decoder": "upernet", "decoder_hidden_size": 16, "auxiliary_hidden_size": 8}}
+
+
+SHALLOW = {**build_transformer().config, "_class_name": "DiTTransformer2DModel", "num_layers": 3}
 
 
 @pytest.fixture(scope="module")
@@ -379,13 +383,50 @@ def test_dpt_of_the_host_stands_on_a_dit(deep_folder):
     [
         (lambda labels: labels[:, :4], r"class indices of shape \(7, 8, 8\), one a pixel, got torch.int64 of shape"),
         (lambda labels: labels.float(), r"got torch.float32"),
+        (lambda labels: labels > 0, r"got torch.bool"),
         (lambda labels: labels + 1, r"class indices in \[0, 3\), or 255 for pixels of no class, got \[3, 256\]"),
     ],
-    ids=["size", "type", "values"],
+    ids=["size", "type", "truth values", "values"],
 )
 def test_bad_labels_are_refused(deep_folder, pixels, labels, change, message):
     with pytest.raises(ValueError, match=message):
         load(deep_folder)(pixels, labels=change(labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_of_any_integer_dtype(deep_folder, pixels, labels, dtype):
+    model = load(deep_folder).eval()
+    with torch.no_grad():
+        assert torch.equal(model(pixels, labels=labels.to(dtype)).loss, model(pixels, labels=labels).loss)
+    with pytest.raises(ValueError, match=r"class indices in \[0, 3\), or 255 for pixels of no class, got \[77\]"):
+        model(pixels, labels=torch.full_like(labels, 77).to(dtype))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_part_of_the_decoder_is_refused(deep_folder, tmp_path, decoder):
+    load(deep_folder, decoder=decoder).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.startswith("decoder.") and name.endswith("weight"))
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"a part of the decoder only: 1 of its \d+ tensors are missing.*{name}"):
+        DiTForSemanticSegmentation.from_pretrained(tmp_path)
+
+
+def test_another_decoder_is_a_new_one_where_that_is_asked_for(deep_folder, pixels, tmp_path):
+    load(deep_folder, decoder="linear").save_pretrained(tmp_path)
+    other = {"decoder": "upernet", "decoder_hidden_size": 8, "auxiliary_hidden_size": 8}
+    with pytest.raises(ValueError, match=r"hold another kind of decoder: .*`ignore_mismatched_sizes=True`.*`decoder`"):
+        DiTForSemanticSegmentation.from_pretrained(tmp_path, **other)
+    model = DiTForSemanticSegmentation.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **other)
+    assert model(pixels).logits.shape == (7, 3, 8, 8)
+
+
+def test_a_classifiers_checkpoint_gives_its_backbone_to_a_segmenter(deep_folder, pixels, tmp_path):
+    DiTForImageClassification.from_pretrained(deep_folder, timestep=5, num_labels=3, head="linear").save_pretrained(
+        tmp_path
+    )
+    assert DiTForSemanticSegmentation.from_pretrained(tmp_path)(pixels).logits.shape == (7, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -397,11 +438,17 @@ def test_bad_labels_are_refused(deep_folder, pixels, labels, change, message):
         ({"out_features": ["stage99"]}, "out_features must be a subset of stage_names"),
         ({"decoder": "unet"}, "`decoder` must be 'linear' or 'upernet', got 'unet'"),
         ({"decoder": "upernet", "out_indices": [1, 2]}, r"reads four blocks; `out_indices` names \[1, 2\]"),
+        (
+            {"decoder": "upernet", "transformer": SHALLOW},
+            "reads four blocks, and this transformer has 3. Use",
+        ),
         ({"decoder_hidden_size": 0}, "`decoder_hidden_size` must be at least 1"),
     ],
 )
 def test_bad_stages_and_decoders_are_refused(deep_folder, fields, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
+        if "transformer" in fields:
+            ASelectConfig(**fields)
         DiTBackbone.from_pretrained(deep_folder, timestep=5, **fields)
 
 

@@ -71,6 +71,11 @@ def check_timestep(timestep: Any) -> None:  # noqa: ANN401 - a check takes whate
         )
 
 
+def tap_key(block: int, feature: str) -> str:
+    """Return what a tap is called in `zeroed_channels`."""
+    return f"{block}.{feature}"
+
+
 def check_feature(feature: str) -> None:
     """Refuse a name that is none of the features.
 
@@ -108,9 +113,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
             weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
         guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
-        zeroed_channels: Channels of the tokens that are set to zero at the tap. A few channels dwarf all others in
-            the residual stream of large transformers. "auto": those that `select_timestep` finds to be so, with the
-            timestep. Default: "auto" for `hidden`, `normed` and `attention` where loading chooses the timestep; else
+        zeroed_channels: Channels of the tokens that are set to zero: a list for those of the configuration's own tap,
+            or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A few channels dwarf all others
+            in the residual stream of large transformers. "auto": those that `select_timestep` finds to be so, with
+            the timestep. Default: "auto" for `hidden`, `normed` and `attention` where the timestep is chosen; else
             none.
         noise_seed: Seed of the fixed noise that pictures are mixed with.
         num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
@@ -156,7 +162,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     timestep_embedding: Literal["diffusers", "original", "sit"] = "diffusers"
     prompt_shapes: dict[str, list[int]] | None = None
     guidance: float = 1.0
-    zeroed_channels: list[int] | str | None = None
+    zeroed_channels: list[int] | dict[str, list[int]] | str | None = None
     noise_seed: int = 0
     num_noise_draws: int = 1
     resample_noise_in_training: bool = False
@@ -205,7 +211,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def _default_out_indices(self) -> list[int]:
         """Return the stages that are read where none are named: the last, as the host's; or UperNet's four."""
         depth = len(self.stage_names) - 1
-        return [1 + share * depth // 8 for share in UPERNET_EIGHTHS] if self.decoder == "upernet" else [depth]
+        is_deep_enough = self.decoder == "upernet" and depth >= 4
+        return [1 + share * depth // 8 for share in UPERNET_EIGHTHS] if is_deep_enough else [depth]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values; stages by their indices alone, and where they are not the default."""
@@ -257,7 +264,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def feature_size(self) -> int:
         """Width of the tokens that are read: `hidden_size`, but for keys and values that several heads share."""
-        return self.layout.key_value_size if self.feature in ("key", "value") else self.hidden_size
+        return self.width_of(self.feature)
+
+    def width_of(self, feature: str) -> int:
+        """Return the width of a feature's tokens."""
+        return self.layout.key_value_size if feature in ("key", "value") else self.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
@@ -319,6 +330,20 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuse an unknown feature and a block that the transformer does not have."""
         self.check_tap(self.block_index(), self.feature)
 
+    def channels_at(self, block: int, feature: str) -> list[int] | None:
+        """Return the channels that are set to zero at a tap; None where nothing is said of it.
+
+        Args:
+            block: Block index, counted from the first; -1 is a backbone's stem.
+            feature: The feature.
+        """
+        channels = self.zeroed_channels
+        if isinstance(channels, dict):
+            return channels.get(tap_key(block, feature))
+        if isinstance(channels, list):
+            return channels if (block, feature) == (self.block_index(), self.feature) else []
+        return None
+
     def stage_taps(self) -> list[tuple[int, str]]:
         """Return block and feature of the stages that a backbone returns; the stem is the hidden state of block -1."""
         stages = [index % len(self.stage_names) for index in self.out_indices]
@@ -338,6 +363,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 "attention alone. Read `hidden`, `normed`, `query`, `key` or `value` there, or an earlier block."
             )
 
+    def validate_vae(self) -> None:
+        """Refuse a VAE whose latents are not what the transformer takes."""
+        made = (self.vae or {}).get("latent_channels")
+        if made is not None and made != self.layout.num_channels:
+            raise ValueError(
+                f"The transformer takes latents of {self.layout.num_channels} channels, but the VAE makes {made}. "
+                "Transformers that take more beside the latents, as FLUX.1-Fill a masked picture, are not supported."
+            )
+
     def validate_prompt(self) -> None:
         """Refuse the empty prompt's shapes where the transformer has none, and a guidance that is no number."""
         if self.prompt_shapes and not self.layout.needs_prompt:
@@ -349,13 +383,23 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_zeroed_channels(self) -> None:
         """Refuse channels that the tokens do not have."""
-        channels, size = self.zeroed_channels, self.feature_size
+        channels = self.zeroed_channels
         if channels is None or channels == "auto":
             return
-        if isinstance(channels, str) or not all(0 <= channel < size for channel in channels):
-            raise ValueError(
-                f"`zeroed_channels` must be 'auto' or integers in [0, {size}), the tokens' channels, got {channels!r}."
-            )
+        by_tap = channels if isinstance(channels, dict) else {tap_key(self.block_index(), self.feature): channels}
+        for key, listed in by_tap.items():
+            block, _, feature = key.partition(".")
+            if not block.isdigit() or feature not in FEATURES:
+                raise ValueError(
+                    f"`zeroed_channels` by tap must have keys 'BLOCK.FEATURE', as '9.hidden', got {key!r}."
+                )
+            self.check_tap(self.block_index(int(block)), feature)
+            size = self.width_of(feature)
+            if isinstance(listed, str) or not all(0 <= channel < size for channel in listed):
+                raise ValueError(
+                    f"`zeroed_channels` must be 'auto' or integers in [0, {size}), the tokens' channels, or such "
+                    f"lists by tap, got {channels!r}."
+                )
 
     def validate_head(self) -> None:
         """Refuse an unknown head and sizes that do not divide."""
@@ -381,8 +425,23 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 "`decoder_hidden_size` must be at least 1, `auxiliary_hidden_size` and `auxiliary_loss_weight` at "
                 f"least 0, got {self.decoder_hidden_size}, {self.auxiliary_hidden_size}, {self.auxiliary_loss_weight}."
             )
-        if self.decoder == "upernet" and len(self.out_indices) != 4:
+        if self.decoder != "upernet":
+            return
+        if self.num_hidden_layers < 4:
+            raise ValueError(
+                f"`decoder='upernet'` reads four blocks, and this transformer has {self.num_hidden_layers}. Use "
+                "`decoder='linear'`."
+            )
+        if len(self.out_indices) != 4:
             raise ValueError(f"`decoder='upernet'` reads four blocks; `out_indices` names {self.out_indices}.")
+        self.check_stages()
+
+    def check_stages(self) -> None:
+        """Refuse stages whose block does not have the feature.
+
+        Raises:
+            ValueError: If there is one.
+        """
         for block, feature in self.stage_taps():
             self.check_tap(block, feature)
 

@@ -14,7 +14,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown_keywords
+from .configuration_aselect import (
+    MASSIVE_FEATURES,
+    ASelectConfig,
+    check_timestep,
+    refuse_unknown_keywords,
+    tap_key,
+)
 from .convert_diffusers import find_diffusers
 from .decoders import token_map
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
@@ -114,7 +120,12 @@ class ASelectPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
         text = {name: kwargs.pop(name) for name in (*TEXT_PARTS, "prompt_embeds") if name in kwargs}
-        folder = find_diffusers(source, HubOptions(**{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
+        folder = find_diffusers(
+            source,
+            HubOptions(**{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}),
+            without=[name for name in text if name != "prompt_embeds"],
+            has_prompt=text.get("prompt_embeds") is not None,
+        )
         if folder is not None:
             take_diffusers(source, folder, text, kwargs)
             path = None
@@ -152,14 +163,10 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """Choose the timestep if it is "auto"; forget a record that no longer fits."""
         config = self.config
         if config.timestep == "auto":
-            self._forget_selection()
             height, width = (side // config.patch_pixels for side in config.image_height_width)
             # As many tokens at once as 32 pictures of 512 pixels have: large pictures would not fit many a machine.
             batch_size = max(1, min(32, MAX_TOKENS // (height * width)))
-            record = select_timestep(self, calibration_images, batch_size=batch_size)
-            config.timestep, config.selection = record.timestep, record.to_dict()
-            if record.massive_channels is not None:
-                config.zeroed_channels = record.massive_channels
+            self.apply_selection(select_timestep(self, calibration_images, batch_size=batch_size))
             return
         if config.zeroed_channels == "auto":
             raise ValueError(
@@ -171,20 +178,61 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. "
                 "Pass `timestep='auto'` to choose it anew, or leave the pictures out."
             )
-        self._forget_stale_selection()
+        if not self._is_selection_in_use():
+            config.selection = None
+        unsaid = [f"{feature} of block {block}" for block, feature in self._taps_of_unknown_channels()]
+        if unsaid:
+            logger.warning(
+                "Nothing is set to zero in %s, where a few channels may dwarf all others in large transformers. They "
+                "are found where the timestep is chosen (`timestep='auto'`, or `select_timestep` and "
+                "`apply_selection`); name them by `zeroed_channels=`, or pass `zeroed_channels=[]` if there are none.",
+                ", ".join(unsaid),
+            )
 
-    def _forget_stale_selection(self) -> None:
-        """Drop the record of a choice that is no longer in use: a timestep or tap was set by hand since."""
-        if self.config.selection and not TimestepSelection.from_dict(self.config.selection).is_of(self.config):
-            self._forget_selection()
+    def _taps_of_unknown_channels(self) -> list[Tap]:
+        """Return the taps in the residual stream of which the configuration says nothing."""
+        return [
+            (block, feature)
+            for block, feature in self._base().taps()
+            if block >= 0 and feature in MASSIVE_FEATURES and self.config.channels_at(block, feature) is None
+        ]
 
-    def _forget_selection(self) -> None:
-        """Drop the record of a choice, and the channels that were found with it: they are of its tap."""
-        config = self.config
-        found = (config.selection or {}).get("massive_channels")
-        if found is not None and config.zeroed_channels == found:
-            config.zeroed_channels = None
-        config.selection = None
+    def _is_selection_in_use(self) -> bool:
+        """Return whether the record of a choice, if any, is of the timestep and tap that are read."""
+        record = self.config.selection
+        return record is None or TimestepSelection.from_dict(record).is_of(self.config)
+
+    def apply_selection(self, selection: TimestepSelection) -> None:
+        """Read at the timestep and tap of a choice from now on, as they were scored.
+
+        Sets `timestep`, `block`, `feature` and `selection` of the configuration and, where massive channels were
+        looked for, those found there in `zeroed_channels`.
+
+        Args:
+            selection: What `select_timestep` returned.
+
+        Raises:
+            ValueError: If there is a head, and the tokens of the choice are of another width than those it reads.
+        """
+        config, base = self.config, self._base()
+        width = config.width_of(selection.feature)
+        if self is not base and width != config.feature_size:
+            raise ValueError(
+                f"The head reads tokens of {config.feature_size} channels, but {selection.feature!r} has {width}. "
+                f"Load the model with `feature={selection.feature!r}, block={selection.block}, "
+                f"timestep={selection.timestep}`."
+            )
+        is_another_tap = (selection.block, selection.feature) != (config.block_index(), config.feature)
+        if is_another_tap:  # else the block stays as it was written, perhaps counted from the end
+            config.block, config.feature = selection.block, selection.feature
+        config.timestep, config.selection = selection.timestep, selection.to_dict()
+        if selection.massive_channels is not None:
+            known = config.zeroed_channels if isinstance(config.zeroed_channels, dict) else {}
+            found = {tap_key(selection.block, selection.feature): selection.massive_channels}
+            config.zeroed_channels = {**known, **found}
+        if is_another_tap and not config.freeze_backbone:
+            base.denoiser.requires_grad_(True)
+            base.freeze()  # other blocks come after the tap
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
         """Save configuration and weights as the host does, without the record of a choice that is not in use.
@@ -193,8 +241,13 @@ class ASelectPreTrainedModel(PreTrainedModel):
             args: Passed on to the host.
             kwargs: Passed on to the host.
         """
-        self._forget_stale_selection()
-        super().save_pretrained(*args, **kwargs)
+        record = self.config.selection
+        if not self._is_selection_in_use():
+            self.config.selection = None
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.selection = record
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -367,13 +420,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         tokens = {
             tap: torch.stack([read[tap] for read in draws]).mean(0) if num_draws > 1 else draws[0][tap] for tap in taps
         }
-        zeroed = {tap: zero_channels(values, self._zeroed_channels(*tap)) for tap, values in tokens.items()}
+        zeroed = {tap: zero_channels(values, self.config.channels_at(*tap) or ()) for tap, values in tokens.items()}
         return zeroed, self.token_grid(latents)
-
-    def _zeroed_channels(self, block: int, feature: str) -> Sequence[int]:
-        """Return the channels that are set to zero at a tap: at those that the model reads for its own use."""
-        channels = self.config.zeroed_channels
-        return channels if isinstance(channels, list) and (block, feature) in self._base().taps() else ()
 
     def _resolved_timestep(self) -> int:
         timestep = self.config.timestep
@@ -404,8 +452,9 @@ class ASelectPreTrainedModel(PreTrainedModel):
 
 
 _HOW_TO_RESOLVE = (
-    "pass `calibration_images=` to `from_pretrained`, or set `model.config.timestep = "
-    "select_timestep(model, images).timestep`, or choose an integer in [0, 1000) yourself"
+    "pass `calibration_images=` to `from_pretrained`, or call "
+    "`model.apply_selection(select_timestep(model, images))`, "
+    "or set `model.config.timestep` to an integer in [0, 1000) yourself"
 )
 
 

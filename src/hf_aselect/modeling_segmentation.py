@@ -19,7 +19,8 @@ class DiTBackbone(BackboneMixin, DiTModel):
 
     Stages are named as the host's: `stem` is what the first block reads, `stage1` the first block, and so on.
     `config.out_features` or `config.out_indices` say which are returned, by default the last block; the block that a
-    timestep was chosen for is `out_indices=[config.block_index() + 1]`. Each map is `config.feature` of its block, the
+    timestep was chosen for is `out_indices=[config.block_index() + 1]`. Massive channels are found at that block
+    alone; `config.zeroed_channels` takes those of the others by tap. Each map is `config.feature` of its block, the
     stem's its tokens. UperNet, Mask2Former, DPT and the like stand on it, by `backbone_config=`.
 
     Args:
@@ -29,6 +30,7 @@ class DiTBackbone(BackboneMixin, DiTModel):
     has_attentions = False
 
     def __init__(self, config: ASelectConfig) -> None:
+        config.check_stages()
         super().__init__(config)
         self.num_features = [config.hidden_size, *[config.feature_size] * config.num_hidden_layers]
 
@@ -109,8 +111,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
 
         Args:
             pixel_values: Pictures in [-1, 1], (B, C, H, W).
-            labels: Class of each pixel in [0, K), (B, H, W); `config.semantic_loss_ignore_index` is left out of the
-                loss.
+            labels: Class of each pixel in [0, K), (B, H, W), of any integer dtype;
+                `config.semantic_loss_ignore_index` is left out of the loss.
             kwargs: Ignored, as the host passes keywords that only some models know. `return_dict=False` gives a tuple.
 
         Raises:
@@ -127,7 +129,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         logits = enlarge(logits, size)
         loss = None
         if labels is not None:
-            labels = labels.to(logits.device)
+            labels = labels.to(logits.device).long()
             loss = self._loss(logits, labels)
             if auxiliary is not None:
                 loss = loss + self.config.auxiliary_loss_weight * self._loss(enlarge(auxiliary, size), labels)
@@ -142,7 +144,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
 
     def _check_labels(self, labels: Tensor, pixel_values: Tensor) -> None:
         expected = (len(pixel_values), *pixel_values.shape[-2:])
-        if labels.shape != expected or labels.is_floating_point():
+        if labels.shape != expected or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"`labels` must be class indices of shape {tuple(expected)}, one a pixel, got {labels.dtype} of shape "
                 f"{tuple(labels.shape)}. `ASelectImageProcessor` makes them from `segmentation_maps=`."
@@ -150,6 +152,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         if torch.compiler.is_compiling():
             return
         num_labels, ignored = int(self.config.num_labels or 0), self.config.semantic_loss_ignore_index
+        labels = labels.long()  # comparing small integers with a larger number is an error
         outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignored)]
         if outside.numel():
             raise ValueError(

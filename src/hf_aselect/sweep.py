@@ -161,18 +161,20 @@ class Sweep:
         self.searched = set(taps)
         if not taps:
             return
-        shares: dict[Tap, dict[int, list[Tensor]]] = {tap: {} for tap in taps}
+        shares: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in taps}
         count = 0
         for indices, load in pictures.batches(0, NUM_FOR_CHANNELS, self.batch_size, 0, 1):
             latents = self._encode(indices, load)
             count += len(indices)
             for chosen, tokens in self._tokens(latents, indices, timesteps, taps):
                 for tap in taps:
-                    shares[tap].setdefault(chosen, []).append(outlier_share(tokens[tap]))
+                    # The last batch may have fewer pictures: it counts for as many.
+                    share = len(indices) * outlier_share(tokens[tap])
+                    before = shares[tap].get(chosen)
+                    shares[tap][chosen] = share if before is None else before + share
         for tap, by_timestep in shares.items():
             if by_timestep:
-                found = massive_channels([torch.stack(parts).mean(0) for parts in by_timestep.values()])
-                self.channels[tap] = _gather(found)[0]
+                self.channels[tap] = _gather(massive_channels([share / count for share in by_timestep.values()]))[0]
         draws = self.criterion.num_draws or self.model.config.num_noise_draws
         self.num_forwards += self.world * count * len(timesteps) * draws
 
@@ -344,6 +346,7 @@ class Sweep:
 
     def _sums_of_hits(self, probe: Probe) -> dict[int, Tensor]:
         parts = _gather(self._unfitted(self.pooled))
+        self.shape = max(_gather(self.shape))  # a process may have had no pictures
         for timestep in sorted({timestep for part in parts for timestep in part}):
             batches = [batch for part in parts for batch in part.get(timestep, [])]
             indices = torch.tensor([index for named, _ in batches for index in named])
@@ -393,12 +396,11 @@ class Sweep:
 
 def _given_channels(config: ASelectConfig, taps: list[Tap]) -> dict[Tap, list[int] | None]:
     """Return the channels to set to zero by tap; None where they have to be found."""
-    channels, given = config.zeroed_channels, dict[Tap, list[int] | None]()
+    given: dict[Tap, list[int] | None] = {}
     for tap in taps:
-        if isinstance(channels, list):
-            given[tap] = channels if tap == (config.block_index(), config.feature) else []
-        else:
-            given[tap] = None if channels == "auto" or tap[1] in MASSIVE_FEATURES else []
+        known = config.channels_at(*tap)
+        is_asked_for = config.zeroed_channels == "auto" or tap[1] in MASSIVE_FEATURES
+        given[tap] = known if known is not None or is_asked_for else []
     return given
 
 

@@ -53,8 +53,7 @@ def select_timestep(
     Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
     others in every token are found on the first pictures and set to zero before anything is scored.
 
-    Nothing in the model changes; set `model.config.timestep` to the result to use it, and `config.zeroed_channels` to
-    its `massive_channels`, if it has any.
+    Nothing in the model changes; `model.apply_selection` takes the result.
 
     Args:
         model: Model with the tap (`config.block`, `config.feature`) to choose a timestep for.
