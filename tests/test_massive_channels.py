@@ -175,9 +175,7 @@ def test_a_selection_that_the_head_cannot_read_is_refused(tmp_path):
     pixel_values = torch.rand(3, 3, 64, 64)
     model = DiTForImageClassification.from_pretrained(tmp_path, timestep=5, num_labels=2, **HEAD)
     record = select_timestep(model, pixel_values, criterion="hfr", feature="key", timesteps=[5, 500])
-    with pytest.raises(
-        ValueError, match=r"The head reads tokens of 32 channels, but 'key' has 16. Load the"
-    ):
+    with pytest.raises(ValueError, match=r"The head reads tokens of 32 channels, but 'key' has 16. Load the"):
         model.apply_selection(record)
     assert (model.config.feature, model.config.timestep) == ("query", 5)
 
