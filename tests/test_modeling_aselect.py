@@ -212,7 +212,7 @@ def test_the_loss_is_cross_entropy(classifier, pixels):
 
 def test_an_unresolved_model_refuses_to_read_and_says_what_to_do(model, pixels):
     model.config.timestep = "auto"
-    with pytest.raises(ValueError, match="still 'auto': pass `calibration_images=` to `from_pretrained`, or set"):
+    with pytest.raises(ValueError, match="still 'auto': pass `calibration_images=` to `from_pretrained`, or call"):
         model(pixels)
 
 
