@@ -56,8 +56,9 @@ LEVELS = {
     "modeling_segmentation": 7,
     "training": 7,
     "demo": 8,
-    "__init__": 9,
-    "cli": 9,
+    "demo_segmentation": 9,
+    "__init__": 10,
+    "cli": 10,
 }
 
 # Saving a model with its code copies these two and all that they import to the Hub.

@@ -1,10 +1,11 @@
 import builtins
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from hf_aselect import plots
-from hf_aselect.plots import plot_predictions, plot_timestep_curve, plot_timestep_heat_map
+from hf_aselect.plots import plot_overlays, plot_predictions, plot_timestep_curve, plot_timestep_heat_map
 
 TIMESTEPS, SCORES, LOG_SNR = [0, 50, 400, 999], [0.1, 0.3, 0.2, 0.1], [9.2, 3.5, -1.4, -10.1]
 PICTURES = [Image.new("L", (8, 8), 30 * index) for index in range(3)]
@@ -92,6 +93,24 @@ def test_wrong_predictions_look_different(tmp_path):
 def test_a_sheet_without_a_name_for_each_picture_is_refused(tmp_path, pictures, names):
     with pytest.raises(ValueError, match="one true and one predicted name for each picture"):
         plot_predictions(tmp_path / "p.png", pictures, names, names)
+
+
+MASKS = [np.array([[0, 1], [2, 255]]), np.array([[1, 1], [0, 0]])]
+
+
+def test_overlays_show_pictures_masks_and_predictions(tmp_path):
+    pictures = [np.zeros((2, 2)), np.ones((2, 2, 3))]
+    plot_overlays(tmp_path / "o.png", pictures, MASKS, MASKS[::-1], ["sky", "road", "car"])
+    shown = np.asarray(Image.open(tmp_path / "o.png").convert("RGB")).reshape(-1, 3)
+    colours = {tuple(colour) for colour in np.unique(shown, axis=0)}
+    # The classes' colours (matplotlib's tab20), and black for pixels of no class.
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44), (0, 0, 0), (255, 255, 255)} <= colours
+    assert [path.name for path in tmp_path.iterdir()] == ["o.png"]
+
+
+def test_overlays_need_a_mask_for_each_picture(tmp_path):
+    with pytest.raises(ValueError, match="got 1 pictures, 2 true and 2 predicted masks"):
+        plot_overlays(tmp_path / "o.png", [np.zeros((2, 2))], MASKS, MASKS, ["sky"])
 
 
 def test_a_plot_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

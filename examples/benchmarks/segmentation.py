@@ -164,7 +164,7 @@ class Benchmark:
 
     @torch.no_grad()
     def maps(self, job: Job, seed: int, pixels: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-        """Return UperNet's maps, (n, D, rows, columns), in half precision; the linear decoder's is one of them or last."""
+        """Return the maps, (n, D, rows, columns) in half precision, that UperNet and the linear decoder read."""
         set_seed(seed)
         model = self.load("upernet", int(job.timestep or 0), job.is_random).eval()
         assert isinstance(model.backbone, DiTBackbone)

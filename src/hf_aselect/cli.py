@@ -25,7 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo",
         help="train, compare and save a classifier on the embedded DiT, in a few minutes and without network",
         description="Choose the timestep of the embedded Fashion-MNIST DiT without labels, train an attention head on "
-        "it, compare with other timesteps and with raw pixels, save the model with its card, and reload it.",
+        "it (or, with --task segmentation, UperNet on scenes composed of the sample's pictures), compare with other "
+        "timesteps and with raw pixels, save the model with its card, and reload it.",
+    )
+    demo.add_argument(
+        "--task",
+        choices=("classification", "segmentation"),
+        default="classification",
+        help="what the model is to do (%(default)s)",
     )
     demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the head's training (%(default)s)")
@@ -226,12 +233,20 @@ def _demo(parsed: argparse.Namespace) -> None:
     try:
         # It needs the packages of the `train` extra, and they take seconds to import.
         from .demo import DemoSettings, format_table, run_demo
+        from .demo_segmentation import SegmentationDemoSettings, format_segmentation_table, run_segmentation_demo
     except ModuleNotFoundError as error:
         raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[train]'") from error
     logging.set_verbosity_error()  # the host reports the head's new weights, which is what the demo is for
-    results = run_demo(parsed.output, DemoSettings(seed=parsed.seed))
+    if parsed.task == "segmentation":
+        table = format_segmentation_table(
+            run_segmentation_demo(parsed.output, SegmentationDemoSettings(seed=parsed.seed))
+        )
+        picture, auto_class = "overlays.png", "AutoModelForSemanticSegmentation"
+    else:
+        table = format_table(run_demo(parsed.output, DemoSettings(seed=parsed.seed)))
+        picture, auto_class = "predictions.png", "AutoModelForImageClassification"
     print()
-    print(format_table(results))
+    print(table)
     print()
-    print(f"Saved {parsed.output}/model, results.json, timestep_curve.png and predictions.png.")
-    print("Reloaded through AutoModelForImageClassification and pipeline: the predictions are equal.")
+    print(f"Saved {parsed.output}/model, results.json, timestep_curve.png and {picture}.")
+    print(f"Reloaded through {auto_class} and pipeline: the predictions are equal.")

@@ -22,6 +22,7 @@ def plot_timestep_curve(
     criterion: str = "consensus",
     accuracies: Sequence[float] | None = None,
     accuracy_log_snr: Sequence[float] | None = None,
+    accuracy_name: str = "accuracy",
 ) -> None:
     """Draw a criterion, and where given a probe's accuracy, over the timestep, the choice marked, as a PNG.
 
@@ -38,6 +39,7 @@ def plot_timestep_curve(
         criterion: Name of the criterion.
         accuracies: Accuracy at each, in [0, 1], or at timesteps of their own.
         accuracy_log_snr: The log-SNR of those timesteps.
+        accuracy_name: What the accuracies are, as "mean IoU".
 
     Raises:
         ValueError: If the lengths differ or `chosen` is none of the timesteps.
@@ -71,9 +73,9 @@ def plot_timestep_curve(
         shares = [100 * accuracy for accuracy in accuracies]
         own = [-value for value in accuracy_log_snr]
         lines += right.plot(
-            own, shares, color=ORANGE, marker="s", markersize=4, linestyle="--", label="probe accuracy (right)"
+            own, shares, color=ORANGE, marker="s", markersize=4, linestyle="--", label=f"probe {accuracy_name} (right)"
         )
-        right.set_ylabel("test accuracy of a linear probe, %")
+        right.set_ylabel(f"test {accuracy_name} of a linear probe, %")
     mark = positions[list(timesteps).index(chosen)]
     lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"chosen: t = {chosen}"))
     _label_timesteps(axes, timesteps, log_snr, positions)
@@ -194,6 +196,58 @@ def plot_predictions(
         axes.set_title(f"✗ {predicted}\ntrue: {true}", fontsize=8, color=ORANGE)
         for spine in axes.spines.values():
             spine.set(color=ORANGE, linewidth=3)
+    _save(figure, path)
+
+
+def plot_overlays(
+    path: str | os.PathLike[str],
+    images: Sequence[Any],
+    truths: Sequence[Any],
+    predictions: Sequence[Any],
+    names: Sequence[str],
+) -> None:
+    """Draw pictures, their masks and predicted masks side by side, with a legend of the classes, as a PNG.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        images: Pictures as arrays, (H, W) or (H, W, 3), in [0, 1].
+        truths: Their masks of class indices, (H, W); pixels of no class, which are none of `names`, are black.
+        predictions: The predicted masks, (H, W).
+        names: Names of the classes.
+
+    Raises:
+        ValueError: If there are no pictures or the lengths differ.
+        ImportError: If matplotlib is missing.
+    """
+    if not len(images) or not len(images) == len(truths) == len(predictions):
+        raise ValueError(
+            "There must be one true and one predicted mask for each picture, and at least one picture; got "
+            f"{len(images)} pictures, {len(truths)} true and {len(predictions)} predicted masks."
+        )
+    height, width = images[0].shape[:2]
+    figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    # Twenty colours, the strong ones first; black is no class.
+    strong = [*range(0, 20, 2), *range(1, 20, 2)]
+    colours = np.array([colormaps["tab20"](strong[index % 20])[:3] for index in range(len(names))])
+
+    def coloured(mask: Any) -> Any:  # noqa: ANN401 - an array
+        known = (mask >= 0) & (mask < len(names))
+        return np.where(known[..., None], colours[np.where(known, mask, 0)], 0.0)
+
+    titles = ("picture", "truth (black: no class)", "prediction")
+    for row, (image, truth, guess) in enumerate(zip(images, truths, predictions, strict=True)):
+        for column, shown in enumerate((image, coloured(np.asarray(truth)), coloured(np.asarray(guess)))):
+            axes = figure.add_subplot(len(images), 3, 3 * row + column + 1)
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.axis("off")
+            if not row:
+                axes.set_title(titles[column])
+    patches = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     _save(figure, path)
 
 

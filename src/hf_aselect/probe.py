@@ -27,24 +27,40 @@ def ridge_probe_accuracy(
     Raises:
         ValueError: If the shapes do not fit or there is only one class.
     """
+    if len(test_features) != len(test_labels):
+        raise ValueError("There must be one label for each row of features.")
+    predicted = ridge_probe_predictions(train_features, train_labels, test_features)
+    return float((predicted == test_labels).double().mean())
+
+
+def ridge_probe_predictions(train_features: Tensor, train_labels: Tensor, test_features: Tensor) -> Tensor:
+    """Return the class that the classifier of `ridge_probe_accuracy` gives each row of test features, (m,).
+
+    Args:
+        train_features: Features, (n, D); computed in float64.
+        train_labels: Class indices from 0, (n,).
+        test_features: Features, (m, D).
+
+    Raises:
+        ValueError: If the shapes do not fit or there is only one class.
+    """
     if train_features.ndim != 2 or train_features.shape[1:] != test_features.shape[1:]:
         raise ValueError(
             "Features must have shapes (n, D) and (m, D), got "
             f"{tuple(train_features.shape)} and {tuple(test_features.shape)}."
         )
-    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
+    if len(train_features) != len(train_labels):
         raise ValueError("There must be one label for each row of features.")
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     if len(train_labels.unique()) < 2:
         raise ValueError("A probe needs training pictures of at least 2 classes.")
     train, test = train_features.double(), test_features.double()
     mean, std = train.mean(0), train.std(0).clamp_min(1e-12)
     train, test = (train - mean) / std, (test - mean) / std
-    targets = torch.nn.functional.one_hot(train_labels.long(), num_classes).double() * 2 - 1
+    targets = torch.nn.functional.one_hot(train_labels.long()).double() * 2 - 1
     offset = targets.mean(0)
     weights, _ = _best_ridge(train, targets - offset)
-    predicted = (test @ weights + offset).argmax(1)
-    return float((predicted == test_labels).double().mean())
+    predicted: Tensor = (test @ weights + offset).argmax(1)
+    return predicted
 
 
 def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:

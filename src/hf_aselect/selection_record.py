@@ -94,6 +94,7 @@ class TimestepSelection:
         path: str | os.PathLike[str],
         accuracies: Sequence[float] | None = None,
         accuracy_log_snr: Sequence[float] | None = None,
+        accuracy_name: str = "accuracy",
     ) -> list[Path]:
         """Draw the criterion over the timestep, with intervals and the choice, as a PNG.
 
@@ -103,6 +104,7 @@ class TimestepSelection:
             path: File to write.
             accuracies: Accuracy of a probe at each timestep, in [0, 1], to be drawn beside the criterion.
             accuracy_log_snr: Where the probe was tried at other timesteps, their log-SNR.
+            accuracy_name: What the accuracies are, as "mean IoU".
 
         Returns:
             The files written.
@@ -122,6 +124,7 @@ class TimestepSelection:
             criterion=self.criterion,
             accuracies=accuracies,
             accuracy_log_snr=accuracy_log_snr,
+            accuracy_name=accuracy_name,
         )
         if self.table is not None:
             written.append(written[0].with_name(f"{written[0].stem}_heat_map.png"))
