@@ -19,13 +19,17 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from PIL import Image
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_aselect import ASelectCallback, ASelectConfig, ASelectImageProcessor, DiTForSemanticSegmentation, MeanIoU
-from hf_aselect.plots import plot_overlays
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 @dataclass
@@ -128,9 +132,24 @@ def draw_overlays(model: DiTForSemanticSegmentation, split: Dataset, names: list
     """Draw pictures, their masks and what the model says, with a legend of the classes."""
     model.eval()
     rows = [split[index] for index in range(min(count, len(split)))]
-    guesses = [model(row["pixel_values"][None].to(model.device)).logits[0].argmax(0).cpu().numpy() for row in rows]
-    pictures = [((row["pixel_values"].numpy().transpose(1, 2, 0) + 1) / 2).squeeze() for row in rows]
-    plot_overlays(path, pictures, [row["labels"].numpy() for row in rows], guesses, names)
+    colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)[:, :3]
+    figure, axes = plt.subplots(len(rows), 3, figsize=(9, 2.6 * len(rows)), squeeze=False, layout="constrained")
+    for row, places in zip(rows, axes, strict=True):
+        pixel_values = row["pixel_values"][None].to(model.device)
+        guess = model(pixel_values).logits[0].argmax(0).cpu().numpy()
+        picture = (row["pixel_values"].numpy().transpose(1, 2, 0) + 1) / 2
+        truth = row["labels"].numpy()
+        shown = np.where((truth < len(names))[..., None], colours[np.minimum(truth, len(names) - 1)], 0.0)
+        for place, values in zip(places, (picture, shown, colours[guess]), strict=True):
+            place.imshow(values if values.shape[-1] == 3 else values[..., 0], cmap="gray", vmin=0, vmax=1)
+            place.axis("off")
+    for place, title in zip(axes[0], ("picture", "truth (black: no class)", "prediction"), strict=True):
+        place.set_title(title)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    figure.legend(patches, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.savefig(path.with_suffix(".incomplete.png"), dpi=110)
+    plt.close(figure)
+    path.with_suffix(".incomplete.png").replace(path)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from hf_aselect.demo_segmentation import (
     run_segmentation_demo,
 )
 
-SMALL = SegmentationDemoSettings(num_train=32, num_test=12, num_calibration=16, num_probe=16, num_epochs=1)
+SMALL = SegmentationDemoSettings(num_train=16, num_test=8, num_calibration=8, num_probe=8, num_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,8 @@ def test_a_mask_names_the_item_that_is_seen():
 
 
 def test_an_item_lies_in_the_scene_as_it_is_in_the_sample():
-    scene, classes = (np.asarray(each) for each in next(iter(compose_scenes("test", 1)[0]).values()))
+    scenes, _ = compose_scenes("test", 1)
+    scene, classes = np.asarray(scenes[0]["image"]), np.asarray(scenes[0]["annotation"])
     sample = load_embedded_split("test", 2000)
     items, labels = np.stack([np.asarray(picture) for picture in sample["image"][:]]), sample["label"][:]
     # The last item lies over the others, so it is there whole, with its class.

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # Okabe and Ito's colours, told apart by the colour-blind; in grey, line styles and markers tell.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 DPI = 150
+_NO_MATPLOTLIB = "Plots need matplotlib: pip install 'hf_aselect[train]'"
 
 
 def plot_timestep_curve(
@@ -226,10 +229,11 @@ def plot_overlays(
         )
     height, width = images[0].shape[:2]
     figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.patches import Patch
-
+    try:
+        from matplotlib import colormaps
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError(_NO_MATPLOTLIB) from error
     # Twenty colours, the strong ones first; black is no class.
     strong = [*range(0, 20, 2), *range(1, 20, 2)]
     colours = np.array([colormaps["tab20"](strong[index % 20])[:3] for index in range(len(names))])
@@ -256,7 +260,7 @@ def _new_figure(width: float, height: float) -> Any:  # noqa: ANN401 - matplotli
         # It takes a second to import, and only reports need it; a figure of its own leaves pyplot's state alone.
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'hf_aselect[train]'") from error
+        raise ImportError(_NO_MATPLOTLIB) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
