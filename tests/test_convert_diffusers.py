@@ -544,7 +544,9 @@ def test_nothing_that_is_there_is_overwritten(latent_folder, tmp_path):
     ("options", "message"),
     [
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, bfloat16, got 'int8'"),
-        ({"max_shard_size": 0}, "`max_shard_size` must be at least 1 byte, got 0"),
+        ({"max_shard_size": 0}, "`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got 0"),
+        ({"max_shard_size": "many"}, "`max_shard_size` must be at least 1 byte.*got 'many'"),
+        ({"scheduler": {"_class_name": "EDMEulerScheduler"}}, "Unsupported scheduler 'EDMEulerScheduler'"),
         ({"blok": 3}, "no field `blok`"),
         ({"prompt_embeds": {"prompt_embeds": torch.zeros(1, 1, 4)}}, "is not conditioned on a text"),
     ],
@@ -684,6 +686,81 @@ def test_what_is_dropped_never_breaks_a_conversion(sd3_folder, tmp_path, text_en
     made = convert_diffusers(folder, tmp_path / "out", prompt_embeds=given)
     others = sum(p.nbytes for part in ("2", "3") for p in text_weights(sd3_folder / f"text_encoder_{part}"))
     assert made.text_encoder_bytes == others + (1000 if text_encoder == "fp8" else 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("transformer", {"num_layers": "3"}, r"sizes that are integers from 1 on, got \{'num_layers': '3'\}"),
+        ("transformer", {"activation_fn": "bogus"}, "diffusers cannot build a DiTTransformer2DModel"),
+        ("vae", {"act_fn": "bogus"}, "diffusers cannot build a AutoencoderKL"),
+        ("scheduler", {"beta_end": None}, "`beta_end` of the scheduler must be a number, got None"),
+        ("scheduler", {"num_train_timesteps": 100}, "`num_train_timesteps` of the scheduler must be 1000, got 100"),
+    ],
+)
+def test_a_broken_configuration_is_refused_before_anything_is_written(latent_folder, tmp_path, part, values, message):
+    folder = shutil.copytree(latent_folder, tmp_path / "in")
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    change_config(folder / part / name, **values)
+    with pytest.raises(ValueError, match=message):
+        DiTModel.from_pretrained(folder, timestep=5)
+    with pytest.raises(ValueError, match=message):
+        convert_diffusers(folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize("change", ["renamed", "one gone"])
+def test_a_text_encoder_that_lacks_weights_is_refused(sd3_folder, tmp_path, change):
+    """The host gives it new ones, and the embeddings would be random."""
+    folder = shutil.copytree(sd3_folder, tmp_path / "in")
+
+    def break_it(weights):
+        for name in list(weights):
+            if change == "renamed":
+                weights[f"{name}x"] = weights.pop(name)
+            elif "final_layer_norm" in name:
+                del weights[name]
+
+    rewrite(folder / "text_encoder_3" / "model.safetensors", break_it)
+    with pytest.raises(ValueError, match=r"of its weights are missing, among them"):
+        DiTModel.from_pretrained(folder, timestep=5)
+
+
+@pytest.mark.parametrize("values", [{"tokenizer": [None, None]}, {"text_encoder": None}, {"text_encoder": "CLIP"}])
+def test_an_index_that_says_too_little_of_the_text_side_is_refused(sd3_folder, tmp_path, values):
+    folder = shutil.copytree(sd3_folder, tmp_path / "in")
+    change_config(folder / "model_index.json", **values)
+    if "tokenizer" in values:
+        shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(
+        ValueError, match=r"has text_encoder/, but no tokenizer/, or its model_index.json does not say"
+    ):
+        DiTModel.from_pretrained(folder, timestep=5)
+
+
+def test_a_pickle_beside_the_parts_of_a_pipeline_does_no_harm(folder, pixels):
+    (folder / "model_args.pth").write_bytes(b"no weights of ours")
+    assert DiTModel.from_pretrained(folder, timestep=5)(pixels).pooler_output.shape == (7, 16)
+
+
+def test_a_left_over_tensor_of_the_vae_is_left_out_with_a_warning(latent_folder, tmp_path, caplog):
+    folder = shutil.copytree(latent_folder, tmp_path / "in")
+    rewrite(folder / "vae" / WEIGHTS, lambda weights: weights.update({"encoder.extra": torch.zeros(3)}))
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        assert DiTModel.from_pretrained(folder, timestep=5)
+    assert "vae/encoder.extra" in caplog.text
+
+
+def test_shards_have_the_size_that_the_hosts_words_say(sd3_folder, tmp_path):
+    made = convert_diffusers(sd3_folder, tmp_path / "out", max_shard_size="100KB")
+    sizes = [path.stat().st_size for path in made.output.glob("*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) < 120_000
+
+
+def test_an_output_below_a_file_is_refused_at_once(latent_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=r"out' cannot be made: '.*file' is a file"):
+        convert_diffusers(latent_folder, tmp_path / "file" / "deep" / "out")
 
 
 def text_weights(folder):

@@ -268,6 +268,12 @@ def test_keys_of_lumina_are_narrower_than_its_queries(loaded):
     assert head(torch.rand(1, 3, 64, 64)).logits.shape == (1, 2)
 
 
+@pytest.mark.parametrize(("name", "limit"), [("sd3", 192), ("lumina2", 256)])
+def test_a_forward_pass_beyond_the_position_table_is_refused(loaded, name, limit):
+    with pytest.raises(ValueError, match=rf"at most {limit} pixels, where the position table.*got {limit + 16}×64"):
+        loaded(name)(torch.rand(1, 3, limit + 16, 64))
+
+
 def test_flux_has_no_attention_where_it_is_projected_with_the_mlp(loaded):
     model = loaded("flux")
     config = model.config.to_dict()

@@ -170,6 +170,16 @@ def test_a_selection_of_another_tap_moves_the_tap(dominated, pixels):
     assert model(pixels).logits.shape == (7, 2)
 
 
+def test_channels_that_were_named_stay_at_their_tap(dominated, pixels):
+    model = DiTModel.from_pretrained(dominated, timestep=5, block=0, feature="hidden", zeroed_channels=[2, 4])
+    record = select_timestep(model, pixels, criterion="hfr", block=1, timesteps=[5, 500])
+    assert record.massive_channels == [3]  # at another tap nothing was named, so they are looked for
+    model.apply_selection(record)
+    assert model.config.zeroed_channels == {"0.hidden": [2, 4], "1.hidden": [3]}
+    model.apply_selection(select_timestep(model, pixels, criterion="hfr", feature="query", timesteps=[5, 500]))
+    assert model(pixels).last_hidden_state[..., [2, 3, 4]].all()
+
+
 def test_a_selection_that_the_head_cannot_read_is_refused(tmp_path):
     lumina2().save_pretrained(tmp_path)
     pixel_values = torch.rand(3, 3, 64, 64)
@@ -272,7 +282,7 @@ def test_bad_channels_are_refused(pixel_folder):
     for channels in ([16], [-1], "all", {"1.hidden": [16]}):
         with pytest.raises(StrictDataclassError, match=r"`zeroed_channels` must be 'auto' or integers in \[0, 16\)"):
             DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels=channels)
-    for key in ("hidden", "hidden.1", "1.secret", "-1.hidden"):
+    for key in ("hidden", "hidden.1", "1.secret", "-1.hidden", "01.hidden"):
         with pytest.raises(StrictDataclassError, match=r"must have keys 'BLOCK.FEATURE', as '9.hidden', got"):
             DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels={key: [1]})
     with pytest.raises(StrictDataclassError, match=r"`block` must be in"):

@@ -341,7 +341,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if isinstance(channels, dict):
             return channels.get(tap_key(block, feature))
         if isinstance(channels, list):
-            return channels if (block, feature) == (self.block_index(), self.feature) else []
+            return channels if (block, feature) == (self.block_index(), self.feature) else None
         return None
 
     def stage_taps(self) -> list[tuple[int, str]]:
@@ -389,7 +389,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         by_tap = channels if isinstance(channels, dict) else {tap_key(self.block_index(), self.feature): channels}
         for key, listed in by_tap.items():
             block, _, feature = key.partition(".")
-            if not block.isdigit() or feature not in FEATURES:
+            if not block.isdigit() or str(int(block)) != block or feature not in FEATURES:
                 raise ValueError(
                     f"`zeroed_channels` by tap must have keys 'BLOCK.FEATURE', as '9.hidden', got {key!r}."
                 )

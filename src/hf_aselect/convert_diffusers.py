@@ -30,7 +30,7 @@ from .diffusers_files import (
 )
 from .empty_prompt import TEXT_PARTS, checked_embeddings, encode_empty_prompt, text_parts
 from .image_processing_aselect import ASelectImageProcessor
-from .noise_schedule import is_flow_matching
+from .noise_schedule import NoiseSchedule, is_flow_matching
 from .transformer_layout import check_family
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ def load_diffusers(
         vae_files = weight_files(folder / "vae", variant, fall_back=True)
     parts["timestep_embedding"] = _default_embedding(parts, fields)
     config = ASelectConfig(**{**parts, **fields})
+    NoiseSchedule.from_config(config.scheduler or {})  # refuses schedulers that are not supported
     # What cannot be built is said so before text encoders are loaded, which takes minutes.
     expected = _expected_shapes(config)
     embeddings: dict[str, Tensor] = {}
@@ -184,9 +185,12 @@ def load_diffusers(
                 left_over.append(key)
         for key, value in embeddings.items():
             yield f"denoiser.{key}", value
-        for key, value in iterate_weights(vae_files):
+        for key, value in iterate_weights(vae_files if config.vae is not None else []):
             if key.startswith(VAE_ENCODER_KEYS):
-                yield f"vae.{_renamed(key)}", value
+                if f"vae.{_renamed(key)}" in expected:
+                    yield f"vae.{_renamed(key)}", value
+                else:
+                    left_over.append(f"vae/{key}")
         if left_over:
             logger.warning(
                 "%d tensors of %s have no place in a %s and are left out, as diffusers does: %s.",
@@ -241,7 +245,7 @@ def convert_diffusers(
     local_files_only: bool = False,
     without: str | Iterable[str] = (),
     prompt_embeds: Mapping[str, Tensor] | None = None,
-    max_shard_size: int = 10**9,
+    max_shard_size: int | str = "1GB",
     **fields: Any,  # noqa: ANN401
 ) -> Conversion:
     """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
@@ -265,7 +269,7 @@ def convert_diffusers(
         local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
         without: Parts of the text side to do without: `"text_encoder_3"` of Stable Diffusion 3, its T5.
         prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
-        max_shard_size: Bytes of a file of weights at the most, unless one tensor is larger.
+        max_shard_size: Size of a file of weights at the most, unless one tensor is larger: bytes, or "5GB", "200MB".
         fields: Fields of `ASelectConfig`.
 
     Returns:
@@ -279,8 +283,7 @@ def convert_diffusers(
     """
     started = time.monotonic()
     target = _checked_output(output)
-    if max_shard_size < 1:
-        raise ValueError(f"`max_shard_size` must be at least 1 byte, got {max_shard_size}.")
+    shard_bytes = _bytes_of(max_shard_size)
     wanted = checked_dtype(dtype)
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
     folder = _source_folder(source, find_diffusers(source, options, without, prompt_embeds is not None))
@@ -298,11 +301,13 @@ def convert_diffusers(
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.incomplete")
+    if unfinished.is_file():
+        unfinished.unlink()
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         shapes: dict[str, torch.Size] = {}
-        sizes, dtypes = _write_weights(weights, unfinished, wanted, max_shard_size, shapes)
+        sizes, dtypes = _write_weights(weights, unfinished, wanted, shard_bytes, shapes)
         _check_fit(config, shapes, source)
         config.architectures = ["DiTModel"]
         config.dtype = wanted or max(dtypes, key=lambda kind: dtypes[kind])
@@ -324,11 +329,23 @@ def convert_diffusers(
     )
 
 
+def _bytes_of(size: int | str) -> int:
+    """Return the bytes of a size, as 200 or "5GB"."""
+    if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B", size.strip(), re.IGNORECASE)):
+        size = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
+    if isinstance(size, str) or size < 1:
+        raise ValueError(f"`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got {size!r}.")
+    return size
+
+
 def _checked_output(output: str | os.PathLike[str]) -> Path:
     """Return the folder to write, with links followed; refuse one that holds something or cannot be replaced."""
     target = Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{str(output)!r} exists and is not empty; name another folder, or remove it.")
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir():
+        raise FileExistsError(f"{str(output)!r} cannot be made: {str(above)!r} is a file.")
     if target == Path.cwd() or os.path.ismount(target):
         raise FileExistsError(
             f"{str(output)!r} is the current folder or a mount point, which cannot be replaced at once by a finished "

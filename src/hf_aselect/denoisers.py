@@ -110,7 +110,13 @@ def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffuser
 
     # diffusers would take its own defaults for what this lists, whatever the configuration says.
     config = {name: value for name, value in config.items() if name != "_use_default_values"}
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    try:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    except Exception as error:  # whatever the class makes of values that it does not check
+        raise ValueError(
+            f"diffusers cannot build a {config['_class_name']} of its configuration ({type(error).__name__}: "
+            f"{error}). Save or download the checkpoint again."
+        ) from error
 
 
 @contextmanager

@@ -131,9 +131,9 @@ def locate(
 
 def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str) -> bool:
     """Return whether a local folder holds a transformer of diffusers, rather than a checkpoint of ours."""
-    refuse_pickles(folder)
     if (folder / "transformer").is_dir():
-        return True
+        return True  # what else lies beside it is nobody's weights
+    refuse_pickles(folder)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "_class_name" in config:
         return True

@@ -127,6 +127,12 @@ def encode_empty_prompt(
     computed_in = torch.bfloat16 if dtype == torch.float16 else dtype
     for part in present:
         if part.startswith("text_encoder"):
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            if tokenizer not in present or not (isinstance(index.get(part), list) and len(index[part]) == 2):
+                raise ValueError(
+                    f"{str(folder)!r} has {part}/, but no {tokenizer}/, or its {MODEL_INDEX} does not say what {part} "
+                    "is. Download or save the pipeline again, or pass `prompt_embeds=`."
+                )
             own = Path(folder) / part
             files = weight_files(own, variant, fall_back=True)  # refuses pickles, which diffusers would load
             kind = variant if variant and any(variant in path.name for path in files) else None
@@ -149,9 +155,21 @@ _UNREADABLE = (
 
 def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:  # noqa: ANN401 - classes of the host
     try:
-        return kind.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True)
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(_UNREADABLE.format(folder=str(folder), error=error)) from error
+    if missing := sorted(info["missing_keys"]):
+        # The host gives them new weights, and the embeddings would be random.
+        lacking = f"{len(missing)} of its weights are missing, among them {missing[:3]}"
+        raise ValueError(_UNREADABLE.format(folder=str(folder), error=lacking))
+    return model
 
 
 def checked_embeddings(embeddings: Any, transformer: str, dtype: torch.dtype) -> dict[str, Tensor]:  # noqa: ANN401

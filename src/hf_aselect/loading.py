@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_aselect import OWN_FIELDS
-from .convert_diffusers import checked_dtype, load_diffusers
+from .convert_diffusers import DTYPES, load_diffusers
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
@@ -41,7 +41,9 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
         folder,
         variant=options["variant"],
         # "auto" is what the weights are in, which is known when they are read.
-        dtype=torch.float32 if kwargs["dtype"] == "auto" else checked_dtype(kwargs["dtype"]) or torch.float32,
+        dtype=kwargs["dtype"]
+        if isinstance(kwargs["dtype"], torch.dtype)
+        else DTYPES.get(kwargs["dtype"], torch.float32),
         without=tuple(name for name in text if name != "prompt_embeds"),
         prompt_embeds=text.get("prompt_embeds"),
         **fields,

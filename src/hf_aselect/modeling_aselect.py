@@ -191,6 +191,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
 
     def _taps_of_unknown_channels(self) -> list[Tap]:
         """Return the taps in the residual stream of which the configuration says nothing."""
+        if isinstance(self.config.zeroed_channels, list):
+            return []  # whoever wrote a list knows of them
         return [
             (block, feature)
             for block, feature in self._base().taps()
@@ -222,7 +224,10 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"Load the model with `feature={selection.feature!r}, block={selection.block}, "
                 f"timestep={selection.timestep}`."
             )
-        is_another_tap = (selection.block, selection.feature) != (config.block_index(), config.feature)
+        own = config.block_index(), config.feature
+        is_another_tap = (selection.block, selection.feature) != own
+        if is_another_tap and isinstance(config.zeroed_channels, list):
+            config.zeroed_channels = {tap_key(*own): config.zeroed_channels}  # they stay where they are
         if is_another_tap:  # else the block stays as it was written, perhaps counted from the end
             config.block, config.feature = selection.block, selection.feature
         config.timestep, config.selection = selection.timestep, selection.to_dict()
@@ -439,7 +444,12 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"The model takes pictures of {config.num_channels} channels, got {num_channels}. Use "
                 f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."
             )
-        side = config.patch_pixels
+        side, limit = config.patch_pixels, config.layout.max_grid
+        if limit is not None and max(height, width) > limit * side:
+            raise ValueError(
+                f"Height and width must be at most {limit * side} pixels, where the position table of this "
+                f"transformer ends, got {height}×{width}."
+            )
         if height < side or width < side or height % side or width % side:
             raise ValueError(
                 f"Height and width must be multiples of {side} pixels (a token's side), got {height}×{width}. Use "

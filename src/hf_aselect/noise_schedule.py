@@ -106,6 +106,9 @@ class NoiseSchedule:
         Source: diffusers, `schedulers/scheduling_ddpm.py`; computed in float64, diffusers' own in float32.
         """
         name = config.get("_class_name")
+        for field in ("shift", "beta_start", "beta_end"):
+            if not isinstance(config.get(field, 1.0), int | float):
+                raise ValueError(f"`{field}` of the scheduler must be a number, got {config[field]!r}.")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
         num_timesteps = config.get("num_train_timesteps", NUM_TIMESTEPS)

@@ -140,4 +140,7 @@ def layout_of(transformer: dict[str, Any]) -> TransformerLayout:
             f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
             "(`dict(transformer.config)`)."
         )
+    sizes = {size: transformer[size] for size in needed if size != "axes_lens"}
+    if wrong := {size: value for size, value in sizes.items() if not isinstance(value, int) or value < 1}:
+        raise ValueError(f"`transformer` must have sizes that are integers from 1 on, got {wrong}.")
     return read(transformer)
