@@ -312,6 +312,11 @@ def test_shards_and_their_index_are_needed_of_the_variant_alone():
     assert "vae/diffusion_pytorch_model.safetensors" in found
 
 
+def test_diffusers_own_name_wins_where_there_are_two():
+    files = [*FILES, "vae/model.safetensors"]
+    assert "vae/model.safetensors" not in needed_files(files, INDEX, None, TEXT)
+
+
 def test_parts_that_a_pipeline_was_saved_without_are_not_needed():
     found = needed_files(FILES, {**INDEX, "text_encoder_3": [None, None], "tokenizer_3": [None, None]}, None, TEXT)
     assert not [name for name in found if "_3" in name]

@@ -170,6 +170,23 @@ def test_a_selection_of_another_tap_moves_the_tap(dominated, pixels):
     assert model(pixels).logits.shape == (7, 2)
 
 
+def test_another_choice_keeps_what_an_earlier_one_found_in_its_record(dominated, pixels, tmp_path):
+    load(dominated, pixels).save_pretrained(tmp_path / "saved")
+    again = DiTModel.from_pretrained(tmp_path / "saved", timestep="auto", calibration_images=pixels)
+    assert again.config.selection["massive_channels"] == [3]
+    assert again.config.zeroed_channels == {"1.hidden": [3]}
+
+
+@pytest.mark.parametrize("channels", [[9999], [-1], "auto", {"1.hidden": [16]}])
+def test_channels_set_later_are_checked_where_they_are_used(dominated, pixels, channels):
+    model = DiTModel.from_pretrained(dominated, timestep=5, block=1, feature="hidden", zeroed_channels=[])
+    model.config.zeroed_channels = channels
+    with pytest.raises(
+        ValueError, match=r"`zeroed_channels` must be integers in \[0, 16\) once the timestep is chosen"
+    ):
+        model(pixels)
+
+
 def test_channels_that_were_named_stay_at_their_tap(dominated, pixels):
     model = DiTModel.from_pretrained(dominated, timestep=5, block=0, feature="hidden", zeroed_channels=[2, 4])
     record = select_timestep(model, pixels, criterion="hfr", block=1, timesteps=[5, 500])

@@ -113,8 +113,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
             weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
         guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
-        zeroed_channels: Channels of the tokens that are set to zero: a list for those of the configuration's own tap,
-            or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A few channels dwarf all others
+        zeroed_channels: Channels of the tokens that are set to zero: a list for those of the configuration's own tap
+            (an empty one: none, anywhere), or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A few channels dwarf all others
             in the residual stream of large transformers. "auto": those that `select_timestep` finds to be so, with
             the timestep. Default: "auto" for `hidden`, `normed` and `attention` where the timestep is chosen; else
             none.
@@ -341,6 +341,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if isinstance(channels, dict):
             return channels.get(tap_key(block, feature))
         if isinstance(channels, list):
+            if not channels:
+                return []  # none, anywhere
             return channels if (block, feature) == (self.block_index(), self.feature) else None
         return None
 

@@ -120,10 +120,11 @@ def locate(
             "name; if it is private, log in with `hf auth login` or pass `token=`."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        revision = f" --revision {options.revision}" if options.revision else ""
         raise OSError(
             f"{str(source)!r} is no local folder, the Hub cannot be reached (or may not be: `local_files_only`, "
-            f"`HF_HUB_OFFLINE`), and it was not downloaded before. Run `hf download {source}` where there is a "
-            "network, or give the folder of a checkpoint."
+            f"`HF_HUB_OFFLINE`), and it was not downloaded before. Run `hf download "
+            f"{source}{revision}` where there is a network, or give the folder of a checkpoint."
         ) from error
     except HfHubHTTPError as error:
         raise OSError(f"The Hub did not give {str(source)!r}: {error}") from error
@@ -271,6 +272,8 @@ def _weights_of(
     found = [name for name in names if _is_weights(name, variant)]
     if not found and fall_back and variant:
         found = [name for name in names if _is_weights(name, None)]
+    # diffusers' own name wins where both are there.
+    found = [name for name in found if name.startswith("diffusion_")] or found
     if not found:
         refuse_pickled_names(where, names)
         there = sorted(name for name in names if name.endswith(".safetensors"))
@@ -353,7 +356,7 @@ def check_parts(folder: Path, wanted: Iterable[str]) -> None:
     if missing:
         is_text = all(part.startswith(("text_encoder", "tokenizer")) for part in missing)
         instead = "pass `prompt_embeds=`, the empty prompt's embeddings by name" if is_text else ""
-        instead = instead or "if it was left out on purpose, write [null, null] for it there"
+        instead = instead or "if it was left out of a folder of your own on purpose, write [null, null] for it there"
         raise ValueError(
             f"{str(folder)!r} lacks {', '.join(f'{part}/' for part in missing)}, which its {MODEL_INDEX} lists. "
             f"Download or copy the whole pipeline, or {instead}."

@@ -320,12 +320,14 @@ class ASelectPreTrainedModel(PreTrainedModel):
         return latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
 
     def generate_latents(self, num_images: int, num_steps: int = 20, batch_size: int = 32, seed: int = 0) -> Tensor:
-        """Return clean latents that the diffusion model makes itself, of random classes, for want of pictures.
+        """Return clean latents that the diffusion model makes itself, of random classes if any, for want of pictures.
 
-        They are what `encode` would return for such pictures, of `config.image_size`. DDIM with a guidance of 2:
-        2 · `num_images` · `num_steps` passes of a picture through the whole transformer, half of that where the model
-        knows one class only. `seed` alone says what comes out, beyond rounding; the same pictures come first in a
-        larger set. No global random state is touched, and each module keeps its mode.
+        They are what `encode` would return for such pictures, of `config.image_size`. A class-conditional model is
+        sampled with a guidance of 2: 2 · `num_images` · `num_steps` passes of a picture through the whole transformer,
+        by DDIM, or by Euler's method where it was trained by flow matching. One that knows one class only, or is
+        conditioned on a text and so given the empty prompt, needs half of that and has no guidance. `seed` alone says
+        what comes out, beyond rounding; the same pictures come first in a larger set. No global random state is
+        touched, and each module keeps its mode.
 
         Args:
             num_images: How many, at least 1.
@@ -425,8 +427,18 @@ class ASelectPreTrainedModel(PreTrainedModel):
         tokens = {
             tap: torch.stack([read[tap] for read in draws]).mean(0) if num_draws > 1 else draws[0][tap] for tap in taps
         }
-        zeroed = {tap: zero_channels(values, self.config.channels_at(*tap) or ()) for tap, values in tokens.items()}
+        zeroed = {tap: zero_channels(values, self._zeroed_at(tap, values.shape[-1])) for tap, values in tokens.items()}
         return zeroed, self.token_grid(latents)
+
+    def _zeroed_at(self, tap: Tap, width: int) -> list[int]:
+        """Return the channels that are set to zero at a tap; they may have been changed since they were checked."""
+        channels = self.config.channels_at(*tap) or []
+        if self.config.zeroed_channels == "auto" or any(not 0 <= channel < width for channel in channels):
+            raise ValueError(
+                f"`zeroed_channels` must be integers in [0, {width}) once the timestep is chosen, got "
+                f"{self.config.zeroed_channels!r}. `select_timestep` and `apply_selection` find them."
+            )
+        return channels
 
     def _resolved_timestep(self) -> int:
         timestep = self.config.timestep

@@ -38,8 +38,8 @@ class TimestepSelection:
         seed: Seed of the sampled or generated pictures, of the bootstrap and, for "hfr" and "signal_hfr", of the
             noise; the other criteria read features with the model's own noise.
         warnings: What speaks against trusting the choice, and what to do about it.
-        massive_channels: Channels of the chosen tap that dwarf all others in every token, and were set to zero; None
-            where they were not looked for.
+        massive_channels: Channels of the chosen tap that dwarf all others in every token, and were set to zero: found
+            by this choice, or by an earlier one; None where they were not looked for.
         table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
     """
 

@@ -148,9 +148,12 @@ class Sweep:
                 sure = self.curve().confidence >= confidence
                 return "confidence" if sure else "max_images" if self.num_images == max_images else "all pictures"
 
-    def found_channels(self, tap: Tap) -> bool:
-        """Return whether massive channels were looked for at a tap, rather than given or left alone."""
-        return tap in self.searched
+    def massive_channels(self, tap: Tap) -> list[int] | None:
+        """Return the massive channels of a tap, found here or by an earlier choice; None where nobody looked."""
+        if tap in self.searched:
+            return self.channels[tap]
+        config = self.model.config
+        return config.channels_at(*tap) if isinstance(config.zeroed_channels, dict) else None
 
     def _find_channels(self, pictures: CalibrationPictures, timesteps: list[int]) -> None:
         """Find the massive channels of the taps that are asked for them, on the first pictures.

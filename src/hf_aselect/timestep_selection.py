@@ -140,7 +140,7 @@ def select_timestep(
         seconds=round(time.monotonic() - started, 3),
         seed=seed,
         warnings=search.warnings() + curve.warnings(confidence, _remedies(search, max_images)),
-        massive_channels=search.channels[taps[best_tap]] if search.found_channels(taps[best_tap]) else None,
+        massive_channels=search.massive_channels(taps[best_tap]),
         table=_table(taps, curve) if len(taps) > 1 else None,
     )
     _report(selection, len(grid))
