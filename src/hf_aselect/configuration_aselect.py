@@ -114,10 +114,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
         guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
         zeroed_channels: Channels of the tokens that are set to zero: a list for those of the configuration's own tap
-            (an empty one: none, anywhere), or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A few channels dwarf all others
-            in the residual stream of large transformers. "auto": those that `select_timestep` finds to be so, with
-            the timestep. Default: "auto" for `hidden`, `normed` and `attention` where the timestep is chosen; else
-            none.
+            (an empty one: none, anywhere), or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A
+            few channels dwarf all others in the residual stream of large transformers. "auto": those that
+            `select_timestep` finds to be so, with the timestep. Default: "auto" for `hidden`, `normed` and
+            `attention` where the timestep is chosen; else none.
         noise_seed: Seed of the fixed noise that pictures are mixed with.
         num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
         resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).
