@@ -284,7 +284,12 @@ def test_a_probe_of_patches_needs_masks(deep_folder, pixels):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_segmenter_trains_with_trainer_and_segments_in_a_pipeline(deep_folder, pixels, labels, tmp_path, decoder):
+def test_a_segmenter_trains_with_trainer_and_segments_in_a_pipeline(
+    deep_folder, pixels, labels, tmp_path, decoder, monkeypatch
+):
+    # The host's logger does not propagate.
+    complaints = []
+    monkeypatch.setattr("transformers.pipelines.base.logger.error", complaints.append)
     model = load(deep_folder, decoder)
     rows = [{"pixel_values": picture, "labels": label} for picture, label in zip(pixels, labels, strict=True)]
     arguments = TrainingArguments(
@@ -295,6 +300,7 @@ def test_a_segmenter_trains_with_trainer_and_segments_in_a_pipeline(deep_folder,
     trainer.train()
     trainer.save_model(tmp_path / "saved")
     segment = pipeline("image-segmentation", model=str(tmp_path / "saved"), device="cpu")
+    assert not complaints
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     found = segment(picture)
     assert {each["label"] for each in found} <= {"LABEL_0", "LABEL_1", "LABEL_2"}

@@ -280,63 +280,80 @@ class Benchmark:
         }
 
 
-def summarize(args: BenchmarkArguments) -> str:
-    """Write everything into one file and a curve; return the table."""
+def collect(args: BenchmarkArguments) -> dict[str, Any]:
+    """Return everything that is known: arguments, the choice, and all runs."""
     folder = Path(args.output_dir)
-    runs = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
-    selection = read_json(folder / "selection.json")
-    chosen = selection["timestep"]
-
-    def of(method: str, timestep: int | None = None, is_random: bool = False) -> list[dict[str, Any]]:
-        wanted = {"method": method, "timestep": timestep, "is_random": is_random}
-        return [run for run in runs if all(run[name] == value for name, value in wanted.items())]
-
-    def cells(found: list[dict[str, Any]]) -> str:
-        values = [100 * run["mean_iou"] for run in found]
-        accuracy = statistics.mean(100 * run["overall_accuracy"] for run in found)
-        return f"{statistics.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} | {accuracy:.1f} |"
-
-    lines = ["| decoder | features | mIoU, mean | seeds | pixel accuracy |", "| --- | --- | --- | --- | --- |"]
-    curves: dict[str, list[tuple[int, float, float, float]]] = {}
-    for decoder in reversed(DECODERS):
-        timesteps = sorted({run["timestep"] for run in runs if run["method"] == decoder and not run["is_random"]})
-        means = {t: statistics.mean(100 * run["mean_iou"] for run in of(decoder, t)) for t in timesteps}
-        best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-        spreads = {t: [100 * run["mean_iou"] for run in of(decoder, t)] for t in timesteps}
-        curves[decoder] = [(t, means[t], min(spreads[t]), max(spreads[t])) for t in timesteps]
-        lines += [
-            f"| {decoder} | t = {chosen}, chosen without labels | {cells(of(decoder, chosen))}",
-            f"| {decoder} | best t = {best}, exhaustive search on the test pictures | {cells(of(decoder, best))}",
-            f"| {decoder} | t = 0 | {cells(of(decoder, 0))}",
-            f"| {decoder} | random t (mean over the grid) | {statistics.mean(means.values()):.2f} |  |  |",
-            f"| {decoder} | worst t = {worst} | {cells(of(decoder, worst))}",
-            f"| {decoder} | the same DiT with random weights, t = {chosen} | {cells(of(decoder, chosen, True))}",
-        ]
-    lines.append(f"| UNet, trained whole | pixels | {cells(of('unet'))}")
-    lines.append(f"| multi-layer perceptron | the colour of a pixel | {cells(of('mlp'))}")
-    draw(folder / "curve.png", curves, chosen)
-    arguments = {
-        name: value for name, value in asdict(args).items() if name not in ("output_dir", "part", "summarize")
-    }
+    kept = {name: value for name, value in asdict(args).items() if name not in ("output_dir", "part", "summarize")}
     # Names of files, not paths: they say nothing to another machine.
     for name in ("model_name_or_path", "train_file", "test_file"):
-        arguments[name] = "/".join(Path(arguments[name]).parts[-2:])
-    write_json(folder / "segmentation.json", {"arguments": arguments, "selection": selection, "runs": runs})
+        kept[name] = "/".join(Path(kept[name]).parts[-2:])
+    runs = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
+    return {"arguments": kept, "selection": read_json(folder / "selection.json"), "runs": runs}
+
+
+def figures_of(
+    content: dict[str, Any], method: str, timestep: int | None = None, is_random: bool = False
+) -> list[float]:
+    """Return the mean IoU of each seed, in per cent."""
+    wanted = {"method": method, "timestep": timestep, "is_random": is_random}
+    runs = [run for run in content["runs"] if all(run[name] == value for name, value in wanted.items())]
+    return [100 * run["mean_iou"] for run in sorted(runs, key=lambda run: run["seed"])]
+
+
+def timesteps_of(content: dict[str, Any], method: str) -> list[int]:
+    """Return the timesteps at which a decoder was trained on the trained DiT."""
+    return sorted({run["timestep"] for run in content["runs"] if run["method"] == method and not run["is_random"]})
+
+
+def table_of(content: dict[str, Any]) -> str:
+    """Return the table of all ways to segment, in Markdown."""
+    chosen = content["selection"]["timestep"]
+
+    def cells(values: list[float], baseline: list[float] | None = None) -> str:
+        """Return mean and seeds; the difference is of the same seed, whose start both share."""
+        difference = ""
+        if baseline is not None:
+            each = [value - other for value, other in zip(values, baseline, strict=True)]
+            difference = f"{statistics.mean(each):+.2f} ({min(each):+.2f} to {max(each):+.2f})"
+        return f"{statistics.mean(values):.2f} | {', '.join(f'{value:.2f}' for value in values)} | {difference} |"
+
+    lines = ["| decoder | features | mIoU, mean | seeds | against the chosen t |", "| --- | --- | --- | --- | --- |"]
+    for decoder in reversed(DECODERS):
+        own = figures_of(content, decoder, chosen)
+        means = {t: statistics.mean(figures_of(content, decoder, t)) for t in timesteps_of(content, decoder)}
+        best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+        over = statistics.mean(means.values())
+        lines += [
+            f"| {decoder} | t = {chosen}, chosen without labels | {cells(own)}",
+            f"| {decoder} | best t = {best}, by the test pictures | {cells(figures_of(content, decoder, best), own)}",
+            f"| {decoder} | t = 0 | {cells(figures_of(content, decoder, 0), own)}",
+            f"| {decoder} | random t (mean over the grid) | {over:.2f} |  | {over - statistics.mean(own):+.2f} |",
+            f"| {decoder} | worst t = {worst} | {cells(figures_of(content, decoder, worst), own)}",
+            f"| {decoder} | random weights, t = {chosen} | "
+            f"{cells(figures_of(content, decoder, chosen, is_random=True), own)}",
+        ]
+    lines.append(f"| UNet, trained whole | pixels | {cells(figures_of(content, 'unet'))}")
+    lines.append(f"| multi-layer perceptron | the colour of a pixel | {cells(figures_of(content, 'mlp'))}")
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, curves: dict[str, list[tuple[int, float, float, float]]], chosen: int) -> None:
-    """Draw the mean over union at each timestep, with the range of the seeds."""
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for decoder, points in curves.items():
-        places = range(len(points))
-        axes.plot(places, [point[1] for point in points], marker="o", label=decoder)
-        axes.fill_between(places, [point[2] for point in points], [point[3] for point in points], alpha=0.2)
-    timesteps = [point[0] for point in next(iter(curves.values()))]
+def draw(path: Path, content: dict[str, Any]) -> None:
+    """Draw the mean IoU at each timestep, with the range of the seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    chosen, timesteps = content["selection"]["timestep"], timesteps_of(content, "upernet")
+    places = range(len(timesteps))
+    for decoder, colour in zip(reversed(DECODERS), ("#0072B2", "#D55E00"), strict=True):
+        values = [figures_of(content, decoder, t) for t in timesteps]
+        axes.plot(places, [statistics.mean(each) for each in values], marker="o", color=colour, label=decoder)
+        axes.fill_between(
+            places, [min(each) for each in values], [max(each) for each in values], alpha=0.2, color=colour
+        )
+        random = statistics.mean(figures_of(content, decoder, chosen, is_random=True))
+        axes.axhline(random, color=colour, linestyle="--", linewidth=1, label=f"{decoder}, random weights")
     axes.axvline(timesteps.index(chosen), color="black", linestyle=":", label=f"chosen, t = {chosen}")
-    axes.set_xticks(range(len(timesteps)), [str(t) for t in timesteps])
-    axes.set(xlabel="timestep", ylabel="mIoU on test pictures (%)")
-    axes.legend(frameon=False)
+    axes.set_xticks(places, [str(t) for t in timesteps])
+    axes.set(xlabel="timestep (0 = least noise)", ylabel="mIoU on test pictures, %")
+    axes.legend(frameon=False, fontsize=8)
     temporary = path.with_suffix(".incomplete.png")
     figure.savefig(temporary, dpi=130)
     plt.close(figure)
@@ -362,8 +379,11 @@ def main() -> None:
     if not args.summarize:
         Benchmark(args).run()
         return
-    table = summarize(args)
-    (Path(args.output_dir) / "table.md").write_text(table, encoding="utf-8")
+    content, folder = collect(args), Path(args.output_dir)
+    table = table_of(content)
+    write_json(folder / "segmentation.json", content)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    draw(folder / "curve.png", content)
     print(table, end="")
 
 

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .configuration_aselect import ASelectConfig
 from .convert_diffusers import convert_diffusers
@@ -43,6 +44,8 @@ AutoConfig.register(ASelectConfig.model_type, ASelectConfig)
 AutoModel.register(ASelectConfig, DiTModel)
 AutoModelForImageClassification.register(ASelectConfig, DiTForImageClassification)
 AutoModelForSemanticSegmentation.register(ASelectConfig, DiTForSemanticSegmentation)
+# The segmentation pipeline looks into this table of names alone, and calls every registered class unsupported.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[ASelectConfig.model_type] = DiTForSemanticSegmentation.__name__
 AutoBackbone.register(ASelectConfig, DiTBackbone)
 AutoImageProcessor.register(ASelectConfig, image_processor_classes={"pil": ASelectImageProcessor})
 
