@@ -524,10 +524,56 @@ convert_diffusers({str(latent_folder)!r}, {str(tmp_path / "out")!r}, max_shard_s
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert killed.returncode == -9, killed.stderr
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.incomplete").is_dir()
-    # The next one clears it away.
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.incomplete-") and not (left / "config.json").exists()
     convert_diffusers(latent_folder, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}
+
+
+def test_two_conversions_to_one_folder_do_not_mix(latent_folder, tmp_path, monkeypatch):
+    """The second one begins and ends while the first one writes."""
+    module = sys.modules["hf_aselect.convert_diffusers"]
+    write = module._write_weights
+
+    def write_after_another(*args):
+        monkeypatch.setattr(module, "_write_weights", write)
+        convert_diffusers(latent_folder, tmp_path / "out", block=1)
+        return write(*args)
+
+    monkeypatch.setattr(module, "_write_weights", write_after_another)
+    with pytest.raises(FileExistsError, match="was written by somebody else meanwhile, and is left alone"):
+        convert_diffusers(latent_folder, tmp_path / "out", block=0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert DiTModel.from_pretrained(tmp_path / "out", timestep=5).config.block == 1
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(latent_folder, tmp_path):
+    source = shutil.copytree(latent_folder, tmp_path / ".out.incomplete")
+    before = sorted(path.name for path in source.rglob("*"))
+    made = convert_diffusers(source, tmp_path / "out")
+    assert sorted(path.name for path in source.rglob("*")) == before
+    (tmp_path / "plain").mkdir()
+    assert made.output.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_latents_without_a_vae_are_said_to_be_no_pictures(latent_folder, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        made = convert_diffusers(latent_folder, tmp_path / "out", subfolder="transformer")
+    assert "latents of 4 channels, and no VAE beside it: it cannot be given pictures" in caplog.text
+    assert not (made.output / "preprocessor_config.json").exists()
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        DiTModel.from_pretrained(latent_folder, timestep=5)
+    assert "no VAE" not in caplog.text
+
+
+def test_the_vae_runs_in_float32_under_autocast(latent_folder):
+    model = DiTModel.from_pretrained(latent_folder, timestep=5)
+    pixel_values = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        expected = model.encode(pixel_values)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.encode(pixel_values), expected)
 
 
 def test_nothing_that_is_there_is_overwritten(latent_folder, tmp_path):
@@ -545,6 +591,8 @@ def test_nothing_that_is_there_is_overwritten(latent_folder, tmp_path):
     [
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, bfloat16, got 'int8'"),
         ({"max_shard_size": 0}, "`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got 0"),
+        ({"max_shard_size": None}, "`max_shard_size` must be at least 1 byte.*got None"),
+        ({"max_shard_size": float("nan")}, "`max_shard_size` must be at least 1 byte.*got nan"),
         ({"max_shard_size": "many"}, "`max_shard_size` must be at least 1 byte.*got 'many'"),
         ({"scheduler": {"_class_name": "EDMEulerScheduler"}}, "Unsupported scheduler 'EDMEulerScheduler'"),
         ({"blok": 3}, "no field `blok`"),
@@ -694,6 +742,9 @@ def test_what_is_dropped_never_breaks_a_conversion(sd3_folder, tmp_path, text_en
         ("transformer", {"num_layers": "3"}, r"sizes that are integers from 1 on, got \{'num_layers': '3'\}"),
         ("transformer", {"activation_fn": "bogus"}, "diffusers cannot build a DiTTransformer2DModel"),
         ("vae", {"act_fn": "bogus"}, "diffusers cannot build a AutoencoderKL"),
+        ("vae", {"scaling_factor": None}, "`scaling_factor` of the `vae` must be a number, got None"),
+        ("vae", {"block_out_channels": -1}, "`vae` must have a list as `block_out_channels`, got -1"),
+        ("scheduler", {"trained_betas": "x"}, "`trained_betas` of the scheduler must be a list, got 'x'"),
         ("scheduler", {"beta_end": None}, "`beta_end` of the scheduler must be a number, got None"),
         ("scheduler", {"num_train_timesteps": 100}, "`num_train_timesteps` of the scheduler must be 1000, got 100"),
     ],

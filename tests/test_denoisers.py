@@ -274,6 +274,12 @@ def test_a_forward_pass_beyond_the_position_table_is_refused(loaded, name, limit
         loaded(name)(torch.rand(1, 3, limit + 16, 64))
 
 
+def test_a_prompt_beyond_luminas_positions_is_refused(loaded):
+    shapes = {"prompt_embeds": [1, 40, WIDTH]}
+    with pytest.raises(ValueError, match="may have 32 tokens at the most, got 40"):
+        build_denoiser(ASelectConfig(**{**loaded("lumina2").config.to_dict(), "prompt_shapes": shapes}))
+
+
 def test_flux_has_no_attention_where_it_is_projected_with_the_mlp(loaded):
     model = loaded("flux")
     config = model.config.to_dict()

@@ -491,6 +491,10 @@ def _check_vae(vae: dict[str, Any] | None) -> None:
             f"`vae` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
             "(`dict(vae.config)`)."
         )
+    if not isinstance(vae[_VAE_LEVELS[name]], list | tuple):
+        raise ValueError(f"`vae` must have a list as `{_VAE_LEVELS[name]}`, got {vae[_VAE_LEVELS[name]]!r}.")
+    if not isinstance(vae.get("scaling_factor", 1.0), int | float):
+        raise ValueError(f"`scaling_factor` of the `vae` must be a number, got {vae['scaling_factor']!r}.")
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ValueError(
             "A VAE with `latents_mean` and `latents_std` is not supported: none of the supported transformers was "

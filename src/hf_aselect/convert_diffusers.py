@@ -1,10 +1,12 @@
 """What diffusers saved, as ours: configuration and weights, in memory or as a folder."""
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,8 +102,8 @@ def find_diffusers(
     return locate(source, ASelectConfig.model_type, options, wanted, lambda config: check_family(_class_name(config)))
 
 
-def _names(parts: str | Iterable[str]) -> tuple[str, ...]:
-    return (parts,) if isinstance(parts, str) else tuple(parts)
+def _names(parts: str | Iterable[str] | None) -> tuple[str, ...]:
+    return (parts,) if isinstance(parts, str) else tuple(parts or ())
 
 
 def load_diffusers(
@@ -159,6 +161,13 @@ def load_diffusers(
     parts["timestep_embedding"] = _default_embedding(parts, fields)
     config = ASelectConfig(**{**parts, **fields})
     NoiseSchedule.from_config(config.scheduler or {})  # refuses schedulers that are not supported
+    if config.vae is None and config.num_channels not in (1, 3):
+        logger.warning(
+            "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "
+            "the whole pipeline for pictures.",
+            name,
+            config.num_channels,
+        )
     # What cannot be built is said so before text encoders are loaded, which takes minutes.
     expected = _expected_shapes(config)
     embeddings: dict[str, Tensor] = {}
@@ -252,7 +261,8 @@ def convert_diffusers(
 
     Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
     encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
-    whole or not at all. The VAE encoder stays in float32.
+    whole or not at all; a process that is killed leaves a hidden `.OUTPUT.incomplete-...` beside it. The VAE encoder
+    stays in float32.
 
     Args:
         source: A pipeline that diffusers saved (folder, or id on the Hub, of which only the files that are needed are
@@ -300,11 +310,8 @@ def convert_diffusers(
         **fields,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.incomplete")
-    if unfinished.is_file():
-        unfinished.unlink()
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    # A name of its own: another conversion may be under way, and a folder of a fixed name may be somebody's.
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
     try:
         shapes: dict[str, torch.Size] = {}
         sizes, dtypes = _write_weights(weights, unfinished, wanted, shard_bytes, shapes)
@@ -312,10 +319,16 @@ def convert_diffusers(
         config.architectures = ["DiTModel"]
         config.dtype = wanted or max(dtypes, key=lambda kind: dtypes[kind])
         config.save_pretrained(unfinished)
-        ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
+        if config.num_channels in (1, 3):  # latents without a VAE are no pictures
+            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
         decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS)
         text_bytes = sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS)
+        unfinished.chmod(0o777 & ~_umask())  # as a folder that was made in the usual way
         os.replace(unfinished, target)  # an empty folder of that name goes
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(f"{str(output)!r} was written by somebody else meanwhile, and is left alone.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return Conversion(
@@ -333,9 +346,15 @@ def _bytes_of(size: int | str) -> int:
     """Return the bytes of a size, as 200 or "5GB"."""
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B", size.strip(), re.IGNORECASE)):
         size = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
-    if isinstance(size, str) or size < 1:
+    if not isinstance(size, int | float) or not 1 <= size < float("inf"):
         raise ValueError(f"`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got {size!r}.")
-    return size
+    return int(size)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _checked_output(output: str | os.PathLike[str]) -> Path:

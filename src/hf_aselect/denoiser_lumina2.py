@@ -28,6 +28,12 @@ class Lumina2Denoiser(Denoiser):
 
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:  # noqa: ANN401 - of the base class
         super().__init__(transformer, *args, **options)
+        length, limit = (
+            getattr(self, "prompt_embeds", torch.empty(1, 0)).shape[1],
+            self.transformer.config.axes_lens[0],
+        )
+        if length > limit:
+            raise ValueError(f"`prompt_embeds` of a Lumina may have {limit} tokens at the most, got {length}.")
         # Plain tensors, no buffers: where the model is built without data, no checkpoint would fill them.
         rope = self.transformer.rope_embedder
         with torch.device("cpu"):

@@ -43,7 +43,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
         # "auto" is what the weights are in, which is known when they are read.
         dtype=kwargs["dtype"]
         if isinstance(kwargs["dtype"], torch.dtype)
-        else DTYPES.get(kwargs["dtype"], torch.float32),
+        else DTYPES.get(str(kwargs["dtype"]), torch.float32),
         without=tuple(name for name in text if name != "prompt_embeds"),
         prompt_embeds=text.get("prompt_embeds"),
         **fields,

@@ -276,7 +276,9 @@ class ASelectPreTrainedModel(PreTrainedModel):
         if vae is None:
             return pixel_values.to(self.device, self.dtype)
         parameter = next(vae.parameters())
-        encoded = vae.encode(pixel_values.to(parameter.device, parameter.dtype))
+        # In the VAE's own dtype even where a trainer runs the rest in half precision.
+        with torch.autocast(parameter.device.type, enabled=False):
+            encoded = vae.encode(pixel_values.to(parameter.device, parameter.dtype))
         # An AutoencoderDC has no distribution.
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)

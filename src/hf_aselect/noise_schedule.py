@@ -109,6 +109,8 @@ class NoiseSchedule:
         for field in ("shift", "beta_start", "beta_end"):
             if not isinstance(config.get(field, 1.0), int | float):
                 raise ValueError(f"`{field}` of the scheduler must be a number, got {config[field]!r}.")
+        if not isinstance(config.get("trained_betas") or [], list | tuple):
+            raise ValueError(f"`trained_betas` of the scheduler must be a list, got {config['trained_betas']!r}.")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
         num_timesteps = config.get("num_train_timesteps", NUM_TIMESTEPS)

@@ -140,6 +140,8 @@ def layout_of(transformer: dict[str, Any]) -> TransformerLayout:
             f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
             "(`dict(transformer.config)`)."
         )
+    if "axes_lens" in needed and not isinstance(transformer["axes_lens"], list | tuple):
+        raise ValueError(f"`transformer` must have a list as `axes_lens`, got {transformer['axes_lens']!r}.")
     sizes = {size: transformer[size] for size in needed if size != "axes_lens"}
     if wrong := {size: value for size, value in sizes.items() if not isinstance(value, int) or value < 1}:
         raise ValueError(f"`transformer` must have sizes that are integers from 1 on, got {wrong}.")
