@@ -69,6 +69,57 @@ def test_each_pair_is_drawn():
     assert sorted(path.stem for path in BENCHMARK.glob("*.png")) == results
 
 
+CAMVID = ROOT / "model_cards" / "camvid-segmentation"
+
+
+@pytest.fixture(scope="module")
+def camvid():
+    """The benchmark of segmentation, and what its script makes of its results."""
+    content = json.loads((CAMVID / "segmentation.json").read_text(encoding="utf-8"))
+    return content, example("benchmarks/segmentation.py")
+
+
+def test_the_segmentation_card_has_the_table_of_its_results(camvid):
+    content, script = camvid
+    assert script.table_of(content) in (CAMVID / "README.md").read_text(encoding="utf-8")
+    assert (CAMVID / "curve.png").is_file()
+
+
+def test_the_chosen_timestep_segments_as_the_benchmark_is_to_show(camvid):
+    """Better than random weights and colours by more than seeds differ, and within a point of the best timestep."""
+    content, script = camvid
+    chosen = content["selection"]["timestep"]
+    own = script.figures_of(content, "upernet", chosen)
+    assert len(own) == 3
+    for baseline in (script.figures_of(content, "upernet", chosen, is_random=True), script.figures_of(content, "mlp")):
+        spread = max(max(each) - min(each) for each in (own, baseline))
+        assert sum(own) / 3 - sum(baseline) / 3 > spread
+    means = [sum(script.figures_of(content, "upernet", t)) / 3 for t in script.timesteps_of(content, "upernet")]
+    assert max(means) - sum(own) / 3 < 1
+
+
+def test_the_readme_quotes_the_segmentation_benchmark(camvid):
+    content, script = camvid
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    chosen = content["selection"]["timestep"]
+
+    def mean(*of, **how):
+        return f"{sum(script.figures_of(content, *of, **how)) / 3:.1f}"
+
+    assert f"UperNet has a mean IoU of {mean('upernet', chosen)} % at the chosen t = {chosen}" in readme
+    assert f"{mean('upernet', chosen, is_random=True)} on random weights" in readme
+    assert f"{mean('mlp')} from the colour of a pixel" in readme
+    assert f"{mean('unet')} by a UNet" in readme
+
+
+def test_segmenting_takes_the_memory_that_the_card_says():
+    figures = json.loads((CAMVID / "memory.json").read_text(encoding="utf-8"))
+    assert max(figures["times_diffusers"].values()) <= 1.5
+    card = (CAMVID / "README.md").read_text(encoding="utf-8")
+    assert f"{figures['gigabytes']['linear']:.2f} GB with the linear decoder" in card
+    assert f"{figures['gigabytes']['upernet']:.2f} GB with UperNet" in " ".join(card.split())
+
+
 # The cards of the sources that people have.
 
 SOURCES = {

@@ -8,10 +8,11 @@ r"""What does the timestep do for segmentation? A DiT under both decoders at eve
 Mean intersection over union on the test pictures, of `--seeds` trainings each: the linear decoder and UperNet on the
 frozen DiT at every timestep of a grid, with the one that `select_timestep` chose (without labels, from the training
 pictures) and t = 0 among them; the same at the chosen timestep on a DiT of random weights; a multi-layer perceptron on
-the colour of single pixels; and a UNet of about the DiT's size, trained whole. All see the same pictures, crops and
-number of steps. Tokens of a timestep are read once and kept in half precision; each finished training is a file in
-`OUTPUT_DIR/runs`, so that a run that was stopped goes on there, and several processes may share the work
-(`--part 0 2` and `--part 1 2`). `--summarize` writes `OUTPUT_DIR/segmentation.json`, `table.md` and `curve.png`.
+the colour of single pixels; and a UNet of about the DiT's size, trained whole. All see the same crops: UperNet and
+UNet `--num_epochs` times, the other two, which have little to learn, `--num_linear_epochs` times. Tokens of a timestep
+are read once and kept in half precision; each finished training is a file in `OUTPUT_DIR/runs`, so that a run that was
+stopped goes on there, and several processes may share the work (`--part 0 2` and `--part 1 2`). `--summarize` writes
+`OUTPUT_DIR/segmentation.json`, `table.md` and `curve.png`.
 """
 
 import json
