@@ -137,7 +137,7 @@ def test_the_card_is_of_the_models_task(task, auto):
     card = render_card(facts)
     assert f"pipeline_tag: {task}" in card and f"model = {auto}.from_pretrained(folder)" in card
     if task == "image-segmentation":
-        assert "| what | mean iou |" in card and "25.0%" in card and "type: mean_iou" in card
+        assert "| what | mean IoU |" in card and "25.0%" in card and "type: mean_iou" in card
 
 
 def test_what_is_unknown_is_left_out():

@@ -339,7 +339,7 @@ def save_segmenter(
         output / "model",
         model_name="Segmenter of composed Fashion-MNIST scenes on hf_aselect's embedded DiT",
         license="apache-2.0",
-        dataset="scenes composed of fashion_mnist",
+        dataset="fashion_mnist",  # an id of the Hub; the name says that scenes are composed
         mean_iou=figures["upernet"],
         baselines={
             "linear probe of tokens at the chosen timestep": figures["selected"],

@@ -169,7 +169,9 @@ def _results_section(facts: CardFacts) -> str:
     rows = {"**this model**": value, **(facts.baselines or {})}
     parts = [
         "## Results",
-        _table(("what", metric.replace("_", " ")), {name: f"{share:.1%}" for name, share in rows.items()}),
+        _table(
+            ("what", metric.replace("mean_iou", "mean IoU")), {name: f"{share:.1%}" for name, share in rows.items()}
+        ),
     ]
     if facts.command:
         parts.append(f"Command: `{facts.command}`")
