@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPTextModelWithProjection
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
-from hf_aselect.convert_diffusers import _default_embedding, _expected_shapes
 from hf_aselect.denoisers import FAMILIES
+from hf_aselect.diffusers_checkpoint import _default_embedding, expected_shapes
 from hf_aselect.transformer_layout import layout_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -704,8 +704,8 @@ def test_a_pickled_text_encoder_is_refused_and_never_unpickled(sd3_folder, tmp_p
 
 
 def test_what_cannot_be_built_is_said_before_text_encoders_are_loaded(sd3_folder, monkeypatch):
-    module = sys.modules["hf_aselect.convert_diffusers"]  # the package's name is the function's
-    monkeypatch.setattr(module, "encode_empty_prompt", lambda *_, **__: pytest.fail("loaded"))
+    name = "hf_aselect.diffusers_checkpoint.encode_empty_prompt"
+    monkeypatch.setattr(name, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="`timestep_embedding` of SD3Transformer2DModel must be one of diffusers"):
         DiTModel.from_pretrained(sd3_folder, timestep=5, timestep_embedding="original")
 
@@ -1002,7 +1002,7 @@ def written_out(outside, block, depth, not_last=()):
 def test_the_names_of_published_files_are_those_we_read(source, published):
     transformer = READING_COST.whole_transformer(source)
     config = ASelectConfig(transformer={**transformer.config, "_class_name": READING_COST.SOURCES[source][0]})
-    expected = _expected_shapes(config)
+    expected = expected_shapes(config)
     assert {name for name in expected if name.startswith("denoiser.transformer.")} == published
 
 

@@ -287,21 +287,13 @@ def collect_results(
 ) -> dict[str, Any]:
     """Return the results as they are written to `results.json`."""
     return {
-        "timestep": selection.timestep,
-        "log_snr": selection.log_snr[selection.timesteps.index(selection.timestep)],
+        **choice_of(selection, grid, probed),
         "accuracy": {
             "attention_head": attention_head,
-            "selected": probed[grid.index(selection.timestep)],
-            "zero": probed[grid.index(0)],
-            "random_mean": float(np.mean(probed)),
-            "worst": min(probed),
-            "best": max(probed),
+            **probe_figures(selection, grid, probed),
             "raw_pixels": raw_pixels,
         },
-        "timesteps": grid,
         "probe_accuracies": probed,
-        "best_timestep": grid[int(np.argmax(probed))],
-        "worst_timestep": grid[int(np.argmin(probed))],
         "seconds": watch.seconds,
         "seed": settings.seed,
         "num_train": settings.num_train,
@@ -312,31 +304,69 @@ def collect_results(
     }
 
 
+def choice_of(selection: TimestepSelection, grid: list[int], probed: list[float]) -> dict[str, Any]:
+    """Return what a demo's results say of the choice and of the exhaustive search beside it."""
+    return {
+        "timestep": selection.timestep,
+        "log_snr": selection.log_snr[selection.timesteps.index(selection.timestep)],
+        "timesteps": grid,
+        "best_timestep": grid[int(np.argmax(probed))],
+        "worst_timestep": grid[int(np.argmin(probed))],
+    }
+
+
+def probe_figures(selection: TimestepSelection, grid: list[int], probed: list[float]) -> dict[str, float]:
+    """Return the probe's figure at the chosen timestep and at those that it is compared with, by name."""
+    return {
+        "selected": probed[grid.index(selection.timestep)],
+        "zero": probed[grid.index(0)],
+        "random_mean": float(np.mean(probed)),
+        "worst": min(probed),
+        "best": max(probed),
+    }
+
+
+Row = tuple[str, str, float, float]  # who, of what features, how well, in how many seconds
+
+
+def probe_rows(results: dict[str, Any], figures: dict[str, float]) -> list[Row]:
+    """Return a table's rows of the probe, at the timesteps of `probe_figures`."""
+    seconds = results["seconds"]
+    search, select = seconds["exhaustive_search"], seconds["select_timestep"]
+    each = search / len(results["timesteps"])
+    return [
+        ("linear probe", f"t = {results['timestep']}, chosen without labels", figures["selected"], select + each),
+        ("linear probe", "t = 0", figures["zero"], each),
+        ("linear probe", "random t (mean over the grid)", figures["random_mean"], each),
+        ("linear probe", f"worst t = {results['worst_timestep']}", figures["worst"], each),
+        ("linear probe", f"best t = {results['best_timestep']}, exhaustive search", figures["best"], search),
+    ]
+
+
+def format_rows(results: dict[str, Any], who: str, what: str, rows: list[Row], notes: list[str]) -> str:
+    """Return a demo's table: the choice, then a row for each way, then notes."""
+    select = results["seconds"]["select_timestep"]
+    lines = [f"Chosen timestep: {results['timestep']} (log-SNR {results['log_snr']:.2f}), in {select:.1f} s", ""]
+    lines.append(f"{who:<20} {'features':<36} {what:>13} {'seconds':>8}")
+    lines += [f"{name:<20} {where:<36} {share:>13.1%} {spent:>8.1f}" for name, where, share, spent in rows]
+    return "\n".join([*lines, "", *notes])
+
+
 def format_table(results: dict[str, Any]) -> str:
     """Return the demo's table: accuracies, timesteps and seconds."""
     accuracy, seconds = results["accuracy"], results["seconds"]
-    chosen = f"t = {results['timestep']}"
-    search, select = seconds["exhaustive_search"], seconds["select_timestep"]
-    each = search / len(results["timesteps"])
+    chosen = f"t = {results['timestep']}, chosen without labels"
     rows = [
-        ("attention head", f"{chosen}, chosen without labels", accuracy["attention_head"], seconds["attention_head"]),
-        ("linear probe", f"{chosen}, chosen without labels", accuracy["selected"], select + each),
-        ("linear probe", "t = 0", accuracy["zero"], each),
-        ("linear probe", "random t (mean over the grid)", accuracy["random_mean"], each),
-        ("linear probe", f"worst t = {results['worst_timestep']}", accuracy["worst"], each),
-        ("linear probe", f"best t = {results['best_timestep']}, exhaustive search", accuracy["best"], search),
+        ("attention head", chosen, accuracy["attention_head"], seconds["attention_head"]),
+        *probe_rows(results, accuracy),
         ("logistic regression", "raw pixels", accuracy["raw_pixels"], seconds["raw_pixels"]),
     ]
-    lines = [f"Chosen timestep: {results['timestep']} (log-SNR {results['log_snr']:.2f}), in {select:.1f} s", ""]
-    lines.append(f"{'classifier':<20} {'features':<36} {'test accuracy':>13} {'seconds':>8}")
-    lines += [f"{name:<20} {where:<36} {share:>13.1%} {spent:>8.1f}" for name, where, share, spent in rows]
-    lines += [
-        "",
+    notes = [
         f"Trained on {results['num_train']} pictures, the linear probes on {results['num_probe']}; "
         f"tested on {results['num_test']}.",
         f"The attention head sees {results['num_views']} views of each, mirrored or shifted; the others only itself.",
     ]
-    return "\n".join(lines)
+    return format_rows(results, "classifier", "test accuracy", rows, notes)
 
 
 @torch.no_grad()

@@ -23,7 +23,16 @@ from transformers import (
 )
 
 from .calibration import CalibrationPictures
-from .demo import EMBEDDED, Stopwatch, load_embedded_split, write_json
+from .demo import (
+    EMBEDDED,
+    Stopwatch,
+    choice_of,
+    format_rows,
+    load_embedded_split,
+    probe_figures,
+    probe_rows,
+    write_json,
+)
 from .image_processing_aselect import ASelectImageProcessor
 from .metrics import MeanIoU
 from .modeling_segmentation import DiTForSemanticSegmentation
@@ -139,22 +148,14 @@ def run_segmentation_demo(
         trainer = train_segmenter(model, processor, batches, names, output / "model", settings)
         upernet = trainer.evaluate()["eval_mean_iou"]
     results = {
-        "timestep": selection.timestep,
-        "log_snr": selection.log_snr[selection.timesteps.index(selection.timestep)],
+        **choice_of(selection, grid, probed),
         "mean_iou": {
             "upernet": upernet,
-            "selected": probed[grid.index(selection.timestep)],
-            "zero": probed[grid.index(0)],
-            "random_mean": float(np.mean(probed)),
-            "worst": min(probed),
-            "best": max(probed),
+            **probe_figures(selection, grid, probed),
             "random_weights": untrained,
             "colours": colours,
         },
-        "timesteps": grid,
         "probe_mean_ious": probed,
-        "best_timestep": grid[int(np.argmax(probed))],
-        "worst_timestep": grid[int(np.argmin(probed))],
         "seconds": watch.seconds,
         "seed": settings.seed,
         "num_train": settings.num_train,
@@ -368,28 +369,17 @@ def format_segmentation_table(results: dict[str, Any]) -> str:
     """Return the demo's table: mean intersection over union, timesteps and seconds."""
     figures, seconds = results["mean_iou"], results["seconds"]
     chosen = f"t = {results['timestep']}"
-    search, select = seconds["exhaustive_search"], seconds["select_timestep"]
-    each = search / len(results["timesteps"])
-    best, worst = results["best_timestep"], results["worst_timestep"]
     rows = [
         ("UperNet", f"{chosen}, chosen without labels", figures["upernet"], seconds["upernet"]),
-        ("linear probe", f"{chosen}, chosen without labels", figures["selected"], select + each),
-        ("linear probe", "t = 0", figures["zero"], each),
-        ("linear probe", "random t (mean over the grid)", figures["random_mean"], each),
-        ("linear probe", f"worst t = {worst}", figures["worst"], each),
-        ("linear probe", f"best t = {best}, exhaustive search", figures["best"], search),
+        *probe_rows(results, figures),
         ("linear probe", f"{chosen}, random weights", figures["random_weights"], seconds["random_weights"]),
         ("most frequent class", "grey level of a pixel", figures["colours"], seconds["colours"]),
     ]
-    lines = [f"Chosen timestep: {results['timestep']} (log-SNR {results['log_snr']:.2f}), in {select:.1f} s", ""]
-    lines.append(f"{'segmenter':<20} {'features':<36} {'test mean IoU':>13} {'seconds':>8}")
-    lines += [f"{name:<20} {where:<36} {share:>13.1%} {spent:>8.1f}" for name, where, share, spent in rows]
-    lines += [
-        "",
+    notes = [
         f"Scenes are composed of two pictures of the sample each; trained on {results['num_train']}, the linear",
         f"probes on the tokens of {results['num_probe']}; tested on {results['num_test']}, of other pictures.",
     ]
-    return "\n".join(lines)
+    return format_rows(results, "segmenter", "test mean IoU", rows, notes)
 
 
 def check_segmenter_reloaded(

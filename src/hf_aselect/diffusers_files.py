@@ -73,8 +73,7 @@ def locate(
     source: str | os.PathLike[str],
     model_type: str,
     options: HubOptions,
-    text_parts: Iterable[str],
-    check_transformer: Callable[[dict[str, Any]], None],
+    text_parts: Callable[[dict[str, Any]], Iterable[str]],
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
 
@@ -82,10 +81,9 @@ def locate(
         source: Local folder, or id on the Hub.
         model_type: What the `config.json` of a checkpoint of ours names as its `model_type`.
         options: How to fetch.
-        text_parts: Folders of a pipeline that encode a text: fetched with those that a transformer conditioned on one
-            needs.
-        check_transformer: Raises `ValueError` for the configuration of a transformer that is not supported; asked
-            before any weights are fetched.
+        text_parts: Which folders of a pipeline that encode a text are to be fetched, by the configuration of its
+            transformer; raises `ValueError` for a transformer that is not supported. Asked before any weights are
+            fetched.
 
     Raises:
         ValueError: If a local folder is neither; if the only weights are pickles or of another variant; if the
@@ -104,7 +102,7 @@ def locate(
     if re.match(r"[/.~]|\w:", str(source)):
         raise OSError(nothing)
     try:
-        return _fetch(str(source), model_type, options, tuple(text_parts), check_transformer)
+        return _fetch(str(source), model_type, options, text_parts)
     except HFValidationError as error:
         raise OSError(nothing) from error
     except GatedRepoError as error:
@@ -151,8 +149,7 @@ def _fetch(
     repo_id: str,
     model_type: str,
     options: HubOptions,
-    text_parts: tuple[str, ...],
-    check_transformer: Callable[[dict[str, Any]], None],
+    text_parts: Callable[[dict[str, Any]], Iterable[str]],
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint of the Hub, with the files that are needed; None for one of ours."""
     prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
@@ -196,13 +193,13 @@ def _fetch(
         found_transformer = read_json(Path(hf_hub_download(repo_id, prefix + TRANSFORMER_CONFIG, **how)))
     else:
         found_transformer = found
-    check_transformer(found_transformer)
+    wanted_text = tuple(text_parts(found_transformer))
     files = [] if is_offline else _files_of(repo_id, options)
     if not files:
         return path.parent
     inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
     try:
-        needed = needed_files(inside, found if name == MODEL_INDEX else None, options.variant, text_parts)
+        needed = needed_files(inside, found if name == MODEL_INDEX else None, options.variant, wanted_text)
     except PickledWeightsError as error:
         raise ValueError(f"{error}{_safetensors_elsewhere(repo_id, options)}") from error
     logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)

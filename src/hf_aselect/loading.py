@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_aselect import OWN_FIELDS
-from .convert_diffusers import DTYPES, load_diffusers
+from .diffusers_checkpoint import DTYPES, load_diffusers
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}

@@ -21,9 +21,9 @@ from .configuration_aselect import (
     refuse_unknown_keywords,
     tap_key,
 )
-from .convert_diffusers import find_diffusers
 from .decoders import token_map
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
+from .diffusers_checkpoint import find_diffusers
 from .diffusers_files import HubOptions
 from .empty_prompt import TEXT_PARTS
 from .generation import generate_latents
