@@ -1,11 +1,12 @@
-"""`hf-aselect select`, called as from a shell, on a tiny real transformer."""
+"""`hf-aselect COMMAND`, called as from a shell, on a tiny real transformer."""
 
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 
-from hf_aselect import TimestepSelection
+from hf_aselect import DiTForImageClassification, DiTModel, TimestepSelection
 from hf_aselect.cli import main
 
 
@@ -131,3 +132,45 @@ def test_a_shard_size_that_is_no_size_is_refused(latent_folder, tmp_path, capsys
     assert refused.value.code == 2
     assert f"argument --max-shard-size: must be a positive number, got '{size}'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_fold_writes_a_model_that_reads_alike(classifier, tmp_path, capsys, pixels):
+    classifier.config.timestep = 7
+    classifier.save_pretrained(tmp_path / "whole")
+    assert main(["fold", str(tmp_path / "whole"), str(tmp_path / "folded"), "--dtype", "float32"]) == 0
+    assert "reads 1.query at timestep 7" in capsys.readouterr().out
+    folded = DiTForImageClassification.from_pretrained(tmp_path / "folded")
+    assert folded.config.folded
+    with torch.no_grad():
+        torch.testing.assert_close(folded(pixels).logits, classifier.eval()(pixels).logits, rtol=1e-4, atol=1e-5)
+    assert "read here alone" in (tmp_path / "folded" / "README.md").read_text()
+    assert (tmp_path / "folded" / "preprocessor_config.json").is_file()
+    assert not list(tmp_path.glob(".*incomplete*"))
+
+
+def test_fold_takes_what_diffusers_saved(pixel_folder, tmp_path):
+    words = ["--timestep", "9", "--block", "-1", "--feature", "hidden", "--dtype", "bfloat16"]
+    assert main(["fold", str(pixel_folder), str(tmp_path / "folded"), *words]) == 0
+    folded = DiTModel.from_pretrained(tmp_path / "folded", dtype="auto")
+    assert (folded.config.timestep, folded.config.feature, folded.dtype) == (9, "hidden", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "No timestep is chosen"),
+        (["--timestep", "1000"], "`timestep` must be an integer in [0, 1000)"),
+        (["--timestep", "3", "--feature", "mlp"], "`feature` must be one of"),
+        (["--timestep", "3", "--dtype", "int8"], "`dtype` must be one of"),
+    ],
+)
+def test_fold_says_in_one_line_what_is_wrong(pixel_folder, tmp_path, capsys, words, message):
+    assert main(["fold", str(pixel_folder), str(tmp_path / "out"), *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_fold_overwrites_nothing(pixel_folder, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["fold", str(pixel_folder), str(tmp_path), "--timestep", "3"]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import torch
 from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer
 from diffusers import DiTTransformer2DModel
 
-from hf_aselect.configuration_aselect import FEATURES
 from hf_aselect.denoiser_dit import DiTDenoiser
+from hf_aselect.taps import FEATURES
 
 TAPS = [(block, feature) for block in range(NUM_BLOCKS) for feature in FEATURES]
 SHAPES = {"square": (8, 8), "wide": (4, 12), "high": (10, 6)}

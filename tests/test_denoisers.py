@@ -7,8 +7,8 @@ from huggingface_hub.errors import StrictDataclassError
 from pipelines import PIPELINES, WIDTH, flux_transformer, pixart_alpha, sana_transformer, sd3
 
 from hf_aselect import ASelectConfig, DiTBackbone, DiTForImageClassification, DiTModel
-from hf_aselect.configuration_aselect import FEATURES
 from hf_aselect.denoisers import FAMILIES, build_denoiser
+from hf_aselect.taps import FEATURES
 from hf_aselect.transformer_layout import FAMILY_NAMES
 
 TIMESTEP = 141

@@ -19,8 +19,8 @@ from hf_aselect import (
     TimestepSelection,
     select_timestep,
 )
-from hf_aselect.configuration_aselect import MASSIVE_FEATURES
 from hf_aselect.massive_channels import FACTOR, SHARE, massive_channels, outlier_share, zero_channels
+from hf_aselect.taps import MASSIVE_FEATURES
 
 GENERATOR = torch.Generator().manual_seed(0)
 

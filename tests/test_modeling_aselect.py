@@ -6,7 +6,7 @@ from conftest import HEAD, NUM_BLOCKS
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel
-from hf_aselect.configuration_aselect import FEATURES
+from hf_aselect.taps import FEATURES
 
 
 def same_weights(one, other):

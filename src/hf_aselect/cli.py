@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     _add_select(commands)
     _add_convert(commands)
+    _add_fold(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -142,6 +143,73 @@ def _convert(parsed: argparse.Namespace) -> None:
         print(f"{name:<24} {size / 1e6:>10.1f} MB")
     print()
     print(f"Saved {made.output}: {made.num_parameters / 1e6:.1f} M parameters, in {made.seconds:.1f} s.")
+
+
+def _add_fold(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+    fold = commands.add_parser(
+        "fold",
+        help="write a model as a smaller, plain vision transformer that is read at its timestep alone",
+        description="Multiply the timestep's conditioning into the neighbouring layers and leave out what comes after "
+        "the tap. The outputs are equal; the model has fewer parameters, needs no diffusers but for a VAE, and cannot "
+        "be read at another timestep or tap.",
+        epilog="example: hf-aselect fold my-classifier my-folded-classifier",
+    )
+    fold.add_argument("source", metavar="SOURCE", help="a model of ours, or what diffusers saved: folder or id")
+    fold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
+    fold.add_argument(
+        "--timestep",
+        type=_block,
+        metavar="T",
+        help="timestep to fold at, in [0, 1000), or auto to choose one on pictures that the transformer makes itself "
+        "(default: the one that SOURCE was saved with)",
+    )
+    fold.add_argument("--block", type=int, help="block to read at, negative from the end (default: SOURCE's)")
+    fold.add_argument("--feature", help="hidden, normed, query, key, value or attention (default: SOURCE's)")
+    fold.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or SOURCE's)")
+    fold.set_defaults(run=_fold)
+
+
+def _fold(parsed: argparse.Namespace) -> None:
+    # They take seconds to import, which `--help` should not.
+    from .configuration_aselect import ASelectConfig
+    from .convert_diffusers import checked_dtype
+    from .diffusers_checkpoint import find_diffusers
+    from .diffusers_files import HubOptions
+    from .image_processing_aselect import ASelectImageProcessor
+    from .modeling_aselect import DiTForImageClassification, DiTModel
+    from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
+    from .training import write_model_card
+    from .whole_folder import checked_output, whole_folder
+
+    logging.set_verbosity_error()
+    target, dtype = checked_output(parsed.output), checked_dtype(parsed.dtype)
+    names = ("timestep", "block", "feature")
+    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    kinds = DiTModel, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation
+    kind: Any = DiTModel
+    is_ours = find_diffusers(parsed.source, HubOptions()) is None
+    if is_ours:
+        config = ASelectConfig.from_pretrained(parsed.source)
+        kind = {each.__name__: each for each in kinds}.get((config.architectures or [""])[0], DiTModel)
+    if "timestep" not in given and (not is_ours or config.timestep == "auto"):
+        raise ValueError(
+            f"No timestep is chosen in {parsed.source!r} yet. Name one by `--timestep`, as one that `hf-aselect "
+            "select` found on your pictures, or pass `--timestep auto` to choose it on pictures that the transformer "
+            "makes."
+        )
+    model = kind.from_pretrained(parsed.source, dtype=dtype or ("auto" if is_ours else "float32"), **given)
+    folded = model.fold()
+    with whole_folder(target) as unfinished:
+        folded.save_pretrained(unfinished)
+        if folded.config.num_channels in (1, 3):  # latents without a VAE are no pictures
+            ASelectImageProcessor.from_model_config(folded.config).save_pretrained(unfinished)
+        write_model_card(folded, unfinished, model_name=target.name)
+    before, after = (sum(one.numel() for one in each.parameters()) for each in (model, folded))
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    print(
+        f"Saved {parsed.output}: {after / 1e6:.1f} M parameters of {before / 1e6:.1f} M, {size / 1e6:.1f} MB; reads "
+        f"{', '.join(folded.config.folding.taps)} at timestep {folded.config.timestep}."
+    )
 
 
 def _select(parsed: argparse.Namespace) -> None:

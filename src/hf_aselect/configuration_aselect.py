@@ -1,18 +1,16 @@
 """Configuration of the A-SelecT models: every value that changes their output."""
 
 import difflib
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .folded_layout import FoldedLayout
+from .taps import FEATURES, Tap, check_feature, tap_key
 from .transformer_layout import TransformerLayout, layout_of
 
-Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
-FEATURES: tuple[str, ...] = get_args(Feature)
-# Of the residual stream, where a few channels may dwarf all others.
-MASSIVE_FEATURES: tuple[str, ...] = ("hidden", "normed", "attention")
 NUM_TIMESTEPS = 1000
 # Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
 UPERNET_EIGHTHS = (1, 3, 5, 6)
@@ -71,21 +69,6 @@ def check_timestep(timestep: Any) -> None:  # noqa: ANN401 - a check takes whate
         )
 
 
-def tap_key(block: int, feature: str) -> str:
-    """Return what a tap is called in `zeroed_channels`."""
-    return f"{block}.{feature}"
-
-
-def check_feature(feature: str) -> None:
-    """Refuse a name that is none of the features.
-
-    Raises:
-        ValueError: If `feature` is unknown.
-    """
-    if feature not in FEATURES:
-        raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}, got {feature!r}.")
-
-
 @strict
 class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a diffusion transformer that is read at one timestep and one tap.
@@ -142,6 +125,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
             and Sana make their position table anew, scaled to it as diffusers does; Stable Diffusion 3 cuts the middle
             out of its table, which ends at 192 tokens a side (3.5-medium: 384); FLUX and Lumina have rotary positions.
+        folded: Whether the timestep's conditioning is in the weights, as `model.fold()` makes it: the model reads at
+            its own timestep and taps alone.
+        folded_layout: What a folded transformer is built of, as from `FoldedLayout.to_dict()`. Written by `fold`.
         selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
         base_model: Id on the Hub of what the weights were made from: their licence holds for this model, too.
         initializer_range: Standard deviation of newly initialised weights; the attention head has Xavier's instead.
@@ -181,6 +167,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     image_size: int | list[int] | None = None
+    folded: bool = False
+    folded_layout: dict[str, Any] | None = None
     selection: dict[str, Any] | None = None
     base_model: str | None = None
     initializer_range: float = 0.02
@@ -346,7 +334,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             return channels if (block, feature) == (self.block_index(), self.feature) else None
         return None
 
-    def stage_taps(self) -> list[tuple[int, str]]:
+    def stage_taps(self) -> list[Tap]:
         """Return block and feature of the stages that a backbone returns; the stem is the hidden state of block -1."""
         stages = [index % len(self.stage_names) for index in self.out_indices]
         return [(stage - 1, self.feature if stage else "hidden") for stage in stages]
@@ -358,11 +346,49 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: If `feature` is unknown, or the block has none of that name.
         """
         check_feature(feature)
+        taps = None if self.folded_layout is None else self.folded_layout.get("taps", ())
+        if taps is not None and tap_key(block, feature) not in taps:
+            raise ValueError(
+                f"This model was folded to be read at {', '.join(taps)}, and has nothing else of what the "
+                f"transformer was, got {tap_key(block, feature)}. Load the model it was folded from."
+            )
         depth = self.layout.num_attention_outputs
         if feature == "attention" and block >= depth:
             raise ValueError(
                 f"Block {block} has no `attention`: only the first {depth} blocks of this transformer project their "
                 "attention alone. Read `hidden`, `normed`, `query`, `key` or `value` there, or an earlier block."
+            )
+
+    @property
+    def folding(self) -> FoldedLayout | None:
+        """What a folded transformer is built of; None where it is not folded."""
+        return None if self.folded_layout is None else FoldedLayout.from_dict(self.folded_layout)
+
+    def validate_folding(self) -> None:
+        """Refuse a timestep or sizes other than those that a model was folded at."""
+        folded = self.folding
+        if self.folded != (folded is not None):
+            raise ValueError(
+                "`folded` and `folded_layout` are written by `model.fold()`, both or neither; got "
+                f"folded={self.folded} and {'a' if folded else 'no'} layout."
+            )
+        if folded is None:
+            return
+        if self.timestep != folded.timestep:
+            raise ValueError(
+                f"This model was folded at timestep {folded.timestep}, which is in its weights, and cannot be read at "
+                f"{self.timestep!r}. Load the model it was folded from, and fold it there."
+            )
+        layout = self.layout
+        for name in ("num_channels", "patch_size", "hidden_size", "num_attention_heads"):
+            if getattr(folded, name) != getattr(layout, name):
+                raise ValueError(
+                    f"`folded_layout` has {name} {getattr(folded, name)}, but `transformer` has "
+                    f"{getattr(layout, name)}."
+                )
+        if folded.last_block >= layout.num_layers:
+            raise ValueError(
+                f"`folded_layout` has block {folded.last_block}, but `transformer` only {layout.num_layers} blocks."
             )
 
     def validate_vae(self) -> None:

@@ -1,12 +1,9 @@
 """What diffusers saved, as a folder of ours: written in shards, whole or not at all."""
 
-import errno
 import json
 import os
 import re
-import shutil
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from .diffusers_checkpoint import DTYPES, VAE_ENCODER_KEYS, expected_shapes, fin
 from .diffusers_files import HubOptions, tensor_bytes, weight_files
 from .empty_prompt import TEXT_PARTS
 from .image_processing_aselect import ASelectImageProcessor
+from .whole_folder import checked_output, whole_folder
 
 # The empty prompt's embeddings among a denoiser's weights.
 _PROMPT = ("prompt_embeds", "pooled_prompt_embeds")
@@ -100,7 +98,7 @@ def convert_diffusers(
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
     """
     started = time.monotonic()
-    target = _checked_output(output)
+    target = checked_output(output)
     shard_bytes = _bytes_of(max_shard_size)
     wanted = checked_dtype(dtype)
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
@@ -117,11 +115,7 @@ def convert_diffusers(
         prompt_embeds=prompt_embeds,
         **fields,
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: another conversion may be under way, and a folder of a fixed name may be somebody's.
-    unfinished = target.with_name(f".{target.name}.incomplete-{uuid.uuid4().hex[:8]}")
-    unfinished.mkdir()
-    try:
+    with whole_folder(target) as unfinished:
         shapes: dict[str, torch.Size] = {}
         sizes, dtypes = _write_weights(weights, unfinished, wanted, shard_bytes, shapes)
         _check_fit(config, shapes, source)
@@ -132,13 +126,6 @@ def convert_diffusers(
             ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
         decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS)
         text_bytes = sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS)
-        os.replace(unfinished, target)  # an empty folder of that name goes
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise FileExistsError(f"{str(output)!r} was written by somebody else meanwhile, and is left alone.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return Conversion(
         output=Path(output),
         num_parameters=sum(count for count, _ in sizes.values()),
@@ -157,22 +144,6 @@ def _bytes_of(size: int | str) -> int:
     if not isinstance(size, int | float) or not 1 <= size < float("inf"):
         raise ValueError(f"`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got {size!r}.")
     return int(size)
-
-
-def _checked_output(output: str | os.PathLike[str]) -> Path:
-    """Return the folder to write, with links followed; refuse one that holds something or cannot be replaced."""
-    target = Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{str(output)!r} exists and is not empty; name another folder, or remove it.")
-    above = next(folder for folder in target.parents if folder.exists())
-    if not above.is_dir():
-        raise FileExistsError(f"{str(output)!r} cannot be made: {str(above)!r} is a file.")
-    if target == Path.cwd() or os.path.ismount(target):
-        raise FileExistsError(
-            f"{str(output)!r} is the current folder or a mount point, which cannot be replaced at once by a finished "
-            "one; name a folder in it."
-        )
-    return target
 
 
 def _source_folder(source: str | os.PathLike[str], folder: Path | None) -> Path:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-# Features that are read before the block's attention is run.
-BEFORE_ATTENTION = ("normed", "query", "key", "value")
+from .taps import BEFORE_ATTENTION, Tap
 
 
 @dataclass
@@ -179,16 +178,14 @@ class Denoiser(nn.Module, ABC):
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
             timesteps: Integer timesteps in [0, 1000), (B,).
             block: Block index, counted from the first.
-            feature: One of `configuration_aselect.FEATURES`.
+            feature: One of `taps.FEATURES`.
 
         Returns:
             Tokens of the picture in row-major order, (B, N, D).
         """
         return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
 
-    def read_taps(
-        self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[tuple[int, str]]
-    ) -> dict[tuple[int, str], Tensor]:
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return the tokens at several taps from one pass, as `forward` does at one.
 
         Args:

@@ -42,7 +42,7 @@ class FluxDenoiser(Denoiser):
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
-        transformer, size, device = self.transformer, len(noised_latents), noised_latents.device
+        transformer, size, device = self.transformer, noised_latents.shape[0], noised_latents.device
         rows, columns = grid_of(noised_latents, 2)
         packed = noised_latents.unflatten(-1, (columns, 2)).unflatten(2, (rows, 2))  # (B, C, rows, 2, columns, 2)
         packed = packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 4C)

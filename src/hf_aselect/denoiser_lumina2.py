@@ -47,7 +47,7 @@ class Lumina2Denoiser(Denoiser):
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
-        transformer, size = self.transformer, len(noised_latents)
+        transformer, size = self.transformer, noised_latents.shape[0]
         rows, columns = grid_of(noised_latents, self.patch_size)
         prompt = self.prompt_embeds.expand(size, -1, -1)
         condition, context = transformer.time_caption_embed(noised_latents, 1 - timesteps / 1000, prompt)

@@ -27,7 +27,7 @@ class PixArtDenoiser(Denoiser):
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
-        transformer, size = self.transformer, len(noised_latents)
+        transformer, size = self.transformer, noised_latents.shape[0]
         rows, columns = grid_of(noised_latents, self.patch_size)
         hidden_states = transformer.pos_embed(noised_latents)
         height, width = (side * self.vae_scale_factor for side in noised_latents.shape[-2:])

@@ -24,7 +24,7 @@ class SD3Denoiser(Denoiser):
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
-        transformer, size = self.transformer, len(noised_latents)
+        transformer, size = self.transformer, noised_latents.shape[0]
         rows, columns = grid_of(noised_latents, self.patch_size)
         return Pass(
             transformer.pos_embed(noised_latents).contiguous(),

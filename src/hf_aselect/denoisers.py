@@ -15,6 +15,7 @@ from .denoiser_lumina2 import Lumina2Denoiser
 from .denoiser_pixart import PixArtDenoiser
 from .denoiser_sana import SanaDenoiser
 from .denoiser_sd3 import SD3Denoiser
+from .folded_transformer import FoldedTransformer
 from .noise_schedule import NoiseSchedule, is_flow_matching
 from .transformer_layout import check_family
 
@@ -28,8 +29,8 @@ FAMILIES: dict[str, type[Denoiser]] = {
 }
 
 
-def build_denoiser(config: ASelectConfig, with_prompt: bool = True) -> Denoiser:
-    """Build the denoiser of a configuration, with new weights.
+def build_denoiser(config: ASelectConfig, with_prompt: bool = True) -> Denoiser | FoldedTransformer:
+    """Build the denoiser of a configuration, with new weights; a plain transformer where it is folded.
 
     Args:
         config: The configuration.
@@ -40,6 +41,8 @@ def build_denoiser(config: ASelectConfig, with_prompt: bool = True) -> Denoiser:
         ValueError: If the transformer's class has no denoiser here, its kind is not supported, or the configuration
             lacks the shapes of the prompt that it is conditioned on.
     """
+    if (layout := config.folding) is not None:
+        return FoldedTransformer(config, layout)
     transformer = dict(config.transformer or {})
     check_family(transformer.get("_class_name"))
     return FAMILIES[transformer["_class_name"]](

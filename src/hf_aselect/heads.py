@@ -94,7 +94,7 @@ class AttentionHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits, (B, K), of tokens, (B, N, D)."""
         hidden_states = self.input_projection(tokens)
-        class_tokens = self.class_token.expand(len(tokens), -1, -1)
+        class_tokens = self.class_token.expand(tokens.shape[0], -1, -1)
         hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):

@@ -46,6 +46,7 @@ class CardFacts:
         training: Facts of the training, by name.
         command: Command that gives the figures again.
         limits: What it is not for.
+        folded: Whether the timestep is in the weights.
     """
 
     model_name: str
@@ -69,6 +70,7 @@ class CardFacts:
     training: Mapping[str, object] | None = None
     command: str | None = None
     limits: str | None = None
+    folded: bool | None = None
 
 
 def license_of(base_model: str) -> tuple[str | None, str | None]:
@@ -153,6 +155,7 @@ def _choice_section(facts: CardFacts) -> str:
         "pictures": facts.num_images,
         "confidence": None if facts.confidence is None else f"{facts.confidence:.2f}",
         "seconds": None if facts.seconds is None else f"{facts.seconds:.1f}",
+        "folded": "the timestep is in the weights: it is read here alone" if facts.folded else None,
     }
     # A criterion of the user's own is named in the table.
     how = "Features are read here:" if facts.criterion is None else _HOW.get(facts.criterion, "Chosen by a criterion:")

@@ -1,5 +1,6 @@
 """The models: a diffusion transformer read at one timestep, alone and under a classification head."""
 
+import copy
 import logging
 import os
 import re
@@ -14,30 +15,26 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_aselect import (
-    MASSIVE_FEATURES,
-    ASelectConfig,
-    check_timestep,
-    refuse_unknown_keywords,
-    tap_key,
-)
+from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown_keywords
 from .decoders import token_map
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
 from .diffusers_checkpoint import find_diffusers
 from .diffusers_files import HubOptions
 from .empty_prompt import TEXT_PARTS
+from .folding import fold_denoiser
 from .generation import generate_latents
 from .heads import AttentionHead, LinearHead
 from .loading import HUB_OPTIONS, check_loaded, take_diffusers
 from .massive_channels import zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .selection_record import TimestepSelection
+from .taps import MASSIVE_FEATURES, Tap, tap_key
 from .timestep_selection import select_timestep
 
 logger = logging.getLogger(__name__)
 
-Tap = tuple[int, str]  # block, feature
 MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
+MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
 
 
 class ASelectPreTrainedModel(PreTrainedModel):
@@ -51,12 +48,19 @@ class ASelectPreTrainedModel(PreTrainedModel):
     _no_split_modules = [  # noqa: RUF012 - the host's way
         "AttentionHeadBlock",
         "BasicTransformerBlock",
+        "FoldedBlock",
+        "FoldedSingleBlock",
         "FluxSingleTransformerBlock",
         "FluxTransformerBlock",
         "JointTransformerBlock",
         "Lumina2TransformerBlock",
         "SanaTransformerBlock",
     ]
+    # Of folded models; in the others diffusers runs its own kernels.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     # Encoders overflow in float16, and in bfloat16 latents lose what a small timestep leaves of them.
     _keep_in_fp32_modules_strict = {"vae"}  # noqa: RUF012 - the host's way
 
@@ -266,15 +270,17 @@ class ASelectPreTrainedModel(PreTrainedModel):
             pixel_values: Pictures in [-1, 1], (B, C, H, W); H and W multiples of a token's side.
 
         Returns:
-            Latents, (B, C, h, w), in the model's dtype.
+            Latents, (B, C, h, w), float32 where the model computes in half precision: noise is added before they are
+            rounded, of which a small timestep would leave little.
 
         Raises:
             ValueError: If the shape does not fit the model or a value is NaN or infinite.
         """
         self._check_pixel_values(pixel_values)
         vae = self._base().vae
+        dtype = torch.promote_types(self.dtype, torch.float32)
         if vae is None:
-            return pixel_values.to(self.device, self.dtype)
+            return pixel_values.to(self.device, dtype)
         parameter = next(vae.parameters())
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
         with torch.autocast(parameter.device.type, enabled=False):
@@ -282,7 +288,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         # An AutoencoderDC has no distribution.
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)
-        scaled: Tensor = ((latents - shift) * scale).to(self.device, self.dtype)
+        scaled: Tensor = ((latents - shift) * scale).to(self.device, dtype)
         return scaled
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
@@ -300,20 +306,21 @@ class ASelectPreTrainedModel(PreTrainedModel):
             ValueError: If `timestep` is outside [0, 1000).
         """
         check_timestep(timestep)
-        noise = fixed_noise(tuple(latents.shape[1:]), self.config.noise_seed, draw)
-        timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        return self.noise_schedule.add_noise(latents, noise, timesteps)
+        noise = self._base().noise(tuple(latents.shape[1:]), draw)
+        return self.noise_schedule.add_noise(latents, noise, timestep)
 
     def read_tokens(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
         """Return tokens at a tap, (B, N, D), of noised latents, (B, C, h, w), at timesteps, (B,)."""
-        tokens: Tensor = self._base().denoiser(noised_latents, timesteps, block, feature)
-        return tokens
+        return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
 
     def read_taps(
         self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[tuple[int, str]]
     ) -> dict[tuple[int, str], Tensor]:
         """Return tokens, (B, N, D), at each (block, feature) of `taps` from one pass; see `read_tokens`."""
-        tokens: dict[tuple[int, str], Tensor] = self._base().denoiser.read_taps(noised_latents, timesteps, taps)
+        if self.config.folded:
+            self._check_reading(int(timesteps.min()), int(timesteps.max()), taps)
+        noised = noised_latents.to(self.dtype)
+        tokens: dict[Tap, Tensor] = self._base().denoiser.read_taps(noised, timesteps, taps)
         return tokens
 
     def token_grid(self, latents: Tensor) -> tuple[int, int]:
@@ -344,6 +351,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
             ValueError: If a number is out of range, the scheduler's `prediction_type` is unknown, or NaN or infinite
                 values come out.
         """
+        if self.config.folded:
+            raise ValueError("A folded model has no layers to generate with. Use the model it was folded from.")
         height, width = (side // self.config.vae_scale_factor for side in self.config.image_height_width)
         base, sampler = self._base(), build_sampler(self.config)
         latents = generate_latents(
@@ -417,20 +426,84 @@ class ASelectPreTrainedModel(PreTrainedModel):
     ) -> tuple[dict[Tap, Tensor], tuple[int, int]]:
         """Return the tokens of pictures, (B, N, D), at each tap, and the rows and columns of their grid."""
         check_timestep(timestep)
+        self._check_reading(timestep, timestep, taps)
         latents = self.encode(pixel_values)
-        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        timesteps = torch.full((latents.shape[0],), timestep, device=latents.device)
+        denoiser = self._base().denoiser
         draws = []
         for draw in range(num_draws):
             if self.training and self.config.resample_noise_in_training:
-                noised = self.noise_schedule.add_noise(latents, torch.randn_like(latents), timesteps)
+                noised = self.noise_schedule.add_noise(latents, torch.randn_like(latents), timestep)
             else:
                 noised = self.add_noise(latents, timestep, draw)
-            draws.append(self.read_taps(noised, timesteps, taps))
+            draws.append(denoiser.read_taps(noised.to(self.dtype), timesteps, taps))
         tokens = {
             tap: torch.stack([read[tap] for read in draws]).mean(0) if num_draws > 1 else draws[0][tap] for tap in taps
         }
         zeroed = {tap: zero_channels(values, self._zeroed_at(tap, values.shape[-1])) for tap, values in tokens.items()}
         return zeroed, self.token_grid(latents)
+
+    def _check_reading(self, first: int, last: int, taps: Sequence[Tap]) -> None:
+        """Refuse to read a folded model at other timesteps, or at taps that it has not."""
+        layout = getattr(self._base().denoiser, "layout", None)
+        if layout is None or torch.compiler.is_compiling():
+            return
+        if (first, last) != (layout.timestep, layout.timestep):
+            raise ValueError(
+                f"This model was folded at timestep {layout.timestep}, which is in its weights, and cannot be read at "
+                f"{first if first != layout.timestep else last}. Load the model it was folded from."
+            )
+        for tap in taps:
+            self.config.check_tap(*tap)
+
+    def fold(self) -> Self:
+        """Return a new, smaller model of the same class with equal outputs, at this timestep and tap alone.
+
+        The timestep's conditioning is multiplied into the neighbouring linear layers, query, key and value become one
+        layer, and what is not needed is left out: embedders of timestep and label (or text), modulation layers, the
+        blocks after the tap, the output layers. What is left is a plain vision transformer, which needs no diffusers
+        but for a VAE, runs on the kernel that `attn_implementation` names, trains, and takes LoRA.
+
+        Returns:
+            The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, the model is folded already, its family cannot be folded
+                (Sana, Lumina), it holds adapters or quantized weights, or a part of it is not in memory.
+        """
+        self._resolved_timestep()
+        base = self._base()
+        if self.config.folded:
+            raise ValueError("This model is folded already.")
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError("A part of this model is not in memory. Load it without offloading, then fold it.")
+        taps = list(dict.fromkeys(base.taps()))
+        config = copy.deepcopy(self.config)
+        if (config.block_index(), config.feature) not in taps:
+            # A backbone or decoder reads other blocks than this one, which would be kept for nothing.
+            taps += [(0, config.feature)] if max(taps)[0] < 0 else []
+            config.block = max(taps)[0]
+        layout, weights = fold_denoiser(base.denoiser, config, taps)
+        if isinstance(config.zeroed_channels, dict):
+            kept = config.zeroed_channels.items()
+            config.zeroed_channels = {key: channels for key, channels in kept if key in layout.taps}
+        config.folded_layout, config.folded = layout.to_dict(), True
+        if not self._is_selection_in_use():
+            config.selection = None
+        config.validate()
+        with torch.device("meta"):
+            folded: Self = type(self)(config)
+        prefix = "" if self is base else f"{self.base_model_prefix}."
+        others = {
+            name: value.clone()
+            for name, value in self.state_dict().items()
+            if not name.startswith(f"{prefix}denoiser.")
+        }
+        weights = {f"{prefix}denoiser.{name}": value for name, value in weights.items()}
+        folded.load_state_dict({**others, **weights}, assign=True)
+        folded._base().freeze()
+        folded.train(self.training)
+        return folded
 
     def _zeroed_at(self, tap: Tap, width: int) -> list[int]:
         """Return the channels that are set to zero at a tap; they may have been changed since they were checked."""
@@ -507,12 +580,32 @@ class DiTModel(ASelectPreTrainedModel):
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
         self.vae = build_vae_encoder(config)
+        self._noise: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
+        if config.folded:
+            # Made before a graph is compiled or exported, which would have no generator in it.
+            height, width = (side // config.vae_scale_factor for side in config.image_height_width)
+            for draw in range(config.num_noise_draws):
+                self.noise((config.layout.num_channels, height, width), draw)
         self.freeze()
         self.post_init()
 
     def taps(self) -> list[Tap]:
         """Return the (block, feature) pairs that are read."""
         return [(self.config.block_index(), self.config.feature)]
+
+    def noise(self, shape: tuple[int, ...], draw: int = 0) -> Tensor:
+        """Return the fixed noise of `config.noise_seed` for latents of a shape, (C, h, w), float32, on the CPU.
+
+        Args:
+            shape: Channels, height and width.
+            draw: Which of the seed's noise tensors, from 0.
+        """
+        key = shape, self.config.noise_seed, draw
+        if key not in self._noise:
+            if len(self._noise) >= MAX_KEPT_NOISE:
+                self._noise.clear()
+            self._noise[key] = fixed_noise(*key)
+        return self._noise[key]
 
     def freeze(self) -> None:
         """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the tap."""

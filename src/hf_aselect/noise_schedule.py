@@ -54,6 +54,7 @@ class NoiseSchedule:
             if not (bool((falling.diff() <= 0).all()) and float(falling[-1]) >= 0 and float(falling[0]) <= 1):
                 way = "fall" if name == "alphas" else "rise"
                 raise ValueError(f"`{name}` must {way} with the timestep and stay in [0, 1].")
+        self._factors = list(zip(self.alphas.float().tolist(), self.sigmas.float().tolist(), strict=True))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "NoiseSchedule":
@@ -237,17 +238,22 @@ class NoiseSchedule:
         levels = torch.linspace(min(first, MAX_LOG_SNR), max(last, -MAX_LOG_SNR), num)
         return sorted({self.timestep_at(level) for level in levels.tolist()})
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Mix latents with noise.
 
         Args:
             latents: Clean latents, (B, C, h, w).
             noise: Standard normal noise that broadcasts to `latents`.
-            timesteps: Integer timesteps in [0, 1000), (B,).
+            timesteps: Integer timesteps in [0, 1000), (B,), or one for all.
 
         Returns:
             Noised latents, (B, C, h, w), computed in float32 and returned in the dtype of `latents`.
         """
+        if isinstance(timesteps, int):
+            # Plain numbers: nothing is copied to an accelerator, and a compiled graph has constants here.
+            alpha, sigma = self._factors[timesteps]
+            noised: Tensor = alpha * latents.float() + sigma * noise.to(latents.device).float()
+            return noised.to(latents.dtype)
         alpha = self.alpha(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         sigma = self.sigma(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         return (alpha * latents.float() + sigma * noise.to(latents.device).float()).to(latents.dtype)
@@ -287,9 +293,10 @@ def fixed_noise(shape: tuple[int, ...], seed: int, draw: int = 0) -> Tensor:
     Draws are made one after the other, as torch keeps only 32 bits of a seed and two seeds could meet.
     """
     generator = torch.Generator().manual_seed(seed)
+    # On the CPU by name: a model is built on the meta device to be loaded.
     for _ in range(draw):
-        torch.randn(shape, generator=generator)
-    return torch.randn(shape, generator=generator)
+        torch.randn(shape, generator=generator, device="cpu")
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _betas(config: dict[str, Any]) -> Tensor:

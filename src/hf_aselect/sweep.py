@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers.utils import logging as host_logging
 
 from .calibration import CalibrationPictures
-from .configuration_aselect import MASSIVE_FEATURES, ASelectConfig
+from .configuration_aselect import ASelectConfig
 from .consensus import ConsensusSums, Key, unexplained
 from .criteria import Consensus, Criterion, PatchProbe, Probe
 from .massive_channels import massive_channels, outlier_share, zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
+from .taps import MASSIVE_FEATURES, Tap
 from .timestep_curve import TimestepCurve, bootstrap
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ NUM_CALIBRATION = 32
 # Massive channels are the same in every picture, so a few pictures show them.
 NUM_FOR_CHANNELS = 8
 AUTO_FEATURES = ("hidden", "query", "key", "value")
-
-Tap = tuple[int, str]
 
 
 class ReadableModel(Protocol):

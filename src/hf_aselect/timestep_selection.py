@@ -16,7 +16,8 @@ from .configuration_aselect import ASelectConfig, check_timestep
 from .criteria import CRITERIA, Criterion, PatchProbe, Probe
 from .denoisers import eval_mode
 from .selection_record import TimestepSelection
-from .sweep import AUTO_FEATURES, ReadableModel, Sweep, Tap
+from .sweep import AUTO_FEATURES, ReadableModel, Sweep
+from .taps import Tap
 from .timestep_curve import TimestepCurve
 
 logger = logging.getLogger(__name__)
@@ -83,12 +84,17 @@ def select_timestep(
 
     Raises:
         ValueError: If there are no pictures, they do not fit the model, a timestep is outside [0, 1000), `criterion`
-            is unknown or lacks its labels, the labels are not one class index a picture, a tap does not exist, or a
-            number is out of range.
+            is unknown or lacks its labels, the labels are not one class index a picture, a tap does not exist, a
+            number is out of range, or the model is folded.
 
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
     """
     started = time.monotonic()
+    if model.config.folded:
+        raise ValueError(
+            f"This model was folded at timestep {model.config.timestep}, which is in its weights: there is nothing to "
+            "choose. Choose with the model it was folded from, then fold that."
+        )
     criterion = _checked_criterion(criterion, labels)
     masks = _masks(labels, images)
     if masks is not None and type(criterion) is Probe:

@@ -95,6 +95,7 @@ def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[st
         "block": config.block_index(),
         "feature": config.feature,
         "base_model": config.base_model,
+        "folded": config.folded or None,
         # By definition: that embedding is of no others' weights.
         "license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else None,
     }

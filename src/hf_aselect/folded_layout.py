@@ -1,0 +1,158 @@
+"""The sizes of a folded transformer, and at which timestep and taps it was folded: no torch, no diffusers."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .taps import Tap, parse_tap_key
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+POSITIONS = ("sincos", "table", "rotary")
+
+
+@dataclass(frozen=True)
+class FoldedLayout:
+    """What must be known of a folded transformer to build it.
+
+    Args:
+        timestep: Timestep whose conditioning is in the weights, in [0, 1000).
+        taps: Where it can be read, as `tap_key` names it; blocks count as in the transformer that it was made from,
+            and none after the last of them is there.
+        num_channels: Channels of the latents.
+        patch_size: Latents a side that one token stands for.
+        hidden_size: Width D of the tokens.
+        num_attention_heads: Attention heads of a block.
+        mlp_size: Width of the MLPs.
+        activation: Of the MLPs, "gelu" or "gelu_tanh" (its approximation).
+        rows: Rows of the token grid that it was folded for.
+        columns: Its columns.
+        positions: "sincos" for a table that is made anew for other grids, "table" for one whose middle is cut out for
+            smaller grids, "rotary" for rotary embeddings of any grid.
+        position_base_size: Of a "sincos" table: tokens a side whose places are a whole number apart.
+        position_scale: Of a "sincos" table: what places are divided by.
+        is_size_fixed: Whether the picture's size is in the weights, too, so that no other can be read.
+        attention_norm_eps: Epsilon of the norm before attention.
+        mlp_norm_eps: Epsilon of the norm before the MLP.
+        query_key_norm_eps: Epsilon of the norms of queries and keys; None where there are none.
+        text_size: Tokens of the text's stream; 0 where there is none.
+        is_text_first: Whether attention has the text before the picture.
+        num_cross_tokens: Tokens that a cross-attention of each block reads; 0 where there is none. Of one token there
+            is none either: what is read of it is constant.
+        dual_attention_blocks: Blocks with a second attention, of the picture alone.
+        num_joint_blocks: Of a transformer with a text's stream: blocks of two streams; those after them have one.
+        rotary_sizes: Of rotary positions: channels of a head for each axis (text, row, column).
+        rotary_theta: Of rotary positions: base of the frequencies.
+    """
+
+    timestep: int
+    taps: tuple[str, ...]
+    num_channels: int
+    patch_size: int
+    hidden_size: int
+    num_attention_heads: int
+    mlp_size: int
+    rows: int
+    columns: int
+    activation: str = "gelu_tanh"
+    positions: str = "sincos"
+    position_base_size: int = 1
+    position_scale: float = 1.0
+    is_size_fixed: bool = False
+    attention_norm_eps: float = 1e-6
+    mlp_norm_eps: float = 1e-6
+    query_key_norm_eps: float | None = None
+    text_size: int = 0
+    is_text_first: bool = False
+    num_cross_tokens: int = 0
+    dual_attention_blocks: tuple[int, ...] = ()
+    num_joint_blocks: int = 0
+    rotary_sizes: tuple[int, ...] = ()
+    rotary_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no transformer is built of.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        positive = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "mlp_size", "rows", "columns")
+        for name in (*positive, "position_base_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`folded_layout` must have an integer from 1 on as `{name}`, got {value!r}.")
+        for name in ("text_size", "num_cross_tokens", "num_joint_blocks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"`folded_layout` must have an integer from 0 on as `{name}`, got {value!r}.")
+        for name in ("attention_norm_eps", "mlp_norm_eps", "query_key_norm_eps", "position_scale", "rotary_theta"):
+            value = getattr(self, name)
+            if not (value is None and name == "query_key_norm_eps") and not isinstance(value, int | float):
+                raise ValueError(f"`folded_layout` must have a number as `{name}`, got {value!r}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`folded_layout` must have a `hidden_size` ({self.hidden_size}) that is a multiple of "
+                f"`num_attention_heads` ({self.num_attention_heads})."
+            )
+        if self.activation not in ACTIVATIONS or self.positions not in POSITIONS:
+            raise ValueError(
+                f"`folded_layout` must have one of {', '.join(ACTIVATIONS)} as `activation` and one of "
+                f"{', '.join(POSITIONS)} as `positions`, got {self.activation!r} and {self.positions!r}."
+            )
+        if not self.taps:
+            raise ValueError("`folded_layout` must name at least one tap in `taps`.")
+        for key in self.taps:
+            parse_tap_key(key)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FoldedLayout":
+        """Build a layout from what `to_dict` made of one.
+
+        Raises:
+            ValueError: If a value is missing, unknown or of the wrong kind.
+        """
+        names = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - names):
+            raise ValueError(f"`folded_layout` has no {', '.join(unknown)}; hf_aselect wrote another version of it.")
+        lists = {name: value for name, value in values.items() if name in _LISTS}
+        if wrong := [name for name, value in lists.items() if not isinstance(value, list | tuple)]:
+            raise ValueError(f"`folded_layout` must have lists as {', '.join(wrong)}.")
+        try:
+            return cls(**{**values, **{name: tuple(value) for name, value in lists.items()}})
+        except TypeError as error:
+            raise ValueError(f"`folded_layout` is not whole ({error}).") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values, in JSON's types."""
+        return {name: list(value) if name in _LISTS else value for name, value in asdict(self).items()}
+
+    @property
+    def tapped(self) -> list[Tap]:
+        """Block and feature of each tap."""
+        return [parse_tap_key(key) for key in self.taps]
+
+    @property
+    def last_block(self) -> int:
+        """The last block that is there, whole or in part; -1 if only the stem is."""
+        return max(block for block, _ in self.tapped)
+
+    def features_at(self, block: int) -> tuple[str, ...]:
+        """Return the features that can be read of a block."""
+        return tuple(feature for tapped, feature in self.tapped if tapped == block)
+
+    def is_run(self, block: int) -> bool:
+        """Return whether a block is run to its end."""
+        return block < self.last_block or "hidden" in self.features_at(block)
+
+    def is_attending(self, block: int) -> bool:
+        """Return whether a block's attention is run."""
+        return self.is_run(block) or "attention" in self.features_at(block)
+
+    def is_text_used_after(self, block: int) -> bool:
+        """Return whether an attention that comes after a block looks at the text."""
+        return any(self.is_attending(later) for later in range(block + 1, self.last_block + 1))
+
+    def is_single(self, block: int) -> bool:
+        """Return whether text and picture are in one stream at a block."""
+        return self.text_size > 0 and block >= self.num_joint_blocks
+
+
+_LISTS = ("taps", "dual_attention_blocks", "rotary_sizes")

@@ -1,0 +1,482 @@
+"""Folding: a denoiser at a constant timestep, as the weights of a plain transformer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .configuration_aselect import ASelectConfig
+from .denoiser import Denoiser, Pass
+from .denoiser_dit import DiTDenoiser
+from .denoiser_flux import FluxDenoiser
+from .denoiser_pixart import PixArtDenoiser
+from .denoiser_sd3 import SD3Denoiser
+from .denoisers import eval_mode
+from .folded_layout import FoldedLayout
+from .folded_transformer import sincos_table
+from .taps import PROJECTIONS, Tap, tap_key
+
+State = dict[str, Tensor]
+Weights = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What a block's conditioning does to a stream at a constant timestep, (D,) each, float64."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+    mlp_shift: Tensor | None = None
+    mlp_scale: Tensor | None = None
+    mlp_gate: Tensor | None = None
+
+
+@torch.no_grad()
+def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]) -> tuple[FoldedLayout, State]:
+    """Return what a denoiser is at the configuration's timestep, read at some taps: layout and weights.
+
+    At a constant timestep and label (or prompt) the six modulation vectors of a block are constants. With LN the norm
+    without affine, W·((1 + scale)·LN(x) + shift) + b = (W·diag(1 + scale))·LN(x) + (W·shift + b), and
+    gate·(W·x + b) = (diag(gate)·W)·x + gate·b. Query, key and value become one layer. The products are computed in
+    float64 and rounded once, to the weights' dtype.
+
+    Args:
+        denoiser: A denoiser of DiT (or SiT), PixArt, Stable Diffusion 3 or FLUX.
+        config: Its configuration, with an integer timestep.
+        taps: Where it is to be read; blocks counted from the first.
+
+    Returns:
+        The layout, and the state of a `FoldedTransformer` of it.
+
+    Raises:
+        ValueError: If the family cannot be folded, or a layer is none that a plain one could stand for.
+    """
+    fold = next((fold for kind, fold in _FAMILIES.items() if isinstance(denoiser, kind)), None)
+    if fold is None:
+        raise ValueError(
+            f"A {type(denoiser.transformer).__name__} cannot be folded: its blocks are no plain attention and MLP "
+            f"(linear attention and convolutions, or norms behind the gates). Those that can be are "
+            f"{', '.join(name.__name__.removesuffix('Denoiser') for name in _FAMILIES)}."
+        )
+    parameter = next(denoiser.parameters())
+    height, width = (side // config.vae_scale_factor for side in config.image_height_width)
+    with eval_mode(denoiser):
+        latents = torch.zeros(1, denoiser.num_channels, height, width, device=parameter.device, dtype=parameter.dtype)
+        timesteps = torch.full((1,), int(config.timestep), device=parameter.device)
+        start = denoiser.begin(latents, timesteps, None)
+        layout, weights = fold(denoiser, config, start, [tap_key(*tap) for tap in taps])
+        # Each is rounded as it comes: in float64 all of them would take twice the model's memory.
+        return layout, {name: value.to(parameter.dtype, copy=True).contiguous() for name, value in weights}
+
+
+def _sizes(denoiser: Denoiser, config: ASelectConfig, start: Pass, taps: list[str]) -> dict[str, Any]:
+    """Return the sizes that all families have."""
+    return {
+        "timestep": config.timestep,
+        "taps": tuple(taps),
+        "num_channels": denoiser.num_channels,
+        "patch_size": denoiser.patch_size,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "rows": start.rows,
+        "columns": start.columns,
+    }
+
+
+def _fold_dit(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+    """Fold DiT and SiT."""
+    transformer = denoiser.transformer
+    first = denoiser.blocks[0]
+    layout = FoldedLayout(
+        **_sizes(denoiser, config, start, taps),
+        **_mlp(first.ff),
+        **_sincos(transformer.pos_embed),
+        attention_norm_eps=first.norm1.norm.eps,
+        mlp_norm_eps=first.norm3.eps,
+    )
+
+    def modulation(block: Any) -> Modulation:  # noqa: ANN401 - diffusers' block
+        embedding = block.norm1.emb(*start.condition, hidden_dtype=start.hidden_states.dtype)
+        return _chunks(block.norm1.linear(silu(embedding)), 6)[0]
+
+    def weights() -> Weights:
+        yield from _patches(transformer.pos_embed, layout)
+        for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
+            parts = _BasicParts(block, block.norm1.norm, block.norm3, modulation(block))
+            yield from _block_state(layout, index, parts).items()
+
+    return layout, weights()
+
+
+def _fold_pixart(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+    """Fold PixArt: keys and values of its cross-attention to the prompt are constants."""
+    transformer = denoiser.transformer
+    first = denoiser.blocks[0]
+    num_tokens = start.context.shape[1]  # type: ignore[union-attr]
+    layout = FoldedLayout(
+        **_sizes(denoiser, config, start, taps),
+        **_mlp(first.ff),
+        **_sincos(transformer.pos_embed),
+        attention_norm_eps=first.norm1.eps,
+        mlp_norm_eps=first.norm2.eps,
+        # One token gets all attention, whatever the query: what is read of it is a constant.
+        num_cross_tokens=num_tokens if num_tokens > 1 else 0,
+        is_size_fixed=bool(transformer.use_additional_conditions),
+    )
+
+    def weights() -> Weights:
+        yield from _patches(transformer.pos_embed, layout)
+        for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
+            table = block.scale_shift_table + start.condition.reshape(6, -1)
+            parts = _BasicParts(block, block.norm1, block.norm2, _chunks(table.reshape(1, -1), 6)[0])
+            cross = block.attn2
+            if layout.is_run(index) and num_tokens == 1:
+                parts.offset = cross.to_out[0](cross.to_v(start.context))[0, 0].double()
+            yield from _block_state(layout, index, parts).items()
+            if layout.is_run(index) and num_tokens > 1:
+                prefix = f"blocks.{index}.cross_"
+                yield f"{prefix}key", cross.to_k(start.context)[0]
+                yield f"{prefix}value", cross.to_v(start.context)[0]
+                yield from _linear(f"{prefix}query", _plain(cross.to_q)).items()
+                yield from _linear(f"{prefix}projection", _plain(cross.to_out[0])).items()
+
+    return layout, weights()
+
+
+def _fold_sd3(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+    """Fold Stable Diffusion 3: the text's stream goes on as far as the picture's attention looks at it."""
+    transformer = denoiser.transformer
+    first = denoiser.blocks[0]
+    layout = FoldedLayout(
+        **_sizes(denoiser, config, start, taps),
+        **_mlp(first.ff),
+        positions="table",
+        attention_norm_eps=first.norm1.norm.eps,
+        mlp_norm_eps=first.norm2.eps,
+        query_key_norm_eps=None if first.attn.norm_q is None else first.attn.norm_q.eps,
+        text_size=start.context.shape[1],  # type: ignore[union-attr]
+        num_joint_blocks=len(denoiser.blocks),
+        dual_attention_blocks=tuple(
+            index for index, block in enumerate(denoiser.blocks) if getattr(block, "use_dual_attention", False)
+        ),
+    )
+
+    def weights() -> Weights:
+        yield from _patches(transformer.pos_embed, layout)
+        yield "text", start.context  # type: ignore[misc]
+        for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
+            yield from _joint_state(layout, index, block, silu(start.condition)).items()
+
+    return layout, weights()
+
+
+def _fold_flux(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+    """Fold FLUX: blocks of two streams as Stable Diffusion 3's, then those of one."""
+    transformer = denoiser.transformer
+    single = transformer.single_transformer_blocks
+    norms = [block.attn.norm_q for block in denoiser.blocks]
+    first = transformer.transformer_blocks[0]
+    layout = FoldedLayout(
+        **_sizes(denoiser, config, start, taps),
+        **_mlp(first.ff),
+        positions="rotary",
+        rotary_sizes=tuple(transformer.pos_embed.axes_dim),
+        rotary_theta=float(transformer.pos_embed.theta),
+        attention_norm_eps=first.norm1.norm.eps,
+        mlp_norm_eps=first.norm2.eps,
+        query_key_norm_eps=_same([norm.eps for norm in norms], "epsilons of its norms"),
+        text_size=start.context.shape[1],  # type: ignore[union-attr]
+        is_text_first=True,
+        num_joint_blocks=len(denoiser.blocks) - len(single),
+    )
+
+    def weights() -> Weights:
+        weight, bias = _plain(transformer.x_embedder)
+        # A token's 2 × 2 latents are packed channel by channel, as a convolution's weights lie.
+        yield "patch_embedding.weight", weight.unflatten(1, (-1, 2, 2))
+        yield "patch_embedding.bias", bias
+        yield "text", start.context  # type: ignore[misc]
+        condition = silu(start.condition)
+        for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
+            if layout.is_single(index):
+                modulation = _chunks(block.norm.linear(condition), 3)[0]
+                yield from _single_state(layout, index, block, modulation).items()
+            else:
+                yield from _joint_state(layout, index, block, condition).items()
+
+    return layout, weights()
+
+
+_Fold = Callable[[Any, ASelectConfig, Pass, list[str]], tuple[FoldedLayout, Weights]]
+_FAMILIES: dict[type[Denoiser], _Fold] = {
+    DiTDenoiser: _fold_dit,
+    PixArtDenoiser: _fold_pixart,
+    SD3Denoiser: _fold_sd3,
+    FluxDenoiser: _fold_flux,
+}
+
+
+class _BasicParts:
+    """The layers of one stream of a block, under one set of names; first those of diffusers' basic block."""
+
+    def __init__(self, block: Any, norm: Any, mlp_norm: Any, modulation: Modulation) -> None:  # noqa: ANN401
+        attention = block.attn1
+        self.query, self.key, self.value = attention.to_q, attention.to_k, attention.to_v
+        self.query_norm, self.key_norm = attention.norm_q, attention.norm_k
+        self.output: Any = attention.to_out[0]
+        self.mlp: Any = block.ff
+        self.norm, self.mlp_norm, self.modulation = norm, mlp_norm, modulation
+        self.offset: Tensor | None = None  # added behind the gate
+        if self.query_norm is not None or getattr(attention, "norm_cross", None) is not None:
+            raise ValueError("A DiT with norms of queries and keys cannot be folded.")
+
+
+class _JointParts(_BasicParts):
+    """The layers of the picture's or the text's stream of a joint block."""
+
+    def __init__(self, block: Any, is_text: bool, modulation: Modulation, attention: Any = None) -> None:  # noqa: ANN401
+        attention = attention or block.attn
+        if is_text:
+            self.query, self.key, self.value = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
+            self.query_norm, self.key_norm = attention.norm_added_q, attention.norm_added_k
+            self.output = getattr(attention, "to_add_out", None)
+            self.mlp, self.mlp_norm = block.ff_context, block.norm2_context
+            self.norm = block.norm1_context.norm
+        else:
+            self.query, self.key, self.value = attention.to_q, attention.to_k, attention.to_v
+            self.query_norm, self.key_norm = attention.norm_q, attention.norm_k
+            self.output = attention.to_out[0]
+            self.mlp, self.mlp_norm = block.ff, block.norm2
+            self.norm = block.norm1.norm
+        self.modulation = modulation
+        self.offset = None
+
+
+def _joint_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor) -> State:  # noqa: ANN401
+    """Return the state of a block of two streams."""
+    is_dual = getattr(block, "use_dual_attention", False)
+    modulations = _chunks(block.norm1.linear(condition), 9 if is_dual else 6)
+    state = _block_state(layout, index, _JointParts(block, False, modulations[0]))
+    if index in layout.dual_attention_blocks and layout.is_run(index):
+        dual = _JointParts(block, False, modulations[1], block.attn2)
+        state |= _stream_state(layout, f"blocks.{index}.dual.", dual, PROJECTIONS, True, False)
+    if layout.is_attending(index):
+        is_used = layout.is_text_used_after(index)
+        values = block.norm1_context.linear(condition)
+        if getattr(block, "context_pre_only", False):
+            scale, shift = values.double()[0].chunk(2)
+            modulation = Modulation(shift, scale)
+        else:
+            modulation = _chunks(values, 6)[0]
+        state |= _stream_state(
+            layout,
+            f"blocks.{index}.text.",
+            _JointParts(block, True, modulation),
+            PROJECTIONS if is_used else PROJECTIONS[1:],
+            is_used,
+            is_used,
+        )
+    return state
+
+
+def _block_state(layout: FoldedLayout, index: int, parts: _BasicParts) -> State:
+    """Return the state of a block's picture stream, with its taps."""
+    prefix, features = f"blocks.{index}.", layout.features_at(index)
+    is_run, is_attending = layout.is_run(index), layout.is_attending(index)
+    projections = PROJECTIONS if is_attending else [name for name in PROJECTIONS if name in features]
+    has_gate = is_run and "attention" in features
+    is_gated = is_run and not has_gate
+    state = _stream_state(layout, f"{prefix}picture.", parts, projections, is_attending, is_run, is_gated)
+    if "normed" in features:
+        scale, shift = _affine(parts.norm, parts.modulation.shift, parts.modulation.scale)
+        state |= {f"{prefix}normed_scale": scale, f"{prefix}normed_shift": shift}
+    if has_gate:
+        gate = _needed(parts.modulation.gate)
+        offset = torch.zeros_like(gate) if parts.offset is None else parts.offset
+        state |= {f"{prefix}gate": gate, f"{prefix}offset": offset}
+    return state
+
+
+def _stream_state(
+    layout: FoldedLayout,
+    prefix: str,
+    parts: _BasicParts,
+    projections: Sequence[str],
+    is_attending: bool,
+    is_run: bool,
+    is_gated: bool = True,
+) -> State:
+    """Return the state of a `FoldedStream`."""
+    state: State = {}
+    modulation = parts.modulation
+    if projections:
+        layers = [_plain(getattr(parts, name)) for name in projections]
+        fused = torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
+        state |= _linear(f"{prefix}query_key_value", _modulated(fused, parts.norm, modulation.shift, modulation.scale))
+    if layout.query_key_norm_eps is not None:
+        if is_attending:
+            state[f"{prefix}query_norm.weight"] = _norm_weight(parts.query_norm, layout)
+        if "value" in projections:
+            state[f"{prefix}key_norm.weight"] = _norm_weight(parts.key_norm, layout)
+    if is_attending:
+        weight, bias = _plain(parts.output)
+        if is_gated:
+            weight, bias = _gated((weight, bias), _needed(modulation.gate))
+            if parts.offset is not None:
+                bias = bias + parts.offset
+        state |= _linear(f"{prefix}projection", (weight, bias))
+    if is_run:
+        up, down = _mlp_layers(parts.mlp)
+        up = _modulated(up, parts.mlp_norm, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
+        state |= _linear(f"{prefix}up_projection", up)
+        state |= _linear(f"{prefix}down_projection", _gated(down, _needed(modulation.mlp_gate)))
+    return state
+
+
+def _single_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation) -> State:  # noqa: ANN401
+    """Return the state of a `FoldedSingleBlock`."""
+    prefix, features, is_run = f"blocks.{index}.", layout.features_at(index), layout.is_run(index)
+    attention = block.attn
+    named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
+    layers = [_plain(layer) for name, layer in named.items() if is_run or name in features]
+    state: State = {}
+    if is_run:
+        layers.append(_plain(block.proj_mlp))
+        state |= _linear(f"{prefix}projection", _gated(_plain(block.proj_out), _needed(modulation.gate)))
+        state[f"{prefix}query_norm.weight"] = _norm_weight(attention.norm_q, layout)
+        state[f"{prefix}key_norm.weight"] = _norm_weight(attention.norm_k, layout)
+    if layers:
+        fused = torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
+        state |= _linear(
+            f"{prefix}query_key_value_mlp", _modulated(fused, block.norm.norm, modulation.shift, modulation.scale)
+        )
+    if "normed" in features:
+        scale, shift = _affine(block.norm.norm, modulation.shift, modulation.scale)
+        state |= {f"{prefix}normed_scale": scale, f"{prefix}normed_shift": shift}
+    return state
+
+
+def _chunks(values: Tensor, count: int) -> list[Modulation]:
+    """Return the modulations, (1, count · D), that diffusers' order stands for: three or six, then perhaps three."""
+    parts = values.double()[0].chunk(count)
+    first = Modulation(*parts[: 3 if count == 3 else 6])
+    return [first, Modulation(*parts[6:])] if count > 6 else [first]
+
+
+def _needed(vector: Tensor | None) -> Tensor:
+    if vector is None:
+        raise ValueError("A block without gates cannot be folded to its end.")
+    return vector
+
+
+Layer = tuple[Tensor, Tensor]  # weight and bias, float64
+
+
+def _plain(layer: Any) -> Layer:  # noqa: ANN401 - whatever stands there
+    """Return weight and bias of a linear layer; refuse anything that computes more than they say.
+
+    Raises:
+        ValueError: If it is no plain linear layer: adapters and quantized weights would get lost.
+    """
+    if type(layer) is not nn.Linear:
+        raise ValueError(
+            f"Only plain linear layers can be folded, got a {type(layer).__name__}. Merge adapters first (peft's "
+            "`merge_and_unload`), and load the model without quantization."
+        )
+    weight = layer.weight.double()
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
+
+
+def _linear(name: str, layer: Layer) -> State:
+    return {f"{name}.weight": layer[0], f"{name}.bias": layer[1]}
+
+
+def _affine(norm: Any, shift: Tensor, scale: Tensor) -> Layer:  # noqa: ANN401 - diffusers' or torch's
+    """Return scale and shift of a norm's output, its own and the modulation's together."""
+    total, offset = 1 + scale, shift
+    if getattr(norm, "bias", None) is not None:
+        offset = offset + total * norm.bias.double()
+    if getattr(norm, "weight", None) is not None:
+        total = total * norm.weight.double()
+    return total, offset
+
+
+def _modulated(layer: Layer, norm: Any, shift: Tensor, scale: Tensor) -> Layer:  # noqa: ANN401 - as above
+    """Return the layer that makes of the norm's output what a layer makes of the modulated one."""
+    weight, bias = layer
+    total, offset = _affine(norm, shift, scale)
+    return weight * total, bias + weight @ offset
+
+
+def _gated(layer: Layer, gate: Tensor) -> Layer:
+    """Return the layer that makes what the gate leaves of a layer's output."""
+    weight, bias = layer
+    return gate[:, None] * weight, gate * bias
+
+
+def _mlp_layers(mlp: Any) -> tuple[Layer, Layer]:  # noqa: ANN401 - diffusers' `FeedForward`
+    return _plain(mlp.net[0].proj), _plain(mlp.net[2])
+
+
+def _mlp(mlp: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+    """Return width and activation of an MLP.
+
+    Raises:
+        ValueError: If it has a gate of its own or another activation.
+    """
+    entry = mlp.net[0]
+    if type(entry).__name__ != "GELU":
+        raise ValueError(f"An MLP with {type(entry).__name__} cannot be folded, only one with GELU.")
+    return {
+        "mlp_size": entry.proj.out_features,
+        "activation": "gelu_tanh" if entry.approximate == "tanh" else "gelu",
+    }
+
+
+def _norm_weight(norm: Any, layout: FoldedLayout) -> Tensor:  # noqa: ANN401 - diffusers' or torch's
+    """Return the weight of a norm of queries or keys."""
+    if norm.eps != layout.query_key_norm_eps or getattr(norm, "bias", None) is not None:
+        raise ValueError("A transformer whose norms of queries and keys differ in kind cannot be folded.")
+    if norm.weight is None:
+        return torch.ones(layout.hidden_size // layout.num_attention_heads, dtype=torch.float64)
+    weight: Tensor = norm.weight
+    return weight
+
+
+def _same(values: list[Any], what: str) -> Any:  # noqa: ANN401 - numbers
+    if len(set(values)) > 1:
+        raise ValueError(f"A transformer cannot be folded whose blocks differ in the {what}: {sorted(set(values))}.")
+    return values[0]
+
+
+def _sincos(embedding: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' `PatchEmbed`
+    return {
+        "positions": "sincos",
+        "position_base_size": embedding.base_size,
+        "position_scale": float(embedding.interpolation_scale),
+    }
+
+
+def _patches(embedding: Any, layout: FoldedLayout) -> Weights:  # noqa: ANN401 - as above
+    """Yield the state of the patch embedding, and the positions of the layout's grid."""
+    weight, bias = embedding.proj.weight, embedding.proj.bias
+    yield "patch_embedding.weight", weight
+    yield "patch_embedding.bias", weight.new_zeros(len(weight)) if bias is None else bias
+    if layout.positions == "table":
+        sides = (side * layout.patch_size for side in (layout.rows, layout.columns))
+        yield "positions", embedding.cropped_pos_embed(*sides)
+    else:
+        yield (
+            "positions",
+            sincos_table(
+                layout.hidden_size,
+                layout.rows,
+                layout.columns,
+                layout.position_base_size,
+                layout.position_scale,
+            ),
+        )

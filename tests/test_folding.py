@@ -1,0 +1,473 @@
+"""Folding: a plain, smaller model whose outputs are equal, from every family that can be folded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
+from pipelines import PIPELINES, dit_transformer, pixart_sigma, sana, sd3
+from torch import nn
+from transformers import AutoModelForImageClassification, UperNetConfig, UperNetForSemanticSegmentation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_aselect import (
+    ASelectConfig,
+    DiTBackbone,
+    DiTForImageClassification,
+    DiTForSemanticSegmentation,
+    DiTModel,
+    select_timestep,
+)
+from hf_aselect.folded_layout import FoldedLayout
+from hf_aselect.folded_transformer import FoldedTransformer, sincos_table
+from hf_aselect.taps import FEATURES, parse_tap_key
+
+TIMESTEP = 141
+HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1, "num_labels": 3}
+OPTIONS = {
+    "sit": {"timestep_embedding": "sit"},
+    "flux": {"image_size": 64},
+    "flux_dev": {"image_size": 64, "guidance": 3.5},
+}
+FOLDABLE = [name for name in PIPELINES if name not in ("sana", "lumina2")]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Load a family's tiny pipeline as a model; saved when it is first asked for."""
+    folders = {}
+
+    def get(name, kind=DiTModel, **options):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            PIPELINES[name]().save_pretrained(folders[name])
+        given = {"timestep": TIMESTEP, "zeroed_channels": [], **OPTIONS.get(name, {}), **options}
+        return kind.from_pretrained(folders[name], **given)
+
+    return get
+
+
+def pictures(model, size=None, num=2, seed=0):
+    height, width = size or model.config.image_height_width
+    values = torch.rand(num, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(seed))
+    return values * 2 - 1
+
+
+def distance(tokens, expected):
+    """The relative difference of two outputs."""
+    assert tokens.shape == expected.shape
+    return float((tokens.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", FOLDABLE)
+def test_tokens_at_every_tap_are_those_of_the_model(load, name, feature):
+    model = load(name)
+    given = pictures(model)
+    for block in range(model.config.num_hidden_layers):
+        if feature == "attention" and block >= model.config.layout.num_attention_outputs:
+            continue
+        model.config.block, model.config.feature = block, feature
+        with torch.no_grad():
+            tokens, expected = model.fold()(given).last_hidden_state, model(given).last_hidden_state
+        assert distance(tokens, expected) <= 1e-5, block
+
+
+@pytest.mark.parametrize(("name", "size"), [("dit", (32, 48)), ("sd3", (32, 48)), ("flux", (32, 48))])
+def test_pictures_of_other_sizes_are_read_as_before(load, name, size):
+    model = load(name)
+    folded = model.fold()
+    with torch.no_grad():
+        tokens, expected = (each(pictures(model, size)).last_hidden_state for each in (folded, model))
+    assert distance(tokens, expected) <= 1e-5
+
+
+def test_a_larger_picture_than_the_table_reaches_is_refused(load):
+    folded = load("sd3").fold()
+    with pytest.raises(ValueError, match=r"folded for a grid of 4×4 tokens and reads at most that size, got 6×4"):
+        folded(pictures(folded, (96, 64)))
+
+
+def test_a_model_conditioned_on_the_size_reads_that_size_alone(load):
+    folded = load("pixart_alpha").fold()
+    with pytest.raises(ValueError, match=r"folded for a grid of 4×4 tokens and reads only that size, got 2×4"):
+        folded(pictures(folded, (32, 64)))
+
+
+def test_several_taps_of_one_pass_are_folded_together(load):
+    for name in ("dit", "sd35", "flux"):
+        backbone = load(name, DiTBackbone, out_indices=[0, 1, 2], feature="attention")
+        folded = backbone.fold()
+        assert folded.config.folding.taps == ("-1.hidden", "0.attention", "1.attention")
+        with torch.no_grad():
+            for got, expected in zip(
+                folded(pictures(backbone)).feature_maps, backbone(pictures(backbone)).feature_maps, strict=True
+            ):
+                assert distance(got, expected) <= 1e-5
+
+
+def test_a_prompt_of_several_tokens_is_looked_at(tmp_path):
+    pixart_sigma().save_pretrained(tmp_path)
+    prompt = {"prompt_embeds": torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))}
+    model = DiTModel.from_pretrained(
+        tmp_path, timestep=TIMESTEP, block=2, feature="hidden", zeroed_channels=[], prompt_embeds=prompt
+    )
+    folded = model.fold()
+    assert folded.config.folding.num_cross_tokens == 5
+    with torch.no_grad():
+        tokens, expected = folded(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+    assert distance(tokens, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"attention_bias": False}, {"activation_fn": "gelu"}, {"norm_elementwise_affine": True}]
+)
+def test_other_kinds_of_blocks(tmp_path, options):
+    dit_transformer(**options).save_pretrained(tmp_path / "transformer")
+    model = DiTModel.from_pretrained(tmp_path / "transformer", timestep=TIMESTEP, block=2)
+    with torch.no_grad():
+        tokens, expected = model.fold()(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+    assert distance(tokens, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (4, 4)])
+def test_the_position_table_is_diffusers_own(grid):
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    expected = get_2d_sincos_pos_embed(24, grid, base_size=4, interpolation_scale=2.0, output_type="pt")
+    torch.testing.assert_close(sincos_table(24, *grid, 4, 2.0)[0], expected.float(), rtol=0, atol=1e-7)
+
+
+def test_a_classifier_keeps_its_head_and_its_logits(classifier, pixels):
+    classifier.config.timestep = TIMESTEP
+    folded = classifier.fold()
+    assert type(folded) is type(classifier)
+    assert folded.config.folded and not classifier.config.folded
+    assert folded.num_parameters() < classifier.num_parameters()
+    with torch.no_grad():
+        assert distance(folded(pixels).logits, classifier(pixels).logits) <= 1e-5
+    shared = {value.data_ptr() for value in classifier.parameters()}
+    assert not shared & {value.data_ptr() for value in folded.parameters()}
+
+
+def test_decoders_of_one_and_of_four_blocks(tmp_path):
+    dit_transformer(num_layers=8, in_channels=3, out_channels=3).save_pretrained(tmp_path)
+    for decoder in ("linear", "upernet"):
+        model = DiTForSemanticSegmentation.from_pretrained(
+            tmp_path, timestep=TIMESTEP, decoder=decoder, decoder_hidden_size=8, num_labels=3
+        )
+        folded = model.fold()
+        assert len(folded.backbone.denoiser.blocks) == (4 if decoder == "linear" else 7)
+        folded.save_pretrained(tmp_path / decoder)
+        again = DiTForSemanticSegmentation.from_pretrained(tmp_path / decoder)
+        with torch.no_grad():
+            expected = model(pictures(model)).logits
+            assert distance(folded(pictures(model)).logits, expected) <= 1e-5
+            assert torch.equal(again(pictures(model)).logits, folded(pictures(model)).logits)
+
+
+def test_a_head_of_the_host_stands_on_a_folded_backbone(tmp_path):
+    dit_transformer(num_layers=4, in_channels=3, out_channels=3).save_pretrained(tmp_path)
+    backbone = DiTBackbone.from_pretrained(tmp_path, timestep=TIMESTEP, out_indices=[1, 2, 3, 4]).fold()
+    head = UperNetForSemanticSegmentation(
+        UperNetConfig(
+            backbone_config=backbone.config, hidden_size=8, num_labels=3, auxiliary_in_channels=32, pool_scales=[1]
+        )
+    )
+    assert isinstance(head.backbone.denoiser, FoldedTransformer)
+    assert head.eval()(pictures(backbone, num=1)).logits.shape == (1, 3, 8, 8)
+
+
+def test_what_is_left_is_plain_and_all_of_it_is_used(load):
+    for name in FOLDABLE:
+        model = load(name, DiTForImageClassification, freeze_backbone=False, block=-1, **HEAD).fold().train()
+        kinds = {type(part) for part in model.backbone.denoiser.modules() if not list(part.children())}
+        assert kinds <= {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.GELU, nn.RMSNorm}
+        model(pictures(model), labels=torch.tensor([0, 1])).loss.backward()
+        unused = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+        assert not unused, (name, unused)
+        assert any(value.requires_grad for value in model.backbone.denoiser.parameters())
+
+
+def test_a_frozen_backbone_stays_frozen(classifier):
+    classifier.config.timestep = TIMESTEP
+    folded = classifier.fold()
+    assert not any(value.requires_grad for value in folded.backbone.parameters())
+    assert all(value.requires_grad for value in folded.head.parameters())
+
+
+def test_saved_and_loaded_it_is_the_same(load, tmp_path):
+    for name in ("dit", "sd3", "pixart_sigma", "flux"):
+        folded = load(name, DiTForImageClassification, **HEAD).fold()
+        folded.save_pretrained(tmp_path / name)
+        again = AutoModelForImageClassification.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(again(pictures(folded)).logits, folded(pictures(folded)).logits)
+
+
+def test_without_a_vae_it_loads_without_diffusers(classifier, tmp_path):
+    classifier.config.timestep = TIMESTEP
+    classifier.fold().save_pretrained(tmp_path)
+    script = (
+        "import sys, torch, hf_aselect\n"
+        "from transformers import AutoModelForImageClassification\n"
+        "model = AutoModelForImageClassification.from_pretrained(sys.argv[1])\n"
+        "height, width = model.config.image_height_width\n"
+        "model(torch.zeros(1, model.config.num_channels, height, width))\n"
+        "print('diffusers' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_half_of_diffusers_weights_and_more_are_gone():
+    """DiT-XL/2, folded at block 13: at most 0.30 of diffusers' parameters, so 0.15 of its bytes in bfloat16."""
+    config = ASelectConfig(timestep=121, block=13, feature="hidden")
+    layout = FoldedLayout(
+        timestep=121,
+        taps=("13.hidden",),
+        num_channels=4,
+        patch_size=2,
+        hidden_size=1152,
+        num_attention_heads=16,
+        mlp_size=4608,
+        rows=16,
+        columns=16,
+        position_base_size=16,
+    )
+    with torch.device("meta"):
+        whole, folded = DiTModel(config).denoiser, FoldedTransformer(config, layout)
+    count, total = (sum(one.numel() for one in each.parameters()) for each in (folded, whole))
+    assert (total, count) == (749_826_464, 223_118_208)
+    assert count / total <= 0.30
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the host by its old name
+def test_lora_trains_the_folded_layers_alone(classifier, pixels):
+    classifier.config.timestep = TIMESTEP
+    folded = classifier.fold()
+    with torch.no_grad():
+        before = folded(pixels).logits
+    adapted = get_peft_model(folded, LoraConfig(target_modules=["query_key_value"], r=2, init_lora_weights=False))
+    adapted.train()
+    adapted(pixel_values=pixels, labels=torch.zeros(len(pixels), dtype=torch.long)).loss.backward()
+    touched = {name for name, value in adapted.named_parameters() if value.grad is not None}
+    assert touched and all("lora_" in name for name in touched)
+    merged = adapted.eval().merge_and_unload()
+    with torch.no_grad():
+        assert distance(merged(pixels).logits, before) > 1e-4
+
+
+def test_the_host_names_the_attention_kernel(classifier, pixels, tmp_path):
+    classifier.config.timestep = TIMESTEP
+    folded = classifier.fold()
+    assert folded.config._attn_implementation == "sdpa"
+    folded.save_pretrained(tmp_path)
+    eager = DiTForImageClassification.from_pretrained(tmp_path, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[1].shape)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("counted", counted)
+    own = DiTForImageClassification.from_pretrained(tmp_path, attn_implementation="counted")
+    with torch.no_grad():
+        expected = folded(pixels).logits
+        assert distance(eager(pixels).logits, expected) <= 1e-5
+        assert distance(own(pixels).logits, expected) <= 1e-6
+    assert len(calls) == folded.config.block_index()  # the tapped block's own attention is not run
+
+
+def test_gradient_checkpointing_changes_nothing(load):
+    model = load("dit", DiTForImageClassification, freeze_backbone=False, **HEAD).fold().train()
+    given, labels = pictures(model), torch.tensor([0, 1])
+    model(given, labels=labels).loss.backward()
+    expected = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    for block in model.backbone.denoiser.blocks:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = lambda run, *args: torch.utils.checkpoint.checkpoint(
+            run, *args, use_reentrant=False
+        )
+    model(given, labels=labels).loss.backward()
+    for name, value in model.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(value.grad, expected[name], msg=name)
+
+
+def test_compiled_without_graph_breaks(classifier, pixels):
+    classifier.config.timestep = TIMESTEP
+    folded = classifier.fold()
+    compiled = torch.compile(folded, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert distance(compiled(pixel_values=pixels).logits, folded(pixels).logits) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch's exporter, of its own trees
+def test_exported_with_a_free_batch(classifier, pixels, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the `export` extra is not installed")
+    classifier.config.timestep = TIMESTEP
+    folded = classifier.fold()
+    batch = {"pixel_values": {0: torch.export.Dim("batch", max=64)}}
+    with torch.no_grad():
+        expected = folded(pixels).logits
+        program = torch.export.export(folded, (), {"pixel_values": pixels}, dynamic_shapes=batch)
+        for size in (1, len(pixels)):
+            logits = program.module()(pixel_values=pixels[:size])["logits"]
+            assert distance(logits, expected[:size]) <= 1e-5
+        torch.onnx.export(
+            folded,
+            (),
+            tmp_path / "model.onnx",
+            kwargs={"pixel_values": pixels},
+            dynamic_shapes=batch,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamo=True,
+        )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for size in (1, len(pixels)):
+        (logits,) = session.run(["logits"], {"pixel_values": pixels[:size].numpy()})
+        assert abs(torch.from_numpy(logits) - expected[:size]).max() <= 1e-4
+
+
+def test_an_unresolved_model_is_refused(classifier):
+    classifier.config.timestep = "auto"
+    with pytest.raises(ValueError, match=r"timestep of this model is still 'auto'"):
+        classifier.fold()
+
+
+def test_a_folded_model_is_not_folded_again(classifier):
+    classifier.config.timestep = TIMESTEP
+    with pytest.raises(ValueError, match="is folded already"):
+        classifier.fold().fold()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the host by its old name
+def test_adapters_must_be_merged_first(classifier):
+    classifier.config.timestep = TIMESTEP
+    adapted = get_peft_model(classifier, LoraConfig(target_modules=["to_q"], r=2))
+    with pytest.raises(ValueError, match=r"Only plain linear layers can be folded.*merge_and_unload"):
+        adapted.fold()
+    assert adapted.merge_and_unload().fold().config.folded
+
+
+def test_other_families_are_refused_by_name(tmp_path):
+    sana().save_pretrained(tmp_path)
+    model = DiTModel.from_pretrained(tmp_path, timestep=TIMESTEP)
+    with pytest.raises(ValueError, match=r"A SanaTransformer2DModel cannot be folded"):
+        model.fold()
+
+
+def test_what_is_no_longer_there_is_not_read(classifier, pixels, tmp_path):
+    classifier.config.timestep = TIMESTEP
+    folded = classifier.fold()
+    message = r"was folded at timestep 141, which is in its weights, and cannot be read at"
+    with pytest.raises(ValueError, match=message):
+        folded.extract_features(pixels, timestep=0)
+    with pytest.raises(ValueError, match=message):
+        folded.read_taps(pixels, torch.tensor([141, 141, 0])[: len(pixels)], [(3, "query")])
+    with pytest.raises(ValueError, match=r"was folded to be read at 1\.query"):
+        folded.extract_features(pixels, block=0)
+    with pytest.raises(ValueError, match=r"there is nothing to choose"):
+        select_timestep(folded, pixels)
+    with pytest.raises(ValueError, match=r"no layers to generate with"):
+        folded.generate_latents(2)
+    folded.save_pretrained(tmp_path)
+    for wrong in ({"timestep": 5}, {"timestep": "auto"}, {"block": 0}, {"feature": "hidden"}, {"folded": False}):
+        with pytest.raises((ValueError, StrictDataclassError), match=r"was folded|written by"):
+            DiTForImageClassification.from_pretrained(tmp_path, **wrong)
+    folded.config.timestep = 5
+    with pytest.raises(ValueError, match=message):
+        folded(pixels)
+
+
+def test_a_classifier_is_no_backbone_of_other_blocks(classifier, tmp_path):
+    classifier.config.timestep = TIMESTEP
+    classifier.fold().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"was folded to be read at 1\.query"):
+        DiTBackbone.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 3}, "multiple of `num_attention_heads`"),
+        ({"hidden_size": 0}, "integer from 1 on as `hidden_size`"),
+        ({"taps": []}, "at least one tap"),
+        ({"taps": ["x.query"]}, "must be named 'BLOCK.FEATURE'"),
+        ({"taps": "1.query"}, "must have lists as taps"),
+        ({"taps": ["40.query"]}, "has block 40"),
+        ({"positions": "learned"}, "as `positions`"),
+        ({"unheard": 1}, "has no unheard"),
+        ({"timestep": 7}, "was folded at timestep 7"),
+        ({"num_channels": 2}, "num_channels 2"),
+        ({"mlp_norm_eps": "x"}, "number as `mlp_norm_eps`"),
+    ],
+)
+def test_a_broken_layout_is_refused(classifier, tmp_path, change, message):
+    classifier.config.timestep = TIMESTEP
+    classifier.fold().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["folded_layout"] = {**values["folded_layout"], **change}
+    path.write_text(json.dumps(values))
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        DiTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_massive_channels_and_the_record_go_along(load):
+    model = load("dit", block=1, feature="hidden", zeroed_channels={"1.hidden": [3], "2.hidden": [5]})
+    folded = model.fold()
+    assert folded.config.zeroed_channels == {"1.hidden": [3]}
+    with torch.no_grad():
+        tokens, expected = folded(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+    assert distance(tokens, expected) <= 1e-5
+    assert not tokens[..., 3].any()
+
+
+def test_noise_draws_are_averaged(load):
+    model = load("dit", num_noise_draws=3)
+    with torch.no_grad():
+        tokens, expected = model.fold()(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+    assert distance(tokens, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folded_in_half_precision(load, dtype):
+    """Folding rounds once: it is no further from float32 than the half-precision model that it was made from."""
+    for name in ("dit", "sd3"):
+        exact, half = load(name), load(name, dtype=dtype)
+        given = pictures(exact)
+        with torch.no_grad():
+            expected, tokens = exact(given).last_hidden_state, half(given).last_hidden_state
+            folded = half.fold()
+            assert {value.dtype for value in folded.denoiser.parameters()} == {dtype}
+            error, folded_error = distance(tokens, expected), distance(folded(given).last_hidden_state, expected)
+        assert folded_error <= 2 * error + 1e-4
+
+
+def test_parse_tap_key():
+    assert parse_tap_key("-1.hidden") == (-1, "hidden")
+    for wrong in ("hidden", "1", "01.hidden", "-2.hidden", "1.mlp", "1.hidden.2", ".hidden"):
+        with pytest.raises(ValueError, match="must be named"):
+            parse_tap_key(wrong)
+
+
+def test_stable_diffusion_3_keeps_no_text_that_the_picture_does_not_need(tmp_path):
+    sd3().save_pretrained(tmp_path)
+    folded = DiTModel.from_pretrained(tmp_path, timestep=TIMESTEP, block=2, feature="query").fold()
+    names = {name for name, _ in folded.denoiser.named_parameters() if ".text." in name}
+    # Block 1 is the last whose attention is run: its text is looked at, but not looked at again.
+    assert {name for name in names if name.startswith("blocks.1.")} == {
+        "blocks.1.text.query_key_value.weight",
+        "blocks.1.text.query_key_value.bias",
+    }
+    assert folded.denoiser.blocks[1].text.query_key_value.out_features == 2 * 32
+    assert "blocks.0.text.down_projection.weight" in names
+    assert not any(name.startswith("blocks.2.") for name in names)
