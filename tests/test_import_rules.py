@@ -59,6 +59,7 @@ LEVELS = {
     "loading": 6,
     "timestep_selection": 6,
     "modeling_aselect": 7,
+    "feature_cache": 8,
     "modeling_segmentation": 8,
     "training": 8,
     "demo": 9,

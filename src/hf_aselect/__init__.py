@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from .configuration_aselect import ASelectConfig
 from .convert_diffusers import convert_diffusers
+from .feature_cache import cache_features
 from .image_processing_aselect import ASelectImageProcessor
 from .modeling_aselect import DiTForImageClassification, DiTModel
 from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
@@ -36,6 +37,7 @@ __all__ = [
     "MeanIoU",
     "NoiseSchedule",
     "TimestepSelection",
+    "cache_features",
     "convert_diffusers",
     "select_timestep",
 ]

@@ -371,13 +371,22 @@ class ASelectPreTrainedModel(PreTrainedModel):
         guided = 2 if self._base().denoiser.num_classes > 1 else 1
         return guided * num_images * num_steps
 
+    def check_is_resolved(self) -> None:
+        """Refuse to go on without a chosen timestep.
+
+        Raises:
+            ValueError: If it is still "auto".
+        """
+        self._resolved_timestep()
+
     def extract_features(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         timestep: int | None = None,
         block: int | None = None,
         feature: str | None = None,
         num_noise_draws: int | None = None,
+        latents: Tensor | None = None,
     ) -> Tensor:
         """Return the tokens of pictures at a timestep and a tap; what is None is taken from the configuration.
 
@@ -387,12 +396,14 @@ class ASelectPreTrainedModel(PreTrainedModel):
             block: Block index, negative from the end.
             feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`.
             num_noise_draws: Fixed noise draws to average over.
+            latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
 
         Returns:
             Tokens in row-major order, (B, N, D).
 
         Raises:
-            ValueError: If the timestep is not chosen yet, or an argument is out of range.
+            ValueError: If the timestep is not chosen yet, an argument is out of range, or not exactly one of
+                `pixel_values` and `latents` is given.
         """
         if timestep is None:
             timestep = self._resolved_timestep()
@@ -402,7 +413,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         num_draws = self.config.num_noise_draws if num_noise_draws is None else num_noise_draws
         if num_draws < 1:
             raise ValueError(f"`num_noise_draws` must be at least 1, got {num_draws}.")
-        return self._read(pixel_values, timestep, [(block, feature)], num_draws)[0][block, feature]
+        clean = self._clean_latents(pixel_values, latents)
+        return self._read(clean, timestep, [(block, feature)], num_draws)[0][block, feature]
 
     def extract_maps(self, pixel_values: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return a map, (B, D, rows, columns), at each (block, feature) of `taps`, from one pass.
@@ -416,18 +428,25 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """
         for tap in taps:
             self.config.check_tap(*tap)
-        read, (rows, columns) = self._read(
-            pixel_values, self._resolved_timestep(), list(taps), self.config.num_noise_draws
-        )
+        timestep, latents = self._resolved_timestep(), self.encode(pixel_values)
+        read, (rows, columns) = self._read(latents, timestep, list(taps), self.config.num_noise_draws)
         return {tap: token_map(tokens, rows, columns) for tap, tokens in read.items()}
 
+    def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
+        """Return clean latents: those given, or those of the pictures."""
+        if (pixel_values is None) == (latents is None):
+            raise ValueError("Give exactly one of `pixel_values` and `latents`.")
+        if latents is None:
+            return self.encode(pixel_values)  # type: ignore[arg-type]
+        self._check_latents(latents)
+        return latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
+
     def _read(
-        self, pixel_values: Tensor, timestep: int, taps: list[Tap], num_draws: int
+        self, latents: Tensor, timestep: int, taps: list[Tap], num_draws: int
     ) -> tuple[dict[Tap, Tensor], tuple[int, int]]:
-        """Return the tokens of pictures, (B, N, D), at each tap, and the rows and columns of their grid."""
+        """Return the tokens of latents, (B, N, D), at each tap, and the rows and columns of their grid."""
         check_timestep(timestep)
         self._check_reading(timestep, timestep, taps)
-        latents = self.encode(pixel_values)
         timesteps = torch.full((latents.shape[0],), timestep, device=latents.device)
         denoiser = self._base().denoiser
         draws = []
@@ -520,6 +539,25 @@ class ASelectPreTrainedModel(PreTrainedModel):
         if isinstance(timestep, str):
             raise ValueError(f"The timestep of this model is still {timestep!r}: {_HOW_TO_RESOLVE}.")
         return timestep
+
+    def _check_latents(self, latents: Tensor) -> None:
+        layout = self.config.layout
+        side, limit = layout.patch_size, layout.max_grid
+        if latents.ndim != 4 or latents.shape[1] != layout.num_channels:
+            raise ValueError(
+                f"`latents` must have shape (B, {layout.num_channels}, h, w), got {tuple(latents.shape)}. "
+                "`cache_features(..., what='latents')` and `encode` make them."
+            )
+        height, width = latents.shape[-2:]
+        if height < side or width < side or height % side or width % side:
+            raise ValueError(f"Height and width of `latents` must be multiples of {side}, got {height}×{width}.")
+        if limit is not None and max(height, width) > limit * side:
+            raise ValueError(
+                f"Height and width of `latents` must be at most {limit * side}, where the position table of this "
+                f"transformer ends, got {height}×{width}."
+            )
+        if not torch.compiler.is_compiling() and not bool(latents.isfinite().all()):
+            raise ValueError("`latents` hold NaN or infinite values.")
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
         config = self.config
@@ -632,18 +670,24 @@ class DiTModel(ASelectPreTrainedModel):
         return self
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:  # noqa: ANN401
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> BaseModelOutputWithPooling:
         """Return the tokens of pictures, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
 
         Args:
             pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
             kwargs: Ignored; the host passes keywords that only some models know. `return_dict=False` gives a tuple.
 
         Raises:
             ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
-        tokens = self.extract_features(pixel_values)
+        tokens = self.extract_features(pixel_values, latents=latents)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
 
 
@@ -680,6 +724,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         features: Tensor | None = None,
+        latents: Tensor | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> ImageClassifierOutput:
         """Return logits, (B, K), and the loss where labels are given.
@@ -688,20 +733,23 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             pixel_values: Pictures in [-1, 1], (B, C, H, W).
             labels: Class indices in [0, K), (B,); -100 is left out of the loss. Or, as `config.problem_type` says,
                 regression targets or multi-label rows, (B, K).
-            features: Tokens, (B, N, D), in place of `pixel_values`.
+            features: Tokens, (B, N, D), in place of `pixel_values`, as from `cache_features`; a linear head takes
+                their means, (B, D), too.
+            latents: Clean latents, (B, C, h, w), in place of `pixel_values`, as from `encode`.
             kwargs: Passed on to the loss. `return_dict=False` gives a tuple.
 
         Raises:
-            ValueError: If not exactly one of `pixel_values` and `features` is given, they do not fit the model, a
-                label is outside the classes, the timestep is not chosen yet, or a timestep or tap is named here.
+            ValueError: If not exactly one of `pixel_values`, `features` and `latents` is given, it does not fit the
+                model, a label is outside the classes, the timestep is not chosen yet, or a timestep or tap is named
+                here.
         """
         refuse_tap_keywords(kwargs)
-        if features is not None and pixel_values is None:
+        if sum(given is not None for given in (pixel_values, features, latents)) != 1:
+            raise ValueError("Give exactly one of `pixel_values`, `features` and `latents`.")
+        if features is not None:
             tokens = self._checked_features(features)
-        elif pixel_values is not None and features is None:
-            tokens = self.extract_features(pixel_values)
         else:
-            raise ValueError("Give exactly one of `pixel_values` and `features`.")
+            tokens = self.extract_features(pixel_values, latents=latents)
         logits = self.head(tokens)
         loss = None
         if labels is not None:
@@ -710,6 +758,13 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def _checked_features(self, features: Tensor) -> Tensor:
+        if features.ndim == 2 and self.config.head == "linear":
+            features = features[:, None]  # the head takes the mean, which this is
+        if features.ndim == 2:
+            raise ValueError(
+                f"An attention head reads tokens, (B, N, {self.config.feature_size}), got their means, "
+                f"{tuple(features.shape)}. Cache them with what='tokens', or train a head='linear'."
+            )
         if features.ndim != 3 or features.shape[-1] != self.config.feature_size:
             raise ValueError(
                 f"`features` must be tokens of shape (B, N, {self.config.feature_size}), got {tuple(features.shape)}."

@@ -111,7 +111,7 @@ class Sweep:
             model.count_generation_forwards(num_images),
         )
         latents: Tensor = model.generate_latents(num_images, batch_size=self.batch_size, seed=self.seed)
-        latents = latents.to(model.device, model.dtype)
+        latents = latents.to(model.device)
         self.generated = True
         # Every process makes all of them.
         self.num_forwards += self.world * model.count_generation_forwards(num_images)

@@ -1,0 +1,432 @@
+"""Features kept on disk: what Trainer reads of them, what makes them stale, and what an interruption leaves."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+from transformers import Trainer, TrainingArguments
+
+from hf_aselect import DiTForImageClassification, DiTModel, cache_features, feature_cache
+from hf_aselect.image_processing_aselect import ASelectImageProcessor
+
+NUM_PICTURES = 10
+
+
+def make_dataset(num=NUM_PICTURES, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 256, (num, 10, 12, 3), generator=generator, dtype=torch.uint8)
+    rows = {
+        "image": [Image.fromarray(value.numpy()) for value in values],
+        "label": [index % 4 for index in range(num)],
+        "name": [f"picture {index}" for index in range(num)],
+    }
+    return Dataset.from_dict(
+        rows, features=Features(image=datasets.Image(), label=ClassLabel(num_classes=4), name=Value("string"))
+    )
+
+
+@pytest.fixture
+def data():
+    return make_dataset()
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Parts of three rows, so that ten pictures make several."""
+    monkeypatch.setattr(feature_cache, "MIN_PARTS", 4)
+    monkeypatch.setattr(feature_cache, "MIN_PART_ROWS", 3)
+
+
+def pixel_values(model, data):
+    return ASelectImageProcessor.from_model_config(model.config)(data["image"][:], return_tensors="pt").pixel_values
+
+
+def folders(path):
+    return sorted(folder.name for folder in path.iterdir())
+
+
+def test_tokens_are_those_of_the_model(model, data, tmp_path):
+    cached = cache_features(model, data, tmp_path, batch_size=4)
+    assert cached.column_names == ["features", "label", "name"]
+    assert cached["label"][:].tolist() == data["label"][:]
+    assert cached["name"][:] == data["name"][:]
+    with torch.no_grad():
+        expected = model.extract_features(pixel_values(model, data))
+    torch.testing.assert_close(cached["features"][:], expected.half().float(), rtol=2e-3, atol=2e-3)
+    assert str(cached.features["features"]) == f"Array2D(shape={tuple(expected.shape[1:])}, dtype='float16')"
+
+
+def test_it_is_memory_mapped_and_read_by_datasets_itself(model, data, tmp_path):
+    cached = cache_features(model, data, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert {os.path.dirname(each["filename"]) for each in cached.cache_files} == {str(folder)}
+    again = datasets.load_from_disk(folder).with_format("torch")
+    assert torch.equal(again["features"][:], cached["features"][:])
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def test_logits_from_features_are_those_from_pixels(classifier, data, tmp_path):
+    classifier.eval()
+    exact = cache_features(classifier, data, tmp_path, dtype="float32")
+    half = cache_features(classifier, data, tmp_path)
+    with torch.no_grad():
+        expected = classifier(pixel_values(classifier, data)).logits
+        torch.testing.assert_close(classifier(features=exact["features"][:]).logits, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(classifier(features=half["features"][:]).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_means_serve_a_linear_head_and_no_other(pixel_folder, classifier, data, tmp_path):
+    linear = DiTForImageClassification.from_pretrained(pixel_folder, timestep=50, num_labels=4, head="linear").eval()
+    cached = cache_features(linear, data, tmp_path, what="pooled", dtype="float32")
+    assert cached["features"][:].shape == (NUM_PICTURES, linear.config.feature_size)
+    with torch.no_grad():
+        expected = linear(pixel_values(linear, data)).logits
+        torch.testing.assert_close(linear(features=cached["features"][:]).logits, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"An attention head reads tokens.*what='tokens'"):
+        classifier(features=cached["features"][:])
+
+
+def test_latents_stay_when_the_timestep_changes(latent_folder, data, tmp_path):
+    model = DiTForImageClassification.from_pretrained(latent_folder, timestep=50, num_labels=4, head="linear").eval()
+    cached = cache_features(model, data, tmp_path, what="latents", dtype="float32")
+    model.config.timestep = 200
+    cache_features(model, data, tmp_path, what="latents", dtype="float32")
+    assert len(folders(tmp_path)) == 1
+    latents = cached["latents"][:]
+    with torch.no_grad():
+        pixels = pixel_values(model, data)
+        torch.testing.assert_close(
+            model.extract_features(latents=latents, timestep=300), model.extract_features(pixels, timestep=300)
+        )
+        torch.testing.assert_close(model(latents=latents).logits, model(pixels).logits)
+        torch.testing.assert_close(
+            model.backbone(latents=latents).last_hidden_state, model.backbone(pixels).last_hidden_state
+        )
+
+
+def test_latents_that_do_not_fit_are_refused(latent_folder):
+    model = DiTModel.from_pretrained(latent_folder, timestep=50)
+    for latents, message in (
+        (torch.zeros(1, 3, 8, 8), r"shape \(B, 4, h, w\)"),
+        (torch.zeros(1, 4, 7, 8), "multiples of"),
+        (torch.full((1, 4, 8, 8), torch.nan), "NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(latents=latents)
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `latents`"):
+        model()
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_trainer_learns_the_same_from_features_as_from_pictures(classifier, data, tmp_path, fold):
+    model = classifier.fold() if fold else classifier
+    start = {name: value.clone() for name, value in model.head.state_dict().items()}
+    cached = cache_features(model, data, tmp_path / "cache", dtype="float32")
+    pixels = data.map(
+        lambda batch: {
+            "pixel_values": ASelectImageProcessor.from_model_config(model.config)(batch["image"])["pixel_values"]
+        },
+        batched=True,
+        remove_columns=["image", "name"],
+    ).with_format("torch")
+    losses = []
+    for rows in (pixels, cached):
+        model.head.load_state_dict(start)
+        args = TrainingArguments(
+            tmp_path / "out",
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            seed=3,
+        )
+        trainer = Trainer(model, args, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[1][-1] != losses[1][0]
+
+
+def test_a_second_call_computes_nothing(model, data, tmp_path, monkeypatch):
+    first = cache_features(model, data, tmp_path)
+    monkeypatch.setattr(DiTModel, "extract_features", lambda *_: pytest.fail("the model was run"))
+    second = cache_features(model, make_dataset(), tmp_path, batch_size=3)
+    assert torch.equal(first["features"][:], second["features"][:])
+
+
+def changed_weights(model):
+    with torch.no_grad():
+        next(model.denoiser.parameters()).mul_(1.001)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_weights,
+        lambda model: setattr(model.config, "timestep", 51),
+        lambda model: setattr(model.config, "block", 0),
+        lambda model: setattr(model.config, "feature", "key"),
+        lambda model: setattr(model.config, "noise_seed", 1),
+        lambda model: setattr(model.config, "num_noise_draws", 2),
+        lambda model: setattr(model.config, "zeroed_channels", [1]),
+        lambda model: setattr(model.config, "image_size", 16),
+        lambda model: model.to(torch.float64),
+    ],
+    ids=["weights", "timestep", "block", "feature", "seed", "draws", "zeroed", "size", "dtype"],
+)
+def test_another_model_has_another_cache(model, data, tmp_path, change):
+    before = cache_features(model, data, tmp_path)["features"][:]
+    change(model)
+    after = cache_features(model, data, tmp_path)["features"][:]
+    assert len(folders(tmp_path)) == 2
+    with torch.no_grad():
+        expected = model.extract_features(pixel_values(model, data))
+    torch.testing.assert_close(after.double(), expected.double(), rtol=2e-3, atol=2e-3)
+    assert before.shape != after.shape or not torch.equal(before, after) or model.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "float32"}, {"what": "pooled"}, {"num_views": 2}, {"num_views": 2, "seed": 1}, {"num_views": 3}],
+)
+def test_other_options_have_another_cache(model, data, tmp_path, options):
+    for given in ({}, {"num_views": 2, "augment": lambda picture: picture.rotate(90)}, options):
+        cache_features(model, data, tmp_path, **given)
+    assert len(folders(tmp_path)) == 3
+
+
+def test_other_pictures_have_another_cache(model, tmp_path):
+    for rows in (
+        make_dataset(),
+        make_dataset(seed=6),
+        make_dataset().select(range(5)),
+        make_dataset().shuffle(seed=1),
+    ):
+        cache_features(model, rows, tmp_path)
+    assert len(folders(tmp_path)) == 4
+
+
+def test_the_fingerprint_says_what_it_was_made_from(model, data, tmp_path):
+    cache_features(model, data, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    fingerprint = json.loads((folder / "fingerprint.json").read_text())
+    assert fingerprint["timestep"] == 50 and fingerprint["tap"] == "1.query" and fingerprint["noise_seed"] == 0
+    assert len(fingerprint["weights"]) == 64 and fingerprint["image_size"] == [8, 8]
+    assert str(tmp_path) not in json.dumps(fingerprint)
+
+
+def test_views_are_the_picture_and_random_crops_of_it(model, data, tmp_path):
+    cached = cache_features(model, data, tmp_path, num_views=3, dtype="float32", batch_size=7)
+    assert cached["view"][:].tolist() == [view for view in range(3) for _ in range(NUM_PICTURES)]
+    assert cached["label"][:].tolist() == data["label"][:] * 3
+    plain = cache_features(model, data, tmp_path, dtype="float32")["features"][:]
+    views = cached["features"][:].unflatten(0, (3, NUM_PICTURES))
+    torch.testing.assert_close(views[0], plain)
+    assert not torch.allclose(views[1], views[0]) and not torch.allclose(views[1], views[2])
+
+
+def test_views_do_not_depend_on_the_batch_or_on_what_was_drawn_before(model, data, tmp_path):
+    def jitter(picture):
+        values = np.asarray(picture) * random.random() * np.random.rand() * float(torch.rand(()))
+        return Image.fromarray(values.astype(np.uint8))
+
+    states = random.getstate(), torch.get_rng_state()
+    options = {"num_views": 2, "augment": jitter, "dtype": "float32"}
+    first = cache_features(model, data, tmp_path / "a", batch_size=3, **options)["features"][:]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    random.seed(99)
+    torch.manual_seed(99)
+    second = cache_features(model, data, tmp_path / "b", batch_size=5, **options)["features"][:]
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_cache_goes_on_where_it_stopped(model, data, tmp_path, monkeypatch):
+    calls = []
+    extract = DiTModel.extract_features
+
+    def interrupted(self, pixels, *args, **kwargs):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return extract(self, pixels, *args, **kwargs)
+
+    monkeypatch.setattr(DiTModel, "extract_features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(model, data, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith(".incomplete")
+    parts = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(parts) == 2  # of three rows each, and nothing half-written
+    calls[:] = [0] * 3
+    cached = cache_features(model, data, tmp_path)
+    assert sum(calls) == NUM_PICTURES - 6
+    (folder,) = tmp_path.iterdir()
+    assert all((folder / name).stat().st_mtime_ns == at for name, at in parts.items())
+    monkeypatch.setattr(DiTModel, "extract_features", extract)
+    whole = cache_features(model, data, tmp_path / "again")
+    torch.testing.assert_close(cached["features"][:], whole["features"][:], rtol=1e-3, atol=1e-3)
+
+
+SCRIPT = """
+import sys, time
+import torch
+sys.path.insert(0, sys.argv[1])
+from hf_aselect import DiTModel, cache_features, feature_cache
+from test_feature_cache import make_dataset
+feature_cache.MIN_PARTS, feature_cache.MIN_PART_ROWS = 4, 3
+model = DiTModel.from_pretrained(sys.argv[2], timestep=50)
+if len(sys.argv) > 4:
+    read = feature_cache._read
+    def slow(job, rows):
+        print("row", rows[0], flush=True)
+        time.sleep(0.2)
+        return read(job, rows)
+    feature_cache._read = slow
+cached = cache_features(model, make_dataset(), sys.argv[3], batch_size=1)
+print(len(cached))
+"""
+
+
+def run_script(pixel_folder, cache, *words, launch=()):
+    command = [sys.executable, *launch, "-c", SCRIPT] if not launch else [*launch]
+    return subprocess.Popen(
+        [*command, os.path.dirname(__file__), str(pixel_folder), str(cache), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_in_the_middle_it_goes_on(model, data, pixel_folder, tmp_path):
+    process = run_script(pixel_folder, tmp_path / "cache", "slow")
+    for line in process.stdout:
+        if line.startswith("row 7"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert {path.name[:10] for path in folder.glob("data-*")} == {"data-00000", "data-00001"}
+    cached = cache_features(model, data, tmp_path / "cache")
+    whole = cache_features(model, data, tmp_path / "again")
+    torch.testing.assert_close(cached["features"][:], whole["features"][:], rtol=1e-3, atol=1e-3)
+    assert len(folders(tmp_path / "cache")) == 1
+    assert not list((tmp_path / "cache").glob("*/.*"))
+
+
+def test_two_processes_share_the_work(model, data, pixel_folder, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch += ["--standalone", str(tmp_path / "script.py")]
+    process = run_script(pixel_folder, tmp_path / "cache", "told", launch=launch)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    rows = sorted(int(line.split()[1]) for line in out.splitlines() if line.startswith("row"))
+    assert rows == list(range(NUM_PICTURES))  # each picture in one process
+    assert out.splitlines().count(str(NUM_PICTURES)) == 2
+    (folder,) = (tmp_path / "cache").iterdir()
+    shared = datasets.load_from_disk(folder).with_format("torch")["features"][:]
+    alone = cache_features(model, data, tmp_path / "alone")
+    torch.testing.assert_close(shared, alone["features"][:], rtol=1e-3, atol=1e-3)
+
+
+def test_two_that_know_nothing_of_each_other_do_no_harm(model, data, pixel_folder, tmp_path):
+    both = [run_script(pixel_folder, tmp_path / "cache", "slow") for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err[-2000:]
+        assert out.splitlines()[-1] == str(NUM_PICTURES)
+    assert len(folders(tmp_path / "cache")) == 1
+    cached, alone = (cache_features(model, data, tmp_path / name) for name in ("cache", "alone"))
+    torch.testing.assert_close(cached["features"][:], alone["features"][:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_computed(model, data, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    monkeypatch.setattr(DiTModel, "extract_features", lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(OSError, match=r"The cache needs 0\.0 MB, but .* has 0\.0 MB left"):
+        cache_features(model, data, tmp_path)
+
+
+def test_the_need_is_told_before_it_starts(model, data, tmp_path, capsys):
+    cache_features(model, data, tmp_path, dtype="float32")
+    assert "Caching tokens, 0.0 MB" in capsys.readouterr().err
+
+
+def test_values_beyond_float16_are_refused(model, data, tmp_path, monkeypatch):
+    extract = DiTModel.extract_features
+    monkeypatch.setattr(DiTModel, "extract_features", lambda *args: extract(*args) * 1e7)
+    with pytest.raises(ValueError, match=r"tokens of picture 0 hold values that float16 does not.*dtype='float32'"):
+        cache_features(model, data, tmp_path)
+    assert cache_features(model, data, tmp_path, dtype="float32").num_rows == NUM_PICTURES
+
+
+def test_a_broken_picture_is_named(model, tmp_path):
+    good = tmp_path / "good.png"
+    Image.new("RGB", (8, 8)).save(good)
+    broken = good.read_bytes()[:40]
+    rows = {"image": [{"bytes": good.read_bytes(), "path": None}, {"bytes": broken, "path": None}]}
+    data = Dataset.from_dict(rows, features=Features(image=datasets.Image()))
+    with pytest.raises(ValueError, match=r"Picture 1 of the dataset cannot be read"):
+        cache_features(model, data, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"what": "maps"}, "`what` must be one of tokens, pooled, latents, got 'maps'"),
+        ({"dtype": "bfloat16"}, "`dtype` must be one of float16, float32"),
+        ({"num_views": 0}, "`num_views` must be an integer from 1 on"),
+        ({"batch_size": 0}, "`batch_size` must be an integer from 1 on"),
+        ({"image_column": "picture"}, "no column 'picture', only image, label, name"),
+    ],
+)
+def test_wrong_options_are_refused(model, data, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        cache_features(model, data, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_data_are_refused(model, data, tmp_path, pictures):
+    for wrong, message in (
+        (pictures, "got list"),
+        (datasets.DatasetDict(train=data), "one split of a DatasetDict"),
+        (data.to_iterable_dataset(), "of a stream take a part"),
+        (data.select([]), "no rows"),
+        (data.remove_columns("image"), "exactly one with pictures"),
+        (data.rename_column("label", "features"), "has a column 'features' already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache_features(model, wrong, tmp_path)
+    model.config.timestep = "auto"
+    with pytest.raises(ValueError, match="still 'auto'"):
+        cache_features(model, data, tmp_path)
+
+
+def test_train_mode_and_gradients_are_as_before(classifier, data, tmp_path):
+    classifier.train()
+    cache_features(classifier, data, tmp_path)
+    assert classifier.training and classifier.head.training and not classifier.backbone.denoiser.training
+
+
+def test_reading_is_fast_enough_for_a_head(model, tmp_path):
+    cached = cache_features(model, make_dataset(300), tmp_path)
+    loader = torch.utils.data.DataLoader(cached, batch_size=32, shuffle=True)
+    started = time.monotonic()
+    assert sum(len(batch["label"]) for batch in loader) == 300
+    assert time.monotonic() - started < 5

@@ -1,0 +1,81 @@
+"""What half precision changes: tokens by rounding alone, the chosen timestep by no more than a step of the grid."""
+
+from importlib.resources import files
+
+import pytest
+import torch
+from datasets import load_dataset
+
+from hf_aselect import ASelectImageProcessor, DiTModel, NoiseSchedule, select_timestep
+
+EMBEDDED = files("hf_aselect") / "assets" / "fashion_mnist"
+# What rounding to 8 and to 11 binary digits adds up to in four blocks, measured with a margin of a third.
+BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return load_dataset("parquet", data_files=str(EMBEDDED / "train.parquet"), split="train")[:64]["image"]
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return DiTModel.from_pretrained(EMBEDDED, timestep=35)
+
+
+@pytest.fixture(scope="module")
+def chosen(exact, sample):
+    return select_timestep(exact, sample, timesteps=exact.noise_schedule.even_timesteps())
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_tokens_change_by_rounding_alone(exact, sample, dtype):
+    half = DiTModel.from_pretrained(EMBEDDED, timestep=35, dtype=dtype)
+    pixels = ASelectImageProcessor.from_model_config(exact.config)(sample, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        for timestep in (0, 35, 200, 700):
+            expected = exact.extract_features(pixels, timestep=timestep)
+            tokens = half.extract_features(pixels, timestep=timestep)
+            assert tokens.dtype == dtype
+            assert float((tokens.float() - expected).norm() / expected.norm()) <= BOUNDS[dtype], timestep
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_the_chosen_timestep_moves_by_a_step_at_the_most(exact, chosen, sample, dtype):
+    half = DiTModel.from_pretrained(EMBEDDED, timestep=35, dtype=dtype)
+    grid = exact.noise_schedule.even_timesteps()
+    found = select_timestep(half, sample, timesteps=grid)
+    assert abs(grid.index(found.timestep) - grid.index(chosen.timestep)) <= 1
+    # And where it moves, both are as good, in float32.
+    assert max(chosen.smoothed) - chosen.smoothed[grid.index(found.timestep)] <= 0.01
+
+
+def test_noise_is_added_before_anything_is_rounded():
+    """At t = 0 the noise is a hundredth of the picture: rounding that first would take the place of some of it."""
+    model = DiTModel.from_pretrained(EMBEDDED, timestep=0, dtype=torch.bfloat16)
+    pixels = torch.linspace(-1, 1, 28 * 28).reshape(1, 1, 28, 28)
+    latents = model.encode(pixels)
+    assert latents.dtype == torch.float32 and torch.equal(latents, pixels)
+    noised = model.add_noise(latents, 0)
+    assert noised.dtype == torch.float32
+    exact = DiTModel.from_pretrained(EMBEDDED, timestep=0)
+    assert torch.equal(noised, exact.add_noise(pixels, 0))
+
+
+def test_one_timestep_for_all_is_the_same_as_one_for_each():
+    schedule = NoiseSchedule.flow_matching(3.0)
+    latents, noise = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for timestep in (0, 141, 999):
+        expected = schedule.add_noise(latents, noise, torch.full((3,), timestep))
+        assert torch.equal(schedule.add_noise(latents, noise, timestep), expected)
+
+
+def test_a_bfloat16_model_trains_a_head_under_autocast(exact, sample):
+    from hf_aselect import DiTForImageClassification
+
+    model = DiTForImageClassification.from_pretrained(EMBEDDED, timestep=35, num_labels=10, head="linear").train()
+    pixels = ASelectImageProcessor.from_model_config(model.config)(sample[:8], return_tensors="pt").pixel_values
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(pixels, labels=torch.arange(8)).loss
+    loss.backward()
+    assert loss.isfinite() and model.head.classifier.weight.grad.isfinite().all()
