@@ -315,7 +315,7 @@ def test_a_label_that_is_to_be_ignored_is_left_out(classifier, pixels):
 
 def test_neither_pictures_nor_features_is_refused(classifier, pixels):
     for arguments in ({}, {"pixel_values": pixels, "features": torch.zeros(7, 16, 16)}):
-        with pytest.raises(ValueError, match="exactly one of `pixel_values` and `features`"):
+        with pytest.raises(ValueError, match="exactly one of `pixel_values`, `features` and `latents`"):
             classifier(**arguments)
 
 
