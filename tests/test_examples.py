@@ -247,3 +247,52 @@ def test_fashion_mnist_becomes_parquet(tmp_path):
     train, test = (Dataset.from_parquet(str(tmp_path / "out" / f"{name}.parquet")) for name in ("train", "test"))
     assert (train["label"][:], test["label"][:]) == ([9, 0, 3], [9, 0])
     assert train[0]["image"].size == (28, 28)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+def test_a_trained_model_is_written_as_onnx(pretrained, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the `export` extra is not installed")
+    model = DiTForImageClassification.from_pretrained(pretrained, timestep=50, num_labels=2, head="linear")
+    model.save_pretrained(tmp_path / "model")
+    output = tmp_path / "out" / "model.onnx"
+    said = run("export_onnx.py", "--model_name_or_path", tmp_path / "model", "--output", output)
+    assert "within" in said
+    assert [path.name for path in output.parent.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(output)
+    (logits,) = session.run(["logits"], {"pixel_values": np.zeros((5, 1, 8, 8), np.float32)})
+    assert logits.shape == (5, 2)
+
+
+SPEED = example("benchmarks/speed.py")
+
+
+def test_speed_compares_ways_that_read_the_same(monkeypatch):
+    monkeypatch.setattr(SPEED, "SIZES", {"S/2": (4, 32, 2)})
+    rows = SPEED.speeds("S/2", [1, 3], 1, "cpu")
+    assert {(row["batch"], row["way"]) for row in rows} == {(batch, way) for batch in (1, 3) for way in SPEED.WAYS}
+    for row in rows:
+        assert row["relative_difference"] <= (3e-2 if "bf16" in row["way"] else 1e-5)
+        assert row["milliseconds"] > 0
+    shares = SPEED.matrix_share("S/2", 2, 1)
+    assert [row["way"] for row in shares] == ["folded", "folded bf16", "folded bf16 eager"]
+    assert all(row["share_of_time_in_linear_layers"] > 0 for row in shares)
+
+
+def test_speed_asks_for_the_names_that_the_package_takes():
+    names = SPEED.names_taken_of_the_host()
+    assert "PreTrainedModel" in names["transformers"]
+    assert all(not name.startswith("_") for taken in names.values() for name in taken)
+
+
+@pytest.mark.slow
+def test_speed_from_end_to_end(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(SPEED, "SIZES", {"S/2": (4, 32, 2), "B/2": (12, 32, 2)})
+    monkeypatch.setattr(SPEED, "EPOCHS", 2)
+    monkeypatch.setattr(SPEED, "NUM_PICTURES", 32)
+    words = ["speed.py", "--output_dir", str(tmp_path), "--sizes", "S/2", "--batches", "1", "--repetitions", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    SPEED.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.json", "speed.md", "speed.png"]
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert SPEED.tables(result) == (tmp_path / "speed.md").read_text()
+    assert str(tmp_path) not in json.dumps(result)
