@@ -20,6 +20,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 LEVELS = {
+    "attention": 0,
     "consensus": 0,
     "decoders": 0,
     "diffusers_files": 0,
@@ -45,7 +46,9 @@ LEVELS = {
     "denoiser_pixart": 2,
     "denoiser_sana": 2,
     "denoiser_sd3": 2,
-    "folded_transformer": 2,
+    "folded_lumina2": 2,
+    "folded_sana": 2,
+    "folded_transformer": 3,
     "image_processing_aselect": 3,
     "noise_schedule": 3,
     "selection_record": 3,

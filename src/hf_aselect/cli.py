@@ -166,6 +166,8 @@ def _add_fold(commands: Any) -> None:  # noqa: ANN401 - argparse does not name t
     fold.add_argument("--block", type=int, help="block to read at, negative from the end (default: SOURCE's)")
     fold.add_argument("--feature", help="hidden, normed, query, key, value or attention (default: SOURCE's)")
     fold.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or SOURCE's)")
+    fold.add_argument("--revision", help="branch, tag or commit on the Hub")
+    fold.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
     fold.set_defaults(run=_fold)
 
 
@@ -187,9 +189,10 @@ def _fold(parsed: argparse.Namespace) -> None:
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     kinds = DiTModel, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation
     kind: Any = DiTModel
-    is_ours = find_diffusers(parsed.source, HubOptions()) is None
+    hub = {name: getattr(parsed, name) for name in ("revision", "token") if getattr(parsed, name) is not None}
+    is_ours = find_diffusers(parsed.source, HubOptions(**hub)) is None
     if is_ours:
-        config = ASelectConfig.from_pretrained(parsed.source)
+        config = ASelectConfig.from_pretrained(parsed.source, **hub)
         kind = {each.__name__: each for each in kinds}.get((config.architectures or [""])[0], DiTModel)
     if "timestep" not in given and (not is_ours or config.timestep == "auto"):
         raise ValueError(
@@ -197,7 +200,8 @@ def _fold(parsed: argparse.Namespace) -> None:
             "select` found on your pictures, or pass `--timestep auto` to choose it on pictures that the transformer "
             "makes."
         )
-    model = kind.from_pretrained(parsed.source, dtype=dtype or ("auto" if is_ours else "float32"), **given)
+    kept = "auto" if is_ours else "float32"
+    model = kind.from_pretrained(parsed.source, dtype=dtype or kept, **hub, **given)
     folded = model.fold()
     with whole_folder(target) as unfinished:
         folded.save_pretrained(unfinished)

@@ -6,7 +6,8 @@ from typing import Any
 from .taps import Tap, parse_tap_key
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
-POSITIONS = ("sincos", "table", "rotary")
+POSITIONS = ("sincos", "table", "rotary", "none")
+KINDS = ("attention", "sana", "lumina2")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class FoldedLayout:
         activation: Of the MLPs, "gelu" or "gelu_tanh" (its approximation).
         rows: Rows of the token grid that it was folded for.
         columns: Its columns.
+        kind: Of the blocks: "attention" for plain attention and MLP, "sana", "lumina2".
         positions: "sincos" for a table that is made anew for other grids, "table" for one whose middle is cut out for
-            smaller grids, "rotary" for rotary embeddings of any grid.
+            smaller grids, "rotary" for rotary embeddings of any grid, "none".
         position_base_size: Of a "sincos" table: tokens a side whose places are a whole number apart.
         position_scale: Of a "sincos" table: what places are divided by.
         is_size_fixed: Whether the picture's size is in the weights, too, so that no other can be read.
@@ -37,6 +39,9 @@ class FoldedLayout:
         is_text_first: Whether attention has the text before the picture.
         num_cross_tokens: Tokens that a cross-attention of each block reads; 0 where there is none. Of one token there
             is none either: what is read of it is constant.
+        num_cross_heads: Attention heads of that.
+        num_key_value_heads: Heads of keys and values, where several of the queries' share one; 0 where none do.
+        num_refiners: Blocks of Lumina that the picture runs through before the first one that is counted.
         dual_attention_blocks: Blocks with a second attention, of the picture alone.
         num_joint_blocks: Of a transformer with a text's stream: blocks of two streams; those after them have one.
         rotary_sizes: Of rotary positions: channels of a head for each axis (text, row, column).
@@ -52,6 +57,7 @@ class FoldedLayout:
     mlp_size: int
     rows: int
     columns: int
+    kind: str = "attention"
     activation: str = "gelu_tanh"
     positions: str = "sincos"
     position_base_size: int = 1
@@ -63,6 +69,9 @@ class FoldedLayout:
     text_size: int = 0
     is_text_first: bool = False
     num_cross_tokens: int = 0
+    num_cross_heads: int = 0
+    num_key_value_heads: int = 0
+    num_refiners: int = 0
     dual_attention_blocks: tuple[int, ...] = ()
     num_joint_blocks: int = 0
     rotary_sizes: tuple[int, ...] = ()
@@ -79,7 +88,8 @@ class FoldedLayout:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`folded_layout` must have an integer from 1 on as `{name}`, got {value!r}.")
-        for name in ("text_size", "num_cross_tokens", "num_joint_blocks"):
+        counts = ("text_size", "num_cross_tokens", "num_cross_heads", "num_key_value_heads", "num_refiners")
+        for name in (*counts, "num_joint_blocks"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`folded_layout` must have an integer from 0 on as `{name}`, got {value!r}.")
@@ -92,11 +102,15 @@ class FoldedLayout:
                 f"`folded_layout` must have a `hidden_size` ({self.hidden_size}) that is a multiple of "
                 f"`num_attention_heads` ({self.num_attention_heads})."
             )
-        if self.activation not in ACTIVATIONS or self.positions not in POSITIONS:
-            raise ValueError(
-                f"`folded_layout` must have one of {', '.join(ACTIVATIONS)} as `activation` and one of "
-                f"{', '.join(POSITIONS)} as `positions`, got {self.activation!r} and {self.positions!r}."
-            )
+        for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("kind", KINDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`folded_layout` must have one of {', '.join(known)} as `{name}`, got {getattr(self, name)!r}."
+                )
+        for name in ("num_cross_heads", "num_key_value_heads"):
+            heads, whole = getattr(self, name), self.num_attention_heads if "key" in name else self.hidden_size
+            if heads and whole % heads:
+                raise ValueError(f"`folded_layout` must have a divisor of {whole} as `{name}`, got {heads}.")
         if not self.taps:
             raise ValueError("`folded_layout` must name at least one tap in `taps`.")
         for key in self.taps:
@@ -152,7 +166,7 @@ class FoldedLayout:
 
     def is_single(self, block: int) -> bool:
         """Return whether text and picture are in one stream at a block."""
-        return self.text_size > 0 and block >= self.num_joint_blocks
+        return self.kind == "attention" and self.text_size > 0 and block >= self.num_joint_blocks
 
 
 _LISTS = ("taps", "dual_attention_blocks", "rotary_sizes")

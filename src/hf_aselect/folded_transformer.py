@@ -1,48 +1,17 @@
 """The plain vision transformer that a diffusion transformer is at one timestep."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import Rotary, attend, rotary_table, rotated, split_heads
 from .folded_layout import FoldedLayout
+from .folded_lumina2 import FoldedLumina2Block
+from .folded_sana import FoldedSanaBlock
 from .taps import PROJECTIONS, Tap
-
-Rotary = tuple[Tensor, Tensor]  # cosines and sines, (S, d) each
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,  # noqa: ANN401 - the host's signature
-) -> tuple[Tensor, Tensor]:
-    """Return what attention yields, (B, N, heads, d), and its weights: the host's `attn_implementation="eager"`.
-
-    Args:
-        module: The block.
-        query: Queries, (B, heads, N, d).
-        key: Keys, (B, heads, M, d).
-        value: Values, (B, heads, M, d).
-        attention_mask: Added to the scores, where there is one.
-        scaling: Factor of the scores; default: 1/sqrt(d).
-        dropout: Share of the weights that train mode drops.
-        kwargs: Ignored.
-    """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class FoldedStream(nn.Module):
@@ -60,7 +29,7 @@ class FoldedStream(nn.Module):
     def __init__(self, layout: FoldedLayout, projections: Sequence[str], is_attending: bool, is_run: bool) -> None:
         super().__init__()
         width, head_size = layout.hidden_size, layout.hidden_size // layout.num_attention_heads
-        self.num_attention_heads = layout.num_attention_heads
+        self.head_size = head_size
         self.projections = tuple(projections)
         self.attention_norm = nn.LayerNorm(width, layout.attention_norm_eps, elementwise_affine=False)
         if projections:
@@ -85,10 +54,7 @@ class FoldedStream(nn.Module):
 
     def heads(self, projected: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return queries, keys and values, (B, heads, N, d) each, normed where the transformer does so."""
-        split = {
-            name: values.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for name, values in projected.items()
-        }
+        split = {name: split_heads(values, self.head_size) for name, values in projected.items()}
         if self.query_norm is not None and "query" in split:
             split["query"] = self.query_norm(split["query"])
         if self.key_norm is not None:
@@ -119,9 +85,9 @@ class FoldedBlock(GradientCheckpointingLayer):
         self.features = layout.features_at(index)
         self.is_run, self.is_attending = layout.is_run(index), layout.is_attending(index)
         self.is_text_first = layout.is_text_first
-        self.num_attention_heads = layout.num_attention_heads
-        self.scaling = (layout.hidden_size // layout.num_attention_heads) ** -0.5
         width = layout.hidden_size
+        self.head_size = width // layout.num_attention_heads
+        self.scaling = self.head_size**-0.5
         projections = PROJECTIONS if self.is_attending else [name for name in PROJECTIONS if name in self.features]
         self.picture = FoldedStream(layout, projections, self.is_attending, self.is_run)
         if "normed" in self.features:
@@ -148,15 +114,12 @@ class FoldedBlock(GradientCheckpointingLayer):
             )
             self.cross_projection = nn.Linear(width, width)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what the host's attention kernel yields, (B, N, D), of queries, keys and values, (B, heads, N, d)."""
-        kernel: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        return kernel(self, query, key, value, None, scaling=self.scaling, dropout=0.0)[0].flatten(2)
-
     def forward(
-        self, hidden_states: Tensor, text: Tensor | None = None, rotary: Rotary | None = None
+        self,
+        hidden_states: Tensor,
+        text: Tensor | None = None,
+        rotary: Rotary | None = None,
+        grid: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the tokens after the block, those of the text, and the tokens of each feature that was folded for.
 
@@ -164,6 +127,7 @@ class FoldedBlock(GradientCheckpointingLayer):
             hidden_states: Tokens of the picture, (B, N, D).
             text: Tokens of the text, (B, L, D), where there are any.
             rotary: Rotary positions of all tokens, where there are any.
+            grid: Rows and columns of the picture's tokens.
         """
         stream, tapped = self.picture, {}
         normed = stream.attention_norm(hidden_states)
@@ -184,7 +148,7 @@ class FoldedBlock(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         if self.dual is not None:
             split = self.dual.heads(self.dual.project(normed))
-            hidden_states = hidden_states + self.dual.projection(self.attend(**split))
+            hidden_states = hidden_states + self.dual.projection(attend(self, **split))
         if self.has_cross_attention:
             hidden_states = hidden_states + self._look_at_prompt(hidden_states)
         hidden_states = stream.run_mlp(hidden_states)
@@ -199,7 +163,7 @@ class FoldedBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Return what attention yields for the picture, (B, N, D), and for the text, where that is used."""
         if self.text is None or text is None:
-            return self.attend(**picture), None
+            return attend(self, **picture), None
         other = self.text.heads(self.text.project(self.text.attention_norm(text)))
         size, length = picture["query"].shape[2], text.shape[1]
         both = {
@@ -212,9 +176,9 @@ class FoldedBlock(GradientCheckpointingLayer):
         if rotary is not None:
             # Where the text has no queries, those of the picture are the last.
             last = joined["query"].shape[2]
-            joined["query"] = _rotated(joined["query"], (rotary[0][-last:], rotary[1][-last:]))
-            joined["key"] = _rotated(joined["key"], rotary)
-        mixed = self.attend(**joined)
+            joined["query"] = rotated(joined["query"], (rotary[0][-last:], rotary[1][-last:]))
+            joined["key"] = rotated(joined["key"], rotary)
+        mixed = attend(self, **joined)
         if "query" not in other:
             return mixed, None
         if self.is_text_first:
@@ -223,13 +187,12 @@ class FoldedBlock(GradientCheckpointingLayer):
 
     def _look_at_prompt(self, hidden_states: Tensor) -> Tensor:
         """Return what cross-attention to the constant prompt adds, (B, N, D)."""
-        size, heads = hidden_states.shape[0], (self.num_attention_heads, -1)
         key, value = (
-            constant.expand(size, -1, -1).unflatten(-1, heads).transpose(1, 2)
+            split_heads(constant.expand(hidden_states.shape[0], -1, -1), self.head_size)
             for constant in (self.cross_key, self.cross_value)
         )
-        query = self.cross_query(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        tokens: Tensor = self.cross_projection(self.attend(query, key, value))
+        query = split_heads(self.cross_query(hidden_states), self.head_size)
+        tokens: Tensor = self.cross_projection(attend(self, query, key, value))
         return tokens
 
 
@@ -249,8 +212,8 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
         self.config = config
         self.features, self.is_run = layout.features_at(index), layout.is_run(index)
         self.text_size = layout.text_size
-        self.num_attention_heads = layout.num_attention_heads
         width, head_size = layout.hidden_size, layout.hidden_size // layout.num_attention_heads
+        self.head_size = head_size
         self.scaling = head_size**-0.5
         self.attention_norm = nn.LayerNorm(width, layout.attention_norm_eps, elementwise_affine=False)
         if "normed" in self.features:
@@ -269,7 +232,11 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
             self.projection = nn.Linear(width + layout.mlp_size, width)
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor | None = None, rotary: Rotary | None = None
+        self,
+        hidden_states: Tensor,
+        text: Tensor | None = None,
+        rotary: Rotary | None = None,
+        grid: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return what `FoldedBlock.forward` returns."""
         tapped: dict[str, Tensor] = {}
@@ -285,16 +252,11 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
         tapped |= {name: parts[name][:, start:] for name in self.projections if name in self.features}
         if not self.is_run or text is None:
             return hidden_states, text, tapped
-        query, key, value = (
-            parts[name].unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2) for name in PROJECTIONS
-        )
+        query, key, value = (split_heads(parts[name], self.head_size) for name in PROJECTIONS)
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
-            query, key = _rotated(query, rotary), _rotated(key, rotary)
-        kernel: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        mixed = kernel(self, query, key, value, None, scaling=self.scaling, dropout=0.0)[0].flatten(2)
+            query, key = rotated(query, rotary), rotated(key, rotary)
+        mixed = attend(self, query, key, value)
         added = self.projection(torch.cat([mixed, self.activation(parts["mlp"])], dim=-1))
         text, hidden_states = text + added[:, :start], hidden_states + added[:, start:]
         if "hidden" in self.features:
@@ -331,14 +293,22 @@ class FoldedTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(
             layout.num_channels, layout.hidden_size, layout.patch_size, stride=layout.patch_size
         )
-        if layout.positions != "rotary":
+        if layout.positions in ("sincos", "table"):
             self.register_buffer("positions", torch.zeros(1, layout.rows * layout.columns, layout.hidden_size))
         if layout.text_size:
             self.text = nn.Parameter(torch.zeros(1, layout.text_size, layout.hidden_size))
+        # Run on the picture before the first block.
+        self.refiners = nn.ModuleList(FoldedLumina2Block(config, layout, None) for _ in range(layout.num_refiners))
         self.blocks = nn.ModuleList(
-            (FoldedSingleBlock if layout.is_single(index) else FoldedBlock)(config, layout, index)
-            for index in range(layout.last_block + 1)
+            self._kind_of_block(index)(config, layout, index) for index in range(layout.last_block + 1)
         )
+
+    def _kind_of_block(self, index: int) -> Any:  # noqa: ANN401 - a class
+        if self.layout.kind == "sana":
+            return FoldedSanaBlock
+        if self.layout.kind == "lumina2":
+            return FoldedLumina2Block
+        return FoldedSingleBlock if self.layout.is_single(index) else FoldedBlock
 
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature): what comes after it.
@@ -369,14 +339,17 @@ class FoldedTransformer(nn.Module):
         rows, columns = hidden_states.shape[-2:]
         # Contiguous: every norm would copy it otherwise.
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()
-        if self.layout.positions != "rotary":
+        if self.layout.positions in ("sincos", "table"):
             hidden_states = hidden_states + self._position_table(rows, columns).to(hidden_states.dtype)
         text = self.text.expand(hidden_states.shape[0], -1, -1) if self.layout.text_size else None
         rotary = self._rotary(rows, columns, hidden_states.device) if self.layout.positions == "rotary" else None
+        for refiner in self.refiners:
+            of_the_picture = None if rotary is None else tuple(each[self.layout.text_size :] for each in rotary)
+            hidden_states = refiner(hidden_states, None, of_the_picture)[0]
         tokens = {(-1, "hidden"): hidden_states} if (-1, "hidden") in taps else {}
         last = max(block for block, _ in taps)
         for index, block in enumerate(self.blocks[: last + 1]):
-            hidden_states, text, tapped = block(hidden_states, text, rotary)
+            hidden_states, text, tapped = block(hidden_states, text, rotary, (rows, columns))
             tokens |= {(index, feature): values for feature, values in tapped.items() if (index, feature) in taps}
         return tokens
 
@@ -401,29 +374,16 @@ class FoldedTransformer(nn.Module):
         return table.to(self.positions.device)
 
     def _rotary(self, rows: int, columns: int, device: torch.device) -> Rotary:
-        """Return cosines and sines of text and picture, (L + N, d) each.
-
-        Source: diffusers, `models/embeddings.py`, `get_1d_rotary_pos_embed` with `repeat_interleave_real`.
-        """
-        layout = self.layout
-        places = torch.zeros(layout.text_size + rows * columns, 3, dtype=torch.float64, device=device)
-        grid = places[layout.text_size :].unflatten(0, (rows, columns))
+        """Return cosines and sines of text and picture, (L + N, d) each."""
+        layout, length = self.layout, self.layout.text_size
+        places = torch.zeros(length + rows * columns, 3, device=device)
+        if layout.kind == "lumina2":
+            # The text counts its tokens on the first axis, and all of the picture comes after it; FLUX's is at 0.
+            places[:, 0] = torch.arange(length + rows * columns, device=device).clamp_max(length)
+        grid = places[length:].unflatten(0, (rows, columns))
         grid[..., 1] = torch.arange(rows, device=device)[:, None]
         grid[..., 2] = torch.arange(columns, device=device)
-        angles = []
-        for axis, size in enumerate(layout.rotary_sizes):
-            steps = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
-            angles.append(torch.outer(places[:, axis], layout.rotary_theta**-steps).repeat_interleave(2, dim=1))
-        together = torch.cat(angles, dim=1)
-        return together.cos().float(), together.sin().float()
-
-
-def _rotated(values: Tensor, rotary: Rotary) -> Tensor:
-    """Return queries or keys, (B, heads, S, d), turned by their positions; pairs of channels lie side by side."""
-    cosines, sines = rotary
-    real, imaginary = values.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (values.float() * cosines + turned.float() * sines).to(values.dtype)
+        return rotary_table(places, layout.rotary_sizes, layout.rotary_theta)
 
 
 def sincos_table(size: int, rows: int, columns: int, base_size: int, scale: float) -> Tensor:

@@ -12,7 +12,9 @@ from .configuration_aselect import ASelectConfig
 from .denoiser import Denoiser, Pass
 from .denoiser_dit import DiTDenoiser
 from .denoiser_flux import FluxDenoiser
+from .denoiser_lumina2 import Lumina2Denoiser
 from .denoiser_pixart import PixArtDenoiser
+from .denoiser_sana import SanaDenoiser
 from .denoiser_sd3 import SD3Denoiser
 from .denoisers import eval_mode
 from .folded_layout import FoldedLayout
@@ -45,7 +47,7 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
     float64 and rounded once, to the weights' dtype.
 
     Args:
-        denoiser: A denoiser of DiT (or SiT), PixArt, Stable Diffusion 3 or FLUX.
+        denoiser: A denoiser of any family.
         config: Its configuration, with an integer timestep.
         taps: Where it is to be read; blocks counted from the first.
 
@@ -53,15 +55,11 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
         The layout, and the state of a `FoldedTransformer` of it.
 
     Raises:
-        ValueError: If the family cannot be folded, or a layer is none that a plain one could stand for.
+        ValueError: If there is no rule for the family, or a layer is none that a plain one could stand for.
     """
     fold = next((fold for kind, fold in _FAMILIES.items() if isinstance(denoiser, kind)), None)
     if fold is None:
-        raise ValueError(
-            f"A {type(denoiser.transformer).__name__} cannot be folded: its blocks are no plain attention and MLP "
-            f"(linear attention and convolutions, or norms behind the gates). Those that can be are "
-            f"{', '.join(name.__name__.removesuffix('Denoiser') for name in _FAMILIES)}."
-        )
+        raise ValueError(f"A {type(denoiser.transformer).__name__} cannot be folded: there is no rule for its blocks.")
     parameter = next(denoiser.parameters())
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     with eval_mode(denoiser):
@@ -70,7 +68,8 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
         start = denoiser.begin(latents, timesteps, None)
         layout, weights = fold(denoiser, config, start, [tap_key(*tap) for tap in taps])
         # Each is rounded as it comes: in float64 all of them would take twice the model's memory.
-        return layout, {name: value.to(parameter.dtype, copy=True).contiguous() for name, value in weights}
+        target = parameter.device, parameter.dtype
+        return layout, {name: value.to(*target, copy=True).contiguous() for name, value in weights}
 
 
 def _sizes(denoiser: Denoiser, config: ASelectConfig, start: Pass, taps: list[str]) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _fold_dit(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]
     def weights() -> Weights:
         yield from _patches(transformer.pos_embed, layout)
         for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
-            parts = _BasicParts(block, block.norm1.norm, block.norm3, modulation(block))
+            parts = _stream_of(block, block.attn1, block.norm1.norm, block.norm3, modulation(block))
             yield from _block_state(layout, index, parts).items()
 
     return layout, weights()
@@ -132,10 +131,11 @@ def _fold_pixart(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[s
         yield from _patches(transformer.pos_embed, layout)
         for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
             table = block.scale_shift_table + start.condition.reshape(6, -1)
-            parts = _BasicParts(block, block.norm1, block.norm2, _chunks(table.reshape(1, -1), 6)[0])
+            modulation = _chunks(table.reshape(1, -1), 6)[0]
+            parts = _stream_of(block, block.attn1, block.norm1, block.norm2, modulation)
             cross = block.attn2
             if layout.is_run(index) and num_tokens == 1:
-                parts.offset = cross.to_out[0](cross.to_v(start.context))[0, 0].double()
+                parts.offset = _wide(cross.to_out[0](cross.to_v(start.context))[0, 0])
             yield from _block_state(layout, index, parts).items()
             if layout.is_run(index) and num_tokens > 1:
                 prefix = f"blocks.{index}.cross_"
@@ -211,71 +211,135 @@ def _fold_flux(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str
     return layout, weights()
 
 
+def _fold_sana(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+    """Fold Sana: the modulation of its MLP goes into the first of its convolutions, which looks at one token."""
+    transformer = denoiser.transformer
+    first = denoiser.blocks[0]
+    num_tokens = start.context.shape[1]  # type: ignore[union-attr]
+    layout = FoldedLayout(
+        **_sizes(denoiser, config, start, taps),
+        **(_sincos(transformer.patch_embed) if denoiser.position_embedding is not None else {"positions": "none"}),
+        kind="sana",
+        mlp_size=first.ff.conv_point.in_channels,
+        attention_norm_eps=first.norm1.eps,
+        mlp_norm_eps=first.norm2.eps,
+        query_key_norm_eps=None if first.attn1.norm_q is None else first.attn1.norm_q.eps,
+        num_cross_tokens=num_tokens if num_tokens > 1 else 0,
+        num_cross_heads=first.attn2.heads,
+    )
+
+    def weights() -> Weights:
+        yield from _patches(transformer.patch_embed, layout)
+        for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
+            table = block.scale_shift_table + start.condition.reshape(6, -1)
+            yield from _sana_state(layout, index, block, _chunks(table.reshape(1, -1), 6)[0], start.context).items()
+
+    return layout, weights()
+
+
+def _fold_lumina2(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+    """Fold Lumina: scales and gates stand beside norms with weights, and go into those."""
+    transformer, rope = denoiser.transformer, denoiser.transformer.rope_embedder
+    first = denoiser.blocks[0]
+    length = start.hidden_states.shape[1] - start.rows * start.columns
+    layout = FoldedLayout(
+        **_sizes(denoiser, config, start, taps),
+        kind="lumina2",
+        positions="rotary",
+        rotary_sizes=tuple(rope.axes_dim),
+        rotary_theta=float(rope.theta),
+        mlp_size=first.feed_forward.linear_1.out_features,
+        attention_norm_eps=_same([first.norm1.norm.eps, first.norm2.eps], "epsilons of its norms"),
+        mlp_norm_eps=_same([first.ffn_norm1.eps, first.ffn_norm2.eps], "epsilons of its norms"),
+        query_key_norm_eps=first.attn.norm_q.eps,
+        text_size=length,
+        num_key_value_heads=config.width_of("key") * config.num_attention_heads // config.hidden_size,
+        num_refiners=len(transformer.noise_refiner),
+    )
+
+    def weights() -> Weights:
+        weight, bias = _plain(transformer.x_embedder)
+        side = layout.patch_size
+        # A token's latents lie with their channels last.
+        yield "patch_embedding.weight", weight.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+        yield "patch_embedding.bias", bias
+        # The text has been through its refiners, which look at nothing else.
+        yield "text", start.hidden_states[:, :length]
+        for index, block in enumerate(transformer.noise_refiner):
+            yield from _lumina2_state(layout, f"refiners.{index}.", block, start.condition, PROJECTIONS, True).items()
+        for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
+            features, is_attending = layout.features_at(index), layout.is_attending(index)
+            projections = PROJECTIONS if is_attending else [name for name in PROJECTIONS if name in features]
+            prefix, is_run = f"blocks.{index}.", layout.is_run(index)
+            yield from _lumina2_state(layout, prefix, block, start.condition, projections, is_run).items()
+
+    return layout, weights()
+
+
 _Fold = Callable[[Any, ASelectConfig, Pass, list[str]], tuple[FoldedLayout, Weights]]
 _FAMILIES: dict[type[Denoiser], _Fold] = {
     DiTDenoiser: _fold_dit,
     PixArtDenoiser: _fold_pixart,
     SD3Denoiser: _fold_sd3,
     FluxDenoiser: _fold_flux,
+    SanaDenoiser: _fold_sana,
+    Lumina2Denoiser: _fold_lumina2,
 }
 
 
-class _BasicParts:
-    """The layers of one stream of a block, under one set of names; first those of diffusers' basic block."""
+@dataclass
+class _Stream:
+    """The layers of one stream of a block, under one set of names."""
 
-    def __init__(self, block: Any, norm: Any, mlp_norm: Any, modulation: Modulation) -> None:  # noqa: ANN401
-        attention = block.attn1
-        self.query, self.key, self.value = attention.to_q, attention.to_k, attention.to_v
-        self.query_norm, self.key_norm = attention.norm_q, attention.norm_k
-        self.output: Any = attention.to_out[0]
-        self.mlp: Any = block.ff
-        self.norm, self.mlp_norm, self.modulation = norm, mlp_norm, modulation
-        self.offset: Tensor | None = None  # added behind the gate
-        if self.query_norm is not None or getattr(attention, "norm_cross", None) is not None:
-            raise ValueError("A DiT with norms of queries and keys cannot be folded.")
+    query: Any
+    key: Any
+    value: Any
+    query_norm: Any
+    key_norm: Any
+    output: Any
+    mlp: Any
+    norm: Any
+    mlp_norm: Any
+    modulation: Modulation
+    offset: Tensor | None = None  # added behind the gate
 
 
-class _JointParts(_BasicParts):
-    """The layers of the picture's or the text's stream of a joint block."""
+def _stream_of(block: Any, attention: Any, norm: Any, mlp_norm: Any, modulation: Modulation) -> _Stream:  # noqa: ANN401
+    """Return the picture's stream of a block."""
+    projections = attention.to_q, attention.to_k, attention.to_v
+    norms = attention.norm_q, attention.norm_k
+    return _Stream(*projections, *norms, attention.to_out[0], block.ff, norm, mlp_norm, modulation)
 
-    def __init__(self, block: Any, is_text: bool, modulation: Modulation, attention: Any = None) -> None:  # noqa: ANN401
-        attention = attention or block.attn
-        if is_text:
-            self.query, self.key, self.value = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
-            self.query_norm, self.key_norm = attention.norm_added_q, attention.norm_added_k
-            self.output = getattr(attention, "to_add_out", None)
-            self.mlp, self.mlp_norm = block.ff_context, block.norm2_context
-            self.norm = block.norm1_context.norm
-        else:
-            self.query, self.key, self.value = attention.to_q, attention.to_k, attention.to_v
-            self.query_norm, self.key_norm = attention.norm_q, attention.norm_k
-            self.output = attention.to_out[0]
-            self.mlp, self.mlp_norm = block.ff, block.norm2
-            self.norm = block.norm1.norm
-        self.modulation = modulation
-        self.offset = None
+
+def _text_stream_of(block: Any, modulation: Modulation) -> _Stream:  # noqa: ANN401 - diffusers' block
+    """Return the text's stream of a joint block."""
+    attention = block.attn
+    projections = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
+    norms = attention.norm_added_q, attention.norm_added_k
+    output, norm = getattr(attention, "to_add_out", None), block.norm1_context.norm
+    return _Stream(*projections, *norms, output, block.ff_context, norm, block.norm2_context, modulation)
 
 
 def _joint_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor) -> State:  # noqa: ANN401
     """Return the state of a block of two streams."""
     is_dual = getattr(block, "use_dual_attention", False)
     modulations = _chunks(block.norm1.linear(condition), 9 if is_dual else 6)
-    state = _block_state(layout, index, _JointParts(block, False, modulations[0]))
+    state = _block_state(layout, index, _stream_of(block, block.attn, block.norm1.norm, block.norm2, modulations[0]))
     if index in layout.dual_attention_blocks and layout.is_run(index):
-        dual = _JointParts(block, False, modulations[1], block.attn2)
+        dual = _stream_of(block, block.attn2, block.norm1.norm, block.norm2, modulations[1])
         state |= _stream_state(layout, f"blocks.{index}.dual.", dual, PROJECTIONS, True, False)
     if layout.is_attending(index):
         is_used = layout.is_text_used_after(index)
         values = block.norm1_context.linear(condition)
         if getattr(block, "context_pre_only", False):
-            scale, shift = values.double()[0].chunk(2)
+            scale, shift = _wide(values)[0].chunk(2)
             modulation = Modulation(shift, scale)
         else:
             modulation = _chunks(values, 6)[0]
         state |= _stream_state(
             layout,
             f"blocks.{index}.text.",
-            _JointParts(block, True, modulation),
+            _text_stream_of(block, modulation),
             PROJECTIONS if is_used else PROJECTIONS[1:],
             is_used,
             is_used,
@@ -283,7 +347,7 @@ def _joint_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor
     return state
 
 
-def _block_state(layout: FoldedLayout, index: int, parts: _BasicParts) -> State:
+def _block_state(layout: FoldedLayout, index: int, parts: _Stream) -> State:
     """Return the state of a block's picture stream, with its taps."""
     prefix, features = f"blocks.{index}.", layout.features_at(index)
     is_run, is_attending = layout.is_run(index), layout.is_attending(index)
@@ -304,7 +368,7 @@ def _block_state(layout: FoldedLayout, index: int, parts: _BasicParts) -> State:
 def _stream_state(
     layout: FoldedLayout,
     prefix: str,
-    parts: _BasicParts,
+    parts: _Stream,
     projections: Sequence[str],
     is_attending: bool,
     is_run: bool,
@@ -314,8 +378,7 @@ def _stream_state(
     state: State = {}
     modulation = parts.modulation
     if projections:
-        layers = [_plain(getattr(parts, name)) for name in projections]
-        fused = torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
+        fused = _fused([getattr(parts, name) for name in projections])
         state |= _linear(f"{prefix}query_key_value", _modulated(fused, parts.norm, modulation.shift, modulation.scale))
     if layout.query_key_norm_eps is not None:
         if is_attending:
@@ -342,17 +405,17 @@ def _single_state(layout: FoldedLayout, index: int, block: Any, modulation: Modu
     prefix, features, is_run = f"blocks.{index}.", layout.features_at(index), layout.is_run(index)
     attention = block.attn
     named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
-    layers = [_plain(layer) for name, layer in named.items() if is_run or name in features]
+    layers = [layer for name, layer in named.items() if is_run or name in features]
     state: State = {}
     if is_run:
-        layers.append(_plain(block.proj_mlp))
+        layers.append(block.proj_mlp)
         state |= _linear(f"{prefix}projection", _gated(_plain(block.proj_out), _needed(modulation.gate)))
         state[f"{prefix}query_norm.weight"] = _norm_weight(attention.norm_q, layout)
         state[f"{prefix}key_norm.weight"] = _norm_weight(attention.norm_k, layout)
     if layers:
-        fused = torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
         state |= _linear(
-            f"{prefix}query_key_value_mlp", _modulated(fused, block.norm.norm, modulation.shift, modulation.scale)
+            f"{prefix}query_key_value_mlp",
+            _modulated(_fused(layers), block.norm.norm, modulation.shift, modulation.scale),
         )
     if "normed" in features:
         scale, shift = _affine(block.norm.norm, modulation.shift, modulation.scale)
@@ -360,11 +423,101 @@ def _single_state(layout: FoldedLayout, index: int, block: Any, modulation: Modu
     return state
 
 
+def _sana_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation, context: Any) -> State:  # noqa: ANN401
+    """Return the state of a `FoldedSanaBlock`."""
+    prefix, features = f"blocks.{index}.", layout.features_at(index)
+    is_run, is_attending = layout.is_run(index), layout.is_attending(index)
+    projections = PROJECTIONS if is_attending else [name for name in PROJECTIONS if name in features]
+    attention, cross = block.attn1, block.attn2
+    offset = None
+    if is_run and context.shape[1] == 1:
+        offset = _wide(cross.to_out[0](cross.to_v(context))[0, 0])
+    named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
+    state: State = {}
+    if projections:
+        fused = _fused([named[name] for name in projections])
+        state |= _linear(
+            f"{prefix}query_key_value", _modulated(fused, block.norm1, modulation.shift, modulation.scale)
+        )
+    if "normed" in features:
+        scale, shift = _affine(block.norm1, modulation.shift, modulation.scale)
+        state |= {f"{prefix}normed_scale": scale, f"{prefix}normed_shift": shift}
+    if is_attending and layout.query_key_norm_eps is not None:
+        state |= {
+            f"{prefix}query_norm.weight": attention.norm_q.weight,
+            f"{prefix}key_norm.weight": attention.norm_k.weight,
+        }
+    if is_attending:
+        output, gate = _plain(attention.to_out[0]), _needed(modulation.gate)
+        if is_run and "attention" in features:
+            state |= {f"{prefix}gate": gate, f"{prefix}offset": torch.zeros_like(gate) if offset is None else offset}
+        elif is_run:
+            output = _gated(output, gate)
+            output = output if offset is None else (output[0], output[1] + offset)
+        state |= _linear(f"{prefix}projection", output)
+    if not is_run:
+        return state
+    if layout.num_cross_tokens:
+        key = cross.to_k(context)
+        key = key if cross.norm_k is None else cross.norm_k(key)
+        state |= {f"{prefix}cross_key": key[0], f"{prefix}cross_value": cross.to_v(context)[0]}
+        state |= _linear(f"{prefix}cross_query", _plain(cross.to_q))
+        state |= _linear(f"{prefix}cross_projection", _plain(cross.to_out[0]))
+        if cross.norm_q is not None:
+            state[f"{prefix}cross_query_norm.weight"] = cross.norm_q.weight
+    mlp = block.ff
+    inverted = _wide(mlp.conv_inverted.weight).flatten(1), _wide(mlp.conv_inverted.bias)
+    up = _modulated(inverted, block.norm2, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
+    state |= _linear(f"{prefix}up_projection", up)
+    state |= {f"{prefix}convolution.weight": mlp.conv_depth.weight, f"{prefix}convolution.bias": mlp.conv_depth.bias}
+    point = _wide(mlp.conv_point.weight).flatten(1)
+    state[f"{prefix}down_projection.weight"] = _needed(modulation.mlp_gate)[:, None] * point
+    return state
+
+
+def _lumina2_state(
+    layout: FoldedLayout,
+    prefix: str,
+    block: Any,  # noqa: ANN401 - diffusers' block
+    condition: Tensor,
+    projections: Sequence[str],
+    is_run: bool,
+) -> State:
+    """Return the state of a `FoldedLumina2Block`."""
+    scale, gate, mlp_scale, mlp_gate = _wide(block.norm1.linear(silu(condition)))[0].chunk(4)
+    attention, mlp = block.attn, block.feed_forward
+    named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
+    state: State = {f"{prefix}attention_norm.weight": _wide(block.norm1.norm.weight) * (1 + scale)}
+    if projections:
+        state[f"{prefix}query_key_value.weight"] = torch.cat([_without_bias(named[name]) for name in projections])
+    if len(projections) == len(PROJECTIONS):
+        state |= {
+            f"{prefix}query_norm.weight": _norm_weight(attention.norm_q, layout),
+            f"{prefix}key_norm.weight": _norm_weight(attention.norm_k, layout),
+            f"{prefix}projection.weight": _without_bias(attention.to_out[0]),
+        }
+    if is_run:
+        state |= {
+            f"{prefix}attention_output_norm.weight": _wide(block.norm2.weight) * gate.tanh(),
+            f"{prefix}mlp_norm.weight": _wide(block.ffn_norm1.weight) * (1 + mlp_scale),
+            f"{prefix}mlp_output_norm.weight": _wide(block.ffn_norm2.weight) * mlp_gate.tanh(),
+            f"{prefix}gate_projection.weight": _without_bias(mlp.linear_1),
+            f"{prefix}up_projection.weight": _without_bias(mlp.linear_3),
+            f"{prefix}down_projection.weight": _without_bias(mlp.linear_2),
+        }
+    return state
+
+
 def _chunks(values: Tensor, count: int) -> list[Modulation]:
     """Return the modulations, (1, count · D), that diffusers' order stands for: three or six, then perhaps three."""
-    parts = values.double()[0].chunk(count)
+    parts = _wide(values)[0].chunk(count)
     first = Modulation(*parts[: 3 if count == 3 else 6])
     return [first, Modulation(*parts[6:])] if count > 6 else [first]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Return values in float64: on the CPU, where their device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _needed(vector: Tensor | None) -> Tensor:
@@ -387,8 +540,21 @@ def _plain(layer: Any) -> Layer:  # noqa: ANN401 - whatever stands there
             f"Only plain linear layers can be folded, got a {type(layer).__name__}. Merge adapters first (peft's "
             "`merge_and_unload`), and load the model without quantization."
         )
-    weight = layer.weight.double()
-    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
+    weight = _wide(layer.weight)
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else _wide(layer.bias)
+
+
+def _without_bias(layer: Any) -> Tensor:  # noqa: ANN401 - whatever stands there
+    """Return the weight of a linear layer that has no bias."""
+    if getattr(layer, "bias", None) is not None:
+        raise ValueError("A Lumina whose layers have biases cannot be folded.")
+    return _plain(layer)[0]
+
+
+def _fused(layers: Sequence[Any]) -> Layer:
+    """Return linear layers as one, one behind the other."""
+    parts = [_plain(layer) for layer in layers]
+    return torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])
 
 
 def _linear(name: str, layer: Layer) -> State:
@@ -399,9 +565,9 @@ def _affine(norm: Any, shift: Tensor, scale: Tensor) -> Layer:  # noqa: ANN401 -
     """Return scale and shift of a norm's output, its own and the modulation's together."""
     total, offset = 1 + scale, shift
     if getattr(norm, "bias", None) is not None:
-        offset = offset + total * norm.bias.double()
+        offset = offset + total * _wide(norm.bias)
     if getattr(norm, "weight", None) is not None:
-        total = total * norm.weight.double()
+        total = total * _wide(norm.weight)
     return total, offset
 
 
@@ -469,7 +635,7 @@ def _patches(embedding: Any, layout: FoldedLayout) -> Weights:  # noqa: ANN401 -
     if layout.positions == "table":
         sides = (side * layout.patch_size for side in (layout.rows, layout.columns))
         yield "positions", embedding.cropped_pos_embed(*sides)
-    else:
+    elif layout.positions == "sincos":
         yield (
             "positions",
             sincos_table(

@@ -49,6 +49,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         "AttentionHeadBlock",
         "BasicTransformerBlock",
         "FoldedBlock",
+        "FoldedLumina2Block",
+        "FoldedSanaBlock",
         "FoldedSingleBlock",
         "FluxSingleTransformerBlock",
         "FluxTransformerBlock",
@@ -487,8 +489,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
             The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the model is folded already, its family cannot be folded
-                (Sana, Lumina), it holds adapters or quantized weights, or a part of it is not in memory.
+            ValueError: If the timestep is not chosen yet, the model is folded already, it holds adapters or quantized
+                weights, or a part of it is not in memory.
         """
         self._resolved_timestep()
         base = self._base()
@@ -618,6 +620,12 @@ class DiTModel(ASelectPreTrainedModel):
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
         self.vae = build_vae_encoder(config)
+        if not config.folded and config._attn_implementation not in (None, "sdpa"):
+            logger.warning(
+                "`attn_implementation=%r` is of no account here: diffusers' blocks run kernels of their own. The "
+                "blocks of a folded model (`model.fold()`) run the host's.",
+                config._attn_implementation,
+            )
         self._noise: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
         if config.folded:
             # Made before a graph is compiled or exported, which would have no generator in it.
