@@ -9,17 +9,48 @@ On the pictures that ship in the package, from a checkout of the repository (a m
         --head_hidden_size 128 --head_num_attention_heads 4 --resample_noise_in_training True \
         --output_dir fashion-classifier --num_train_epochs 5 --learning_rate 1e-3 --per_device_train_batch_size 64
 
+`--recipe` names a set of arguments, each of which can still be given (`RECIPES` below has their values):
+
+- `attention_probe`: the A-SelecT authors': their attention head on frozen features, AdamW with a learning rate of 3e-3
+  and a cosine schedule, batches of 8, 28 epochs, random crops and flips; the best epoch on the evaluation split is
+  kept;
+- `linear_probe`: a linear head on frozen features (`linear_probe.py` tries several learning rates at once);
+- `fine_tune`: all weights up to the tap, with a learning rate that falls by a quarter from block to block;
+- `lora`: LoRA on query and value of the blocks up to the tap, and the head; only these are saved (the `peft` extra).
+
+`--resume_from_checkpoint latest` goes on from the last whole checkpoint in `--output_dir`: on a CPU the weights that
+come out are bit for bit those of a training that was not interrupted.
+
 `--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json` and the card, `README.md`.
 Every field of `ASelectConfig` is an option (`--timestep`, `--block`, `--feature`, `--head`, ...), and so is every one
 of `TrainingArguments`.
 """
 
+import json
 import logging
+import random
+import re
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, make_dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
+from PIL import Image
+from torch import nn
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from hf_aselect import Accuracy, ASelectCallback, ASelectConfig, ASelectImageProcessor, DiTForImageClassification
 
@@ -36,6 +67,66 @@ class DataArguments:
     image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices or names."})
     num_calibration_images: int = field(default=256, metadata={"help": "Training pictures for `--timestep auto`."})
+    recipe: str | None = field(default=None, metadata={"help": "A named set of arguments, see above."})
+    crop_share: float = field(
+        default=1.0,
+        metadata={"help": "Train on random crops of this share of each side, and flips; evaluate on the middle."},
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor of the learning rate from each block to the one before."}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA on query and value; 0 for none."})
+
+
+FROZEN = {"weight_decay": 0.01, "lr_scheduler_type": "cosine", "num_train_epochs": 28, "freeze_backbone": True}
+TRAINED = {"freeze_backbone": False, "crop_share": 8 / 9, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+BEST = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "save_total_limit": 1,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    # The paper's (arXiv 2603.25758), as its authors' code has it: resized to 576 pixels, cropped to 512.
+    "attention_probe": {
+        **FROZEN,
+        **BEST,
+        "head": "attention",
+        "learning_rate": 3e-3,
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 8,
+        "crop_share": 8 / 9,
+    },
+    "linear_probe": {**FROZEN, "head": "linear", "learning_rate": 1e-3, "per_device_train_batch_size": 64},
+    "fine_tune": {
+        **TRAINED,
+        "learning_rate": 1e-3,
+        "layer_decay": 0.75,
+        "weight_decay": 0.05,
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 32,
+    },
+    # Adapters train better with larger steps than the weights they stand for.
+    "lora": {
+        **TRAINED,
+        "learning_rate": 1e-3,
+        "lora_rank": 8,
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 32,
+    },
+}
+
+
+def parse(words: list[str]) -> tuple[DataArguments, Any, TrainingArguments]:
+    """Return the arguments; those of a recipe take the place of the defaults."""
+    parser = HfArgumentParser((DataArguments, ConfigArguments, TrainingArguments))
+    found = re.search(r"--recipe[= ](\S+)", " ".join(words))
+    if found and found[1] not in RECIPES:
+        parser.error(f"--recipe must be one of {', '.join(RECIPES)}, got {found[1]!r}.")
+    parser.set_defaults(**(RECIPES[found[1]] if found else {}))
+    args: tuple[DataArguments, Any, TrainingArguments] = parser.parse_args_into_dataclasses(words)
+    return args
 
 
 def int_or_word(value: str) -> int | str:
@@ -44,11 +135,14 @@ def int_or_word(value: str) -> int | str:
 
 
 # Fields of the configuration that are one word on a command line; the rest are records of diffusers and of ours.
+RECORDS = (
+    *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes"),
+    *("folded", "folded_layout"),
+)
 OPTIONS = {
     name: int_or_word if kind not in (bool, float) else kind
     for name, kind in ASelectConfig.__annotations__.items()
-    if not name.startswith("_")
-    and name not in ("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes")
+    if not name.startswith("_") and name not in RECORDS
 }
 ConfigArguments = make_dataclass(
     "ConfigArguments",
@@ -109,14 +203,64 @@ def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
     return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)
 
 
-def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArguments) -> Dataset:
-    """Return the split with `pixel_values` and `labels`, made when a row is read."""
+class Pictures(torch.utils.data.Dataset):
+    """A split as `pixel_values` and `labels`, made when a row is read.
 
-    def transform(batch: dict[str, list]) -> dict[str, Any]:
-        pixels = processor(batch[args.image_column], return_tensors="pt").pixel_values
-        return {"pixel_values": pixels, "labels": batch[args.label_column]}
+    What is random depends on the seed, the epoch and the picture alone: a resumed training sees the same crops.
 
-    return split.with_transform(transform)
+    Args:
+        split: Rows with a picture and a class index.
+        processor: What makes pixel values of pictures.
+        args: Names of the columns, and how much is cropped.
+        seed: Seed of the crops; None for the middle of every picture.
+    """
+
+    def __init__(
+        self, split: Dataset, processor: ASelectImageProcessor, args: DataArguments, seed: int | None = None
+    ) -> None:
+        self.split, self.processor, self.args, self.seed = split, processor, args, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one picture and its label."""
+        row = self.split[index]
+        picture = row[self.args.image_column]
+        if self.args.crop_share < 1:
+            picture = self.cropped(picture, index)
+        pixels = self.processor(picture, return_tensors="pt").pixel_values[0]
+        return {"pixel_values": pixels, "labels": row[self.args.label_column]}
+
+    def cropped(self, picture: Image.Image, index: int) -> Image.Image:
+        """Return a crop of a share of each side: anywhere and perhaps flipped, or the middle."""
+        sides = [max(1, round(self.args.crop_share * side)) for side in picture.size]
+        spare = [whole - side for whole, side in zip(picture.size, sides, strict=True)]
+        numbers = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {index}")
+        left, top = (each // 2 if numbers is None else numbers.randint(0, each) for each in spare)
+        crop = picture.crop((left, top, left + sides[0], top + sides[1]))
+        is_flipped = numbers is not None and numbers.random() < 0.5
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop
+
+
+class EpochCallback(TrainerCallback):
+    """Tells sampler and pictures of the epoch: the host does not, where a training goes on in the middle of one."""
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> None:
+        """Set the epoch."""
+        loader, epoch = kwargs["train_dataloader"], int((state.epoch or 0) + 1e-6)
+        loader.dataset.epoch = epoch
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
 
 def needs_timestep(source: str, given: dict[str, Any]) -> bool:
@@ -130,12 +274,68 @@ def needs_timestep(source: str, given: dict[str, Any]) -> bool:
     return bool(saved.get("timestep", "auto") == "auto")
 
 
+def trained_layers(model: DiTForImageClassification) -> Iterable[str]:
+    """Yield the names of the layers that LoRA goes on: query and value of the blocks up to the tap."""
+    denoiser = model.backbone.denoiser
+    ((block, feature),) = model.backbone.taps()
+    unused = {id(part) for module in denoiser.unused_modules(block, feature) for part in module.modules()}
+    for name, module in model.named_modules():
+        is_asked = name.rpartition(".")[2] in ("to_q", "to_v", "query_key_value") and ".denoiser." in f".{name}"
+        if is_asked and isinstance(module, nn.Linear) and id(module) not in unused:
+            yield name
+
+
+def with_lora(model: DiTForImageClassification, rank: int) -> nn.Module:
+    """Return the model with adapters; only they and the head are trained, and saved."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(trained_layers(model)), modules_to_save=["head"]),
+    )
+
+
+def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float) -> torch.optim.Optimizer:
+    """Return AdamW with a learning rate that falls from block to block, and no weight decay of biases and norms."""
+    places = {}
+    for name, value in model.named_parameters():
+        found = re.search(r"denoiser\..*?blocks\.(\d+)\.", name)
+        if value.requires_grad:
+            # The head is one step above the last block, what comes before the blocks one below the first.
+            places[name] = int(found[1]) if found else -1 if "denoiser." in name else None
+    top = 1 + max((place for place in places.values() if place is not None), default=-1)
+    parameters = dict(model.named_parameters())
+    groups = []
+    for name, place in places.items():
+        depth = top if place is None else place
+        groups.append(
+            {
+                "params": [parameters[name]],
+                "lr": args.learning_rate * decay ** (top - depth),
+                "weight_decay": args.weight_decay if parameters[name].ndim > 1 else 0.0,
+            }
+        )
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+
+
+def last_checkpoint(folder: str) -> str:
+    """Return the last whole checkpoint of a training: one that was being written when it died is passed over."""
+    found = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        try:
+            # Trainer writes this file last.
+            found[json.loads((path / "trainer_state.json").read_text())["global_step"]] = str(path)
+        except (OSError, ValueError, KeyError):
+            logging.warning("%s is half-written, and passed over.", path)
+    if not found:
+        raise ValueError(f"There is no whole checkpoint in {folder!r} to go on from.")
+    return found[max(found)]
+
+
 def main() -> None:
-    parser = HfArgumentParser((DataArguments, ConfigArguments, TrainingArguments))
-    args, config_args, training_args = parser.parse_args_into_dataclasses()
+    args, config_args, training_args = parse(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     set_seed(training_args.seed)
-    training_args.remove_unused_columns = False  # the transform needs the picture's column
     splits = load_splits(args, training_args.seed)
     names = splits["train"].features[args.label_column].names
 
@@ -154,17 +354,22 @@ def main() -> None:
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return Accuracy().compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
 
+    if args.lora_rank:
+        model = with_lora(model, args.lora_rank)
+    optimizer = layer_wise_optimizer(model, training_args, args.layer_decay) if args.layer_decay < 1 else None
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=prepare(splits["train"], processor, args),
-        eval_dataset=prepare(splits["validation"], processor, args),
+        optimizers=(optimizer, None),
+        train_dataset=Pictures(splits["train"], processor, args, seed=training_args.seed),
+        eval_dataset=Pictures(splits["validation"], processor, args),
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=compute_metrics,
-        callbacks=[ASelectCallback(dataset=args.dataset_name)],
+        callbacks=[ASelectCallback(dataset=args.dataset_name), EpochCallback()],
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "latest" else resume)
     trainer.save_model()
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)

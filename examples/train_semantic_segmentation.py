@@ -54,11 +54,14 @@ def int_or_word(value: str) -> int | str:
 
 
 # Fields of the configuration that are one word on a command line; the rest are records of diffusers and of ours.
+RECORDS = (
+    *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes"),
+    *("folded", "folded_layout"),
+)
 OPTIONS = {
     name: int_or_word if kind not in (bool, float) else kind
     for name, kind in ASelectConfig.__annotations__.items()
-    if not name.startswith("_")
-    and name not in ("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes")
+    if not name.startswith("_") and name not in RECORDS
 }
 ConfigArguments = make_dataclass(
     "ConfigArguments",

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image as PILImage
 
-from hf_aselect import DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
+from hf_aselect import ASelectImageProcessor, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -263,6 +264,36 @@ def test_a_trained_model_is_written_as_onnx(pretrained, tmp_path):
     assert logits.shape == (5, 2)
 
 
+def test_the_linear_probe_picks_a_learning_rate_and_saves_what_it_measured(pretrained, parquet, tmp_path):
+    output = tmp_path / "probe"
+    words = ["--model_name_or_path", pretrained, "--train_file", parquet, "--test_file", parquet]
+    words += ["--image_column=picture", "--label_column=class", "--timestep=50", "--output_dir", output]
+    said = run("linear_probe.py", *words, "--num_train_epochs=20", "--learning_rates", 1e-9, 1e-2)
+    result = json.loads((output / "results.json").read_text())
+    assert result["learning_rate"] == 0.01 and "learning rate 0.01: validation accuracy" in said
+    assert result["test_accuracy"] >= 0.9  # dark and bright pictures
+    model = DiTForImageClassification.from_pretrained(output)
+    processor = ASelectImageProcessor.from_pretrained(output)
+    rows = Dataset.from_parquet(str(parquet))
+    with torch.no_grad():
+        predicted = model(processor(rows["picture"][:], return_tensors="pt").pixel_values).logits.argmax(-1)
+    assert (predicted == torch.tensor(rows["class"][:])).float().mean() == pytest.approx(result["test_accuracy"])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_accelerates_own_loop_trains_and_saves(pretrained, parquet, tmp_path, cached):
+    words = ["--model_name_or_path", pretrained, "--train_file", parquet, "--output_dir", tmp_path / "out"]
+    words += ["--image_column=picture", "--label_column=class", "--timestep=50", "--head=linear"]
+    words += ["--num_train_epochs=8", "--learning_rate=0.1", "--checkpointing_steps=epoch"]
+    words += ["--cache_dir", tmp_path / "cache"] if cached else []
+    run("train_image_classification_no_trainer.py", *words)
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"] >= 0.75
+    model = DiTForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "dark", 1: "bright"}
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    assert len(list((tmp_path / "out").glob("step_*"))) == 8
+
+
 SPEED = example("benchmarks/speed.py")
 
 
@@ -296,3 +327,7 @@ def test_speed_from_end_to_end(monkeypatch, tmp_path, capsys):
     result = json.loads((tmp_path / "speed.json").read_text())
     assert SPEED.tables(result) == (tmp_path / "speed.md").read_text()
     assert str(tmp_path) not in json.dumps(result)
+    monkeypatch.setattr(sys, "argv", [*words, "--sections", "growth"])
+    SPEED.main()
+    again = json.loads((tmp_path / "speed.json").read_text())
+    assert again["speeds"] == result["speeds"] and again["growth"] != result["growth"]

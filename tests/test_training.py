@@ -1,8 +1,9 @@
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
-from hf_aselect import ASelectCallback, DiTForImageClassification
+from hf_aselect import ASelectCallback, DiTForImageClassification, select_timestep
 from hf_aselect.metrics import compute_accuracy
 from hf_aselect.training import write_model_card
 
@@ -120,3 +121,114 @@ def test_the_card_says_the_licence_of_what_the_model_is_made_from(classifier, tm
     # What the user says comes first.
     write_model_card(classifier, tmp_path, license="mit")
     assert "license: mit" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def unresolved(pixel_folder, **fields):
+    """A classifier whose timestep is still to be chosen, with the weights of the tiny DiT."""
+    model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, num_labels=4, head="linear", **fields)
+    model.config.timestep = "auto"
+    return model
+
+
+def train_with(callback, model, pixels, tmp_path, **options):
+    rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels)]
+    given = {"max_steps": 2, "report_to": "none", **options}
+    arguments = TrainingArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        **given,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    return trainer
+
+
+def test_an_open_timestep_is_chosen_on_the_first_training_pictures(pixel_folder, pixels, tmp_path):
+    model = unresolved(pixel_folder)
+    callback = ASelectCallback(max_images=6, seed=3)
+    trainer = train_with(callback, model, pixels, tmp_path)
+    expected = select_timestep(unresolved(pixel_folder), pixels[:6], max_images=6, seed=3)
+    assert model.config.timestep == expected.timestep
+    assert model.config.selection["scores"] == pytest.approx(expected.scores)
+    assert "Chosen by" in (tmp_path / "out" / "README.md").read_text()
+    (entry,) = [row for row in trainer.state.log_history if "aselect/timestep" in row]
+    assert entry["aselect/timestep"] == expected.timestep and entry["step"] == 0 and entry["aselect/drift"] == 0
+
+
+def test_a_chosen_timestep_is_left_alone(trainer):
+    timestep = trainer.model.config.timestep
+    trainer.callback_handler.callbacks[-1].on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=None
+    )
+    assert trainer.model.config.timestep == timestep
+
+
+def test_the_probe_reads_the_labels_of_the_rows(pixel_folder, pixels, tmp_path):
+    model = unresolved(pixel_folder)
+    train_with(ASelectCallback(max_images=7, criterion="probe"), model, pixels, tmp_path)
+    assert model.config.selection["criterion"] == "probe"
+
+
+def test_choosing_leaves_the_random_numbers_of_training_alone(pixel_folder, pixels, tmp_path):
+    losses, models = [], [unresolved(pixel_folder), unresolved(pixel_folder)]
+    models[1].head.load_state_dict(models[0].head.state_dict())
+    for model in models:
+        torch.manual_seed(1)
+        if not losses:
+            trainer = train_with(ASelectCallback(max_images=6), model, pixels, tmp_path, logging_steps=1)
+            timestep = model.config.timestep
+        else:
+            model.config.timestep = timestep
+            trainer = train_with(ASelectCallback(), model, pixels, tmp_path, logging_steps=1)
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1]
+
+
+def test_the_drift_is_told_while_the_backbone_is_trained(pixel_folder, pixels, tmp_path):
+    model = unresolved(pixel_folder, freeze_backbone=False)
+    callback = ASelectCallback(max_images=4, reselect_epochs=1)
+    trainer = train_with(callback, model, pixels, tmp_path, max_steps=-1, num_train_epochs=2, learning_rate=1e-2)
+    assert [epoch for epoch, _ in callback.selections] == [0, 1, 2]
+    rows = [row for row in trainer.state.log_history if "aselect/drift" in row]
+    first = callback.selections[0][1].timestep
+    assert [row["aselect/drift"] for row in rows] == [one.timestep - first for _, one in callback.selections]
+    assert model.config.timestep == first
+    assert "timestep chosen at epoch" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_frozen_backbone_has_no_drift(pixel_folder, pixels, tmp_path):
+    callback = ASelectCallback(max_images=4, reselect_epochs=1)
+    train_with(callback, unresolved(pixel_folder), pixels, tmp_path, max_steps=-1, num_train_epochs=2)
+    assert len(callback.selections) == 1
+
+
+def test_following_the_drift_reads_at_the_new_choice(pixel_folder, pixels, tmp_path):
+    model = unresolved(pixel_folder, freeze_backbone=False)
+    callback = ASelectCallback(max_images=4, reselect_epochs=1, follow=True)
+    train_with(callback, model, pixels, tmp_path, max_steps=-1, num_train_epochs=1, learning_rate=1e-1)
+    assert model.config.timestep == callback.selections[-1][1].timestep
+
+
+def test_tensorboard_has_the_choice(pixel_folder, pixels, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard")
+    train_with(ASelectCallback(max_images=4), unresolved(pixel_folder), pixels, tmp_path, report_to="tensorboard")
+    events = accumulators.EventAccumulator(str(tmp_path / "out" / "runs" / "aselect")).Reload()
+    assert "aselect/timestep" in events.Tags()["scalars"]
+
+
+def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):
+    model = unresolved(pixel_folder)
+    rows = [{"features": torch.zeros(4, model.config.feature_size), "labels": 0}] * 4
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"has no `pixel_values` to choose it from, only features, labels"):
+        Trainer(model, arguments, train_dataset=rows, callbacks=[ASelectCallback()]).train()
+
+
+@pytest.mark.parametrize("options", [{"max_images": 0}, {"reselect_epochs": 0}, {"reselect_epochs": 1.5}])
+def test_wrong_numbers_are_refused(options):
+    with pytest.raises(ValueError, match="must be an integer from 1 on"):
+        ASelectCallback(**options)

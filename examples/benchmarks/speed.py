@@ -2,9 +2,9 @@
 
     python examples/benchmarks/speed.py --output_dir speed
 
-On two CPU cores with nothing else running it takes about 45 minutes, and 8 GB of disk under `--output_dir` meanwhile.
-`--sizes S/2 B/2 --batches 1 8` takes ten. On a CUDA device (`--device cuda`) it measures with events, and memory by
-torch's count.
+On two CPU cores with nothing else running it takes about 50 minutes, and 8 GB of disk under `--output_dir` meanwhile.
+`--sizes S/2 B/2 --batches 1 8` takes ten; `--sections` measures a part anew. On a CUDA device (`--device cuda`) it
+measures with events, and memory by torch's count.
 
 All DiTs have random weights and their real sizes, 32 × 32 latents of 4 channels, 256 tokens; features are the query of
 the block at half depth, at timestep 121, with the null label. Ways of reading them:
@@ -23,7 +23,6 @@ import ast
 import json
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -49,7 +48,8 @@ from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassifi
 # Blocks, width and attention heads (arXiv 2212.09748, table 1).
 SIZES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL/2": (28, 1152, 16)}
 TIMESTEP = 121
-WAYS = ("diffusers", "early exit", "folded", "diffusers bf16", "early exit bf16", "folded bf16", "folded bf16 eager")
+WAYS = ("diffusers", "early exit", "folded", "diffusers bf16", "folded bf16", "folded bf16 eager")
+SECTIONS = ("import_seconds", "speeds", "matrix_share", "growth", "profile", "head_training", "checkpoints")
 GROWTH_SIZE = "B/2"
 EPOCHS = 28
 NUM_PICTURES = 128
@@ -315,22 +315,22 @@ def checkpoints(size: str, batches: list[int], repetitions: int, folder: Path) -
     """Return parameters, bytes, seconds to load and peak memory of each way's checkpoint."""
     saved = save_checkpoints(size, folder)
     ways = [*saved, "early exit"]
-    loads: dict[str, list[float]] = {way: [] for way in ways}
+    loads: dict[str, list[float]] = {way: [] for way in ways if "block 13" not in way}
     for _ in range(repetitions):
-        for way in ways:
-            loads[way].append(ask_child("load", folder, way, batches)["seconds"])
+        for way, seconds in loads.items():
+            seconds.append(ask_child("load", folder, way, batches)["seconds"])
     rows = []
     for way in ways:
-        peaks = ask_child("memory", folder, way, sorted(batches))["peaks"]
+        peaks = ask_child("memory", folder, way, sorted(batches))["peaks"] if way in loads else []
         rows.append(
             {
                 "size": size,
                 "way": way,
                 **saved.get(way, saved["diffusers"]),
-                "seconds_to_load": round(statistics.median(loads[way]), 3),
-                "peak_gigabytes": dict(
-                    zip(map(str, sorted(batches)), (round(peak / 1e9, 3) for peak in peaks), strict=True)
-                ),
+                "seconds_to_load": round(statistics.median(loads[way]), 3) if way in loads else None,
+                "peak_gigabytes": {
+                    str(batch): round(peak / 1e9, 3) for batch, peak in zip(sorted(batches), peaks, strict=False)
+                },
             }
         )
         print(rows[-1], flush=True)
@@ -560,6 +560,9 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, help="measure these anew, and keep the others of the folder (all)"
+    )
     parser.add_argument("--child", choices=("load", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -572,40 +575,47 @@ def main() -> None:
         return
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"machine": machine(args.device), "repetitions": args.repetitions}
-    result["import_seconds"] = import_seconds(args.repetitions)
-    print(result["import_seconds"], flush=True)
-    result["speeds"] = [
-        row for size in args.sizes for row in speeds(size, args.batches, args.repetitions, args.device)
-    ]
-    is_cpu = args.device == "cpu"
-    result["matrix_share"] = (
-        [row for size in args.sizes for row in matrix_share(size, 8, args.repetitions)] if is_cpu else []
-    )
-    result["growth"] = growth(args.repetitions, args.device)
-    result["profile"] = profile(args.device)
-    result["checkpoints"] = []
-    for size in args.sizes:
-        scratch = Path(tempfile.mkdtemp(dir=output))
-        try:
-            if is_cpu:
-                result["checkpoints"] += checkpoints(size, args.batches, args.repetitions, scratch)
-            else:
-                result["checkpoints"] += device_memory(size, args.batches)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(dir=output))
-    try:
-        result["head_training"] = head_training(scratch, args.device, max(1, args.repetitions // 2))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    temporary = output / ".speed.json.incomplete"
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(output / "speed.json")
-    (output / "speed.md").write_text(tables(result), encoding="utf-8")
-    draw(result, output / "speed.png")
-    print(tables(result))
-    print(f"Saved {output}/speed.json, speed.md and speed.png.")
+    sizes, batches, repetitions, device = args.sizes, args.batches, args.repetitions, args.device
+    is_cpu = device == "cpu"
+
+    def of_checkpoints() -> list[dict[str, Any]]:
+        if not is_cpu:
+            return [row for size in sizes for row in device_memory(size, batches)]
+        rows = []
+        for size in sizes:
+            with tempfile.TemporaryDirectory(dir=output) as scratch:
+                rows += checkpoints(size, batches, repetitions, Path(scratch))
+        return rows
+
+    def of_training() -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory(dir=output) as scratch:
+            return head_training(Path(scratch), device, max(1, repetitions // 5))
+
+    measure: dict[str, Callable[[], Any]] = {
+        "import_seconds": lambda: import_seconds(repetitions),
+        "speeds": lambda: [row for size in sizes for row in speeds(size, batches, repetitions, device)],
+        "matrix_share": lambda: (
+            [row for size in sizes for row in matrix_share(size, 8, repetitions)] if is_cpu else []
+        ),
+        "growth": lambda: growth(repetitions, device),
+        "profile": lambda: profile(device),
+        "head_training": of_training,
+        "checkpoints": of_checkpoints,
+    }
+    path = output / "speed.json"
+    result = json.loads(path.read_text()) if args.sections and path.exists() else {}
+    result |= {"machine": machine(device), "repetitions": repetitions}
+    for section in args.sections or SECTIONS:
+        result[section] = measure[section]()
+        # Each as it is ready: all of them take most of an hour.
+        temporary = output / ".speed.json.incomplete"
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    if all(section in result for section in SECTIONS):
+        (output / "speed.md").write_text(tables(result), encoding="utf-8")
+        draw(result, output / "speed.png")
+        print(tables(result))
+    print(f"Saved {', '.join(str(each) for each in sorted(output.glob('speed.*')))}.")
 
 
 if __name__ == "__main__":

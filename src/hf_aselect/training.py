@@ -1,35 +1,140 @@
-"""What `transformers.Trainer` is given for our models: a callback that writes the model card."""
+"""What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
 
 import os
+import random
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .model_card import CardFacts, write_card
 from .modeling_aselect import ASelectPreTrainedModel
 from .selection_record import TimestepSelection
+from .timestep_selection import select_timestep
 
 CURVE = "timestep_curve.png"
 
 
 class ASelectCallback(TrainerCallback):
-    """Writes the model card and the curve of the timestep's choice into the output folder.
+    """Chooses the timestep where none is chosen, and writes the model card and the curve into the output folder.
 
-    They are written after each evaluation, with its accuracy or mean IoU, and at the end of training, by the main
-    process only.
+    A model whose timestep is still "auto" when training begins reads it off the first training pictures, once, the
+    same in all processes. While the backbone is fine-tuned the choice can be looked at again: where its best timestep
+    goes is the drift. Choices go to the trainer's history, and to TensorBoard and trackio where the trainer reports to
+    them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and at the end of training,
+    by the main process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
         base_model: Where the DiT comes from, for the card. Default: the id on the Hub that it was loaded from, if any.
         license: Licence of the trained model, for the card. Default: that of the weights, where it is known.
+        max_images: Look at so many training pictures at the most.
+        criterion: As in `select_timestep`; "probe" reads the labels, too.
+        reselect_epochs: Choose again after every so many epochs while the backbone is trained; None: never.
+        follow: Whether the model is read at the new choice from then on; else it is only reported.
+        options: Further arguments of `select_timestep`, by name.
+
+    Raises:
+        ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
+            values in the rows.
     """
 
-    def __init__(self, dataset: str | None = None, base_model: str | None = None, license: str | None = None) -> None:
+    def __init__(
+        self,
+        dataset: str | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        *,
+        max_images: int = 256,
+        criterion: Any = "consensus",  # noqa: ANN401 - as `select_timestep`
+        reselect_epochs: int | None = None,
+        follow: bool = False,
+        **options: Any,  # noqa: ANN401 - of `select_timestep`
+    ) -> None:
+        for name, value in (("max_images", max_images), ("reselect_epochs", reselect_epochs)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
         self.dataset = dataset
         self.base_model = base_model
         self.license = license
+        self.max_images = max_images
+        self.criterion = criterion
+        self.reselect_epochs = reselect_epochs
+        self.follow = follow
+        self.options = options
         self.metrics_by_step: dict[int, dict[str, float]] = {}
+        self.selections: list[tuple[float, TimestepSelection]] = []  # epoch, choice
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Choose the timestep on the first training pictures, where none is chosen."""
+        model = _unwrapped(kwargs["model"])
+        if model.config.timestep == "auto":
+            selection = self._select(model, kwargs["train_dataloader"])
+            model.apply_selection(selection)
+            self._report(args, state, selection)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Choose again, where that was asked for and the backbone is trained."""
+        model, epoch = _unwrapped(kwargs["model"]), round(state.epoch or 0)
+        if self.reselect_epochs is None or model.config.freeze_backbone or epoch % self.reselect_epochs:
+            return
+        selection = self._select(model, kwargs["train_dataloader"])
+        if self.follow:
+            model.apply_selection(selection)
+        self._report(args, state, selection)
+
+    def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:  # noqa: ANN401 - torch's
+        """Return the choice of the first training pictures; no random state is touched."""
+        needs_labels = getattr(self.criterion, "name", self.criterion) in ("probe", "patch_probe")
+        with torch.random.fork_rng():
+            states = random.getstate(), np.random.get_state()
+            rows = _first_rows(dataloader.dataset, self.max_images)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+        if not rows or "pixel_values" not in rows[0]:
+            raise ValueError(
+                "The timestep is still 'auto', and the training set has no `pixel_values` to choose it from, only "
+                f"{', '.join(rows[0]) if rows else 'no rows'}. Choose it before (`select_timestep`)."
+            )
+        pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
+        if needs_labels:
+            given["labels"] = [_label(row) for row in rows]
+        return select_timestep(model, pixels, **given)
+
+    def _report(self, args: TrainingArguments, state: TrainerState, selection: TimestepSelection) -> None:
+        """Write a choice to the trainer's history, and to the trackers that it reports to."""
+        epoch = round(state.epoch or 0.0, 4)
+        self.selections.append((epoch, selection))
+        first = self.selections[0][1]
+        facts = {
+            "aselect/timestep": selection.timestep,
+            "aselect/confidence": selection.confidence,
+            "aselect/drift": selection.timestep - first.timestep,
+        }
+        state.log_history.append({**facts, "epoch": epoch, "step": state.global_step})
+        if not state.is_world_process_zero:
+            return
+        trackers = args.report_to or ()
+        if "tensorboard" in trackers:
+            _write_tensorboard(args, state, facts, selection)
+        if "trackio" in trackers:
+            _write_trackio(facts)
 
     def on_evaluate(
         self,
@@ -42,7 +147,7 @@ class ASelectCallback(TrainerCallback):
         metrics = kwargs.get("metrics") or {}
         if any(name.startswith("eval_") for name in metrics):
             self.metrics_by_step[state.global_step] = metrics
-        self._write(args, state, kwargs["model"], state.global_step)
+        self._write(args, state, _unwrapped(kwargs["model"]), state.global_step)
 
     def on_train_end(
         self,
@@ -53,18 +158,22 @@ class ASelectCallback(TrainerCallback):
     ) -> None:
         """Write card and curve: of the best step where its weights are loaded at the end, else of the last."""
         best = state.best_global_step if args.load_best_model_at_end else None
-        self._write(args, state, kwargs["model"], best or state.global_step)
+        self._write(args, state, _unwrapped(kwargs["model"]), best or state.global_step)
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: ASelectPreTrainedModel, step: int) -> None:
         if not state.is_world_process_zero:
             return
-        training = {
+        training: dict[str, object] = {
             "epochs": args.num_train_epochs,
             "steps": step,
             "batch size": args.train_batch_size,
             "learning rate": args.learning_rate,
             "seed": args.seed,
         }
+        if len(self.selections) > 1:
+            training["timestep chosen at epoch"] = ", ".join(
+                f"{epoch:g}: {selection.timestep}" for epoch, selection in self.selections
+            )
         write_model_card(
             model,
             str(args.output_dir),
@@ -75,6 +184,53 @@ class ASelectCallback(TrainerCallback):
             license=self.license,
             training=training if step else None,
         )
+
+
+def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put around it
+    """Return our model under what accelerate and peft put around it."""
+    while not isinstance(model, ASelectPreTrainedModel):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        if inner is None:
+            raise ValueError(f"ASelectCallback is for the models of hf_aselect, got {type(model).__name__}.")
+        model = inner
+    return model
+
+
+def _first_rows(dataset: Any, num: int) -> list[Any]:  # noqa: ANN401 - of any kind
+    """Return the first rows of a training set, streaming or not."""
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        return [dataset[index] for index in range(min(num, len(dataset)))]
+    return list(islice(iter(dataset), num))
+
+
+def _label(row: Any) -> Any:  # noqa: ANN401 - a row
+    """Return the label of a row by one of the names that the host knows."""
+    for name in ("labels", "label", "label_ids"):
+        if name in row:
+            value = row[name]
+            return value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
+    raise ValueError(f"The criterion needs labels, and the training set has none, only {', '.join(row)}.")
+
+
+def _write_tensorboard(
+    args: TrainingArguments, state: TrainerState, facts: dict[str, float], selection: TimestepSelection
+) -> None:
+    """Write a choice beside what the host writes: a curve over the timestep, and the figures."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs", "aselect")
+    with SummaryWriter(log_dir=folder) as writer:
+        for name, value in facts.items():
+            writer.add_scalar(name, value, state.global_step)
+        for timestep, score in zip(selection.timesteps, selection.scores, strict=True):
+            writer.add_scalar(f"aselect/curve at step {state.global_step}", score, timestep)
+
+
+def _write_trackio(facts: dict[str, float]) -> None:
+    """Write a choice into the run that the host began."""
+    import trackio
+
+    trackio.log(facts)
 
 
 def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401

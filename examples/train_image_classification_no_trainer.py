@@ -1,0 +1,254 @@
+r"""Train a classifier on a diffusion transformer with accelerate's own loop, for those who want to change the loop.
+
+On the pictures that ship in the package, from a checkout of the repository (a minute or two on two CPU cores):
+
+    accelerate launch examples/train_image_classification_no_trainer.py \
+        --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep auto \
+        --train_file src/hf_aselect/assets/fashion_mnist/train.parquet \
+        --validation_file src/hf_aselect/assets/fashion_mnist/test.parquet \
+        --head_hidden_size 128 --head_num_attention_heads 4 \
+        --output_dir fashion-classifier --num_train_epochs 5 --learning_rate 1e-3 --per_device_train_batch_size 64
+
+It goes on where a checkpoint ends (`--resume_from_checkpoint DIR`, or `latest`), at the very batch, and the weights
+that come out are those of a run that was not interrupted. `--cache_dir` reads the features once. `--with_tracking`
+writes to the trackers that are installed.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from datasets import ClassLabel, Dataset, load_dataset
+from torch.utils.data import DataLoader
+from transformers import SchedulerType, default_data_collator, get_scheduler
+
+from hf_aselect import Accuracy, ASelectImageProcessor, DiTForImageClassification, cache_features
+
+logger = logging.getLogger("train_image_classification_no_trainer")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="a checkpoint of ours, or what diffusers saved")
+    parser.add_argument("--dataset_name", help="dataset of the Hub, or a local folder of it")
+    parser.add_argument("--train_file", help="parquet file with pictures and labels")
+    parser.add_argument("--validation_file", help="parquet file of the validation split (a tenth of train)")
+    parser.add_argument("--image_column", default="image", help="column with the pictures (%(default)s)")
+    parser.add_argument("--label_column", default="label", help="column with the class indices (%(default)s)")
+    parser.add_argument("--timestep", type=lambda word: word if word == "auto" else int(word), default="auto")
+    parser.add_argument("--num_calibration_images", type=int, default=256, help="for `--timestep auto` (%(default)s)")
+    parser.add_argument("--head", default="attention", choices=("attention", "linear"))
+    parser.add_argument("--head_hidden_size", type=int, default=800)
+    parser.add_argument("--head_num_layers", type=int, default=2)
+    parser.add_argument("--head_num_attention_heads", type=int, default=8)
+    parser.add_argument("--cache_dir", help="read features once, and keep them here")
+    parser.add_argument("--num_views", type=int, default=1, help="views of a picture in the cache (%(default)s)")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--num_train_epochs", type=int, default=28)
+    parser.add_argument("--max_train_steps", type=int, help="overrides the epochs")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--lr_scheduler_type", type=SchedulerType, default="cosine", choices=list(SchedulerType))
+    parser.add_argument("--num_warmup_steps", type=int, default=0)
+    parser.add_argument("--output_dir", required=True, help="folder of model and checkpoints")
+    parser.add_argument("--checkpointing_steps", help="save every so many steps, or every `epoch`")
+    parser.add_argument("--resume_from_checkpoint", help="folder of a checkpoint, or `latest`")
+    parser.add_argument("--with_tracking", action="store_true", help="write to the trackers that are installed")
+    parser.add_argument("--report_to", default="all", help="which of them (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+    if (args.dataset_name is None) == (args.train_file is None):
+        parser.error("give exactly one of --dataset_name and --train_file")
+    if args.checkpointing_steps not in (None, "epoch") and not str(args.checkpointing_steps).isdigit():
+        parser.error("--checkpointing_steps must be a number or `epoch`")
+    return args
+
+
+def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Return training and validation split, with class indices."""
+    if args.dataset_name:
+        splits = load_dataset(args.dataset_name)
+    else:
+        files = {"train": args.train_file, "validation": args.validation_file}
+        splits = load_dataset("parquet", data_files={name: path for name, path in files.items() if path})
+    train = splits["train"]
+    if not isinstance(train.features[args.label_column], ClassLabel):
+        train = train.class_encode_column(args.label_column)
+    held_out = splits.get("validation", splits.get("test"))
+    if held_out is None:
+        parts = train.train_test_split(0.1, seed=args.seed, stratify_by_column=args.label_column)
+        return parts["train"], parts["test"]
+    return train, held_out.cast_column(args.label_column, train.features[args.label_column])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the whole checkpoints of a folder, oldest first; what was half-written has another name."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Save the state of everything; the checkpoint appears when all of it is written."""
+    target = folder / f"step_{step}"
+    unfinished = folder / f".step_{step}.incomplete"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(unfinished, target)
+    accelerator.wait_for_everyone()
+
+
+def main() -> None:
+    args = parse_args()
+    tracking = {"log_with": args.report_to, "project_dir": args.output_dir} if args.with_tracking else {}
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # The order of an epoch depends on seed and epoch alone, so that a resumed one is the same.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        **tracking,
+    )
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    set_seed(args.seed)
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    with accelerator.main_process_first():
+        train, held_out = load_splits(args)
+    names = train.features[args.label_column].names
+    calibration = train.shuffle(args.seed)[: args.num_calibration_images][args.image_column]
+    model = DiTForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        timestep=args.timestep,
+        calibration_images=calibration if args.timestep == "auto" else None,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        head=args.head,
+        head_hidden_size=args.head_hidden_size,
+        head_num_layers=args.head_num_layers,
+        head_num_attention_heads=args.head_num_attention_heads,
+    )
+    processor = ASelectImageProcessor.from_model_config(model.config)
+
+    def transform(batch: dict[str, list]) -> dict[str, Any]:
+        pixels = processor(batch[args.image_column], return_tensors="pt").pixel_values
+        return {"pixel_values": pixels, "labels": batch[args.label_column]}
+
+    if args.cache_dir:
+        what = "pooled" if args.head == "linear" else "tokens"
+        options = {"image_column": args.image_column, "what": what}
+        model.to(accelerator.device)
+        train = cache_features(model, train, args.cache_dir, num_views=args.num_views, **options)
+        held_out = cache_features(model, held_out, args.cache_dir, **options)
+        train, held_out = (
+            split.select_columns(["features", args.label_column]).rename_column(args.label_column, "labels")
+            for split in (train, held_out)
+        )
+    else:
+        train, held_out = train.with_transform(transform), held_out.with_transform(transform)
+    loader = DataLoader(
+        train, shuffle=True, collate_fn=default_data_collator, batch_size=args.per_device_train_batch_size
+    )
+    eval_loader = DataLoader(held_out, collate_fn=default_data_collator, batch_size=args.per_device_eval_batch_size)
+
+    decayed = [value for value in model.parameters() if value.requires_grad and value.ndim > 1]
+    others = [value for value in model.parameters() if value.requires_grad and value.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+    )
+    steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes / args.gradient_accumulation_steps)
+    max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.num_warmup_steps * accelerator.num_processes,
+        num_training_steps=max_steps * accelerator.num_processes,
+    )
+    model, optimizer, loader, eval_loader, scheduler = accelerator.prepare(
+        model, optimizer, loader, eval_loader, scheduler
+    )
+    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    num_epochs = math.ceil(max_steps / steps_per_epoch)
+    if args.with_tracking:
+        facts = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("hf_aselect", {**facts, "lr_scheduler_type": str(args.lr_scheduler_type)})
+
+    step = 0
+    if args.resume_from_checkpoint:
+        if args.resume_from_checkpoint == "latest":
+            found = checkpoints(output)
+            if not found:
+                raise ValueError(f"There is no checkpoint in {str(output)!r} to go on from.")
+            checkpoint = found[-1]
+        else:
+            checkpoint = Path(args.resume_from_checkpoint)
+        accelerator.load_state(str(checkpoint))
+        step = int(checkpoint.name.removeprefix("step_"))
+        logger.info("Going on from %s.", checkpoint)
+
+    metric = Accuracy()
+    first_epoch, done = divmod(step, steps_per_epoch)
+    for epoch in range(first_epoch, num_epochs):
+        model.train()
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        batches = loader
+        if epoch == first_epoch and done:
+            batches = accelerator.skip_first_batches(loader, done * args.gradient_accumulation_steps)
+        total = torch.zeros((), device=accelerator.device)
+        for batch in batches:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                total += loss.detach()
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if args.checkpointing_steps not in (None, "epoch") and step % int(args.checkpointing_steps) == 0:
+                save_checkpoint(accelerator, output, step)
+            if step >= max_steps:
+                break
+        model.eval()
+        for batch in eval_loader:
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                predicted = model(**batch).logits.argmax(-1)
+            predicted, labels = accelerator.gather_for_metrics((predicted, labels))
+            metric.add_batch(predictions=predicted, references=labels)
+        accuracy = metric.compute()["accuracy"]
+        logger.info("epoch %d: accuracy %.4f", epoch, accuracy)
+        if args.with_tracking:
+            facts = {"accuracy": accuracy, "train_loss": total.item() / len(loader), "epoch": epoch}
+            accelerator.log(facts, step=step)
+        if args.checkpointing_steps == "epoch":
+            save_checkpoint(accelerator, output, step)
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(model).save_pretrained(
+        output, is_main_process=accelerator.is_main_process, save_function=accelerator.save
+    )
+    if accelerator.is_main_process:
+        processor.save_pretrained(output)
+        (output / "all_results.json").write_text(json.dumps({"eval_accuracy": accuracy}), encoding="utf-8")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The recipes of the training example: each moves what it is to move and nothing else, and what it saves is loaded."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import example
+from datasets import ClassLabel, Dataset, Features, Image
+from peft import PeftModel
+from PIL import Image as PILImage
+from transformers import Trainer
+
+from hf_aselect import DiTForImageClassification
+
+TRAIN = example("train_image_classification.py")
+SIZES = ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--head_num_layers", "1"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft's
+    pytest.mark.filterwarnings("ignore:Could not find a config file in None"),  # peft's, of a base without a Hub id
+]
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Forty-eight colour pictures of 10 × 12 in two classes, dark and bright."""
+    path = tmp_path_factory.mktemp("data") / "train.parquet"
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 100, (48, 10, 12, 3)) + 150 * (np.arange(48) % 2)[:, None, None, None]
+    columns = {
+        "image": [PILImage.fromarray(value.astype(np.uint8)) for value in values],
+        "label": (np.arange(48) % 2).tolist(),
+    }
+    features = Features(image=Image(), label=ClassLabel(names=["dark", "bright"]))
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    return path
+
+
+class Watched(Trainer):
+    """A trainer that notes what a training moves."""
+
+    seen: "Watched"
+
+    def train(self, *args, **kwargs):
+        Watched.seen = self
+        self.before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        result = super().train(*args, **kwargs)
+        self.moved = {name for name, value in self.model.named_parameters() if not value.equal(self.before[name])}
+        self.trainable = {name for name, value in self.model.named_parameters() if value.requires_grad}
+        return result
+
+
+@pytest.fixture
+def train(monkeypatch, pixel_folder, parquet, tmp_path):
+    """Run the example with a recipe, for a few steps."""
+    monkeypatch.setattr(TRAIN, "Trainer", Watched)
+
+    def run(recipe, *words):
+        given = ["--model_name_or_path", str(pixel_folder), "--timestep", "5", "--train_file", str(parquet), *SIZES]
+        given += ["--output_dir", str(tmp_path / "out"), "--recipe", recipe, "--num_train_epochs", "1", *words]
+        given += ["--report_to", "none", "--use_cpu", "True", "--disable_tqdm", "True"]
+        monkeypatch.setattr(sys, "argv", ["train_image_classification.py", *given])
+        TRAIN.main()
+        return Watched.seen
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", ["attention_probe", "linear_probe"])
+def test_probes_move_the_head_alone(train, recipe, tmp_path):
+    trainer = train(recipe)
+    assert trainer.moved == trainer.trainable
+    assert {name.split(".")[0] for name in trainer.moved} == {"head"}
+    again = DiTForImageClassification.from_pretrained(tmp_path / "out")
+    assert again.config.head == recipe.removesuffix("_probe")
+    assert again.config.id2label == {0: "dark", 1: "bright"}
+
+
+def test_fine_tuning_moves_all_up_to_the_tap(train):
+    trainer = train("fine_tune")
+    assert trainer.moved == trainer.trainable
+    frozen = set(trainer.before) - trainer.trainable
+    # The tapped block is read for its query: its keys, values, attention and MLP are not run, nor is what comes after.
+    assert any("transformer_blocks.1.attn1.to_q" in name for name in trainer.moved)
+    later = ("blocks.1.", "blocks.2.", "blocks.3.", "proj_out", "norm_out")
+    assert all(any(part in name for part in later) for name in frozen)
+    assert any("transformer_blocks.0.ff" in name for name in trainer.moved)
+
+
+def test_the_learning_rate_falls_from_block_to_block(train):
+    trainer = train("fine_tune", "--learning_rate", "0.01", "--layer_decay", "0.5", "--warmup_steps", "0")
+    rates = {}
+    names = {id(value): name for name, value in trainer.model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        (value,) = group["params"]
+        rates[names[id(value)]] = group["initial_lr"]
+        assert group["weight_decay"] == (0.05 if value.ndim > 1 else 0.0)
+    assert {rate for name, rate in rates.items() if name.startswith("head.")} == {0.01}
+    assert {rate for name, rate in rates.items() if "transformer_blocks.1." in name} == {0.005}
+    assert {rate for name, rate in rates.items() if "transformer_blocks.0." in name} == {0.0025}
+    assert {rate for name, rate in rates.items() if "pos_embed" in name} == {0.00125}
+
+
+def test_lora_moves_adapters_and_head_and_saves_them_alone(train, pixel_folder, tmp_path):
+    trainer = train("lora", "--num_train_epochs", "4")
+    assert trainer.moved == trainer.trainable
+    adapted = {name for name in trainer.moved if "lora_" in name}
+    assert {name.split(".lora_")[0].rpartition("transformer_blocks.")[2] for name in adapted} == {
+        "0.attn1.to_q",
+        "0.attn1.to_v",
+        "1.attn1.to_q",
+    }
+    assert all("lora_" in name or "head.modules_to_save" in name for name in trainer.moved)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    base = DiTForImageClassification.from_pretrained(
+        pixel_folder, timestep=5, num_labels=2, head_hidden_size=16, head_num_attention_heads=2, head_num_layers=1
+    )
+    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    again = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = trainer.model.eval()(pixel_values=pixels).logits
+        torch.testing.assert_close(again(pixel_values=pixels).logits, expected)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(pixels).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged.fold()(pixels).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_argument_given_beats_the_recipe(parquet, pixel_folder):
+    words = ["--model_name_or_path", str(pixel_folder), "--output_dir", "out", "--recipe=attention_probe"]
+    args, config_args, training_args = TRAIN.parse([*words, "--learning_rate", "0.5", "--head", "linear"])
+    assert (training_args.learning_rate, config_args.head) == (0.5, "linear")
+    assert (training_args.per_device_train_batch_size, training_args.weight_decay) == (8, 0.01)
+    assert training_args.lr_scheduler_type == "cosine" and args.crop_share == 8 / 9
+
+
+def test_an_unknown_recipe_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        TRAIN.parse(["--model_name_or_path", "x", "--output_dir", "out", "--recipe", "magic"])
+    assert "must be one of attention_probe, linear_probe, fine_tune, lora, got 'magic'" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""A training that is killed goes on where its last whole checkpoint ends, and ends with the very same weights."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import example
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+NUM_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Forty-eight colour pictures of 10 × 12 in two classes."""
+    path = tmp_path_factory.mktemp("data") / "train.parquet"
+    values = np.random.default_rng(0).integers(0, 256, (48, 10, 12, 3), dtype=np.uint8)
+    columns = {"image": [PILImage.fromarray(value) for value in values], "label": (np.arange(48) % 2).tolist()}
+    features = Features(image=Image(), label=ClassLabel(names=["dark", "bright"]))
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    return path
+
+
+def trainer_words(pixel_folder, parquet, output):
+    return [
+        *(str(EXAMPLES / "train_image_classification.py"), "--model_name_or_path", str(pixel_folder)),
+        *("--train_file", str(parquet), "--output_dir", str(output), "--timestep", "5", "--head_hidden_size", "16"),
+        *("--head_num_attention_heads", "2", "--crop_share", "0.9", "--max_steps", str(NUM_STEPS)),
+        *("--resample_noise_in_training", "True", "--save_steps", "4", "--per_device_train_batch_size", "4"),
+        *("--use_cpu", "True", "--report_to", "none", "--learning_rate", "1e-2"),
+    ]
+
+
+def loop_words(pixel_folder, parquet, output):
+    return [
+        *(str(EXAMPLES / "train_image_classification_no_trainer.py"), "--model_name_or_path", str(pixel_folder)),
+        *("--train_file", str(parquet), "--output_dir", str(output), "--timestep", "5", "--head_hidden_size", "16"),
+        *("--head_num_attention_heads", "2", "--max_train_steps", str(NUM_STEPS), "--checkpointing_steps", "4"),
+        *("--per_device_train_batch_size", "4", "--learning_rate", "1e-2"),
+    ]
+
+
+def finish(words, **options):
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def kill_when(words, is_time):
+    """Start a training, and kill it when something is there."""
+    process = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while not is_time() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(random.random() * 0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    ("words_of", "pattern"), [(trainer_words, "checkpoint-8"), (loop_words, "step_8")], ids=["trainer", "loop"]
+)
+def test_killed_and_resumed_it_ends_with_the_same_weights(words_of, pattern, pixel_folder, parquet, tmp_path):
+    whole, killed = words_of(pixel_folder, parquet, tmp_path / "a"), words_of(pixel_folder, parquet, tmp_path / "b")
+    finish(whole)
+    returncode = kill_when(killed, (tmp_path / "b" / pattern).exists)
+    assert returncode == -signal.SIGKILL
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+    finish([*killed, "--resume_from_checkpoint", "latest"])
+    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert expected.keys() == weights.keys()
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
+    last_checkpoint = example("train_image_classification.py").last_checkpoint
+    for step, text in ((4, json.dumps({"global_step": 4})), (8, '{"global_step": 8'), (12, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+    assert "checkpoint-8 is half-written" in caplog.text and "checkpoint-12 is half-written" in caplog.text
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="There is no whole checkpoint"):
+        last_checkpoint(str(tmp_path))
