@@ -20,7 +20,6 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 LEVELS = {
-    "attention": 0,
     "consensus": 0,
     "decoders": 0,
     "diffusers_files": 0,
@@ -36,6 +35,7 @@ LEVELS = {
     "denoiser": 1,
     "empty_prompt": 1,
     "folded_layout": 1,
+    "folded_parts": 1,
     "heads": 1,
     "model_card": 1,
     "plots": 1,

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .taps import Tap, parse_tap_key
+from .taps import PROJECTIONS, Tap, parse_tap_key
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 POSITIONS = ("sincos", "table", "rotary", "none")
-KINDS = ("attention", "sana", "lumina2")
+BLOCKS = ("plain", "sana", "lumina2")
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,34 @@ class FoldedLayout:
         patch_size: Latents a side that one token stands for.
         hidden_size: Width D of the tokens.
         num_attention_heads: Attention heads of a block.
-        mlp_size: Width of the MLPs.
-        activation: Of the MLPs, "gelu" or "gelu_tanh" (its approximation).
+        num_key_value_heads: Of keys and values, where several heads share them; 0 where each has its own.
+        mlp_size: Width of the MLPs; where a half of it gates the other, of a half.
+        activation: Of the MLPs, "gelu", "gelu_tanh" (its approximation) or "silu".
+        blocks: Kind of the blocks: "sana" and "lumina2" for those of these families, "plain" for all others.
+        num_refiners: Blocks that are run on the picture before those that are counted.
         rows: Rows of the token grid that it was folded for.
         columns: Its columns.
-        kind: Of the blocks: "attention" for plain attention and MLP, "sana", "lumina2".
         positions: "sincos" for a table that is made anew for other grids, "table" for one whose middle is cut out for
-            smaller grids, "rotary" for rotary embeddings of any grid, "none".
+            smaller grids, "rotary" for rotary embeddings of any grid, "none" where there are none.
         position_base_size: Of a "sincos" table: tokens a side whose places are a whole number apart.
         position_scale: Of a "sincos" table: what places are divided by.
         is_size_fixed: Whether the picture's size is in the weights, too, so that no other can be read.
         attention_norm_eps: Epsilon of the norm before attention.
         mlp_norm_eps: Epsilon of the norm before the MLP.
-        query_key_norm_eps: Epsilon of the norms of queries and keys; None where there are none.
+        query_key_norm_eps: Epsilon of the norms of queries and keys, of each head or, in "sana", of all together; None
+            where there are none.
         text_size: Tokens of the text's stream; 0 where there is none.
         is_text_first: Whether attention has the text before the picture.
         num_cross_tokens: Tokens that a cross-attention of each block reads; 0 where there is none. Of one token there
             is none either: what is read of it is constant.
-        num_cross_heads: Attention heads of that.
-        num_key_value_heads: Heads of keys and values, where several of the queries' share one; 0 where none do.
-        num_refiners: Blocks of Lumina that the picture runs through before the first one that is counted.
+        num_cross_heads: Heads of the cross-attention; 0 for those of attention.
+        cross_size: Channels of its queries, keys and values; 0 for the tokens' width.
         dual_attention_blocks: Blocks with a second attention, of the picture alone.
         num_joint_blocks: Of a transformer with a text's stream: blocks of two streams; those after them have one.
         rotary_sizes: Of rotary positions: channels of a head for each axis (text, row, column).
         rotary_theta: Of rotary positions: base of the frequencies.
+        is_text_placed: Of rotary positions: whether the text's tokens have places one after another, and the picture
+            the next; else all have the first.
     """
 
     timestep: int
@@ -57,7 +61,9 @@ class FoldedLayout:
     mlp_size: int
     rows: int
     columns: int
-    kind: str = "attention"
+    num_key_value_heads: int = 0
+    blocks: str = "plain"
+    num_refiners: int = 0
     activation: str = "gelu_tanh"
     positions: str = "sincos"
     position_base_size: int = 1
@@ -70,12 +76,12 @@ class FoldedLayout:
     is_text_first: bool = False
     num_cross_tokens: int = 0
     num_cross_heads: int = 0
-    num_key_value_heads: int = 0
-    num_refiners: int = 0
+    cross_size: int = 0
     dual_attention_blocks: tuple[int, ...] = ()
     num_joint_blocks: int = 0
     rotary_sizes: tuple[int, ...] = ()
     rotary_theta: float = 10000.0
+    is_text_placed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no transformer is built of.
@@ -88,8 +94,8 @@ class FoldedLayout:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`folded_layout` must have an integer from 1 on as `{name}`, got {value!r}.")
-        counts = ("text_size", "num_cross_tokens", "num_cross_heads", "num_key_value_heads", "num_refiners")
-        for name in (*counts, "num_joint_blocks"):
+        counts = ("num_key_value_heads", "num_refiners", "num_cross_tokens", "num_cross_heads", "cross_size")
+        for name in ("text_size", "num_joint_blocks", *counts):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`folded_layout` must have an integer from 0 on as `{name}`, got {value!r}.")
@@ -102,15 +108,18 @@ class FoldedLayout:
                 f"`folded_layout` must have a `hidden_size` ({self.hidden_size}) that is a multiple of "
                 f"`num_attention_heads` ({self.num_attention_heads})."
             )
-        for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("kind", KINDS)):
+        heads, cross_heads = self.num_attention_heads, self.num_cross_heads or self.num_attention_heads
+        for whole, name, part in (
+            (heads, "num_key_value_heads", self.num_key_value_heads or heads),
+            (self.cross_size or self.hidden_size, "num_cross_heads", cross_heads),
+        ):
+            if whole % part:
+                raise ValueError(f"`folded_layout` must have a divisor of {whole} as `{name}`, got {part}.")
+        for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("blocks", BLOCKS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"`folded_layout` must have one of {', '.join(known)} as `{name}`, got {getattr(self, name)!r}."
                 )
-        for name in ("num_cross_heads", "num_key_value_heads"):
-            heads, whole = getattr(self, name), self.num_attention_heads if "key" in name else self.hidden_size
-            if heads and whole % heads:
-                raise ValueError(f"`folded_layout` must have a divisor of {whole} as `{name}`, got {heads}.")
         if not self.taps:
             raise ValueError("`folded_layout` must name at least one tap in `taps`.")
         for key in self.taps:
@@ -160,13 +169,20 @@ class FoldedLayout:
         """Return whether a block's attention is run."""
         return self.is_run(block) or "attention" in self.features_at(block)
 
+    def projections_at(self, block: int) -> tuple[str, ...]:
+        """Return which of query, key and value are needed at a block, in this order."""
+        if self.is_attending(block):
+            return PROJECTIONS
+        return tuple(name for name in PROJECTIONS if name in self.features_at(block))
+
     def is_text_used_after(self, block: int) -> bool:
-        """Return whether an attention that comes after a block looks at the text."""
-        return any(self.is_attending(later) for later in range(block + 1, self.last_block + 1))
+        """Return whether an attention that comes after a block, or after the stem (-1), looks at the text."""
+        later = range(block + 1, self.last_block + 1)
+        return self.text_size > 0 and any(self.is_attending(index) for index in later)
 
     def is_single(self, block: int) -> bool:
         """Return whether text and picture are in one stream at a block."""
-        return self.kind == "attention" and self.text_size > 0 and block >= self.num_joint_blocks
+        return self.text_size > 0 and block >= self.num_joint_blocks
 
 
 _LISTS = ("taps", "dual_attention_blocks", "rotary_sizes")

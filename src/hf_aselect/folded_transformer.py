@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Rotary, attend, rotary_table, rotated, split_heads
 from .folded_layout import FoldedLayout
 from .folded_lumina2 import FoldedLumina2Block
+from .folded_parts import PromptAttention, Rotary, attend, build_activation, rotated, split_heads
 from .folded_sana import FoldedSanaBlock
 from .taps import PROJECTIONS, Tap
 
@@ -29,7 +29,7 @@ class FoldedStream(nn.Module):
     def __init__(self, layout: FoldedLayout, projections: Sequence[str], is_attending: bool, is_run: bool) -> None:
         super().__init__()
         width, head_size = layout.hidden_size, layout.hidden_size // layout.num_attention_heads
-        self.head_size = head_size
+        self.num_attention_heads = layout.num_attention_heads
         self.projections = tuple(projections)
         self.attention_norm = nn.LayerNorm(width, layout.attention_norm_eps, elementwise_affine=False)
         if projections:
@@ -45,7 +45,7 @@ class FoldedStream(nn.Module):
         if is_run:
             self.mlp_norm = nn.LayerNorm(width, layout.mlp_norm_eps, elementwise_affine=False)
             self.up_projection = nn.Linear(width, layout.mlp_size)
-            self.activation = nn.GELU("tanh" if layout.activation == "gelu_tanh" else "none")
+            self.activation = build_activation(layout.activation)
             self.down_projection = nn.Linear(layout.mlp_size, width)
 
     def project(self, normed: Tensor) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class FoldedStream(nn.Module):
 
     def heads(self, projected: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return queries, keys and values, (B, heads, N, d) each, normed where the transformer does so."""
-        split = {name: split_heads(values, self.head_size) for name, values in projected.items()}
+        split = {name: split_heads(values, self.num_attention_heads) for name, values in projected.items()}
         if self.query_norm is not None and "query" in split:
             split["query"] = self.query_norm(split["query"])
         if self.key_norm is not None:
@@ -85,11 +85,10 @@ class FoldedBlock(GradientCheckpointingLayer):
         self.features = layout.features_at(index)
         self.is_run, self.is_attending = layout.is_run(index), layout.is_attending(index)
         self.is_text_first = layout.is_text_first
+        self.num_attention_heads = layout.num_attention_heads
+        self.scaling = (layout.hidden_size // layout.num_attention_heads) ** -0.5
         width = layout.hidden_size
-        self.head_size = width // layout.num_attention_heads
-        self.scaling = self.head_size**-0.5
-        projections = PROJECTIONS if self.is_attending else [name for name in PROJECTIONS if name in self.features]
-        self.picture = FoldedStream(layout, projections, self.is_attending, self.is_run)
+        self.picture = FoldedStream(layout, layout.projections_at(index), self.is_attending, self.is_run)
         if "normed" in self.features:
             # Attention reads the modulated tokens with the modulation in its weights; who taps them needs it apart.
             self.normed_scale, self.normed_shift = (nn.Parameter(torch.zeros(width)) for _ in range(2))
@@ -106,20 +105,12 @@ class FoldedBlock(GradientCheckpointingLayer):
         self.dual: FoldedStream | None = None
         if index in layout.dual_attention_blocks and self.is_run:
             self.dual = FoldedStream(layout, PROJECTIONS, is_attending=True, is_run=False)
-        self.has_cross_attention = layout.num_cross_tokens > 0 and self.is_run
-        if self.has_cross_attention:
-            self.cross_query = nn.Linear(width, width)
-            self.cross_key, self.cross_value = (
-                nn.Parameter(torch.zeros(layout.num_cross_tokens, width)) for _ in range(2)
-            )
-            self.cross_projection = nn.Linear(width, width)
+        self.cross: PromptAttention | None = None
+        if layout.num_cross_tokens and self.is_run:
+            self.cross = PromptAttention(config, width, width, self.num_attention_heads, layout.num_cross_tokens)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        text: Tensor | None = None,
-        rotary: Rotary | None = None,
-        grid: tuple[int, int] = (1, 1),
+        self, hidden_states: Tensor, text: Tensor | None = None, rotary: Rotary | None = None
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the tokens after the block, those of the text, and the tokens of each feature that was folded for.
 
@@ -127,7 +118,6 @@ class FoldedBlock(GradientCheckpointingLayer):
             hidden_states: Tokens of the picture, (B, N, D).
             text: Tokens of the text, (B, L, D), where there are any.
             rotary: Rotary positions of all tokens, where there are any.
-            grid: Rows and columns of the picture's tokens.
         """
         stream, tapped = self.picture, {}
         normed = stream.attention_norm(hidden_states)
@@ -149,8 +139,8 @@ class FoldedBlock(GradientCheckpointingLayer):
         if self.dual is not None:
             split = self.dual.heads(self.dual.project(normed))
             hidden_states = hidden_states + self.dual.projection(attend(self, **split))
-        if self.has_cross_attention:
-            hidden_states = hidden_states + self._look_at_prompt(hidden_states)
+        if self.cross is not None:
+            hidden_states = hidden_states + self.cross(hidden_states)
         hidden_states = stream.run_mlp(hidden_states)
         if "hidden" in self.features:
             tapped["hidden"] = hidden_states
@@ -185,16 +175,6 @@ class FoldedBlock(GradientCheckpointingLayer):
             return mixed[:, length:], mixed[:, :length]
         return mixed[:, :size], mixed[:, size:]
 
-    def _look_at_prompt(self, hidden_states: Tensor) -> Tensor:
-        """Return what cross-attention to the constant prompt adds, (B, N, D)."""
-        key, value = (
-            split_heads(constant.expand(hidden_states.shape[0], -1, -1), self.head_size)
-            for constant in (self.cross_key, self.cross_value)
-        )
-        query = split_heads(self.cross_query(hidden_states), self.head_size)
-        tokens: Tensor = self.cross_projection(attend(self, query, key, value))
-        return tokens
-
 
 class FoldedSingleBlock(GradientCheckpointingLayer):
     """A block of FLUX in which text and picture are one stream, and attention and MLP stand beside each other.
@@ -212,15 +192,13 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
         self.config = config
         self.features, self.is_run = layout.features_at(index), layout.is_run(index)
         self.text_size = layout.text_size
+        self.num_attention_heads = layout.num_attention_heads
         width, head_size = layout.hidden_size, layout.hidden_size // layout.num_attention_heads
-        self.head_size = head_size
         self.scaling = head_size**-0.5
         self.attention_norm = nn.LayerNorm(width, layout.attention_norm_eps, elementwise_affine=False)
         if "normed" in self.features:
             self.normed_scale, self.normed_shift = (nn.Parameter(torch.zeros(width)) for _ in range(2))
-        self.projections = tuple(
-            PROJECTIONS if self.is_run else [name for name in PROJECTIONS if name in self.features]
-        )
+        self.projections = layout.projections_at(index)
         self.sizes = [width] * len(self.projections) + ([layout.mlp_size] if self.is_run else [])
         if self.sizes:
             self.query_key_value_mlp = nn.Linear(width, sum(self.sizes))
@@ -228,15 +206,11 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
             self.query_norm, self.key_norm = (
                 nn.RMSNorm(head_size, layout.query_key_norm_eps or 1e-6) for _ in range(2)
             )
-            self.activation = nn.GELU("tanh" if layout.activation == "gelu_tanh" else "none")
+            self.activation = build_activation(layout.activation)
             self.projection = nn.Linear(width + layout.mlp_size, width)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        text: Tensor | None = None,
-        rotary: Rotary | None = None,
-        grid: tuple[int, int] = (1, 1),
+        self, hidden_states: Tensor, text: Tensor | None = None, rotary: Rotary | None = None
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return what `FoldedBlock.forward` returns."""
         tapped: dict[str, Tensor] = {}
@@ -252,12 +226,11 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
         tapped |= {name: parts[name][:, start:] for name in self.projections if name in self.features}
         if not self.is_run or text is None:
             return hidden_states, text, tapped
-        query, key, value = (split_heads(parts[name], self.head_size) for name in PROJECTIONS)
+        query, key, value = (split_heads(parts[name], self.num_attention_heads) for name in PROJECTIONS)
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query, key = rotated(query, rotary), rotated(key, rotary)
-        mixed = attend(self, query, key, value)
-        added = self.projection(torch.cat([mixed, self.activation(parts["mlp"])], dim=-1))
+        added = self.projection(torch.cat([attend(self, query, key, value), self.activation(parts["mlp"])], dim=-1))
         text, hidden_states = text + added[:, :start], hidden_states + added[:, start:]
         if "hidden" in self.features:
             tapped["hidden"] = hidden_states
@@ -274,7 +247,8 @@ class FoldedTransformer(nn.Module):
     """A plain vision transformer: what a diffusion transformer is at one timestep, as far as it is read.
 
     It stands in the place of a `Denoiser` and is read like one, but at its own timestep and taps alone. All of its
-    layers are plain ones (`nn.Linear`, `nn.LayerNorm`, `nn.Conv2d`), and attention goes through the host's kernels.
+    layers are plain ones (`nn.Linear`, `nn.LayerNorm` or `nn.RMSNorm`, `nn.Conv2d`), and attention goes through the
+    host's kernels, but for Sana's linear attention, for which the host has none.
 
     Args:
         config: The model's configuration, see `FoldedBlock`.
@@ -284,7 +258,7 @@ class FoldedTransformer(nn.Module):
     # A position table that is no part of the checkpoint: there is none, it is among the weights.
     position_embedding = None
     num_classes = 0
-    positions: Tensor  # (1, N, D), unless they are rotary
+    positions: Tensor  # (1, N, D), of those that are added
 
     def __init__(self, config: Any, layout: FoldedLayout) -> None:  # noqa: ANN401 - any of the host's
         super().__init__()
@@ -293,22 +267,15 @@ class FoldedTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(
             layout.num_channels, layout.hidden_size, layout.patch_size, stride=layout.patch_size
         )
-        if layout.positions in ("sincos", "table"):
+        self.has_table = layout.positions in ("sincos", "table")
+        if self.has_table:
             self.register_buffer("positions", torch.zeros(1, layout.rows * layout.columns, layout.hidden_size))
-        if layout.text_size:
+        self.has_text = layout.is_text_used_after(-1)
+        if self.has_text:
             self.text = nn.Parameter(torch.zeros(1, layout.text_size, layout.hidden_size))
-        # Run on the picture before the first block.
-        self.refiners = nn.ModuleList(FoldedLumina2Block(config, layout, None) for _ in range(layout.num_refiners))
-        self.blocks = nn.ModuleList(
-            self._kind_of_block(index)(config, layout, index) for index in range(layout.last_block + 1)
-        )
-
-    def _kind_of_block(self, index: int) -> Any:  # noqa: ANN401 - a class
-        if self.layout.kind == "sana":
-            return FoldedSanaBlock
-        if self.layout.kind == "lumina2":
-            return FoldedLumina2Block
-        return FoldedSingleBlock if self.layout.is_single(index) else FoldedBlock
+        refiners = [FoldedLumina2Block(config, layout, None) for _ in range(layout.num_refiners)]
+        self.refiners: nn.ModuleList | list[nn.Module] = nn.ModuleList(refiners) if refiners else []
+        self.blocks = nn.ModuleList(_build_block(config, layout, index) for index in range(layout.last_block + 1))
 
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature): what comes after it.
@@ -339,19 +306,24 @@ class FoldedTransformer(nn.Module):
         rows, columns = hidden_states.shape[-2:]
         # Contiguous: every norm would copy it otherwise.
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()
-        if self.layout.positions in ("sincos", "table"):
+        if self.has_table:
             hidden_states = hidden_states + self._position_table(rows, columns).to(hidden_states.dtype)
-        text = self.text.expand(hidden_states.shape[0], -1, -1) if self.layout.text_size else None
-        rotary = self._rotary(rows, columns, hidden_states.device) if self.layout.positions == "rotary" else None
-        for refiner in self.refiners:
-            of_the_picture = None if rotary is None else tuple(each[self.layout.text_size :] for each in rotary)
-            hidden_states = refiner(hidden_states, None, of_the_picture)[0]
+        text = self.text.expand(hidden_states.shape[0], -1, -1) if self.has_text else None
+        places = self._places(rows, columns, hidden_states.device)
+        for block in self.refiners:
+            hidden_states = block(hidden_states, None, places)[0]
         tokens = {(-1, "hidden"): hidden_states} if (-1, "hidden") in taps else {}
         last = max(block for block, _ in taps)
         for index, block in enumerate(self.blocks[: last + 1]):
-            hidden_states, text, tapped = block(hidden_states, text, rotary, (rows, columns))
+            hidden_states, text, tapped = block(hidden_states, text, places)
             tokens |= {(index, feature): values for feature, values in tapped.items() if (index, feature) in taps}
         return tokens
+
+    def _places(self, rows: int, columns: int, device: torch.device) -> Rotary | tuple[int, int] | None:
+        """Return what the blocks must know of where tokens stand: rotary positions, the grid, or nothing."""
+        if self.layout.positions == "rotary":
+            return self._rotary(rows, columns, device)
+        return (rows, columns) if self.layout.blocks == "sana" else None
 
     def _position_table(self, rows: int, columns: int) -> Tensor:
         """Return the positions of a grid, (1, N, D)."""
@@ -374,16 +346,33 @@ class FoldedTransformer(nn.Module):
         return table.to(self.positions.device)
 
     def _rotary(self, rows: int, columns: int, device: torch.device) -> Rotary:
-        """Return cosines and sines of text and picture, (L + N, d) each."""
-        layout, length = self.layout, self.layout.text_size
-        places = torch.zeros(length + rows * columns, 3, device=device)
-        if layout.kind == "lumina2":
-            # The text counts its tokens on the first axis, and all of the picture comes after it; FLUX's is at 0.
-            places[:, 0] = torch.arange(length + rows * columns, device=device).clamp_max(length)
-        grid = places[length:].unflatten(0, (rows, columns))
+        """Return cosines and sines of text and picture, (L + N, d) each.
+
+        Source: diffusers, `models/embeddings.py`, `get_1d_rotary_pos_embed` with `repeat_interleave_real`; of Lumina
+        `Lumina2RotaryPosEmbed`, whose complex numbers are the same pairs of channels.
+        """
+        layout = self.layout
+        places = torch.zeros(layout.text_size + rows * columns, 3, dtype=torch.float64, device=device)
+        if layout.is_text_placed:
+            places[:, 0] = torch.arange(layout.text_size + rows * columns, device=device).clamp(max=layout.text_size)
+        grid = places[layout.text_size :].unflatten(0, (rows, columns))
         grid[..., 1] = torch.arange(rows, device=device)[:, None]
         grid[..., 2] = torch.arange(columns, device=device)
-        return rotary_table(places, layout.rotary_sizes, layout.rotary_theta)
+        angles = []
+        for axis, size in enumerate(layout.rotary_sizes):
+            steps = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
+            angles.append(torch.outer(places[:, axis], layout.rotary_theta**-steps).repeat_interleave(2, dim=1))
+        together = torch.cat(angles, dim=1)
+        return together.cos().float(), together.sin().float()
+
+
+def _build_block(config: Any, layout: FoldedLayout, index: int) -> nn.Module:  # noqa: ANN401 - any of the host's
+    """Build a counted block of the layout's kind."""
+    if layout.blocks == "sana":
+        return FoldedSanaBlock(config, layout, index)
+    if layout.blocks == "lumina2":
+        return FoldedLumina2Block(config, layout, index)
+    return (FoldedSingleBlock if layout.is_single(index) else FoldedBlock)(config, layout, index)
 
 
 def sincos_table(size: int, rows: int, columns: int, base_size: int, scale: float) -> Tensor:

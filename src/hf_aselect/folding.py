@@ -43,11 +43,12 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
 
     At a constant timestep and label (or prompt) the six modulation vectors of a block are constants. With LN the norm
     without affine, W·((1 + scale)·LN(x) + shift) + b = (W·diag(1 + scale))·LN(x) + (W·shift + b), and
-    gate·(W·x + b) = (diag(gate)·W)·x + gate·b. Query, key and value become one layer. The products are computed in
-    float64 and rounded once, to the weights' dtype.
+    gate·(W·x + b) = (diag(gate)·W)·x + gate·b. Lumina-Image has scales without shifts, and its gates come after norms,
+    whose weights they scale. Query, key and value become one layer. The products are computed in float64 and rounded
+    once, to the weights' dtype.
 
     Args:
-        denoiser: A denoiser of any family.
+        denoiser: A denoiser of DiT (or SiT), PixArt, Stable Diffusion 3, FLUX, Sana or Lumina-Image 2.
         config: Its configuration, with an integer timestep.
         taps: Where it is to be read; blocks counted from the first.
 
@@ -55,11 +56,14 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
         The layout, and the state of a `FoldedTransformer` of it.
 
     Raises:
-        ValueError: If there is no rule for the family, or a layer is none that a plain one could stand for.
+        ValueError: If the family cannot be folded, or a layer is none that a plain one could stand for.
     """
     fold = next((fold for kind, fold in _FAMILIES.items() if isinstance(denoiser, kind)), None)
     if fold is None:
-        raise ValueError(f"A {type(denoiser.transformer).__name__} cannot be folded: there is no rule for its blocks.")
+        raise ValueError(
+            f"A {type(denoiser.transformer).__name__} cannot be folded. Those that can be are "
+            f"{', '.join(name.__name__.removesuffix('Denoiser') for name in _FAMILIES)}."
+        )
     parameter = next(denoiser.parameters())
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     with eval_mode(denoiser):
@@ -138,11 +142,7 @@ def _fold_pixart(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[s
                 parts.offset = _wide(cross.to_out[0](cross.to_v(start.context))[0, 0])
             yield from _block_state(layout, index, parts).items()
             if layout.is_run(index) and num_tokens > 1:
-                prefix = f"blocks.{index}.cross_"
-                yield f"{prefix}key", cross.to_k(start.context)[0]
-                yield f"{prefix}value", cross.to_v(start.context)[0]
-                yield from _linear(f"{prefix}query", _plain(cross.to_q)).items()
-                yield from _linear(f"{prefix}projection", _plain(cross.to_out[0])).items()
+                yield from _cross_state(f"blocks.{index}.cross.", cross, start)
 
     return layout, weights()
 
@@ -167,7 +167,8 @@ def _fold_sd3(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]
 
     def weights() -> Weights:
         yield from _patches(transformer.pos_embed, layout)
-        yield "text", start.context  # type: ignore[misc]
+        if layout.is_text_used_after(-1):
+            yield "text", start.context  # type: ignore[misc]
         for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
             yield from _joint_state(layout, index, block, silu(start.condition)).items()
 
@@ -199,7 +200,8 @@ def _fold_flux(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str
         # A token's 2 × 2 latents are packed channel by channel, as a convolution's weights lie.
         yield "patch_embedding.weight", weight.unflatten(1, (-1, 2, 2))
         yield "patch_embedding.bias", bias
-        yield "text", start.context  # type: ignore[misc]
+        if layout.is_text_used_after(-1):
+            yield "text", start.context  # type: ignore[misc]
         condition = silu(start.condition)
         for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
             if layout.is_single(index):
@@ -212,66 +214,76 @@ def _fold_flux(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str
 
 
 def _fold_sana(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
-    """Fold Sana: the modulation of its MLP goes into the first of its convolutions, which looks at one token."""
+    """Fold Sana: as PixArt, with linear attention, and with convolutions, the first and last of them linear layers."""
     transformer = denoiser.transformer
     first = denoiser.blocks[0]
+    cross = first.attn2
     num_tokens = start.context.shape[1]  # type: ignore[union-attr]
     layout = FoldedLayout(
         **_sizes(denoiser, config, start, taps),
-        **(_sincos(transformer.patch_embed) if denoiser.position_embedding is not None else {"positions": "none"}),
-        kind="sana",
+        **({"positions": "none"} if transformer.patch_embed.pos_embed is None else _sincos(transformer.patch_embed)),
+        blocks="sana",
         mlp_size=first.ff.conv_point.in_channels,
+        activation="silu",
         attention_norm_eps=first.norm1.eps,
         mlp_norm_eps=first.norm2.eps,
         query_key_norm_eps=None if first.attn1.norm_q is None else first.attn1.norm_q.eps,
-        num_cross_tokens=num_tokens if num_tokens > 1 else 0,
-        num_cross_heads=first.attn2.heads,
+        num_cross_tokens=num_tokens if num_tokens > 1 else 0,  # as PixArt's
+        num_cross_heads=cross.heads,
+        cross_size=cross.to_q.out_features,
     )
 
     def weights() -> Weights:
         yield from _patches(transformer.patch_embed, layout)
         for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
             table = block.scale_shift_table + start.condition.reshape(6, -1)
-            yield from _sana_state(layout, index, block, _chunks(table.reshape(1, -1), 6)[0], start.context).items()
+            modulation = _chunks(table.reshape(1, -1), 6)[0]
+            yield from _sana_state(layout, index, block, modulation, start).items()
 
     return layout, weights()
 
 
 def _fold_lumina2(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
-    """Fold Lumina: scales and gates stand beside norms with weights, and go into those."""
-    transformer, rope = denoiser.transformer, denoiser.transformer.rope_embedder
-    first = denoiser.blocks[0]
-    length = start.hidden_states.shape[1] - start.rows * start.columns
+    """Fold Lumina-Image 2: the refined text is a constant; the picture's refiners are kept, before the blocks."""
+    transformer = denoiser.transformer
+    all_blocks = [*transformer.noise_refiner, *transformer.layers]
+    first = all_blocks[0]
+    text_size = start.hidden_states.shape[1] - start.rows * start.columns
     layout = FoldedLayout(
         **_sizes(denoiser, config, start, taps),
-        kind="lumina2",
-        positions="rotary",
-        rotary_sizes=tuple(rope.axes_dim),
-        rotary_theta=float(rope.theta),
-        mlp_size=first.feed_forward.linear_1.out_features,
-        attention_norm_eps=_same([first.norm1.norm.eps, first.norm2.eps], "epsilons of its norms"),
-        mlp_norm_eps=_same([first.ffn_norm1.eps, first.ffn_norm2.eps], "epsilons of its norms"),
-        query_key_norm_eps=first.attn.norm_q.eps,
-        text_size=length,
-        num_key_value_heads=config.width_of("key") * config.num_attention_heads // config.hidden_size,
+        blocks="lumina2",
         num_refiners=len(transformer.noise_refiner),
+        num_key_value_heads=first.attn.to_k.out_features * config.num_attention_heads // config.hidden_size,
+        mlp_size=first.feed_forward.linear_1.out_features,
+        activation="silu",
+        positions="rotary",
+        rotary_sizes=tuple(transformer.rope_embedder.axes_dim),
+        rotary_theta=float(transformer.rope_embedder.theta),
+        is_text_placed=True,
+        attention_norm_eps=_same(
+            [norm.eps for block in all_blocks for norm in (block.norm1.norm, block.norm2)], "epsilons of their norms"
+        ),
+        mlp_norm_eps=_same(
+            [norm.eps for block in all_blocks for norm in (block.ffn_norm1, block.ffn_norm2)],
+            "epsilons of their norms",
+        ),
+        query_key_norm_eps=first.attn.norm_q.eps,
+        text_size=text_size,
+        is_text_first=True,
     )
 
     def weights() -> Weights:
         weight, bias = _plain(transformer.x_embedder)
-        side = layout.patch_size
-        # A token's latents lie with their channels last.
+        side = denoiser.patch_size
+        # A token's latents are packed with the channels last, a convolution's weights have them first.
         yield "patch_embedding.weight", weight.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
         yield "patch_embedding.bias", bias
-        # The text has been through its refiners, which look at nothing else.
-        yield "text", start.hidden_states[:, :length]
+        if layout.is_text_used_after(-1):
+            yield "text", start.hidden_states[:, :text_size]
         for index, block in enumerate(transformer.noise_refiner):
-            yield from _lumina2_state(layout, f"refiners.{index}.", block, start.condition, PROJECTIONS, True).items()
+            yield from _lumina2_state(layout, f"refiners.{index}.", None, block, start).items()
         for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
-            features, is_attending = layout.features_at(index), layout.is_attending(index)
-            projections = PROJECTIONS if is_attending else [name for name in PROJECTIONS if name in features]
-            prefix, is_run = f"blocks.{index}.", layout.is_run(index)
-            yield from _lumina2_state(layout, prefix, block, start.condition, projections, is_run).items()
+            yield from _lumina2_state(layout, f"blocks.{index}.", index, block, start).items()
 
     return layout, weights()
 
@@ -378,7 +390,7 @@ def _stream_state(
     state: State = {}
     modulation = parts.modulation
     if projections:
-        fused = _fused([getattr(parts, name) for name in projections])
+        fused = _side_by_side([_plain(getattr(parts, name)) for name in projections])
         state |= _linear(f"{prefix}query_key_value", _modulated(fused, parts.norm, modulation.shift, modulation.scale))
     if layout.query_key_norm_eps is not None:
         if is_attending:
@@ -405,107 +417,106 @@ def _single_state(layout: FoldedLayout, index: int, block: Any, modulation: Modu
     prefix, features, is_run = f"blocks.{index}.", layout.features_at(index), layout.is_run(index)
     attention = block.attn
     named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
-    layers = [layer for name, layer in named.items() if is_run or name in features]
+    layers = [_plain(layer) for name, layer in named.items() if is_run or name in features]
     state: State = {}
     if is_run:
-        layers.append(block.proj_mlp)
+        layers.append(_plain(block.proj_mlp))
         state |= _linear(f"{prefix}projection", _gated(_plain(block.proj_out), _needed(modulation.gate)))
         state[f"{prefix}query_norm.weight"] = _norm_weight(attention.norm_q, layout)
         state[f"{prefix}key_norm.weight"] = _norm_weight(attention.norm_k, layout)
     if layers:
-        state |= _linear(
-            f"{prefix}query_key_value_mlp",
-            _modulated(_fused(layers), block.norm.norm, modulation.shift, modulation.scale),
-        )
+        fused = _modulated(_side_by_side(layers), block.norm.norm, modulation.shift, modulation.scale)
+        state |= _linear(f"{prefix}query_key_value_mlp", fused)
     if "normed" in features:
         scale, shift = _affine(block.norm.norm, modulation.shift, modulation.scale)
         state |= {f"{prefix}normed_scale": scale, f"{prefix}normed_shift": shift}
     return state
 
 
-def _sana_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation, context: Any) -> State:  # noqa: ANN401
+def _sana_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation, start: Pass) -> State:  # noqa: ANN401
     """Return the state of a `FoldedSanaBlock`."""
-    prefix, features = f"blocks.{index}.", layout.features_at(index)
-    is_run, is_attending = layout.is_run(index), layout.is_attending(index)
-    projections = PROJECTIONS if is_attending else [name for name in PROJECTIONS if name in features]
+    prefix, features, is_run = f"blocks.{index}.", layout.features_at(index), layout.is_run(index)
     attention, cross = block.attn1, block.attn2
-    offset = None
-    if is_run and context.shape[1] == 1:
-        offset = _wide(cross.to_out[0](cross.to_v(context))[0, 0])
-    named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
     state: State = {}
-    if projections:
-        fused = _fused([named[name] for name in projections])
-        state |= _linear(
-            f"{prefix}query_key_value", _modulated(fused, block.norm1, modulation.shift, modulation.scale)
-        )
     if "normed" in features:
         scale, shift = _affine(block.norm1, modulation.shift, modulation.scale)
         state |= {f"{prefix}normed_scale": scale, f"{prefix}normed_shift": shift}
-    if is_attending and layout.query_key_norm_eps is not None:
-        state |= {
-            f"{prefix}query_norm.weight": attention.norm_q.weight,
-            f"{prefix}key_norm.weight": attention.norm_k.weight,
-        }
-    if is_attending:
-        output, gate = _plain(attention.to_out[0]), _needed(modulation.gate)
+    if layout.projections_at(index):
+        fused = _fused(attention, layout.projections_at(index))
+        fused = _modulated(fused, block.norm1, modulation.shift, modulation.scale)
+        state |= _linear(f"{prefix}query_key_value", fused)
+    if layout.is_attending(index):
+        if layout.query_key_norm_eps is not None:
+            state[f"{prefix}query_norm.weight"] = _norm_weight(attention.norm_q, layout, layout.hidden_size)
+            state[f"{prefix}key_norm.weight"] = _norm_weight(attention.norm_k, layout, layout.hidden_size)
+        output = _plain(attention.to_out[0])
+        gate = _needed(modulation.gate)
+        offset = torch.zeros_like(gate)
+        if is_run and not layout.num_cross_tokens:
+            offset = _wide(cross.to_out[0](cross.to_v(start.context))[0, 0])
         if is_run and "attention" in features:
-            state |= {f"{prefix}gate": gate, f"{prefix}offset": torch.zeros_like(gate) if offset is None else offset}
+            state |= {f"{prefix}gate": gate, f"{prefix}offset": offset}
         elif is_run:
-            output = _gated(output, gate)
-            output = output if offset is None else (output[0], output[1] + offset)
+            weight, bias = _gated(output, gate)
+            output = weight, bias + offset
         state |= _linear(f"{prefix}projection", output)
     if not is_run:
         return state
     if layout.num_cross_tokens:
-        key = cross.to_k(context)
-        key = key if cross.norm_k is None else cross.norm_k(key)
-        state |= {f"{prefix}cross_key": key[0], f"{prefix}cross_value": cross.to_v(context)[0]}
-        state |= _linear(f"{prefix}cross_query", _plain(cross.to_q))
-        state |= _linear(f"{prefix}cross_projection", _plain(cross.to_out[0]))
-        if cross.norm_q is not None:
-            state[f"{prefix}cross_query_norm.weight"] = cross.norm_q.weight
+        state |= _cross_state(f"{prefix}cross.", cross, start)
+        if layout.query_key_norm_eps is not None:
+            state[f"{prefix}cross.query_norm.weight"] = _norm_weight(cross.norm_q, layout, layout.cross_size)
     mlp = block.ff
-    inverted = _wide(mlp.conv_inverted.weight).flatten(1), _wide(mlp.conv_inverted.bias)
-    up = _modulated(inverted, block.norm2, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
-    state |= _linear(f"{prefix}up_projection", up)
-    state |= {f"{prefix}convolution.weight": mlp.conv_depth.weight, f"{prefix}convolution.bias": mlp.conv_depth.bias}
-    point = _wide(mlp.conv_point.weight).flatten(1)
-    state[f"{prefix}down_projection.weight"] = _needed(modulation.mlp_gate)[:, None] * point
+    (up, up_bias), (inner, inner_bias), (down, _) = (
+        _plain(layer, nn.Conv2d) for layer in (mlp.conv_inverted, mlp.conv_depth, mlp.conv_point)
+    )
+    # Convolutions of single tokens are linear layers.
+    entry = up[..., 0, 0], up_bias
+    entry = _modulated(entry, block.norm2, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
+    state |= _linear(f"{prefix}up_projection", entry)
+    state |= _linear(f"{prefix}convolution", (inner, inner_bias))
+    state[f"{prefix}down_projection.weight"] = _needed(modulation.mlp_gate)[:, None] * down[..., 0, 0]
     return state
 
 
-def _lumina2_state(
-    layout: FoldedLayout,
-    prefix: str,
-    block: Any,  # noqa: ANN401 - diffusers' block
-    condition: Tensor,
-    projections: Sequence[str],
-    is_run: bool,
-) -> State:
-    """Return the state of a `FoldedLumina2Block`."""
-    scale, gate, mlp_scale, mlp_gate = _wide(block.norm1.linear(silu(condition)))[0].chunk(4)
+def _lumina2_state(layout: FoldedLayout, prefix: str, index: int | None, block: Any, start: Pass) -> State:  # noqa: ANN401
+    """Return the state of a `FoldedLumina2Block`; of a refiner if there is no index."""
+    features = () if index is None else layout.features_at(index)
+    scale, gate, mlp_scale, mlp_gate = _wide(block.norm1.linear(silu(start.condition)))[0].chunk(4)
     attention, mlp = block.attn, block.feed_forward
-    named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
-    state: State = {f"{prefix}attention_norm.weight": _wide(block.norm1.norm.weight) * (1 + scale)}
+    scale, mlp_scale = _scale(block.norm1.norm, 1 + scale), _scale(block.ffn_norm1, 1 + mlp_scale)
+    projections = PROJECTIONS if index is None else layout.projections_at(index)
+    state: State = {}
+    if "normed" in features:
+        state[f"{prefix}normed_scale"] = scale
     if projections:
-        state[f"{prefix}query_key_value.weight"] = torch.cat([_without_bias(named[name]) for name in projections])
-    if len(projections) == len(PROJECTIONS):
-        state |= {
-            f"{prefix}query_norm.weight": _norm_weight(attention.norm_q, layout),
-            f"{prefix}key_norm.weight": _norm_weight(attention.norm_k, layout),
-            f"{prefix}projection.weight": _without_bias(attention.to_out[0]),
-        }
-    if is_run:
-        state |= {
-            f"{prefix}attention_output_norm.weight": _wide(block.norm2.weight) * gate.tanh(),
-            f"{prefix}mlp_norm.weight": _wide(block.ffn_norm1.weight) * (1 + mlp_scale),
-            f"{prefix}mlp_output_norm.weight": _wide(block.ffn_norm2.weight) * mlp_gate.tanh(),
-            f"{prefix}gate_projection.weight": _without_bias(mlp.linear_1),
-            f"{prefix}up_projection.weight": _without_bias(mlp.linear_3),
-            f"{prefix}down_projection.weight": _without_bias(mlp.linear_2),
-        }
+        state[f"{prefix}query_key_value.weight"] = _fused(attention, projections)[0] * scale
+    if index is None or layout.is_attending(index):
+        size = layout.hidden_size // layout.num_attention_heads
+        state[f"{prefix}query_norm.weight"] = _norm_weight(attention.norm_q, layout, size)
+        state[f"{prefix}key_norm.weight"] = _norm_weight(attention.norm_k, layout, size)
+        state[f"{prefix}projection.weight"] = _plain(attention.to_out[0])[0]
+    if index is None or layout.is_run(index):
+        up = torch.cat([_plain(mlp.linear_1)[0], _plain(mlp.linear_3)[0]])
+        state[f"{prefix}attention_output_norm.weight"] = _scale(block.norm2, gate.tanh())
+        state[f"{prefix}up_projection.weight"] = up * mlp_scale
+        state[f"{prefix}down_projection.weight"] = _plain(mlp.linear_2)[0]
+        state[f"{prefix}mlp_output_norm.weight"] = _scale(block.ffn_norm2, mlp_gate.tanh())
     return state
+
+
+def _scale(norm: Any, factor: Tensor) -> Tensor:  # noqa: ANN401 - diffusers'
+    """Return what a norm's output is multiplied with, (D,): its own weight, if any, and a factor."""
+    return factor if norm.weight is None else factor * _wide(norm.weight)
+
+
+def _cross_state(prefix: str, attention: Any, start: Pass) -> Weights:  # noqa: ANN401 - diffusers'
+    """Yield the state of a `PromptAttention`, but for a norm of queries."""
+    key = attention.to_k(start.context)[0]
+    yield f"{prefix}key", key if attention.norm_k is None else attention.norm_k(key)
+    yield f"{prefix}value", attention.to_v(start.context)[0]
+    yield from _linear(f"{prefix}query", _plain(attention.to_q)).items()
+    yield from _linear(f"{prefix}projection", _plain(attention.to_out[0])).items()
 
 
 def _chunks(values: Tensor, count: int) -> list[Modulation]:
@@ -529,32 +540,31 @@ def _needed(vector: Tensor | None) -> Tensor:
 Layer = tuple[Tensor, Tensor]  # weight and bias, float64
 
 
-def _plain(layer: Any) -> Layer:  # noqa: ANN401 - whatever stands there
-    """Return weight and bias of a linear layer; refuse anything that computes more than they say.
+def _fused(attention: Any, projections: Sequence[str]) -> Layer:  # noqa: ANN401 - diffusers'
+    """Return those of query, key and value that are needed, as one layer."""
+    named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
+    return _side_by_side([_plain(named[name]) for name in projections])
+
+
+def _side_by_side(layers: list[Layer]) -> Layer:
+    """Return layers that read the same as one layer."""
+    return torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
+
+
+def _plain(layer: Any, kind: type[Any] = nn.Linear) -> Layer:  # noqa: ANN401 - whatever stands there
+    """Return weight and bias of a linear layer or a convolution; refuse anything that computes more than they say.
 
     Raises:
-        ValueError: If it is no plain linear layer: adapters and quantized weights would get lost.
+        ValueError: If it is no plain layer of its kind: adapters and quantized weights would get lost.
     """
-    if type(layer) is not nn.Linear:
+    if type(layer) is not kind:
         raise ValueError(
-            f"Only plain linear layers can be folded, got a {type(layer).__name__}. Merge adapters first (peft's "
-            "`merge_and_unload`), and load the model without quantization."
+            f"Only plain linear layers and convolutions can be folded, got a {type(layer).__name__}. Merge adapters "
+            "first (peft's `merge_and_unload`), and load the model without quantization."
         )
-    weight = _wide(layer.weight)
-    return weight, weight.new_zeros(len(weight)) if layer.bias is None else _wide(layer.bias)
-
-
-def _without_bias(layer: Any) -> Tensor:  # noqa: ANN401 - whatever stands there
-    """Return the weight of a linear layer that has no bias."""
-    if getattr(layer, "bias", None) is not None:
-        raise ValueError("A Lumina whose layers have biases cannot be folded.")
-    return _plain(layer)[0]
-
-
-def _fused(layers: Sequence[Any]) -> Layer:
-    """Return linear layers as one, one behind the other."""
-    parts = [_plain(layer) for layer in layers]
-    return torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])
+    weight: Tensor = _wide(layer.weight)
+    bias: Tensor = weight.new_zeros(len(weight)) if layer.bias is None else _wide(layer.bias)
+    return weight, bias
 
 
 def _linear(name: str, layer: Layer) -> State:
@@ -603,12 +613,18 @@ def _mlp(mlp: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
     }
 
 
-def _norm_weight(norm: Any, layout: FoldedLayout) -> Tensor:  # noqa: ANN401 - diffusers' or torch's
-    """Return the weight of a norm of queries or keys."""
+def _norm_weight(norm: Any, layout: FoldedLayout, size: int | None = None) -> Tensor:  # noqa: ANN401 - as above
+    """Return the weight of a norm of queries or keys, by default of a head.
+
+    Raises:
+        ValueError: If it is no root mean square norm, or another than the rest.
+    """
+    if not type(norm).__name__.endswith("RMSNorm"):
+        raise ValueError(f"Norms of queries and keys of kind {type(norm).__name__} cannot be folded, only RMSNorm.")
     if norm.eps != layout.query_key_norm_eps or getattr(norm, "bias", None) is not None:
         raise ValueError("A transformer whose norms of queries and keys differ in kind cannot be folded.")
     if norm.weight is None:
-        return torch.ones(layout.hidden_size // layout.num_attention_heads, dtype=torch.float64)
+        return torch.ones(size or layout.hidden_size // layout.num_attention_heads, dtype=torch.float64)
     weight: Tensor = norm.weight
     return weight
 

@@ -480,17 +480,19 @@ class ASelectPreTrainedModel(PreTrainedModel):
     def fold(self) -> Self:
         """Return a new, smaller model of the same class with equal outputs, at this timestep and tap alone.
 
-        The timestep's conditioning is multiplied into the neighbouring linear layers, query, key and value become one
-        layer, and what is not needed is left out: embedders of timestep and label (or text), modulation layers, the
-        blocks after the tap, the output layers. What is left is a plain vision transformer, which needs no diffusers
-        but for a VAE, runs on the kernel that `attn_implementation` names, trains, and takes LoRA.
+        The timestep's conditioning is multiplied into the neighbouring layers, query, key and value become one layer,
+        and what is not needed is left out: embedders of timestep and label (or text), modulation layers, the blocks
+        after the tap, the output layers. What is left is a plain vision transformer, which needs no diffusers but for
+        a VAE, runs on the kernel that `attn_implementation` names (Sana's linear attention has one only), trains, and
+        takes LoRA.
 
         Returns:
             The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the model is folded already, it holds adapters or quantized
-                weights, or a part of it is not in memory.
+            ValueError: If the timestep is not chosen yet, the model is folded already, a layer is none that a plain
+                one could stand for (another kind of norm or activation), it holds adapters or quantized weights, or a
+                part of it is not in memory.
         """
         self._resolved_timestep()
         base = self._base()
