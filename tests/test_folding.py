@@ -356,13 +356,6 @@ def test_several_heads_share_a_key_and_a_value_in_every_kernel(load):
 
 
 @pytest.mark.parametrize("name", ["dit", "sana", "lumina2"])
-def test_a_kernel_that_is_not_run_is_said_so(pixel_folder, caplog):
-    DiTModel.from_pretrained(pixel_folder, timestep=TIMESTEP)
-    assert "is of no account" not in caplog.text
-    DiTModel.from_pretrained(pixel_folder, timestep=TIMESTEP, attn_implementation="eager")
-    assert "`attn_implementation='eager'` is of no account here" in caplog.text
-
-
 def test_gradient_checkpointing_changes_nothing(load, name):
     model = load(name, DiTForImageClassification, freeze_backbone=False, **HEAD).fold().train()
     given, labels = pictures(model), torch.tensor([0, 1])
@@ -465,6 +458,13 @@ def test_exported_with_a_free_batch(classifier, pixels, tmp_path):
     for size in (1, len(pixels)):
         (logits,) = session.run(["logits"], {"pixel_values": pixels[:size].numpy()})
         assert abs(torch.from_numpy(logits) - expected[:size]).max() <= 1e-4
+
+
+def test_a_kernel_that_is_not_run_is_said_so(pixel_folder, caplog):
+    DiTModel.from_pretrained(pixel_folder, timestep=TIMESTEP)
+    assert "is of no account" not in caplog.text
+    DiTModel.from_pretrained(pixel_folder, timestep=TIMESTEP, attn_implementation="eager")
+    assert "`attn_implementation='eager'` is of no account here" in caplog.text
 
 
 def test_an_unresolved_model_is_refused(classifier):
