@@ -63,6 +63,7 @@ LEVELS = {
     "timestep_selection": 6,
     "modeling_aselect": 7,
     "feature_cache": 8,
+    "modeling_classification": 8,
     "modeling_segmentation": 8,
     "training": 8,
     "demo": 9,
@@ -71,8 +72,8 @@ LEVELS = {
     "cli": 11,
 }
 
-# Saving a model with its code copies these two and all that they import to the Hub.
-HUB_ROOTS = ("modeling_aselect", "modeling_segmentation", "image_processing_aselect")
+# Saving a model with its code copies these and all that they import to the Hub.
+HUB_ROOTS = ("modeling_classification", "modeling_segmentation", "image_processing_aselect")
 # What a user of such a checkpoint has installed, beside the standard library.
 HUB_LIBRARIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 

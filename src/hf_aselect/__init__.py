@@ -16,7 +16,8 @@ from .configuration_aselect import ASelectConfig
 from .convert_diffusers import convert_diffusers
 from .feature_cache import cache_features
 from .image_processing_aselect import ASelectImageProcessor
-from .modeling_aselect import DiTForImageClassification, DiTModel
+from .modeling_aselect import DiTModel
+from .modeling_classification import DiTForImageClassification
 from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
 from .noise_schedule import NoiseSchedule
 from .selection_record import TimestepSelection

@@ -178,7 +178,8 @@ def _fold(parsed: argparse.Namespace) -> None:
     from .diffusers_checkpoint import find_diffusers
     from .diffusers_files import HubOptions
     from .image_processing_aselect import ASelectImageProcessor
-    from .modeling_aselect import DiTForImageClassification, DiTModel
+    from .modeling_aselect import DiTModel
+    from .modeling_classification import DiTForImageClassification
     from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
     from .training import write_model_card
     from .whole_folder import checked_output, whole_folder

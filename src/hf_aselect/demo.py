@@ -30,7 +30,7 @@ from transformers import (
 
 from .image_processing_aselect import ASelectImageProcessor
 from .metrics import compute_accuracy
-from .modeling_aselect import DiTForImageClassification
+from .modeling_classification import DiTForImageClassification
 from .plots import plot_predictions
 from .probe import ridge_probe_accuracy
 from .selection_record import TimestepSelection

@@ -122,6 +122,8 @@ class _Job:
     def __post_init__(self) -> None:
         """Work out the sizes, from the configuration alone."""
         config = self.model.config
+        # Alone: reading a row decodes all of its columns.
+        self.pictures = self.dataset.select_columns([self.column])
         self.processor = ASelectImageProcessor.from_model_config(config)
         height, width = config.image_height_width
         rows, columns = height // config.patch_pixels, width // config.patch_pixels
@@ -403,7 +405,7 @@ def _rounded(values: Tensor, job: _Job, rows: Sequence[int]) -> Tensor:
 def _view(job: _Job, index: int, view: int) -> Any:  # noqa: ANN401 - a picture
     """Return a view of a picture: 0 is the picture itself."""
     try:
-        picture = job.dataset[index][job.column]
+        picture = job.pictures[index][job.column]
     except (OSError, SyntaxError) as error:  # what PIL makes of broken files
         raise ValueError(f"Picture {index} of the dataset cannot be read ({error}).") from error
     if picture is None:

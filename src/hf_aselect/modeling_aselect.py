@@ -1,4 +1,4 @@
-"""The models: a diffusion transformer read at one timestep, alone and under a classification head."""
+"""What all models share, and the one without a head: a diffusion transformer read at one timestep."""
 
 import copy
 import logging
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown_keywords
@@ -23,7 +23,7 @@ from .diffusers_files import HubOptions
 from .empty_prompt import TEXT_PARTS
 from .folding import fold_denoiser
 from .generation import generate_latents
-from .heads import AttentionHead, LinearHead
+from .heads import AttentionHead
 from .loading import HUB_OPTIONS, check_loaded, take_diffusers
 from .massive_channels import zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
@@ -699,95 +699,3 @@ class DiTModel(ASelectPreTrainedModel):
         refuse_tap_keywords(kwargs)
         tokens = self.extract_features(pixel_values, latents=latents)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
-
-
-class DiTForImageClassification(ASelectPreTrainedModel):
-    """A diffusion transformer with a classification head on its tokens.
-
-    Args:
-        config: The configuration; `head` and its sizes say which head.
-    """
-
-    task: ClassVar[str] = "image-classification"
-
-    def __init__(self, config: ASelectConfig) -> None:
-        super().__init__(config)
-        self.backbone = DiTModel(config)
-        num_labels = int(config.num_labels or 0)
-        self.head: LinearHead | AttentionHead
-        if config.head == "linear":
-            self.head = LinearHead(config.feature_size, num_labels)
-        else:
-            self.head = AttentionHead(
-                config.feature_size,
-                num_labels,
-                config.head_hidden_size,
-                config.head_num_layers,
-                config.head_num_attention_heads,
-                config.head_mlp_ratio,
-            )
-        self.post_init()
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        features: Tensor | None = None,
-        latents: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> ImageClassifierOutput:
-        """Return logits, (B, K), and the loss where labels are given.
-
-        Args:
-            pixel_values: Pictures in [-1, 1], (B, C, H, W).
-            labels: Class indices in [0, K), (B,); -100 is left out of the loss. Or, as `config.problem_type` says,
-                regression targets or multi-label rows, (B, K).
-            features: Tokens, (B, N, D), in place of `pixel_values`, as from `cache_features`; a linear head takes
-                their means, (B, D), too.
-            latents: Clean latents, (B, C, h, w), in place of `pixel_values`, as from `encode`.
-            kwargs: Passed on to the loss. `return_dict=False` gives a tuple.
-
-        Raises:
-            ValueError: If not exactly one of `pixel_values`, `features` and `latents` is given, it does not fit the
-                model, a label is outside the classes, the timestep is not chosen yet, or a timestep or tap is named
-                here.
-        """
-        refuse_tap_keywords(kwargs)
-        if sum(given is not None for given in (pixel_values, features, latents)) != 1:
-            raise ValueError("Give exactly one of `pixel_values`, `features` and `latents`.")
-        if features is not None:
-            tokens = self._checked_features(features)
-        else:
-            tokens = self.extract_features(pixel_values, latents=latents)
-        logits = self.head(tokens)
-        loss = None
-        if labels is not None:
-            self._check_labels(labels)
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(loss=loss, logits=logits)
-
-    def _checked_features(self, features: Tensor) -> Tensor:
-        if features.ndim == 2 and self.config.head == "linear":
-            features = features[:, None]  # the head takes the mean, which this is
-        if features.ndim == 2:
-            raise ValueError(
-                f"An attention head reads tokens, (B, N, {self.config.feature_size}), got their means, "
-                f"{tuple(features.shape)}. Cache them with what='tokens', or train a head='linear'."
-            )
-        if features.ndim != 3 or features.shape[-1] != self.config.feature_size:
-            raise ValueError(
-                f"`features` must be tokens of shape (B, N, {self.config.feature_size}), got {tuple(features.shape)}."
-            )
-        return features.to(self.device, self.dtype)
-
-    def _check_labels(self, labels: Tensor) -> None:
-        num_labels = int(self.config.num_labels or 0)
-        if labels.ndim != 1 or labels.is_floating_point() or num_labels == 1 or torch.compiler.is_compiling():
-            return
-        outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
-        if len(outside):
-            raise ValueError(
-                f"Labels must be class indices in [0, {num_labels}), got {sorted(set(outside.tolist()))[:5]}. "
-                f"Load the model with `num_labels=` the number of classes of the dataset."
-            )
