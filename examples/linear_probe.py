@@ -100,11 +100,27 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor) -> list[float]:
     return [float(value) for value in (heads(features).argmax(-1) == labels).double().mean(1)]
 
 
+def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
+    """Return another split with the class indices of the training split: each split alone may lack some classes."""
+    classes = train.features[column]
+    if other.features[column] == classes:
+        return other
+    known = set(classes.names)
+    kind = other.features[column]
+    spell = kind.int2str if isinstance(kind, ClassLabel) else str
+    names = [spell(value) for value in other[column]]
+    if unknown := sorted(set(names) - known):
+        raise ValueError(
+            f"The evaluation split has {len(unknown)} classes that the training split lacks, among them "
+            f"{unknown[:3]}; those of the training split are {classes.names[:10]}."
+        )
+    indices = [classes.str2int(name) for name in names]
+    return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)
+
+
 def pictures(path: str, args: ProbeArguments) -> Dataset:
     """Return a parquet file's pictures and labels."""
     rows = load_dataset("parquet", data_files=path, split="train")
-    if not isinstance(rows.features[args.label_column], ClassLabel):
-        rows = rows.class_encode_column(args.label_column)
     return rows.select_columns([args.image_column, args.label_column])
 
 
@@ -116,6 +132,7 @@ def normed(features: Tensor) -> Tensor:
 @torch.no_grad()
 def save(model: DiTForImageClassification, heads: Heads, mean: Tensor, spread: Tensor, folder: Path) -> None:
     """Save the model with the first of some heads, and the standardisation in its weights."""
+    model.head.norm.reset_parameters()  # a head that was trained before has another
     weight = heads.weights[0] / spread[:, None]
     model.head.classifier.weight.copy_(weight.T)
     model.head.classifier.bias.copy_(heads.biases[0] - mean @ weight)
@@ -127,6 +144,11 @@ def main() -> None:
     (args,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     train, test = pictures(args.train_file, args), pictures(args.test_file, args)
+    if not isinstance(train.features[args.label_column], ClassLabel):
+        train = train.class_encode_column(args.label_column)
+    test = with_classes_of(train, test, args.label_column)
+    if len(train) < 10:
+        raise ValueError(f"A tenth of the training pictures picks the learning rate; got {len(train)} of them.")
     names = train.features[args.label_column].names
     is_open = args.timestep == "auto"
     given = {name: value for name, value in (("block", args.block), ("feature", args.feature)) if value is not None}

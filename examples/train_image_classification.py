@@ -280,7 +280,8 @@ def trained_layers(model: DiTForImageClassification) -> Iterable[str]:
     ((block, feature),) = model.backbone.taps()
     unused = {id(part) for module in denoiser.unused_modules(block, feature) for part in module.modules()}
     for name, module in model.named_modules():
-        is_asked = name.rpartition(".")[2] in ("to_q", "to_v", "query_key_value") and ".denoiser." in f".{name}"
+        names = "to_q", "to_v", "query_key_value", "query_key_value_mlp"
+        is_asked = name.rpartition(".")[2] in names and ".denoiser." in f".{name}"
         if is_asked and isinstance(module, nn.Linear) and id(module) not in unused:
             yield name
 
@@ -297,12 +298,15 @@ def with_lora(model: DiTForImageClassification, rank: int) -> nn.Module:
 
 def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float) -> torch.optim.Optimizer:
     """Return AdamW with a learning rate that falls from block to block, and no weight decay of biases and norms."""
-    places = {}
-    for name, value in model.named_parameters():
-        found = re.search(r"denoiser\..*?blocks\.(\d+)\.", name)
-        if value.requires_grad:
-            # The head is one step above the last block, what comes before the blocks one below the first.
-            places[name] = int(found[1]) if found else -1 if "denoiser." in name else None
+    denoiser = next(module for name, module in model.named_modules() if name.endswith("denoiser"))
+    of_block = {id(value): index for index, block in enumerate(denoiser.blocks) for value in block.parameters()}
+    of_denoiser = {id(value) for value in denoiser.parameters()}
+    # The head is one step above the last block, what comes before the blocks one below the first.
+    places = {
+        name: of_block.get(id(value), -1 if id(value) in of_denoiser else None)
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
     top = 1 + max((place for place in places.values() if place is not None), default=-1)
     parameters = dict(model.named_parameters())
     groups = []
@@ -371,6 +375,8 @@ def main() -> None:
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "latest" else resume)
     trainer.save_model()
+    if args.lora_rank:  # adapters are saved alone: the timestep and the tap that they were trained at belong to them
+        model.get_base_model().config.save_pretrained(training_args.output_dir)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)

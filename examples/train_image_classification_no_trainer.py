@@ -31,7 +31,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from torch.utils.data import DataLoader
 from transformers import SchedulerType, default_data_collator, get_scheduler
 
-from hf_aselect import Accuracy, ASelectImageProcessor, DiTForImageClassification, cache_features
+from hf_aselect import Accuracy, ASelectConfig, ASelectImageProcessor, DiTForImageClassification, cache_features
 
 logger = logging.getLogger("train_image_classification_no_trainer")
 
@@ -44,7 +44,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--validation_file", help="parquet file of the validation split (a tenth of train)")
     parser.add_argument("--image_column", default="image", help="column with the pictures (%(default)s)")
     parser.add_argument("--label_column", default="label", help="column with the class indices (%(default)s)")
-    parser.add_argument("--timestep", type=lambda word: word if word == "auto" else int(word), default="auto")
+    parser.add_argument(
+        "--timestep", type=lambda word: word if word == "auto" else int(word), help="a timestep, or auto (the model's)"
+    )
     parser.add_argument("--num_calibration_images", type=int, default=256, help="for `--timestep auto` (%(default)s)")
     parser.add_argument("--head", default="attention", choices=("attention", "linear"))
     parser.add_argument("--head_hidden_size", type=int, default=800)
@@ -75,6 +77,24 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
+    """Return another split with the class indices of the training split: each split alone may lack some classes."""
+    classes = train.features[column]
+    if other.features[column] == classes:
+        return other
+    known = set(classes.names)
+    kind = other.features[column]
+    spell = kind.int2str if isinstance(kind, ClassLabel) else str
+    names = [spell(value) for value in other[column]]
+    if unknown := sorted(set(names) - known):
+        raise ValueError(
+            f"The evaluation split has {len(unknown)} classes that the training split lacks, among them "
+            f"{unknown[:3]}; those of the training split are {classes.names[:10]}."
+        )
+    indices = [classes.str2int(name) for name in names]
+    return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)
+
+
 def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Return training and validation split, with class indices."""
     if args.dataset_name:
@@ -89,7 +109,18 @@ def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     if held_out is None:
         parts = train.train_test_split(0.1, seed=args.seed, stratify_by_column=args.label_column)
         return parts["train"], parts["test"]
-    return train, held_out.cast_column(args.label_column, train.features[args.label_column])
+    return train, with_classes_of(train, held_out, args.label_column)
+
+
+def needs_timestep(args: argparse.Namespace) -> bool:
+    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
+    if args.timestep is not None:
+        return bool(args.timestep == "auto")
+    try:
+        saved, _ = ASelectConfig.get_config_dict(args.model_name_or_path)
+    except OSError:
+        saved = {}  # a folder of diffusers has no configuration of ours
+    return bool(saved.get("timestep", "auto") == "auto")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -133,8 +164,8 @@ def main() -> None:
     calibration = train.shuffle(args.seed)[: args.num_calibration_images][args.image_column]
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
-        timestep=args.timestep,
-        calibration_images=calibration if args.timestep == "auto" else None,
+        calibration_images=calibration if needs_timestep(args) else None,
+        **({} if args.timestep is None else {"timestep": args.timestep}),
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         head=args.head,
@@ -155,7 +186,9 @@ def main() -> None:
         train = cache_features(model, train, args.cache_dir, num_views=args.num_views, **options)
         held_out = cache_features(model, held_out, args.cache_dir, **options)
         train, held_out = (
-            split.select_columns(["features", args.label_column]).rename_column(args.label_column, "labels")
+            split.select_columns(["features", args.label_column]).rename_columns({args.label_column: "labels"})
+            if args.label_column != "labels"
+            else split.select_columns(["features", "labels"])
             for split in (train, held_out)
         )
     else:
@@ -202,8 +235,22 @@ def main() -> None:
         logger.info("Going on from %s.", checkpoint)
 
     metric = Accuracy()
+
+    def evaluate() -> float:
+        model.eval()
+        for batch in eval_loader:
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                predicted = model(**batch).logits.argmax(-1)
+            predicted, labels = accelerator.gather_for_metrics((predicted, labels))
+            metric.add_batch(predictions=predicted, references=labels)
+        return metric.compute()["accuracy"]
+
+    accuracy = None
     first_epoch, done = divmod(step, steps_per_epoch)
     for epoch in range(first_epoch, num_epochs):
+        if step >= max_steps:
+            break
         model.train()
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
@@ -226,20 +273,15 @@ def main() -> None:
                 save_checkpoint(accelerator, output, step)
             if step >= max_steps:
                 break
-        model.eval()
-        for batch in eval_loader:
-            labels = batch.pop("labels")
-            with torch.no_grad():
-                predicted = model(**batch).logits.argmax(-1)
-            predicted, labels = accelerator.gather_for_metrics((predicted, labels))
-            metric.add_batch(predictions=predicted, references=labels)
-        accuracy = metric.compute()["accuracy"]
+        accuracy = evaluate()
         logger.info("epoch %d: accuracy %.4f", epoch, accuracy)
         if args.with_tracking:
             facts = {"accuracy": accuracy, "train_loss": total.item() / len(loader), "epoch": epoch}
             accelerator.log(facts, step=step)
         if args.checkpointing_steps == "epoch":
             save_checkpoint(accelerator, output, step)
+    if accuracy is None:  # it was done before
+        accuracy = evaluate()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model).save_pretrained(
         output, is_main_process=accelerator.is_main_process, save_function=accelerator.save

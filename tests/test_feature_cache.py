@@ -430,3 +430,29 @@ def test_reading_is_fast_enough_for_a_head(model, tmp_path):
     started = time.monotonic()
     assert sum(len(batch["label"]) for batch in loader) == 300
     assert time.monotonic() - started < 5
+
+
+def test_a_folder_in_the_way_costs_no_work(model, data, tmp_path):
+    cache_features(model, data, tmp_path / "a")
+    (name,) = folders(tmp_path / "a")
+    (tmp_path / "b" / name).mkdir(parents=True)
+    (tmp_path / "b" / name / "data-00000-of-00004.arrow").write_text("half copied")
+    with pytest.raises(OSError, match=r"are whole in .* is there and is no cache"):
+        cache_features(model, data, tmp_path / "b")
+    assert len(list((tmp_path / "b" / f"{name}.incomplete").glob("data-*.arrow"))) == 4
+    for path in (tmp_path / "b" / name).iterdir():
+        path.unlink()
+    assert cache_features(model, data, tmp_path / "b").num_rows == NUM_PICTURES
+
+
+def test_an_augmentation_without_further_views_is_refused(model, data, tmp_path):
+    with pytest.raises(ValueError, match=r"`augment` makes further views: pass `num_views=2`"):
+        cache_features(model, data, tmp_path, augment=lambda picture: picture)
+
+
+def test_another_scaling_of_the_latents_has_another_cache(latent_folder, data, tmp_path):
+    model = DiTModel.from_pretrained(latent_folder, timestep=50)
+    cache_features(model, data, tmp_path, what="latents")
+    model.config.vae = {**model.config.vae, "scaling_factor": 0.25}
+    cache_features(model, data, tmp_path, what="latents")
+    assert len(folders(tmp_path)) == 2

@@ -467,6 +467,33 @@ def test_a_kernel_that_is_not_run_is_said_so(pixel_folder, caplog):
     assert "`attn_implementation='eager'` is of no account here" in caplog.text
 
 
+@pytest.mark.parametrize("size", [(32, 48), (48, 64), (80, 96)])
+def test_the_middle_of_the_middle_is_that_of_the_whole_table(tmp_path, size):
+    """An odd grid and an even one have middles that are half a token apart."""
+    sd3(pos_embed_max_size=12).save_pretrained(tmp_path)
+    model = DiTModel.from_pretrained(tmp_path, timestep=TIMESTEP, image_size=112)
+    folded, given = model.fold(), pictures(model, size)
+    with torch.no_grad():
+        assert distance(folded(given).last_hidden_state, model(given).last_hidden_state) <= 1e-5
+
+
+def test_zeroed_channels_of_another_tap_stay_there(tmp_path):
+    dit_transformer(num_layers=4, in_channels=3, out_channels=3).save_pretrained(tmp_path)
+    fields = {"timestep": TIMESTEP, "block": 1, "zeroed_channels": [5], "out_indices": [3, 4]}
+    model = DiTBackbone.from_pretrained(tmp_path, **fields)
+    given, folded = pictures(model), model.fold()
+    with torch.no_grad():
+        for got, expected in zip(folded(given).feature_maps, model(given).feature_maps, strict=True):
+            assert distance(got, expected) <= 1e-5
+
+
+def test_adapters_on_the_patch_embedding_must_be_merged_too(classifier):
+    classifier.config.timestep = TIMESTEP
+    adapted = get_peft_model(classifier, LoraConfig(target_modules=["pos_embed.proj"], r=2))
+    with pytest.raises(ValueError, match="Only plain linear layers and convolutions can be folded"):
+        adapted.fold()
+
+
 def test_an_unresolved_model_is_refused(classifier):
     classifier.config.timestep = "auto"
     with pytest.raises(ValueError, match=r"timestep of this model is still 'auto'"):

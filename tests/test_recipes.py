@@ -11,7 +11,7 @@ from peft import PeftModel
 from PIL import Image as PILImage
 from transformers import Trainer
 
-from hf_aselect import DiTForImageClassification
+from hf_aselect import ASelectConfig, DiTForImageClassification
 
 TRAIN = example("train_image_classification.py")
 SIZES = ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--head_num_layers", "1"]
@@ -113,6 +113,7 @@ def test_lora_moves_adapters_and_head_and_saves_them_alone(train, pixel_folder, 
     assert all("lora_" in name or "head.modules_to_save" in name for name in trainer.moved)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert ASelectConfig.from_pretrained(tmp_path / "out").timestep == 5
     base = DiTForImageClassification.from_pretrained(
         pixel_folder, timestep=5, num_labels=2, head_hidden_size=16, head_num_attention_heads=2, head_num_layers=1
     )

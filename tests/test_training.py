@@ -232,3 +232,24 @@ def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):
 def test_wrong_numbers_are_refused(options):
     with pytest.raises(ValueError, match="must be an integer from 1 on"):
         ASelectCallback(**options)
+
+
+def test_a_training_that_goes_on_keeps_its_choice(pixel_folder, pixels, tmp_path):
+    """The weights that a fine-tuning goes on with are others than those that were chosen for."""
+    model, again = (unresolved(pixel_folder, freeze_backbone=False) for _ in range(2))
+    rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels)]
+    first, second = ASelectCallback(max_images=4), ASelectCallback(max_images=4)
+    for callback, trained, steps in ((first, model, 1), (second, again, 2)):
+        arguments = TrainingArguments(
+            str(tmp_path / "out"), max_steps=steps, save_steps=1, learning_rate=1e-1, report_to="none", use_cpu=True
+        )
+        trainer = Trainer(trained, arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=steps > 1)
+    assert again.config.timestep == model.config.timestep
+    assert [one.to_dict() for _, one in second.selections] == [one.to_dict() for _, one in first.selections]
+
+
+def test_another_tap_is_not_chosen_while_the_backbone_is_trained(pixel_folder, pixels, tmp_path):
+    callback = ASelectCallback(max_images=4, criterion="probe", block="auto")
+    with pytest.raises(ValueError, match="no other can be chosen here while the backbone is trained"):
+        train_with(callback, unresolved(pixel_folder, freeze_backbone=False), pixels, tmp_path)

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/speed.py --output_dir speed
 
-On two CPU cores with nothing else running it takes about 50 minutes, and 8 GB of disk under `--output_dir` meanwhile.
+On two CPU cores with nothing else running it takes about 45 minutes, and 8 GB of disk under `--output_dir` meanwhile.
 `--sizes S/2 B/2 --batches 1 8` takes ten; `--sections` measures a part anew. On a CUDA device (`--device cuda`) it
 measures with events, and memory by torch's count.
 
@@ -14,15 +14,14 @@ the block at half depth, at timestep 121, with the null label. Ways of reading t
 - `folded`: `model.fold()`; with `eager` the host's plain attention in place of its default kernel.
 
 Times are medians of `--repetitions`, one of each way after the other, after one round that does not count. Peak memory
-is that of a process of its own, which loads a checkpoint of that way and runs (`ru_maxrss`), less that of one that has
-imported the same and loaded nothing. `speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
+is that of a process of its own, which loads a checkpoint of that way and runs (Linux's `VmHWM`), less that of when it
+had imported the same and loaded nothing. `speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
 """
 
 import argparse
 import ast
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -270,31 +269,41 @@ def save_checkpoints(size: str, folder: Path) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def child(task: str, folder: str, way: str, batches: list[int]) -> None:
-    """Load a checkpoint, and run it where memory is asked for; print seconds and bytes as JSON."""
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begun = time.perf_counter()
-    dtype = torch.bfloat16 if "bf16" in way else torch.float32
+def peak_bytes() -> int:
+    """Return the most memory that this process has held: not `ru_maxrss`, which begins with that of its parent."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def load(folder: str, way: str) -> Any:  # noqa: ANN401 - ours or diffusers'
+    """Return the model of a checkpoint that `save_checkpoints` wrote."""
+    if way == "diffusers":
+        return diffusers.DiTTransformer2DModel.from_pretrained(Path(folder) / "diffusers").eval()
     if way.startswith("folded"):
-        model = DiTModel.from_pretrained(Path(folder) / way, dtype=dtype)
-    elif way == "diffusers":
-        transformer = diffusers.DiTTransformer2DModel.from_pretrained(Path(folder) / "diffusers").eval()
-    else:
-        scheduler = {"_class_name": "DDPMScheduler"}
-        fields = {"timestep": TIMESTEP, "block": transformer_depth(folder) // 2, "scheduler": scheduler}
-        model = DiTModel.from_pretrained(Path(folder) / "diffusers", dtype=dtype, **fields)
-    seconds = time.perf_counter() - begun
-    peaks = []
+        dtype = torch.bfloat16 if "bf16" in way else torch.float32
+        return DiTModel.from_pretrained(Path(folder) / way, dtype=dtype)
+    fields = {"timestep": TIMESTEP, "block": transformer_depth(folder) // 2}
+    return DiTModel.from_pretrained(Path(folder) / "diffusers", scheduler={"_class_name": "DDPMScheduler"}, **fields)
+
+
+def child(task: str, folder: str, ways: list[str], numbers: list[int]) -> None:
+    """Load checkpoints again and again, or load one and run it in batches; print seconds or bytes as JSON."""
+    if task == "load":
+        times = alternating({way: partial(load, folder, way) for way in ways}, numbers[0])
+        print(json.dumps({way: value / 1000 for way, value in times.items()}))
+        return
+    before = peak_bytes()
+    model, peaks = load(folder, ways[0]), []
     with torch.inference_mode():
-        for batch in batches if task == "memory" else []:
+        for batch in numbers:
             latents = torch.randn(batch, 4, 32, 32)
-            if way == "diffusers":
+            if ways[0] == "diffusers":
                 labels = torch.full((batch,), 1000)
-                transformer(latents, timestep=torch.full((batch,), TIMESTEP), class_labels=labels)
+                model(latents, timestep=torch.full((batch,), TIMESTEP), class_labels=labels)
             else:
                 model.extract_features(latents=latents)
-            peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    print(json.dumps({"seconds": seconds, "peaks": peaks}))
+            peaks.append(peak_bytes() - before)
+    print(json.dumps(peaks))
 
 
 def transformer_depth(folder: str) -> int:
@@ -302,32 +311,29 @@ def transformer_depth(folder: str) -> int:
     return int(json.loads((Path(folder) / "diffusers" / "config.json").read_text())["num_layers"])
 
 
-def ask_child(task: str, folder: Path, way: str, batches: list[int]) -> dict[str, Any]:
+def ask_child(task: str, folder: Path, ways: list[str], numbers: list[int]) -> Any:  # noqa: ANN401 - JSON
     """Run `child` in a process of its own."""
-    command = [sys.executable, __file__, "--child", task, "--folder", str(folder), "--way", way]
-    command += ["--output_dir", "unused", "--batches", *map(str, batches)]
+    command = [sys.executable, __file__, "--child", task, "--folder", str(folder), "--ways", *ways]
+    command += ["--output_dir", "unused", "--numbers", *map(str, numbers)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def checkpoints(size: str, batches: list[int], repetitions: int, folder: Path) -> list[dict[str, Any]]:
     """Return parameters, bytes, seconds to load and peak memory of each way's checkpoint."""
     saved = save_checkpoints(size, folder)
     ways = [*saved, "early exit"]
-    loads: dict[str, list[float]] = {way: [] for way in ways if "block 13" not in way}
-    for _ in range(repetitions):
-        for way, seconds in loads.items():
-            seconds.append(ask_child("load", folder, way, batches)["seconds"])
+    measured = [way for way in ways if "block 13" not in way]
+    loads = ask_child("load", folder, measured, [repetitions])
     rows = []
     for way in ways:
-        peaks = ask_child("memory", folder, way, sorted(batches))["peaks"] if way in loads else []
+        peaks = ask_child("memory", folder, [way], sorted(batches)) if way in loads else []
         rows.append(
             {
                 "size": size,
                 "way": way,
                 **saved.get(way, saved["diffusers"]),
-                "seconds_to_load": round(statistics.median(loads[way]), 3) if way in loads else None,
+                "seconds_to_load": round(loads[way], 3) if way in loads else None,
                 "peak_gigabytes": {
                     str(batch): round(peak / 1e9, 3) for batch, peak in zip(sorted(batches), peaks, strict=False)
                 },
@@ -565,13 +571,14 @@ def main() -> None:
     )
     parser.add_argument("--child", choices=("load", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--numbers", nargs="+", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     if args.child:
-        child(args.child, args.folder, args.way, args.batches)
+        child(args.child, args.folder, args.ways, args.numbers)
         return
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)

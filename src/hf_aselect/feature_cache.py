@@ -2,11 +2,14 @@
 
 import errno
 import hashlib
+import inspect
 import json
 import logging
 import os
 import random
 import shutil
+import struct
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ WHAT = ("tokens", "pooled", "latents")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 # A process that is killed loses the part that it was writing: so small, and at least so many of them, that several
 # processes have something to share.
-PART_BYTES, MIN_PARTS, MIN_PART_ROWS = 2**27, 16, 256
+PART_BYTES, MIN_PARTS, MIN_PART_ROWS, MAX_PART_ROWS = 2**27, 16, 256, 2048
 # Of a view, as the A-SelecT authors' 512 pixels of 576.
 CROP = 8 / 9
 Augment = Callable[[Any], Any]
@@ -55,8 +58,9 @@ def cache_features(
     `features` and `label` are what `DiTForImageClassification` takes. It is memory-mapped, so memory does not grow
     with it. What belongs to other weights, another timestep, tap, noise, size, preprocessing, data set or augmentation
     has another fingerprint, and so another folder: nothing stale is ever returned. Parts that were finished before an
-    interruption are kept. Under `accelerate launch` (or torchrun) each process computes its share; they must see the
-    same `cache_dir`.
+    interruption are kept. Under `accelerate launch` (or torchrun) each process computes its share: all must call this,
+    and see the same `cache_dir`. What `datasets` does not see is not seen here: pictures that are read from paths and
+    replaced in place, and functions that `augment` calls; name another `cache_dir` then.
 
     Args:
         model: The model, with a chosen timestep (unless for "latents"); its head, if any, is of no account. Features
@@ -89,7 +93,7 @@ def cache_features(
         import datasets
     except ModuleNotFoundError as error:
         raise ImportError("`cache_features` needs datasets: pip install 'hf_aselect[train]'") from error
-    _check(model, dataset, what, num_views, batch_size, dtype, datasets.Dataset)
+    _check(model, dataset, what, num_views, augment, batch_size, dtype, datasets.Dataset)
     column = _picture_column(dataset, image_column, datasets.Image)
     kept = [name for name, kind in dataset.features.items() if name != column and not isinstance(kind, datasets.Image)]
     if taken := sorted(set(kept) & {"features", "latents", "view"}):
@@ -136,7 +140,7 @@ class _Job:
         self.num_rows = len(self.dataset) * self.num_views
         self.row_bytes = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
         shared = max(MIN_PART_ROWS, -(-self.num_rows // MIN_PARTS))
-        self.part_rows = max(1, min(PART_BYTES // self.row_bytes, shared))
+        self.part_rows = max(1, min(PART_BYTES // self.row_bytes, shared, MAX_PART_ROWS))
         self.num_parts = -(-self.num_rows // self.part_rows)
 
     @property
@@ -166,6 +170,7 @@ def _check(
     dataset: Any,  # noqa: ANN401 - as above
     what: str,
     num_views: int,
+    augment: Augment | None,
     batch_size: int,
     dtype: str,
     kind: Any,  # noqa: ANN401 - as above
@@ -179,6 +184,8 @@ def _check(
         raise ValueError(f"`what` must be one of {', '.join(WHAT)}, got {what!r}.")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if augment is not None and num_views == 1:
+        raise ValueError("`augment` makes further views: pass `num_views=2` or more. The first is the picture itself.")
     for name, value in (("num_views", num_views), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
@@ -216,6 +223,8 @@ def _fingerprint(job: _Job) -> dict[str, Any]:
         "computed_in": str(job.model.dtype).removeprefix("torch."),
         "weights": _hash_of_weights(job),
         "image_size": list(config.image_height_width),
+        "transformer": config.transformer,
+        "vae": config.vae,
         "preprocessing": json.loads(job.processor.to_json_string()),
         "dataset": job.dataset._fingerprint,
         "num_rows": job.num_rows,
@@ -259,31 +268,40 @@ def _hash_of_function(function: Augment | None) -> str:
         return "crop and flip"
     from datasets.fingerprint import Hasher
 
-    return str(Hasher.hash(function))
+    try:
+        # What is imported is hashed by its name alone.
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        source = ""
+    return str(Hasher.hash((function, source)))
 
 
 def _write(job: _Job, target: Path, fingerprint: dict[str, Any]) -> None:
     """Compute what is not there yet; the folder appears when all of it is."""
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, gather_object
     from tqdm.auto import tqdm
 
     # accelerate takes part in a group of processes without an accelerator only where it is told so.
     state = PartialState(cpu=True) if not torch.accelerator.is_available() else PartialState()
+    if len(set(gather_object([target.name]))) > 1:
+        raise ValueError(
+            "The processes have other pictures or another model each: their caches would have other names. Give all "
+            "of them the same dataset (a shuffle needs a seed) and the same weights."
+        )
     # One answer for all processes: somebody else may be finishing the same cache.
     if broadcast_object_list([(target / "state.json").is_file()])[0]:
         return
     unfinished = target.with_name(f"{target.name}.incomplete")
     unfinished.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(job.num_parts) if not _part_path(unfinished, job, number).is_file()]
+    (missing,) = broadcast_object_list([missing])
     rows = sum(len(job.part(number)) for number in missing)
     if len(missing) < job.num_parts:
         logger.info(
             "Going on in %s: %d of %d parts are there.", unfinished, job.num_parts - len(missing), job.num_parts
         )
     _check_space(unfinished, rows * job.row_bytes)
-    # Nobody begins to write before all have seen what is missing.
-    state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
     size = _size(rows * job.row_bytes)
     with (
@@ -312,9 +330,11 @@ def _is_done_by_another(target: Path, step: Callable[[], None]) -> bool:
     try:
         step()
     except FileNotFoundError:
-        if not (target / "state.json").is_file():
-            raise
-        return True
+        for _ in range(50):  # it may be about to
+            if (target / "state.json").is_file():
+                return True
+            time.sleep(0.1)
+        raise
     return False
 
 
@@ -406,7 +426,8 @@ def _view(job: _Job, index: int, view: int) -> Any:  # noqa: ANN401 - a picture
     """Return a view of a picture: 0 is the picture itself."""
     try:
         picture = job.pictures[index][job.column]
-    except (OSError, SyntaxError) as error:  # what PIL makes of broken files
+    # What PIL makes of broken files.
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"Picture {index} of the dataset cannot be read ({error}).") from error
     if picture is None:
         raise ValueError(f"Row {index} of the dataset has no picture in {job.column!r}.")
@@ -419,7 +440,7 @@ def _view(job: _Job, index: int, view: int) -> Any:  # noqa: ANN401 - a picture
         with torch.random.fork_rng(devices=[]):
             random.seed(number)
             np.random.seed(number)
-            torch.manual_seed(number)
+            torch.default_generator.manual_seed(number)  # not those of accelerators, which would not be restored
             return (job.augment or crop_and_flip)(picture)
     finally:
         random.setstate(states[0])
@@ -440,18 +461,17 @@ def crop_and_flip(picture: Image.Image) -> Image.Image:
 
 def _finish(job: _Job, unfinished: Path, target: Path, fingerprint: dict[str, Any]) -> None:
     """Write what makes a dataset of the parts, and give the folder its name."""
+    paths = [_part_path(unfinished, job, number) for number in range(job.num_parts)]
+    missing = [path.name for path in paths if not path.is_file()]
     if not unfinished.is_dir():
         raise FileNotFoundError(errno.ENOENT, "The folder of the cache is gone", str(unfinished))
-    paths = [_part_path(unfinished, job, number) for number in range(job.num_parts)]
-    if missing := [path.name for path in paths if not path.is_file()]:
+    if missing:
         raise OSError(
             f"{len(missing)} of {job.num_parts} parts are missing in {str(unfinished)!r}, among them {missing[0]}. "
             "All processes must see the same `cache_dir`; run it again to go on"
         )
     from datasets import DatasetInfo
 
-    for leftover in unfinished.glob(".data-*"):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
     info = DatasetInfo(
         description=f"Features of pictures, cached by hf_aselect. {json.dumps(fingerprint, sort_keys=True)}",
         features=job.schema(),
@@ -472,10 +492,17 @@ def _finish(job: _Job, unfinished: Path, target: Path, fingerprint: dict[str, An
     try:
         os.replace(unfinished, target)
     except OSError as error:
-        # Somebody else finished the same cache meanwhile: it holds the same.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if not (target / "state.json").is_file():
+            raise OSError(
+                f"The features are whole in {str(unfinished)!r}, but {str(target)!r} is there and is no cache. Remove "
+                "it, and run this again: nothing is computed anew"
+            ) from error
+        # Somebody else finished the same cache meanwhile: it holds the same.
         shutil.rmtree(unfinished, ignore_errors=True)
+    for leftover in target.glob(".data-*"):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

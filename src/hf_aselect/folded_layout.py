@@ -32,6 +32,7 @@ class FoldedLayout:
         positions: "sincos" for a table that is made anew for other grids, "table" for one whose middle is cut out for
             smaller grids, "rotary" for rotary embeddings of any grid, "none" where there are none.
         position_base_size: Of a "sincos" table: tokens a side whose places are a whole number apart.
+        position_table_size: Of a "table": rows and columns of the whole one, out of whose middle this one was cut.
         position_scale: Of a "sincos" table: what places are divided by.
         is_size_fixed: Whether the picture's size is in the weights, too, so that no other can be read.
         attention_norm_eps: Epsilon of the norm before attention.
@@ -68,6 +69,7 @@ class FoldedLayout:
     positions: str = "sincos"
     position_base_size: int = 1
     position_scale: float = 1.0
+    position_table_size: int = 0
     is_size_fixed: bool = False
     attention_norm_eps: float = 1e-6
     mlp_norm_eps: float = 1e-6
@@ -95,7 +97,7 @@ class FoldedLayout:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`folded_layout` must have an integer from 1 on as `{name}`, got {value!r}.")
         counts = ("num_key_value_heads", "num_refiners", "num_cross_tokens", "num_cross_heads", "cross_size")
-        for name in ("text_size", "num_joint_blocks", *counts):
+        for name in ("position_table_size", "text_size", "num_joint_blocks", *counts):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`folded_layout` must have an integer from 0 on as `{name}`, got {value!r}.")

@@ -338,7 +338,10 @@ class FoldedTransformer(nn.Module):
                 "again."
             )
         if layout.positions == "table":
-            top, left = (layout.rows - rows) // 2, (layout.columns - columns) // 2
+            # The middle of the whole table, not of the part that is here: an odd and an even side have other middles.
+            whole = max(layout.position_table_size, layout.rows, layout.columns)
+            top = (whole - rows) // 2 - (whole - layout.rows) // 2
+            left = (whole - columns) // 2 - (whole - layout.columns) // 2
             grid = self.positions.unflatten(1, (layout.rows, layout.columns))
             middle: Tensor = grid[:, top : top + rows, left : left + columns].flatten(1, 2)
             return middle
@@ -352,7 +355,8 @@ class FoldedTransformer(nn.Module):
         `Lumina2RotaryPosEmbed`, whose complex numbers are the same pairs of channels.
         """
         layout = self.layout
-        places = torch.zeros(layout.text_size + rows * columns, 3, dtype=torch.float64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no more
+        places = torch.zeros(layout.text_size + rows * columns, 3, dtype=wide, device=device)
         if layout.is_text_placed:
             places[:, 0] = torch.arange(layout.text_size + rows * columns, device=device).clamp(max=layout.text_size)
         grid = places[layout.text_size :].unflatten(0, (rows, columns))
@@ -360,7 +364,7 @@ class FoldedTransformer(nn.Module):
         grid[..., 2] = torch.arange(columns, device=device)
         angles = []
         for axis, size in enumerate(layout.rotary_sizes):
-            steps = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
+            steps = torch.arange(0, size, 2, dtype=wide, device=device) / size
             angles.append(torch.outer(places[:, axis], layout.rotary_theta**-steps).repeat_interleave(2, dim=1))
         together = torch.cat(angles, dim=1)
         return together.cos().float(), together.sin().float()

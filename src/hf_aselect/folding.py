@@ -155,6 +155,7 @@ def _fold_sd3(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]
         **_sizes(denoiser, config, start, taps),
         **_mlp(first.ff),
         positions="table",
+        position_table_size=transformer.pos_embed.pos_embed_max_size,
         attention_norm_eps=first.norm1.norm.eps,
         mlp_norm_eps=first.norm2.eps,
         query_key_norm_eps=None if first.attn.norm_q is None else first.attn.norm_q.eps,
@@ -645,9 +646,9 @@ def _sincos(embedding: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' `Pat
 
 def _patches(embedding: Any, layout: FoldedLayout) -> Weights:  # noqa: ANN401 - as above
     """Yield the state of the patch embedding, and the positions of the layout's grid."""
-    weight, bias = embedding.proj.weight, embedding.proj.bias
+    weight, bias = _plain(embedding.proj, nn.Conv2d)
     yield "patch_embedding.weight", weight
-    yield "patch_embedding.bias", weight.new_zeros(len(weight)) if bias is None else bias
+    yield "patch_embedding.bias", bias
     if layout.positions == "table":
         sides = (side * layout.patch_size for side in (layout.rows, layout.columns))
         yield "positions", embedding.cropped_pos_embed(*sides)

@@ -505,6 +505,9 @@ class ASelectPreTrainedModel(PreTrainedModel):
         if (config.block_index(), config.feature) not in taps:
             # A backbone or decoder reads other blocks than this one, which would be kept for nothing.
             taps += [(0, config.feature)] if max(taps)[0] < 0 else []
+            if isinstance(config.zeroed_channels, list) and config.zeroed_channels:
+                own = tap_key(config.block_index(), config.feature)
+                config.zeroed_channels = {own: config.zeroed_channels}  # they stay where they are
             config.block = max(taps)[0]
         layout, weights = fold_denoiser(base.denoiser, config, taps)
         if isinstance(config.zeroed_channels, dict):

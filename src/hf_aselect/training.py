@@ -16,6 +16,7 @@ from .selection_record import TimestepSelection
 from .timestep_selection import select_timestep
 
 CURVE = "timestep_curve.png"
+RECORD = "aselect/selection"  # of a choice, in the trainer's history
 
 
 class ASelectCallback(TrainerCallback):
@@ -77,7 +78,19 @@ class ASelectCallback(TrainerCallback):
     ) -> None:
         """Choose the timestep on the first training pictures, where none is chosen."""
         model = _unwrapped(kwargs["model"])
+        history: list[dict[str, Any]] = state.log_history
+        self.selections = [
+            (row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history if RECORD in row
+        ]
+        if self.selections and (model.config.timestep == "auto" or self.follow):
+            # A training that goes on: its choice was made on the weights that it began with.
+            model.apply_selection(self.selections[-1 if self.follow else 0][1])
         if model.config.timestep == "auto":
+            if not model.config.freeze_backbone and self.options.keys() & {"block", "feature"}:
+                raise ValueError(
+                    "The optimizer has the weights up to the configuration's tap, so no other can be chosen here "
+                    "while the backbone is trained. Choose before (`select_timestep` and `apply_selection`)."
+                )
             selection = self._select(model, kwargs["train_dataloader"])
             model.apply_selection(selection)
             self._report(args, state, selection)
@@ -91,7 +104,10 @@ class ASelectCallback(TrainerCallback):
     ) -> None:
         """Choose again, where that was asked for and the backbone is trained."""
         model, epoch = _unwrapped(kwargs["model"]), round(state.epoch or 0)
-        if self.reselect_epochs is None or model.config.freeze_backbone or epoch % self.reselect_epochs:
+        is_whole = abs((state.epoch or 0) - epoch) < 1e-3
+        if self.reselect_epochs is None or model.config.freeze_backbone:
+            return
+        if not is_whole or epoch % self.reselect_epochs:
             return
         selection = self._select(model, kwargs["train_dataloader"])
         if self.follow:
@@ -127,7 +143,8 @@ class ASelectCallback(TrainerCallback):
             "aselect/confidence": selection.confidence,
             "aselect/drift": selection.timestep - first.timestep,
         }
-        state.log_history.append({**facts, "epoch": epoch, "step": state.global_step})
+        history: list[dict[str, Any]] = state.log_history
+        history.append({**facts, RECORD: selection.to_dict(), "epoch": epoch, "step": state.global_step})
         if not state.is_world_process_zero:
             return
         trackers = args.report_to or ()
@@ -197,9 +214,9 @@ def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put aroun
 
 
 def _first_rows(dataset: Any, num: int) -> list[Any]:  # noqa: ANN401 - of any kind
-    """Return the first rows of a training set, streaming or not."""
+    """Return the first rows of a stream; of a training set of known size some from all over, as it may be sorted."""
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        return [dataset[index] for index in range(min(num, len(dataset)))]
+        return [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // num))[:num]]
     return list(islice(iter(dataset), num))
 
 

@@ -47,10 +47,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        os.replace(unfinished, target)  # an empty folder of that name goes
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise FileExistsError(f"{str(target)!r} was written by somebody else meanwhile, and is left alone.") from error
+        try:
+            os.replace(unfinished, target)  # an empty folder of that name goes
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            message = f"{str(target)!r} was written by somebody else meanwhile, and is left alone."
+            raise FileExistsError(message) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
