@@ -257,8 +257,9 @@ def main() -> None:
         batches = loader
         if epoch == first_epoch and done:
             batches = accelerator.skip_first_batches(loader, done * args.gradient_accumulation_steps)
-        total = torch.zeros((), device=accelerator.device)
+        total, num_batches = torch.zeros((), device=accelerator.device), 0
         for batch in batches:
+            num_batches += 1
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 total += loss.detach()
@@ -276,7 +277,7 @@ def main() -> None:
         accuracy = evaluate()
         logger.info("epoch %d: accuracy %.4f", epoch, accuracy)
         if args.with_tracking:
-            facts = {"accuracy": accuracy, "train_loss": total.item() / len(loader), "epoch": epoch}
+            facts = {"accuracy": accuracy, "train_loss": total.item() / num_batches, "epoch": epoch}
             accelerator.log(facts, step=step)
         if args.checkpointing_steps == "epoch":
             save_checkpoint(accelerator, output, step)

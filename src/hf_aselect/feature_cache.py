@@ -57,10 +57,10 @@ def cache_features(
     The backbone then runs once and not in every epoch: `Trainer` trains a head on what comes back, whose columns
     `features` and `label` are what `DiTForImageClassification` takes. It is memory-mapped, so memory does not grow
     with it. What belongs to other weights, another timestep, tap, noise, size, preprocessing, data set or augmentation
-    has another fingerprint, and so another folder: nothing stale is ever returned. Parts that were finished before an
-    interruption are kept. Under `accelerate launch` (or torchrun) each process computes its share: all must call this,
-    and see the same `cache_dir`. What `datasets` does not see is not seen here: pictures that are read from paths and
-    replaced in place, and functions that `augment` calls; name another `cache_dir` then.
+    has another fingerprint, and so another folder. Parts that were finished before an interruption are kept. Under
+    `accelerate launch` (or torchrun) each process computes its share: all must call this, and see the same
+    `cache_dir`. What `datasets` does not see is not seen here: pictures that are read from paths and replaced in
+    place, and functions that `augment` calls; name another `cache_dir` then.
 
     Args:
         model: The model, with a chosen timestep (unless for "latents"); its head, if any, is of no account. Features
@@ -263,7 +263,7 @@ def _hash_of_weights(job: _Job) -> str | None:
 
 
 def _hash_of_function(function: Augment | None) -> str:
-    """Return a hash of a function: of its code and of what it refers to."""
+    """Return a hash of a function and of its source; what it calls elsewhere is known by name alone."""
     if function is None:
         return "crop and flip"
     from datasets.fingerprint import Hasher

@@ -22,11 +22,11 @@ RECORD = "aselect/selection"  # of a choice, in the trainer's history
 class ASelectCallback(TrainerCallback):
     """Chooses the timestep where none is chosen, and writes the model card and the curve into the output folder.
 
-    A model whose timestep is still "auto" when training begins reads it off the first training pictures, once, the
-    same in all processes. While the backbone is fine-tuned the choice can be looked at again: where its best timestep
-    goes is the drift. Choices go to the trainer's history, and to TensorBoard and trackio where the trainer reports to
-    them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and at the end of training,
-    by the main process only.
+    A model whose timestep is still "auto" when training begins reads it off training pictures, once, the same in all
+    processes: the first ones of a stream, some from all over a set of known size, which may be sorted. While the
+    backbone is fine-tuned the choice can be looked at again: where its best timestep goes is the drift. Choices go to
+    the trainer's history, and to TensorBoard and trackio where the trainer reports to them. Card and curve are written
+    after each evaluation, with its accuracy or mean IoU, and at the end of training, by the main process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
@@ -76,7 +76,7 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Choose the timestep on the first training pictures, where none is chosen."""
+        """Choose the timestep where none is chosen; a training that goes on keeps its choice."""
         model = _unwrapped(kwargs["model"])
         history: list[dict[str, Any]] = state.log_history
         self.selections = [
@@ -115,7 +115,7 @@ class ASelectCallback(TrainerCallback):
         self._report(args, state, selection)
 
     def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:  # noqa: ANN401 - torch's
-        """Return the choice of the first training pictures; no random state is touched."""
+        """Return the choice on training pictures; no random state is touched."""
         needs_labels = getattr(self.criterion, "name", self.criterion) in ("probe", "patch_probe")
         with torch.random.fork_rng():
             states = random.getstate(), np.random.get_state()
