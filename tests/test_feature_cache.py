@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -283,7 +282,8 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(model, data, tmp_path, mo
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from hf_aselect import DiTModel, cache_features, feature_cache
@@ -294,6 +294,9 @@ if len(sys.argv) > 4:
     read = feature_cache._read
     def slow(job, rows):
         print("row", rows[0], flush=True)
+        # gloo writes to the same stdout, from both processes at once and into the middle of a line.
+        with Path(sys.argv[3] + f".read-by-{os.getpid()}").open("a") as read_by:
+            print(rows[0], file=read_by)
         time.sleep(0.2)
         return read(job, rows)
     feature_cache._read = slow
@@ -336,9 +339,9 @@ def test_two_processes_share_the_work(model, data, pixel_folder, tmp_path):
     process = run_script(pixel_folder, tmp_path / "cache", "told", launch=launch)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
-    # Anywhere in a line: gloo writes to stdout as well, from both processes at once.
-    assert sorted(map(int, re.findall(r"row (\d+)", out))) == list(range(NUM_PICTURES))  # each in one process
-    assert re.findall(r"length (\d+)", out) == [str(NUM_PICTURES)] * 2
+    shares = [list(map(int, path.read_text().split())) for path in tmp_path.glob("cache.read-by-*")]
+    assert sorted(map(len, shares)) == [4, 6]  # parts of 3, 3, 3 and 1
+    assert sorted(shares[0] + shares[1]) == list(range(NUM_PICTURES))
     (folder,) = (tmp_path / "cache").iterdir()
     shared = datasets.load_from_disk(folder).with_format("torch")["features"][:]
     alone = cache_features(model, data, tmp_path / "alone")
