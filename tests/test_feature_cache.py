@@ -337,7 +337,7 @@ def test_two_processes_share_the_work(model, data, pixel_folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     launch += ["--standalone", str(tmp_path / "script.py")]
     process = run_script(pixel_folder, tmp_path / "cache", "told", launch=launch)
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
     shares = [list(map(int, path.read_text().split())) for path in tmp_path.glob("cache.read-by-*")]
     assert sorted(map(len, shares)) == [4, 6]  # parts of 3, 3, 3 and 1

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/speed.py --output_dir speed
 
-On two CPU cores with nothing else running it takes about 45 minutes, and 8 GB of disk under `--output_dir` meanwhile.
-`--sizes S/2 B/2 --batches 1 8` takes ten; `--sections` measures a part anew. On a CUDA device (`--device cuda`) it
+On two CPU cores with nothing else running it takes about 70 minutes, and 8 GB of disk under `--output_dir` meanwhile.
+`--sizes S/2 B/2 --batches 1 8` takes a third; `--sections` measures a part anew. On a CUDA device (`--device cuda`) it
 measures with events, and memory by torch's count.
 
 All DiTs have random weights and their real sizes, 32 × 32 latents of 4 channels, 256 tokens; features are the query of
@@ -11,23 +11,30 @@ the block at half depth, at timestep 121, with the null label. Ways of reading t
 
 - `diffusers`: the whole forward of `DiTTransformer2DModel` with a hook on the projection, which is what others do;
 - `early exit`: this package, which stops at the tap;
-- `folded`: `model.fold()`; with `eager` the host's plain attention in place of its default kernel.
+- `folded`: `model.fold()`; with `eager` the host's plain attention in place of its default kernel, with `onnx`
+  exported and run by onnxruntime (on CPUs, with the `export` extra).
 
-Times are medians of `--repetitions`, one of each way after the other, after one round that does not count. Peak memory
-is that of a process of its own, which loads a checkpoint of that way and runs (Linux's `VmHWM`), less that of when it
-had imported the same and loaded nothing. `speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
+Times are medians of `--repetitions`, one of each way after the other, after one round that does not count; the least
+and the greatest are saved, too. Peak memory is that of a process of its own, which loads a checkpoint of that way and
+runs (Linux's `VmHWM`), less that of when it had imported the same and loaded nothing. Loading is that of a pipeline
+(transformer, Stable Diffusion's VAE, scheduler) and of what it folds to, each time in a process of its own that has
+imported all of diffusers that it needs; with files that the system has in memory or has been told to forget ("cold"),
+until `from_pretrained` returns, and until each page of the weights was read once, as it maps files and reads little.
+`speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
 """
 
 import argparse
 import ast
+import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,11 +54,11 @@ from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassifi
 # Blocks, width and attention heads (arXiv 2212.09748, table 1).
 SIZES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL/2": (28, 1152, 16)}
 TIMESTEP = 121
-WAYS = ("diffusers", "early exit", "folded", "diffusers bf16", "folded bf16", "folded bf16 eager")
-SECTIONS = ("import_seconds", "speeds", "matrix_share", "growth", "profile", "head_training", "checkpoints")
+WAYS = ("diffusers", "early exit", "folded", "folded onnx", "diffusers bf16", "folded bf16", "folded bf16 eager")
+SECTIONS = ("import_seconds", "speeds", "matrix_share", "growth", "profile", "head_training", "checkpoints", "loading")
 GROWTH_SIZE = "B/2"
 EPOCHS = 28
-NUM_PICTURES = 128
+NUM_PICTURES = 64
 
 
 def configuration(size: str, channels: int = 4, latents: int = 32, **fields: Any) -> ASelectConfig:  # noqa: ANN401
@@ -77,6 +84,8 @@ def way_of(model: DiTModel, way: str) -> Callable[[Tensor], Tensor]:
         model = model.fold()
         if way.endswith("eager"):
             model.set_attn_implementation("eager")
+        if way.endswith("onnx"):
+            return through_onnxruntime(model)
     if "bf16" in way:
         # A copy of its own: the others compute in float32.
         model = model.to(torch.bfloat16) if way.startswith("folded") else _copy(model).to(torch.bfloat16)
@@ -94,6 +103,43 @@ def way_of(model: DiTModel, way: str) -> Callable[[Tensor], Tensor]:
         return read.pop()
 
     return whole
+
+
+class LastHiddenState(nn.Module):
+    """What is exported: tokens of clean latents."""
+
+    def __init__(self, model: DiTModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return tokens (B, N, D) of latents (B, C, h, w)."""
+        tokens: Tensor = self.model(latents=latents).last_hidden_state
+        return tokens
+
+
+def through_onnxruntime(folded: DiTModel) -> Callable[[Tensor], Tensor]:
+    """Return what reads features of a folded model by onnxruntime, on as many threads as torch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Waiting threads of it would take the processor from the ways whose turn it is.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "folded.onnx"
+        torch.onnx.export(
+            LastHiddenState(folded).eval(),
+            (latents_of(2, folded),),
+            path,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["latents"],
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda latents: torch.from_numpy(session.run(None, {"latents": latents.numpy()})[0])
 
 
 def _copy(model: DiTModel) -> DiTModel:
@@ -116,13 +162,24 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
     return 1000 * (time.perf_counter() - begun)
 
 
-def alternating(runs: dict[str, Callable[[], object]], repetitions: int, device: str = "cpu") -> dict[str, float]:
-    """Return the median milliseconds of each run, one after the other in every round; the first does not count."""
+def rounds(runs: dict[str, Callable[[], object]], repetitions: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Return the milliseconds of each run, one after the other in every round; the first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions + 1):
         for name, run in runs.items():
             times[name].append(milliseconds(run, device))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: values[1:] for name, values in times.items()}
+
+
+def medians(runs: dict[str, Callable[[], object]], repetitions: int, device: str = "cpu") -> dict[str, float]:
+    """Return the median milliseconds of each run."""
+    return {name: statistics.median(values) for name, values in rounds(runs, repetitions, device).items()}
+
+
+def ways_on(device: str) -> list[str]:
+    """Return the ways that a device knows."""
+    has_onnx = device == "cpu" and importlib.util.find_spec("onnxruntime") is not None
+    return [way for way in WAYS if has_onnx or not way.endswith("onnx")]
 
 
 def latents_of(batch: int, model: DiTModel, seed: int = 0) -> Tensor:
@@ -137,27 +194,31 @@ def speeds(size: str, batches: list[int], repetitions: int, device: str) -> list
     """Return milliseconds of each way at each batch size, and that all give the same tokens."""
     torch.manual_seed(0)
     model = DiTModel(configuration(size)).eval().to(device)
-    ways = {way: way_of(model, way) for way in WAYS}
+    ways = {way: way_of(model, way) for way in ways_on(device)}
     rows = []
     for batch in batches:
         latents = latents_of(batch, model)
         tokens = {way: read(latents).double() for way, read in ways.items()}
         expected = tokens["diffusers"]
         runs = {way: partial(read, latents) for way, read in ways.items()}
-        times = alternating(runs, repetitions, device)
-        for way, value in times.items():
+        times = rounds(runs, repetitions, device)
+        whole = statistics.median(times["diffusers"])
+        for way, values in times.items():
+            value = statistics.median(values)
             rows.append(
                 {
                     "size": size,
                     "batch": batch,
                     "way": way,
                     "milliseconds": round(value, 2),
+                    "least": round(min(values), 2),
+                    "greatest": round(max(values), 2),
                     "pictures_per_second": round(1000 * batch / value, 3),
-                    "times_as_fast": round(times["diffusers"] / value, 3),
+                    "times_as_fast": round(whole / value, 3),
                     "relative_difference": float((tokens[way] - expected).norm() / expected.norm()),
                 }
             )
-            print(f"{size} batch {batch}: {way}: {value:.1f} ms, {times['diffusers'] / value:.2f} times", flush=True)
+            print(f"{size} batch {batch}: {way}: {value:.1f} ms, {whole / value:.2f} times", flush=True)
     return rows
 
 
@@ -184,7 +245,7 @@ def matrix_share(size: str, batch: int, repetitions: int) -> list[dict[str, Any]
         with torch.inference_mode():
             runs: dict[Any, Callable[[], object]] = {kind: partial(kinds[kind], inputs[kind]) for kind in kinds}
             runs["model"] = partial(read, latents)
-            times = alternating(runs, repetitions)
+            times = medians(runs, repetitions)
         operations = sum(2 * num_tokens * layer.in_features * layer.out_features for layer in layers)
         alone = sum(times[layer.in_features, layer.out_features] for layer in layers)
         width, length = model.config.hidden_size, num_tokens // batch
@@ -217,7 +278,7 @@ def growth(repetitions: int, device: str) -> list[dict[str, Any]]:
             models[value] = model.fold()
             latents = latents_of(4, model)
             runs[str(value)] = partial(models[value].extract_features, latents=latents)
-        times = alternating(runs, repetitions, device)
+        times = medians(runs, repetitions, device)
         for value in values:
             number = (value // 2) ** 2 if what == "tokens" else value
             rows.append({"what": what, "number": number, "milliseconds": round(times[str(value)], 2)})
@@ -286,18 +347,17 @@ def load(folder: str, way: str) -> Any:  # noqa: ANN401 - ours or diffusers'
     return DiTModel.from_pretrained(Path(folder) / "diffusers", scheduler={"_class_name": "DDPMScheduler"}, **fields)
 
 
-def child(task: str, folder: str, ways: list[str], numbers: list[int]) -> None:
-    """Load checkpoints again and again, or load one and run it in batches; print seconds or bytes as JSON."""
+def child(task: str, folder: str, way: str, numbers: list[int]) -> None:
+    """Load a checkpoint, or load one and run it in batches; print seconds or bytes as JSON."""
     if task == "load":
-        times = alternating({way: partial(load, folder, way) for way in ways}, numbers[0])
-        print(json.dumps({way: value / 1000 for way, value in times.items()}))
+        print(json.dumps(seconds_to_load(Path(folder) / way)))
         return
     before = peak_bytes()
-    model, peaks = load(folder, ways[0]), []
+    model, peaks = load(folder, way), []
     with torch.inference_mode():
         for batch in numbers:
             latents = torch.randn(batch, 4, 32, 32)
-            if ways[0] == "diffusers":
+            if way == "diffusers":
                 labels = torch.full((batch,), 1000)
                 model(latents, timestep=torch.full((batch,), TIMESTEP), class_labels=labels)
             else:
@@ -311,29 +371,86 @@ def transformer_depth(folder: str) -> int:
     return int(json.loads((Path(folder) / "diffusers" / "config.json").read_text())["num_layers"])
 
 
-def ask_child(task: str, folder: Path, ways: list[str], numbers: list[int]) -> Any:  # noqa: ANN401 - JSON
+def ask_child(task: str, folder: Path, way: str, numbers: Sequence[int] = ()) -> Any:  # noqa: ANN401 - JSON
     """Run `child` in a process of its own."""
-    command = [sys.executable, __file__, "--child", task, "--folder", str(folder), "--ways", *ways]
+    command = [sys.executable, __file__, "--child", task, "--folder", str(folder), "--way", way]
     command += ["--output_dir", "unused", "--numbers", *map(str, numbers)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def checkpoints(size: str, batches: list[int], repetitions: int, folder: Path) -> list[dict[str, Any]]:
-    """Return parameters, bytes, seconds to load and peak memory of each way's checkpoint."""
-    saved = save_checkpoints(size, folder)
-    ways = [*saved, "early exit"]
-    measured = [way for way in ways if "block 13" not in way]
-    loads = ask_child("load", folder, measured, [repetitions])
+def seconds_to_load(folder: Path) -> dict[str, float]:
+    """Return the seconds that a pipeline, or a model of ours, takes to load, and until all its weights were read."""
+    kind: Any = diffusers.DiTPipeline if (folder / "model_index.json").exists() else DiTModel
+    # Whoever loads a VAE imports it; here both did before.
+    _ = diffusers.DiTPipeline, diffusers.AutoencoderKL
+    begun = time.perf_counter()
+    loaded = kind.from_pretrained(folder)
+    returned = time.perf_counter()
+    for module in loaded.components.values() if kind is diffusers.DiTPipeline else [loaded]:
+        for weights in module.parameters() if isinstance(module, nn.Module) else []:
+            weights.detach().reshape(-1)[:: 4096 // weights.element_size()].sum()
+    return {"returned": returned - begun, "read": time.perf_counter() - begun}
+
+
+def forget(folder: Path) -> None:
+    """Tell the system to drop what it holds of a folder's weights, so that they are read from the disk."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def loading(size: str, repetitions: int, folder: Path) -> list[dict[str, Any]]:
+    """Return the seconds that a pipeline and its folded forms take to load."""
+    torch.manual_seed(0)
+    transformer = DiTModel(configuration(size)).denoiser.transformer
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+    )
+    pipeline = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(num_train_timesteps=1000))
+    pipeline.save_pretrained(folder / "pipeline")
+    model = DiTModel.from_pretrained(folder / "pipeline", timestep=TIMESTEP, block=SIZES[size][0] // 2)
+    model.fold().save_pretrained(folder / "folded")
+    model.fold().to(torch.bfloat16).save_pretrained(folder / "folded bf16")
+    ways = ("pipeline", "folded", "folded bf16")
     rows = []
-    for way in ways:
-        peaks = ask_child("memory", folder, [way], sorted(batches)) if way in loads else []
+    for cold in (False, True) if hasattr(os, "posix_fadvise") else (False,):
+        times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for _ in range(repetitions + 1):
+            for way in ways:
+                if cold:
+                    forget(folder / way)
+                times[way].append(ask_child("load", folder, way))
+        for way in ways:
+            row: dict[str, Any] = {"size": size, "way": way, "cold": cold}
+            for name in ("returned", "read"):
+                values = [one[name] for one in times[way][1:]]
+                row[name] = round(statistics.median(values), 4)
+                row[f"{name}_least"], row[f"{name}_greatest"] = round(min(values), 4), round(max(values), 4)
+                whole = statistics.median(one[name] for one in times["pipeline"][1:])
+                row[f"{name}_times_as_fast"] = round(whole / statistics.median(values), 3)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def checkpoints(size: str, batches: list[int], folder: Path) -> list[dict[str, Any]]:
+    """Return parameters, bytes and peak memory of each way's checkpoint."""
+    saved = save_checkpoints(size, folder)
+    rows = []
+    for way in [*saved, "early exit"]:
+        peaks = ask_child("memory", folder, way, sorted(batches)) if "block 13" not in way else []
         rows.append(
             {
                 "size": size,
                 "way": way,
                 **saved.get(way, saved["diffusers"]),
-                "seconds_to_load": round(loads[way], 3) if way in loads else None,
                 "peak_gigabytes": {
                     str(batch): round(peak / 1e9, 3) for batch, peak in zip(sorted(batches), peaks, strict=False)
                 },
@@ -346,7 +463,7 @@ def checkpoints(size: str, batches: list[int], repetitions: int, folder: Path) -
 def device_memory(size: str, batches: list[int]) -> list[dict[str, Any]]:
     """Return the peak memory of each way on a CUDA device, by torch's count."""
     rows = []
-    for way in WAYS:
+    for way in ways_on("cuda"):
         torch.manual_seed(0)
         model = DiTModel(configuration(size)).eval().to("cuda")
         read = way_of(model, way)
@@ -462,16 +579,16 @@ def import_seconds(repetitions: int) -> dict[str, float]:
 
 def tables(result: dict[str, Any]) -> str:
     """Return the results as Markdown tables."""
-    lines = ["| DiT | batch | way | pictures/s | times diffusers |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| DiT | batch | way | ms (least to greatest) | pictures/s | times diffusers |", "| --- |" + " --- |" * 5]
     for row in result["speeds"]:
         lines.append(
-            f"| {row['size']} | {row['batch']} | {row['way']} | {row['pictures_per_second']:.2f} | "
-            f"{row['times_as_fast']:.2f} |"
+            f"| {row['size']} | {row['batch']} | {row['way']} | {row['milliseconds']:.0f} ({row['least']:.0f} to "
+            f"{row['greatest']:.0f}) | {row['pictures_per_second']:.2f} | {row['times_as_fast']:.2f} |"
         )
     lines += [
         "",
-        "| DiT | checkpoint | parameters | MB | seconds to load | peak GB by batch |",
-        "| --- |" + " --- |" * 5,
+        "| DiT | checkpoint | parameters | MB | peak GB by batch |",
+        "| --- |" + " --- |" * 4,
     ]
     for row in result["checkpoints"]:
         peaks = ", ".join(f"{batch}: {peak:.2f}" for batch, peak in row["peak_gigabytes"].items())
@@ -479,8 +596,14 @@ def tables(result: dict[str, Any]) -> str:
             f"{row[name] / scale:,.1f}{unit}" if name in row else ""
             for name, scale, unit in (("parameters", 1e6, " M"), ("bytes", 1e6, ""))
         )
+        lines.append(f"| {row['size']} | {row['way']} | {count} | {size} | {peaks} |")
+    if result["loading"]:
+        lines += ["", "| DiT | loading | files | returned | weights read | times |", "| --- |" + " --- |" * 5]
+    for row in result["loading"]:
         lines.append(
-            f"| {row['size']} | {row['way']} | {count} | {size} | {row.get('seconds_to_load', '')} | {peaks} |"
+            f"| {row['size']} | {row['way']} | {'cold' if row['cold'] else 'in memory'} | {row['returned']:.2f} s | "
+            f"{row['read']:.2f} s ({row['read_least']:.2f} to {row['read_greatest']:.2f}) | "
+            f"{row['read_times_as_fast']:.1f} |"
         )
     lines += ["", "| DiT | batch | way | share of the peak | in linear layers |", "| --- | --- | --- | --- | --- |"]
     for row in result["matrix_share"]:
@@ -571,14 +694,14 @@ def main() -> None:
     )
     parser.add_argument("--child", choices=("load", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--ways", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--numbers", nargs="+", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--numbers", nargs="*", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     if args.child:
-        child(args.child, args.folder, args.ways, args.numbers)
+        child(args.child, args.folder, args.way, args.numbers)
         return
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -591,12 +714,19 @@ def main() -> None:
         rows = []
         for size in sizes:
             with tempfile.TemporaryDirectory(dir=output) as scratch:
-                rows += checkpoints(size, batches, repetitions, Path(scratch))
+                rows += checkpoints(size, batches, Path(scratch))
+        return rows
+
+    def of_loading() -> list[dict[str, Any]]:
+        rows = []
+        for size in sizes if is_cpu else ():
+            with tempfile.TemporaryDirectory(dir=output) as scratch:
+                rows += loading(size, repetitions, Path(scratch))
         return rows
 
     def of_training() -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=output) as scratch:
-            return head_training(Path(scratch), device, max(1, repetitions // 5))
+            return head_training(Path(scratch), device, repetitions)
 
     measure: dict[str, Callable[[], Any]] = {
         "import_seconds": lambda: import_seconds(repetitions),
@@ -608,6 +738,7 @@ def main() -> None:
         "profile": lambda: profile(device),
         "head_training": of_training,
         "checkpoints": of_checkpoints,
+        "loading": of_loading,
     }
     path = output / "speed.json"
     result = json.loads(path.read_text()) if args.sections and path.exists() else {}
