@@ -4,12 +4,14 @@ r"""Write a classifier or segmenter as ONNX, folded and with a free batch, and c
 
 What is exported takes `pixel_values`, (B, C, H, W) in [-1, 1], as `ASelectImageProcessor` makes them, of the size
 that the model was saved with, and gives `logits`. It needs the `export` extra. The file appears only if onnxruntime's
-logits are within `--tolerance` of torch's, for three batch sizes.
+logits are within `--tolerance` of torch's, for three batch sizes; weights of more than 1.5 GB are a second file, of
+the same name and `.data`.
 """
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnxruntime
 import torch
@@ -42,8 +44,9 @@ def main() -> None:
     pixel_values = torch.rand(7, model.config.num_channels, height, width, generator=generator) * 2 - 1
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.incomplete")
-    try:
+    with TemporaryDirectory(dir=output.parent) as folder:
+        # By its own name: weights of more than 1.5 GB are a file beside it, which the first one names.
+        temporary = Path(folder) / output.name
         with torch.no_grad():
             expected = model(pixel_values=pixel_values).logits
             torch.onnx.export(
@@ -64,10 +67,12 @@ def main() -> None:
             difference = max(difference, float((torch.from_numpy(logits) - expected[:size]).abs().max()))
         if not difference <= args.tolerance:
             raise ValueError(f"onnxruntime's logits differ from torch's by {difference:.1e}.")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"Saved {output}: {output.stat().st_size / 1e6:.1f} MB; logits within {difference:.1e} of torch's.")
+        del session  # it may hold the files
+        written = sorted(Path(folder).iterdir(), key=lambda path: path == temporary)  # what names the other comes last
+        size = sum(path.stat().st_size for path in written)
+        for path in written:
+            os.replace(path, output.with_name(path.name))
+    print(f"Saved {output}: {size / 1e6:.1f} MB; logits within {difference:.1e} of torch's.")
 
 
 if __name__ == "__main__":

@@ -153,10 +153,12 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def sample_grid(model: DiTTransformer2DModel, scheduler: DDPMScheduler, path: Path, seed: int, rows: int = 8) -> None:
+def sample_grid(
+    model: nn.Module, scheduler: DDPMScheduler, path: Path, null_label: int, seed: int, rows: int = 8
+) -> None:
     """Draw `rows` pictures of up to 10 classes (DDIM, 50 steps, guidance 2) and save them as one PNG."""
     config = model.config
-    columns, null_label = min(10, config.num_embeds_ada_norm), config.num_embeds_ada_norm
+    columns = min(10, null_label)
     labels = torch.arange(columns).repeat(rows).to(model.device)
     if null_label == 1:
         labels = torch.full_like(labels, null_label)  # trained without labels, it knows no class
@@ -215,6 +217,8 @@ class Pretraining:
         args: What to train on, and how.
     """
 
+    part = "transformer"  # folder of the weights, as a pipeline of diffusers names it
+
     def __init__(self, args: PretrainingArguments) -> None:
         self.args, self.output = args, Path(args.output_dir)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,7 @@ class Pretraining:
         self.num_steps = len(self.batches) // accelerator.num_processes
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         set_seed(args.seed)
-        model = build_transformer(args, self.num_classes)
+        model = self.build()
         self.ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
         set_seed(args.seed, device_specific=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -248,6 +252,10 @@ class Pretraining:
             accelerator.load_state(self.checkpoint)
             self.log = json.loads((self.checkpoint / "log.json").read_text())
         self.step = self.log[-1]["step"] if self.log else 0
+
+    def build(self) -> nn.Module:
+        """Return the model with new weights."""
+        return build_transformer(self.args, self.num_classes)
 
     def train(self) -> None:
         """Train to the end, with a checkpoint every few minutes; a finished run only writes its results anew."""
@@ -328,9 +336,9 @@ class Pretraining:
         # A copy, not a new model: drawing new weights would change the random numbers of the steps that follow.
         averaged = copy.deepcopy(self.accelerator.unwrap_model(self.model)).eval()
         self.ema.copy_to(averaged.parameters())
-        sample_grid(averaged, self.scheduler, output / "samples.png", self.args.seed)
+        sample_grid(averaged, self.scheduler, output / "samples.png", self.num_classes, self.args.seed)
         averaged.to(getattr(torch, self.args.save_dtype))
-        for name, part in (("transformer", averaged), ("scheduler", self.scheduler)):
+        for name, part in ((self.part, averaged), ("scheduler", self.scheduler)):
             part.save_pretrained(incomplete(output / name))
             complete(output / name)
         log = {"arguments": vars(self.args), "log": self.log}

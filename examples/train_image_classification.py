@@ -21,7 +21,13 @@ On the pictures that ship in the package, from a checkout of the repository (a m
 `--resume_from_checkpoint latest` goes on from the last whole checkpoint in `--output_dir`: on a CPU the weights that
 come out are bit for bit those of a training that was not interrupted.
 
-`--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json` and the card, `README.md`.
+`--streaming True --max_steps N` reads the pictures as they come, and keeps none: parquet files or WebDataset shards
+(`--train_file 'shards/*.tar' --image_column png --label_column cls --class_names dark,bright`). Process 0 reads for
+all of them; `--accelerator_config '{"dispatch_batches": false}'` lets each read files of its own, of which there must
+be as many as processes. A resumed stream is read again up to where it stopped; its crops are others then.
+
+`--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json`, the card, `README.md`, and
+`confusion_matrix.png`, with the accuracy of each class.
 Every field of `ASelectConfig` is an option (`--timestep`, `--block`, `--feature`, `--head`, ...), and so is every one
 of `TrainingArguments`.
 """
@@ -33,11 +39,12 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, make_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -52,7 +59,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_aselect import Accuracy, ASelectCallback, ASelectConfig, ASelectImageProcessor, DiTForImageClassification
+from hf_aselect import (
+    Accuracy,
+    ASelectCallback,
+    ASelectConfig,
+    ASelectImageProcessor,
+    DiTForImageClassification,
+    plot_confusion_matrix,
+)
 
 
 @dataclass
@@ -62,10 +76,16 @@ class DataArguments:
     model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or a folder that diffusers saved."})
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local folder of it."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of pictures a class."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and labels."})
-    validation_file: str | None = field(default=None, metadata={"help": "Parquet file of the validation split."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Parquet file with pictures and labels, or WebDataset shards (`*.tar`)."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same of the validation split."})
     image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices or names."})
+    class_names: str | None = field(
+        default=None, metadata={"help": "Names of the classes, by commas, where the data do not tell."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the pictures as they come, and keep none."})
     num_calibration_images: int = field(default=256, metadata={"help": "Training pictures for `--timestep auto`."})
     recipe: str | None = field(default=None, metadata={"help": "A named set of arguments, see above."})
     crop_share: float = field(
@@ -153,24 +173,43 @@ ConfigArguments = make_dataclass(
 )
 
 
-def load_splits(args: DataArguments, seed: int) -> DatasetDict:
+def streams(splits: IterableDatasetDict, args: DataArguments) -> IterableDatasetDict:
+    """Return the `train` and `validation` streams, once they tell their classes."""
+    held_out = splits.get("validation", splits.get("test"))
+    if held_out is None:
+        raise ValueError("A stream cannot be split: give --validation_file, or a dataset with such a split.")
+    if not isinstance((splits["train"].features or {}).get(args.label_column), ClassLabel):
+        raise ValueError(f"The stream does not name the classes of {args.label_column!r}: give --class_names.")
+    return IterableDatasetDict(train=splits["train"], validation=held_out)
+
+
+def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """Return the `train` and `validation` splits: `test` stands in for `validation`, else a tenth of train does."""
     sources = [args.dataset_name, args.train_dir, args.train_file]
     if sum(source is not None for source in sources) != 1:
         raise ValueError("Give exactly one of --dataset_name, --train_dir and --train_file.")
     if args.dataset_name:
-        splits = load_dataset(args.dataset_name)
+        splits = load_dataset(args.dataset_name, streaming=args.streaming)
     elif args.train_dir:
-        splits = load_dataset("imagefolder", data_dir=args.train_dir)
+        splits = load_dataset("imagefolder", data_dir=args.train_dir, streaming=args.streaming)
     else:
         files = {"train": args.train_file, "validation": args.validation_file}
-        splits = load_dataset("parquet", data_files={name: path for name, path in files.items() if path})
+        kind = "webdataset" if args.train_file.endswith(".tar") else "parquet"
+        given = {name: path for name, path in files.items() if path}
+        splits = load_dataset(kind, data_files=given, streaming=args.streaming)
     if "train" not in splits:
         raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
-    for column in (args.image_column, args.label_column):
-        if column not in splits["train"].column_names:
-            raise ValueError(f"The dataset has no column {column!r}, only {splits['train'].column_names}.")
     train = splits["train"]
+    columns = train.column_names or list(next(iter(train)))  # some streams only tell by their rows
+    for column in (args.image_column, args.label_column):
+        if column not in columns:
+            raise ValueError(f"The dataset has no column {column!r}, only {columns}.")
+    if args.class_names:
+        classes = ClassLabel(names=args.class_names.split(","))
+        splits = type(splits)({name: split.cast_column(args.label_column, classes) for name, split in splits.items()})
+        train = splits["train"]
+    if args.streaming:
+        return streams(splits, args)
     if not isinstance(train.features[args.label_column], ClassLabel):
         train = train.class_encode_column(args.label_column)
     held_out = splits.get("validation", splits.get("test"))
@@ -230,19 +269,41 @@ class Pictures(torch.utils.data.Dataset):
         row = self.split[index]
         picture = row[self.args.image_column]
         if self.args.crop_share < 1:
-            picture = self.cropped(picture, index)
+            numbers = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {index}")
+            picture = cropped(picture, self.args.crop_share, numbers)
         pixels = self.processor(picture, return_tensors="pt").pixel_values[0]
         return {"pixel_values": pixels, "labels": row[self.args.label_column]}
 
-    def cropped(self, picture: Image.Image, index: int) -> Image.Image:
-        """Return a crop of a share of each side: anywhere and perhaps flipped, or the middle."""
-        sides = [max(1, round(self.args.crop_share * side)) for side in picture.size]
-        spare = [whole - side for whole, side in zip(picture.size, sides, strict=True)]
-        numbers = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {index}")
-        left, top = (each // 2 if numbers is None else numbers.randint(0, each) for each in spare)
-        crop = picture.crop((left, top, left + sides[0], top + sides[1]))
-        is_flipped = numbers is not None and numbers.random() < 0.5
-        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop
+
+def cropped(picture: Image.Image, share: float, numbers: random.Random | None) -> Image.Image:
+    """Return a crop of a share of each side: anywhere and perhaps flipped, or, without random numbers, the middle."""
+    sides = [max(1, round(share * side)) for side in picture.size]
+    spare = [whole - side for whole, side in zip(picture.size, sides, strict=True)]
+    left, top = (each // 2 if numbers is None else numbers.randint(0, each) for each in spare)
+    crop = picture.crop((left, top, left + sides[0], top + sides[1]))
+    is_flipped = numbers is not None and numbers.random() < 0.5
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop
+
+
+def as_pixels(
+    stream: IterableDataset, processor: ASelectImageProcessor, args: DataArguments, seed: int | None = None
+) -> IterableDataset:
+    """Return a stream of `pixel_values` and `labels`: shuffled within a buffer and cropped anywhere if seeded."""
+    numbers = None if seed is None else random.Random(seed)
+
+    def prepare(row: dict[str, Any]) -> dict[str, Any]:
+        picture = row[args.image_column]
+        if args.crop_share < 1:
+            picture = cropped(picture, args.crop_share, numbers)
+        return {
+            "pixel_values": processor(picture, return_tensors="np").pixel_values[0],
+            "labels": row[args.label_column],
+        }
+
+    stream = stream.select_columns([args.image_column, args.label_column])
+    if seed is not None:
+        stream = stream.shuffle(seed, buffer_size=1000)
+    return stream.map(prepare, remove_columns=[args.image_column, args.label_column]).with_format("torch")
 
 
 class EpochCallback(TrainerCallback):
@@ -257,7 +318,8 @@ class EpochCallback(TrainerCallback):
     ) -> None:
         """Set the epoch."""
         loader, epoch = kwargs["train_dataloader"], int((state.epoch or 0) + 1e-6)
-        loader.dataset.epoch = epoch
+        if isinstance(loader.dataset, Pictures):
+            loader.dataset.epoch = epoch
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
@@ -344,29 +406,35 @@ def main() -> None:
     names = splits["train"].features[args.label_column].names
 
     given = {name: value for name, value in asdict(config_args).items() if value is not None}
-    calibration = splits["train"].shuffle(training_args.seed)
-    calibration = calibration[: args.num_calibration_images][args.image_column]
+    calibration = None
+    if needs_timestep(args.model_name_or_path, given):
+        sample = islice(splits["train"].shuffle(training_args.seed), args.num_calibration_images)
+        calibration = [row[args.image_column] for row in sample]
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
-        calibration_images=calibration if needs_timestep(args.model_name_or_path, given) else None,
+        calibration_images=calibration,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         **given,
     )
     processor = ASelectImageProcessor.from_model_config(model.config)
 
+    judged: list[EvalPrediction] = []  # of the last evaluation, for the picture
+
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        judged[:] = [prediction]
         return Accuracy().compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
 
     if args.lora_rank:
         model = with_lora(model, args.lora_rank)
+    rows_of = as_pixels if args.streaming else Pictures
     optimizer = layer_wise_optimizer(model, training_args, args.layer_decay) if args.layer_decay < 1 else None
     trainer = Trainer(
         model=model,
         args=training_args,
         optimizers=(optimizer, None),
-        train_dataset=Pictures(splits["train"], processor, args, seed=training_args.seed),
-        eval_dataset=Pictures(splits["validation"], processor, args),
+        train_dataset=rows_of(splits["train"], processor, args, seed=training_args.seed),
+        eval_dataset=rows_of(splits["validation"], processor, args),
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=compute_metrics,
@@ -380,6 +448,13 @@ def main() -> None:
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        plot_confusion_matrix(
+            Path(training_args.output_dir) / "confusion_matrix.png",
+            judged[0].label_ids,
+            judged[0].predictions.argmax(-1),
+            names,
+        )
 
 
 if __name__ == "__main__":

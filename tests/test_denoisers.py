@@ -416,3 +416,34 @@ def test_loading_chooses_a_timestep_in_batches_that_large_pictures_allow(saved):
         )
         sizes[image_size] = model.config.selection["options"]["batch_size"]
     assert sizes == {64: 32, 1024: 8}
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["whole", "folded"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_gradients_with_checkpoints_are_those_without(saved, name, folded):
+    options = {"freeze_backbone": False, "zeroed_channels": [], "block": 1, "feature": "hidden", **HEAD}
+    torch.manual_seed(0)
+    model = DiTForImageClassification.from_pretrained(
+        saved(name)[1], timestep=TIMESTEP, num_labels=3, **options, **OPTIONS.get(name, {})
+    )
+    model = (model.fold() if folded else model).train()
+    height, width = model.config.image_height_width
+    pixels = (
+        torch.rand(2, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
+    block = model.backbone.denoiser.blocks[0]
+    (layer, *_) = (module for module in block.modules() if isinstance(module, torch.nn.Linear))
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    gradients, runs = [], []
+    for enable in (model.activation_checkpointing_disable, model.activation_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        calls.clear()
+        model(pixels, labels=torch.tensor([0, 2])).loss.backward()
+        runs.append(len(calls))
+        gradients.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    assert runs[1] == 2 * runs[0]
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-6)

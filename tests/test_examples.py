@@ -91,7 +91,7 @@ def test_without_labels_the_samples_are_of_no_class(tmp_path):
         # The class that no picture was trained with, and that must not be used.
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.embedding_table.weight.data[0] = value
-        script.sample_grid(model, DDPMScheduler(), tmp_path / f"{name}.png", seed=0)
+        script.sample_grid(model, DDPMScheduler(), tmp_path / f"{name}.png", null_label=1, seed=0)
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "nan.png").read_bytes()
 
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
@@ -460,3 +462,58 @@ def test_another_scaling_of_the_latents_has_another_cache(latent_folder, data, t
     model.config.vae = {**model.config.vae, "scaling_factor": 0.25}
     cache_features(model, data, tmp_path, what="latents")
     assert len(folders(tmp_path)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+def test_adapters_that_are_switched_off_are_another_cache(model, data, tmp_path):
+    """Which adapters count is no weight."""
+    cached = cache_features(model, data, tmp_path)["features"][:]
+    adapted = get_peft_model(model, LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    with_adapter = cache_features(adapted.get_base_model(), data, tmp_path)["features"][:]
+    with adapted.disable_adapter():
+        without = cache_features(adapted.get_base_model(), data, tmp_path)["features"][:]
+    assert not torch.allclose(with_adapter, cached, atol=1e-2)
+    torch.testing.assert_close(without, cached, rtol=1e-3, atol=1e-3)
+
+
+FAILING = """
+import os, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from hf_aselect import DiTModel, cache_features, feature_cache
+from test_feature_cache import make_dataset
+feature_cache.MIN_PARTS, feature_cache.MIN_PART_ROWS = 4, 3
+read = feature_cache._read
+def broken(job, rows):
+    if os.environ["RANK"] == "1":
+        raise ValueError("Picture 3 of the dataset cannot be read")
+    return read(job, rows)
+feature_cache._read = broken
+try:
+    cache_features(DiTModel.from_pretrained(sys.argv[2], timestep=50), make_dataset(), sys.argv[3])
+except (RuntimeError, ValueError) as error:
+    with open(f"{sys.argv[3]}-{os.environ['RANK']}", "w") as said:
+        said.write(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_process_that_fails_keeps_no_other_waiting(pixel_folder, tmp_path):
+    (tmp_path / "script.py").write_text(FAILING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    process = run_script(pixel_folder, tmp_path / "cache", launch=[*launch, str(tmp_path / "script.py")])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-2000:]
+    said = [(tmp_path / f"cache-{rank}").read_text() for rank in (0, 1)]
+    assert said[1] == "ValueError: Picture 3 of the dataset cannot be read"
+    assert said[0].startswith("RuntimeError: Another process failed (ValueError: Picture 3 of the dataset cannot")
+
+
+def test_the_need_counts_what_lies_beside_the_features(model, pictures, tmp_path, monkeypatch):
+    """Captions longer than the features, eight times over."""
+    rows = {"image": pictures, "caption": ["x" * 5000] * len(pictures)}
+    data = Dataset.from_dict(rows, features=Features(image=datasets.Image(), caption=datasets.Value("string")))
+    asked = []
+    monkeypatch.setattr(feature_cache, "_check_space", lambda _, needed: asked.append(needed))
+    cached = cache_features(model, data, tmp_path, what="pooled", num_views=8)
+    size = sum(path.stat().st_size for path in Path(cached.cache_files[0]["filename"]).parent.glob("*.arrow"))
+    assert 0.98 * size <= asked[0] <= 1.3 * size  # what is left open is that much and a megabyte

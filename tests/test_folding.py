@@ -394,8 +394,8 @@ class Reading(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch's exporter, of its own trees
-@pytest.mark.parametrize("name", ["sana", "lumina2"])
-def test_sana_and_lumina_are_compiled_and_exported_with_a_free_batch(load, name, tmp_path):
+@pytest.mark.parametrize("name", ["sd35", "pixart_sigma", "flux", "sana", "lumina2"])
+def test_every_family_is_compiled_and_exported_with_a_free_batch(load, name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the `export` extra is not installed")
     model = load(name, block=2, feature="hidden").fold()
     # Of the VAE of Sana, which is diffusers' own, the exported graph makes NaN where all weights of a token are 0.

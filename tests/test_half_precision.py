@@ -79,3 +79,16 @@ def test_a_bfloat16_model_trains_a_head_under_autocast(exact, sample):
         loss = model(pixels, labels=torch.arange(8)).loss
     loss.backward()
     assert loss.isfinite() and model.head.classifier.weight.grad.isfinite().all()
+
+
+def test_casting_a_model_leaves_the_vae_in_float32(latent_folder, tmp_path):
+    """Encoders overflow in float16, and what is saved must not be rounded for good."""
+    model = DiTModel.from_pretrained(latent_folder, timestep=50)
+    expected = {name: value.clone() for name, value in model.vae.state_dict().items()}
+    for cast in (model.to(torch.float16), model.half(), model.fold().to(torch.bfloat16)):
+        assert cast.dtype in (torch.float16, torch.bfloat16)
+        cast.save_pretrained(tmp_path)
+        for one in (cast, DiTModel.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+            assert all(torch.equal(value, expected[name]) for name, value in one.vae.state_dict().items())
+    assert model.to(torch.float64).vae.dtype == torch.float64
+    assert next(model.to("meta").vae.parameters()).is_meta

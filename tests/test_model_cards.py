@@ -219,9 +219,11 @@ def test_the_card_of_speed_has_the_tables_of_its_results(speed):
     content, script = speed
     assert script.tables(content) in (SPEED / "README.md").read_text(encoding="utf-8")
     assert (SPEED / "speed.png").is_file()
-    assert content["repetitions"] >= 5
-    assert {(row["size"], row["batch"]) for row in content["speeds"]} == {
-        (size, batch) for size in script.SIZES for batch in (1, 8)
+    assert set(content["measured"]) == set(script.SECTIONS)
+    for facts in content["measured"].values():
+        assert facts["repetitions"] >= 5 and facts["device"] == content["machine"]["device"]
+    assert {(row["size"], row["batch"], row["way"]) for row in content["speeds"]} == {
+        (size, batch, way) for size in script.SIZES for batch in (1, 8, 32) for way in script.WAYS
     }
 
 
@@ -236,10 +238,17 @@ def times_as_fast(content, size, batch, way):
 
 
 def test_what_the_benchmark_of_speed_is_to_reach(speed):
-    """All but one: folded in float32 at batch 1 is to be 2.4 times as fast, and is not; the card says why."""
+    """Folded in float32 at batch 1 is to be 2.4 times as fast: torch's own products do not reach it, onnxruntime's do.
+
+    The training from cached features is to be 15 times as fast: that of a linear head is, that of an attention head
+    has more to compute than to read.
+    """
     content, _ = speed
     assert times_as_fast(content, "B/2", 8, "early exit") >= 1.9
+    assert times_as_fast(content, "B/2", 1, "folded onnx") >= 2.4 > times_as_fast(content, "B/2", 1, "folded")
     assert times_as_fast(content, "B/2", 8, "folded bf16") >= 4
+    loading = {(row["size"], row["way"], row["cold"]): row["read_times_as_fast"] for row in content["loading"]}
+    assert loading["XL/2", "folded", True] >= 3 and loading["XL/2", "folded bf16", True] >= 3
     rows = {row["way"]: row for row in content["checkpoints"] if row["size"] == "XL/2"}
     whole, folded = rows["diffusers"], rows["folded at block 13 bf16"]
     assert folded["parameters"] <= 0.30 * whole["parameters"]
@@ -256,6 +265,6 @@ def test_the_readme_quotes_the_benchmark_of_speed(speed):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     head, quoted = table_rows(readme, "at half depth, batch 8")
     assert head == ["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2"]
-    assert set(quoted) == {"early exit", "folded", "diffusers bf16", "folded bf16"}
+    assert set(quoted) == {"early exit", "folded", "folded onnx", "diffusers bf16", "folded bf16"}
     for way, cells in quoted.items():
         assert cells == [f"{times_as_fast(content, size[4:], 8, way):.1f}" for size in head], way

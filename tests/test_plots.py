@@ -5,7 +5,13 @@ import pytest
 from PIL import Image
 
 from hf_aselect import plots
-from hf_aselect.plots import plot_overlays, plot_predictions, plot_timestep_curve, plot_timestep_heat_map
+from hf_aselect.plots import (
+    plot_confusion_matrix,
+    plot_overlays,
+    plot_predictions,
+    plot_timestep_curve,
+    plot_timestep_heat_map,
+)
 
 TIMESTEPS, SCORES, LOG_SNR = [0, 50, 400, 999], [0.1, 0.3, 0.2, 0.1], [9.2, 3.5, -1.4, -10.1]
 PICTURES = [Image.new("L", (8, 8), 30 * index) for index in range(3)]
@@ -137,3 +143,51 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match=r"pip install 'hf_aselect\[train\]'"):
         plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 50)
+
+
+def texts_of_the_figure(monkeypatch):
+    """Collect the texts of what is drawn."""
+    found = []
+    save = plots._save
+
+    def collect(figure, path):
+        for axes in figure.axes:
+            found.append([text.get_text() for text in (*axes.get_yticklabels(), *axes.texts)])
+        found.append([figure.get_suptitle()])
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", collect)
+    return found
+
+
+def test_the_confusion_matrix_tells_what_each_class_is_taken_for(tmp_path, monkeypatch):
+    found = texts_of_the_figure(monkeypatch)
+    true, predicted = [0, 0, 0, 0, 2, 2, 2], [0, 0, 0, 2, 0, 0, 2]
+    plot_confusion_matrix(tmp_path / "c.png", true, predicted, ["cat", "dog", "hen"])
+    matrix, bars, (title,) = found
+    assert matrix[:2] == ["hen", "cat"]  # the worst first; no picture is a dog
+    assert matrix[2:] == ["33", "67", "25", "75"]
+    assert bars == ["33.3 % of 3", "75.0 % of 4"]
+    assert title == "57.1% of 7 pictures right"
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_of_many_classes_the_worst_are_drawn(tmp_path, monkeypatch):
+    found = texts_of_the_figure(monkeypatch)
+    true = np.repeat(np.arange(50), 2)
+    predicted = true.copy()
+    predicted[10:20:2] = 0
+    plot_confusion_matrix(tmp_path / "c.png", true, predicted, [str(index) for index in range(50)], max_classes=6)
+    assert found[0][:6] == ["5", "6", "7", "8", "9", "0"]
+    assert found[-1] == ["95.0% of 100 pictures right; the worst 6 of 50 classes"]
+
+
+@pytest.mark.parametrize(
+    ("true", "predicted", "message"),
+    [([], [], "at least one picture"), ([0, 1], [0], "got 2 and 1"), ([0, 3], [0, 1], r"in \[0, 3\)")],
+)
+def test_a_confusion_of_nothing_is_refused(tmp_path, true, predicted, message):
+    with pytest.raises(ValueError, match=message):
+        plot_confusion_matrix(tmp_path / "c.png", true, predicted, ["a", "b", "c"])
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 from huggingface_hub import ModelCard
-from transformers import Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 from hf_aselect import ASelectCallback, DiTForImageClassification, select_timestep
 from hf_aselect.metrics import compute_accuracy
@@ -253,3 +254,59 @@ def test_another_tap_is_not_chosen_while_the_backbone_is_trained(pixel_folder, p
     callback = ASelectCallback(max_images=4, criterion="probe", block="auto")
     with pytest.raises(ValueError, match="no other can be chosen here while the backbone is trained"):
         train_with(callback, unresolved(pixel_folder, freeze_backbone=False), pixels, tmp_path)
+
+
+def test_a_compiled_model_learns_the_same(pixel_folder, pixels, tmp_path):
+    losses = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch.manual_seed(0)
+        model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, num_labels=4, head="linear")
+        trainer = train_with(ASelectCallback(), model, pixels, tmp_path, logging_steps=1, **options)
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("places", ["auto", {"": "disk"}, {"backbone": "disk", "head": "cpu"}], ids=str)
+def test_spread_over_devices_by_the_host_it_gives_the_same(classifier, pixels, tmp_path, places):
+    classifier.save_pretrained(tmp_path)
+    options = {} if places == "auto" else {"offload_folder": tmp_path / "offloaded"}
+    spread = DiTForImageClassification.from_pretrained(tmp_path, device_map=places, **options)
+    assert any(parameter.is_meta for parameter in spread.parameters()) == (places != "auto")
+    with torch.no_grad():
+        torch.testing.assert_close(spread(pixels).logits, classifier(pixels).logits)
+
+
+def test_a_subclass_of_another_name_has_the_same_loss(classifier, pixels):
+    class Mine(DiTForImageClassification):
+        pass
+
+    mine = Mine(classifier.config).eval()
+    mine.load_state_dict(classifier.state_dict())
+    labels = torch.arange(len(pixels)) % 4
+    torch.testing.assert_close(mine(pixels, labels=labels).loss, classifier(pixels, labels=labels).loss)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_in_few_bits_it_classifies_alike(pixels, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    # On a CPU its 4-bit layers have multiples of 32 outputs and of 64 inputs.
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 3, "num_layers": 3}
+    transformer = DiTTransformer2DModel(**sizes, sample_size=8, patch_size=2, num_embeds_ada_norm=10)
+    transformer.save_pretrained(tmp_path / "dit" / "transformer")
+    DDPMScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
+    fields = {"head_hidden_size": 128, "head_num_attention_heads": 2, "head_num_layers": 1}
+    model = DiTForImageClassification.from_pretrained(tmp_path / "dit", timestep=5, num_labels=4, **fields)
+    model.save_pretrained(tmp_path / "saved")
+    config = BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["classifier", "proj_out_2"],
+    )
+    small = DiTForImageClassification.from_pretrained(tmp_path / "saved", quantization_config=config)
+    assert small.get_memory_footprint() < 0.5 * model.get_memory_footprint()
+    with torch.no_grad():
+        expected = model(pixels).logits
+        # Random weights are rounded to a sixteenth; trained ones have room.
+        assert (small(pixels).logits.float() - expected).norm() <= (0.05 if bits == 8 else 0.3) * expected.norm()

@@ -93,7 +93,8 @@ def way_of(model: DiTModel, way: str) -> Callable[[Tensor], Tensor]:
         return lambda latents: model.extract_features(latents=latents)
     transformer, read = model.denoiser.transformer, []
     projection = transformer.transformer_blocks[model.config.block_index()].attn1.to_q
-    projection.register_forward_hook(lambda _module, _inputs, output: read.append(output))
+    # The last one only: early exit reads the same model, and takes nothing out.
+    projection.register_forward_hook(lambda _module, _inputs, output: read.__setitem__(slice(None), [output]))
 
     def whole(latents: Tensor) -> Tensor:
         noised = model.add_noise(latents, TIMESTEP).to(model.dtype)
@@ -745,6 +746,7 @@ def main() -> None:
     result |= {"machine": machine(device), "repetitions": repetitions}
     for section in args.sections or SECTIONS:
         result[section] = measure[section]()
+        result.setdefault("measured", {})[section] = {**machine(device), "repetitions": repetitions}
         # Each as it is ready: all of them take most of an hour.
         temporary = output / ".speed.json.incomplete"
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from .modeling_aselect import DiTModel
 from .modeling_classification import DiTForImageClassification
 from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
 from .noise_schedule import NoiseSchedule
+from .plots import plot_confusion_matrix
 from .selection_record import TimestepSelection
 from .timestep_selection import select_timestep
 from .training import ASelectCallback
@@ -40,6 +41,7 @@ __all__ = [
     "TimestepSelection",
     "cache_features",
     "convert_diffusers",
+    "plot_confusion_matrix",
     "select_timestep",
 ]
 

@@ -1,8 +1,9 @@
 """What every family of diffusion transformers shares: read at taps of its blocks, or run to its end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,11 @@ class Denoiser(nn.Module, ABC):
     # that says how wide each is.
     prompt_fields: ClassVar[dict[str, str]] = {}
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
+
+    # What the host sets by `activation_checkpointing_enable`: in training, blocks are computed anew in the backward
+    # pass in place of being remembered. diffusers' transformers have the same in a `forward` that is not used here.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any]
 
     transformer: Any  # diffusers is imported when a denoiser is built, not here
     prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
@@ -203,12 +209,25 @@ class Denoiser(nn.Module, ABC):
             asked = [feature for tapped, feature in taps if tapped == index]
             for feature in asked:
                 if feature != "hidden":
-                    tokens[index, feature] = self._read(state, block, feature)
+                    tokens[index, feature] = _as_if_called(block, partial(self._read, state, block, feature))
             if index < last or "hidden" in asked:
-                self.advance(state, block)
+                self._step(state, block)
             if "hidden" in asked:
                 tokens[index, "hidden"] = self.tokens_of(state)
         return tokens
+
+    def _step(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+        """Run a block, changing the state; with checkpoints, if the host asked for them."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            self.advance(state, block)
+            return
+
+        def run(hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            after = replace(state, hidden_states=hidden_states, context=context)
+            self.advance(after, block)
+            return after.hidden_states, after.context
+
+        state.hidden_states, state.context = self._gradient_checkpointing_func(run, state.hidden_states, state.context)
 
     def predict(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return what the transformer predicts, running all of it: what its scheduler's `prediction_type` says.
@@ -298,6 +317,24 @@ class Denoiser(nn.Module, ABC):
 
 
 _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
+
+
+def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:  # noqa: ANN401 - diffusers' block
+    """Return what a part of a block makes; under FSDP a block's weights are gathered when the block is called."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return read()
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    is_sharded = isinstance(block, FSDPModule)
+    if not is_sharded:
+        return read()
+    block.read_tap = read
+    register_fsdp_forward_method(block, "read_tap")
+    try:
+        tokens: Tensor = block.read_tap()
+    finally:
+        del block.read_tap
+    return tokens
 
 
 def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:

@@ -143,6 +143,14 @@ class _Job:
         self.part_rows = max(1, min(PART_BYTES // self.row_bytes, shared, MAX_PART_ROWS))
         self.num_parts = -(-self.num_rows // self.part_rows)
 
+    def disk_row_bytes(self, batch_size: int) -> int:
+        """Return how much of a disk a row takes, rounded up: values, places of nested lists, kept columns."""
+        nested = [int(np.prod(self.shape[:depth])) for depth in range(len(self.shape))] if len(self.shape) > 1 else []
+        table = self.dataset.select_columns(self.kept).data if self.kept else None
+        kept = -(-table.nbytes // max(1, table.num_rows)) if table is not None else 0
+        header = 512  # of each batch that is written
+        return self.row_bytes + 4 * sum(nested) + kept + -(-header // batch_size)
+
     @property
     def name(self) -> str:
         """Column of the result."""
@@ -251,11 +259,17 @@ def _fingerprint(job: _Job) -> dict[str, Any]:
 
 def _hash_of_weights(job: _Job) -> str | None:
     """Return a hash of the weights that the values depend on; None where they depend on none."""
-    base: Any = job.model.base_model
+    base: Any = job.model._base()  # peft's wrapper has another `base_model`
     part = base.vae if job.what == "latents" else base
     if part is None:
         return None
     digest = hashlib.sha256()
+    for name, module in part.named_modules():
+        # peft's layers: which of their adapters count, and how much, is no weight. The host's models have methods of
+        # similar names.
+        if hasattr(module, "merged_adapters"):
+            switches = module.disable_adapters, list(module.active_adapters), list(module.merged_adapters)
+            digest.update(repr((name, *switches, sorted(module.scaling.items()))).encode())
     for name, value in sorted(part.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -301,9 +315,10 @@ def _write(job: _Job, target: Path, fingerprint: dict[str, Any]) -> None:
         logger.info(
             "Going on in %s: %d of %d parts are there.", unfinished, job.num_parts - len(missing), job.num_parts
         )
-    _check_space(unfinished, rows * job.row_bytes)
+    needed = rows * job.disk_row_bytes(job.batch_size)
+    _in_step(lambda: _check_space(unfinished, needed))
     mine = missing[state.process_index :: state.num_processes]
-    size = _size(rows * job.row_bytes)
+    size = _size(needed)
     with (
         tqdm(
             total=sum(len(job.part(number)) for number in mine),
@@ -314,21 +329,44 @@ def _write(job: _Job, target: Path, fingerprint: dict[str, Any]) -> None:
         eval_mode(job.model),
         torch.no_grad(),
     ):
-        for number in mine:
-            if _is_done_by_another(
-                target, partial(_write_part, job, number, _part_path(unfinished, job, number), bar)
-            ):
+        # Part by part: one that fails tells the others, and nobody waits longer than a part takes.
+        for start in range(0, len(missing), state.num_processes):
+            share = missing[start : start + state.num_processes][state.process_index :][:1]
+            steps = [partial(_write_part, job, number, _part_path(unfinished, job, number), bar) for number in share]
+            if _in_step(partial(_is_done_by_another, target, *steps)):
                 break
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _is_done_by_another(target, partial(_finish, job, unfinished, target, fingerprint))
-    state.wait_for_everyone()
+    finish = partial(_finish, job, unfinished, target, fingerprint)
+    _in_step(lambda: state.is_main_process and _is_done_by_another(target, finish))
 
 
-def _is_done_by_another(target: Path, step: Callable[[], None]) -> bool:
-    """Run a step; return whether somebody else, who writes the same, gave the folder its name meanwhile."""
+def _in_step(step: Callable[[], bool | None]) -> bool:
+    """Run a step in all processes and return whether one of them said True; where one fails, all do.
+
+    Raises:
+        RuntimeError: If the step failed in another process.
+    """
+    from accelerate.utils import gather_object
+
+    said, failure = False, None
     try:
-        step()
+        said = bool(step())
+    except Exception as error:  # of any kind: the others must hear of it
+        failure = error
+    text = None if failure is None else f"{type(failure).__name__}: {failure}"
+    told = gather_object([(said, text)])
+    if failure is not None:
+        raise failure
+    failures = [text for _, text in told if text is not None]
+    if failures:
+        raise RuntimeError(f"Another process failed ({failures[0]}). Parts that are done are kept; run it again.")
+    return any(said for said, _ in told)
+
+
+def _is_done_by_another(target: Path, *steps: Callable[[], None]) -> bool:
+    """Run steps; return whether somebody else, who writes the same, gave the folder its name meanwhile."""
+    try:
+        for step in steps:
+            step()
     except FileNotFoundError:
         for _ in range(50):  # it may be about to
             if (target / "state.json").is_file():
@@ -376,6 +414,9 @@ def _write_part(job: _Job, number: int, path: Path, bar: Any) -> None:  # noqa: 
                 table = Dataset.from_dict(columns, features=schema).data.table
                 writer.write_table(table.cast(schema.arrow_schema))
                 bar.update(len(rows))
+        # After a power cut a part that is there must be whole.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -396,7 +437,8 @@ def _read(job: _Job, rows: Sequence[int]) -> Any:  # noqa: ANN401 - an array of 
     """Return the values of some rows, of the cache's dtype."""
     pictures = [_view(job, row % len(job.dataset), row // len(job.dataset)) for row in rows]
     pixel_values = job.processor(pictures, return_tensors="pt").pixel_values
-    values = job.model.encode(pixel_values) if job.what == "latents" else job.model.extract_features(pixel_values)
+    with torch.autocast(job.model.device.type, enabled=False):  # a caller's would be in no fingerprint
+        values = job.model.encode(pixel_values) if job.what == "latents" else job.model.extract_features(pixel_values)
     if job.what == "pooled":
         values = values.mean(1, dtype=torch.float32)
     if tuple(values.shape[1:]) != job.shape:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class LinearHead(nn.Module):
@@ -24,7 +25,7 @@ class LinearHead(nn.Module):
         return logits
 
 
-class AttentionHeadBlock(nn.Module):
+class AttentionHeadBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block without bias in its query, key and value projections.
 
     Args:

@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -45,7 +45,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = "image"
-    _no_split_modules = [  # noqa: RUF012 - the host's way
+    _no_split_modules = {  # noqa: RUF012 - the host's way
         "AttentionHeadBlock",
         "BasicTransformerBlock",
         "FoldedBlock",
@@ -57,7 +57,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         "JointTransformerBlock",
         "Lumina2TransformerBlock",
         "SanaTransformerBlock",
-    ]
+    }
+    supports_gradient_checkpointing = True
     # Of folded models; in the others diffusers runs its own kernels.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -65,6 +66,13 @@ class ASelectPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Encoders overflow in float16, and in bfloat16 latents lose what a small timestep leaves of them.
     _keep_in_fp32_modules_strict = {"vae"}  # noqa: RUF012 - the host's way
+
+    def post_init(self) -> None:
+        """Finish building, as the host's; of the blocks that must not be split only those that are here are named."""
+        super().post_init()
+        # accelerate's FSDP refuses a model that names a class which it does not hold: those of all other families.
+        here = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules or () if name in here}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -259,6 +267,16 @@ class ASelectPreTrainedModel(PreTrainedModel):
             super().save_pretrained(*args, **kwargs)
         finally:
             self.config.selection = record
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the weights, of those in memory where accelerate offloads the others."""
+        for parameter in self.parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+        # All are on a disk, or the model is built without data.
+        hook = getattr(self, "_hf_hook", None)
+        return torch.device("meta" if hook is None else hook.execution_device)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -639,6 +657,23 @@ class DiTModel(ASelectPreTrainedModel):
                 self.noise((config.layout.num_channels, height, width), draw)
         self.freeze()
         self.post_init()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast as torch does, but leave the VAE in float32, as loading does: encoders overflow in float16."""
+        vae, self._modules["vae"] = self.vae, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules["vae"] = vae
+        if vae is not None:
+
+            def moved_alone(values: Tensor) -> Tensor:
+                moved = fn(values)
+                is_cut = values.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16)
+                return values.to(moved.device) if is_cut else moved
+
+            vae._apply(moved_alone)
+        return self
 
     def taps(self) -> list[Tap]:
         """Return the (block, feature) pairs that are read."""

@@ -23,6 +23,8 @@ class DiTForImageClassification(ASelectPreTrainedModel):
 
     def __init__(self, config: ASelectConfig) -> None:
         super().__init__(config)
+        # The host goes by the name of the class, which a subclass may change.
+        self.loss_type = "ForImageClassification"
         self.backbone = DiTModel(config)
         num_labels = int(config.num_labels or 0)
         self.head: LinearHead | AttentionHead

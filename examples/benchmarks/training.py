@@ -1,0 +1,206 @@
+"""Where the time of training goes: waiting for data, and what a second process gives.
+
+    python examples/benchmarks/training.py --output_dir training
+
+Some minutes on two CPU cores with nothing else running. Random weights and pictures, a DiT-S/2 on 32 × 32 latents
+(pictures of 4 channels stand for them), read at half depth:
+
+- `waiting`: the share of the time of a training from cached tokens (`cache_features`) that passes between two steps,
+  in which the next batch is read and put together;
+- `processes`: pictures a second of one process on one thread, and of two on one thread each, over gloo: for a head on
+  the frozen transformer, and for all weights, whose gradients are summed at each step.
+
+Each is measured `--repetitions` times, turn by turn; figures are medians, with the least and the greatest.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, disable_progress_bars
+from PIL import Image as PILImage
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.utils import logging as host_logging
+
+from hf_aselect import ASelectConfig, DiTForImageClassification, cache_features
+
+TRANSFORMER = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "out_channels": 8,
+    "num_layers": 12,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+BATCH = 16
+SKIPPED = 2  # first steps, which allocate
+
+
+class Clock(TrainerCallback):
+    """Notes when steps begin and end."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+        self.ended: list[float] = []
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> None:
+        """Note that a batch is there."""
+        self.begun.append(time.perf_counter())
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> None:
+        """Note that a step is done."""
+        self.ended.append(time.perf_counter())
+
+    def waiting(self) -> float:
+        """Return the share of the time between two steps."""
+        between = sum(
+            begun - ended for ended, begun in zip(self.ended[SKIPPED:], self.begun[SKIPPED + 1 :], strict=False)
+        )
+        return between / (self.ended[-1] - self.ended[SKIPPED])
+
+    def rate(self) -> float:
+        """Return steps a second."""
+        return (len(self.ended) - SKIPPED - 1) / (self.ended[-1] - self.ended[SKIPPED])
+
+
+def build(channels: int, **fields: Any) -> DiTForImageClassification:  # noqa: ANN401 - of the configuration
+    """Return a classifier on a DiT-S/2 of random weights."""
+    set_seed(0)
+    transformer = {**TRANSFORMER, "in_channels": channels}
+    return DiTForImageClassification(ASelectConfig(transformer=transformer, timestep=121, num_labels=10, **fields))
+
+
+def train(model: DiTForImageClassification, rows: Any, num_steps: int, batch: int) -> Clock:  # noqa: ANN401
+    """Train a model for some steps and return when they were."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            max_steps=num_steps,
+            per_device_train_batch_size=batch,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        collator = default_data_collator
+        Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()
+    return clock
+
+
+def waiting(num_pictures: int) -> float:
+    """Return the share of the time that a training from cached tokens waits for them."""
+    values = np.random.default_rng(0).integers(0, 256, (num_pictures, 32, 32, 3), dtype=np.uint8)
+    columns = {
+        "image": [PILImage.fromarray(value) for value in values],
+        "label": [i % 10 for i in range(num_pictures)],
+    }
+    pictures = Dataset.from_dict(columns, features=Features(image=Image(), label=ClassLabel(num_classes=10)))
+    model = build(3)
+    with tempfile.TemporaryDirectory() as folder:
+        cached = cache_features(model, pictures, folder)
+        return train(model, cached, 3 * num_pictures // BATCH, BATCH).waiting()
+
+
+def child(kind: str, num_steps: int) -> None:
+    """Train in one of the processes; the first one prints pictures a second of all."""
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    model = build(4, freeze_backbone=kind == "head")
+    pixels = torch.rand(64, 4, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows = [{"pixel_values": value, "labels": index % 10} for index, value in enumerate(pixels)]
+    clock = train(model, rows, num_steps, BATCH)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(world * BATCH * clock.rate()))
+
+
+def ask(kind: str, num_processes: int, num_steps: int) -> float:
+    """Return the pictures a second of a training in so many processes."""
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [*launcher, __file__, "--child", kind, "--num_steps", str(num_steps), "--output_dir", "unused"]
+    # Of each process: torch's threads wait by spinning.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(json.loads(next(line for line in reversed(done.stdout.splitlines()) if line[:1].isdigit())))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median, the least and the greatest."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "least": round(min(values), 4),
+        "greatest": round(max(values), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--num_steps", type=int, default=12, help="steps of a training in processes")
+    parser.add_argument("--num_pictures", type=int, default=128, help="pictures of a training from cached tokens")
+    parser.add_argument("--child", choices=("head", "all"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    host_logging.set_verbosity_error()
+    disable_progress_bars()
+    if args.child:
+        child(args.child, args.num_steps)
+        return
+    shares = [waiting(args.num_pictures) for _ in range(args.repetitions)]
+    result: dict[str, Any] = {"waiting": spread(shares), "processes": {}}
+    for kind in ("head", "all"):
+        rates: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(args.repetitions):
+            for number, values in rates.items():
+                values.append(ask(kind, number, args.num_steps))
+        per_core = [two / 2 / one for one, two in zip(rates[1], rates[2], strict=True)]
+        result["processes"][kind] = {
+            "pictures_per_second_of_one": spread(rates[1]),
+            "pictures_per_second_of_two": spread(rates[2]),
+            "two_per_core": spread(per_core),
+        }
+    result |= {"repetitions": args.repetitions, "torch": torch.__version__}
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / ".training.json.incomplete"
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(output / "training.json")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

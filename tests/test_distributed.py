@@ -1,0 +1,284 @@
+"""Two processes on a CPU (gloo): the same losses, timestep and weights as one, and no picture read twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin, merge_fsdp_weights
+from PIL import Image as PILImage
+
+from hf_aselect import DiTForImageClassification
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+# accelerate's name for it is `--multi_gpu`, whatever the devices are.
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+BATCH = 8
+NUM_ROWS = 24
+
+PREAMBLE = f"""
+import hashlib, json, os, sys
+from pathlib import Path
+import torch
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+from hf_aselect import ASelectCallback, DiTForImageClassification
+
+folder, output = Path(sys.argv[1]), Path(sys.argv[2])
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+BATCH, NUM_ROWS = {BATCH}, {NUM_ROWS}
+generator = torch.Generator().manual_seed(0)
+PIXELS = torch.rand(NUM_ROWS, 3, 8, 8, generator=generator) * 2 - 1
+ROWS = [{{"pixel_values": PIXELS[index], "labels": index % 4}} for index in range(NUM_ROWS)]
+
+
+def load(**fields):
+    set_seed(0)
+    sizes = {{"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}}
+    return DiTForImageClassification.from_pretrained(folder, timestep=5, num_labels=4, **sizes, **fields)
+
+
+def note(name, **facts):
+    path = output / f"{{name}}-{{RANK}}-of-{{WORLD}}.json"
+    path.write_text(json.dumps(facts))
+"""
+
+TRAINER = (
+    PREAMBLE
+    + """
+def arguments(**options):
+    given = {"per_device_train_batch_size": BATCH // WORLD, "max_steps": 6, "learning_rate": 1e-3, **options}
+    return TrainingArguments(
+        str(output / "out"), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1,
+        lr_scheduler_type="constant", **given,
+    )
+
+
+def train(name, model, rows=ROWS, checkpoints=False, **options):
+    args = arguments(gradient_checkpointing=checkpoints, **options)
+    callback = ASelectCallback(max_images=12)
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=default_data_collator, callbacks=[callback])
+    trainer.train()
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.contiguous().numpy().tobytes())
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    note(name, losses=losses, timestep=model.config.timestep, weights=weights.hexdigest())
+
+
+model = load()
+model.config.timestep = "auto"
+train("frozen", model)
+train("fine_tuned", load(freeze_backbone=False), checkpoints=True)
+train(
+    "accumulated", load(), per_device_train_batch_size=BATCH // WORLD // 2, gradient_accumulation_steps=2
+)
+train("bfloat16", load(), bf16=True)
+"""
+)
+
+STREAM = (
+    PREAMBLE
+    + """
+import datasets
+
+class Seen(DiTForImageClassification):
+    rows = []
+
+    def forward(self, pixel_values=None, labels=None, **kwargs):
+        Seen.rows += labels.tolist()
+        return super().forward(pixel_values, labels % 4, **kwargs)
+
+
+stream = datasets.load_dataset("parquet", data_files=sorted(map(str, output.glob("shard-*.parquet"))), streaming=True)
+stream = stream["train"].shuffle(seed=0, buffer_size=5).map(
+    lambda row: {"pixel_values": PIXELS[row["number"]].numpy(), "labels": row["number"]}, remove_columns=["number"]
+)
+for dispatch in (True, False):
+    set_seed(0)
+    Seen.rows = []
+    model = Seen.from_pretrained(folder, timestep=5, num_labels=4, head="linear")
+    args = TrainingArguments(
+        str(output / "out"), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no",
+        max_steps=NUM_ROWS // BATCH, per_device_train_batch_size=BATCH // WORLD,
+        accelerator_config={"dispatch_batches": dispatch},
+    )
+    Trainer(model, args, train_dataset=stream.with_format("torch"), data_collator=default_data_collator).train()
+    note(f"stream-{dispatch}", rows=Seen.rows)
+"""
+)
+
+SHARDED = (
+    PREAMBLE
+    + """
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+model = load(freeze_backbone=False).train()
+if WORLD > 1:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for module in list(model.modules()):
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+losses = []
+for step in range(3):
+    batch = range(step * BATCH + RANK, (step + 1) * BATCH, WORLD)
+    labels = torch.tensor([index % 4 for index in batch])
+    loss = model(pixel_values=PIXELS[list(batch)], labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    total = loss.detach().clone()
+    if WORLD > 1:
+        dist.all_reduce(total)
+    losses.append(total.item() / WORLD)
+note("sharded", losses=losses, local=sum(
+    (value.to_local() if hasattr(value, "to_local") else value).numel() for value in model.parameters()
+))
+if WORLD > 1:
+    checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=output / "shards")
+    if RANK == 0:
+        model.config.save_pretrained(output / "merged")
+    dist.destroy_process_group()
+else:
+    model.save_pretrained(output / "whole")
+"""
+)
+
+
+def launch(script, folder, output, launcher=(sys.executable,)):
+    path = output / "script.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [*launcher, str(path), str(folder), str(output)], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def notes(output, name, world):
+    return [json.loads((output / f"{name}-{rank}-of-{world}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def trained(pixel_folder, tmp_path_factory):
+    """What one process and two processes note of the same trainings."""
+    output = tmp_path_factory.mktemp("trained")
+    launch(TRAINER, pixel_folder, output)
+    launch(TRAINER, pixel_folder, output, TORCHRUN)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("frozen", 1e-5), ("fine_tuned", 1e-5), ("accumulated", 1e-5), ("bfloat16", 1e-2)]
+)
+def test_two_processes_learn_what_one_does(trained, name, tolerance):
+    (alone,) = notes(trained, name, 1)
+    both = notes(trained, name, 2)
+    assert len(alone["losses"]) == 6
+    assert both[0]["losses"] == pytest.approx(alone["losses"], abs=tolerance)
+    assert both[0]["weights"] == both[1]["weights"]
+
+
+def test_all_processes_choose_the_timestep_that_one_does(trained):
+    (alone,) = notes(trained, "frozen", 1)
+    assert {each["timestep"] for each in notes(trained, "frozen", 2)} == {alone["timestep"]}
+    assert isinstance(alone["timestep"], int)
+
+
+def test_a_stream_is_shared_without_a_row_read_twice(pixel_folder, tmp_path):
+    for shard in range(4):
+        rows = list(range(shard * 6, shard * 6 + 6))
+        datasets.Dataset.from_dict({"number": rows}).to_parquet(tmp_path / f"shard-{shard}.parquet")
+    launch(STREAM, pixel_folder, tmp_path, TORCHRUN)
+    for dispatch in (True, False):
+        shares = [each["rows"] for each in notes(tmp_path, f"stream-{dispatch}", 2)]
+        assert [len(share) for share in shares] == [NUM_ROWS // 2] * 2
+        assert sorted(shares[0] + shares[1]) == list(range(NUM_ROWS))
+
+
+def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_checkpoint(pixel_folder, tmp_path):
+    """FSDP2. The block that is read is not called as a whole: its shards must be gathered all the same."""
+    launch(SHARDED, pixel_folder, tmp_path)
+    launch(SHARDED, pixel_folder, tmp_path, TORCHRUN)
+    (alone,), both = notes(tmp_path, "sharded", 1), notes(tmp_path, "sharded", 2)
+    assert both[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert max(each["local"] for each in both) <= 0.6 * alone["local"]
+    # What `accelerate merge-weights` runs.
+    merge_fsdp_weights(str(tmp_path / "shards"), str(tmp_path / "merged"))
+    merged, whole = (DiTForImageClassification.from_pretrained(tmp_path / name) for name in ("merged", "whole"))
+    expected = whole.state_dict()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_accelerate_shards_the_blocks_that_there_are(pixel_folder, latent_folder):
+    """It refuses a model that names a class of blocks which it does not hold."""
+    for source in (pixel_folder, latent_folder):
+        model = DiTForImageClassification.from_pretrained(source, timestep=5, num_labels=4)
+        for kind in (model, model.fold()):
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+            plugin.set_auto_wrap_policy(kind)
+            wrapped = {each.__name__ for each in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}
+            assert {"AttentionHeadBlock", "FoldedBlock" if kind.config.folded else "BasicTransformerBlock"} <= wrapped
+
+
+def test_the_loop_of_ones_own_learns_the_same_on_two_processes(pixel_folder, tmp_path):
+    """By accelerate's own launcher, as README tells."""
+    generator = np.random.default_rng(0)
+    rows = {
+        "image": [PILImage.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(NUM_ROWS)],
+        "label": [index % 2 for index in range(NUM_ROWS)],
+    }
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"]))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    for name, launcher, batch in (("alone", [sys.executable], BATCH), ("both", LAUNCHER, BATCH // 2)):
+        words = [str(ROOT / "examples" / "train_image_classification_no_trainer.py"), "--timestep", "auto"]
+        words += ["--model_name_or_path", str(pixel_folder), "--train_file", str(tmp_path / "train.parquet")]
+        words += ["--validation_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / name)]
+        words += ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--num_train_epochs", "2"]
+        words += ["--per_device_train_batch_size", str(batch), "--learning_rate", "1e-2"]
+        done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, both = (DiTForImageClassification.from_pretrained(tmp_path / name) for name in ("alone", "both"))
+    assert alone.config.timestep == both.config.timestep
+    assert alone.config.selection["scores"] == pytest.approx(both.config.selection["scores"])
+    expected = alone.state_dict()
+    for name, value in both.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_are_read_by_accelerate(path):
+    config = load_config_from_file(str(path))
+    given = yaml.safe_load(path.read_text())
+    assert str(config.distributed_type.value) == given["distributed_type"]
+    assert config.num_processes == given["num_processes"]
+
+
+def test_the_configurations_wrap_blocks_that_there_are():
+    wrapped = set()
+    for path in CONFIGS:
+        given = yaml.safe_load(path.read_text()).get("fsdp_config") or {}
+        wrapped |= set(filter(None, given.get("fsdp_transformer_layer_cls_to_wrap", "").split(",")))
+    assert wrapped <= set(DiTForImageClassification._no_split_modules)

@@ -1,0 +1,100 @@
+"""Training on a stream: parquet files and WebDataset shards, read as they come."""
+
+import io
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import example
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from hf_aselect import DiTForImageClassification
+
+TRAIN = example("train_image_classification.py")
+NUM_PICTURES = 48
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Colour pictures of 10 × 12 in two classes, dark and bright."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(NUM_PICTURES) % 2
+    values = generator.integers(0, 100, (NUM_PICTURES, 10, 12, 3)) + 150 * labels[:, None, None, None]
+    return [PILImage.fromarray(value.astype(np.uint8)) for value in values], labels.tolist()
+
+
+@pytest.fixture(scope="module")
+def parquet(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("parquet") / "train.parquet"
+    features = Features(image=Image(), label=ClassLabel(names=["dark", "bright"]))
+    Dataset.from_dict({"image": rows[0], "label": rows[1]}, features=features).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(rows, tmp_path_factory):
+    """The same in three tar files, as WebDataset has it: one file a picture and one a label, of the same name."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for index in range(shard, NUM_PICTURES, 3):
+                content = io.BytesIO()
+                rows[0][index].save(content, "png")
+                for suffix, data in (("png", content.getvalue()), ("cls", str(rows[1][index]).encode())):
+                    member = tarfile.TarInfo(f"{index:04d}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return folder / "*.tar"
+
+
+@pytest.fixture
+def train(monkeypatch, pixel_folder, tmp_path):
+    def run(*words):
+        given = [
+            "--model_name_or_path",
+            str(pixel_folder),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--streaming",
+            "True",
+        ]
+        given += ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--learning_rate", "1e-2"]
+        given += ["--report_to", "none", "--use_cpu", "True", "--disable_tqdm", "True", *words]
+        monkeypatch.setattr(sys, "argv", ["train_image_classification.py", *given])
+        TRAIN.main()
+        return json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"]
+
+    return run
+
+
+LONG = ["--max_steps", "24", "--crop_share", "0.9", "--num_calibration_images", "8"]
+
+
+def test_a_stream_of_parquet_files_is_learnt(train, parquet, tmp_path):
+    assert train("--train_file", str(parquet), "--validation_file", str(parquet), *LONG) >= 0.9
+    model = DiTForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "dark", 1: "bright"}
+    assert model.config.selection["num_images"] == 8  # the first ones of the stream
+    with PILImage.open(tmp_path / "out" / "confusion_matrix.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_shards_of_webdataset_are_learnt(train, shards, tmp_path):
+    words = ["--train_file", str(shards), "--validation_file", str(shards), "--image_column", "png"]
+    words += ["--label_column", "cls", "--class_names", "dark,bright", *LONG]
+    assert train(*words) >= 0.9
+    assert DiTForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "dark", 1: "bright"}
+
+
+def test_a_stream_that_does_not_name_its_classes_is_refused(train, shards):
+    words = ["--train_file", str(shards), "--validation_file", str(shards), "--image_column", "png"]
+    with pytest.raises(ValueError, match="does not name the classes of 'cls': give --class_names"):
+        train(*words, "--label_column", "cls", "--max_steps", "2")
+
+
+def test_a_stream_without_a_validation_split_is_refused(train, parquet):
+    with pytest.raises(ValueError, match="give --validation_file"):
+        train("--train_file", str(parquet), "--max_steps", "2")
