@@ -54,6 +54,7 @@ LEVELS = {
     "selection_record": 3,
     "calibration": 4,
     "denoisers": 4,
+    "publishing": 4,
     "diffusers_checkpoint": 5,
     "folding": 5,
     "generation": 5,

@@ -6,7 +6,7 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 from hf_aselect import ASelectCallback, DiTForImageClassification, select_timestep
 from hf_aselect.metrics import compute_accuracy
-from hf_aselect.training import write_model_card
+from hf_aselect.publishing import write_model_card
 
 
 @pytest.fixture

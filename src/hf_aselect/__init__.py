@@ -54,6 +54,14 @@ MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[ASelectConfig.model_type] = DiTFor
 AutoBackbone.register(ASelectConfig, DiTBackbone)
 AutoImageProcessor.register(ASelectConfig, image_processor_classes={"pil": ASelectImageProcessor})
 
+# What is saved has the code, too, so that it can be loaded where this package is not installed.
+ASelectConfig.register_for_auto_class()
+DiTModel.register_for_auto_class("AutoModel")
+DiTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+DiTForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+DiTBackbone.register_for_auto_class("AutoBackbone")
+ASelectImageProcessor.register_for_auto_class("AutoImageProcessor")
+
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute
     """Import the metrics on their first use: they need `evaluate`, which takes a second and which not all install."""

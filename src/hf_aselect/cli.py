@@ -181,7 +181,7 @@ def _fold(parsed: argparse.Namespace) -> None:
     from .modeling_aselect import DiTModel
     from .modeling_classification import DiTForImageClassification
     from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
-    from .training import write_model_card
+    from .publishing import write_model_card
     from .whole_folder import checked_output, whole_folder
 
     logging.set_verbosity_error()

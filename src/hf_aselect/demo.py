@@ -33,8 +33,8 @@ from .metrics import compute_accuracy
 from .modeling_classification import DiTForImageClassification
 from .plots import plot_predictions
 from .probe import ridge_probe_accuracy
+from .publishing import write_model_card
 from .selection_record import TimestepSelection
-from .training import write_model_card
 
 BATCH_SIZE = 50  # pictures in one forward pass without gradients: small ones stay in a CPU's cache
 EMBEDDED = Path(__file__).parent / "assets" / "fashion_mnist"

@@ -38,8 +38,8 @@ from .metrics import MeanIoU
 from .modeling_segmentation import DiTForSemanticSegmentation
 from .plots import plot_overlays
 from .probe import ridge_probe_predictions
+from .publishing import write_model_card
 from .selection_record import TimestepSelection
-from .training import write_model_card
 
 SIDE = 56  # pixels of a scene: two pictures of the sample a side
 NUM_ITEMS = 2  # in a scene

@@ -108,8 +108,12 @@ def build_sampler(config: ASelectConfig) -> Any:  # noqa: ANN401 - a class of di
 
 
 def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped
-    # diffusers takes seconds to import, and what only reads configurations or heads does not need it.
-    import diffusers
+    # diffusers takes seconds to import, and folded models, configurations and heads do not need it. In a `try`, as
+    # transformers asks for everything else that a model's code imports.
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"A {config['_class_name']} needs diffusers: pip install diffusers") from error
 
     # diffusers would take its own defaults for what this lists, whatever the configuration says.
     config = {name: value for name, value in config.items() if name != "_use_default_values"}

@@ -107,7 +107,10 @@ def encode_empty_prompt(
     """
     wanted = text_parts(transformer["_class_name"], without)
     # diffusers and transformers' models take seconds to import, and only a conversion needs them.
-    import diffusers
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"A {transformer['_class_name']} needs diffusers: pip install diffusers") from error
     import transformers
 
     name, encode = _ENCODERS[transformer["_class_name"]]

@@ -47,6 +47,7 @@ class CardFacts:
         command: Command that gives the figures again.
         limits: What it is not for.
         folded: Whether the timestep is in the weights.
+        tags: Further tags.
     """
 
     model_name: str
@@ -71,6 +72,7 @@ class CardFacts:
     command: str | None = None
     limits: str | None = None
     folded: bool | None = None
+    tags: tuple[str, ...] = ()
 
 
 def license_of(base_model: str) -> tuple[str | None, str | None]:
@@ -134,7 +136,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=facts.task,
-        tags=list(TAGS),
+        tags=list(dict.fromkeys([*TAGS, *facts.tags])),
         license=identifier,
         license_name=name,
         base_model=facts.base_model,

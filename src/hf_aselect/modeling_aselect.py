@@ -4,7 +4,10 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,6 +30,7 @@ from .heads import AttentionHead
 from .loading import HUB_OPTIONS, check_loaded, take_diffusers
 from .massive_channels import zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
+from .publishing import create_repository, upload, write_for_strangers
 from .selection_record import TimestepSelection
 from .taps import MASSIVE_FEATURES, Tap, tap_key
 from .timestep_selection import select_timestep
@@ -34,6 +38,9 @@ from .timestep_selection import select_timestep
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
+PUSH_OPTIONS = (
+    *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"),
+)
 MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
 
 
@@ -59,6 +66,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         "SanaTransformerBlock",
     }
     supports_gradient_checkpointing = True
+    # Fields of `CardFacts` that a training found out.
+    card_facts: Mapping[str, Any] = MappingProxyType({})
     # Of folded models; in the others diffusers runs its own kernels.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -253,20 +262,112 @@ class ASelectPreTrainedModel(PreTrainedModel):
             base.denoiser.requires_grad_(True)
             base.freeze()  # other blocks come after the tap
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
-        """Save configuration and weights as the host does, without the record of a choice that is not in use.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,  # noqa: ANN401 - the host's signature
+        push_to_hub: bool = False,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> None:
+        """Save configuration, weights and the code of the model, as the host does.
+
+        The code lets the folder be loaded where this package is not installed, with `trust_remote_code=True`. The
+        record of a choice that is not in use is left out.
 
         Args:
+            save_directory: Folder to write.
             args: Passed on to the host.
+            push_to_hub: Whether to upload the folder, too, with image processor, card and curve, as `push_to_hub`
+                does, whose arguments can be given; `repo_id` is by default the name of the folder.
             kwargs: Passed on to the host.
         """
-        record = self.config.selection
+        given = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs} if push_to_hub else {}
+        if push_to_hub:
+            # First: a wrong token is to be known before gigabytes are written.
+            name = given.pop("repo_id", None) or Path(save_directory).resolve().name
+            repo_id = create_repository(name, given.get("token"), given.pop("private", None))
+        config = self.config
+        record = config.selection
         if not self._is_selection_in_use():
-            self.config.selection = None
+            config.selection = None
+        # What it was loaded from may have been of another class, whose code is not in this folder.
+        config.auto_map = {}
         try:
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.config.selection = record
+            config.selection = record
+        if push_to_hub and kwargs.get("is_main_process", True):
+            self._publish(repo_id, save_directory, **given)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] = (),
+        **facts: Any,  # noqa: ANN401 - of the card
+    ) -> Any:  # noqa: ANN401 - the Hub's `CommitInfo`
+        """Upload configuration, weights, code, image processor, card and curve as one commit.
+
+        It appears when all of it is there: an upload that is interrupted leaves what was there before. What an earlier
+        push left and this model does not have (weights in more shards, say) is deleted by the same commit.
+
+        Args:
+            repo_id: Repository, made if it is missing.
+            commit_message: What was done. Default: "Upload model".
+            commit_description: More on it.
+            private: Whether a new repository is private.
+            token: Token of the Hub. Default: the one that is stored.
+            revision: Branch, made if it is missing.
+            create_pr: Whether to propose it as a pull request.
+            max_shard_size: Weights beyond this are written as several files.
+            tags: Further tags of the card.
+            facts: Fields of `CardFacts` that the model does not know: `dataset=`, `accuracy=`, `license=`, ...; those
+                of a training by `ASelectCallback` are known.
+
+        Returns:
+            The Hub's `CommitInfo`.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses: a wrong token, no right to write, a name that is none.
+        """
+        repo_id = create_repository(repo_id, token, private)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return self._publish(
+                repo_id,
+                folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=tags,
+                **facts,
+            )
+
+    def _publish(
+        self,
+        repo_id: str,
+        folder: str | os.PathLike[str],
+        tags: Sequence[str] = (),
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **facts: Any,  # noqa: ANN401 - of the card
+    ) -> Any:  # noqa: ANN401 - the Hub's
+        """Write what strangers need beside a saved model, and upload all of it."""
+        known = {"model_name": repo_id.rpartition("/")[2], **self.card_facts, **facts}
+        write_for_strangers(self, folder, tags=tuple(tags), **known)
+        return upload(repo_id, folder, token, revision, create_pr, commit_message, commit_description)
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
 """What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
 
+import importlib
 import os
 import random
 from itertools import islice
@@ -8,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .model_card import CardFacts, write_card
 from .modeling_aselect import ASelectPreTrainedModel
+from .publishing import write_model_card
 from .selection_record import TimestepSelection
 from .timestep_selection import select_timestep
 
-CURVE = "timestep_curve.png"
 RECORD = "aselect/selection"  # of a choice, in the trainer's history
 
 
@@ -166,6 +167,36 @@ class ASelectCallback(TrainerCallback):
             self.metrics_by_step[state.global_step] = metrics
         self._write(args, state, _unwrapped(kwargs["model"]), state.global_step)
 
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Keep the card: between this and the upload `Trainer` writes a draft of its own over it, and asks nobody."""
+        path = Path(str(args.output_dir)) / "README.md"
+        if not state.is_world_process_zero or not path.is_file():
+            return
+        # Whoever trains has imported it; whoever does not need not wait for it.
+        trainer_module: Any = importlib.import_module("transformers.trainer")
+        text, model, drafts = path.read_text(encoding="utf-8"), kwargs["model"], trainer_module.TrainingSummary
+
+        class Card:
+            """Stands in for the maker of drafts, once."""
+
+            @staticmethod
+            def from_trainer(trainer: Any, **facts: Any) -> Any:  # noqa: ANN401 - the host's
+                trainer_module.TrainingSummary = drafts
+                draft = drafts.from_trainer(trainer, **facts)
+                if trainer.model is model:
+                    card: Any = ModelCard(text)
+                    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(facts.get("tags") or [])]))
+                    draft.to_model_card = lambda: str(card)
+                return draft
+
+        trainer_module.TrainingSummary = Card
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -191,9 +222,7 @@ class ASelectCallback(TrainerCallback):
             training["timestep chosen at epoch"] = ", ".join(
                 f"{epoch:g}: {selection.timestep}" for epoch, selection in self.selections
             )
-        write_model_card(
-            model,
-            str(args.output_dir),
+        model.card_facts = dict(
             accuracy=self.metrics_by_step.get(step, {}).get("eval_accuracy"),
             mean_iou=self.metrics_by_step.get(step, {}).get("eval_mean_iou"),
             dataset=self.dataset,
@@ -201,6 +230,7 @@ class ASelectCallback(TrainerCallback):
             license=self.license,
             training=training if step else None,
         )
+        write_model_card(model, str(args.output_dir), **model.card_facts)
 
 
 def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put around it
@@ -248,41 +278,3 @@ def _write_trackio(facts: dict[str, float]) -> None:
     import trackio
 
     trackio.log(facts)
-
-
-def write_model_card(model: ASelectPreTrainedModel, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401
-    """Write a model's card (README.md) into a folder, with the curve of its timestep's choice where it was chosen.
-
-    Args:
-        model: The model; its configuration tells timestep, tap and selection.
-        folder: Folder for the files; made if it is missing.
-        facts: Fields of `CardFacts` that the configuration does not tell.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    known: dict[str, Any] = {
-        "model_name": folder.resolve().name,
-        "task": model.task,
-        "timestep": None if config.timestep == "auto" else config.timestep,
-        "block": config.block_index(),
-        "feature": config.feature,
-        "base_model": config.base_model,
-        "folded": config.folded or None,
-        # By definition: that embedding is of no others' weights.
-        "license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else None,
-    }
-    record = TimestepSelection.from_dict(config.selection) if config.selection else None
-    # After a timestep set by hand the record tells of another one.
-    if record is not None and record.is_of(config):
-        record.plot(folder / CURVE)
-        known |= {
-            "criterion": record.criterion,
-            "log_snr": record.log_snr[record.timesteps.index(record.timestep)],
-            "num_images": record.num_images,
-            "seconds": record.seconds,
-            "confidence": record.confidence,
-            "figure": CURVE,
-        }
-    given = {name: value for name, value in facts.items() if value is not None}
-    write_card(CardFacts(**{**known, **given}), folder)

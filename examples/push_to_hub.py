@@ -1,0 +1,78 @@
+r"""Share a saved model on the Hub, with its card, curve, image processor and code.
+
+    hf auth login
+    python examples/push_to_hub.py --model_name_or_path fashion-classifier --repo_id me/fashion-classifier
+
+What the model's card says of its results, data and licence is kept; `--accuracy`, `--dataset` and `--license` say it
+anew. A repository that is there is updated by one commit. `HF_ENDPOINT` names another Hub.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import HfArgumentParser
+
+from hf_aselect import ASelectConfig, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
+
+KINDS = {
+    kind.__name__: kind for kind in (DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel)
+}
+
+
+@dataclass
+class PushArguments:
+    """What to push, and where to."""
+
+    model_name_or_path: str = field(metadata={"help": "A saved model of ours: a folder, or an id on the Hub."})
+    repo_id: str = field(metadata={"help": "Repository; made if it is missing."})
+    private: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; made if it is missing."})
+    create_pr: bool = field(default=False, metadata={"help": "Propose it as a pull request."})
+    commit_message: str | None = field(default=None, metadata={"help": "What was done."})
+    max_shard_size: str = field(default="50GB", metadata={"help": "Weights beyond this are several files."})
+
+
+@dataclass
+class FactArguments:
+    """What the card is to say."""
+
+    dataset: str | None = field(default=None, metadata={"help": "Dataset that it was trained and judged on."})
+    accuracy: float | None = field(default=None, metadata={"help": "Accuracy on its evaluation split, in [0, 1]."})
+    mean_iou: float | None = field(default=None, metadata={"help": "Mean IoU on it, in [0, 1], of a segmenter."})
+    license: str | None = field(default=None, metadata={"help": "Identifier of the licence."})
+    base_model: str | None = field(default=None, metadata={"help": "Model that it was made from, an id on the Hub."})
+
+
+def facts_of_the_card(folder: Path) -> dict[str, Any]:
+    """Return what the card in a folder says of results, data and licence."""
+    if not (folder / "README.md").is_file():
+        return {}
+    data = ModelCard.load(folder / "README.md").data
+    facts = {
+        "license": data.get("license"),
+        "base_model": data.get("base_model"),
+        "dataset": (data.get("datasets") or [None])[0],
+    }
+    for result in data.eval_results or []:
+        facts[result.metric_type] = result.metric_value
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def main() -> None:
+    args, given = HfArgumentParser((PushArguments, FactArguments)).parse_args_into_dataclasses()
+    config = ASelectConfig.from_pretrained(args.model_name_or_path)
+    name = (config.architectures or ["none"])[0]
+    if name not in KINDS:
+        raise ValueError(f"{args.model_name_or_path!r} holds a {name}, none of {', '.join(KINDS)}.")
+    model = KINDS[name].from_pretrained(args.model_name_or_path, dtype="auto")
+    told = {fact: value for fact, value in asdict(given).items() if value is not None}
+    options = {name: value for name, value in asdict(args).items() if name not in ("model_name_or_path", "repo_id")}
+    facts = {**facts_of_the_card(Path(args.model_name_or_path)), **told}
+    commit = model.push_to_hub(args.repo_id, **options, **facts)
+    print(f"Pushed: {commit.pr_url or commit.commit_url}")
+
+
+if __name__ == "__main__":
+    main()

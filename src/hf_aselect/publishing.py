@@ -1,0 +1,110 @@
+"""What a stranger needs of a model beside its weights, and the road to the Hub: card, curve, image processor."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from .image_processing_aselect import ASelectImageProcessor
+from .model_card import CardFacts, write_card
+from .selection_record import TimestepSelection
+
+logger = logging.getLogger(__name__)
+
+CURVE = "timestep_curve.png"
+# What an earlier push may have left: a model in fewer shards or of other code has files of the same names or none.
+OURS = ["*.safetensors", "*.safetensors.index.json", "*.py", "preprocessor_config.json", "config.json", CURVE]
+
+
+def write_for_strangers(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401 - of ours
+    """Write the image processor, the card and the curve beside a saved model; see `write_model_card`."""
+    if model.config.num_channels in (1, 3):  # latents without a VAE are no pictures
+        ASelectImageProcessor.from_model_config(model.config).save_pretrained(folder)
+    write_model_card(model, folder, **facts)
+
+
+def create_repository(repo_id: str, token: Any, private: bool | None) -> str:  # noqa: ANN401 - a word or a switch
+    """Create a repository of the Hub, if there is none, and return its whole id."""
+    return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
+
+def upload(
+    repo_id: str,
+    folder: str | os.PathLike[str],
+    token: Any,  # noqa: ANN401 - a word or a switch
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> Any:  # noqa: ANN401 - the Hub's `CommitInfo`
+    """Upload a saved model as one commit, which appears when all of it is there; what it no longer has is deleted.
+
+    Args:
+        repo_id: The repository.
+        folder: The saved model; folders in it, of checkpoints and logs, are left out.
+        token: Token of the Hub; None or True: the one that is stored.
+        revision: Branch, made if it is missing. Default: the main one.
+        create_pr: Whether to propose it as a pull request.
+        commit_message: What was done. Default: "Upload model".
+        commit_description: More on it.
+
+    Returns:
+        The Hub's `CommitInfo`.
+    """
+    api = HfApi(token=token)
+    if revision is not None and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=Path(folder),
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        allow_patterns=[*OURS, "README.md", "adapter_config.json"],
+        ignore_patterns=["*/*"],
+        delete_patterns=OURS,
+    )
+
+
+def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401
+    """Write a model's card (README.md) into a folder, with the curve of its timestep's choice where it was chosen.
+
+    Args:
+        model: The model; its configuration tells timestep, tap and selection.
+        folder: Folder for the files; made if it is missing.
+        facts: Fields of `CardFacts` that the configuration does not tell.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    known: dict[str, Any] = {
+        "model_name": folder.resolve().name,
+        "task": model.task,
+        "timestep": None if config.timestep == "auto" else config.timestep,
+        "block": config.block_index(),
+        "feature": config.feature,
+        "base_model": config.base_model,
+        "folded": config.folded or None,
+        # By definition: that embedding is of no others' weights.
+        "license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else None,
+    }
+    record = TimestepSelection.from_dict(config.selection) if config.selection else None
+    # After a timestep set by hand the record tells of another one.
+    if record is not None and record.is_of(config):
+        try:
+            record.plot(folder / CURVE)
+            known["figure"] = CURVE
+        except ImportError as error:
+            logger.warning("The card has no curve: %s", error)
+        known |= {
+            "criterion": record.criterion,
+            "log_snr": record.log_snr[record.timesteps.index(record.timestep)],
+            "num_images": record.num_images,
+            "seconds": record.seconds,
+            "confidence": record.confidence,
+        }
+    given = {name: value for name, value in facts.items() if value is not None}
+    write_card(CardFacts(**{**known, **given}), folder)

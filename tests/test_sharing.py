@@ -1,0 +1,326 @@
+"""Models are pushed to a Hub by the real client, and loaded by strangers: with the package, and without it."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from writable_hub import WritableHub, serve
+
+from hf_aselect.publishing import write_model_card
+
+TOKEN = "hf_goodgoodgoodgoodgood"
+KINDS = {
+    "classifier": "DiTForImageClassification",
+    "segmenter": "DiTForSemanticSegmentation",
+    "backbone": "DiTBackbone",
+    "tokens": "DiTModel",
+    "folded": "DiTForImageClassification",
+}
+AUTO = {
+    "classifier": "AutoModelForImageClassification",
+    "segmenter": "AutoModelForSemanticSegmentation",
+    "backbone": "AutoBackbone",
+    "tokens": "AutoModel",
+    "folded": "AutoModelForImageClassification",
+}
+
+READ = """
+import json
+import torch
+pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+def outputs(model):
+    with torch.no_grad():
+        found = model.eval()(pixels)
+    for name in ("logits", "last_hidden_state", "feature_maps"):
+        if getattr(found, name, None) is not None:
+            value = found[name]
+            return value[-1] if isinstance(value, tuple) else value
+"""
+
+PUSH = (
+    READ
+    + """
+import sys
+import hf_aselect
+folder, output = sys.argv[1:3]
+fields = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}
+for name, kind in json.loads(sys.argv[3]).items():
+    torch.manual_seed(0)
+    model = getattr(hf_aselect, kind).from_pretrained(folder, timestep=5, num_labels=3, **fields)
+    model = model.fold() if name == "folded" else model
+    info = model.push_to_hub(f"me/{name}", tags=["mine"], dataset="noise", accuracy=0.5)
+    torch.save(outputs(model), f"{output}/{name}.pt")
+"""
+)
+
+LOAD = (
+    READ
+    + """
+import sys
+import transformers
+output, trust = sys.argv[1], sys.argv[2] == "trust"
+for name, auto in json.loads(sys.argv[4]).items():
+    options = {"trust_remote_code": True} if trust else {}
+    model = getattr(transformers, auto).from_pretrained(f"me/{name}", **options)
+    processor = transformers.AutoImageProcessor.from_pretrained(f"me/{name}", **options)
+    found = outputs(model), type(model).__module__, type(processor).__module__
+    torch.save(found, f"{output}/{name}-{sys.argv[3]}.pt")
+"""
+)
+
+
+def environment(hub, home, token=TOKEN):
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    given |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    given |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return given | ({"HF_TOKEN": token} if token else {})
+
+
+def python(code, *words, hub, home, token=TOKEN, without=(), fails=False):
+    """Run code in a process of its own, where some packages cannot be imported; return what it says."""
+    blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in without)
+    command = [sys.executable, "-c", blocked + code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(hub, home, token))
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serve(WritableHub({TOKEN: "me", "hf_other": "other"})) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, pixel_folder, tmp_path_factory):
+    """What was computed before the push, in a folder; all kinds are on the hub."""
+    output = tmp_path_factory.mktemp("pushed")
+    said = python(PUSH, pixel_folder, output, json.dumps(KINDS), hub=hub, home=output / "home")
+    assert TOKEN not in said
+    return output
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, pushed):
+    """What strangers computed: with the package, without it, and, of what is folded, without diffusers either."""
+    without = ["hf_aselect"]
+    every, folded = json.dumps(AUTO), json.dumps({"folded": AUTO["folded"]})
+    options = {"hub": hub, "token": None}
+    python("import hf_aselect\n" + LOAD, pushed, "", "with", every, home=pushed / "home-1", **options)
+    python(LOAD, pushed, "trust", "without", every, home=pushed / "home-2", without=without, **options)
+    without = ["hf_aselect", "diffusers"]
+    python(LOAD, pushed, "trust", "bare", folded, home=pushed / "home-3", without=without, **options)
+    return pushed
+
+
+@pytest.mark.parametrize("way", ["with", "without"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stranger_computes_what_the_owner_did(loaded, name, way):
+    expected = torch.load(loaded / f"{name}.pt")
+    found, of_model, of_processor = torch.load(loaded / f"{name}-{way}.pt")
+    assert torch.equal(found, expected)
+    package = "hf_aselect." if way == "with" else "transformers_modules."
+    assert of_model.startswith(package) and of_processor.startswith(package)
+
+
+def test_a_folded_model_needs_neither_the_package_nor_diffusers(loaded):
+    assert torch.equal(torch.load(loaded / "folded-bare.pt")[0], torch.load(loaded / "folded.pt"))
+
+
+def test_code_runs_only_where_it_is_trusted(hub, pushed):
+    words = pushed, "", "no", json.dumps({"classifier": AUTO["classifier"]})
+    said = python(LOAD, *words, hub=hub, home=pushed / "home-4", without=["hf_aselect"], fails=True)
+    assert "trust_remote_code=True" in said
+    assert not list((pushed / "home-4").rglob("modeling_classification.py"))
+
+
+def test_all_that_a_stranger_needs_is_there(hub, pushed):
+    paths = hub.paths("model", "me/classifier")
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(paths)
+    assert "modeling_classification.py" in paths and "__init__.py" not in paths
+    assert not [path for path in paths if "/" in path]
+    config = json.loads(hub.bytes_of("model", "me/classifier", "config.json"))
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_aselect.ASelectConfig",
+        "AutoModelForImageClassification": "modeling_classification.DiTForImageClassification",
+    }
+    card = ModelCard(hub.bytes_of("model", "me/classifier", "README.md").decode())
+    assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
+    assert "mine" in card.data.tags and card.data.datasets == ["noise"]
+    assert card.data.eval_results[0].metric_value == 0.5
+
+
+AGAIN = """
+import sys
+from hf_aselect import DiTForImageClassification
+model = DiTForImageClassification.from_pretrained(sys.argv[1], timestep=int(sys.argv[3]), num_labels=3, head="linear")
+print(getattr(model.push_to_hub(sys.argv[2], **eval(sys.argv[4])), "pr_url", None))
+"""
+
+
+@pytest.fixture
+def push(hub, pixel_folder, tmp_path):
+    def run(repo_id, timestep=5, fails=False, token=TOKEN, **options):
+        words = (pixel_folder, repo_id, timestep, repr(options))
+        return python(AGAIN, *words, hub=hub, home=tmp_path / "home", token=token, fails=fails)
+
+    return run
+
+
+def read_config(hub, repo_id, revision="main"):
+    return json.loads(hub.bytes_of("model", repo_id, "config.json", revision))
+
+
+def test_a_second_push_takes_the_place_of_the_first(hub, push):
+    push("me/again", max_shard_size="20KB")
+    assert "model.safetensors.index.json" in hub.paths("model", "me/again")
+    push("me/again", timestep=7, commit_message="Another timestep")
+    paths = hub.paths("model", "me/again")
+    assert [path for path in paths if "safetensors" in path] == ["model.safetensors"]
+    assert read_config(hub, "me/again")["timestep"] == 7
+    assert hub.repos["model", "me/again"].messages[-1] == "Another timestep"
+
+
+def test_branches_and_pull_requests_leave_the_main_one_alone(hub, push):
+    push("me/branches")
+    push("me/branches", timestep=6, revision="trial")
+    assert "discussions/1" in push("me/branches", timestep=7, create_pr=True)
+    found = [read_config(hub, "me/branches", revision)["timestep"] for revision in ("main", "trial", "refs/pr/1")]
+    assert found == [5, 6, 7]
+
+
+def test_a_private_model_is_seen_by_its_owner_alone(hub, push, tmp_path):
+    push("me/private", private=True)
+    code = "import hf_aselect\nhf_aselect.DiTForImageClassification.from_pretrained('me/private')"
+    python(code, hub=hub, home=tmp_path / "a")
+    for token in ("hf_other", "hf_wrongwrongwrong", None):
+        said = python(code, hub=hub, home=tmp_path / f"{token}", token=token, fails=True)
+        assert "me/private" in said.splitlines()[-1] or "me/private" in said
+        assert (token or "nothing") not in said
+
+
+def test_a_wrong_token_is_refused_before_anything_is_written(hub, push):
+    said = push("me/wrong", token="hf_wrongwrongwrong", fails=True)
+    assert "401" in said and "hf_wrongwrongwrong" not in said
+    assert ("model", "me/wrong") not in hub.repos
+
+
+def test_an_upload_that_breaks_leaves_the_last_commit(hub, push):
+    push("me/broken")
+    before = hub.repos["model", "me/broken"].branches["main"]
+    hub.breaks_uploads = True
+    try:
+        push("me/broken", timestep=9, fails=True, max_shard_size="19KB")
+    finally:
+        hub.breaks_uploads = False
+    assert hub.repos["model", "me/broken"].branches["main"] == before
+    assert read_config(hub, "me/broken")["timestep"] == 5
+
+
+def test_two_may_push_at_once(hub, push):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda timestep: push("me/twice", timestep=timestep), (5, 6)))
+    assert read_config(hub, "me/twice")["timestep"] in (5, 6)
+    assert len(hub.repos["model", "me/twice"].messages) == 2
+
+
+def test_what_is_not_there_is_said(hub, tmp_path):
+    code = "import hf_aselect\nhf_aselect.DiTModel.from_pretrained('me/nothing')"
+    assert "me/nothing" in python(code, hub=hub, home=tmp_path, fails=True)
+
+
+def test_saving_with_push_to_hub_uploads_the_same(hub, pixel_folder, tmp_path):
+    code = """
+import sys
+from hf_aselect import DiTModel
+model = DiTModel.from_pretrained(sys.argv[1], timestep=5)
+model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/saved", private=True, commit_message="Saved")
+"""
+    python(code, pixel_folder, tmp_path / "out", hub=hub, home=tmp_path / "home")
+    assert hub.paths("model", "me/saved") == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert hub.repos["model", "me/saved"].private and hub.repos["model", "me/saved"].messages == ["Saved"]
+
+
+TRAIN = """
+import sys
+import torch
+from transformers import Trainer, TrainingArguments
+from hf_aselect import ASelectCallback, ASelectImageProcessor, DiTForImageClassification
+from hf_aselect.metrics import compute_accuracy
+pixels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+rows = [{"pixel_values": value, "labels": index % 2} for index, value in enumerate(pixels)]
+model = DiTForImageClassification.from_pretrained(sys.argv[1], timestep=5, num_labels=2, head="linear")
+args = TrainingArguments(
+    sys.argv[2], max_steps=4, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, push_to_hub=True,
+    hub_model_id="me/trained", hub_strategy=sys.argv[3], eval_strategy="steps", eval_steps=2, hub_private_repo=True,
+)
+trainer = Trainer(
+    model, args, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_accuracy,
+    processing_class=ASelectImageProcessor.from_model_config(model.config),
+    callbacks=[ASelectCallback(dataset="noise", license="mit")],
+)
+trainer.train()
+trainer.push_to_hub(tags=["mine"])
+"""
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_the_trainer_pushes_all_of_it_with_our_card(hub, pixel_folder, tmp_path, strategy):
+    said = python(TRAIN, pixel_folder, tmp_path / "out", strategy, hub=hub, home=tmp_path / "home")
+    assert TOKEN not in said
+    paths = hub.paths("model", "me/trained")
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(paths)
+    assert "modeling_classification.py" in paths
+    card = ModelCard(hub.bytes_of("model", "me/trained", "README.md").decode())
+    assert card.data.license == "mit" and "mine" in card.data.tags and card.data.library_name == "transformers"
+    assert card.data.eval_results[0].dataset_name == "noise"
+    assert "| steps | 4 |" in card.text and "## The timestep" in card.text
+    assert hub.repos["model", "me/trained"].private
+    hub.repos.pop(("model", "me/trained"))
+
+
+def test_the_example_pushes_a_folder_and_keeps_what_its_card_says(hub, classifier, tmp_path):
+    classifier.save_pretrained(tmp_path / "saved")
+    write_model_card(classifier, tmp_path / "saved", dataset="noise", accuracy=0.75, license="mit")
+    script = str(Path(__file__).parents[1] / "examples" / "push_to_hub.py")
+    words = ["--model_name_or_path", str(tmp_path / "saved"), "--repo_id", "me/example", "--license", "apache-2.0"]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, env=environment(hub, tmp_path / "home")
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"Pushed: {hub.endpoint}/me/example/commit/" in done.stdout
+    card = ModelCard(hub.bytes_of("model", "me/example", "README.md").decode())
+    assert (card.data.license, card.data.eval_results[0].metric_value) == ("apache-2.0", 0.75)
+
+
+FEATURES = """
+import pickle, sys
+from datasets import load_dataset
+from hf_aselect import DiTModel, cache_features
+sys.path.insert(0, sys.argv[4])
+from test_feature_cache import make_dataset
+model = DiTModel.from_pretrained(sys.argv[1], timestep=50)
+cached = cache_features(model, make_dataset(), sys.argv[2], what="pooled")
+assert type(pickle.loads(pickle.dumps(cached))) is type(cached)
+cached.push_to_hub("me/features", private=True)
+again = load_dataset("me/features", split="train").with_format("torch")
+assert again["features"][:].equal(cached["features"][:]) and again["label"][:].equal(cached["label"][:])
+"""
+
+
+def test_cached_features_are_pushed_with_their_fingerprint(hub, pixel_folder, tmp_path):
+    words = pixel_folder, tmp_path / "cache", "", os.path.dirname(__file__)
+    python(FEATURES, *words, hub=hub, home=tmp_path / "home")
+    card = hub.bytes_of("dataset", "me/features", "README.md").decode()
+    (folder,) = (tmp_path / "cache").iterdir()
+    fingerprint = json.loads((folder / "fingerprint.json").read_text())
+    assert json.loads(card.split("```json")[1].split("```")[0]) == fingerprint
+    assert fingerprint["timestep"] == 50
+    assert "dataset_info:" in card and "- hf_aselect" in card and 'load_dataset("me/features"' in card
