@@ -200,10 +200,10 @@ def test_a_private_model_is_seen_by_its_owner_alone(hub, push, tmp_path):
     push("me/private", private=True)
     code = "import hf_aselect\nhf_aselect.DiTForImageClassification.from_pretrained('me/private')"
     python(code, hub=hub, home=tmp_path / "a")
-    for token in ("hf_other", "hf_wrongwrongwrong", None):
+    for token in ("hf_other", None):
         said = python(code, hub=hub, home=tmp_path / f"{token}", token=token, fails=True)
-        assert "me/private" in said.splitlines()[-1] or "me/private" in said
-        assert (token or "nothing") not in said
+        assert "me/private" in said.splitlines()[-1]
+        assert "hf_other" not in said
 
 
 def test_a_wrong_token_is_refused_before_anything_is_written(hub, push):
@@ -212,6 +212,7 @@ def test_a_wrong_token_is_refused_before_anything_is_written(hub, push):
     assert ("model", "me/wrong") not in hub.repos
 
 
+@pytest.mark.slow  # the client tries again and again
 def test_an_upload_that_breaks_leaves_the_last_commit(hub, push):
     push("me/broken")
     before = hub.repos["model", "me/broken"].branches["main"]

@@ -441,7 +441,8 @@ def check_reloaded(model: DiTForImageClassification, pixels: Tensor, pictures: l
     processor = AutoImageProcessor.from_pretrained(folder)
     model.eval()
     with torch.no_grad():
-        if not torch.equal(reloaded(pixels).logits, model(pixels).logits):
+        # Not to the bit: loaded weights lie at other addresses, for which a kernel may sum in another order.
+        if not torch.allclose(reloaded(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-4):
             raise RuntimeError(f"The model reloaded from {str(folder)!r} gives other logits than the trained one.")
         expected = model(processor(pictures, return_tensors="pt").pixel_values).logits.argmax(-1).tolist()
     classify = pipeline("image-classification", model=str(folder), device="cpu")

@@ -394,7 +394,8 @@ def check_segmenter_reloaded(
     processor = AutoImageProcessor.from_pretrained(folder)
     model.eval()
     with torch.no_grad():
-        if not torch.equal(reloaded(pixels).logits, model(pixels).logits):
+        # Not to the bit: loaded weights lie at other addresses, for which a kernel may sum in another order.
+        if not torch.allclose(reloaded(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-4):
             raise RuntimeError(f"The model reloaded from {str(folder)!r} gives other logits than the trained one.")
     segment = pipeline("image-segmentation", model=str(folder), device="cpu")
     label2id = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
