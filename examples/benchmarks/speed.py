@@ -638,29 +638,31 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     batches = sorted({row["batch"] for row in result["speeds"]})
     batch = batches[len(batches) // 2]
-    ways = ["diffusers", "early exit", "folded", "folded bf16"]
-    hatches, greys = ["", "//", "..", "xx"], ["0.25", "0.5", "0.7", "0.85"]
+    measured = {row["way"] for row in result["speeds"]}
+    ways = [way for way in ("diffusers", "early exit", "folded", "folded onnx", "folded bf16") if way in measured]
+    hatches, greys = ["", "//", "..", "oo", "xx"], ["0.25", "0.5", "0.65", "0.75", "0.9"]
+    width = 0.8 / len(ways)
     sizes = list(dict.fromkeys(row["size"] for row in result["speeds"]))
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for number, way in enumerate(ways):
         found = {row["size"]: row for row in result["speeds"] if row["way"] == way and row["batch"] == batch}
-        places = [place + 0.2 * (number - 1.5) for place in range(len(sizes))]
+        places = [place + width * (number - (len(ways) - 1) / 2) for place in range(len(sizes))]
         bars = axes.bar(
             places,
             [found[size]["pictures_per_second"] for size in sizes],
-            width=0.2,
+            width=width,
             label=way,
             color=greys[number],
             hatch=hatches[number],
             edgecolor="black",
         )
-        axes.bar_label(bars, [f"{found[size]['times_as_fast']:.1f}×" for size in sizes], fontsize=8)
+        axes.bar_label(bars, [f"{found[size]['times_as_fast']:.1f}×" for size in sizes], fontsize=7)
     axes.set_yscale("log")
     axes.set_xticks(range(len(sizes)), [f"DiT-{size}" for size in sizes])
     axes.set_ylabel(f"pictures per second, batch {batch}")
     axes.set_title(f"Features at half depth, {result['machine']['device']}")
-    axes.legend(ncols=4, fontsize=8, loc="upper right")
+    axes.legend(ncols=5, fontsize=8, loc="upper right")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 2)
     figure.savefig(path, dpi=150)

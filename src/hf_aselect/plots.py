@@ -255,15 +255,17 @@ def plot_confusion_matrix(
         share = shares[row, column]
         colour = "black" if share > 0.5 else "white"
         left.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    bars = right.barh(range(len(order)), accuracies[order], color=BLUE)
-    right.bar_label(bars, [f"{100 * accuracies[i]:.1f} % of {sizes[i]}" for i in order], padding=2, fontsize=7)
+    right.barh(range(len(order)), accuracies[order], color=BLUE)
+    for row, index in enumerate(order):
+        right.text(1.03, row, f"{100 * accuracies[index]:.1f} % of {sizes[index]}", va="center", fontsize=7)
     right.set_yticks([])
     right.set_ylim(len(order) - 0.5, -0.5)
     right.set_xlim(0, 1.6)
     right.set_xticks([0, 0.5, 1], ["0", "50", "100"])
     right.set_xlabel("accuracy of the class, %")
-    right.axvline(accuracies[found].mean(), color=GREY, linestyle=":", label="mean over classes")
-    right.legend(loc="lower right", fontsize=7, frameon=False)
+    mean = accuracies[found].mean()
+    right.axvline(mean, color="black", linestyle=":")
+    right.set_title(f"dotted: mean of the classes, {100 * mean:.1f} %", fontsize=8)
     dropped = f"; the worst {len(order)} of {len(found)} classes" if len(order) < len(found) else ""
     figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} pictures right{dropped}", fontsize=10)
     _save(figure, path)
