@@ -137,10 +137,10 @@ class LoopbackHub:
 
 
 @contextmanager
-def serve(hub):
+def serve(hub, handler=HubHandler):
     """Serve a hub until the context ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.hub = hub
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.hub, server.daemon_threads = hub, True
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -189,6 +189,7 @@ def trained(pixel_folder, tmp_path_factory):
     return output
 
 
+# Gradients of half a batch each are rounded on their own in bfloat16.
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("frozen", 1e-5), ("fine_tuned", 1e-5), ("accumulated", 1e-5), ("bfloat16", 1e-2)]
 )
@@ -274,11 +275,3 @@ def test_the_configurations_are_read_by_accelerate(path):
     given = yaml.safe_load(path.read_text())
     assert str(config.distributed_type.value) == given["distributed_type"]
     assert config.num_processes == given["num_processes"]
-
-
-def test_the_configurations_wrap_blocks_that_there_are():
-    wrapped = set()
-    for path in CONFIGS:
-        given = yaml.safe_load(path.read_text()).get("fsdp_config") or {}
-        wrapped |= set(filter(None, given.get("fsdp_transformer_layer_cls_to_wrap", "").split(",")))
-    assert wrapped <= set(DiTForImageClassification._no_split_modules)

@@ -188,6 +188,26 @@ def test_a_second_push_takes_the_place_of_the_first(hub, push):
     assert hub.repos["model", "me/again"].messages[-1] == "Another timestep"
 
 
+def test_files_of_the_users_own_stay_where_they_are(hub, push, pixel_folder, tmp_path):
+    """On the Hub and in the folder: neither deleted nor uploaded."""
+    push("me/shared")
+    repo = hub.repos["model", "me/shared"]
+    own = {"handler.py", "cli.py", "other.safetensors"}
+    repo.files("main").update(dict.fromkeys(own, repo.files("main")["config.json"]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "secret.py").write_text("password = 1")
+    code = """
+import sys
+from hf_aselect import DiTModel
+model = DiTModel.from_pretrained(sys.argv[1], timestep=5)
+model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/shared")
+"""
+    python(code, pixel_folder, tmp_path / "out", hub=hub, home=tmp_path / "home")
+    paths = hub.paths("model", "me/shared")
+    assert {*own, "model.safetensors"} <= set(paths) and "secret.py" not in paths
+    assert "modeling_classification.py" not in paths  # of the first push
+
+
 def test_branches_and_pull_requests_leave_the_main_one_alone(hub, push):
     push("me/branches")
     push("me/branches", timestep=6, revision="trial")
@@ -234,7 +254,7 @@ def test_two_may_push_at_once(hub, push):
 
 def test_what_is_not_there_is_said(hub, tmp_path):
     code = "import hf_aselect\nhf_aselect.DiTModel.from_pretrained('me/nothing')"
-    assert "me/nothing" in python(code, hub=hub, home=tmp_path, fails=True)
+    assert "me/nothing" in python(code, hub=hub, home=tmp_path, fails=True).splitlines()[-1]
 
 
 def test_saving_with_push_to_hub_uploads_the_same(hub, pixel_folder, tmp_path):

@@ -7,10 +7,12 @@ import base64
 import hashlib
 import json
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import hub_server
 
 
 @dataclass
@@ -272,17 +274,4 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, headers=headers, body=content)
 
 
-@contextmanager
-def serve(hub):
-    """Serve a hub until the context ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hub, server.daemon_threads = hub, True
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+serve = partial(hub_server.serve, handler=Handler)

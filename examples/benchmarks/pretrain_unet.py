@@ -4,7 +4,7 @@
         --num_pictures 320000 --label_dropout 0.5
 
 Data, noise, loss, optimizer, averaged weights and checkpoints are that script's, and so are all options; those of the
-transformer's sizes have no meaning here. The UNet has 6.8 million weights in three stages of 64, 96 and 128 channels,
+transformer's sizes have no meaning here. The UNet has 5.6 million weights in three stages of 64, 96 and 128 channels,
 with attention in the two smaller ones. What is written has `unet/` in place of `transformer/`.
 """
 

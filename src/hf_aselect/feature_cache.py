@@ -35,6 +35,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 # A process that is killed loses the part that it was writing: so small, and at least so many of them, that several
 # processes have something to share.
 PART_BYTES, MIN_PARTS, MIN_PART_ROWS, MAX_PART_ROWS = 2**27, 16, 256, 2048
+DESCRIPTION = "Features of pictures, cached by hf_aselect. "
 # Of a view, as the A-SelecT authors' 512 pixels of 576.
 CROP = 8 / 9
 Augment = Callable[[Any], Any]
@@ -122,6 +123,8 @@ def _cached_features() -> type:
         def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's
             """Upload as `datasets.Dataset.push_to_hub` does, then the card, with the fingerprint; see there."""
             commit: Any = super().push_to_hub(repo_id, *args, **kwargs)
+            if not self.info.description.startswith(DESCRIPTION):
+                return commit  # made of several, or of others: what it says would not hold for all
             revision = commit.pr_revision or kwargs.get("revision")
             api = HfApi(token=kwargs.get("token"))
             where = {"repo_id": commit.repo_url.repo_id, "repo_type": "dataset", "revision": revision}
@@ -145,9 +148,8 @@ def _dataset_card(text: str, repo_id: str, description: str) -> str:
     """Return the card that `datasets` wrote, with what the features were made from."""
     card: Any = DatasetCard(text)
     card.data.tags = list(dict.fromkeys([*(card.data.get("tags") or []), "hf_aselect", "a-select"]))
-    said, _, made_from = description.partition(" {")
-    fingerprint = json.loads("{" + made_from)
-    lines = [f"# {repo_id.rpartition('/')[2]}", said, "", "```python", "from datasets import load_dataset", ""]
+    fingerprint = json.loads(description.removeprefix(DESCRIPTION))
+    lines = [f"# {repo_id.rpartition('/')[2]}", DESCRIPTION, "", "```python", "from datasets import load_dataset", ""]
     lines += [f'features = load_dataset("{repo_id}", split="train").with_format("torch")', "```", ""]
     lines += ["They are of use to a model with this fingerprint alone: another timestep, tap, noise, size or other"]
     lines += ["weights give other features.", "", "```json", json.dumps(fingerprint, indent=1, sort_keys=True), "```"]
@@ -562,7 +564,7 @@ def _finish(job: _Job, unfinished: Path, target: Path, fingerprint: dict[str, An
     from datasets import DatasetInfo
 
     info = DatasetInfo(
-        description=f"Features of pictures, cached by hf_aselect. {json.dumps(fingerprint, sort_keys=True)}",
+        description=DESCRIPTION + json.dumps(fingerprint, sort_keys=True),
         features=job.schema(),
     )
     info.write_to_directory(str(unfinished))

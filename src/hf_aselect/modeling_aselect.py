@@ -286,6 +286,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
             # First: a wrong token is to be known before gigabytes are written.
             name = given.pop("repo_id", None) or Path(save_directory).resolve().name
             repo_id = create_repository(name, given.get("token"), given.pop("private", None))
+            before = _files_of(save_directory)
         config = self.config
         record = config.selection
         if not self._is_selection_in_use():
@@ -297,7 +298,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         finally:
             config.selection = record
         if push_to_hub and kwargs.get("is_main_process", True):
-            self._publish(repo_id, save_directory, **given)
+            self._publish(repo_id, save_directory, before, **given)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -343,6 +344,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
             return self._publish(
                 repo_id,
                 folder,
+                {},
                 commit_message=commit_message,
                 commit_description=commit_description,
                 token=token,
@@ -356,6 +358,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         self,
         repo_id: str,
         folder: str | os.PathLike[str],
+        before: Mapping[str, int],
         tags: Sequence[str] = (),
         commit_message: str | None = None,
         commit_description: str | None = None,
@@ -364,10 +367,11 @@ class ASelectPreTrainedModel(PreTrainedModel):
         create_pr: bool = False,
         **facts: Any,  # noqa: ANN401 - of the card
     ) -> Any:  # noqa: ANN401 - the Hub's
-        """Write what strangers need beside a saved model, and upload all of it."""
+        """Write what strangers need beside a saved model, and upload what was written since `before`."""
         known = {"model_name": repo_id.rpartition("/")[2], **self.card_facts, **facts}
         write_for_strangers(self, folder, tags=tuple(tags), **known)
-        return upload(repo_id, folder, token, revision, create_pr, commit_message, commit_description)
+        files = [name for name, written in _files_of(folder).items() if before.get(name) != written]
+        return upload(repo_id, folder, files, token, revision, create_pr, commit_message, commit_description)
 
     @property
     def device(self) -> torch.device:
@@ -726,6 +730,12 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
+
+
+def _files_of(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Return the files of a folder, and when each was written; none if there is no folder."""
+    paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 class DiTModel(ASelectPreTrainedModel):

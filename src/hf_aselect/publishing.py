@@ -2,10 +2,12 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .image_processing_aselect import ASelectImageProcessor
 from .model_card import CardFacts, write_card
@@ -14,8 +16,16 @@ from .selection_record import TimestepSelection
 logger = logging.getLogger(__name__)
 
 CURVE = "timestep_curve.png"
-# What an earlier push may have left: a model in fewer shards or of other code has files of the same names or none.
-OURS = ["*.safetensors", "*.safetensors.index.json", "*.py", "preprocessor_config.json", "config.json", CURVE]
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+# The code that `save_pretrained` copies is these and what they import.
+ROOTS = ("modeling_classification.py", "modeling_segmentation.py", "image_processing_aselect.py")
+
+
+def _stale() -> list[str]:
+    """Return what an earlier push may have left and another one may not have; no file that is the user's own."""
+    roots = [path for path in map(Path(__file__).with_name, ROOTS) if path.is_file()]
+    imported = [Path(name) for root in roots for name in get_relative_import_files(root)]
+    return [*WEIGHTS, CURVE, *sorted({path.name for path in (*roots, *imported)})]
 
 
 def write_for_strangers(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401 - of ours
@@ -33,6 +43,7 @@ def create_repository(repo_id: str, token: Any, private: bool | None) -> str:  #
 def upload(
     repo_id: str,
     folder: str | os.PathLike[str],
+    files: Sequence[str],
     token: Any,  # noqa: ANN401 - a word or a switch
     revision: str | None = None,
     create_pr: bool = False,
@@ -43,7 +54,8 @@ def upload(
 
     Args:
         repo_id: The repository.
-        folder: The saved model; folders in it, of checkpoints and logs, are left out.
+        folder: Where the saved model is.
+        files: Names of its files; what else lies in the folder is left alone.
         token: Token of the Hub; None or True: the one that is stored.
         revision: Branch, made if it is missing. Default: the main one.
         create_pr: Whether to propose it as a pull request.
@@ -63,9 +75,9 @@ def upload(
         create_pr=create_pr,
         commit_message=commit_message or "Upload model",
         commit_description=commit_description,
-        allow_patterns=[*OURS, "README.md", "adapter_config.json"],
+        allow_patterns=list(files),
         ignore_patterns=["*/*"],
-        delete_patterns=OURS,
+        delete_patterns=_stale(),
     )
 
 
