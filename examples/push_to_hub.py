@@ -3,18 +3,23 @@ r"""Share a saved model on the Hub, with its card, curve, image processor and co
     hf auth login
     python examples/push_to_hub.py --model_name_or_path fashion-classifier --repo_id me/fashion-classifier
 
-What the model's card says of its results, data and licence is kept; `--accuracy`, `--dataset` and `--license` say it
-anew. A repository that is there is updated by one commit. `HF_ENDPOINT` names another Hub.
+What the model's card says of results, data, training and licence is kept; `--accuracy`, `--dataset` and `--license`
+say it anew. A repository that is there is updated by one commit. `HF_ENDPOINT` names another Hub.
 """
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers import HfArgumentParser
 
-from hf_aselect import ASelectConfig, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
+from hf_aselect import (
+    ASelectConfig,
+    DiTBackbone,
+    DiTForImageClassification,
+    DiTForSemanticSegmentation,
+    DiTModel,
+    facts_of_card,
+)
 
 KINDS = {
     kind.__name__: kind for kind in (DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel)
@@ -45,21 +50,6 @@ class FactArguments:
     base_model: str | None = field(default=None, metadata={"help": "Model that it was made from, an id on the Hub."})
 
 
-def facts_of_the_card(folder: Path) -> dict[str, Any]:
-    """Return what the card in a folder says of results, data and licence."""
-    if not (folder / "README.md").is_file():
-        return {}
-    data = ModelCard.load(folder / "README.md").data
-    facts = {
-        "license": data.get("license"),
-        "base_model": data.get("base_model"),
-        "dataset": (data.get("datasets") or [None])[0],
-    }
-    for result in data.eval_results or []:
-        facts[result.metric_type] = result.metric_value
-    return {name: value for name, value in facts.items() if value is not None}
-
-
 def main() -> None:
     args, given = HfArgumentParser((PushArguments, FactArguments)).parse_args_into_dataclasses()
     config = ASelectConfig.from_pretrained(args.model_name_or_path)
@@ -69,7 +59,9 @@ def main() -> None:
     model = KINDS[name].from_pretrained(args.model_name_or_path, dtype="auto")
     told = {fact: value for fact, value in asdict(given).items() if value is not None}
     options = {name: value for name, value in asdict(args).items() if name not in ("model_name_or_path", "repo_id")}
-    facts = {**facts_of_the_card(Path(args.model_name_or_path)), **told}
+    card = Path(args.model_name_or_path) / "README.md"
+    facts = {**(facts_of_card(card) if card.is_file() else {}), **told}
+    facts["model_name"] = args.repo_id.rpartition("/")[2]
     commit = model.push_to_hub(args.repo_id, **options, **facts)
     print(f"Pushed: {commit.pr_url or commit.commit_url}")
 

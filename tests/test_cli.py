@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from hf_aselect import DiTForImageClassification, DiTModel, TimestepSelection
 from hf_aselect.cli import main
+from hf_aselect.publishing import write_model_card
 
 
 @pytest.fixture
@@ -174,3 +175,67 @@ def test_fold_overwrites_nothing(pixel_folder, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["fold", str(pixel_folder), str(tmp_path), "--timestep", "3"]) == 1
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.fixture
+def described(classifier, tmp_path):
+    """A saved classifier with its card."""
+    folder = tmp_path / "described"
+    classifier.save_pretrained(folder)
+    facts = {"dataset": "noise", "accuracy": 0.75, "training": {"epochs": 3}, "license": "mit"}
+    write_model_card(classifier, folder, model_name="Clothes", **facts)
+    return folder
+
+
+def test_card_is_written_again_as_it_was(described, capsys):
+    before = (described / "README.md").read_text(encoding="utf-8")
+    assert main(["card", str(described)]) == 0
+    assert capsys.readouterr().out == f"Saved {described / 'README.md'}.\n"
+    assert (described / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_card_says_what_it_is_told_beside_what_was_known(described, tmp_path):
+    words = [
+        "--accuracy",
+        "0.5",
+        "0.7",
+        "--name",
+        "Shoes",
+        "--limits",
+        "Only shoes.",
+        "--output",
+        str(tmp_path / "new"),
+    ]
+    before = (described / "README.md").read_text(encoding="utf-8")
+    assert main(["card", str(described), *words]) == 0
+    text = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert "# Shoes" in text and "60.0% (50.0% to 70.0%, 2 runs)" in text and "Only shoes." in text
+    assert "| epochs | 3 |" in text and "\nlicense: mit\n" in text
+    assert (described / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_card_draws_the_curve_of_the_choice(pixel_folder, pictures, tmp_path):
+    model = DiTModel.from_pretrained(pixel_folder, timestep="auto", calibration_images=pictures)
+    model.save_pretrained(tmp_path)
+    assert main(["card", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "timestep_curve.png").is_file() and "(timestep_curve.png)" in text
+    assert f"| timestep | {model.config.timestep} |" in text and "**How sure.**" in text
+    assert all(f"- {warning}\n" in text for warning in model.config.selection["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["card", "{}", "--accuracy", "75"], "'accuracy' must be a share in [0, 1]"),
+        (["card", "{}/nothing"], "is no folder: say by `--output`"),
+        (["card", "{}/empty"], "holds no model of ours"),
+    ],
+)
+def test_card_says_in_one_line_what_is_wrong(described, words, complaint, capsys):
+    (described / "empty").mkdir()
+    before = (described / "README.md").read_text(encoding="utf-8")
+    assert main([word.format(described) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and complaint in error
+    assert (described / "README.md").read_text(encoding="utf-8") == before

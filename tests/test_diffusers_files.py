@@ -161,6 +161,7 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
     downloads = [name for name in outcome[1] if name.startswith("us/dit/")]
     # By three loads and a conversion.
     assert sorted(downloads) == [
+        "us/dit/README.md",  # for the licence
         "us/dit/model_index.json",
         "us/dit/scheduler/scheduler_config.json",
         "us/dit/transformer/config.json",

@@ -15,6 +15,7 @@ from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image as PILImage
+from pipelines import pixart_sigma
 
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
 
@@ -324,6 +325,11 @@ def test_speed_from_end_to_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(SPEED, "SIZES", {"S/2": (4, 32, 2), "B/2": (12, 32, 2)})
     monkeypatch.setattr(SPEED, "EPOCHS", 2)
     monkeypatch.setattr(SPEED, "NUM_PICTURES", 32)
+    # In place of 11 GB: the same road with a pipeline of a few weights.
+    monkeypatch.setattr(
+        SPEED.conversion_cost, "make_pipeline", lambda folder, _: pixart_sigma().save_pretrained(folder)
+    )
+    monkeypatch.setattr(SPEED, "TEXT_BLOCK", 1)
     words = ["speed.py", "--output_dir", str(tmp_path), "--sizes", "S/2", "--batches", "1", "--repetitions", "1"]
     monkeypatch.setattr(sys, "argv", words)
     SPEED.main()
@@ -334,6 +340,7 @@ def test_speed_from_end_to_end(monkeypatch, tmp_path, capsys):
     cold = {(row["way"], row["cold"]): row["read"] for row in result["loading"]}
     assert set(cold) == {(way, cold) for way in ("pipeline", "folded", "folded bf16") for cold in (False, True)}
     assert min(cold.values()) > 0
+    assert [row["way"] for row in result["text_loading"]] == ["pipeline", "folded bf16"] * 2
     monkeypatch.setattr(sys, "argv", [*words, "--sections", "growth"])
     SPEED.main()
     again = json.loads((tmp_path / "speed.json").read_text())

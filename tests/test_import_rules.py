@@ -20,6 +20,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 LEVELS = {
+    "card_template": 0,
     "consensus": 0,
     "decoders": 0,
     "diffusers_files": 0,

@@ -240,15 +240,20 @@ def times_as_fast(content, size, batch, way):
 def test_what_the_benchmark_of_speed_is_to_reach(speed):
     """Folded in float32 at batch 1 is to be 2.4 times as fast: torch's own products do not reach it, onnxruntime's do.
 
-    Loading is to be 3 times as fast, and is not; the card says why. The training from cached features is to be 15
+    Loading is to be 3 times as fast: it is from a disk for XL/2, and for whatever has text encoders; a small DiT's
+    pipeline with warm files takes a tenth of a second anyway. The training from cached features is to be 15
     times as fast: that of a linear head is, that of an attention head has more to compute than to read.
     """
     content, _ = speed
     assert times_as_fast(content, "B/2", 8, "early exit") >= 1.9
     assert times_as_fast(content, "B/2", 1, "folded onnx") >= 2.4 > times_as_fast(content, "B/2", 1, "folded")
     assert times_as_fast(content, "B/2", 8, "folded bf16") >= 4
-    loading = {(row["size"], row["way"], row["cold"]): row["read_times_as_fast"] for row in content["loading"]}
-    assert 1.2 <= loading["XL/2", "folded", True] <= loading["XL/2", "folded bf16", True]
+    loading = {
+        (row["size"], row["way"], row["cold"]): row["read_times_as_fast"]
+        for row in content["loading"] + content["text_loading"]
+    }
+    assert 3 <= loading["XL/2", "folded", True] <= loading["XL/2", "folded bf16", True]
+    assert min(loading["PixArt-Sigma, T5-XXL", "folded bf16", cold] for cold in (False, True)) >= 3
     rows = {row["way"]: row for row in content["checkpoints"] if row["size"] == "XL/2"}
     whole, folded = rows["diffusers"], rows["folded at block 13 bf16"]
     assert folded["parameters"] <= 0.30 * whole["parameters"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import Forking
 from huggingface_hub import ModelCard
 from writable_hub import WritableHub, serve
 
@@ -83,19 +86,28 @@ def environment(hub, home, token=TOKEN):
     return given | ({"HF_TOKEN": token} if token else {})
 
 
-def python(code, *words, hub, home, token=TOKEN, without=(), fails=False):
-    """Run code in a process of its own, where some packages cannot be imported; return what it says."""
-    blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in without)
-    command = [sys.executable, "-c", blocked + code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(hub, home, token))
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stdout + done.stderr
+def python(code, *words, hub, home, token=TOKEN, without=(), fails=False, alone=False):
+    """Run code in a process of its own, where some packages cannot be imported; return what it says.
+
+    Where all packages can be, it is a fork of one that has imported them, unless it is to be `alone`.
+    """
+    if without or alone:
+        blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in without)
+        command = [sys.executable, "-c", blocked + code, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(hub, home, token))
+        status, said = done.returncode, done.stdout + done.stderr
+    else:
+        status, said = hub.forking.run(code, *words, environment=environment(hub, home, token))
+    assert (status != 0) == fails, said[-3000:]
+    return said
 
 
 @pytest.fixture(scope="module")
-def hub():
+def hub(tmp_path_factory):
     with serve(WritableHub({TOKEN: "me", "hf_other": "other"})) as served:
+        served.forking = Forking(environment(served, tmp_path_factory.mktemp("home"), None))
         yield served
+        served.forking.close()
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +179,9 @@ print(getattr(model.push_to_hub(sys.argv[2], **eval(sys.argv[4])), "pr_url", Non
 
 @pytest.fixture
 def push(hub, pixel_folder, tmp_path):
-    def run(repo_id, timestep=5, fails=False, token=TOKEN, **options):
+    def run(repo_id, timestep=5, fails=False, token=TOKEN, alone=False, **options):
         words = (pixel_folder, repo_id, timestep, repr(options))
-        return python(AGAIN, *words, hub=hub, home=tmp_path / "home", token=token, fails=fails)
+        return python(AGAIN, *words, hub=hub, home=tmp_path / "home", token=token, fails=fails, alone=alone)
 
     return run
 
@@ -247,7 +259,7 @@ def test_an_upload_that_breaks_leaves_the_last_commit(hub, push):
 
 def test_two_may_push_at_once(hub, push):
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda timestep: push("me/twice", timestep=timestep), (5, 6)))
+        list(pool.map(lambda timestep: push("me/twice", timestep=timestep, alone=True), (5, 6)))
     assert read_config(hub, "me/twice")["timestep"] in (5, 6)
     assert len(hub.repos["model", "me/twice"].messages) == 2
 
@@ -345,3 +357,93 @@ def test_cached_features_are_pushed_with_their_fingerprint(hub, pixel_folder, tm
     assert json.loads(card.split("```json")[1].split("```")[0]) == fingerprint
     assert fingerprint["timestep"] == 50
     assert "dataset_info:" in card and "- hf_aselect" in card and 'load_dataset("me/features"' in card
+
+
+LICENSED = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from hf_aselect import DiTForImageClassification
+api = HfApi()
+card = ModelCardData(license="other", license_name="some-non-commercial-licence")
+(Path(sys.argv[1]) / "README.md").write_text(f"---\\n{card.to_yaml()}\\n---\\n# A DiT\\n")
+api.create_repo("me/dit", exist_ok=True)
+api.upload_folder(repo_id="me/dit", folder_path=sys.argv[1])
+model = DiTForImageClassification.from_pretrained("me/dit", timestep=5, num_labels=3, head="linear")
+assert model.config.base_model == "me/dit"
+assert model.config.base_license == "other/some-non-commercial-licence"
+model.push_to_hub("me/made-of-it", license="mit")
+again = DiTForImageClassification.from_pretrained("me/made-of-it")
+again.push_to_hub("me/made-of-that")
+"""
+
+
+def test_a_licence_is_inherited_from_the_card_of_the_base(hub, pixel_folder, tmp_path):
+    shutil.copytree(pixel_folder / "transformer", tmp_path / "dit")
+    said = python(LICENSED, tmp_path / "dit", hub=hub, home=tmp_path / "home")
+    assert "forbids commercial use" in said
+    for name in ("me/made-of-it", "me/made-of-that"):
+        card = ModelCard(hub.bytes_of("model", name, "README.md").decode())
+        assert (card.data.license, card.data.license_name) == ("other", "some-non-commercial-licence")
+        assert card.data.base_model == "me/dit" and card.data.base_model_relation == "finetune"
+        assert "**Not for commercial use**" in card.text
+
+
+def test_what_a_reader_wrote_on_the_hub_stays(hub, push):
+    push("me/noted", accuracy=0.5)
+    repo = hub.repos["model", "me/noted"]
+    text = hub.bytes_of("model", "me/noted", "README.md").decode() + "\n## My notes\n\nLooks good.\n"
+    hub.blobs["noted"] = text.encode()
+    repo.files("main")["README.md"] = "noted"
+    push("me/noted", accuracy=0.75)
+    text = hub.bytes_of("model", "me/noted", "README.md").decode()
+    assert "75.0%" in text and "50.0%" not in text and text.endswith("## My notes\n\nLooks good.\n")
+
+
+ADAPTER = (
+    READ
+    + """
+import sys
+import peft
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+base = AutoModelForImageClassification.from_pretrained("me/classifier", trust_remote_code=sys.argv[2] == "trust")
+if sys.argv[1] == "push":
+    from hf_aselect import ASelectCallback
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], modules_to_save=["head"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    rows = [{"pixel_values": value, "labels": index} for index, value in enumerate(pixels)]
+    args = TrainingArguments(sys.argv[4], max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
+        learning_rate=0.1, push_to_hub=True, hub_model_id="me/adapter")
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[ASelectCallback(dataset="noise")])
+    trainer.train()
+    trainer.push_to_hub()
+else:
+    model = peft.PeftModel.from_pretrained(base, "me/adapter")
+torch.save((outputs(model), type(base).__module__), sys.argv[3])
+"""
+)
+
+
+def test_an_adapter_is_pushed_alone_and_loaded_by_strangers(hub, pushed, tmp_path):
+    quiet, code = "import warnings; warnings.simplefilter('ignore')\n", "import hf_aselect\n" + ADAPTER
+    words = "push", "", tmp_path / "owner.pt", tmp_path / "out"
+    python(quiet + code, *words, hub=hub, home=tmp_path / "a")
+    paths = hub.paths("model", "me/adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(paths) and "model.safetensors" not in paths
+    card = ModelCard(hub.bytes_of("model", "me/adapter", "README.md").decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", "me/classifier")
+    assert card.data.base_model_relation == "adapter" and card.data.datasets == ["noise"]
+    expected, _ = torch.load(tmp_path / "owner.pt")
+    assert not torch.equal(expected, torch.load(pushed / "classifier.pt"))
+    options = {"hub": hub, "token": None}
+    python(quiet + code, "load", "", tmp_path / "with.pt", home=tmp_path / "b", **options)
+    words = "load", "trust", tmp_path / "without.pt"
+    python(quiet + ADAPTER, *words, home=tmp_path / "c", without=["hf_aselect"], **options)
+    for name, package in (("with", "hf_aselect."), ("without", "transformers_modules.")):
+        found, module = torch.load(tmp_path / f"{name}.pt")
+        assert torch.equal(found, expected) and module.startswith(package)
+    # The card's own code, with the package.
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    code = quiet + READ + code + "\nimport sys\ntorch.save(outputs(model), sys.argv[1])"
+    python(code, tmp_path / "card.pt", home=tmp_path / "d", **options)
+    assert torch.equal(torch.load(tmp_path / "card.pt"), expected)

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/speed.py --output_dir speed
 
-On two CPU cores with nothing else running it takes about 70 minutes, and 8 GB of disk under `--output_dir` meanwhile.
+On two CPU cores with nothing else running it takes about 80 minutes, and 13 GB of disk under `--output_dir` meanwhile.
 `--sizes S/2 B/2 --batches 1 8` takes a third; `--sections` measures a part anew. On a CUDA device (`--device cuda`) it
 measures with events, and memory by torch's count.
 
@@ -20,6 +20,8 @@ runs (Linux's `VmHWM`), less that of when it had imported the same and loaded no
 (transformer, Stable Diffusion's VAE, scheduler) and of what it folds to, each time in a process of its own that has
 imported all of diffusers that it needs; with files that the system has in memory or has been told to forget ("cold"),
 until `from_pretrained` returns, and until each page of the weights was read once, as it maps files and reads little.
+`text_loading` does the same for a pipeline that is told what to draw by a text encoder: PixArt-Sigma's transformer of
+XL/2's size with T5-XXL, in bfloat16 (11 GB). What it folds to holds what the empty prompt adds, and no encoder.
 `speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
 """
 
@@ -51,11 +53,26 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 import hf_aselect
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel, cache_features
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import conversion_cost
+
 # Blocks, width and attention heads (arXiv 2212.09748, table 1).
 SIZES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL/2": (28, 1152, 16)}
 TIMESTEP = 121
+TEXT_BLOCK = 14  # of PixArt-Sigma's 28
 WAYS = ("diffusers", "early exit", "folded", "folded onnx", "diffusers bf16", "folded bf16", "folded bf16 eager")
-SECTIONS = ("import_seconds", "speeds", "matrix_share", "growth", "profile", "head_training", "checkpoints", "loading")
+SECTIONS = (
+    "import_seconds",
+    "speeds",
+    "matrix_share",
+    "growth",
+    "profile",
+    "head_training",
+    "checkpoints",
+    "loading",
+    "text_loading",
+)
 GROWTH_SIZE = "B/2"
 EPOCHS = 28
 NUM_PICTURES = 64
@@ -382,13 +399,16 @@ def ask_child(task: str, folder: Path, way: str, numbers: Sequence[int] = ()) ->
 
 def seconds_to_load(folder: Path) -> dict[str, float]:
     """Return the seconds that a pipeline, or a model of ours, takes to load, and until all its weights were read."""
-    kind: Any = diffusers.DiTPipeline if (folder / "model_index.json").exists() else DiTModel
-    # Whoever loads a VAE imports it; here both did before.
-    _ = diffusers.DiTPipeline, diffusers.AutoencoderKL
+    is_pipeline = (folder / "model_index.json").exists()
+    kind: Any = diffusers.DiffusionPipeline if is_pipeline else DiTModel
+    # Whoever loads a VAE or a text encoder imports it; here both sides did before.
+    _ = diffusers.DiTPipeline, diffusers.PixArtSigmaPipeline, diffusers.AutoencoderKL, transformers.T5EncoderModel
+    # Of ours the configuration tells it; diffusers would make float32 of what was saved in bfloat16.
+    options = {"torch_dtype": torch.bfloat16} if (folder / "text_encoder").exists() else {}
     begun = time.perf_counter()
-    loaded = kind.from_pretrained(folder)
+    loaded = kind.from_pretrained(folder, **options)
     returned = time.perf_counter()
-    for module in loaded.components.values() if kind is diffusers.DiTPipeline else [loaded]:
+    for module in loaded.components.values() if is_pipeline else [loaded]:
         for weights in module.parameters() if isinstance(module, nn.Module) else []:
             weights.detach().reshape(-1)[:: 4096 // weights.element_size()].sum()
     return {"returned": returned - begun, "read": time.perf_counter() - begun}
@@ -402,8 +422,8 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def loading(size: str, repetitions: int, folder: Path) -> list[dict[str, Any]]:
-    """Return the seconds that a pipeline and its folded forms take to load."""
+def save_pipeline(size: str, folder: Path) -> None:
+    """Save a pipeline of a DiT with Stable Diffusion's VAE, and its folded forms."""
     torch.manual_seed(0)
     transformer = DiTModel(configuration(size)).denoiser.transformer
     vae = diffusers.AutoencoderKL(
@@ -419,7 +439,17 @@ def loading(size: str, repetitions: int, folder: Path) -> list[dict[str, Any]]:
     model = DiTModel.from_pretrained(folder / "pipeline", timestep=TIMESTEP, block=SIZES[size][0] // 2)
     model.fold().save_pretrained(folder / "folded")
     model.fold().to(torch.bfloat16).save_pretrained(folder / "folded bf16")
-    ways = ("pipeline", "folded", "folded bf16")
+
+
+def save_text_pipeline(folder: Path) -> None:
+    """Save a pipeline with a text encoder as published ones are, in bfloat16, and what it folds to."""
+    conversion_cost.make_pipeline(folder / "pipeline", "pixart-sigma")
+    model = DiTModel.from_pretrained(folder / "pipeline", timestep=TIMESTEP, block=TEXT_BLOCK, dtype=torch.bfloat16)
+    model.fold().save_pretrained(folder / "folded bf16")
+
+
+def loading(what: str, ways: Sequence[str], repetitions: int, folder: Path) -> list[dict[str, Any]]:
+    """Return the seconds that a pipeline and its folded forms take to load."""
     rows = []
     for cold in (False, True) if hasattr(os, "posix_fadvise") else (False,):
         times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
@@ -429,13 +459,14 @@ def loading(size: str, repetitions: int, folder: Path) -> list[dict[str, Any]]:
                     forget(folder / way)
                 times[way].append(ask_child("load", folder, way))
         for way in ways:
-            row: dict[str, Any] = {"size": size, "way": way, "cold": cold}
+            row: dict[str, Any] = {"size": what, "way": way, "cold": cold}
             for name in ("returned", "read"):
                 values = [one[name] for one in times[way][1:]]
                 row[name] = round(statistics.median(values), 4)
                 row[f"{name}_least"], row[f"{name}_greatest"] = round(min(values), 4), round(max(values), 4)
                 whole = statistics.median(one[name] for one in times["pipeline"][1:])
                 row[f"{name}_times_as_fast"] = round(whole / statistics.median(values), 3)
+            row["megabytes"] = round(sum(path.stat().st_size for path in (folder / way).rglob("*.safetensors")) / 1e6)
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -598,9 +629,9 @@ def tables(result: dict[str, Any]) -> str:
             for name, scale, unit in (("parameters", 1e6, " M"), ("bytes", 1e6, ""))
         )
         lines.append(f"| {row['size']} | {row['way']} | {count} | {size} | {peaks} |")
-    if result["loading"]:
+    if loadings := result["loading"] + result["text_loading"]:
         lines += ["", "| DiT | loading | files | returned | weights read | times |", "| --- |" + " --- |" * 5]
-    for row in result["loading"]:
+    for row in loadings:
         lines.append(
             f"| {row['size']} | {row['way']} | {'cold' if row['cold'] else 'in memory'} | {row['returned']:.2f} s | "
             f"{row['read']:.2f} s ({row['read_least']:.2f} to {row['read_greatest']:.2f}) | "
@@ -724,8 +755,16 @@ def main() -> None:
         rows = []
         for size in sizes if is_cpu else ():
             with tempfile.TemporaryDirectory(dir=output) as scratch:
-                rows += loading(size, repetitions, Path(scratch))
+                save_pipeline(size, Path(scratch))
+                rows += loading(size, ("pipeline", "folded", "folded bf16"), repetitions, Path(scratch))
         return rows
+
+    def of_text_loading() -> list[dict[str, Any]]:
+        if not is_cpu:
+            return []
+        with tempfile.TemporaryDirectory(dir=output) as scratch:
+            save_text_pipeline(Path(scratch))
+            return loading("PixArt-Sigma, T5-XXL", ("pipeline", "folded bf16"), repetitions, Path(scratch))
 
     def of_training() -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=output) as scratch:
@@ -742,6 +781,7 @@ def main() -> None:
         "head_training": of_training,
         "checkpoints": of_checkpoints,
         "loading": of_loading,
+        "text_loading": of_text_loading,
     }
     path = output / "speed.json"
     result = json.loads(path.read_text()) if args.sections and path.exists() else {}

@@ -16,6 +16,7 @@ from .configuration_aselect import ASelectConfig
 from .convert_diffusers import convert_diffusers
 from .feature_cache import cache_features
 from .image_processing_aselect import ASelectImageProcessor
+from .model_card import facts_of_card
 from .modeling_aselect import DiTModel
 from .modeling_classification import DiTForImageClassification
 from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
@@ -41,6 +42,7 @@ __all__ = [
     "TimestepSelection",
     "cache_features",
     "convert_diffusers",
+    "facts_of_card",
     "plot_confusion_matrix",
     "select_timestep",
 ]

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_select(commands)
     _add_convert(commands)
     _add_fold(commands)
+    _add_card(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -215,6 +216,69 @@ def _fold(parsed: argparse.Namespace) -> None:
         f"Saved {parsed.output}: {after / 1e6:.1f} M parameters of {before / 1e6:.1f} M, {size / 1e6:.1f} MB; reads "
         f"{', '.join(folded.config.folding.taps)} at timestep {folded.config.timestep}."
     )
+
+
+def _add_card(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+    card = commands.add_parser(
+        "card",
+        help="write the card of a saved model, and the curve of its timestep's choice, again",
+        description="Write README.md and the curve of a saved model again: by its configuration, by what its card "
+        "says of results, data, training and licence, and by what is said here. What stands below the card's last "
+        "comment stays.",
+        epilog="example: hf-aselect card my-classifier --dataset fashion_mnist --accuracy 0.88 0.87 0.88",
+    )
+    card.add_argument("model", metavar="MODEL", help="a model of ours: folder, or id on the Hub")
+    card.add_argument("--output", metavar="DIR", help="folder to write (default: MODEL, where it is a folder)")
+    card.add_argument("--name", metavar="NAME", help="name of the model, the title")
+    card.add_argument("--dataset", metavar="ID", help="dataset that it was trained and judged on")
+    card.add_argument("--accuracy", type=float, nargs="+", metavar="SHARE", help="in [0, 1]; of several runs all")
+    card.add_argument("--mean-iou", type=float, nargs="+", metavar="SHARE", help="the same of a segmenter")
+    card.add_argument("--license", metavar="ID", help="identifier of the licence, as apache-2.0")
+    card.add_argument("--limits", metavar="TEXT", help="what the model is not for")
+    card.add_argument("--command", metavar="TEXT", help="command that gives the figures again")
+    card.add_argument("--revision", help="branch, tag or commit on the Hub")
+    card.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
+    card.set_defaults(run=_card)
+
+
+def _card(parsed: argparse.Namespace) -> None:
+    # They take seconds to import, which `--help` should not.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from .configuration_aselect import ASelectConfig
+    from .model_card import facts_of_card
+    from .modeling_aselect import DiTModel
+    from .modeling_classification import DiTForImageClassification
+    from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
+    from .publishing import write_card_of
+
+    logging.set_verbosity_error()
+    is_folder = Path(parsed.model).is_dir()
+    if parsed.output is None and not is_folder:
+        raise ValueError(f"{parsed.model!r} is no folder: say by `--output` where its card is to be written.")
+    hub = {name: getattr(parsed, name) for name in ("revision", "token") if getattr(parsed, name) is not None}
+    config = ASelectConfig.from_pretrained(parsed.model, **hub)
+    kinds = DiTModel, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation
+    kind: Any = {each.__name__: each for each in kinds}.get((config.architectures or [""])[0])
+    if config.model_type != ASelectConfig.model_type or kind is None:
+        raise ValueError(f"{parsed.model!r} holds no model of ours, but {config.architectures or 'none'}.")
+    card: Path | None = Path(parsed.model) / "README.md"
+    if not is_folder:
+        try:
+            card = Path(hf_hub_download(parsed.model, "README.md", **hub))
+        except EntryNotFoundError:
+            card = None
+    facts = facts_of_card(card) if card is not None and card.is_file() else {}
+    names = ("dataset", "accuracy", "mean_iou", "license", "limits", "command")
+    facts |= {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    facts |= {"model_name": parsed.name} if parsed.name else {}
+    if not is_folder:
+        facts.setdefault("model_name", parsed.model.rpartition("/")[2])
+        facts["repo_id"] = parsed.model
+    output = Path(parsed.output or parsed.model)
+    write_card_of(config, kind, output, **facts)
+    print(f"Saved {output / 'README.md'}.")
 
 
 def _select(parsed: argparse.Namespace) -> None:

@@ -130,6 +130,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         folded_layout: What a folded transformer is built of, as from `FoldedLayout.to_dict()`. Written by `fold`.
         selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
         base_model: Id on the Hub of what the weights were made from: their licence holds for this model, too.
+        base_license: Licence of that, by its own card: an identifier of the Hub, or "other/NAME".
         initializer_range: Standard deviation of newly initialised weights; the attention head has Xavier's instead.
 
     Raises:
@@ -171,6 +172,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     folded_layout: dict[str, Any] | None = None
     selection: dict[str, Any] | None = None
     base_model: str | None = None
+    base_license: str | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature

@@ -18,6 +18,7 @@ from .diffusers_checkpoint import DTYPES, VAE_ENCODER_KEYS, expected_shapes, fin
 from .diffusers_files import HubOptions, tensor_bytes, weight_files
 from .empty_prompt import TEXT_PARTS
 from .image_processing_aselect import ASelectImageProcessor
+from .model_card import license_on_card
 from .whole_folder import checked_output, whole_folder
 
 # The empty prompt's embeddings among a denoiser's weights.
@@ -107,6 +108,7 @@ def convert_diffusers(
         raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
     if not Path(source).exists():
         fields.setdefault("base_model", str(source))
+    fields.setdefault("base_license", license_on_card(folder))
     config, weights = load_diffusers(
         folder,
         variant=variant,

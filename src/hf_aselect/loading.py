@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .configuration_aselect import OWN_FIELDS
 from .diffusers_checkpoint import DTYPES, load_diffusers
+from .model_card import license_on_card
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
@@ -37,6 +38,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
     fields.setdefault("name_or_path", str(source))
     if not os.path.exists(source):  # an id on the Hub; the path of a machine is nobody's business
         fields.setdefault("base_model", str(source))
+    fields.setdefault("base_license", license_on_card(folder))
     kwargs["config"], weights = load_diffusers(
         folder,
         variant=options["variant"],

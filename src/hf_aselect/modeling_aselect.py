@@ -30,7 +30,7 @@ from .heads import AttentionHead
 from .loading import HUB_OPTIONS, check_loaded, take_diffusers
 from .massive_channels import zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
-from .publishing import create_repository, upload, write_for_strangers
+from .publishing import create_repository, keep_own_words, upload, write_for_strangers
 from .selection_record import TimestepSelection
 from .taps import MASSIVE_FEATURES, Tap, tap_key
 from .timestep_selection import select_timestep
@@ -368,7 +368,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         **facts: Any,  # noqa: ANN401 - of the card
     ) -> Any:  # noqa: ANN401 - the Hub's
         """Write what strangers need beside a saved model, and upload what was written since `before`."""
-        known = {"model_name": repo_id.rpartition("/")[2], **self.card_facts, **facts}
+        known = {"model_name": repo_id.rpartition("/")[2], "repo_id": repo_id, **self.card_facts, **facts}
+        keep_own_words(repo_id, folder, token, revision)
         write_for_strangers(self, folder, tags=tuple(tags), **known)
         files = [name for name, written in _files_of(folder).items() if before.get(name) != written]
         return upload(repo_id, folder, files, token, revision, create_pr, commit_message, commit_description)

@@ -4,11 +4,14 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .configuration_aselect import ASelectConfig
 from .image_processing_aselect import ASelectImageProcessor
 from .model_card import CardFacts, write_card
 from .selection_record import TimestepSelection
@@ -85,23 +88,38 @@ def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -
     """Write a model's card (README.md) into a folder, with the curve of its timestep's choice where it was chosen.
 
     Args:
-        model: The model; its configuration tells timestep, tap and selection.
+        model: The model, or peft's around it; its configuration tells timestep, tap and selection.
         folder: Folder for the files; made if it is missing.
         facts: Fields of `CardFacts` that the configuration does not tell.
     """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        base, model = next(iter(model.peft_config.values())).base_model_name_or_path, model.get_base_model()
+        # The path of a machine is nobody's business.
+        facts = {"adapter_of": Path(base).resolve().name if os.path.exists(base) else base, **facts}
+    write_card_of(model.config, type(model), folder, **facts)
+
+
+def write_card_of(
+    config: ASelectConfig,
+    kind: Any,  # noqa: ANN401 - a class of ours
+    folder: str | os.PathLike[str],
+    **facts: Any,  # noqa: ANN401 - of any type
+) -> None:
+    """Do the same by the configuration and the class of a model, whose weights are then not needed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.config
     known: dict[str, Any] = {
         "model_name": folder.resolve().name,
-        "task": model.task,
+        "task": kind.task,
+        "auto_class": kind._auto_class,
         "timestep": None if config.timestep == "auto" else config.timestep,
         "block": config.block_index(),
         "feature": config.feature,
         "base_model": config.base_model,
-        "folded": config.folded or None,
         # By definition: that embedding is of no others' weights.
-        "license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else None,
+        "base_license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else config.base_license,
+        "folded": config.folded or None,
+        "needs_diffusers": not config.folded or config.vae is not None,
     }
     record = TimestepSelection.from_dict(config.selection) if config.selection else None
     # After a timestep set by hand the record tells of another one.
@@ -111,12 +129,36 @@ def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -
             known["figure"] = CURVE
         except ImportError as error:
             logger.warning("The card has no curve: %s", error)
+        chosen = record.timesteps.index(record.timestep)
         known |= {
             "criterion": record.criterion,
-            "log_snr": record.log_snr[record.timesteps.index(record.timestep)],
+            "log_snr": record.log_snr[chosen],
             "num_images": record.num_images,
+            "pictures": record.pictures,
             "seconds": record.seconds,
             "confidence": record.confidence,
+            "stopped_by": record.stopped_by,
+            "score": record.scores[chosen],
+            "interval": record.intervals[chosen],
+            "warnings": record.warnings,
         }
     given = {name: value for name, value in facts.items() if value is not None}
     write_card(CardFacts(**{**known, **given}), folder)
+
+
+def keep_own_words(
+    repo_id: str,
+    folder: str | os.PathLike[str],
+    token: Any,  # noqa: ANN401 - a word or a switch
+    revision: str | None,
+) -> None:
+    """Put the repository's card into a folder that has none: what stands there below the mark is then kept."""
+    if (Path(folder) / "README.md").exists():
+        return
+    try:
+        with TemporaryDirectory() as cache:
+            path = hf_hub_download(repo_id, "README.md", revision=revision, token=token, cache_dir=cache)
+            text = Path(path).read_text(encoding="utf-8")
+    except (HfHubHTTPError, OSError, UnicodeDecodeError):  # none there yet, or no branch of that name
+        return
+    (Path(folder) / "README.md").write_text(text, encoding="utf-8")

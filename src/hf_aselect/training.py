@@ -165,7 +165,7 @@ class ASelectCallback(TrainerCallback):
         metrics = kwargs.get("metrics") or {}
         if any(name.startswith("eval_") for name in metrics):
             self.metrics_by_step[state.global_step] = metrics
-        self._write(args, state, _unwrapped(kwargs["model"]), state.global_step)
+        self._write(args, state, kwargs["model"], state.global_step)
 
     def on_push_begin(
         self,
@@ -206,11 +206,12 @@ class ASelectCallback(TrainerCallback):
     ) -> None:
         """Write card and curve: of the best step where its weights are loaded at the end, else of the last."""
         best = state.best_global_step if args.load_best_model_at_end else None
-        self._write(args, state, _unwrapped(kwargs["model"]), best or state.global_step)
+        self._write(args, state, kwargs["model"], best or state.global_step)
 
-    def _write(self, args: TrainingArguments, state: TrainerState, model: ASelectPreTrainedModel, step: int) -> None:
+    def _write(self, args: TrainingArguments, state: TrainerState, trained: Any, step: int) -> None:  # noqa: ANN401
         if not state.is_world_process_zero:
             return
+        model = _unwrapped(trained)
         training: dict[str, object] = {
             "epochs": args.num_train_epochs,
             "steps": step,
@@ -222,7 +223,9 @@ class ASelectCallback(TrainerCallback):
             training["timestep chosen at epoch"] = ", ".join(
                 f"{epoch:g}: {selection.timestep}" for epoch, selection in self.selections
             )
+        name = args.hub_model_id if args.push_to_hub else None
         model.card_facts = dict(
+            repo_id=name if name and "/" in name else None,
             accuracy=self.metrics_by_step.get(step, {}).get("eval_accuracy"),
             mean_iou=self.metrics_by_step.get(step, {}).get("eval_mean_iou"),
             dataset=self.dataset,
@@ -230,7 +233,10 @@ class ASelectCallback(TrainerCallback):
             license=self.license,
             training=training if step else None,
         )
-        write_model_card(model, str(args.output_dir), **model.card_facts)
+        # Around it may be peft's, which the card is to tell of, in what accelerate puts around.
+        while not hasattr(trained, "get_base_model") and trained is not model:
+            trained = trained.module
+        write_model_card(trained, str(args.output_dir), **model.card_facts)
 
 
 def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put around it

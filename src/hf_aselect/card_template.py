@@ -1,0 +1,120 @@
+"""The text of a model card, for the Hub's `ModelCard.from_template`. In the code, which travels with a model."""
+
+TEMPLATE = """\
+{%- macro table(head, rows) -%}
+| what | {{ head }} |
+| --- | --- |
+{%- for name, value in rows.items() %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+{%- endmacro -%}
+---
+{{ card_data }}
+---
+
+# {{ facts.model_name }}
+
+A diffusion transformer (DiT) {{ task.does }}, made with hf_aselect. A DiT learned to generate pictures; its tokens \
+at the right noise level, the *timestep*, also tell what is in one.
+
+## The timestep
+
+{{ how }}
+
+{{ table("value", choice) }}
+{%- if facts.confidence is not none %}
+
+**How sure.** {{ "{:.0%}".format(facts.confidence) }} of resamples of the pictures choose this timestep or one close \
+to it{% if stopped_by %}; {{ stopped_by }}{% endif %}.
+{%- for warning in facts.warnings %}
+{{ "\n" if loop.first }}- {{ warning }}
+{%- endfor %}
+{%- endif %}
+{%- if facts.figure %}
+
+![Criterion over the timestep]({{ facts.figure }})
+{%- endif %}
+{%- if results %}
+
+## Results
+
+{{ table(metric, results) }}
+{%- if facts.command %}
+
+Command: `{{ facts.command }}`
+{%- endif %}
+{%- endif %}
+
+## Use
+
+{% if facts.adapter_of -%}
+```python
+import hf_aselect  # registers the model with the Auto classes
+from peft import PeftModel
+from transformers import {{ auto }}
+
+folder = "{{ folder }}"{{ "" if facts.repo_id else "  # this folder, or the adapter's id on the Hub" }}
+model = {{ auto }}.from_pretrained("{{ facts.adapter_of }}")
+model = PeftModel.from_pretrained(model, folder)
+```
+{%- else -%}
+```python
+import hf_aselect  # registers the model with the Auto classes
+from transformers import AutoImageProcessor, {{ auto }}{{ ", pipeline" if task.verb }}
+
+folder = "{{ folder }}"{{ "" if facts.repo_id else "  # this folder, or the model's id on the Hub" }}
+model = {{ auto }}.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder)
+{%- if task.verb %}
+{{ task.verb }} = pipeline("{{ facts.task }}", model=folder)
+{%- endif %}
+```
+
+Without hf_aselect, where torch{% if facts.needs_diffusers is false %} and transformers{% else %}, transformers and \
+diffusers{% endif %} are installed, the code beside the weights does the same; `trust_remote_code` \
+says that it may run:
+
+```python
+from transformers import AutoImageProcessor, {{ auto }}
+
+folder = "{{ folder }}"
+model = {{ auto }}.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+```
+{%- endif %}
+{%- if training %}
+
+## Training
+
+{{ table("value", training) }}
+{%- endif %}
+{%- if facts.limits or is_non_commercial %}
+
+## Limits
+{%- if is_non_commercial %}
+
+**Not for commercial use**, as the licence of the weights that it was made from says.
+{%- endif %}
+{%- if facts.limits %}
+
+{{ facts.limits }}
+{%- endif %}
+{%- endif %}
+
+## Source
+
+That a timestep can be chosen without labels is A-SelecT's idea (Liu et al., CVPR 2026 Findings,
+[arXiv 2603.25758](https://arxiv.org/abs/2603.25758)):
+
+```bibtex
+@misc{aselect,
+  title = {A-SelecT},
+  author = {Liu and others},
+  year = {2026},
+  eprint = {2603.25758},
+  archivePrefix = {arXiv}
+}
+```
+
+{{ yours }}
+"""
