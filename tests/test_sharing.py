@@ -447,3 +447,37 @@ def test_an_adapter_is_pushed_alone_and_loaded_by_strangers(hub, pushed, tmp_pat
     code = quiet + READ + code + "\nimport sys\ntorch.save(outputs(model), sys.argv[1])"
     python(code, tmp_path / "card.pt", home=tmp_path / "d", **options)
     assert torch.equal(torch.load(tmp_path / "card.pt"), expected)
+
+
+def test_the_readme_letter_by_letter(hub, classifier, tmp_path):
+    """Its section on sharing, in a folder with a saved model and the examples."""
+    root = Path(__file__).parents[1]
+    section = (root / "README.md").read_text(encoding="utf-8").split("## Share a model")[1].split("\n## ")[0]
+    codes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    commands = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    loads = re.findall(r"`(AutoModel\S+\(\"me/fashion-classifier\"\))`", section)
+    assert len(codes) == 1 and len(commands) == 2 and len(loads) == 1
+    (tmp_path / "examples").symlink_to(root / "examples")
+    classifier.save_pretrained(tmp_path / "fashion-classifier")
+    code = "from hf_aselect import DiTForImageClassification\n"
+    code += f"model = DiTForImageClassification.from_pretrained('fashion-classifier')\n{codes[0]}"
+    here = f"import os; os.chdir({str(tmp_path)!r})\n"
+    python(here + code, hub=hub, home=tmp_path / "home")
+    assert hub.repos["model", "me/fashion-classifier"].private
+    given = environment(hub, tmp_path / "home")
+    given["PATH"] = f"{Path(sys.executable).parent}:{given['PATH']}"
+    for command in commands:
+        done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, env=given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(hub.repos["model", "me/fashion-classifier"].messages) == 2
+    assert "87.7% (87.0% to 88.0%, 3 runs)" in (tmp_path / "fashion-classifier" / "README.md").read_text("utf-8")
+    load = f"import torch, hf_aselect\nfrom transformers import AutoModelForImageClassification\nmodel = {loads[0]}"
+    python(
+        f"{READ}\n{load}\nimport sys\ntorch.save(outputs(model), sys.argv[1])",
+        tmp_path / "x.pt",
+        hub=hub,
+        home=tmp_path,
+    )
+    with torch.no_grad():
+        pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        assert torch.equal(torch.load(tmp_path / "x.pt"), classifier.eval()(pixels).logits)
