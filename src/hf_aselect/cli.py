@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers.utils import logging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 1 with one line on stderr that says what went wrong.
+    """Run one command and return its exit code: 0; 1 with a line on stderr that says what went wrong; 130 after Ctrl-C.
 
     Args:
         arguments: Words of the command line; those of the process if None.
@@ -51,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"hf-aselect: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("hf-aselect: interrupted; what was there before is as it was", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -285,6 +287,7 @@ def _select(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
     from .modeling_aselect import DiTModel
     from .timestep_selection import select_timestep
+    from .whole_folder import whole_files
 
     logging.set_verbosity_error()
     names = ("criterion", "block", "feature", "max_images", "batch_size", "seed")
@@ -317,12 +320,13 @@ def _select(parsed: argparse.Namespace) -> None:
         f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
     )
     if parsed.output:
-        folder = Path(parsed.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".selection.json.incomplete"
-        temporary.write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
-        os.replace(temporary, folder / "selection.json")
-        written = [folder / "selection.json", *selection.plot(folder / "timestep_curve.png")]
+        with whole_files(parsed.output) as unfinished:
+            (unfinished / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
+            pictures = selection.plot(unfinished / "timestep_curve.png")
+        written = [Path(parsed.output) / name for name in ("selection.json", *(path.name for path in pictures))]
+        heat_map = Path(parsed.output) / "timestep_curve_heat_map.png"
+        if heat_map not in written:  # that of an earlier choice would seem to be of this one
+            heat_map.unlink(missing_ok=True)
         print(f"Saved {', '.join(str(path) for path in written)}.")
 
 

@@ -34,6 +34,7 @@ from .publishing import create_repository, keep_own_words, upload, write_for_str
 from .selection_record import TimestepSelection
 from .taps import MASSIVE_FEATURES, Tap, tap_key
 from .timestep_selection import select_timestep
+from .whole_folder import whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +273,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """Save configuration, weights and the code of the model, as the host does.
 
         The code lets the folder be loaded where this package is not installed, with `trust_remote_code=True`. The
-        record of a choice that is not in use is left out.
+        record of a choice that is not in use is left out. What lies in the folder is replaced when all is written: a
+        full disk or an interruption leaves what was there.
 
         Args:
             save_directory: Folder to write.
@@ -294,7 +296,14 @@ class ASelectPreTrainedModel(PreTrainedModel):
         # What it was loaded from may have been of another class, whose code is not in this folder.
         config.auto_map = {}
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            if os.path.isfile(save_directory):  # of which the host says what is wrong
+                super().save_pretrained(save_directory, *args, **kwargs)
+            else:
+                with whole_files(save_directory) as unfinished:
+                    super().save_pretrained(unfinished, *args, **kwargs)
+                    written = {path.name for path in unfinished.iterdir()}
+                if "config.json" in written and kwargs.get("variant") is None:
+                    _remove_other_weights(Path(save_directory), written)
         finally:
             config.selection = record
         if push_to_hub and kwargs.get("is_main_process", True):
@@ -731,6 +740,13 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
+
+
+def _remove_other_weights(folder: Path, written: set[str]) -> None:
+    """Remove the files of weights that an earlier save left, in more shards or fewer, as the host does."""
+    for path in folder.glob("model*.safetensors*"):
+        if path.name not in written and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+            path.unlink()
 
 
 def _files_of(folder: str | os.PathLike[str]) -> dict[str, int]:

@@ -6,6 +6,9 @@ downloads the source distribution of the installed version through pip and keeps
 (`$XDG_CACHE_HOME` or `~/.cache`); `pytest tests/host` then runs them on our classes, and is skipped before.
 """
 
+import importlib
+import importlib.machinery
+import json
 import os
 import shutil
 import subprocess
@@ -13,10 +16,14 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import transformers
+
+# The host's tests import each other by dots, so they need a package around them.
+PACKAGE = "transformers_tests"
 
 
 def folder() -> Path:
@@ -26,7 +33,10 @@ def folder() -> Path:
 
 
 def fetch() -> Path:
-    """Download the tests, unless they are there; the folder appears whole or not at all."""
+    """Download the tests, unless they are there; the folder appears whole or not at all.
+
+    These are all that the source distribution has of them: the files of `tests/`, none of its folders.
+    """
     target = folder()
     if target.is_dir():
         return target
@@ -44,19 +54,62 @@ def fetch() -> Path:
     return target
 
 
+def stand_in(name: str, **contents: object) -> None:
+    """Put a module in the place of one of the host's repository that its source distribution lacks."""
+    parent, _, _ = name.rpartition(".")
+    if parent and parent not in sys.modules:
+        stand_in(parent)
+    module = ModuleType(name)
+    module.__path__ = []
+    vars(module).update(contents)
+    sys.modules.setdefault(name, module)
+
+
+def _not_here(*args: object, **kwargs: object) -> None:
+    raise NotImplementedError("transformers' source distribution lacks what this test needs.")
+
+
+def _prepare() -> None:
+    """Make the package, with what the source distribution lacks of it."""
+    if PACKAGE in sys.modules:
+        return
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(folder())]
+    package.__spec__ = importlib.machinery.ModuleSpec(PACKAGE, None, is_package=True)
+    sys.modules[PACKAGE] = package
+    # Only tests with pictures of the Hub use it.
+    stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: url)
+    # Tests of exporters and of text generation: mixins that `ModelTesterMixin` inherits from, or looks for.
+    stand_in(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+    stand_in(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
+    # A value that is not the default for each field that all configurations have.
+    common = {
+        "return_dict": False,
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "dtype": "float16",
+        "chunk_size_feed_forward": 5,
+        "architectures": ["BertModel"],
+        "id2label": {0: "label"},
+        "label2id": {"label": 0},
+        "problem_type": "regression",
+    }
+    stand_in(f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs=common)
+    # How FSDP's tests start their processes: only for language models that have a plan of their own.
+    started = ("backend", "device_type")
+    names = [f"_get_distributed_{name}" for name in started]
+    names += ["_get_rank_device", "_set_rank_device", "_start_rank_processes", "run_distributed"]
+    stand_in(f"{PACKAGE}.distributed_testing_utils", **dict.fromkeys(names, _not_here))
+
+
 def host_module(name: str) -> ModuleType:
     """Import one of the host's test modules, or skip the module that asks for it."""
     if not folder().is_dir():
         pytest.skip("transformers' tests are not here: run `python tests/host/host_tests.py`", allow_module_level=True)
-    # A module of the host's repository that its source distribution lacks; only tests with pictures of the Hub use it.
-    stand_in = ModuleType("fetch_hub_objects_for_ci")
-    stand_in.url_to_local_path = lambda url: url
-    sys.modules.setdefault(stand_in.__name__, stand_in)
-    sys.path.insert(0, str(folder()))
-    try:
-        return __import__(name)
-    finally:
-        sys.path.remove(str(folder()))
+    _prepare()
+    # Two modules import the host anew from its source tree, which is not here: the installed one serves.
+    with patch("transformers.utils.direct_transformers_import", lambda path: transformers):
+        return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 if __name__ == "__main__":

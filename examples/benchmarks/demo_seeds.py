@@ -1,0 +1,83 @@
+"""The demo with several seeds, and the card of the classifier that it makes.
+
+    python examples/benchmarks/demo_seeds.py --output_dir demo-seeds --card model_cards/fashion-mnist-classifier
+
+runs `hf-aselect demo` with seeds 0, 1 and 2 (five minutes each on two CPU cores), and writes the card of seed 0's
+model with the figures of all. A seed whose results are there is not run again. `seeds.json` beside the card has what
+it was made from.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from hf_aselect import ASelectConfig, DiTForImageClassification
+from hf_aselect.cli import main as hf_aselect
+from hf_aselect.model_card import facts_of_card
+from hf_aselect.publishing import write_card_of
+
+BASELINES = {
+    "linear probe at the chosen timestep": "selected",
+    "linear probe at t = 0": "zero",
+    "linear probe at a random t (mean over the grid)": "random_mean",
+    "linear probe at the worst t": "worst",
+    "linear probe at the best t (exhaustive search)": "best",
+    "logistic regression on raw pixels": "raw_pixels",
+}
+LIMITS = (
+    "It knows Fashion-MNIST's ten classes of clothes, as grey pictures of 28 × 28 pixels on a black ground, and calls "
+    "anything else one of them. It was trained on 4,000 pictures, to show the road."
+)
+
+
+def run(seed: int, output: Path) -> dict[str, Any]:
+    """Return the results of the demo with a seed, which is run unless they are there."""
+    if not (output / "results.json").is_file() and hf_aselect(["demo", "--seed", str(seed), "--output", str(output)]):
+        raise RuntimeError(f"The demo with seed {seed} failed.")
+    results: dict[str, Any] = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    return results
+
+
+def write_card(results: list[dict[str, Any]], config: ASelectConfig, known: dict[str, Any], folder: Path) -> None:
+    """Write the card of the first seed's model, with the figures of all seeds."""
+    figures = {name: [each["accuracy"][name] for each in results] for name in ("attention_head", *BASELINES.values())}
+    seeds = " ".join(str(each["seed"]) for each in results)
+    known["training"] = {**known["training"], "seed": ", ".join(seeds.split())}
+    facts = {
+        **known,
+        "accuracy": figures["attention_head"],
+        "baselines": {name: _one_or_all(figures[key]) for name, key in BASELINES.items()},
+        "command": f"python examples/benchmarks/demo_seeds.py --output_dir demo-seeds --card CARD --seeds {seeds}",
+        "limits": LIMITS,
+    }
+    write_card_of(config, DiTForImageClassification, folder, **facts)
+
+
+def _one_or_all(values: list[float]) -> float | list[float]:
+    """Return a figure that no seed changes once."""
+    return values[0] if max(values) == min(values) else values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True, help="folder of the demos")
+    parser.add_argument("--card", required=True, help="folder for the card")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args = parser.parse_args()
+    output = Path(args.output_dir)
+    results = [run(seed, output / f"seed-{seed}") for seed in args.seeds]
+    model = output / f"seed-{args.seeds[0]}" / "model"
+    config = ASelectConfig.from_pretrained(model)
+    known = facts_of_card(model / "README.md")
+    folder = Path(args.card)
+    write_card(results, config, known, folder)
+    content = {"results": results, "config": config.to_diff_dict(), "known": facts_of_card(model / "README.md")}
+    (folder / "seeds.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    heads = [each["accuracy"]["attention_head"] for each in results]
+    print(f"Attention head: {statistics.mean(heads):.1%} ({min(heads):.1%} to {max(heads):.1%}). Saved {folder}.")
+
+
+if __name__ == "__main__":
+    main()
