@@ -1,6 +1,7 @@
 """Pieces of code in processes of their own that begin with the package imported, which takes longer than they do."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 # Reads a line of JSON, forks, runs the code in the child, and answers with a line of JSON.
 SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, time, traceback
 import torch, transformers, datasets, peft
 import hf_aselect, hf_aselect.metrics
 import huggingface_hub.constants as constants
@@ -42,7 +43,15 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    answer = {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
+    ended = 0
+    if task["kill_after"] is not None:
+        time.sleep(task["kill_after"])
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, task["signal"])
+    if not ended:
+        _, status = os.waitpid(child, 0)
+    answer = {"code": os.waitstatus_to_exitcode(status)}
     print(json.dumps(answer), file=sys.__stdout__, flush=True)
 """
 
@@ -64,8 +73,11 @@ class Forking:
             env=environment,
         )
 
-    def run(self, code, *words, environment):
-        """Run code with words on its command line; return its exit status and all that it says."""
+    def run(self, code, *words, environment, kill_after=None, sign=signal.SIGKILL):
+        """Run code with words on its command line; return its exit status and all that it says.
+
+        After some seconds it gets a signal, if asked for.
+        """
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output"
             task = {
@@ -74,6 +86,8 @@ class Forking:
                 "environment": environment,
                 "without": [name for name in self.environment if name not in environment],
                 "output": str(output),
+                "kill_after": kill_after,
+                "signal": int(sign),
             }
             self.process.stdin.write(json.dumps(task) + "\n")
             self.process.stdin.flush()

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import example
+from PIL import Image as PILImage
 from pipelines import dit, flux_dev, lumina2, pixart_sigma, sana, sd3, sit
 
-from hf_aselect import DiTForImageClassification, select_timestep
+from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, select_timestep
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "model_cards" / "selection-benchmark"
@@ -273,3 +274,51 @@ def test_the_readme_quotes_the_benchmark_of_speed(speed):
     assert set(quoted) == {"early exit", "folded", "folded onnx", "diffusers bf16", "folded bf16"}
     for way, cells in quoted.items():
         assert cells == [f"{times_as_fast(content, size[4:], 8, way):.1f}" for size in head], way
+
+
+CLASSIFIER = ROOT / "model_cards" / "fashion-mnist-classifier"
+
+
+@pytest.fixture(scope="module")
+def demos():
+    """What the demo gave with three seeds, and the script that makes a card of it."""
+    return json.loads((CLASSIFIER / "seeds.json").read_text(encoding="utf-8")), example("benchmarks/demo_seeds.py")
+
+
+def test_the_card_of_the_classifier_is_rendered_from_its_results(demos, tmp_path):
+    content, script = demos
+    assert [each["seed"] for each in content["results"]] == [0, 1, 2]
+    script.write_card(content["results"], ASelectConfig(**content["config"]), content["known"], tmp_path)
+    assert (tmp_path / "README.md").read_text("utf-8") == (CLASSIFIER / "README.md").read_text("utf-8")
+    assert (CLASSIFIER / "timestep_curve.png").is_file()
+
+
+def test_the_classifiers_head_beats_what_it_is_compared_with(demos):
+    """By more than seeds differ; and the chosen timestep loses less than a point against the best."""
+    results = demos[0]["results"]
+    for each in results:
+        figures = each["accuracy"]
+        heads = [other["accuracy"]["attention_head"] for other in results]
+        assert min(heads) - max(figures["raw_pixels"], figures["best"]) > max(heads) - min(heads)
+        assert figures["best"] - figures["selected"] < 0.01
+        assert figures["selected"] > max(figures["zero"], figures["random_mean"], figures["worst"])
+
+
+def test_the_code_of_the_classifiers_card_runs(demos, tmp_path, monkeypatch):
+    """On the embedded DiT with a head that is not trained: the weights of the card's model are not in git."""
+    config = ASelectConfig(**demos[0]["config"])
+    model = DiTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    ASelectImageProcessor.from_model_config(config).save_pretrained(tmp_path)
+    with_package, without = re.findall(
+        r"```python\n(.*?)```", (CLASSIFIER / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(with_package, "card", "exec"), scope)
+    found = scope["classify"](PILImage.new("L", (28, 28)), top_k=10)
+    assert {each["label"] for each in found} == set(config.id2label.values())
+    code = f"import sys; sys.modules['hf_aselect'] = None\n{without}\nprint(type(model).__module__)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("transformers_modules."), done.stderr[-2000:]

@@ -105,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
         elif parts[0] == "lfs":
             self.take_blob(parts[1])
         elif parts[0] == "api":
+            if len(parts) < 4:  # of all repositories, or of one without an owner
+                self.refuse(404, "RepoNotFound", "Repository not found.")
+                return
             kind, owner, name, *rest = parts[1:]
             self.of_repo(kind.removesuffix("s"), f"{owner}/{name}", rest, parse_qs(url.query))
         elif url.path.endswith(".git/info/lfs/objects/batch"):

@@ -26,6 +26,7 @@ BASELINES = {
     "linear probe at the best t (exhaustive search)": "best",
     "logistic regression on raw pixels": "raw_pixels",
 }
+CARD = "model_cards/fashion-mnist-classifier"
 LIMITS = (
     "It knows Fashion-MNIST's ten classes of clothes, as grey pictures of 28 × 28 pixels on a black ground, and calls "
     "anything else one of them. It was trained on 4,000 pictures, to show the road."
@@ -49,7 +50,7 @@ def write_card(results: list[dict[str, Any]], config: ASelectConfig, known: dict
         **known,
         "accuracy": figures["attention_head"],
         "baselines": {name: _one_or_all(figures[key]) for name, key in BASELINES.items()},
-        "command": f"python examples/benchmarks/demo_seeds.py --output_dir demo-seeds --card CARD --seeds {seeds}",
+        "command": f"python examples/benchmarks/demo_seeds.py --output_dir demo-seeds --card {CARD} --seeds {seeds}",
         "limits": LIMITS,
     }
     write_card_of(config, DiTForImageClassification, folder, **facts)

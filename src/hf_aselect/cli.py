@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError  # of a disk that is full, among others
 from transformers.utils import logging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0; 1 with a line on stderr that says what went wrong; 130 after Ctrl-C.
+    """Run a command and return its exit code: 0; 1 with a line on stderr that says what went wrong; 130 after Ctrl-C.
 
     Args:
         arguments: Words of the command line; those of the process if None.
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # It says where the check stands; its cause says what is wrong.
         print(f"hf-aselect: error: {error.__cause__ or error}", file=sys.stderr)
         return 1
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         print(f"hf-aselect: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -320,13 +321,11 @@ def _select(parsed: argparse.Namespace) -> None:
         f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
     )
     if parsed.output:
-        with whole_files(parsed.output) as unfinished:
+        # The heat map of an earlier choice would seem to be of this one.
+        with whole_files(parsed.output, r"timestep_curve(_heat_map)?\.png") as unfinished:
             (unfinished / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
             pictures = selection.plot(unfinished / "timestep_curve.png")
         written = [Path(parsed.output) / name for name in ("selection.json", *(path.name for path in pictures))]
-        heat_map = Path(parsed.output) / "timestep_curve_heat_map.png"
-        if heat_map not in written:  # that of an earlier choice would seem to be of this one
-            heat_map.unlink(missing_ok=True)
         print(f"Saved {', '.join(str(path) for path in written)}.")
 
 

@@ -1,7 +1,7 @@
 """Configuration of the A-SelecT models: every value that changes their output."""
 
 import difflib
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -52,6 +52,7 @@ _WRITTEN_BY_TRANSFORMERS = {
     "output_attentions",
     "quantization_config",
     "stage_names",
+    "tie_word_embeddings",
     "torch_dtype",
     "use_cache",
 }
@@ -212,6 +213,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if values["out_indices"] == self._default_out_indices():
             del values["out_indices"]
         return values
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
+        """Return this configuration: there is no text. The host would take `decoder` for one that is nested."""
+        return self
 
     def _check_order(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
         """Refuse stages that there are not, or that are out of order; the host takes the first wrong one for right."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .taps import BEFORE_ATTENTION, Tap
 
@@ -35,6 +36,21 @@ class Pass:
     output_condition: Any = None
 
 
+class BlockStep(GradientCheckpointingLayer):
+    """Runs a block so that the host can have it computed anew in the backward pass; has no weights of its own.
+
+    diffusers' transformers have the same in a `forward` that is not used here.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, context: Tensor | None, state: Pass, advance: Callable[[Pass], None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens and the text's tokens after the block, without changing the state."""
+        after = replace(state, hidden_states=hidden_states, context=context)
+        advance(after)
+        return after.hidden_states, after.context
+
+
 class Denoiser(nn.Module, ABC):
     """A diffusion transformer that is read at one block, and run no further; or run to its end, to generate.
 
@@ -54,11 +70,6 @@ class Denoiser(nn.Module, ABC):
     # that says how wide each is.
     prompt_fields: ClassVar[dict[str, str]] = {}
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
-
-    # What the host sets by `activation_checkpointing_enable`: in training, blocks are computed anew in the backward
-    # pass in place of being remembered. diffusers' transformers have the same in a `forward` that is not used here.
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Any]
 
     transformer: Any  # diffusers is imported when a denoiser is built, not here
     prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
@@ -86,6 +97,7 @@ class Denoiser(nn.Module, ABC):
             self._check_prompt(prompt_shapes)
             for name, shape in prompt_shapes.items():
                 self.register_buffer(name, torch.zeros(shape))
+        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
 
     def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
         """Refuse embeddings of the prompt that the transformer does not take."""
@@ -211,23 +223,18 @@ class Denoiser(nn.Module, ABC):
                 if feature != "hidden":
                     tokens[index, feature] = _as_if_called(block, partial(self._read, state, block, feature))
             if index < last or "hidden" in asked:
-                self._step(state, block)
+                self._step(state, index)
             if "hidden" in asked:
                 tokens[index, "hidden"] = self.tokens_of(state)
         return tokens
 
-    def _step(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def _step(self, state: Pass, index: int) -> None:
         """Run a block, changing the state; with checkpoints, if the host asked for them."""
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            self.advance(state, block)
+        advance, step = partial(self.advance, block=self.blocks[index]), self.steps[index]
+        if not step.gradient_checkpointing:
+            advance(state)
             return
-
-        def run(hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            after = replace(state, hidden_states=hidden_states, context=context)
-            self.advance(after, block)
-            return after.hidden_states, after.context
-
-        state.hidden_states, state.context = self._gradient_checkpointing_func(run, state.hidden_states, state.context)
+        state.hidden_states, state.context = step(state.hidden_states, state.context, state=state, advance=advance)
 
     def predict(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return what the transformer predicts, running all of it: what its scheduler's `prediction_type` says.

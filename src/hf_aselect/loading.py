@@ -19,6 +19,10 @@ HEADS = ("head", "decoder")
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "variant")
 
 
+class MismatchedSizesError(ValueError, RuntimeError):
+    """A head of other shapes than the configuration says; the host's own is a `RuntimeError`, which some catch."""
+
+
 def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Put the configuration and weights that diffusers saved in a folder into the keywords of `from_pretrained`."""
     if kwargs.get("config") is not None:
@@ -54,7 +58,11 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
 
 
 def check_loaded(
-    source: str | os.PathLike[str], info: dict[str, Any], model: PreTrainedModel, ignore_mismatched_sizes: bool
+    source: str | os.PathLike[str],
+    info: dict[str, Any],
+    model: PreTrainedModel,
+    ignore_mismatched_sizes: bool,
+    is_info_asked: bool,
 ) -> None:
     """Refuse a checkpoint whose backbone or head is incomplete or of other shapes.
 
@@ -64,21 +72,23 @@ def check_loaded(
         model: What was loaded.
         ignore_mismatched_sizes: Whether a head of other shapes, or another kind of head, was asked to be replaced by
             a new one.
+        is_info_asked: Whether the loading info goes to the caller, who then sees what is missing of the backbone.
 
     Raises:
         ValueError: If it is one.
     """
-    _check_backbone_is_complete(source, info)
+    _check_backbone_is_complete(source, info, is_info_asked)
     _check_head_is_whole(source, info, model, ignore_mismatched_sizes)
     if not ignore_mismatched_sizes:
         _check_head_fits(source, info)
 
 
-def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
+def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any], is_info_asked: bool) -> None:
     """Refuse a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
-    broken = {name for name in info["missing_keys"] if "denoiser." in name or "vae." in name}
-    broken |= {name for name in info["unexpected_keys"] if "denoiser." in name or "vae." in name}
-    broken |= {entry[0] for entry in info["mismatched_keys"] if "denoiser." in entry[0] or "vae." in entry[0]}
+    unfit = {entry[0] for entry in info["mismatched_keys"]}
+    if not is_info_asked:
+        unfit |= {*info["missing_keys"], *info["unexpected_keys"]}
+    broken = {name for name in unfit if "denoiser." in name or "vae." in name}
     if broken:
         raise ValueError(
             f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
@@ -122,7 +132,7 @@ def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> No
     """Refuse a checkpoint whose head has other shapes than the configuration says."""
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
+        raise MismatchedSizesError(
             f"The head saved in {str(source)!r} does not fit the configuration: {name!r} has shape {tuple(found)}, "
             f"expected {tuple(expected)}. Pass `ignore_mismatched_sizes=True` to start with a new head, or leave "
             "`num_labels` and the sizes of the head as they were saved."

@@ -34,7 +34,7 @@ from .publishing import create_repository, keep_own_words, upload, write_for_str
 from .selection_record import TimestepSelection
 from .taps import MASSIVE_FEATURES, Tap, tap_key
 from .timestep_selection import select_timestep
-from .whole_folder import whole_files
+from .whole_folder import finish_files, whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
 PUSH_OPTIONS = (
     *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"),
 )
+OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
 
 
@@ -78,11 +79,13 @@ class ASelectPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"vae"}  # noqa: RUF012 - the host's way
 
     def post_init(self) -> None:
-        """Finish building, as the host's; of the blocks that must not be split only those that are here are named."""
+        """Finish building, as the host's; of the modules that it is told of only those that are here are named."""
         super().post_init()
         # accelerate's FSDP refuses a model that names a class which it does not hold: those of all other families.
         here = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules or () if name in here}
+        if self._base().vae is None:
+            self._keep_in_fp32_modules_strict = set()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -91,6 +94,10 @@ class ASelectPreTrainedModel(PreTrainedModel):
         if denoiser.position_embedding is not None and module is denoiser.position_embedding:
             # diffusers keeps the table out of checkpoints, and loading builds the model without data.
             init.copy_(module.pos_embed, denoiser.position_table())
+        if module is denoiser:
+            # Positions of a folded model, the empty prompt: nothing until they are loaded.
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                init.zeros_(tensor)
         if isinstance(module, AttentionHead):
             init.zeros_(module.class_token)
             # As in ViT and DiT. With the host's narrow normal distribution a small head learns several times slower.
@@ -104,9 +111,9 @@ class ASelectPreTrainedModel(PreTrainedModel):
         return base
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,  # noqa: ANN401 - the host's signature
         calibration_images: Any = None,  # noqa: ANN401 - whatever `select_timestep` takes
         **kwargs: Any,  # noqa: ANN401 - the host's signature
@@ -118,7 +125,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 (folder or id), or as much of one as `transformer/` and `scheduler/` (and `vae/` for a DiT in latent
                 space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
                 noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
-                empty prompt, which the pipeline's text encoders are loaded for, once.
+                empty prompt, which the pipeline's text encoders are loaded for, once. None to load nothing, but build
+                the model of `config=` from the weights in `state_dict=`; what is missing there is new.
             args: Passed on to the host.
             calibration_images: Pictures to choose the timestep from, as in `select_timestep`. Without them the
                 transformer generates some, which takes a while for a large one.
@@ -133,8 +141,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If the folder is none of those, its files are broken, has only pickled weights, a part of the
-                backbone's weights is missing, a field is unknown or out of range, or `calibration_images` are given
-                though the timestep is fixed.
+                backbone's weights is missing (but for `output_loading_info=True`, which returns what is), a field is
+                unknown or out of range, or `calibration_images` are given though the timestep is fixed.
             OSError: If a repository of the Hub is not found or may not be read, or the Hub cannot be reached.
         """
         source = pretrained_model_name_or_path
@@ -144,13 +152,17 @@ class ASelectPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
         text = {name: kwargs.pop(name) for name in (*TEXT_PARTS, "prompt_embeds") if name in kwargs}
-        folder = find_diffusers(
-            source,
-            HubOptions(**{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}),
-            without=[name for name in text if name != "prompt_embeds"],
-            has_prompt=text.get("prompt_embeds") is not None,
-        )
-        if folder is not None:
+        folder = None
+        if source is not None:
+            if os.path.isdir(source):
+                finish_files(source)
+            folder = find_diffusers(
+                source,
+                HubOptions(**{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}),
+                without=[name for name in text if name != "prompt_embeds"],
+                has_prompt=text.get("prompt_embeds") is not None,
+            )
+        if source is not None and folder is not None:
             take_diffusers(source, folder, text, kwargs)
             path = None
         elif text:
@@ -178,7 +190,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
             raise
         model: Self
         model, info = loaded
-        check_loaded(source, info, model, ignore_mismatched_sizes)
+        if source is not None:
+            check_loaded(source, info, model, ignore_mismatched_sizes, output_loading_info)
         model._base().freeze()  # the host makes every loaded weight trainable
         model._settle_timestep(calibration_images)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
@@ -299,11 +312,9 @@ class ASelectPreTrainedModel(PreTrainedModel):
             if os.path.isfile(save_directory):  # of which the host says what is wrong
                 super().save_pretrained(save_directory, *args, **kwargs)
             else:
-                with whole_files(save_directory) as unfinished:
+                # Weights of an earlier save in more shards, or fewer, go, as the host has it.
+                with whole_files(save_directory, None if kwargs.get("variant") else OWN_WEIGHTS) as unfinished:
                     super().save_pretrained(unfinished, *args, **kwargs)
-                    written = {path.name for path in unfinished.iterdir()}
-                if "config.json" in written and kwargs.get("variant") is None:
-                    _remove_other_weights(Path(save_directory), written)
         finally:
             config.selection = record
         if push_to_hub and kwargs.get("is_main_process", True):
@@ -561,11 +572,40 @@ class ASelectPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If the timestep is not chosen yet, the pictures do not fit, or there is no such tap.
         """
+        read, (rows, columns) = self.read_pictures(taps, pixel_values)
+        return {tap: token_map(tokens, rows, columns) for tap, tokens in read.items()}
+
+    def read_pictures(
+        self, taps: Sequence[Tap], pixel_values: Tensor | None, latents: Tensor | None = None
+    ) -> tuple[dict[Tap, Tensor], tuple[int, int]]:
+        """Return tokens, (B, N, D), at each (block, feature) of `taps`, from one pass, and their rows and columns.
+
+        Args:
+            taps: Blocks, counted from the first, and features.
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, the pictures do not fit, or there is no such tap.
+        """
         for tap in taps:
             self.config.check_tap(*tap)
-        timestep, latents = self._resolved_timestep(), self.encode(pixel_values)
-        read, (rows, columns) = self._read(latents, timestep, list(taps), self.config.num_noise_draws)
-        return {tap: token_map(tokens, rows, columns) for tap, tokens in read.items()}
+        timestep, clean = self._resolved_timestep(), self._clean_latents(pixel_values, latents)
+        return self._read(clean, timestep, list(dict.fromkeys(taps)), self.config.num_noise_draws)
+
+    def hidden_taps(self, output_hidden_states: bool | None) -> list[Tap]:
+        """Return the taps of what the first block reads and of each block's output, if they are asked for.
+
+        Of a folded model these are those among them that it is read at.
+
+        Args:
+            output_hidden_states: Whether they are; None for what the configuration says.
+        """
+        if not (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states):
+            return []
+        folded = self.config.folding
+        every = [(index, "hidden") for index in range(-1, self.config.num_hidden_layers)]
+        return every if folded is None else [tap for tap in every if tap_key(*tap) in folded.taps]
 
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
         """Return clean latents: those given, or those of the pictures."""
@@ -742,13 +782,6 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _remove_other_weights(folder: Path, written: set[str]) -> None:
-    """Remove the files of weights that an earlier save left, in more shards or fewer, as the host does."""
-    for path in folder.glob("model*.safetensors*"):
-        if path.name not in written and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
-            path.unlink()
-
-
 def _files_of(folder: str | os.PathLike[str]) -> dict[str, int]:
     """Return the files of a folder, and when each was written; none if there is no folder."""
     paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
@@ -771,6 +804,8 @@ class DiTModel(ASelectPreTrainedModel):
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
         self.vae = build_vae_encoder(config)
+        if self.vae is not None:
+            self.vae.float()  # in half precision, too, where the model is built of its configuration
         if not config.folded and config._attn_implementation not in (None, "sdpa"):
             logger.warning(
                 "`attn_implementation=%r` is of no account here: diffusers' blocks run kernels of their own. The "
@@ -850,6 +885,7 @@ class DiTModel(ASelectPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         latents: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> BaseModelOutputWithPooling:
         """Return the tokens of pictures, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
@@ -857,11 +893,18 @@ class DiTModel(ASelectPreTrainedModel):
         Args:
             pixel_values: Pictures in [-1, 1], (B, C, H, W).
             latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
+            output_hidden_states: Whether to return what the first block reads and each block's output in
+                `hidden_states`, too, (B, N, D) each; runs all blocks.
             kwargs: Ignored; the host passes keywords that only some models know. `return_dict=False` gives a tuple.
 
         Raises:
             ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
-        tokens = self.extract_features(pixel_values, latents=latents)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
+        tap, every = (self.config.block_index(), self.config.feature), self.hidden_taps(output_hidden_states)
+        read, _ = self.read_pictures([tap, *every], pixel_values, latents)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=read[tap],
+            pooler_output=read[tap].mean(1),
+            hidden_states=tuple(read[each] for each in every) or None,
+        )

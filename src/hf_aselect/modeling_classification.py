@@ -48,6 +48,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         labels: Tensor | None = None,
         features: Tensor | None = None,
         latents: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> ImageClassifierOutput:
         """Return logits, (B, K), and the loss where labels are given.
@@ -59,6 +60,8 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             features: Tokens, (B, N, D), in place of `pixel_values`, as from `cache_features`; a linear head takes
                 their means, (B, D), too.
             latents: Clean latents, (B, C, h, w), in place of `pixel_values`, as from `encode`.
+            output_hidden_states: Whether to return what the first block reads and each block's output in
+                `hidden_states`, too, (B, N, D) each; runs all blocks, and needs pictures or latents.
             kwargs: Passed on to the loss. `return_dict=False` gives a tuple.
 
         Raises:
@@ -69,16 +72,19 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         refuse_tap_keywords(kwargs)
         if sum(given is not None for given in (pixel_values, features, latents)) != 1:
             raise ValueError("Give exactly one of `pixel_values`, `features` and `latents`.")
+        hidden_states = None
         if features is not None:
             tokens = self._checked_features(features)
         else:
-            tokens = self.extract_features(pixel_values, latents=latents)
+            tap, every = (self.config.block_index(), self.config.feature), self.hidden_taps(output_hidden_states)
+            read, _ = self.read_pictures([tap, *every], pixel_values, latents)
+            tokens, hidden_states = read[tap], tuple(read[each] for each in every) or None
         logits = self.head(tokens)
         loss = None
         if labels is not None:
             self._check_labels(labels)
             loss = self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
 
     def _checked_features(self, features: Tensor) -> Tensor:
         if features.ndim == 2 and self.config.head == "linear":

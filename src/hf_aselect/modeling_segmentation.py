@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_aselect import ASelectConfig
-from .decoders import LinearDecoder, UperNetDecoder, enlarge
+from .decoders import LinearDecoder, UperNetDecoder, enlarge, token_map
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
 
 
@@ -57,12 +57,8 @@ class DiTBackbone(BackboneMixin, DiTModel):
             ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
-        taps = self.taps()
-        depth = self.config.num_hidden_layers
-        every = [(index, "hidden") for index in range(-1, depth)] if output_hidden_states else []
-        maps = self.extract_maps(pixel_values, list(dict.fromkeys([*taps, *every])))
+        taps, every = self.taps(), self.hidden_taps(output_hidden_states)
+        maps = self.extract_maps(pixel_values, [*taps, *every])
         if not self.config.reshape_hidden_states:
             maps = {tap: _sequence(each) for tap, each in maps.items()}
         return BackboneOutput(
@@ -105,6 +101,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,  # noqa: ANN401 - the host's signature
     ) -> SemanticSegmenterOutput:
         """Return logits of every pixel, (B, K, H, W), and the loss where labels are given.
@@ -113,6 +110,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
             pixel_values: Pictures in [-1, 1], (B, C, H, W).
             labels: Class of each pixel in [0, K), (B, H, W), of any integer dtype;
                 `config.semantic_loss_ignore_index` is left out of the loss.
+            output_hidden_states: Whether to return what the first block reads and each block's output in
+                `hidden_states`, too, (B, N, D) each; runs all blocks.
             kwargs: Ignored, as the host passes keywords that only some models know. `return_dict=False` gives a tuple.
 
         Raises:
@@ -122,9 +121,9 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         refuse_tap_keywords(kwargs)
         if labels is not None:
             self._check_labels(labels, pixel_values)
-        taps = self.backbone.taps()
-        maps = self.backbone.extract_maps(pixel_values, taps)
-        logits, auxiliary = self.decoder([maps[tap] for tap in taps])
+        taps, every = self.backbone.taps(), self.hidden_taps(output_hidden_states)
+        read, (rows, columns) = self.backbone.read_pictures([*taps, *every], pixel_values)
+        logits, auxiliary = self.decoder([token_map(read[tap], rows, columns) for tap in taps])
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         logits = enlarge(logits, size)
         loss = None
@@ -133,7 +132,11 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
             loss = self._loss(logits, labels)
             if auxiliary is not None:
                 loss = loss + self.config.auxiliary_loss_weight * self._loss(enlarge(auxiliary, size), labels)
-        return SemanticSegmenterOutput(loss=loss, logits=logits)
+        return SemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(read[each] for each in every) or None,
+        )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of the pixels that have a class; 0 where none has, as a crop may have none."""

@@ -1,7 +1,9 @@
 """Folders that appear whole or not at all, and files that take the place of others when all of them are written."""
 
 import errno
+import filecmp
 import glob
+import json
 import logging
 import os
 import re
@@ -13,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+STEM = ".incomplete"  # of a hidden folder of files
+NOTE = ".complete"  # in it when all is written: the names of files that are to go
 
 
 def checked_output(output: str | os.PathLike[str]) -> Path:
@@ -63,38 +68,81 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_files(folder: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
     """Give a temporary folder in a folder; its files take the place of those there when all went well, else they go.
 
-    A disk that is full, an error or a signal while they are written leaves what was there before. Only between the
-    renames, which take no time, can a process that is killed leave some of both.
+    A disk that is full, an error or a signal while they are written leaves what was there before. Who is killed while
+    they are moved, which takes no time, leaves a note with them, by which the next one, or `finish_files`, ends it.
 
     Args:
         folder: The folder to write into, made if it is missing; its other files stay.
+        replaces: Pattern of names in the folder that go unless they are written anew, where one such is written.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    unfinished = _unfinished(target, ".incomplete")
+    unfinished = _unfinished(target, STEM)
     try:
         yield unfinished
-        for path in sorted(unfinished.iterdir()):
-            os.replace(path, target / path.name)
+        written = {path.name for path in unfinished.iterdir()}
+        stale = []
+        if replaces and any(re.fullmatch(replaces, name) for name in written):
+            stale = [path.name for path in target.iterdir() if re.fullmatch(replaces, path.name)]
+        note = unfinished / f"{NOTE}.incomplete"
+        note.write_text(json.dumps([name for name in stale if name not in written]), encoding="utf-8")
+        os.replace(note, unfinished / NOTE)
+        _move(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def finish_files(folder: str | os.PathLike[str]) -> None:
+    """Move what a process that was killed had written whole and not moved yet; drop what it had not.
+
+    Args:
+        folder: A folder that `whole_files` writes into.
+    """
+    _end_left_overs(Path(folder), STEM)
+
+
+def _move(unfinished: Path, target: Path) -> None:
+    """Move the files of a folder that has its note, and remove those that the note names."""
+    for path in sorted(unfinished.iterdir()):
+        there = target / path.name
+        # Most files of code are what they were: the less there is to move, the shorter is the time that it takes.
+        if path.name != NOTE and not (there.is_file() and _are_small_and_equal(path, there)):
+            os.replace(path, there)
+    for name in json.loads((unfinished / NOTE).read_text(encoding="utf-8")):
+        (target / name).unlink(missing_ok=True)
+
+
+def _are_small_and_equal(first: Path, second: Path) -> bool:
+    return first.stat().st_size < 1_000_000 and filecmp.cmp(first, second, shallow=False)
+
+
 def _unfinished(parent: Path, stem: str) -> Path:
-    """Make a hidden folder with a name that tells whose it is, and remove those of processes that were killed."""
-    host = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
-    for path in parent.glob(f"{glob.escape(stem)}-{host}-*"):
-        process = path.name.removeprefix(f"{stem}-{host}-").partition("-")[0]
-        if process.isdigit() and int(process) != os.getpid() and not _is_running(int(process)):
-            logger.warning("Removing %s, which a process that was killed left unfinished.", path)
-            shutil.rmtree(path, ignore_errors=True)
+    """Make a hidden folder with a name that tells whose it is, and end what processes left that were killed."""
+    _end_left_overs(parent, stem)
     # A name of its own: somebody else may be writing the same, and a folder of a fixed name may be somebody's.
-    unfinished = parent / f"{stem}-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    unfinished = parent / f"{stem}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     unfinished.mkdir()
     return unfinished
+
+
+def _end_left_overs(parent: Path, stem: str) -> None:
+    for path in parent.glob(f"{glob.escape(stem)}-{_host()}-*"):
+        process = path.name.removeprefix(f"{stem}-{_host()}-").partition("-")[0]
+        if not process.isdigit() or int(process) == os.getpid() or _is_running(int(process)):
+            continue
+        if (path / NOTE).is_file():
+            logger.warning("Ending the save of %s, which was killed when all was written.", path.parent)
+            _move(path, parent)
+        else:
+            logger.warning("Removing %s, which a process that was killed left unfinished.", path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
 
 
 def _is_running(process: int) -> bool:

@@ -8,7 +8,6 @@ downloads the source distribution of the installed version through pip and keeps
 
 import importlib
 import importlib.machinery
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
@@ -65,10 +64,6 @@ def stand_in(name: str, **contents: object) -> None:
     sys.modules.setdefault(name, module)
 
 
-def _not_here(*args: object, **kwargs: object) -> None:
-    raise NotImplementedError("transformers' source distribution lacks what this test needs.")
-
-
 def _prepare() -> None:
     """Make the package, with what the source distribution lacks of it."""
     if PACKAGE in sys.modules:
@@ -95,11 +90,11 @@ def _prepare() -> None:
         "problem_type": "regression",
     }
     stand_in(f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs=common)
-    # How FSDP's tests start their processes: only for language models that have a plan of their own.
-    started = ("backend", "device_type")
-    names = [f"_get_distributed_{name}" for name in started]
-    names += ["_get_rank_device", "_set_rank_device", "_start_rank_processes", "run_distributed"]
-    stand_in(f"{PACKAGE}.distributed_testing_utils", **dict.fromkeys(names, _not_here))
+    # How tests of FSDP start their processes: they are of language models alone, so it does not come to that.
+    unused = dict.fromkeys(
+        ["_get_distributed_backend", "_get_rank_device", "_set_rank_device", "_start_rank_processes"]
+    )
+    stand_in(f"{PACKAGE}.distributed_testing_utils", **unused, _get_distributed_device_type=lambda: "cpu")
 
 
 def host_module(name: str) -> ModuleType:
