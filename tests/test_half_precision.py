@@ -81,6 +81,13 @@ def test_a_bfloat16_model_trains_a_head_under_autocast(exact, sample):
     assert loss.isfinite() and model.head.classifier.weight.grad.isfinite().all()
 
 
+def test_a_model_of_a_configuration_has_its_vae_in_float32(latent_folder):
+    config = DiTModel.from_pretrained(latent_folder, timestep=50).config
+    built = DiTModel._from_config(config, dtype=torch.bfloat16)
+    assert built.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in built.vae.parameters()} == {torch.float32}
+
+
 def test_casting_a_model_leaves_the_vae_in_float32(latent_folder, tmp_path):
     """Encoders overflow in float16, and what is saved must not be rounded for good."""
     model = DiTModel.from_pretrained(latent_folder, timestep=50)

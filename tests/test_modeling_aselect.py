@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from conftest import HEAD, NUM_BLOCKS
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel
@@ -120,6 +121,69 @@ def test_of_a_base_checkpoint_only_the_head_is_missing(model, tmp_path):
     assert same_weights(loaded.backbone, model)
 
 
+def test_who_asks_for_the_loading_info_is_told_what_is_missing(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="do not fit their configuration"):
+        DiTModel.from_pretrained(tmp_path)
+    loaded, info = DiTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(loaded.state_dict())
+    assert info["unexpected_keys"] == {"other"}
+
+
+def test_without_a_checkpoint_the_weights_are_those_given(model):
+    loaded = DiTModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert same_weights(loaded, model)
+
+
+def test_there_is_no_text_configuration(model):
+    # The host takes a field of the name `decoder` for one.
+    assert model.config.get_text_config(decoder=True) is model.config
+
+
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_hidden_states_are_those_of_every_block(model, pixels, is_in_config):
+    asked = {} if is_in_config else {"output_hidden_states": True}
+    model.config.output_hidden_states = is_in_config
+    output = model(pixels, **asked)
+    stem, *blocks = output.hidden_states
+    noised = model.add_noise(model.encode(pixels), 50)
+    timesteps = torch.full((7,), 50)
+    assert torch.equal(stem, model.read_tokens(noised, timesteps, -1, "hidden"))
+    assert len(blocks) == NUM_BLOCKS
+    for block, hidden_states in enumerate(blocks):
+        assert torch.equal(hidden_states, model.extract_features(pixels, block=block, feature="hidden"))
+    model.config.output_hidden_states = False
+    assert torch.equal(output.last_hidden_state, model(pixels).last_hidden_state)
+
+
+def test_a_classifier_gives_the_hidden_states_of_its_backbone(classifier, pixels):
+    given = classifier(pixels, output_hidden_states=True).hidden_states
+    expected = classifier.backbone(pixels, output_hidden_states=True).hidden_states
+    assert all(torch.equal(*pair) for pair in zip(given, expected, strict=True))
+    assert classifier(pixels).hidden_states is None
+    assert classifier(features=classifier.extract_features(pixels), output_hidden_states=True).hidden_states is None
+
+
+def test_a_folded_model_gives_the_hidden_states_that_it_has(classifier, pixels):
+    classifier.config.feature, classifier.config.zeroed_channels = "hidden", []
+    folded = classifier.fold()
+    (given,) = folded(pixels, output_hidden_states=True).hidden_states
+    assert torch.equal(given, folded.extract_features(pixels))
+
+
+def test_every_other_block_is_checkpointed_where_the_host_says_so(pixel_folder, pixels):
+    model = DiTModel.from_pretrained(pixel_folder, timestep=50, block=2, feature="key", freeze_backbone=False).train()
+    model(pixels).last_hidden_state.sum().backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.activation_checkpointing_enable(every_n_layers=2)
+    assert [step.gradient_checkpointing for step in model.denoiser.steps] == [True, False, True]
+    model.zero_grad()
+    model(pixels).last_hidden_state.sum().backward()
+    for name, gradient in expected.items():
+        assert torch.equal(model.get_parameter(name).grad, gradient)
+
+
 def test_a_classifiers_checkpoint_gives_its_backbone(classifier, pixels, tmp_path):
     classifier.save_pretrained(tmp_path)
     tokens = DiTModel.from_pretrained(tmp_path)(pixels).last_hidden_state
@@ -128,6 +192,9 @@ def test_a_classifiers_checkpoint_gives_its_backbone(classifier, pixels, tmp_pat
 
 def test_the_number_of_labels_can_change_on_loading(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
+    # The kind of error that the host raises, which is no ValueError.
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes=True"):
+        DiTForImageClassification.from_pretrained(tmp_path, num_labels=7)
     again = DiTForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert again.head.classifier.out_features == 7
 

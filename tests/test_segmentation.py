@@ -147,6 +147,9 @@ def test_a_segmenter_saves_reloads_and_is_found_by_auto(deep_folder, pixels, tmp
     model.save_pretrained(tmp_path)
     again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
     assert isinstance(again, DiTForSemanticSegmentation)
+    given = again(pixels, output_hidden_states=True).hidden_states
+    assert len(given) == len(again.config.stage_names)
+    assert torch.equal(given[2], again.extract_features(pixels, block=1, feature="hidden"))
     with torch.no_grad():
         torch.testing.assert_close(again(pixels).logits, expected)
 

@@ -54,7 +54,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = "image"
-    _no_split_modules = {  # noqa: RUF012 - the host's way
+    _no_split_modules: set[str] | list[str] | None = [  # noqa: RUF012 - the host's way
         "AttentionHeadBlock",
         "BasicTransformerBlock",
         "FoldedBlock",
@@ -66,7 +66,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         "JointTransformerBlock",
         "Lumina2TransformerBlock",
         "SanaTransformerBlock",
-    }
+    ]
     supports_gradient_checkpointing = True
     # Fields of `CardFacts` that a training found out.
     card_facts: Mapping[str, Any] = MappingProxyType({})

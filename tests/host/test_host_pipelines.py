@@ -1,7 +1,9 @@
 """transformers' tests of pipelines, on ours: pictures in, what the task gives out, one by one and in batches."""
 
+import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 import unittest
@@ -42,9 +44,10 @@ CONFIG = ASelectConfig(
 )
 
 # The host's tiny models lie on the Hub; it takes those of a folder if it is told so before it is imported.
-FOLDER = tempfile.TemporaryDirectory()
-(Path(FOLDER.name) / "reports").mkdir()
-(Path(FOLDER.name) / "reports" / "tiny_model_summary.json").write_text(
+FOLDER = Path(tempfile.mkdtemp())
+atexit.register(shutil.rmtree, FOLDER)
+(FOLDER / "reports").mkdir()
+(FOLDER / "reports" / "tiny_model_summary.json").write_text(
     json.dumps(
         {
             model.__name__: {"tokenizer_classes": [], "processor_classes": ["ASelectImageProcessor"]}
@@ -52,7 +55,7 @@ FOLDER = tempfile.TemporaryDirectory()
         }
     )
 )
-with patch.dict(os.environ, {"TRANSFORMERS_TINY_MODEL_PATH": FOLDER.name}):
+with patch.dict(os.environ, {"TRANSFORMERS_TINY_MODEL_PATH": str(FOLDER)}):
     HOST = host_module("test_pipeline_mixin")
 # Where it looks a processor up by its name.
 HOST.transformers_module = SimpleNamespace(ASelectImageProcessor=ASelectImageProcessor)
@@ -105,7 +108,7 @@ class PipelineTest(HOST.PipelineTesterMixin, unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         for model in MODELS.values():
-            folder = Path(FOLDER.name) / ASelectConfig.model_type / model.__name__
+            folder = FOLDER / ASelectConfig.model_type / model.__name__
             model(CONFIG).save_pretrained(folder)
             ASelectImageProcessor.from_model_config(CONFIG).save_pretrained(folder)
 
