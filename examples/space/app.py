@@ -13,6 +13,7 @@ import base64
 import io
 import os
 import tempfile
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ STYLE = """
 img.tokens { width: 100%; max-width: 24rem; image-rendering: pixelated; border-radius: 0.5rem; }
 .wide { overflow-x: auto; }
 img.curve { width: 100%; min-width: 34rem; max-width: 44rem; background: white; border-radius: 0.5rem; }
+.example img { width: 2rem; height: 2rem; object-fit: contain; }
 .picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 .prose, .prose * { overflow-wrap: anywhere; }
 """
@@ -53,7 +55,7 @@ class Seen(NamedTuple):
     model: Any
     processor: ASelectImageProcessor
     name: str
-    examples: list[Image.Image]
+    examples: dict[str, Image.Image]  # by what they show
     selection: TimestepSelection | None
 
 
@@ -77,9 +79,7 @@ def load(source: str | None) -> Seen:
     if selection is not None and not selection.is_of(model.config):
         selection = None  # of another timestep or tap than the one that is read
     processor = ASelectImageProcessor.from_model_config(model.config)
-    pictures = of_each_class(10)
-    is_segmenter = isinstance(model, DiTForSemanticSegmentation)
-    examples = [scene(pictures, number) for number in range(5)] if is_segmenter else pictures[:6]
+    examples = scenes() if isinstance(model, DiTForSemanticSegmentation) else of_each_class(6)
     return Seen(model, processor, Path(source).name, examples, selection)
 
 
@@ -89,19 +89,22 @@ def sample(split: str, num: int) -> Dataset:
     return rows.select(range(num))
 
 
-def of_each_class(num: int) -> list[Image.Image]:
-    """Return the first embedded picture of each of some classes."""
+def of_each_class(num: int) -> dict[str, Image.Image]:
+    """Return the first embedded picture of each of some classes, by its name."""
     rows = sample("test", 400)
-    labels = rows["label"][:]
-    return [rows[labels.index(label)]["image"] for label in range(num)]
+    labels, names = rows["label"][:], rows.features["label"].names
+    return {names[label]: rows[labels.index(label)]["image"] for label in range(num)}
 
 
-def scene(pictures: list[Image.Image], number: int) -> Image.Image:
-    """Return two of the embedded pictures on one ground, as in the demo of segmentation."""
-    ground = Image.new("L", (56, 56))
-    for item, place in ((2 * number, (2, 2)), (2 * number + 1, (26, 26))):
-        ground.paste(pictures[item], place, pictures[item].point(lambda level: 255 * (level > 40)))
-    return ground
+def scenes() -> dict[str, Image.Image]:
+    """Return pairs of the embedded pictures on one ground, as in the demo of segmentation, by what is on them."""
+    pictures, made = list(of_each_class(10).items()), {}
+    for (first, above), (second, below) in zip(pictures[::2], pictures[1::2], strict=True):
+        ground = Image.new("L", (56, 56))
+        for item, place in ((above, (2, 2)), (below, (26, 26))):
+            ground.paste(item, place, item.point(lambda level: 255 * (level > 40)))
+        made[f"{first}, {second}"] = ground
+    return made
 
 
 def embedded() -> Seen:
@@ -264,10 +267,6 @@ def build(seen: Seen) -> gr.Blocks:
     is_segmenter = isinstance(seen.model, DiTForSemanticSegmentation)
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in config.id2label.items()}
     folder = Path(tempfile.mkdtemp(prefix="hf-aselect-space-"))
-    paths = []
-    for number, picture in enumerate(seen.examples):
-        paths.append(str(folder / f"example-{number + 1}.png"))
-        picture.save(paths[-1])
 
     def answer(path: str | None) -> Any:  # noqa: ANN401 - classes or masks
         picture = opened(path)
@@ -290,7 +289,14 @@ def build(seen: Seen) -> gr.Blocks:
                     elem_classes="picture",
                     alt_text="The picture that is looked at",
                 )
-                gr.Examples(paths, inputs=picture, label="Or one of these", cache_examples=False)
+                gr.Markdown("Or one of these:")
+                with gr.Row():
+                    for number, (name, example) in enumerate(seen.examples.items()):
+                        path = str(folder / f"example-{number + 1}.png")
+                        example.save(path)
+                        # Buttons with a name, which thumbnails alone have not for who does not see them.
+                        button = gr.Button(name, icon=path, size="sm", min_width=140, elem_classes="example")
+                        button.click(partial(str, path), None, picture, api_name=False, show_progress="hidden")
             with gr.Column():
                 if is_segmenter:
                     found: Any = gr.AnnotatedImage(label="What is where", color_map=colours, height=384)
