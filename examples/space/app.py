@@ -267,59 +267,71 @@ def build(seen: Seen) -> gr.Blocks:
     is_segmenter = isinstance(seen.model, DiTForSemanticSegmentation)
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in config.id2label.items()}
     folder = Path(tempfile.mkdtemp(prefix="hf-aselect-space-"))
+    paths = {}
+    for number, (name, example) in enumerate(seen.examples.items()):
+        paths[name] = str(folder / f"example-{number + 1}.png")
+        example.save(paths[name])
 
-    def answer(path: str | None) -> Any:  # noqa: ANN401 - classes or masks
+    def show(path: str | None, at: float) -> tuple[Any, ...]:
+        """Return all that is shown of a picture: itself, its classes or masks, its tokens and what is said of them."""
         picture = opened(path)
         if picture is None:
-            return None
-        return masks(seen, picture) if is_segmenter else classes(seen, picture)
+            return path, None, None, "", ""
+        found = masks(seen, picture) if is_segmenter else classes(seen, picture)
+        return path, picture.convert("RGB"), found, *(("", "") if config.folded else tokens_at(seen, path, at))
 
     with gr.Blocks(title="What a diffusion transformer sees", analytics_enabled=False) as page:
         gr.Markdown(
             "# What a diffusion transformer sees\n\nA DiT learned to generate pictures. Its tokens at the right noise "
             f"level, the *timestep*, also tell what is in one. This is {seen.name}."
         )
+        chosen = gr.State()
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
                     label="Picture",
-                    type="filepath",
-                    sources=["upload", "clipboard"],
+                    interactive=False,
                     height=320,
                     elem_classes="picture",
                     alt_text="The picture that is looked at",
+                    buttons=[],
                 )
+                upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
                 gr.Markdown("Or one of these:")
                 with gr.Row():
-                    for number, (name, example) in enumerate(seen.examples.items()):
-                        path = str(folder / f"example-{number + 1}.png")
-                        example.save(path)
-                        # Buttons with a name, which thumbnails alone have not for who does not see them.
-                        button = gr.Button(name, icon=path, size="sm", min_width=140, elem_classes="example")
-                        button.click(partial(str, path), None, picture, api_name=False, show_progress="hidden")
+                    # Buttons with a name, which thumbnails alone have not for who does not see them.
+                    buttons = {
+                        name: gr.Button(name, icon=path, size="sm", min_width=140, elem_classes="example")
+                        for name, path in paths.items()
+                    }
             with gr.Column():
                 if is_segmenter:
-                    found: Any = gr.AnnotatedImage(label="What is where", color_map=colours, height=384)
+                    found: Any = gr.AnnotatedImage(label="What is where", color_map=colours, height=384, buttons=[])
                 else:
                     found = gr.Label(label="What it is", num_top_classes=min(5, config.num_labels))
-        picture.change(answer, picture, found, api_name="answer")
         gr.Markdown("## Its tokens, at any noise\n\nEach square is a token; tokens of like colours are alike.")
         if config.folded:
             gr.Markdown(
                 f"This model is folded: it reads at t = {config.timestep} alone, so there is nothing to slide."
             )
-        else:
-            with gr.Row():
-                with gr.Column():
-                    timestep = gr.Slider(
-                        0, 999, config.timestep, step=1, label="Timestep: 0 is no noise, 999 noise alone"
-                    )
-                    said = gr.Markdown("Pick or upload a picture first.")
-                with gr.Column():
-                    tokens = gr.HTML()
-            shown = (lambda path, at: tokens_at(seen, path, at)), [picture, timestep], [tokens, said]
-            picture.change(*shown, api_name=False, show_progress="hidden")
-            timestep.change(*shown, api_name="tokens", show_progress="hidden", trigger_mode="always_last")
+        with gr.Row(visible=not config.folded):
+            with gr.Column():
+                at = gr.Slider(0, 999, config.timestep, step=1, label="Timestep: 0 is no noise, 999 noise alone")
+                said = gr.Markdown("Pick or upload a picture first.")
+            with gr.Column():
+                tokens = gr.HTML()
+        parts = [chosen, picture, found, tokens, said]
+        upload.upload(show, [upload, at], parts, api_name="show")
+        for name, button in buttons.items():
+            button.click(partial(show, paths[name]), at, parts, api_name=False)
+        at.change(
+            partial(tokens_at, seen),
+            [chosen, at],
+            [tokens, said],
+            api_name=False,
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
         gr.Markdown(f"## Why t = {config.timestep}\n\n{certainty(seen)}")
         gr.HTML(curve(seen))
         gr.Markdown("Made with hf_aselect. The example pictures are Fashion-MNIST's (MIT, © 2017 Zalando SE).")
