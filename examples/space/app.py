@@ -283,7 +283,7 @@ def build(seen: Seen) -> gr.Blocks:
     with gr.Blocks(title="What a diffusion transformer sees", analytics_enabled=False) as page:
         gr.Markdown(
             "# What a diffusion transformer sees\n\nA DiT learned to generate pictures. Its tokens at the right noise "
-            f"level, the *timestep*, also tell what is in one. This is {seen.name}."
+            f"level, the *timestep*, also tell what is in one. Shown here: {seen.name}."
         )
         chosen = gr.State()
         with gr.Row():

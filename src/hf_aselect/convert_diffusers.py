@@ -68,7 +68,7 @@ def convert_diffusers(
 
     Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
     encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
-    whole or not at all; a process that is killed leaves a hidden `.OUTPUT.incomplete-...` beside it. The VAE encoder
+    whole or not at all; what a killed process leaves, a hidden `.OUTPUT.incomplete-...` beside it, the next one removes. The VAE encoder
     stays in float32.
 
     Args:
