@@ -481,3 +481,27 @@ def test_the_readme_letter_by_letter(hub, classifier, tmp_path):
     with torch.no_grad():
         pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
         assert torch.equal(torch.load(tmp_path / "x.pt"), classifier.eval()(pixels).logits)
+
+
+def test_a_revision_is_pulled(hub, push, tmp_path):
+    push("me/pulled")
+    push("me/pulled", timestep=6, revision="trial")
+    code = """
+import sys
+from hf_aselect import DiTForImageClassification
+print(DiTForImageClassification.from_pretrained("me/pulled", revision=sys.argv[1]).config.timestep)
+"""
+    for revision, timestep in (("main", "5"), ("trial", "6"), (hub.repos["model", "me/pulled"].branches["main"], "5")):
+        assert python(code, revision, hub=hub, home=tmp_path).splitlines()[-1] == timestep
+    said = python(code, "v9", hub=hub, home=tmp_path, fails=True).splitlines()[-1]
+    assert "me/pulled" in said and "v9" in said
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(hub, push, tmp_path, name):
+    push("me/partial")
+    del hub.repos["model", "me/partial"].files("main")[name]
+    code = "import hf_aselect\nhf_aselect.DiTForImageClassification.from_pretrained('me/partial')"
+    said = python(code, hub=hub, home=tmp_path / "home", fails=True).splitlines()[-1]
+    assert "me/partial" in said and name.partition(".")[0] in said
+    hub.repos.pop(("model", "me/partial"))

@@ -68,8 +68,8 @@ def convert_diffusers(
 
     Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
     encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
-    whole or not at all; what a killed process leaves, a hidden `.OUTPUT.incomplete-...` beside it, the next one removes. The VAE encoder
-    stays in float32.
+    whole or not at all; what a killed process leaves, a hidden `.OUTPUT.incomplete-...` beside it, the next one
+    removes. The VAE encoder stays in float32.
 
     Args:
         source: A pipeline that diffusers saved (folder, or id on the Hub, of which only the files that are needed are
