@@ -4,6 +4,9 @@ import os
 
 # Before anything imports huggingface_hub: a test that reaches for the network fails instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several workers of pytest-xdist, and the processes that they start, share the processor.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.util
 import logging

@@ -72,14 +72,15 @@ torch.save(cached["features"][:], target / "read.pt")
         "",
         """
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 pixels = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 rows = [{"pixel_values": each, "labels": index % 4} for index, each in enumerate(pixels)]
 set_seed(0)
 args = TrainingArguments(str(target), max_steps=8, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
     per_device_train_batch_size=4)
 trainer = Trainer(model(5), args, train_dataset=rows)
-trainer.train(resume_from_checkpoint=get_last_checkpoint(str(target)) if target.is_dir() else None)
+# The newest one that is whole, as in examples/train_image_classification.py: this file is written last.
+whole = {int(path.parent.name.split("-")[1]): path.parent for path in target.glob("checkpoint-*/trainer_state.json")}
+trainer.train(resume_from_checkpoint=str(whole[max(whole)]) if whole else None)
 trainer.save_model(str(target / "final"))
 """,
     ),

@@ -78,6 +78,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(command, forking, pixel_folder, t
     code = """
 import os, signal, sys, threading
 from hf_aselect.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is off in what a shell runs in the background
 threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 raise SystemExit(main(sys.argv[1:]))
 """
