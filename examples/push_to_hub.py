@@ -10,6 +10,8 @@ say it anew. A repository that is there is updated by one commit. `HF_ENDPOINT` 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 
 from hf_aselect import (
@@ -60,6 +62,8 @@ def main() -> None:
     told = {fact: value for fact, value in asdict(given).items() if value is not None}
     options = {name: value for name, value in asdict(args).items() if name not in ("model_name_or_path", "repo_id")}
     card = Path(args.model_name_or_path) / "README.md"
+    if not Path(args.model_name_or_path).is_dir() and file_exists(args.model_name_or_path, "README.md"):
+        card = Path(hf_hub_download(args.model_name_or_path, "README.md"))
     facts = {**(facts_of_card(card) if card.is_file() else {}), **told}
     facts["model_name"] = args.repo_id.rpartition("/")[2]
     commit = model.push_to_hub(args.repo_id, **options, **facts)
@@ -67,4 +71,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SystemExit(f"push_to_hub.py: error: {' '.join(str(error).split())}") from error

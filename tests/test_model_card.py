@@ -1,7 +1,10 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_aselect.criteria import CRITERIA
@@ -180,3 +183,81 @@ def test_the_front_matter_is_read_by_the_hub(tmp_path):
 def test_writing_leaves_nothing_but_the_card(tmp_path):
     write_card(FACTS, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "licence",
+    [
+        "cc-by-nc-sa-4.0",
+        "other/my-nc",
+        "other/non_commercial",
+        "other/Non Commercial",
+        "other/research-only",
+        "apple-amlr",
+    ],
+)
+def test_non_commercial_licences_are_known_by_their_names(licence):
+    card = render_card(CardFacts(model_name="Clothes", base_license=licence, license="mit"))
+    assert "**Not for commercial use**" in card and "\nlicense: mit\n" not in card
+
+
+@pytest.mark.parametrize("licence", ["mit", "apache-2.0", "openrail++", "other/nice", "other/franchise", "cc-by-4.0"])
+def test_others_are_not_taken_for_them(licence):
+    assert "commercial" not in render_card(CardFacts(model_name="Clothes", base_license=licence))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "facebook/dit-xl-2-256",
+        "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev",
+        "Efficient-Large-Model/SANA1.5_1.6B",
+    ],
+)
+def test_bases_are_known_in_any_spelling(name):
+    facts = {"license": "other", "license_name": "very-free"}
+    card = render_card(CardFacts(model_name="Clothes", base_model=name, **facts))
+    assert "**Not for commercial use**" in card and "license_name: very-free" not in card.split("hf_aselect:")[0]
+
+
+def test_figures_of_numpy_and_torch_are_kept_as_numbers(tmp_path):
+    ours = CardFacts(model_name="Clothes", accuracy=[0.5, 0.25], baselines={"pixels": 0.5, "seeds": [0.5, 0.25]})
+    for kind in (np.float32, np.float64, torch.tensor):
+        figures = {
+            "accuracy": [kind(0.5), kind(0.25)],
+            "baselines": {"pixels": kind(0.5), "seeds": [kind(0.5), kind(0.25)]},
+        }
+        assert render_card(CardFacts(model_name="Clothes", **figures)) == render_card(ours)
+        one = CardFacts(model_name="Clothes", accuracy=kind(0.5))
+        write_card(one, tmp_path)
+        assert facts_of_card(tmp_path / "README.md")["accuracy"] == 0.5
+    assert CardFacts(model_name="Clothes", accuracy=np.array([0.5, 0.25])).accuracy == [0.5, 0.25]
+
+
+def test_odd_words_break_no_table():
+    card = render_card(
+        CardFacts(
+            model_name="Two\nlines", accuracy=0.5, baselines={"a|b\nc": 0.25}, command="run `x`\n now", dataset="a|b"
+        )
+    )
+    assert "# Two lines\n" in card and "| a\\|b c | 25.0% |" in card and "Command: `run 'x' now`" in card
+    assert "| dataset | a\\|b |" in card
+
+
+@pytest.mark.parametrize("kept", ["baselines: 3", "tags: 3", "training: words", "dataset: {a: 1}", "accuracy: 88%"])
+def test_a_card_whose_facts_are_broken_is_refused(kept, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nhf_aselect:\n  model_name: x\n  {kept}\n---\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="must be"):
+        CardFacts(**facts_of_card(tmp_path / "README.md"))
+
+
+def test_two_may_write_a_card_at_once(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_card(FACTS, tmp_path), range(40)))
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_model_of_latents_has_no_image_processor_on_its_card():
+    card = render_card(CardFacts(model_name="Latents", timestep=5, has_processor=False))
+    assert "AutoImageProcessor" not in card and "pipeline(" not in card
+    assert card.count("AutoModelForImageClassification.from_pretrained(folder") == 2

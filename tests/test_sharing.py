@@ -314,7 +314,7 @@ def test_the_trainer_pushes_all_of_it_with_our_card(hub, pixel_folder, tmp_path,
     card = ModelCard(hub.bytes_of("model", "me/trained", "README.md").decode())
     assert card.data.license == "mit" and "mine" in card.data.tags and card.data.library_name == "transformers"
     assert card.data.eval_results[0].dataset_name == "noise"
-    assert "| steps | 4 |" in card.text and "## The timestep" in card.text
+    assert "| steps | 4 |" in card.text and "| epochs | 4.0 |" in card.text and "## The timestep" in card.text
     assert hub.repos["model", "me/trained"].private
     hub.repos.pop(("model", "me/trained"))
 
@@ -505,3 +505,106 @@ def test_a_missing_file_is_named(hub, push, tmp_path, name):
     said = python(code, hub=hub, home=tmp_path / "home", fails=True).splitlines()[-1]
     assert "me/partial" in said and name.partition(".")[0] in said
     hub.repos.pop(("model", "me/partial"))
+
+
+def test_saving_and_pushing_twice_leaves_all_files(hub, pixel_folder, tmp_path):
+    """Files that are what they were are not written anew, and belong to what is pushed all the same."""
+    code = """
+import sys
+from hf_aselect import DiTModel
+model = DiTModel.from_pretrained(sys.argv[1], timestep=5)
+model.push_to_hub("me/saved-twice")
+for _ in range(2):
+    model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/saved-twice", dataset="noise")
+"""
+    python(code, pixel_folder, tmp_path / "out", hub=hub, home=tmp_path / "home")
+    paths = hub.paths("model", "me/saved-twice")
+    assert paths == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert {"model.safetensors", "config.json", "modeling_aselect.py", "preprocessor_config.json"} <= set(paths)
+    card = ModelCard(hub.bytes_of("model", "me/saved-twice", "README.md").decode())
+    assert card.data.datasets == ["noise"]
+
+
+def test_a_licence_goes_from_ours_to_ours(hub, pixel_folder, tmp_path):
+    code = """
+import sys
+from hf_aselect import DiTForImageClassification, DiTModel
+DiTModel.from_pretrained(sys.argv[1], timestep=5).push_to_hub("me/licensed", license="cc-by-nc-4.0")
+model = DiTForImageClassification.from_pretrained("me/licensed", num_labels=3, head="linear")
+model.push_to_hub("me/licensed-too", license="mit")
+model.fold().save_pretrained(sys.argv[2])
+DiTForImageClassification.from_pretrained(sys.argv[2]).push_to_hub("me/licensed-three")
+"""
+    python(code, pixel_folder, tmp_path / "folded", hub=hub, home=tmp_path / "home")
+    for name in ("me/licensed-too", "me/licensed-three"):
+        card = ModelCard(hub.bytes_of("model", name, "README.md").decode())
+        assert card.data.license == "cc-by-nc-4.0" and "**Not for commercial use**" in card.text
+        assert card.data.base_model == "me/licensed"
+
+
+def test_the_code_of_a_card_asks_nothing(hub, pushed, tmp_path):
+    """With the package no code of the repository is run, and nobody is asked whether it may."""
+    for name in ("classifier", "segmenter", "folded"):
+        text = hub.bytes_of("model", f"me/{name}", "README.md").decode()
+        code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+        verb = "segment" if name == "segmenter" else "classify"
+        code += f"\nfrom PIL import Image\nprint(len({verb}(Image.new('RGB', (8, 8)))))\nimport sys"
+        code += "\nassert not [name for name in sys.modules if name.startswith('transformers_modules')]"
+        said = python(code, hub=hub, home=tmp_path / name, token=None)
+        assert "custom code" not in said
+
+
+def test_what_is_pushed_again_without_the_package_is_whole(hub, pushed, tmp_path):
+    code = """
+from transformers import AutoModelForImageClassification
+AutoModelForImageClassification.from_pretrained("me/folded", trust_remote_code=True).push_to_hub("me/again-without")
+"""
+    python(code, hub=hub, home=tmp_path, without=["hf_aselect", "diffusers"])
+    content = json.loads(hub.bytes_of("model", "me/again-without", "preprocessor_config.json"))
+    assert content["auto_map"] == {"AutoImageProcessor": "image_processing_aselect.ASelectImageProcessor"}
+    assert set(hub.paths("model", "me/again-without")) == set(hub.paths("model", "me/folded"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accuracy": 87}, "'accuracy' must be a share in [0, 1]"),
+        ({"acuracy": 0.8}, "The card has no facts ['acuracy']"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_made(hub, push, options, message):
+    said = push("me/wrong-facts", fails=True, **options)
+    assert message in said.splitlines()[-1] and TOKEN not in said
+    assert ("model", "me/wrong-facts") not in hub.repos
+
+
+@pytest.mark.parametrize("end", ["\n", " ", "é"])
+def test_a_token_that_can_be_none_is_refused_and_not_said(hub, pixel_folder, tmp_path, end):
+    """As one that was read from a file, with the end of its line."""
+    words = pixel_folder, "me/odd-token", 5, repr({"token": TOKEN + end})
+    said = python(AGAIN, *words, hub=hub, home=tmp_path / "home", token=None, fails=True)
+    assert "no token of the Hub has" in said.splitlines()[-1] and TOKEN not in said
+    assert ("model", "me/odd-token") not in hub.repos
+
+
+def test_a_card_written_by_hand_stays_below_ours(hub, push):
+    push("me/by-hand")
+    repo = hub.repos["model", "me/by-hand"]
+    hub.blobs["by hand"] = b"---\nlicense: mit\n---\n\n# Mine\n\nWritten by hand.\n"
+    repo.files("main")["README.md"] = "by hand"
+    push("me/by-hand", revision="new")
+    for _ in range(2):
+        push("me/by-hand")
+    for revision in ("main", "new"):
+        text = hub.bytes_of("model", "me/by-hand", "README.md", revision).decode()
+        assert text.startswith("---") and text.count("Written by hand.") == 1 and "## The timestep" in text
+
+
+def test_a_later_push_names_its_own_repository(hub, pixel_folder, tmp_path):
+    code = TRAIN + "\nmodel.push_to_hub('me/later', tags='mine')"
+    python(code, pixel_folder, tmp_path / "out", "end", hub=hub, home=tmp_path / "home")
+    for name in ("me/trained", "me/later"):
+        card = ModelCard(hub.bytes_of("model", name, "README.md").decode())
+        assert f'folder = "{name}"' in card.text and f"# {name[3:]}\n" in card.text
+        assert "mine" in card.data.tags and "m" not in card.data.tags
+    hub.repos.pop(("model", "me/trained"))

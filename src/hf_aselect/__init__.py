@@ -62,7 +62,6 @@ DiTModel.register_for_auto_class("AutoModel")
 DiTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 DiTForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 DiTBackbone.register_for_auto_class("AutoBackbone")
-ASelectImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute

@@ -12,7 +12,7 @@ TEMPLATE = """\
 {{ card_data }}
 ---
 
-# {{ facts.model_name }}
+# {{ name }}
 
 A diffusion transformer (DiT) {{ task.does }}, made with hf_aselect. A DiT learned to generate pictures; its tokens \
 at the right noise level, the *timestep*, also tell what is in one.
@@ -39,9 +39,9 @@ to it{% if stopped_by %}; {{ stopped_by }}{% endif %}.
 ## Results
 
 {{ table(metric, results) }}
-{%- if facts.command %}
+{%- if command %}
 
-Command: `{{ facts.command }}`
+Command: `{{ command }}`
 {%- endif %}
 {%- endif %}
 
@@ -58,15 +58,18 @@ model = {{ auto }}.from_pretrained("{{ facts.adapter_of }}")
 model = PeftModel.from_pretrained(model, folder)
 ```
 {%- else -%}
+{% set imports = ["AutoImageProcessor", auto] if facts.has_processor else [auto] -%}
 ```python
 import hf_aselect  # registers the model with the Auto classes
-from transformers import AutoImageProcessor, {{ auto }}{{ ", pipeline" if task.verb }}
+from transformers import {{ imports | join(", ") }}{{ ", pipeline" if task.verb and facts.has_processor }}
 
 folder = "{{ folder }}"{{ "" if facts.repo_id else "  # this folder, or the model's id on the Hub" }}
 model = {{ auto }}.from_pretrained(folder)
+{%- if facts.has_processor %}
 processor = AutoImageProcessor.from_pretrained(folder)
 {%- if task.verb %}
-{{ task.verb }} = pipeline("{{ facts.task }}", model=folder)
+{{ task.verb }} = pipeline("{{ facts.task }}", model=model, image_processor=processor)
+{%- endif %}
 {%- endif %}
 ```
 
@@ -75,11 +78,13 @@ diffusers{% endif %} are installed, the code beside the weights does the same; `
 says that it may run:
 
 ```python
-from transformers import AutoImageProcessor, {{ auto }}
+from transformers import {{ imports | join(", ") }}
 
 folder = "{{ folder }}"
 model = {{ auto }}.from_pretrained(folder, trust_remote_code=True)
+{%- if facts.has_processor %}
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+{%- endif %}
 ```
 {%- endif %}
 {%- if training %}

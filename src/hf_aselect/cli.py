@@ -46,15 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.run(parsed)
     except StrictDataclassError as error:
         # It says where the check stands; its cause says what is wrong.
-        print(f"hf-aselect: error: {error.__cause__ or error}", file=sys.stderr)
+        print(f"hf-aselect: error: {_one_line(error.__cause__ or error)}", file=sys.stderr)
         return 1
     except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        print(f"hf-aselect: error: {error}", file=sys.stderr)
+        print(f"hf-aselect: error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("hf-aselect: interrupted; what was there before is as it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type

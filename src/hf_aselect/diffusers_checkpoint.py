@@ -128,6 +128,9 @@ def load_diffusers(
         parts["vae"] = read_json(folder / "vae" / CONFIG)
         vae_files = weight_files(folder / "vae", variant, fall_back=True)
     parts["timestep_embedding"] = _default_embedding(parts, fields)
+    for part in parts.values():  # where it was loaded from before is nobody's business
+        if isinstance(part, dict):
+            part.pop("_name_or_path", None)
     config = ASelectConfig(**{**parts, **fields})
     NoiseSchedule.from_config(config.scheduler or {})  # refuses schedulers that are not supported
     if config.vae is None and config.num_channels not in (1, 3):

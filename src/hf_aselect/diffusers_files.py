@@ -204,7 +204,7 @@ def _fetch(
         raise ValueError(f"{error}{_safetensors_elsewhere(repo_id, options)}") from error
     logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
     wanted = [prefix + file for file in needed]
-    wanted.append(f"{prefix}README.md")  # it says the licence
+    wanted += [f"{prefix}README.md", "README.md"]  # they say the licence
     return Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
 
 

@@ -81,7 +81,7 @@ class FoldedLumina2Block(GradientCheckpointingLayer):
         if self.projections:
             parts = self.query_key_value(normed).split(self.sizes, -1)
             projected = dict(zip(self.projections, parts, strict=True))
-        tapped |= {name: values[:, -size:] for name, values in projected.items() if name in self.features}
+        tapped.update({name: values[:, -size:] for name, values in projected.items() if name in self.features})
         if not self.is_attending:
             return hidden_states, text, tapped
         if not self.is_text_used:

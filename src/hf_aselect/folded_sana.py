@@ -97,7 +97,7 @@ class FoldedSanaBlock(GradientCheckpointingLayer):
         if self.projections:
             parts = self.query_key_value(normed).chunk(len(self.projections), -1)
             projected = dict(zip(self.projections, parts, strict=True))
-        tapped |= {name: values for name, values in projected.items() if name in self.features}
+        tapped.update({name: values for name, values in projected.items() if name in self.features})
         if not self.is_attending:
             return hidden_states, text, tapped
         query, key, value = (projected[name] for name in PROJECTIONS)

@@ -124,7 +124,7 @@ class FoldedBlock(GradientCheckpointingLayer):
         if "normed" in self.features:
             tapped["normed"] = normed * self.normed_scale + self.normed_shift
         projected = stream.project(normed) if stream.projections else {}
-        tapped |= {name: values for name, values in projected.items() if name in self.features}
+        tapped.update({name: values for name, values in projected.items() if name in self.features})
         if not self.is_attending:
             return hidden_states, text, tapped
         mixed, mixed_text = self._mix(stream.heads(projected), text, rotary)
@@ -223,7 +223,7 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
         start = self.text_size if self.is_run else 0
         if "normed" in self.features:
             tapped["normed"] = normed[:, start:] * self.normed_scale + self.normed_shift
-        tapped |= {name: parts[name][:, start:] for name in self.projections if name in self.features}
+        tapped.update({name: parts[name][:, start:] for name in self.projections if name in self.features})
         if not self.is_run or text is None:
             return hidden_states, text, tapped
         query, key, value = (split_heads(parts[name], self.num_attention_heads) for name in PROJECTIONS)
@@ -316,7 +316,7 @@ class FoldedTransformer(nn.Module):
         last = max(block for block, _ in taps)
         for index, block in enumerate(self.blocks[: last + 1]):
             hidden_states, text, tapped = block(hidden_states, text, places)
-            tokens |= {(index, feature): values for feature, values in tapped.items() if (index, feature) in taps}
+            tokens.update({(index, feature): values for feature, values in tapped.items() if (index, feature) in taps})
         return tokens
 
     def _places(self, rows: int, columns: int, device: torch.device) -> Rotary | tuple[int, int] | None:

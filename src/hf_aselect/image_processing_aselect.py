@@ -272,3 +272,8 @@ def _crop_to_shape(image: NDArray[Any], size: SizeDict) -> NDArray[Any]:
     new_height, new_width = max(1, round(size.height * scale)), max(1, round(size.width * scale))
     top, left = (height - new_height) // 2, (width - new_width) // 2
     return image[:, top : top + new_height, left : left + new_width]
+
+
+# Here, and not where the package registers its models: this module travels with a model, and what is saved where the
+# package is not is to have its code, too.
+ASelectImageProcessor.register_for_auto_class("AutoImageProcessor")

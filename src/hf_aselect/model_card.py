@@ -2,27 +2,30 @@
 
 import logging
 import os
+import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from .card_template import TEMPLATE
 
 logger = logging.getLogger(__name__)
 
-# Of what people have, by the beginning of its id: licence and, where the Hub has no identifier for it, its name; and
-# whether it forbids commercial use. It holds for what is made from the weights, too.
+# Of what people have, by the beginning of its id in small letters: licence, its name where the Hub has no identifier
+# for it, and whether it forbids commercial use. It holds for what is made from the weights, too.
 LICENSES = {
-    "facebook/DiT-XL-2-": ("cc-by-nc-4.0", None, True),
+    "facebook/dit-": ("cc-by-nc-4.0", None, True),
     "stabilityai/stable-diffusion-3": ("other", "stabilityai-ai-community", False),
-    "PixArt-alpha/": ("openrail++", None, False),
-    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None, False),
-    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license", True),
-    "Efficient-Large-Model/Sana": ("other", "nscl-v2-custom", True),
+    "pixart-alpha/": ("openrail++", None, False),
+    "black-forest-labs/flux.1-schnell": ("apache-2.0", None, False),
+    "black-forest-labs/flux.1-": ("other", "flux-1-dev-non-commercial-license", True),
+    "efficient-large-model/sana": ("other", "nscl-v2-custom", True),
 }
 TAGS = ("hf_aselect", "a-select", "diffusion-transformer")
 # What an earlier card knew and the configuration does not: it is kept in the front matter, so that a card can be
@@ -40,6 +43,13 @@ KEPT = (
     "limits",
     "tags",
 )
+# Licences that forbid commercial use, by their identifiers or names.
+NON_COMMERCIAL = re.compile(
+    r"(^|[^a-z])nc([^a-z]|$)|non[-_ ]?commercial|research[-_ ]?only|amlr|intel-research", re.IGNORECASE
+)
+# What nobody wrote: cards of ours, and drafts of the host's.
+_MADE_BY_MACHINE = re.compile(r"^hf_aselect:|\[More Information Needed\]|generated automatically", re.MULTILINE)
+_KINDS = {"baselines": "figures by name", "training": "facts by name", "tags": "a list of tags", "dataset": "a name"}
 YOURS = "<!-- What follows is yours: it stays when this card is written again. -->"
 
 Figure = float | Sequence[float]
@@ -83,6 +93,7 @@ class CardFacts:
         adapter_of: What an adapter (LoRA) of peft is put on: an id on the Hub, or the name of a folder. It is then
             loaded by peft.
         folded: Whether the timestep is in the weights.
+        has_processor: Whether there is an image processor beside it; latents without a VAE are no pictures.
         needs_diffusers: Whether it is loaded through diffusers; None: where that is not known.
         tags: Further tags.
     """
@@ -118,6 +129,7 @@ class CardFacts:
     limits: str | None = None
     adapter_of: str | None = None
     folded: bool | None = None
+    has_processor: bool = True
     needs_diffusers: bool | None = None
     tags: Sequence[str] = ()
 
@@ -129,10 +141,27 @@ class CardFacts:
         """
         if self.task not in _TASKS:
             raise ValueError(f"`task` must be one of {', '.join(_TASKS)}, got {self.task!r}.")
+        for name, kind in (("baselines", Mapping), ("training", Mapping), ("tags", (list, tuple)), ("dataset", str)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"`{name}` must be {_KINDS[name]}, got {value!r}.")
         figures = {"accuracy": self.accuracy, "mean_iou": self.mean_iou, **(self.baselines or {})}
         for name, value in figures.items():
-            if value is not None and not (_runs(value) and all(0 <= share <= 1 for share in _runs(value))):
+            if value is None:
+                continue
+            try:
+                runs = () if isinstance(value, str) else _runs(value)
+            except (TypeError, ValueError):
+                runs = ()
+            if not (runs and all(0 <= share <= 1 for share in runs)):
                 raise ValueError(f"{name!r} must be a share in [0, 1], or one for each run, got {value!r}.")
+        # As numbers of Python's: the front matter holds no others.
+        for name in ("accuracy", "mean_iou"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _plain_figure(getattr(self, name)))
+        if self.baselines is not None:
+            plain = {str(name): _plain_figure(value) for name, value in self.baselines.items()}
+            object.__setattr__(self, "baselines", plain)
 
 
 def render_card(facts: CardFacts) -> str:
@@ -144,6 +173,8 @@ def render_card(facts: CardFacts) -> str:
         template_str=TEMPLATE,
         facts=facts,
         task=_TASKS[facts.task],
+        name=_one_line(facts.model_name),
+        command=facts.command and _one_line(facts.command).replace("`", "'"),
         auto=facts.auto_class or _TASKS[facts.task].auto,
         how=_how(facts),
         choice=_known(_choice_rows(facts)),
@@ -172,14 +203,55 @@ def write_card(facts: CardFacts, folder: str | os.PathLike[str]) -> None:
     text = render_card(facts)
     if path.is_file():
         text += own_words(path.read_text(encoding="utf-8"))
-    temporary = path.with_name(".README.md.incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    # A name of its own: two may write at once.
+    temporary = path.with_name(f".README.md.incomplete-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def own_words(text: str) -> str:
-    """Return what stands below the mark of a card."""
-    return text.partition(f"{YOURS}\n")[2]
+    """Return what stands below the mark of a card; of a card that somebody wrote by hand, all but its front matter."""
+    _, mark, below = text.partition(f"{YOURS}\n")
+    if mark or _MADE_BY_MACHINE.search(text):
+        return below
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+    return f"\n{body}\n" if body else ""
+
+
+def refuse_unknown_facts(facts: Mapping[str, Any]) -> None:
+    """Refuse names that are no fields of `CardFacts`.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    known = [each.name for each in fields(CardFacts)]
+    if unknown := facts.keys() - set(known):
+        raise ValueError(f"The card has no facts {sorted(unknown)}; it has {', '.join(known)}.")
+
+
+def inherited_license(config: Any, source: str | os.PathLike[str], options: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """Put what the card of a loaded model says of its licence into its configuration, unless more is known there.
+
+    Args:
+        config: The configuration, of which `base_model` and `base_license` are set.
+        source: Where it was loaded from: a folder, or an id on the Hub.
+        options: Keywords of `from_pretrained`: those of the Hub count.
+    """
+    if config.base_license is not None or license_of(config.base_model or "")[0] is not None:
+        return
+    if os.path.isdir(source):
+        config.base_license = license_on_card(source)
+        return
+    config.base_model = config.base_model or str(source)
+    how = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
+    try:
+        path = hf_hub_download(str(source), "README.md", **how)
+    except (HfHubHTTPError, OSError, ValueError):  # no card, or no Hub
+        return
+    config.base_license = license_on_card(Path(path).parent)
 
 
 def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -202,12 +274,13 @@ def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     kept = data.get("hf_aselect")
     if isinstance(kept, Mapping):
         return {name: value for name, value in kept.items() if name in KEPT}
-    datasets = data.get("datasets") or [None]
+    datasets = data.get("datasets")
+    datasets = datasets if isinstance(datasets, list) and datasets else [datasets]
     facts = {
         "license": data.get("license"),
         "license_name": data.get("license_name"),
         "base_model": data.get("base_model"),
-        "dataset": datasets if isinstance(datasets, str) else datasets[0],
+        "dataset": datasets[0],
     }
     for result in data.get("eval_results") or []:
         if result.metric_type in ("accuracy", "mean_iou"):
@@ -216,12 +289,19 @@ def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def license_on_card(folder: str | os.PathLike[str]) -> str | None:
-    """Return the licence that the card in a folder says; "other/NAME" where the Hub has no identifier for it."""
+    """Return the licence that the card in a folder says; "other/NAME" where the Hub has no identifier for it.
+
+    Of a part of a pipeline it is the card of the whole.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file() and Path(folder).name == "transformer":
+        path = Path(folder).parent / "README.md"
     try:
-        data = ModelCard((Path(folder) / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except Exception:  # no card, or none that the Hub's client can read: nothing is known
         return None
     found, name = data.get("license"), data.get("license_name")
+    found = found[0] if isinstance(found, list) and found else found
     if not isinstance(found, str):
         return None
     return f"{found}/{name}" if found == "other" and name else found
@@ -229,8 +309,9 @@ def license_on_card(folder: str | os.PathLike[str]) -> str | None:
 
 def license_of(base_model: str) -> tuple[str | None, str | None, bool]:
     """Return the licence of a published model, its name where that is "other", and whether it is non-commercial."""
+    name = base_model.lower().removeprefix("https://huggingface.co/")
     for beginning, found in LICENSES.items():
-        if base_model.startswith(beginning):
+        if name.startswith(beginning):
             return found
     return None, None, False
 
@@ -241,15 +322,15 @@ def _base_license(facts: CardFacts) -> tuple[str | None, str | None, bool]:
     if identifier is None and facts.base_license is not None:
         identifier, _, after = facts.base_license.partition("/")
         name = after or None
-        said = facts.base_license.lower()
-        is_non_commercial = any(part in said for part in ("-nc-", "non-commercial", "noncommercial"))
+        is_non_commercial = NON_COMMERCIAL.search(facts.base_license) is not None
     return identifier, name, is_non_commercial
 
 
 def _license(facts: CardFacts) -> tuple[str | None, str | None]:
     """Return the licence of the front matter: what was said, unless the base forbids commercial use."""
     identifier, name, is_non_commercial = _base_license(facts)
-    if facts.license is None or (is_non_commercial and facts.license != identifier):
+    said = facts.license, facts.license_name
+    if facts.license is None or (is_non_commercial and said != (identifier, name)):
         if facts.license is not None:
             logger.warning(
                 "The card says %s, the licence of %s, which forbids commercial use, in place of %s.",
@@ -262,7 +343,20 @@ def _license(facts: CardFacts) -> tuple[str | None, str | None]:
 
 
 def _runs(value: Figure) -> tuple[float, ...]:
-    return (float(value),) if isinstance(value, (int, float)) else tuple(float(share) for share in value)
+    """Return the figures of all runs as Python's, of what numpy and torch made as well."""
+    try:
+        return (float(value),)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return tuple(float(share) for share in value)  # type: ignore[union-attr]
+
+
+def _plain_figure(value: Figure) -> Figure:
+    runs = _runs(value)
+    return (
+        runs[0]
+        if len(runs) == 1 and getattr(value, "ndim", 0) == 0 and not isinstance(value, (list, tuple))
+        else list(runs)
+    )
 
 
 def _metric(facts: CardFacts) -> tuple[str, Figure | None]:
@@ -288,7 +382,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     given = {each.name: getattr(facts, each.name) for each in fields(facts) if each.name in KEPT}
     is_on_the_hub = facts.adapter_of is not None and "/" in facts.adapter_of
     is_trained = facts.base_model is not None and _TASKS[facts.task].verb is not None
-    kept = {name: _plain(value) for name, value in given.items() if value is not None and value != ()}
+    kept = {name: _plain(value) for name, value in given.items() if value is not None and (name != "tags" or value)}
     return ModelCardData(
         library_name="peft" if facts.adapter_of else "transformers",
         pipeline_tag=facts.task,
@@ -315,8 +409,17 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - a fact
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
-def _known(rows: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in rows.items() if value is not None}
+def _known(rows: Mapping[str, object]) -> dict[str, str]:
+    """Return what is known of a table's rows, as its cells can hold it."""
+    return {_cell(name): _cell(value) for name, value in rows.items() if value is not None}
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _cell(value: object) -> str:
+    return _one_line(value).replace("|", "\\|")
 
 
 def _choice_rows(facts: CardFacts) -> dict[str, object]:
@@ -353,7 +456,7 @@ def _result_rows(figures: Mapping[str, Figure]) -> dict[str, str]:
     for name, value in figures.items():
         runs = _runs(value)
         spread = f" ({min(runs):.1%} to {max(runs):.1%}, {len(runs)} runs)" if len(runs) > 1 else ""
-        rows[name] = f"{mean(runs):.1%}{spread}"
+        rows[_cell(name)] = f"{mean(runs):.1%}{spread}"
     return rows
 
 

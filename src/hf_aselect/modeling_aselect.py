@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from .generation import generate_latents
 from .heads import AttentionHead
 from .loading import HUB_OPTIONS, check_loaded, take_diffusers
 from .massive_channels import zero_channels
+from .model_card import CardFacts, inherited_license, refuse_unknown_facts
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .publishing import create_repository, keep_own_words, upload, write_for_strangers
 from .selection_record import TimestepSelection
@@ -192,6 +193,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         model, info = loaded
         if source is not None:
             check_loaded(source, info, model, ignore_mismatched_sizes, output_loading_info)
+            if folder is None:
+                inherited_license(model.config, source, kwargs)
         model._base().freeze()  # the host makes every loaded weight trainable
         model._settle_timestep(calibration_images)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
@@ -296,12 +299,14 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 does, whose arguments can be given; `repo_id` is by default the name of the folder.
             kwargs: Passed on to the host.
         """
-        given = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs} if push_to_hub else {}
+        options = (*PUSH_OPTIONS, *CardFacts.__dataclass_fields__)
+        given = {name: kwargs.pop(name) for name in options if name in kwargs} if push_to_hub else {}
         if push_to_hub:
-            # First: a wrong token is to be known before gigabytes are written.
+            # First: wrong facts and a wrong token are to be known before gigabytes are written.
             name = given.pop("repo_id", None) or Path(save_directory).resolve().name
+            facts = {name: value for name, value in given.items() if name not in PUSH_OPTIONS}
+            CardFacts(**{"model_name": name, **self.card_facts, **facts})
             repo_id = create_repository(name, given.get("token"), given.pop("private", None))
-            before = _files_of(save_directory)
         config = self.config
         record = config.selection
         if not self._is_selection_in_use():
@@ -315,10 +320,11 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 # Weights of an earlier save in more shards, or fewer, go, as the host has it.
                 with whole_files(save_directory, None if kwargs.get("variant") else OWN_WEIGHTS) as unfinished:
                     super().save_pretrained(unfinished, *args, **kwargs)
+                    saved = [path.name for path in unfinished.iterdir()]
         finally:
             config.selection = record
         if push_to_hub and kwargs.get("is_main_process", True):
-            self._publish(repo_id, save_directory, before, **given)
+            self._publish(repo_id, save_directory, saved, **given)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -331,7 +337,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
-        tags: Sequence[str] = (),
+        tags: Sequence[str] | str = (),
         **facts: Any,  # noqa: ANN401 - of the card
     ) -> Any:  # noqa: ANN401 - the Hub's `CommitInfo`
         """Upload configuration, weights, code, image processor, card and curve as one commit.
@@ -357,14 +363,17 @@ class ASelectPreTrainedModel(PreTrainedModel):
 
         Raises:
             HfHubHTTPError: If the Hub refuses: a wrong token, no right to write, a name that is none.
+            ValueError: If a fact is unknown or of no such kind, before anything is made on the Hub.
         """
+        refuse_unknown_facts(facts)
+        CardFacts(**{"model_name": repo_id, **self.card_facts, **facts})  # before anything is made on the Hub
         repo_id = create_repository(repo_id, token, private)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return self._publish(
                 repo_id,
                 folder,
-                {},
+                _files_of(folder),
                 commit_message=commit_message,
                 commit_description=commit_description,
                 token=token,
@@ -378,8 +387,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         self,
         repo_id: str,
         folder: str | os.PathLike[str],
-        before: Mapping[str, int],
-        tags: Sequence[str] = (),
+        saved: Iterable[str],
+        tags: Sequence[str] | str = (),
         commit_message: str | None = None,
         commit_description: str | None = None,
         token: bool | str | None = None,
@@ -387,11 +396,14 @@ class ASelectPreTrainedModel(PreTrainedModel):
         create_pr: bool = False,
         **facts: Any,  # noqa: ANN401 - of the card
     ) -> Any:  # noqa: ANN401 - the Hub's
-        """Write what strangers need beside a saved model, and upload what was written since `before`."""
-        known = {"model_name": repo_id.rpartition("/")[2], "repo_id": repo_id, **self.card_facts, **facts}
+        """Write what strangers need beside a saved model, and upload that and what was saved."""
+        name = repo_id.rpartition("/")[2]
+        known = {**self.card_facts, "model_name": name, "tags": (tags,) if isinstance(tags, str) else tuple(tags)}
         keep_own_words(repo_id, folder, token, revision)
-        write_for_strangers(self, folder, tags=tuple(tags), **known)
-        files = [name for name, written in _files_of(folder).items() if before.get(name) != written]
+        before = _files_of(folder)
+        write_for_strangers(self, folder, **{**known, **facts, "repo_id": repo_id})
+        written = [name for name, when in _files_of(folder).items() if before.get(name) != when]
+        files = sorted({*saved, *written})
         return upload(repo_id, folder, files, token, revision, create_pr, commit_message, commit_description)
 
     @property

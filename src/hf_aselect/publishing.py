@@ -3,22 +3,23 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_aselect import ASelectConfig
 from .image_processing_aselect import ASelectImageProcessor
-from .model_card import CardFacts, write_card
+from .model_card import YOURS, CardFacts, own_words, refuse_unknown_facts, write_card
 from .selection_record import TimestepSelection
 
 logger = logging.getLogger(__name__)
 
-CURVE = "timestep_curve.png"
+CURVE, HEAT_MAP = "timestep_curve.png", "timestep_curve_heat_map.png"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # The code that `save_pretrained` copies is these and what they import.
 ROOTS = ("modeling_classification.py", "modeling_segmentation.py", "image_processing_aselect.py")
@@ -28,7 +29,7 @@ def _stale() -> list[str]:
     """Return what an earlier push may have left and another one may not have; no file that is the user's own."""
     roots = [path for path in map(Path(__file__).with_name, ROOTS) if path.is_file()]
     imported = [Path(name) for root in roots for name in get_relative_import_files(root)]
-    return [*WEIGHTS, CURVE, *sorted({path.name for path in (*roots, *imported)})]
+    return [*WEIGHTS, CURVE, HEAT_MAP, *sorted({path.name for path in (*roots, *imported)})]
 
 
 def write_for_strangers(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401 - of ours
@@ -39,7 +40,15 @@ def write_for_strangers(model: Any, folder: str | os.PathLike[str], **facts: Any
 
 
 def create_repository(repo_id: str, token: Any, private: bool | None) -> str:  # noqa: ANN401 - a word or a switch
-    """Create a repository of the Hub, if there is none, and return its whole id."""
+    """Create a repository of the Hub, if there is none, and return its whole id.
+
+    Raises:
+        ValueError: If the token cannot be one; it is not said.
+    """
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(
+            "`token` has characters that no token of the Hub has: a space, perhaps, or the end of a line."
+        )
     return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
 
 
@@ -107,7 +116,6 @@ def write_card_of(
 ) -> None:
     """Do the same by the configuration and the class of a model, whose weights are then not needed."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = {
         "model_name": folder.resolve().name,
         "task": kind.task,
@@ -119,16 +127,12 @@ def write_card_of(
         # By definition: that embedding is of no others' weights.
         "base_license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else config.base_license,
         "folded": config.folded or None,
+        "has_processor": config.num_channels in (1, 3),
         "needs_diffusers": not config.folded or config.vae is not None,
     }
     record = TimestepSelection.from_dict(config.selection) if config.selection else None
     # After a timestep set by hand the record tells of another one.
     if record is not None and record.is_of(config):
-        try:
-            record.plot(folder / CURVE)
-            known["figure"] = CURVE
-        except ImportError as error:
-            logger.warning("The card has no curve: %s", error)
         chosen = record.timesteps.index(record.timestep)
         known |= {
             "criterion": record.criterion,
@@ -142,8 +146,20 @@ def write_card_of(
             "interval": record.intervals[chosen],
             "warnings": record.warnings,
         }
-    given = {name: value for name, value in facts.items() if value is not None}
-    write_card(CardFacts(**{**known, **given}), folder)
+    refuse_unknown_facts(facts)
+    told = CardFacts(**{**known, **{name: value for name, value in facts.items() if value is not None}})
+    # Only now: what is wrong is said before anything is there.
+    folder.mkdir(parents=True, exist_ok=True)
+    if "criterion" in known:
+        try:
+            record.plot(folder / CURVE)  # type: ignore[union-attr]
+            told = replace(told, figure=CURVE)
+        except ImportError as error:
+            logger.warning("The card has no curve: %s", error)
+    elif (folder / "README.md").is_file() and f"]({CURVE})" in (folder / "README.md").read_text(encoding="utf-8"):
+        for name in (CURVE, HEAT_MAP):  # of the earlier card, and of another choice
+            (folder / name).unlink(missing_ok=True)
+    write_card(told, folder)
 
 
 def keep_own_words(
@@ -152,13 +168,23 @@ def keep_own_words(
     token: Any,  # noqa: ANN401 - a word or a switch
     revision: str | None,
 ) -> None:
-    """Put the repository's card into a folder that has none: what stands there below the mark is then kept."""
-    if (Path(folder) / "README.md").exists():
+    """Put what a reader wrote on the repository's card into that of a folder, unless it has such words already.
+
+    Raises:
+        HfHubHTTPError: If the Hub does not answer: what it has would be lost.
+    """
+    path = Path(folder) / "README.md"
+    here = path.read_text(encoding="utf-8") if path.exists() else ""
+    if own_words(here):
         return
-    try:
-        with TemporaryDirectory() as cache:
-            path = hf_hub_download(repo_id, "README.md", revision=revision, token=token, cache_dir=cache)
-            text = Path(path).read_text(encoding="utf-8")
-    except (HfHubHTTPError, OSError, UnicodeDecodeError):  # none there yet, or no branch of that name
+    for place in dict.fromkeys((revision, None)):  # a new branch begins as the main one is
+        try:
+            with TemporaryDirectory() as cache:
+                found = hf_hub_download(repo_id, "README.md", revision=place, token=token, cache_dir=cache)
+                words = own_words(Path(found).read_text(encoding="utf-8"))
+        except RevisionNotFoundError:
+            continue
+        except (EntryNotFoundError, UnicodeDecodeError):
+            return
+        path.write_text(f"{YOURS}\n{words}", encoding="utf-8")
         return
-    (Path(folder) / "README.md").write_text(text, encoding="utf-8")

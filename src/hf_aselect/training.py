@@ -213,9 +213,9 @@ class ASelectCallback(TrainerCallback):
             return
         model = _unwrapped(trained)
         training: dict[str, object] = {
-            "epochs": args.num_train_epochs,
+            "epochs": round(state.epoch or 0, 2),
             "steps": step,
-            "batch size": args.train_batch_size,
+            "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning rate": args.learning_rate,
             "seed": args.seed,
         }
@@ -223,9 +223,7 @@ class ASelectCallback(TrainerCallback):
             training["timestep chosen at epoch"] = ", ".join(
                 f"{epoch:g}: {selection.timestep}" for epoch, selection in self.selections
             )
-        name = args.hub_model_id if args.push_to_hub else None
         model.card_facts = dict(
-            repo_id=name if name and "/" in name else None,
             accuracy=self.metrics_by_step.get(step, {}).get("eval_accuracy"),
             mean_iou=self.metrics_by_step.get(step, {}).get("eval_mean_iou"),
             dataset=self.dataset,
@@ -236,7 +234,9 @@ class ASelectCallback(TrainerCallback):
         # Around it may be peft's, which the card is to tell of, in what accelerate puts around.
         while not hasattr(trained, "get_base_model") and trained is not model:
             trained = trained.module
-        write_model_card(trained, str(args.output_dir), **model.card_facts)
+        name = args.hub_model_id if args.push_to_hub else None
+        where = {"repo_id": name, "model_name": name.rpartition("/")[2]} if name and "/" in name else {}
+        write_model_card(trained, str(args.output_dir), **{**model.card_facts, **where})
 
 
 def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put around it
