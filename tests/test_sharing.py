@@ -15,6 +15,7 @@ from forking import Forking
 from huggingface_hub import ModelCard
 from writable_hub import WritableHub, serve
 
+from hf_aselect import ASelectImageProcessor
 from hf_aselect.publishing import write_model_card
 
 TOKEN = "hf_goodgoodgoodgoodgood"
@@ -608,3 +609,21 @@ def test_a_later_push_names_its_own_repository(hub, pixel_folder, tmp_path):
         assert f'folder = "{name}"' in card.text and f"# {name[3:]}\n" in card.text
         assert "mine" in card.data.tags and "m" not in card.data.tags
     hub.repos.pop(("model", "me/trained"))
+
+
+def test_a_pipeline_of_a_folder_asks_nothing(classifier, tmp_path):
+    """The code beside the weights is not taken for that of a video processor; nobody is asked whether it may run."""
+    classifier.save_pretrained(tmp_path)
+    ASelectImageProcessor.from_model_config(classifier.config).save_pretrained(tmp_path)
+    code = """
+import sys
+import hf_aselect
+from PIL import Image
+from transformers import pipeline
+print(len(pipeline("image-classification", model=sys.argv[1])(Image.new("RGB", (8, 8)))))
+assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "4" and "custom code" not in done.stderr

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from .configuration_aselect import ASelectConfig
 from .convert_diffusers import convert_diffusers
@@ -55,6 +56,27 @@ AutoModelForSemanticSegmentation.register(ASelectConfig, DiTForSemanticSegmentat
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[ASelectConfig.model_type] = DiTForSemanticSegmentation.__name__
 AutoBackbone.register(ASelectConfig, DiTBackbone)
 AutoImageProcessor.register(ASelectConfig, image_processor_classes={"pil": ASelectImageProcessor})
+
+
+class _NoVideoProcessor:
+    """Stands where the host's `pipeline` looks for a video processor, which it does for pictures as well.
+
+    Where nothing is registered it takes the code beside an image processor for that of one, and asks whether it may
+    run.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
+        """Say that there is none, as the host finds of most models.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("The models of hf_aselect look at pictures; they have no video processor.")
+
+
+# The Auto class itself wants torchvision.
+VIDEO_PROCESSOR_MAPPING.register(ASelectConfig, _NoVideoProcessor)  # type: ignore[arg-type]
 
 # What is saved has the code, too, so that it can be loaded where this package is not installed.
 ASelectConfig.register_for_auto_class()
