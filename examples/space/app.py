@@ -9,9 +9,12 @@ one (`--model hf-aselect-demo/model`). On a Space `MODEL_ID` names the model.
 """
 
 import argparse
+import atexit
 import base64
+import html
 import io
 import os
+import shutil
 import tempfile
 from functools import partial
 from importlib.resources import files
@@ -20,9 +23,10 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
+import pyarrow.parquet
 import torch
-from datasets import Dataset, load_dataset
-from PIL import Image, ImageOps, UnidentifiedImageError
+from datasets import Dataset
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from hf_aselect import (
@@ -37,15 +41,25 @@ KINDS = {kind.__name__: kind for kind in (DiTForImageClassification, DiTForSeman
 EMBEDDED = files("hf_aselect") / "assets" / "fashion_mnist"
 NUM_CALIBRATION, NUM_TRAIN = 128, 4000  # pictures that the embedded DiT's timestep and head are made of
 MAX_PIXELS = 50_000_000  # of an upload
+MAX_FILE = "50mb"
+SIDE = 384  # pixels: smaller pictures are enlarged on the page, and those of more than twice that are reduced
 # Told apart by the colour-blind (Okabe and Ito), and of different lightness.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+FIRST = "Pick or upload a picture first."
 STYLE = """
 img.tokens { width: 100%; max-width: 24rem; image-rendering: pixelated; border-radius: 0.5rem; }
+img.overlay { width: 100%; max-width: 32rem; max-height: 32rem; object-fit: contain; border-radius: 0.5rem; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; list-style: none; margin: 0.5rem 0 0; padding: 0; }
+.legend b { display: inline-block; min-width: 1.5rem; margin-right: 0.25rem; text-align: center; }
 .wide { overflow-x: auto; }
 img.curve { width: 100%; min-width: 34rem; max-width: 44rem; background: white; border-radius: 0.5rem; }
+button.example { flex-wrap: nowrap; text-align: left; }
 .example img { width: 2rem; height: 2rem; object-fit: contain; }
-.picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+.picture img { width: 100%; height: 100%; object-fit: contain; }
 .prose, .prose * { overflow-wrap: anywhere; }
+.min_value, .max_value { color: var(--body-text-color) !important; }
+button:focus-visible, input:focus-visible, [tabindex="0"]:focus-visible {
+  outline: 3px solid var(--body-text-color) !important; outline-offset: 2px; }
 """
 
 
@@ -78,15 +92,18 @@ def load(source: str | None) -> Seen:
     selection = TimestepSelection.from_dict(record) if record else None
     if selection is not None and not selection.is_of(model.config):
         selection = None  # of another timestep or tap than the one that is read
-    processor = ASelectImageProcessor.from_model_config(model.config)
+    try:
+        processor = ASelectImageProcessor.from_pretrained(source)
+    except OSError:  # saved without one
+        processor = ASelectImageProcessor.from_model_config(model.config)
     examples = scenes() if isinstance(model, DiTForSemanticSegmentation) else of_each_class(6)
     return Seen(model, processor, Path(source).name, examples, selection)
 
 
 def sample(split: str, num: int) -> Dataset:
     """Return some of the embedded pictures, of Fashion-MNIST."""
-    rows = load_dataset("parquet", data_files=str(EMBEDDED / f"{split}.parquet"), split="train")
-    return rows.select(range(num))
+    # Not through `load_dataset`, which would tell its makers of it, and copy the sample into a cache.
+    return Dataset(pyarrow.parquet.read_table(str(EMBEDDED / f"{split}.parquet"))).select(range(num))
 
 
 def of_each_class(num: int) -> dict[str, Image.Image]:
@@ -145,23 +162,44 @@ def opened(path: str | None) -> Image.Image | None:
         return None
     try:
         with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise gr.Error(f"The picture has {file.width} × {file.height} pixels; 50 million are enough.")
-            return ImageOps.exif_transpose(file).copy()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise gr.Error("This file is no picture that can be read. Try a PNG or JPEG.") from error
+            if file.width * file.height <= MAX_PIXELS:
+                return ImageOps.exif_transpose(file).copy()
+            size = f"{file.width} × {file.height}"
+    except Image.DecompressionBombError:
+        size = "far too many"
+    except Exception as error:  # a broken file can break its decoder in any way
+        raise gr.Error(
+            "This file is no picture that can be read. Try a PNG or JPEG.", print_exception=False
+        ) from error
+    many = f"The picture has {size} pixels; at most {MAX_PIXELS // 1_000_000} million are read."
+    raise gr.Error(many, print_exception=False)
+
+
+def shown(picture: Image.Image) -> Image.Image:
+    """Return a picture as it is put on the page: in colours, small ones enlarged without blur, large ones reduced."""
+    if picture.mode.startswith("I;16"):  # `convert` would clip instead of scale
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    picture = picture.convert("RGB")
+    scale = SIDE // max(picture.size)
+    if scale > 1:
+        return picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
+    picture.thumbnail((2 * SIDE, 2 * SIDE))
+    return picture
 
 
 def pixel_values(seen: Seen, picture: Image.Image) -> Tensor:
     """Return a picture as the model's `pixel_values`, (1, C, H, W).
 
+    A segmenter's picture is squeezed into them as a whole, as where it was evaluated: masks must cover all of it.
+
     Raises:
         gradio.Error: If the processor refuses it.
     """
+    crop = {"do_center_crop": False} if isinstance(seen.model, DiTForSemanticSegmentation) else {}
     try:
-        pixels: Tensor = seen.processor(picture, return_tensors="pt").pixel_values
+        pixels: Tensor = seen.processor(picture, return_tensors="pt", **crop).pixel_values
     except ValueError as error:
-        raise gr.Error(str(error)) from error
+        raise gr.Error(str(error), print_exception=False) from error
     return pixels.to(seen.model.device)
 
 
@@ -173,15 +211,68 @@ def classes(seen: Seen, picture: Image.Image) -> dict[str, float]:
 
 
 @torch.no_grad()
-def masks(seen: Seen, picture: Image.Image) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
-    """Return a picture, enlarged, and for each class that is in it where it is."""
-    scale = max(1, 384 // max(picture.size))
-    shown = picture.convert("RGB").resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
+def mask(seen: Seen, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return the class of each pixel of a picture of that width and height, (height, width)."""
     outputs = seen.model(pixel_values(seen, picture))
-    size = (shown.height, shown.width)
-    (found,) = seen.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])
-    found = found.cpu().numpy()
-    return shown, [((found == index) * 1.0, seen.model.config.id2label[index]) for index in np.unique(found).tolist()]
+    (found,) = seen.processor.post_process_semantic_segmentation(outputs, target_sizes=[size[::-1]])
+    return found.cpu().numpy()
+
+
+def colours_of(found: list[int]) -> list[str]:
+    """Return a colour for each of the classes, each its own where there are colours enough: the first choose first."""
+    taken: list[str] = []
+    for index in found:
+        free = [colour for colour in COLOURS if colour not in taken] or list(COLOURS)
+        own = COLOURS[index % len(COLOURS)]
+        taken.append(own if own in free else free[0])
+    return taken
+
+
+def ink_on(colour: str) -> str:
+    """Return black or white: what is read better on a colour."""
+    red, green, blue = (part / 255 for part in ImageColor.getrgb(colour))
+    return "black" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.18 else "white"
+
+
+def middle(where: np.ndarray) -> tuple[int, int]:
+    """Return column and row of one of the pixels that are true, as far inside as any."""
+    step = max(1, max(where.shape) // 64)  # near enough, and quick
+    inside = where[::step, ::step]
+    if not inside.any():
+        step, inside = 1, where
+    smaller = inside
+    while smaller.any():
+        inside, padded = smaller, np.pad(smaller, 1)
+        smaller = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    places = np.argwhere(inside)
+    row, column = places[len(places) // 2].tolist()
+    return step * column, step * row
+
+
+def overlay(seen: Seen, picture: Image.Image) -> str:
+    """Return a picture with what is where on it as an element of the page: in colours, and numbered for the grey."""
+    ground = shown(picture)
+    found = mask(seen, picture, ground.size)
+    indices, counts = np.unique(found, return_counts=True)
+    order = [int(index) for index in indices[np.argsort(-counts, kind="stable")]]
+    colours = colours_of(order)
+    tint = np.zeros((*found.shape, 3))
+    for index, colour in zip(order, colours, strict=True):
+        tint[found == index] = ImageColor.getrgb(colour)
+    # Over grey, so that the picture's own colours are not taken for classes.
+    drawn = Image.fromarray((0.3 * np.asarray(ground.convert("L"))[..., None] + 0.7 * tint).astype(np.uint8))
+    size = max(12, max(drawn.size) // 20)
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(size)
+    items, said = [], []
+    for number, (index, colour) in enumerate(zip(order, colours, strict=True), 1):
+        where = found == index
+        place = [max(size, min(at, side - size)) for at, side in zip(middle(where), drawn.size, strict=True)]
+        pen.text(place, str(number), "white", font, anchor="mm", stroke_width=2, stroke_fill="black")
+        said.append(f"{seen.model.config.id2label[index]}, {where.mean():.1%}")
+        style = f"background: {colour}; color: {ink_on(colour)}"
+        items.append(f'<li><b style="{style}">{number}</b>{html.escape(said[-1])}</li>')
+    image = img(drawn, "What is where: " + "; ".join(said), "overlay")
+    return f'{image}<ol class="legend">{"".join(items)}</ol>'
 
 
 @torch.no_grad()
@@ -191,38 +282,38 @@ def principal_colours(seen: Seen, pixels: Tensor, timestep: int) -> np.ndarray:
     Components have no sign and no order of their own: they are turned to be like those at the chosen timestep
     (orthogonal Procrustes), so that what moves with the slider is what the tokens hold.
     """
-    tap = (seen.model.config.block_index(), seen.model.config.feature)
-    rows, columns = seen.model.extract_maps(pixels, [tap])[tap].shape[-2:]
 
-    def components(at: int) -> Tensor:
-        tokens = seen.model.extract_features(pixels, timestep=at)[0].float().cpu()
+    def components(tokens: Tensor) -> Tensor:
         left, values, _ = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
         scores = left[:, :3] * values[:3]
         return scores / scores.std(0).clamp_min(1e-6)
 
-    reference = components(seen.model.config.timestep)
-    scores = components(timestep)
-    left, _, right = torch.linalg.svd(scores.T @ reference)
-    scores = scores @ (left @ right)
+    config = seen.model.config
+    tap = (config.block_index(), config.feature)
+    (own,) = seen.model.extract_maps(pixels, [tap])[tap].float().cpu()
+    scores = reference = components(own.flatten(1).T)
+    if timestep != config.timestep:
+        scores = components(seen.model.extract_features(pixels, timestep=timestep)[0].float().cpu())
+        left, _, right = torch.linalg.svd(scores.T @ reference)
+        scores = scores @ (left @ right)
     low, high = torch.quantile(scores, 0.02, 0), torch.quantile(scores, 0.98, 0)
     colours = ((scores - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    return (255 * colours).round().byte().unflatten(0, (rows, columns)).numpy()
+    return (255 * colours).round().byte().unflatten(0, own.shape[1:]).numpy()
 
 
 def img(picture: Image.Image, alt: str, kind: str) -> str:
     """Return a picture as an element of the page that says what it shows."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    return (
-        f'<img class="{kind}" alt="{alt}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="{kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def tokens_at(seen: Seen, path: str | None, timestep: float) -> tuple[str, str]:
     """Return the picture of the tokens, and what is seen on it."""
     picture = opened(path)
     if picture is None:
-        return "", "Pick or upload a picture first."
+        return "", FIRST
     timestep = int(timestep)
     colours = Image.fromarray(principal_colours(seen, pixel_values(seen, picture), timestep))
     scale = max(1, 384 // max(colours.size))
@@ -246,7 +337,9 @@ def curve(seen: Seen) -> str:
                 f"{seen.selection.criterion} over the timestep from 0, no noise, to 999, noise alone; highest at "
                 f"t = {config.timestep}, the chosen one"
             )
-            return f'<div class="wide" tabindex="0">{img(picture, alt, "curve")}</div>'
+            # On a phone it is wider than the page, and slides by finger or arrow keys.
+            words = 'tabindex="0" role="region" aria-label="The curve of the choice"'
+            return f'<div class="wide" {words}>{img(picture, alt, "curve")}</div>'
 
 
 def certainty(seen: Seen) -> str:
@@ -265,8 +358,8 @@ def build(seen: Seen) -> gr.Blocks:
     """Return the page of a model."""
     config = seen.model.config
     is_segmenter = isinstance(seen.model, DiTForSemanticSegmentation)
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in config.id2label.items()}
     folder = Path(tempfile.mkdtemp(prefix="hf-aselect-space-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     paths = {}
     for number, (name, example) in enumerate(seen.examples.items()):
         paths[name] = str(folder / f"example-{number + 1}.png")
@@ -276,9 +369,9 @@ def build(seen: Seen) -> gr.Blocks:
         """Return all that is shown of a picture: itself, its classes or masks, its tokens and what is said of them."""
         picture = opened(path)
         if picture is None:
-            return path, None, None, "", ""
-        found = masks(seen, picture) if is_segmenter else classes(seen, picture)
-        return path, picture.convert("RGB"), found, *(("", "") if config.folded else tokens_at(seen, path, at))
+            return path, None, "" if is_segmenter else None, "", FIRST
+        found = overlay(seen, picture) if is_segmenter else classes(seen, picture)
+        return path, shown(picture), found, *tokens_at(seen, path, at)
 
     with gr.Blocks(title="What a diffusion transformer sees", analytics_enabled=False) as page:
         gr.Markdown(
@@ -296,7 +389,7 @@ def build(seen: Seen) -> gr.Blocks:
                     alt_text="The picture that is looked at",
                     buttons=[],
                 )
-                upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
+                upload = gr.UploadButton("Upload a picture", file_types=["image"], size="md")
                 gr.Markdown("Or one of these:")
                 with gr.Row():
                     # Buttons with a name, which thumbnails alone have not for who does not see them.
@@ -306,29 +399,36 @@ def build(seen: Seen) -> gr.Blocks:
                     }
             with gr.Column():
                 if is_segmenter:
-                    found: Any = gr.AnnotatedImage(label="What is where", color_map=colours, height=384, buttons=[])
+                    gr.Markdown("### What is where")
+                    found: Any = gr.HTML(f"<p>{FIRST}</p>")
                 else:
                     found = gr.Label(label="What it is", num_top_classes=min(5, config.num_labels))
-        gr.Markdown("## Its tokens, at any noise\n\nEach square is a token; tokens of like colours are alike.")
+        middle_of_it = "" if is_segmenter else ", or of its middle where it has another shape than the model's"
+        gr.Markdown(
+            f"## Its tokens{'' if config.folded else ', at any noise'}\n\nEach square is the token of a part of the "
+            f"picture{middle_of_it}: its three strongest components are red, green and blue. Tokens of like colours "
+            "are alike to the model."
+        )
         if config.folded:
             gr.Markdown(
                 f"This model is folded: it reads at t = {config.timestep} alone, so there is nothing to slide."
             )
-        with gr.Row(visible=not config.folded):
+        with gr.Row():
             with gr.Column():
-                at = gr.Slider(0, 999, config.timestep, step=1, label="Timestep: 0 is no noise, 999 noise alone")
-                said = gr.Markdown("Pick or upload a picture first.")
+                label = "Timestep: 0 is no noise, 999 noise alone"
+                at = gr.Slider(0, 999, config.timestep, step=1, label=label, visible=not config.folded)
+                said = gr.Markdown(FIRST)
             with gr.Column():
                 tokens = gr.HTML()
         parts = [chosen, picture, found, tokens, said]
         upload.upload(show, [upload, at], parts, api_name="show")
         for name, button in buttons.items():
-            button.click(partial(show, paths[name]), at, parts, api_name=False)
+            button.click(partial(show, paths[name]), at, parts, api_visibility="private")
         at.change(
             partial(tokens_at, seen),
             [chosen, at],
             [tokens, said],
-            api_name=False,
+            api_visibility="private",
             show_progress="hidden",
             trigger_mode="always_last",
         )
@@ -342,7 +442,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
-        default=os.environ.get("MODEL_ID"),
+        default=os.environ.get("MODEL_ID") or None,
         help="a classifier or segmenter of ours: folder, or id on the Hub (default: $MODEL_ID, or the embedded DiT)",
     )
     parser.add_argument("--host", help="address to listen on (default: this machine alone)")
@@ -352,9 +452,16 @@ def main() -> None:
         page = build(load(args.model))
     except (OSError, ValueError) as error:
         raise SystemExit(f"app.py: error: {error}") from error
-    # Letters of the system: the default theme fetches its own from elsewhere.
+    # Letters of the system: there is nothing to fetch, from here or elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    page.launch(server_name=args.host, server_port=args.port, theme=theme, css=STYLE, footer_links=[])
+    page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        theme=theme,
+        css=STYLE,
+        footer_links=[],
+        max_file_size=MAX_FILE,
+    )
 
 
 if __name__ == "__main__":
