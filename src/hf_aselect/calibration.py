@@ -1,8 +1,9 @@
 """Calibration pictures of any kind, as numbered batches of pixel values."""
 
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from .configuration_aselect import ASelectConfig
 from .image_processing_aselect import ASelectImageProcessor
+
+# What PIL makes of broken files.
+_UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 class CalibrationPictures:
@@ -60,7 +64,8 @@ class CalibrationPictures:
         """
         rows = iter(self._rows(start, min(stop, self.max_images), rank, world))
         while batch := list(islice(rows, batch_size)):
-            yield [index for index, _ in batch], partial(self._read, [row for _, row in batch])
+            indices = [index for index, _ in batch]
+            yield indices, partial(self._read, indices, [row for _, row in batch])
 
     def share(self, start: int, stop: int, rank: int, world: int) -> list[int]:
         """Return the indices of one process's share of a part, as `batches` yields them, without reading a picture.
@@ -93,25 +98,56 @@ class CalibrationPictures:
             labels = torch.from_numpy(self.processor([_picture_of(row)], [mask])["labels"][0])
         patches = labels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
         has_class = patches != ignored
-        counts = torch.nn.functional.one_hot(patches * has_class) * has_class[..., None]
+        # Counted by what is there: the numbers of the classes may be large.
+        classes, places = (patches * has_class).unique(return_inverse=True)
+        counts = torch.nn.functional.one_hot(places, len(classes)) * has_class[..., None]
         most, found = counts.sum(1).max(1)
-        return torch.where(most > 0, found, -1)
+        return torch.where(most > 0, classes[found], -1)
 
     def _rows(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Yield the index of each picture of the share, and what reads its row."""
         if self.order is None:
-            for index, row in islice(enumerate(self.images), start + (rank - start) % world, stop, world):
+            for index, row in islice(self._numbered(), start + (rank - start) % world, stop, world):
                 yield index, partial(_itself, row)
             return
         for index in self.share(start, stop, rank, world):
             yield index, partial(self.images.__getitem__, index)
 
-    def _read(self, readers: list[Callable[[], Any]]) -> Tensor:
-        rows = [read() for read in readers]
+    def _numbered(self) -> Iterator[tuple[int, Any]]:
+        """Yield the rows of a stream with their numbers."""
+        rows = iter(self.images)
+        for index in count():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except _UNREADABLE as error:
+                raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
+            yield index, row
+
+    def _read(self, indices: list[int], readers: list[Callable[[], Any]]) -> Tensor:
         if isinstance(self.images, Tensor):
-            return torch.stack(rows)
-        values: Tensor = self.processor([_picture_of(row) for row in rows], return_tensors="pt").pixel_values
+            return torch.stack([read() for read in readers])
+        pictures = [self._picture(index, read) for index, read in zip(indices, readers, strict=True)]
+        try:
+            return self._pixel_values(pictures)
+        except ValueError:
+            for index, picture in zip(indices, pictures, strict=True):
+                try:
+                    self._pixel_values([picture])
+                except ValueError as error:
+                    raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
+            raise
+
+    def _pixel_values(self, pictures: list[Any]) -> Tensor:
+        values: Tensor = self.processor(pictures, return_tensors="pt").pixel_values
         return values
+
+    def _picture(self, index: int, read: Callable[[], Any]) -> Any:  # noqa: ANN401 - of any kind
+        try:
+            return _picture_of(read())
+        except _UNREADABLE as error:
+            raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
 
 
 def _itself(row: Any) -> Any:  # noqa: ANN401 - a row of any kind
@@ -119,6 +155,10 @@ def _itself(row: Any) -> Any:  # noqa: ANN401 - a row of any kind
 
 
 def _check_pixel_values(images: Tensor) -> None:
+    if not images.is_floating_point():
+        raise ValueError(
+            f"Pixel values must be floating-point numbers in [-1, 1], got {images.dtype}; give PIL pictures or arrays."
+        )
     if images.ndim != 4:
         raise ValueError(f"Pixel values must have shape (B, C, H, W), got {tuple(images.shape)}.")
     # Rounding in half precision may pass 1 by a little.

@@ -1,15 +1,17 @@
 """Configuration of the A-SelecT models: every value that changes their output."""
 
 import difflib
+import math
 from typing import Any, Literal, Self
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .folded_layout import FoldedLayout
-from .taps import FEATURES, Tap, check_feature, tap_key
-from .transformer_layout import TransformerLayout, layout_of
+from .taps import Tap, check_feature, parse_tap_key, tap_key
+from .transformer_layout import MAX_SIZE, TransformerLayout, layout_of
 
 NUM_TIMESTEPS = 1000
 # Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
@@ -35,8 +37,10 @@ DDPM_LINEAR = {
     "beta_schedule": "linear",
 }
 
-# By class of the VAE: the field whose length is the number of its resolutions.
+# By class of the VAE: the field whose length is the number of its resolutions. Nobody has a VAE of more than so many.
 _VAE_LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
+_MAX_VAE_LEVELS = 16
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
 _WRITTEN_BY_TRANSFORMERS = {
@@ -181,6 +185,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
         names, num_labels = self.id2label, kwargs.get("num_labels")
+        _check_classes(names, self.label2id, num_labels)
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            _check_dtype(dtype)
         if names is not None and num_labels is not None and len(names) != num_labels:
             raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
@@ -223,6 +230,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         depth = len(self.stage_names)
         if out_indices is None:
             return
+        if not isinstance(out_indices, list | tuple):
+            raise ValueError(f"`out_indices` must be a list of integers, got {out_indices!r}.")
         if not all(isinstance(index, int) and -depth <= index < depth for index in out_indices):
             raise ValueError(f"`out_indices` must be integers in [{-depth}, {depth}), got {list(out_indices)}.")
         positive = [index % depth for index in out_indices]
@@ -234,7 +243,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Build a configuration from a dictionary, with `kwargs` in place of its values.
 
         The host sets `kwargs` on the finished configuration, past the checks; here they are checked like any value.
+
+        Raises:
+            ValueError: As the constructor, and if `config_dict` is no dictionary of fields by name.
         """
+        if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
+            raise ValueError(f"A configuration must be a dictionary of fields by name, got {_short(config_dict)}.")
+        if not isinstance(config_dict.get("quantization_config", {}), dict):
+            # The host asks it for things that only a dictionary has.
+            raise ValueError(
+                f"`quantization_config` must be a dictionary, got {_short(config_dict['quantization_config'])}."
+            )
+        _check_classes(config_dict.get("id2label"), config_dict.get("label2id"), kwargs.get("num_labels"))
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
         num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
         if num_labels is not None and names is not None and len(names) != num_labels and "id2label" not in kwargs:
@@ -310,7 +330,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         block = self.block if block is None else block
         depth = self.num_hidden_layers
-        if not isinstance(block, int) or not -depth <= block < depth:
+        if isinstance(block, bool) or not isinstance(block, int) or not -depth <= block < depth:
             raise ValueError(
                 f"`block` must be in [{-depth}, {depth}) for a transformer of {depth} blocks, got {block!r}."
             )
@@ -423,12 +443,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         by_tap = channels if isinstance(channels, dict) else {tap_key(self.block_index(), self.feature): channels}
         for key, listed in by_tap.items():
-            block, _, feature = key.partition(".")
-            if not block.isdigit() or str(int(block)) != block or feature not in FEATURES:
+            try:
+                block, feature = parse_tap_key(key)
+            except ValueError:
+                block, feature = -1, ""
+            if block < 0:
                 raise ValueError(
                     f"`zeroed_channels` by tap must have keys 'BLOCK.FEATURE', as '9.hidden', got {key!r}."
                 )
-            self.check_tap(self.block_index(int(block)), feature)
+            self.check_tap(self.block_index(block), feature)
             size = self.width_of(feature)
             if isinstance(listed, str) or not all(0 <= channel < size for channel in listed):
                 raise ValueError(
@@ -455,10 +478,17 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuse an unknown decoder, sizes out of range, and other than four blocks for UperNet."""
         if self.decoder not in ("linear", "upernet"):
             raise ValueError(f"`decoder` must be 'linear' or 'upernet', got {self.decoder!r}.")
-        if self.decoder_hidden_size < 1 or self.auxiliary_hidden_size < 0 or self.auxiliary_loss_weight < 0:
+        if not -(2**63) <= self.semantic_loss_ignore_index < 2**63:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` must be a value that a mask can have, got "
+                f"{self.semantic_loss_ignore_index}."
+            )
+        is_weight = 0 <= self.auxiliary_loss_weight < math.inf
+        if self.decoder_hidden_size < 1 or self.auxiliary_hidden_size < 0 or not is_weight:
             raise ValueError(
                 "`decoder_hidden_size` must be at least 1, `auxiliary_hidden_size` and `auxiliary_loss_weight` at "
-                f"least 0, got {self.decoder_hidden_size}, {self.auxiliary_hidden_size}, {self.auxiliary_loss_weight}."
+                f"least 0 and finite, got {self.decoder_hidden_size}, {self.auxiliary_hidden_size} and "
+                f"{self.auxiliary_loss_weight}."
             )
         if self.decoder != "upernet":
             return
@@ -480,6 +510,16 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         for block, feature in self.stage_taps():
             self.check_tap(block, feature)
 
+    def validate_host_fields(self) -> None:
+        """Refuse values that the host takes as they are and trips over later."""
+        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
+            raise ValueError(f"`problem_type` must be one of {', '.join(_PROBLEM_TYPES)}, got {self.problem_type!r}.")
+        classes = self.architectures
+        if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+            raise ValueError(f"`architectures` must be a list of names of classes, got {classes!r}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be a finite number from 0 on, got {self.initializer_range}.")
+
     def validate_noise(self) -> None:
         """Refuse fewer than one noise draw and a seed that a generator does not take."""
         if self.num_noise_draws < 1:
@@ -492,6 +532,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
             raise ValueError(f"`image_size` must be an integer or [height, width], got {self.image_size}.")
         for side in self.image_height_width:
+            if side > MAX_SIZE:
+                raise ValueError(f"`image_size` must be at most {MAX_SIZE} pixels a side, got {self.image_size}.")
             if side < 1 or side % self.patch_pixels:
                 raise ValueError(
                     f"`image_size` must be a multiple of {self.patch_pixels} pixels (a token's side), "
@@ -517,7 +559,7 @@ def _check_vae(vae: dict[str, Any] | None) -> None:
     if vae is None:
         return
     name = vae.get("_class_name")
-    if name not in _VAE_LEVELS:
+    if not isinstance(name, str) or name not in _VAE_LEVELS:
         raise ValueError(f"Unsupported VAE {name!r}; supported are {', '.join(_VAE_LEVELS)}.")
     if missing := [field for field in ("in_channels", _VAE_LEVELS[name]) if vae.get(field) is None]:
         raise ValueError(
@@ -526,12 +568,66 @@ def _check_vae(vae: dict[str, Any] | None) -> None:
         )
     if not isinstance(vae[_VAE_LEVELS[name]], list | tuple):
         raise ValueError(f"`vae` must have a list as `{_VAE_LEVELS[name]}`, got {vae[_VAE_LEVELS[name]]!r}.")
-    if not isinstance(vae.get("scaling_factor", 1.0), int | float):
-        raise ValueError(f"`scaling_factor` of the `vae` must be a number, got {vae['scaling_factor']!r}.")
+    channels, levels = vae["in_channels"], vae[_VAE_LEVELS[name]]
+    if isinstance(channels, bool) or not isinstance(channels, int) or not 1 <= channels <= MAX_SIZE:
+        raise ValueError(f"`in_channels` of the `vae` must be an integer from 1 on, got {_short(channels)}.")
+    if not 1 <= len(levels) <= _MAX_VAE_LEVELS:
+        raise ValueError(
+            f"`{_VAE_LEVELS[name]}` of the `vae` must have 1 to {_MAX_VAE_LEVELS} entries, one a resolution, got "
+            f"{len(levels)}."
+        )
+    # Latents would be nothing, or infinite.
+    if not is_finite_number(vae.get("scaling_factor", 1.0)) or not vae.get("scaling_factor", 1.0):
+        raise ValueError(
+            f"`scaling_factor` of the `vae` must be a number, got {_short(vae['scaling_factor'])}; finite and not 0."
+        )
+    if not is_finite_number(vae.get("shift_factor") or 0):
+        raise ValueError(f"`shift_factor` of the `vae` must be a finite number, got {_short(vae['shift_factor'])}.")
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ValueError(
             "A VAE with `latents_mean` and `latents_std` is not supported: none of the supported transformers was "
             "trained on latents that were scaled channel by channel."
+        )
+
+
+def is_finite_number(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+    """Return whether a value is a number that a float can hold, and neither NaN nor infinite."""
+    # An integer of JSON may have any number of digits.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -1e300 <= value <= 1e300
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - whatever came
+    """Return a value for an error, cut where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested without end, or an integer of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _check_dtype(dtype: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+    """Refuse what no weights are in; the host looks it up in torch, whatever it is."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
+        return
+    if dtype is not None:
+        raise ValueError(f"`dtype` must be a floating-point dtype of torch, as 'bfloat16', got {_short(dtype)}.")
+
+
+def _check_classes(names: Any, numbers: Any, num_labels: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+    """Refuse classes that are not counted from 0 on, or not named each."""
+    if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
+        raise ValueError(f"`num_labels` must be an integer from 1 on, got {_short(num_labels)}.")
+    if numbers is not None and not isinstance(numbers, dict):
+        raise ValueError(f"`label2id` must be a dictionary of classes by name, got {_short(numbers)}.")
+    if names is None:
+        return
+    # JSON has words for keys.
+    keys = {str(key) for key in names} if isinstance(names, dict) else set()
+    if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(names):
+        raise ValueError(
+            f"`id2label` must name the classes by their numbers, from 0 on and each once, got {_short(names)}."
         )
 
 

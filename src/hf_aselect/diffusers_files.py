@@ -33,6 +33,8 @@ TRANSFORMER_CONFIG = f"transformer/{CONFIG}"
 _STEMS = "(?:diffusion_pytorch_model|model)"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAPPED_BYTES = 2**27
+# What the safetensors library takes at the most: whoever says more wants the memory, not the names.
+_MAX_HEADER_BYTES = 100_000_000
 # What the client raises where it gets no answer: `HTTPError` of the HTTP library that its version uses.
 _NO_ANSWER: type[Exception] = HfHubHTTPError.__mro__[1]
 
@@ -185,7 +187,7 @@ def _fetch(
             "of a repository is named by `subfolder=`."
         )
     if name == MODEL_INDEX:
-        if not (found.get("transformer") or [None])[0]:
+        if not _is_listed(found, "transformer"):
             raise ValueError(
                 f"{repo_id!r} is a {found['_class_name']}, which has no `transformer`: features are read from "
                 "diffusion transformers only."
@@ -249,7 +251,7 @@ def needed_files(
     if model_index is None:
         return [CONFIG, *_weights_of("", files, variant)]
     needed = [MODEL_INDEX, *(file for file in files if file.startswith("scheduler/"))]
-    parts = [part for part in ("transformer", "vae", *text_parts) if (model_index.get(part) or [None])[0]]
+    parts = [part for part in ("transformer", "vae", *text_parts) if _is_listed(model_index, part)]
     for part in parts:
         inside = [file for file in files if file.startswith(f"{part}/")]
         needed += [file for file in inside if ".safetensors" not in file and not file.endswith(_PICKLES)]
@@ -258,6 +260,12 @@ def needed_files(
     # Notes and weights of other frameworks have no use here; the pickles' index ends as their files do not.
     useless = (".md", ".msgpack", ".h5", ".onnx", ".onnx_data", ".bin.index.json")
     return sorted({file for file in needed if not file.endswith(useless)})
+
+
+def _is_listed(model_index: dict[str, Any], part: str) -> bool:
+    """Return whether a pipeline has a part: its index then names library and class, else nulls or nothing."""
+    named = model_index.get(part)
+    return isinstance(named, list) and bool(named) and bool(named[0])
 
 
 def _weights_of(
@@ -296,6 +304,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: If it is missing, or no JSON object.
+        OSError: If it cannot be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -303,7 +312,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(path)!r} is missing; save the model again with diffusers' `save_pretrained`."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets without end
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Save or download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, expected an object of fields.")
@@ -326,14 +335,48 @@ def weight_files(folder: Path, variant: str | None = None, fall_back: bool = Fal
     names = _weights_of("", there, variant, fall_back, where=str(folder))
     indices = [name for name in names if name.endswith(".json")]
     if indices:
-        content = read_json(folder / indices[0]).get("weight_map")
-        if not isinstance(content, dict) or not content:
-            raise ValueError(f"{str(folder / indices[0])!r} has no `weight_map`. Save or download it again.")
-        names = sorted({str(name) for name in content.values()})
+        return shards_of(folder / indices[0])
     for name in names:
-        if (folder / name).parent != folder or not (folder / name).is_file():
+        if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} has no weights {name!r}. Save or download them again.")
     return [folder / name for name in names]
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the files that an index of weights names: safetensors beside it, and nothing else.
+
+    A link is followed, as the cache of the Hub is made of links.
+
+    Raises:
+        ValueError: If there are none, or one is missing, lies in another folder, or is no safetensors by its name.
+    """
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{str(index)!r} has no `weight_map`. Save or download it again.")
+    folder = index.parent
+    for name in content.values():
+        is_plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00]+\.safetensors", name) is not None
+        if not is_plain:
+            raise ValueError(
+                f"{str(index)!r} names {str(name)[:100]!r} for weights, and only safetensors beside it are read. Save "
+                "or download them again."
+            )
+        if len(name) > 255 or not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no weights {name[:100]!r}. Save or download them again.")
+    return [folder / name for name in sorted(set(content.values()))]
+
+
+def refuse_other_than_safetensors(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse weights that are no safetensors by their names, before one of them is opened.
+
+    Raises:
+        PickledWeightsError: If there are any.
+    """
+    if others := [os.path.basename(name) for name in files if not str(name).endswith(".safetensors")]:
+        raise PickledWeightsError(
+            f"Weights are read from safetensors alone, and pickles never unpickled, as they can run any code; got "
+            f"{', '.join(sorted(others)[:4])}. Save the model again with `save_pretrained`, which writes safetensors."
+        )
 
 
 def check_parts(folder: Path, wanted: Iterable[str]) -> None:
@@ -349,7 +392,7 @@ def check_parts(folder: Path, wanted: Iterable[str]) -> None:
     if not (folder / MODEL_INDEX).is_file():
         return
     index = read_json(folder / MODEL_INDEX)
-    listed = [part for part in wanted if isinstance(index.get(part), list) and index[part] and index[part][0]]
+    listed = [part for part in wanted if _is_listed(index, part)]
     missing = [part for part in listed if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if missing:
         is_text = all(part.startswith(("text_encoder", "tokenizer")) for part in missing)
@@ -371,12 +414,15 @@ def tensor_bytes(files: Iterable[Path]) -> dict[str, int]:
         try:
             with path.open("rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(min(length, path.stat().st_size)))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    start, end = entry["data_offsets"]
-                    sizes[name] = end - start
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+                if length > _MAX_HEADER_BYTES:
+                    raise ValueError(f"its header has {length} bytes")
+                header = json.loads(opened.read(length))
+            found = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+            for name, (start, end) in found.items():
+                if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end < 2**63:
+                    raise ValueError(f"{name} lies nowhere")
+            sizes |= {name: end - start for name, (start, end) in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, RecursionError):
             logger.warning("The size of %s is unknown: it is no safetensors file.", path.name)
     return sizes
 

@@ -127,11 +127,12 @@ def encode_empty_prompt(
     known = inspect.signature(pipeline_class.__init__).parameters
     parts: dict[str, Any] = {part: None for part in TEXT_PARTS if part in known and part not in present}
     index = read_json(Path(folder) / MODEL_INDEX)
+    _refuse_other_code(folder, index, known)
     computed_in = torch.bfloat16 if dtype == torch.float16 else dtype
     for part in present:
         if part.startswith("text_encoder"):
             tokenizer = part.replace("text_encoder", "tokenizer")
-            if tokenizer not in present or not (isinstance(index.get(part), list) and len(index[part]) == 2):
+            if tokenizer not in present or not _is_named(index.get(part)):
                 raise ValueError(
                     f"{str(folder)!r} has {part}/, but no {tokenizer}/, or its {MODEL_INDEX} does not say what {part} "
                     "is. Download or save the pipeline again, or pass `prompt_embeds=`."
@@ -150,6 +151,32 @@ def encode_empty_prompt(
     return checked_embeddings(embeddings, transformer["_class_name"], dtype)
 
 
+def _is_named(component: Any) -> bool:  # noqa: ANN401 - of a file
+    """Return whether a part's entry in the index of a pipeline names library and class."""
+    return isinstance(component, list) and len(component) == 2 and all(isinstance(name, str) for name in component)
+
+
+def _refuse_other_code(folder: str | os.PathLike[str], index: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuse an index that has diffusers import more than itself and transformers.
+
+    diffusers imports whatever module an index names for a part, and looks for code in the pipeline's folder.
+
+    Raises:
+        ValueError: If it names anything else.
+    """
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(
+            f"The {MODEL_INDEX} in {str(folder)!r} must have the name of a pipeline of diffusers as `_class_name`, "
+            f"got {index.get('_class_name')!r}: code of a pipeline's own is not run."
+        )
+    for part in known:
+        if _is_named(index.get(part)) and index[part][0] not in ("diffusers", "transformers"):
+            raise ValueError(
+                f"The {MODEL_INDEX} in {str(folder)!r} takes {part} from {index[part][0]!r}, and only classes of "
+                "diffusers and transformers are loaded. Pass `prompt_embeds=`, the empty prompt's embeddings by name."
+            )
+
+
 _UNREADABLE = (
     "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save the "
     "pipeline again; tokenizers of T5 and Gemma may need `pip install sentencepiece protobuf`."
@@ -164,6 +191,7 @@ def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) ->
             variant=variant,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:

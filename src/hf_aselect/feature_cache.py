@@ -95,7 +95,7 @@ def cache_features(
         import datasets
     except ModuleNotFoundError as error:
         raise ImportError("`cache_features` needs datasets: pip install 'hf_aselect[train]'") from error
-    _check(model, dataset, what, num_views, augment, batch_size, dtype, datasets.Dataset)
+    _check(model, dataset, what, num_views, augment, batch_size, dtype, seed, datasets.Dataset)
     column = _picture_column(dataset, image_column, datasets.Image)
     kept = [name for name, kind in dataset.features.items() if name != column and not isinstance(kind, datasets.Image)]
     if taken := sorted(set(kept) & {"features", "latents", "view"}):
@@ -107,9 +107,34 @@ def cache_features(
     name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
     target = Path(cache_dir) / name
     _write(job, target, fingerprint)
-    cached: Any = datasets.load_from_disk(str(target)).with_format("torch")
+    cached: Any = _opened(job, target).with_format("torch")
     cached.__class__ = _cached_features()
     return cached
+
+
+def _opened(job: "_Job", target: Path) -> Any:  # noqa: ANN401 - a `datasets.Dataset`
+    """Return the dataset of a finished cache.
+
+    Raises:
+        ValueError: If it is broken, or not what was written.
+    """
+    import datasets
+
+    try:
+        # It would follow other names out of the folder.
+        files = [each["filename"] for each in json.loads((target / "state.json").read_bytes())["_data_files"]]
+        expected = [_part_path(target, job, number).name for number in range(job.num_parts)]
+        if files != expected:
+            raise ValueError(f"it has the parts {files[:3]}, expected {expected[:3]}")
+        opened = datasets.load_from_disk(str(target))
+        if opened.num_rows != job.num_rows or job.name not in opened.column_names:
+            raise ValueError(f"it has {opened.num_rows} rows of {opened.column_names}, expected {job.num_rows}")
+    # What JSON, pyarrow and `datasets` make of broken files.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
+        raise ValueError(
+            f"The cache in {str(target)!r} is broken ({error}). Remove that folder, and run this again."
+        ) from error
+    return opened
 
 
 @cache
@@ -230,6 +255,7 @@ def _check(
     augment: Augment | None,
     batch_size: int,
     dtype: str,
+    seed: int,
     kind: Any,  # noqa: ANN401 - as above
 ) -> None:
     if not isinstance(dataset, kind):
@@ -243,6 +269,8 @@ def _check(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if augment is not None and num_views == 1:
         raise ValueError("`augment` makes further views: pass `num_views=2` or more. The first is the picture itself.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
     for name, value in (("num_views", num_views), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
@@ -484,8 +512,7 @@ def _kept_columns(job: _Job, rows: Sequence[int]) -> dict[str, list[Any]]:
 
 def _read(job: _Job, rows: Sequence[int]) -> Any:  # noqa: ANN401 - an array of numpy
     """Return the values of some rows, of the cache's dtype."""
-    pictures = [_view(job, row % len(job.dataset), row // len(job.dataset)) for row in rows]
-    pixel_values = job.processor(pictures, return_tensors="pt").pixel_values
+    pixel_values = _pixel_values(job, rows)
     with torch.autocast(job.model.device.type, enabled=False):  # a caller's would be in no fingerprint
         values = job.model.encode(pixel_values) if job.what == "latents" else job.model.extract_features(pixel_values)
     if job.what == "pooled":
@@ -511,6 +538,26 @@ def _rounded(values: Tensor, job: _Job, rows: Sequence[int]) -> Tensor:
             f"{worst:g}). Pass dtype='float32', or zero massive channels (`config.zeroed_channels`)."
         )
     return rounded
+
+
+def _pixel_values(job: _Job, rows: Sequence[int]) -> Tensor:
+    """Return the pixel values of some rows, (B, C, H, W)."""
+    pictures = [_view(job, row % len(job.dataset), row // len(job.dataset)) for row in rows]
+    values: Tensor
+    try:
+        values = job.processor(pictures, return_tensors="pt").pixel_values
+    except ValueError:
+        for row, picture in zip(rows, pictures, strict=True):
+            try:
+                job.processor([picture], return_tensors="pt")
+            except ValueError as error:
+                view = row // len(job.dataset)
+                made = f", as `augment` made it (view {view})," if view else ""
+                raise ValueError(
+                    f"Picture {row % len(job.dataset)} of the dataset{made} cannot be read: {error}"
+                ) from error
+        raise
+    return values
 
 
 def _view(job: _Job, index: int, view: int) -> Any:  # noqa: ANN401 - a picture

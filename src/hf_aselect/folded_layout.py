@@ -91,20 +91,31 @@ class FoldedLayout:
         Raises:
             ValueError: If there is one.
         """
+        if isinstance(self.timestep, bool) or not isinstance(self.timestep, int) or not 0 <= self.timestep < 1000:
+            raise ValueError(
+                f"`folded_layout` must have an integer in [0, 1000) as `timestep`, got {self.timestep!r}."
+            )
         positive = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "mlp_size", "rows", "columns")
         for name in (*positive, "position_base_size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_count(value) or value < 1:
                 raise ValueError(f"`folded_layout` must have an integer from 1 on as `{name}`, got {value!r}.")
         counts = ("num_key_value_heads", "num_refiners", "num_cross_tokens", "num_cross_heads", "cross_size")
         for name in ("position_table_size", "text_size", "num_joint_blocks", *counts):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if not _is_count(value):
                 raise ValueError(f"`folded_layout` must have an integer from 0 on as `{name}`, got {value!r}.")
         for name in ("attention_norm_eps", "mlp_norm_eps", "query_key_norm_eps", "position_scale", "rotary_theta"):
             value = getattr(self, name)
-            if not (value is None and name == "query_key_norm_eps") and not isinstance(value, int | float):
-                raise ValueError(f"`folded_layout` must have a number as `{name}`, got {value!r}.")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30
+            if not (value is None and name == "query_key_norm_eps") and not is_number:
+                raise ValueError(f"`folded_layout` must have a number as `{name}`, got {value!r}; one from 0 on.")
+        for name in ("is_size_fixed", "is_text_first", "is_text_placed"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`folded_layout` must have true or false as `{name}`, got {getattr(self, name)!r}.")
+        for name in ("dual_attention_blocks", "rotary_sizes"):
+            if not all(map(_is_count, getattr(self, name))):
+                raise ValueError(f"`folded_layout` must have integers as `{name}`, got {getattr(self, name)!r}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`folded_layout` must have a `hidden_size` ({self.hidden_size}) that is a multiple of "
@@ -117,6 +128,8 @@ class FoldedLayout:
         ):
             if whole % part:
                 raise ValueError(f"`folded_layout` must have a divisor of {whole} as `{name}`, got {part}.")
+        if not self.position_scale or not self.rotary_theta:
+            raise ValueError("`folded_layout` must have a `position_scale` and a `rotary_theta` above 0.")
         for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("blocks", BLOCKS)):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -134,8 +147,10 @@ class FoldedLayout:
         Raises:
             ValueError: If a value is missing, unknown or of the wrong kind.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"`folded_layout` must be a dictionary, got {type(values).__name__}.")
         names = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - names):
+        if unknown := sorted(map(str, values.keys() - names)):
             raise ValueError(f"`folded_layout` has no {', '.join(unknown)}; hf_aselect wrote another version of it.")
         lists = {name: value for name, value in values.items() if name in _LISTS}
         if wrong := [name for name, value in lists.items() if not isinstance(value, list | tuple)]:
@@ -185,6 +200,11 @@ class FoldedLayout:
     def is_single(self, block: int) -> bool:
         """Return whether text and picture are in one stream at a block."""
         return self.text_size > 0 and block >= self.num_joint_blocks
+
+
+def _is_count(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+    # None is larger; an integer of JSON may have any number of digits.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 _LISTS = ("taps", "dual_attention_blocks", "rotary_sizes")

@@ -78,6 +78,11 @@ def generate_latents(
 
 
 def _check(num_images: int, num_steps: int, guidance_scale: float, batch_size: int) -> None:
+    if not all(isinstance(count, int) for count in (num_images, num_steps, batch_size)):
+        raise ValueError(
+            "`num_images`, `num_steps` and `batch_size` must be integers, got "
+            f"{num_images!r}, {num_steps!r} and {batch_size!r}."
+        )
     if num_images < 1 or num_steps < 1 or batch_size < 1:
         raise ValueError(
             "`num_images`, `num_steps` and `batch_size` must be at least 1, got "

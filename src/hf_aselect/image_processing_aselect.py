@@ -1,10 +1,13 @@
 """Pictures of any kind to `pixel_values` in [-1, 1], masks to `labels`, and logits back to masks."""
 
+import struct
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
@@ -155,14 +158,21 @@ class ASelectImageProcessor(PilBackend):
             kwargs: Passed on to the host.
 
         Raises:
-            ValueError: If `num_channels` is neither 1 nor 3, the picture has another number of channels than 1, 3 or 4
-                (the fourth, transparency, is dropped), or it holds NaN or infinite values.
+            ValueError: If `num_channels` is neither 1 nor 3, the picture is empty, cannot be read, has another number
+                of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is no number, NaN,
+                infinite values, or values outside [0, 255].
         """
         if num_channels not in (1, 3):
             raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
         if isinstance(image, Image.Image):
-            array = np.asarray(_upright(image).convert("L" if num_channels == 1 else "RGB"))
+            if not all(image.size):
+                raise ValueError(f"A picture is empty: it has {image.width}×{image.height} pixels.")
+            try:
+                array = np.asarray(_upright(image).convert("L" if num_channels == 1 else "RGB"))
+            except (OSError, SyntaxError, struct.error) as error:  # what PIL makes of broken files
+                raise ValueError(f"A picture cannot be read ({error}). Save or download it again.") from error
             return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
+        image = _as_array(image)
         sides = (image.shape[0], image.shape[-1])
         if kwargs.get("input_data_format") is None and not set(sides) & {1, 3}:
             # The host would say only that it cannot tell which axis is which.
@@ -174,14 +184,30 @@ class ASelectImageProcessor(PilBackend):
             if not np.isfinite(array).all():
                 raise ValueError("A picture holds NaN or infinite values; expected values in [0, 255].")
             if array.max(initial=0) <= 1:
-                logger.warning_once(
-                    "A picture of floating-point values has no value above 1; values in [0, 255] are expected. "
-                    "Pass `do_rescale=False` if they are in [0, 1] already."
-                )
+                _warn_of_fractions()
+        low, high = float(array.min()), float(array.max())
+        # Rounding and resampling may pass the ends by a little.
+        if not (low >= -0.5 and high <= 255.5):
+            raise ValueError(
+                f"A picture must hold values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
+            )
         return _with_channels(array, num_channels)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:  # noqa: ANN401
-        # The host takes no grey arrays without an axis of channels.
+        # The host takes no grey arrays without an axis of channels, and would fetch what a name or an address names.
+        several = list(images) if isinstance(images, list | tuple) else [images]
+        # The host takes lists in the list, too.
+        for image in [part for each in several for part in (each if isinstance(each, list | tuple) else [each])]:
+            if not isinstance(image, Image.Image | np.ndarray | Tensor):
+                named = (
+                    f"{type(image).__name__} {str(image)[:100]!r}" if isinstance(image, str) else type(image).__name__
+                )
+                raise ValueError(
+                    f"A picture must be one of PIL, an array or a tensor, got {named}. Open files first "
+                    "(`PIL.Image.open`)."
+                )
+        if isinstance(images, list | tuple) and not len(images):
+            raise ValueError("There are no pictures: the list is empty.")
         if getattr(images, "ndim", None) == 2:
             images = [images]
         if isinstance(images, list | tuple):
@@ -197,8 +223,15 @@ class ASelectImageProcessor(PilBackend):
         size: SizeDict,
         **kwargs: Any,  # noqa: ANN401 - the host's signature
     ) -> BatchFeature:
-        if (do_resize or do_center_crop) and not (size.height and size.width):
+        height, width = size.height or 0, size.width or 0
+        if (do_resize or do_center_crop) and not (height and width):
             raise ValueError(f"`size` must be an integer or have `height` and `width`, got {dict(size)}.")
+        if (do_resize or do_center_crop) and min(height, width) < 1:
+            raise ValueError(f"`size` must be 1 or more, got {height}×{width}.")
+        for name in ("image_mean", "image_std", "rescale_factor"):
+            values = np.asarray(kwargs.get(name) if kwargs.get(name) is not None else 1.0, dtype=float)
+            if not np.isfinite(values).all() or (name == "image_std" and not values.all()):
+                raise ValueError(f"`{name}` must be finite{' and not 0' * (name == 'image_std')}, got {kwargs[name]}.")
         if do_center_crop:
             crop = _crop_to_shape if do_resize else self.center_crop
             images = [crop(image, size) for image in images]
@@ -217,8 +250,10 @@ class ASelectImageProcessor(PilBackend):
 def _as_list(segmentation_maps: Any) -> list[Any]:  # noqa: ANN401 - pictures or arrays
     if isinstance(segmentation_maps, list | tuple):
         return list(segmentation_maps)
+    if not isinstance(segmentation_maps, Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"Masks must be pictures of PIL, arrays or tensors, got {type(segmentation_maps).__name__}.")
     is_one = isinstance(segmentation_maps, Image.Image) or segmentation_maps.ndim == 2
-    return [segmentation_maps] if is_one else list(segmentation_maps)
+    return [segmentation_maps] if is_one else [*segmentation_maps]  # type: ignore[misc]
 
 
 def _mask_array(mask: Any) -> NDArray[np.int64]:  # noqa: ANN401 - picture, array or tensor
@@ -238,6 +273,8 @@ def _mask_array(mask: Any) -> NDArray[np.int64]:  # noqa: ANN401 - picture, arra
         raise ValueError(f"A mask is empty: it has shape {array.shape}.")
     if array.min() < 0:
         raise ValueError(f"A mask holds negative values, {array.min()} the least; mark pixels of no class by 255.")
+    if array.max() >= 2**31:  # more than PIL keeps on resizing
+        raise ValueError(f"A mask holds {array.max()}, expected class indices below 2**31.")
     return array.astype(np.int64)
 
 
@@ -245,10 +282,46 @@ def _upright(image: Image.Image) -> Image.Image:
     """Return the picture turned as its EXIF entry says, 16-bit grey values brought to 8 bits."""
     image = ImageOps.exif_transpose(image)
     values = np.asarray(image) if image.mode[0] in "IF" else None
+    if values is not None:
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 65535):  # NaN, too
+            raise ValueError(
+                f"A picture of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], "
+                "or in [0, 65535] of 16 bits. Scale them first."
+            )
+        if image.mode == "F" and high <= 1:
+            _warn_of_fractions()
     if values is not None and (image.mode.startswith("I;16") or values.max(initial=0) > 255):
         # More than 8 bits: `convert` would clip instead of scale.
-        return Image.fromarray((values.clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+        return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
     return image
+
+
+def _as_array(image: Any) -> NDArray[Any]:  # noqa: ANN401 - array or tensor
+    """Return an array or tensor as an array of numbers."""
+    if isinstance(image, Tensor):
+        if image.is_meta or image.layout != torch.strided:
+            kind = "without data, on the device meta" if image.is_meta else f"a {image.layout} tensor"
+            raise ValueError(f"A picture must be a dense tensor with data, got one that is {kind}.")
+        image = image.detach().cpu()
+        # numpy has no bfloat16.
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    if image.dtype.kind not in "uif":
+        raise ValueError(
+            f"A picture must hold numbers in [0, 255], got values of {image.dtype}. Of a mask of true and false, "
+            "multiply by 255."
+        )
+    if not image.size:
+        raise ValueError(f"A picture is empty: it has shape {image.shape}.")
+    array: NDArray[Any] = image
+    return array
+
+
+def _warn_of_fractions() -> None:
+    logger.warning_once(
+        "A picture of floating-point values has no value above 1; values in [0, 255] are expected. Pass "
+        "`do_rescale=False` if they are in [0, 1] already."
+    )
 
 
 def _with_channels(array: NDArray[Any], num_channels: int) -> NDArray[Any]:

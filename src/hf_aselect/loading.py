@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .configuration_aselect import OWN_FIELDS
 from .diffusers_checkpoint import DTYPES, load_diffusers
+from .diffusers_files import refuse_other_than_safetensors, shards_of
 from .model_card import license_on_card
 
 # Keywords that name a value of the configuration but are no field of ours.
@@ -55,6 +56,23 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
         **fields,
     )
     kwargs["state_dict"] = dict(weights)
+
+
+def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:
+    """Refuse a local folder whose adapter is a pickle, or whose indices name anything but safetensors beside them.
+
+    The host joins such names to the folder as they are, and opens what it finds there. Of what comes from the Hub its
+    client lets no file lie outside of its cache.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    folder = Path(source, subfolder or "")
+    if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        refuse_other_than_safetensors(folder.glob("adapter_model.*"))
+    for index in sorted(folder.glob("*.index*.json")) if folder.is_dir() else ():
+        if ".safetensors." in index.name:
+            shards_of(index)
 
 
 def check_loaded(

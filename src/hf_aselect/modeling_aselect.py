@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +23,12 @@ from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown
 from .decoders import token_map
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
 from .diffusers_checkpoint import find_diffusers
-from .diffusers_files import HubOptions
+from .diffusers_files import HubOptions, refuse_other_than_safetensors
 from .empty_prompt import TEXT_PARTS
 from .folding import fold_denoiser
 from .generation import generate_latents
 from .heads import AttentionHead
-from .loading import HUB_OPTIONS, check_loaded, take_diffusers
+from .loading import HUB_OPTIONS, check_files, check_loaded, take_diffusers
 from .massive_channels import zero_channels
 from .model_card import CardFacts, inherited_license, refuse_unknown_facts
 from .noise_schedule import NoiseSchedule, fixed_noise
@@ -44,6 +45,7 @@ PUSH_OPTIONS = (
     *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"),
 )
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+MAX_PIXEL_VALUE = 10.0
 MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
 
 
@@ -171,6 +173,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"{', '.join(text)} can only be given with a diffusers pipeline; in a checkpoint of ours the empty "
                 "prompt's embeddings are among the weights."
             )
+        if source is not None and folder is None:
+            check_files(source, kwargs.get("subfolder"))
         try:
             loaded: Any = super().from_pretrained(
                 path,
@@ -198,6 +202,12 @@ class ASelectPreTrainedModel(PreTrainedModel):
         model._base().freeze()  # the host makes every loaded weight trainable
         model._settle_timestep(calibration_images)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's signature
+        """Load as the host does, but from safetensors alone: it unpickles shards and adapters of other names."""
+        refuse_other_than_safetensors(checkpoint_files or ())
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def _settle_timestep(self, calibration_images: Any) -> None:  # noqa: ANN401 - whatever `select_timestep` takes
         """Choose the timestep if it is "auto"; forget a record that no longer fits."""
@@ -256,6 +266,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If there is a head, and the tokens of the choice are of another width than those it reads.
         """
+        if not isinstance(selection, TimestepSelection):
+            raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
         config, base = self.config, self._base()
         width = config.width_of(selection.feature)
         if self is not base and width != config.feature_size:
@@ -569,8 +581,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
         block = self.config.block_index(block)
         self.config.check_tap(block, feature)
         num_draws = self.config.num_noise_draws if num_noise_draws is None else num_noise_draws
-        if num_draws < 1:
-            raise ValueError(f"`num_noise_draws` must be at least 1, got {num_draws}.")
+        if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
+            raise ValueError(f"`num_noise_draws` must be at least 1, got {num_draws!r}; an integer.")
         clean = self._clean_latents(pixel_values, latents)
         return self._read(clean, timestep, [(block, feature)], num_draws)[0][block, feature]
 
@@ -733,6 +745,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         return timestep
 
     def _check_latents(self, latents: Tensor) -> None:
+        check_floats("latents", latents)
         layout = self.config.layout
         side, limit = layout.patch_size, layout.max_grid
         if latents.ndim != 4 or latents.shape[1] != layout.num_channels:
@@ -748,11 +761,16 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"Height and width of `latents` must be at most {limit * side}, where the position table of this "
                 f"transformer ends, got {height}×{width}."
             )
-        if not torch.compiler.is_compiling() and not bool(latents.isfinite().all()):
+        if torch.compiler.is_compiling():
+            return
+        if not len(latents):
+            raise ValueError("`latents` are an empty batch; give those of one picture or more.")
+        if not bool(latents.isfinite().all()):
             raise ValueError("`latents` hold NaN or infinite values.")
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
         config = self.config
+        check_floats("pixel_values", pixel_values)
         if pixel_values.ndim != 4:
             raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
         num_channels, height, width = pixel_values.shape[1:]
@@ -774,8 +792,19 @@ class ASelectPreTrainedModel(PreTrainedModel):
                 f"{'×'.join(map(str, config.image_height_width))}."
             )
         # A compiled graph cannot branch on values.
-        if not torch.compiler.is_compiling() and not bool(pixel_values.isfinite().all()):
+        if torch.compiler.is_compiling():
+            return
+        if not len(pixel_values):
+            raise ValueError("`pixel_values` are an empty batch; give one picture or more.")
+        largest = float(pixel_values.detach().abs().max())
+        if not math.isfinite(largest):
             raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
+        # Another processor's mean and standard deviation give no more than 3.
+        if largest > MAX_PIXEL_VALUE:
+            raise ValueError(
+                f"`pixel_values` must be in [-1, 1], got values up to {largest:g}. Use "
+                "`ASelectImageProcessor.from_model_config(model.config)`, which scales them."
+            )
 
 
 _HOW_TO_RESOLVE = (
@@ -783,6 +812,26 @@ _HOW_TO_RESOLVE = (
     "`model.apply_selection(select_timestep(model, images))`, "
     "or set `model.config.timestep` to an integer in [0, 1000) yourself"
 )
+
+
+def check_floats(name: str, values: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+    """Refuse what is no tensor of floating-point numbers in memory: others are numbers that stand for something else.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(values, Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got {type(values).__name__}.")
+    if torch.compiler.is_compiling():
+        return
+    if not values.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be floating-point numbers, got {values.dtype}. Pictures of bytes go through "
+            "`ASelectImageProcessor.from_model_config(model.config)` first."
+        )
+    if values.is_meta or values.layout != torch.strided:
+        kind = "one without data, on the device meta" if values.is_meta else str(values.layout)
+        raise ValueError(f"`{name}` must be a dense tensor with data, got {kind}.")
 
 
 def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aselect import ASelectConfig
 from .heads import AttentionHead, LinearHead
-from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
+from .modeling_aselect import ASelectPreTrainedModel, DiTModel, check_floats, refuse_tap_keywords
 
 
 class DiTForImageClassification(ASelectPreTrainedModel):
@@ -82,11 +82,12 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         logits = self.head(tokens)
         loss = None
         if labels is not None:
-            self._check_labels(labels)
+            labels = self._checked_labels(labels, len(tokens))
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
 
     def _checked_features(self, features: Tensor) -> Tensor:
+        check_floats("features", features)
         if features.ndim == 2 and self.config.head == "linear":
             features = features[:, None]  # the head takes the mean, which this is
         if features.ndim == 2:
@@ -98,15 +99,35 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             raise ValueError(
                 f"`features` must be tokens of shape (B, N, {self.config.feature_size}), got {tuple(features.shape)}."
             )
+        if not torch.compiler.is_compiling() and not (features.numel() and bool(features.isfinite().all())):
+            what = "hold NaN or infinite values" if features.numel() else f"are empty, {tuple(features.shape)}"
+            raise ValueError(f"`features` {what}. Cache them again.")
         return features.to(self.device, self.dtype)
 
-    def _check_labels(self, labels: Tensor) -> None:
+    def _checked_labels(self, labels: Tensor, count: int) -> Tensor:
+        """Return labels as the loss takes them."""
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+        if torch.compiler.is_compiling():
+            return labels
         num_labels = int(self.config.num_labels or 0)
-        if labels.ndim != 1 or labels.is_floating_point() or num_labels == 1 or torch.compiler.is_compiling():
-            return
+        if labels.is_floating_point() and not bool(labels.isfinite().all()):
+            raise ValueError("`labels` hold NaN or infinite values.")
+        if labels.ndim == 0 or labels.numel() not in (count, count * num_labels):
+            raise ValueError(f"`labels` must be one for each of {count} pictures, got shape {tuple(labels.shape)}.")
+        is_single = labels.numel() == count and self.config.problem_type in (None, "single_label_classification")
+        if not is_single or num_labels == 1:
+            return labels
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            # The host would take them for another kind of problem, from then on.
+            raise ValueError(f"`labels` must be class indices, integers in [0, {num_labels}), got {labels.dtype}.")
+        labels = labels.long()
+        if not bool((labels != -100).any()):
+            raise ValueError("All `labels` are -100, and the loss of none is not a number. Leave such a batch out.")
         outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
         if len(outside):
             raise ValueError(
                 f"Labels must be class indices in [0, {num_labels}), got {sorted(set(outside.tolist()))[:5]}. "
                 f"Load the model with `num_labels=` the number of classes of the dataset."
             )
+        return labels

@@ -11,7 +11,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aselect import ASelectConfig
 from .decoders import LinearDecoder, UperNetDecoder, enlarge, token_map
-from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
+from .modeling_aselect import ASelectPreTrainedModel, DiTModel, check_floats, refuse_tap_keywords
 
 
 class DiTBackbone(BackboneMixin, DiTModel):
@@ -120,6 +120,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         """
         refuse_tap_keywords(kwargs)
         if labels is not None:
+            check_floats("pixel_values", pixel_values)
             self._check_labels(labels, pixel_values)
         taps, every = self.backbone.taps(), self.hidden_taps(output_hidden_states)
         read, (rows, columns) = self.backbone.read_pictures([*taps, *every], pixel_values)
@@ -146,6 +147,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         return mean
 
     def _check_labels(self, labels: Tensor, pixel_values: Tensor) -> None:
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"`labels` must be a tensor, got {type(labels).__name__}.")
         expected = (len(pixel_values), *pixel_values.shape[-2:])
         if labels.shape != expected or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_aselect import NUM_TIMESTEPS
+from .configuration_aselect import NUM_TIMESTEPS, check_timestep, is_finite_number
 
 # The schedulers of diffusers that add noise as DDPM does; they differ only in how they sample.
 DDPM_LIKE = (
@@ -79,15 +79,15 @@ class NoiseSchedule:
                 what a timestep stands for. None where it depends on the picture's size (FLUX).
 
         Raises:
-            ValueError: If `shift` is not above 0.
+            ValueError: If `shift` is not above 0, or beyond all measure.
 
         Source: diffusers, `schedulers/scheduling_flow_match_euler_discrete.py`: the transformer is given 1000·sigma.
         """
         sigmas = torch.arange(NUM_TIMESTEPS, dtype=torch.float64, device="cpu") / NUM_TIMESTEPS
         if shift is None:
             return cls(1 - sigmas, sigmas)
-        if not shift > 0:
-            raise ValueError(f"`shift` of a flow-matching scheduler must be above 0, got {shift}.")
+        if not 1e-6 <= shift <= 1e6:  # far beyond what moves all timesteps to one end
+            raise ValueError(f"`shift` of a flow-matching scheduler must be above 0, got {shift}; in [1e-6, 1e6].")
         # diffusers' `set_timesteps(1000)` spaces evenly down to a least sigma that is shifted already, and shifts all.
         least = float(_shifted(torch.tensor(1 / NUM_TIMESTEPS, dtype=torch.float64, device="cpu"), shift))
         even = torch.linspace(1, least, NUM_TIMESTEPS, dtype=torch.float64, device="cpu")
@@ -106,12 +106,18 @@ class NoiseSchedule:
 
         Source: diffusers, `schedulers/scheduling_ddpm.py`; computed in float64, diffusers' own in float32.
         """
+        if not isinstance(config, dict):
+            raise ValueError(f"The scheduler's configuration must be a dictionary, got {type(config).__name__}.")
         name = config.get("_class_name")
         for field in ("shift", "beta_start", "beta_end"):
-            if not isinstance(config.get(field, 1.0), int | float):
-                raise ValueError(f"`{field}` of the scheduler must be a number, got {config[field]!r}.")
-        if not isinstance(config.get("trained_betas") or [], list | tuple):
-            raise ValueError(f"`trained_betas` of the scheduler must be a list, got {config['trained_betas']!r}.")
+            if not is_finite_number(config.get(field, 1.0)):
+                raise ValueError(f"`{field}` of the scheduler must be a number, got {config[field]!r}; a finite one.")
+        trained = config.get("trained_betas")
+        if trained is not None:
+            if not isinstance(trained, list | tuple):
+                raise ValueError(f"`trained_betas` of the scheduler must be a list, got {trained!r}.")
+            if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
+                raise ValueError(f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers.")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
         num_timesteps = config.get("num_train_timesteps", NUM_TIMESTEPS)
@@ -123,7 +129,13 @@ class NoiseSchedule:
             return cls.flow_matching(float(config.get("shift", 1.0)) if is_plain else None)
         # On the CPU by name: a model is built on the meta device to be loaded.
         with torch.device("cpu"):
-            alphas_cumprod = (1 - _betas(config)).cumprod(0)
+            betas = _betas(config)
+            if not bool(((betas >= 0) & (betas <= 1)).all()) or not bool(betas.any()):
+                raise ValueError(
+                    "The betas of the scheduler (the noise that each timestep adds) must be in [0, 1] and not all 0, "
+                    f"got values from {float(betas.min()):g} to {float(betas.max()):g}."
+                )
+            alphas_cumprod = (1 - betas).cumprod(0)
             if config.get("rescale_betas_zero_snr"):
                 alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
             return cls.from_alphas_cumprod(alphas_cumprod)
@@ -185,7 +197,8 @@ class NoiseSchedule:
             ValueError: If `timestep` is no integer in [0, 1000), or a sampler's timesteps depend on more than is known
                 here.
         """
-        _checked_timesteps(timestep)
+        if _checked_timesteps(timestep).numel() != 1:
+            raise ValueError(f"`timestep` must be one integer in [0, {NUM_TIMESTEPS}), got {timestep!r}.")
         return int((self._known_sampled() - timestep).abs().argmin())
 
     def timestep_of_paper(self, paper_timestep: int) -> int:
@@ -232,7 +245,12 @@ class NoiseSchedule:
 
         Args:
             num: Timesteps wanted, at least 1; where two would be the same there is one.
+
+        Raises:
+            ValueError: If `num` is no integer from 1 on.
         """
+        if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+            raise ValueError(f"`num` must be an integer from 1 on, got {num!r}.")
         first, last = self.log_snr(torch.tensor([0, NUM_TIMESTEPS - 1])).tolist()
         # Neither pure noise nor an untouched picture has a finite log-SNR.
         levels = torch.linspace(min(first, MAX_LOG_SNR), max(last, -MAX_LOG_SNR), num)
@@ -248,12 +266,18 @@ class NoiseSchedule:
 
         Returns:
             Noised latents, (B, C, h, w), computed in float32 and returned in the dtype of `latents`.
+
+        Raises:
+            ValueError: If a timestep is no integer or outside [0, 1000), or there are not as many as latents.
         """
         if isinstance(timesteps, int):
+            check_timestep(timesteps)
             # Plain numbers: nothing is copied to an accelerator, and a compiled graph has constants here.
             alpha, sigma = self._factors[timesteps]
             noised: Tensor = alpha * latents.float() + sigma * noise.to(latents.device).float()
             return noised.to(latents.dtype)
+        if timesteps.numel() not in (1, len(latents)):
+            raise ValueError(f"Got {timesteps.numel()} timesteps for {len(latents)} latents; give one, or one each.")
         alpha = self.alpha(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         sigma = self.sigma(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         return (alpha * latents.float() + sigma * noise.to(latents.device).float()).to(latents.dtype)
@@ -308,6 +332,8 @@ def _betas(config: dict[str, Any]) -> Tensor:
     if kind == "linear":
         return torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64)
     if kind == "scaled_linear":
+        if min(start, end) < 0:
+            raise ValueError(f"`beta_start` and `beta_end` of the scheduler must be from 0 on, got {start} and {end}.")
         return torch.linspace(start**0.5, end**0.5, NUM_TIMESTEPS, dtype=torch.float64).square()
     if kind == "sigmoid":
         sigmoid = torch.linspace(-6, 6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid()

@@ -84,7 +84,9 @@ def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
             f"There must be one label for each row of features, got shapes {tuple(features.shape)} and "
             f"{tuple(labels.shape)}."
         )
-    if len(labels.unique()) < 2:
+    # Counted by what is there: the numbers of the classes may be large.
+    classes, labels = labels.unique(return_inverse=True)
+    if len(classes) < 2:
         raise ValueError("A probe needs pictures of at least 2 classes.")
     features = features.double()
     features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)
@@ -112,7 +114,8 @@ def held_out_hits(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
     Raises:
         ValueError: If there is only one class or one fold.
     """
-    if len(labels.unique()) < 2 or len(folds.unique()) < 2:
+    classes, labels = labels.unique(return_inverse=True)
+    if len(classes) < 2 or len(folds.unique()) < 2:
         raise ValueError("A probe needs rows of at least 2 classes, from at least 2 pictures.")
     features = features.double()
     features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)

@@ -1,13 +1,14 @@
 """The record of a choice of the timestep: everything needed to repeat, to judge and to plot it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .configuration_aselect import ASelectConfig
+from .configuration_aselect import NUM_TIMESTEPS, ASelectConfig
 from .plots import plot_timestep_curve, plot_timestep_heat_map
+from .taps import FEATURES
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,25 @@ class TimestepSelection:
         """Return the record that `to_dict` wrote.
 
         Raises:
-            ValueError: If a field is missing or unknown.
+            ValueError: If a field is missing, unknown, or of another kind than `to_dict` writes.
         """
+        if not isinstance(record, dict):
+            raise ValueError(f"Not a record of a selection, which is a dictionary, got {type(record).__name__}.")
         known = cls.__dataclass_fields__
         missing = {name for name, field in known.items() if field.default is MISSING} - record.keys()
         if missing or record.keys() - known.keys():
             raise ValueError(
                 f"Not a record of a selection: missing {sorted(missing)}, "
-                f"unknown {sorted(record.keys() - known.keys())}."
+                f"unknown {sorted(map(str, record.keys() - known.keys()))}."
             )
+        wrong = [name for name, is_right in _FIELDS.items() if name in record and not is_right(record[name])]
+        if wrong:
+            raise ValueError(f"Not a record of a selection: {', '.join(wrong)} are not what it has there.")
+        count = len(record["timesteps"])
+        uneven = [name for name in ("scores", "smoothed", "intervals", "log_snr") if len(record[name]) != count]
+        if uneven or record["timestep"] not in record["timesteps"]:
+            why = f"{', '.join(uneven)} are not as many as its timesteps" if uneven else "its timestep was not read"
+            raise ValueError(f"Not a record of a selection: {why}.")
         return cls(**record)
 
     def plot(
@@ -143,3 +154,60 @@ class TimestepSelection:
 
 def _tap_name(block: int, feature: str) -> str:
     return f"block {block}, {feature}"
+
+
+def _is_integer(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_timestep(value: Any) -> bool:  # noqa: ANN401 - as above
+    return _is_integer(value) and value < NUM_TIMESTEPS
+
+
+def _is_number(value: Any) -> bool:  # noqa: ANN401 - as above
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _is_word(value: Any) -> bool:  # noqa: ANN401 - as above
+    return isinstance(value, str)
+
+
+def _is_dictionary(value: Any) -> bool:  # noqa: ANN401 - as above
+    return isinstance(value, dict)
+
+
+def _is_interval(value: Any) -> bool:  # noqa: ANN401 - as above
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def is_list(value: Any) -> bool:  # noqa: ANN401 - as above
+        return isinstance(value, list | tuple) and all(map(check, value))
+
+    return is_list
+
+
+# What the fields of a record are: it comes from files.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "timestep": _is_timestep,
+    "timesteps": _is_list_of(_is_timestep),
+    "scores": _is_list_of(_is_number),
+    "smoothed": _is_list_of(_is_number),
+    "intervals": _is_list_of(_is_interval),
+    "log_snr": _is_list_of(_is_number),
+    "confidence": _is_number,
+    "criterion": _is_word,
+    "settings": _is_dictionary,
+    "options": _is_dictionary,
+    "block": _is_integer,
+    "feature": lambda value: value in FEATURES,
+    "num_images": _is_integer,
+    "pictures": _is_word,
+    "stopped_by": _is_word,
+    "num_forwards": _is_integer,
+    "seconds": _is_number,
+    "seed": _is_integer,
+    "warnings": _is_list_of(_is_word),
+    "massive_channels": lambda value: value is None or _is_list_of(_is_integer)(value),
+    "table": lambda value: value is None or _is_list_of(_is_dictionary)(value),
+}

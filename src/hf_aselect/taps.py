@@ -1,5 +1,6 @@
 """Taps: where tokens are read, and how a configuration names them."""
 
+import re
 from typing import Literal, get_args
 
 Tap = tuple[int, str]  # block, feature
@@ -23,11 +24,11 @@ def parse_tap_key(key: str) -> Tap:
     Raises:
         ValueError: If it is none.
     """
-    block, _, feature = str(key).partition(".")
-    digits = block.removeprefix("-")
-    if not digits.isdigit() or str(int(block)) != block or int(block) < -1 or feature not in FEATURES:
+    # Digits of ASCII, and so few that `int` takes them.
+    found = re.fullmatch(r"(-1|0|[1-9][0-9]{0,5})\.([a-z]+)", str(key))
+    if found is None or found[2] not in FEATURES:
         raise ValueError(f"A tap must be named 'BLOCK.FEATURE', as '9.hidden', got {key!r}.")
-    return int(block), feature
+    return int(found[1]), found[2]
 
 
 def check_feature(feature: str) -> None:

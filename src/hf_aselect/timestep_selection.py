@@ -192,6 +192,11 @@ def _remedies(search: Sweep, max_images: int) -> tuple[str, str]:
 
 
 def _check_numbers(max_images: int, batch_size: int, confidence: float, seed: int) -> None:
+    for name, value in (("max_images", max_images), ("batch_size", batch_size), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+    if not isinstance(confidence, int | float):
+        raise ValueError(f"`confidence` must be a number in [0, 1], got {confidence!r}.")
     if max_images < 1 or batch_size < 1:
         raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
     if not 0 <= confidence <= 1:
@@ -205,6 +210,8 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  #
         if criterion not in CRITERIA:
             raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
         criterion = CRITERIA[criterion]
+    if not all(hasattr(criterion, name) for name in ("name", "num_draws", "first_round", "measure", "score")):
+        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, or such an object, got {criterion!r}.")
     if isinstance(criterion, Probe) != (labels is not None):
         raise ValueError(
             "`criterion='probe'` needs `labels`, the class index of each picture or the name of their column."
@@ -251,6 +258,8 @@ def _checked_labels(labels: Any, images: Any) -> list[int]:  # noqa: ANN401 - wh
                 f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
             )
         labels = images[labels][:]
+    if not hasattr(labels, "__len__"):
+        raise ValueError(f"`labels` must be a list of class indices, one a picture, got {type(labels).__name__}.")
     if len(labels) != len(images):
         raise ValueError(f"`labels` must name the class of each of {len(images)} pictures, got {len(labels)} labels.")
     try:
@@ -267,13 +276,17 @@ def _checked_taps(
 ) -> list[Tap]:
     if block == "auto":
         blocks = list(range(0, config.num_hidden_layers, 3))
-    elif isinstance(block, str):
-        raise ValueError(f"`block` must be an integer, several of them, or 'auto', got {block!r}.")
+    elif block is None or isinstance(block, int):
+        blocks = [config.block_index(block)]
+    elif isinstance(block, Sequence) and not isinstance(block, str):
+        blocks = [config.block_index(each) for each in block]
     else:
-        blocks = [config.block_index(each) for each in ([block] if block is None or isinstance(block, int) else block)]
+        raise ValueError(f"`block` must be an integer, several of them, or 'auto', got {block!r}.")
     if feature == "auto":
         features = list(AUTO_FEATURES)
     else:
+        if not (feature is None or isinstance(feature, Sequence)):
+            raise ValueError(f"`feature` must be a name, several of them, or 'auto', got {feature!r}.")
         features = [config.feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
     taps = list(product(blocks, features))
     for tap in taps:
@@ -289,6 +302,8 @@ def _checked_taps(
 
 
 def _checked_grid(timesteps: Sequence[int]) -> list[int]:
+    if not hasattr(timesteps, "__len__"):
+        raise ValueError(f"`timesteps` must be a list of integers in [0, 1000), got {timesteps!r}.")
     if not len(timesteps):
         raise ValueError("`timesteps` must name at least one timestep, got none.")
     for timestep in timesteps:

@@ -34,6 +34,8 @@ class TransformerLayout:
     needs_prompt: bool
 
 
+# No transformer has a size beyond this; with one, building a configuration would take the machine's memory.
+MAX_SIZE = 2**16
 _PLAIN = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
 
 
@@ -116,7 +118,7 @@ def check_family(name: str | None) -> None:
     Raises:
         ValueError: If `name` is none of them.
     """
-    if name not in _LAYOUTS:
+    if not isinstance(name, str) or name not in _LAYOUTS:
         raise ValueError(
             f"Unsupported transformer {name!r}; supported are {', '.join(FAMILY_NAMES)}. CONTRIBUTING.md says how to "
             "add a family."
@@ -140,9 +142,20 @@ def layout_of(transformer: dict[str, Any]) -> TransformerLayout:
             f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
             "(`dict(transformer.config)`)."
         )
-    if "axes_lens" in needed and not isinstance(transformer["axes_lens"], list | tuple):
-        raise ValueError(f"`transformer` must have a list as `axes_lens`, got {transformer['axes_lens']!r}.")
+    if "axes_lens" in needed:
+        lengths = transformer["axes_lens"]
+        if not isinstance(lengths, list | tuple) or len(lengths) != 3 or not all(map(_is_size, lengths)):
+            raise ValueError(f"`transformer` must have a list of three lengths as `axes_lens`, got {lengths!r}.")
+        shared = transformer.get("num_kv_heads")
+        if shared is not None and not _is_size(shared):
+            raise ValueError(f"`transformer` must have an integer from 1 on as `num_kv_heads`, got {shared!r}.")
     sizes = {size: transformer[size] for size in needed if size != "axes_lens"}
-    if wrong := {size: value for size, value in sizes.items() if not isinstance(value, int) or value < 1}:
-        raise ValueError(f"`transformer` must have sizes that are integers from 1 on, got {wrong}.")
+    if wrong := {size: value for size, value in sizes.items() if not _is_size(value)}:
+        raise ValueError(
+            f"`transformer` must have sizes that are integers from 1 on, got {wrong}; at most {MAX_SIZE}."
+        )
     return read(transformer)
+
+
+def _is_size(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE

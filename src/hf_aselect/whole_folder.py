@@ -106,13 +106,34 @@ def finish_files(folder: str | os.PathLike[str]) -> None:
 
 def _move(unfinished: Path, target: Path) -> None:
     """Move the files of a folder that has its note, and remove those that the note names."""
+    stale = _names_on(unfinished / NOTE)
     for path in sorted(unfinished.iterdir()):
         there = target / path.name
         # Most files of code are what they were: the less there is to move, the shorter is the time that it takes.
         if path.name != NOTE and not (there.is_file() and _are_small_and_equal(path, there)):
             os.replace(path, there)
-    for name in json.loads((unfinished / NOTE).read_text(encoding="utf-8")):
+    for name in stale:
         (target / name).unlink(missing_ok=True)
+
+
+def _names_on(note: Path) -> list[str]:
+    """Return the names of files on a note; a folder may come from others, and so may a note in it.
+
+    Raises:
+        ValueError: If it holds anything but names of files in the folder.
+    """
+    try:
+        names = json.loads(note.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(note)!r} is no note of ours ({error}). Remove its folder.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{str(note)!r} is no note of ours. Remove its folder.")
+    if outside := [name for name in names if Path(name).name != name or name in ("", ".", "..") or "\0" in name]:
+        raise ValueError(
+            f"{str(note)!r} names {outside[0][:100]!r}, which is no file of its folder: it is no note of ours. Remove "
+            "its folder."
+        )
+    return names
 
 
 def _are_small_and_equal(first: Path, second: Path) -> bool:
@@ -131,7 +152,9 @@ def _unfinished(parent: Path, stem: str) -> Path:
 def _end_left_overs(parent: Path, stem: str) -> None:
     for path in parent.glob(f"{glob.escape(stem)}-{_host()}-*"):
         process = path.name.removeprefix(f"{stem}-{_host()}-").partition("-")[0]
-        if not process.isdigit() or int(process) == os.getpid() or _is_running(int(process)):
+        if path.is_symlink() or not re.fullmatch(r"[0-9]{1,9}", process):
+            continue
+        if int(process) == os.getpid() or _is_running(int(process)):
             continue
         if (path / NOTE).is_file():
             logger.warning("Ending the save of %s, which was killed when all was written.", path.parent)
