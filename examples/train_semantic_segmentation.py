@@ -175,7 +175,8 @@ def main() -> None:
         label2id={name: index for index, name in enumerate(names)},
         **given,
     )
-    processor = ASelectImageProcessor.from_model_config(model.config)
+    # Whoever segments a picture with the model wants all of it, as it is evaluated here.
+    processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=False)
     metric = MeanIoU(num_labels=len(names), ignore_index=model.config.semantic_loss_ignore_index)
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool) -> dict[str, Any]:

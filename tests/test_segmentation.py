@@ -42,7 +42,9 @@ from hf_aselect import (
     select_timestep,
 )
 from hf_aselect.calibration import CalibrationPictures
+from hf_aselect.cli import main
 from hf_aselect.criteria import PatchProbe
+from hf_aselect.publishing import write_image_processor
 
 NUM_LABELS = 3
 ZERO = np.zeros((1, 2, 2), dtype=int)
@@ -534,6 +536,55 @@ def test_bad_masks_are_refused(processor, mask, message):
 def test_as_many_masks_as_pictures_are_wanted(processor):
     with pytest.raises(ValueError, match="Got 1 masks for 2 pictures"):
         processor([np.zeros((8, 8, 3), dtype=np.uint8)] * 2, [np.zeros((8, 8), dtype=np.uint8)])
+
+
+class Logits:
+    """What a model returned: class 1 in the left quarter of what it saw, 2 in the rest."""
+
+    logits = torch.tensor([0.0, 9.0, 0.0] * 16 + [0.0, 0.0, 9.0] * 48).reshape(1, 8, 8, 3).permute(0, 3, 2, 1)
+
+
+@pytest.mark.parametrize("do_resize", [True, False])
+def test_a_mask_lies_where_the_model_saw_the_picture(do_resize):
+    """A picture of 8 × 24 is cut to its middle third; what is left and right of it was not seen."""
+    processor = ASelectImageProcessor(size=8, do_resize=do_resize)
+    (mask,) = processor.post_process_semantic_segmentation(Logits, target_sizes=[(8, 24)])
+    assert mask.tolist() == [[1] * 10 + [2] * 14] * 8
+    (whole,) = processor.post_process_semantic_segmentation(Logits, target_sizes=torch.tensor([[8, 8]]))
+    assert whole.tolist() == [[1] * 2 + [2] * 6] * 8
+    (both,) = processor.post_process_semantic_segmentation(Logits, [(8, 24)], return_segmentation_scores=True)
+    assert torch.equal(both["segmentation"], mask) and both["segmentation_scores"].shape == (3, 8, 24)
+    assert torch.equal(both["segmentation_scores"].argmax(0), mask)
+
+
+def test_a_mask_covers_a_picture_that_was_seen_whole():
+    processor = ASelectImageProcessor(size=8, do_center_crop=False)
+    (mask,) = processor.post_process_semantic_segmentation(Logits, target_sizes=[(8, 24)])
+    assert mask.tolist() == [[1] * 6 + [2] * 18] * 8
+    processor = ASelectImageProcessor(size=8)
+    tall = processor.post_process_semantic_segmentation(Logits, target_sizes=[(20, 16)])[0]
+    assert tall.tolist() == [[1] * 4 + [2] * 12] * 20
+
+
+def corner(rows, columns):
+    """A black picture whose left quarter is white."""
+    values = np.zeros((rows, columns, 3), dtype=np.uint8)
+    values[:, : columns // 4] = 255
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_a_published_segmenter_sees_the_whole_of_a_picture(deep_folder, tmp_path, is_folded):
+    model = load(deep_folder)
+    if is_folded:
+        model.save_pretrained(tmp_path / "model")
+        assert main(["fold", str(tmp_path / "model"), str(tmp_path / "published")]) == 0
+    else:
+        model.save_pretrained(tmp_path / "published")
+        write_image_processor(model, tmp_path / "published")
+    segment = pipeline("image-segmentation", model=str(tmp_path / "published"), device="cpu")
+    pixels = segment.preprocess(corner(8, 32))["pixel_values"][0, 0]
+    assert bool((pixels[:, : pixels.shape[1] // 4 - 1] > 0.9).all()) and bool((pixels[:, -2:] < -0.9).all())
 
 
 def test_logits_become_masks_of_the_sizes_asked_for(deep_folder, processor, pixels):

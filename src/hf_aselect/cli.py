@@ -185,11 +185,10 @@ def _fold(parsed: argparse.Namespace) -> None:
     from .convert_diffusers import checked_dtype
     from .diffusers_checkpoint import find_diffusers
     from .diffusers_files import HubOptions
-    from .image_processing_aselect import ASelectImageProcessor
     from .modeling_aselect import DiTModel
     from .modeling_classification import DiTForImageClassification
     from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
-    from .publishing import write_model_card
+    from .publishing import write_image_processor, write_model_card
     from .whole_folder import checked_output, whole_folder
 
     logging.set_verbosity_error()
@@ -214,8 +213,7 @@ def _fold(parsed: argparse.Namespace) -> None:
     folded = model.fold()
     with whole_folder(target) as unfinished:
         folded.save_pretrained(unfinished)
-        if folded.config.num_channels in (1, 3):  # latents without a VAE are no pictures
-            ASelectImageProcessor.from_model_config(folded.config).save_pretrained(unfinished)
+        write_image_processor(folded, unfinished)
         write_model_card(folded, unfinished, model_name=target.name)
     before, after = (sum(one.numel() for one in each.parameters()) for each in (model, folded))
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))

@@ -62,11 +62,17 @@ class ASelectImageProcessor(PilBackend):
     do_reduce_labels = False
 
     @classmethod
-    def from_model_config(cls, config: ASelectConfig) -> "ASelectImageProcessor":
-        """Return the processor that fits a model: its picture size and number of channels."""
+    def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":  # noqa: ANN401
+        """Return the processor that fits a model: its picture size and number of channels.
+
+        Args:
+            config: The model's.
+            fields: The processor's own fields, in place of its defaults; `do_center_crop=False` for a segmenter, which
+                is to see the whole of each picture.
+        """
         height, width = config.image_height_width
         values: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
-        return cls(**values)
+        return cls(**{**values, **fields})
 
     def preprocess(
         self,
@@ -141,8 +147,57 @@ class ASelectImageProcessor(PilBackend):
         label: NDArray[np.int64] = array[0].astype(np.int64)
         return label
 
-    # Logits of any head to masks, (height, width) of each of `target_sizes`: as the host's processors do it.
-    post_process_semantic_segmentation = BeitImageProcessorPil.post_process_semantic_segmentation
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,  # noqa: ANN401 - what a model returned
+        target_sizes: Any = None,  # noqa: ANN401 - pairs or a tensor
+        return_segmentation_scores: bool = False,
+    ) -> list[Any]:
+        """Turn logits of any head into masks, as the host's processors do it, where the model saw the picture.
+
+        With `do_center_crop` it saw the middle of the picture, in the shape of `size`. The mask lies there; the rest
+        of the picture gets what is at the crop's nearest edge, and a warning is logged.
+
+        Args:
+            outputs: With `logits`, (B, K, h, w).
+            target_sizes: Height and width of each picture. Default: the masks stay as large as the logits.
+            return_segmentation_scores: Whether the probabilities, (K, height, width), are returned beside each mask.
+
+        Returns:
+            A mask of class indices, (height, width), of each picture; or one of the host's outputs with `segmentation`
+            and `segmentation_scores`.
+
+        Raises:
+            ValueError: If there are not as many target sizes as pictures.
+        """
+        post_process = BeitImageProcessorPil.post_process_semantic_segmentation
+        if target_sizes is None or not self.do_center_crop:
+            found: list[Any] = post_process(self, outputs, target_sizes, return_segmentation_scores)
+            return found
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        middles = [self._middle_of(height, width) for height, width in sizes]
+        found = post_process(self, outputs, [middle[2:] for middle in middles], return_segmentation_scores)
+        for index, (size, middle) in enumerate(zip(sizes, middles, strict=True)):
+            if middle[2:] == size:
+                continue
+            logger.warning_once(
+                "The model saw the middle of a picture alone; its mask is continued to the edges. Load the processor "
+                "with `do_center_crop=False`, so that it sees the whole."
+            )
+            if return_segmentation_scores:
+                for name in ("segmentation", "segmentation_scores"):
+                    found[index][name] = _continued(found[index][name], size, middle)
+            else:
+                found[index] = _continued(found[index], size, middle)
+        return found
+
+    def _middle_of(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return top, left, height and width of what the model sees of a picture."""
+        rows, columns = int(self.size["height"]), int(self.size["width"])
+        if self.do_resize:
+            return _middle(height, width, rows, columns)
+        # Of a smaller picture it is larger, filled up with black.
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
 
     def process_image(  # type: ignore[override]
         self,
@@ -340,11 +395,24 @@ def _with_channels(array: NDArray[Any], num_channels: int) -> NDArray[Any]:
 
 def _crop_to_shape(image: NDArray[Any], size: SizeDict) -> NDArray[Any]:
     """Cut out the largest middle part, (C, h, w), that has the shape of `size`."""
-    height, width = image.shape[-2:]
-    scale = min(height / size.height, width / size.width)
-    new_height, new_width = max(1, round(size.height * scale)), max(1, round(size.width * scale))
-    top, left = (height - new_height) // 2, (width - new_width) // 2
-    return image[:, top : top + new_height, left : left + new_width]
+    rows, columns = int(size.height), int(size.width)  # type: ignore[arg-type]
+    top, left, height, width = _middle(image.shape[-2], image.shape[-1], rows, columns)
+    return image[:, top : top + height, left : left + width]
+
+
+def _middle(height: int, width: int, rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of the largest middle part of a picture in the shape of rows × columns."""
+    scale = min(height / rows, width / columns)
+    new_height, new_width = max(1, round(rows * scale)), max(1, round(columns * scale))
+    return (height - new_height) // 2, (width - new_width) // 2, new_height, new_width
+
+
+def _continued(values: Tensor, size: tuple[int, int], middle: tuple[int, int, int, int]) -> Tensor:
+    """Return values of the middle of a picture, (..., h, w), for all of it: outside as at the nearest edge."""
+    top, left, height, width = middle
+    rows = (torch.arange(size[0], device=values.device) - top).clamp(0, height - 1)
+    columns = (torch.arange(size[1], device=values.device) - left).clamp(0, width - 1)
+    return values[..., rows[:, None], columns]
 
 
 # Here, and not where the package registers its models: this module travels with a model, and what is saved where the

@@ -34,9 +34,18 @@ def _stale() -> list[str]:
 
 def write_for_strangers(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401 - of ours
     """Write the image processor, the card and the curve beside a saved model; see `write_model_card`."""
-    if model.config.num_channels in (1, 3):  # latents without a VAE are no pictures
-        ASelectImageProcessor.from_model_config(model.config).save_pretrained(folder)
+    write_image_processor(model, folder)
     write_model_card(model, folder, **facts)
+
+
+def write_image_processor(model: Any, folder: str | os.PathLike[str]) -> None:  # noqa: ANN401 - of ours
+    """Write the image processor of a model beside it; nothing for a model of latents that are no pictures.
+
+    A segmenter is to see the whole of a picture, as its masks must cover it; the others see the middle, undistorted.
+    """
+    if model.config.num_channels in (1, 3):
+        crop = type(model)._auto_class != "AutoModelForSemanticSegmentation"
+        ASelectImageProcessor.from_model_config(model.config, do_center_crop=crop).save_pretrained(folder)
 
 
 def create_repository(repo_id: str, token: Any, private: bool | None) -> str:  # noqa: ANN401 - a word or a switch
