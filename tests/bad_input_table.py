@@ -1065,7 +1065,7 @@ CASES = [
     ),
     Case(
         "checkpoint",
-        "other text beside it",
+        "shards of 5 XB",
         lambda world: convert_diffusers(world.pixel, world.new(), max_shard_size="5 XB"),
         "at least 1 byte, a number or as '5GB' or '200MB', got '5 XB'",
     ),

@@ -248,11 +248,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: As the constructor, and if `config_dict` is no dictionary of fields by name.
         """
         if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
-            raise ValueError(f"A configuration must be a dictionary of fields by name, got {_short(config_dict)}.")
+            raise ValueError(f"A configuration must be a dictionary of fields by name, got {short(config_dict)}.")
         if not isinstance(config_dict.get("quantization_config", {}), dict):
             # The host asks it for things that only a dictionary has.
             raise ValueError(
-                f"`quantization_config` must be a dictionary, got {_short(config_dict['quantization_config'])}."
+                f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
             )
         _check_classes(config_dict.get("id2label"), config_dict.get("label2id"), kwargs.get("num_labels"))
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
@@ -570,7 +570,7 @@ def _check_vae(vae: dict[str, Any] | None) -> None:
         raise ValueError(f"`vae` must have a list as `{_VAE_LEVELS[name]}`, got {vae[_VAE_LEVELS[name]]!r}.")
     channels, levels = vae["in_channels"], vae[_VAE_LEVELS[name]]
     if isinstance(channels, bool) or not isinstance(channels, int) or not 1 <= channels <= MAX_SIZE:
-        raise ValueError(f"`in_channels` of the `vae` must be an integer from 1 on, got {_short(channels)}.")
+        raise ValueError(f"`in_channels` of the `vae` must be an integer from 1 on, got {short(channels)}.")
     if not 1 <= len(levels) <= _MAX_VAE_LEVELS:
         raise ValueError(
             f"`{_VAE_LEVELS[name]}` of the `vae` must have 1 to {_MAX_VAE_LEVELS} entries, one a resolution, got "
@@ -579,10 +579,10 @@ def _check_vae(vae: dict[str, Any] | None) -> None:
     # Latents would be nothing, or infinite.
     if not is_finite_number(vae.get("scaling_factor", 1.0)) or not vae.get("scaling_factor", 1.0):
         raise ValueError(
-            f"`scaling_factor` of the `vae` must be a number, got {_short(vae['scaling_factor'])}; finite and not 0."
+            f"`scaling_factor` of the `vae` must be a number, got {short(vae['scaling_factor'])}; finite and not 0."
         )
     if not is_finite_number(vae.get("shift_factor") or 0):
-        raise ValueError(f"`shift_factor` of the `vae` must be a finite number, got {_short(vae['shift_factor'])}.")
+        raise ValueError(f"`shift_factor` of the `vae` must be a finite number, got {short(vae['shift_factor'])}.")
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ValueError(
             "A VAE with `latents_mean` and `latents_std` is not supported: none of the supported transformers was "
@@ -597,7 +597,7 @@ def is_finite_number(value: Any) -> bool:  # noqa: ANN401 - a check takes whatev
     return is_number and -1e300 <= value <= 1e300
 
 
-def _short(value: Any) -> str:  # noqa: ANN401 - whatever came
+def short(value: Any) -> str:  # noqa: ANN401 - whatever came
     """Return a value for an error, cut where it is long."""
     try:
         text = repr(value)
@@ -612,22 +612,22 @@ def _check_dtype(dtype: Any) -> None:  # noqa: ANN401 - a check takes whatever c
     if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
         return
     if dtype is not None:
-        raise ValueError(f"`dtype` must be a floating-point dtype of torch, as 'bfloat16', got {_short(dtype)}.")
+        raise ValueError(f"`dtype` must be a floating-point dtype of torch, as 'bfloat16', got {short(dtype)}.")
 
 
 def _check_classes(names: Any, numbers: Any, num_labels: Any) -> None:  # noqa: ANN401 - a check takes whatever came
     """Refuse classes that are not counted from 0 on, or not named each."""
     if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
-        raise ValueError(f"`num_labels` must be an integer from 1 on, got {_short(num_labels)}.")
+        raise ValueError(f"`num_labels` must be an integer from 1 on, got {short(num_labels)}.")
     if numbers is not None and not isinstance(numbers, dict):
-        raise ValueError(f"`label2id` must be a dictionary of classes by name, got {_short(numbers)}.")
+        raise ValueError(f"`label2id` must be a dictionary of classes by name, got {short(numbers)}.")
     if names is None:
         return
     # JSON has words for keys.
     keys = {str(key) for key in names} if isinstance(names, dict) else set()
     if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(names):
         raise ValueError(
-            f"`id2label` must name the classes by their numbers, from 0 on and each once, got {_short(names)}."
+            f"`id2label` must name the classes by their numbers, from 0 on and each once, got {short(names)}."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_aselect import NUM_TIMESTEPS, check_timestep, is_finite_number
+from .configuration_aselect import NUM_TIMESTEPS, check_timestep, is_finite_number, short
 
 # The schedulers of diffusers that add noise as DDPM does; they differ only in how they sample.
 DDPM_LIKE = (
@@ -111,7 +111,7 @@ class NoiseSchedule:
         name = config.get("_class_name")
         for field in ("shift", "beta_start", "beta_end"):
             if not is_finite_number(config.get(field, 1.0)):
-                raise ValueError(f"`{field}` of the scheduler must be a number, got {config[field]!r}; a finite one.")
+                raise ValueError(f"`{field}` of the scheduler must be a number, got {short(config[field])}; a finite one.")
         trained = config.get("trained_betas")
         if trained is not None:
             if not isinstance(trained, list | tuple):
