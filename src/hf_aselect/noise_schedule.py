@@ -111,7 +111,9 @@ class NoiseSchedule:
         name = config.get("_class_name")
         for field in ("shift", "beta_start", "beta_end"):
             if not is_finite_number(config.get(field, 1.0)):
-                raise ValueError(f"`{field}` of the scheduler must be a number, got {short(config[field])}; a finite one.")
+                raise ValueError(
+                    f"`{field}` of the scheduler must be a number, got {short(config[field])}; a finite one."
+                )
         trained = config.get("trained_betas")
         if trained is not None:
             if not isinstance(trained, list | tuple):
