@@ -35,6 +35,7 @@ LEVELS = {
     "criteria": 1,
     "denoiser": 1,
     "empty_prompt": 1,
+    "field_checks": 1,
     "folded_layout": 1,
     "folded_parts": 1,
     "heads": 1,

@@ -4,16 +4,15 @@ import difflib
 import math
 from typing import Any, Literal, Self
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .field_checks import NUM_TIMESTEPS, VAE_LEVELS, check_classes, check_dtype, check_timestep, check_vae, short
 from .folded_layout import FoldedLayout
 from .taps import Tap, check_feature, parse_tap_key, tap_key
 from .transformer_layout import MAX_SIZE, TransformerLayout, layout_of
 
-NUM_TIMESTEPS = 1000
 # Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
 UPERNET_EIGHTHS = (1, 3, 5, 6)
 
@@ -37,9 +36,6 @@ DDPM_LINEAR = {
     "beta_schedule": "linear",
 }
 
-# By class of the VAE: the field whose length is the number of its resolutions. Nobody has a VAE of more than so many.
-_VAE_LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
-_MAX_VAE_LEVELS = 16
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
@@ -60,18 +56,6 @@ _WRITTEN_BY_TRANSFORMERS = {
     "torch_dtype",
     "use_cache",
 }
-
-
-def check_timestep(timestep: Any) -> None:  # noqa: ANN401 - a check takes whatever came
-    """Refuse anything but an integer timestep in [0, 1000).
-
-    Raises:
-        ValueError: If `timestep` is not an integer or lies outside [0, 1000).
-    """
-    if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < NUM_TIMESTEPS:
-        raise ValueError(
-            f"`timestep` must be an integer in [0, {NUM_TIMESTEPS}) or 'auto' (0 = least noise), got {timestep!r}."
-        )
 
 
 @strict
@@ -185,15 +169,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
         names, num_labels = self.id2label, kwargs.get("num_labels")
-        _check_classes(names, self.label2id, num_labels)
+        check_classes(names, self.label2id, num_labels)
         for dtype in (self.dtype, kwargs.get("torch_dtype")):
-            _check_dtype(dtype)
+            check_dtype(dtype)
         if names is not None and num_labels is not None and len(names) != num_labels:
             raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
         layout = layout_of(self.transformer)
-        _check_vae(self.vae)
+        check_vae(self.vae)
         if self.block is None:
             self.block = 3 * layout.num_layers // 8
         if self.image_size is None:
@@ -254,7 +238,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
             )
-        _check_classes(config_dict.get("id2label"), config_dict.get("label2id"), kwargs.get("num_labels"))
+        check_classes(config_dict.get("id2label"), config_dict.get("label2id"), kwargs.get("num_labels"))
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
         num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
         if num_labels is not None and names is not None and len(names) != num_labels and "id2label" not in kwargs:
@@ -303,7 +287,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def vae_scale_factor(self) -> int:
         """Pixels a side that one latent stands for: 1 in pixel space."""
-        return 1 if self.vae is None else 2 ** (len(self.vae[_VAE_LEVELS[self.vae["_class_name"]]]) - 1)
+        return 1 if self.vae is None else 2 ** (len(self.vae[VAE_LEVELS[self.vae["_class_name"]]]) - 1)
 
     @property
     def patch_pixels(self) -> int:
@@ -552,83 +536,6 @@ OWN_FIELDS = {name for name in ASelectConfig.__annotations__ if not name.startsw
     "out_features",
     "out_indices",
 }
-
-
-def _check_vae(vae: dict[str, Any] | None) -> None:
-    """Refuse a VAE that is none of those we can encode with."""
-    if vae is None:
-        return
-    name = vae.get("_class_name")
-    if not isinstance(name, str) or name not in _VAE_LEVELS:
-        raise ValueError(f"Unsupported VAE {name!r}; supported are {', '.join(_VAE_LEVELS)}.")
-    if missing := [field for field in ("in_channels", _VAE_LEVELS[name]) if vae.get(field) is None]:
-        raise ValueError(
-            f"`vae` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
-            "(`dict(vae.config)`)."
-        )
-    if not isinstance(vae[_VAE_LEVELS[name]], list | tuple):
-        raise ValueError(f"`vae` must have a list as `{_VAE_LEVELS[name]}`, got {vae[_VAE_LEVELS[name]]!r}.")
-    channels, levels = vae["in_channels"], vae[_VAE_LEVELS[name]]
-    if isinstance(channels, bool) or not isinstance(channels, int) or not 1 <= channels <= MAX_SIZE:
-        raise ValueError(f"`in_channels` of the `vae` must be an integer from 1 on, got {short(channels)}.")
-    if not 1 <= len(levels) <= _MAX_VAE_LEVELS:
-        raise ValueError(
-            f"`{_VAE_LEVELS[name]}` of the `vae` must have 1 to {_MAX_VAE_LEVELS} entries, one a resolution, got "
-            f"{len(levels)}."
-        )
-    # Latents would be nothing, or infinite.
-    if not is_finite_number(vae.get("scaling_factor", 1.0)) or not vae.get("scaling_factor", 1.0):
-        raise ValueError(
-            f"`scaling_factor` of the `vae` must be a number, got {short(vae['scaling_factor'])}; finite and not 0."
-        )
-    if not is_finite_number(vae.get("shift_factor") or 0):
-        raise ValueError(f"`shift_factor` of the `vae` must be a finite number, got {short(vae['shift_factor'])}.")
-    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-        raise ValueError(
-            "A VAE with `latents_mean` and `latents_std` is not supported: none of the supported transformers was "
-            "trained on latents that were scaled channel by channel."
-        )
-
-
-def is_finite_number(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
-    """Return whether a value is a number that a float can hold, and neither NaN nor infinite."""
-    # An integer of JSON may have any number of digits.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and -1e300 <= value <= 1e300
-
-
-def short(value: Any) -> str:  # noqa: ANN401 - whatever came
-    """Return a value for an error, cut where it is long."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested without end, or an integer of too many digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _check_dtype(dtype: Any) -> None:  # noqa: ANN401 - a check takes whatever came
-    """Refuse what no weights are in; the host looks it up in torch, whatever it is."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
-        return
-    if dtype is not None:
-        raise ValueError(f"`dtype` must be a floating-point dtype of torch, as 'bfloat16', got {short(dtype)}.")
-
-
-def _check_classes(names: Any, numbers: Any, num_labels: Any) -> None:  # noqa: ANN401 - a check takes whatever came
-    """Refuse classes that are not counted from 0 on, or not named each."""
-    if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
-        raise ValueError(f"`num_labels` must be an integer from 1 on, got {short(num_labels)}.")
-    if numbers is not None and not isinstance(numbers, dict):
-        raise ValueError(f"`label2id` must be a dictionary of classes by name, got {short(numbers)}.")
-    if names is None:
-        return
-    # JSON has words for keys.
-    keys = {str(key) for key in names} if isinstance(names, dict) else set()
-    if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(names):
-        raise ValueError(
-            f"`id2label` must name the classes by their numbers, from 0 on and each once, got {short(names)}."
-        )
 
 
 def refuse_unknown_keywords(names: set[str]) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_aselect import NUM_TIMESTEPS
 from .denoisers import eval_mode
+from .field_checks import NUM_TIMESTEPS
 
 
 @torch.no_grad()

@@ -19,12 +19,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_aselect import ASelectConfig, check_timestep, refuse_unknown_keywords
+from .configuration_aselect import ASelectConfig, refuse_unknown_keywords
 from .decoders import token_map
 from .denoisers import build_denoiser, build_sampler, build_vae_encoder
 from .diffusers_checkpoint import find_diffusers
 from .diffusers_files import HubOptions, refuse_other_than_safetensors
 from .empty_prompt import TEXT_PARTS
+from .field_checks import check_timestep
 from .folding import fold_denoiser
 from .generation import generate_latents
 from .heads import AttentionHead

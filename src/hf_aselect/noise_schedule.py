@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_aselect import NUM_TIMESTEPS, check_timestep, is_finite_number, short
+from .field_checks import NUM_TIMESTEPS, check_timestep, is_finite_number, short
 
 # The schedulers of diffusers that add noise as DDPM does; they differ only in how they sample.
 DDPM_LIKE = (

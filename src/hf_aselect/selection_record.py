@@ -6,7 +6,8 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .configuration_aselect import NUM_TIMESTEPS, ASelectConfig
+from .configuration_aselect import ASelectConfig
+from .field_checks import NUM_TIMESTEPS
 from .plots import plot_timestep_curve, plot_timestep_heat_map
 from .taps import FEATURES
 

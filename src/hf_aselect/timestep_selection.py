@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from .calibration import CalibrationPictures
-from .configuration_aselect import ASelectConfig, check_timestep
+from .configuration_aselect import ASelectConfig
 from .criteria import CRITERIA, Criterion, PatchProbe, Probe
 from .denoisers import eval_mode
+from .field_checks import check_timestep
 from .selection_record import TimestepSelection
 from .sweep import AUTO_FEATURES, ReadableModel, Sweep
 from .taps import Tap
