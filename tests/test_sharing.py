@@ -317,6 +317,9 @@ def test_the_trainer_pushes_all_of_it_with_our_card(hub, pixel_folder, tmp_path,
     assert card.data.eval_results[0].dataset_name == "noise"
     assert "| steps | 4 |" in card.text and "| epochs | 4.0 |" in card.text and "## The timestep" in card.text
     assert hub.repos["model", "me/trained"].private
+    # While it trains, too: whoever takes one of those commits has the code that its configuration names.
+    commits = [set(files) for files in hub.repos["model", "me/trained"].commits.values()]
+    assert all("modeling_classification.py" in files for files in commits if "model.safetensors" in files)
     hub.repos.pop(("model", "me/trained"))
 
 

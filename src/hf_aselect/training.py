@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.dynamic_module_utils import custom_object_save
 
 from .modeling_aselect import ASelectPreTrainedModel
 from .publishing import write_model_card
@@ -174,13 +175,22 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Keep the card: between this and the upload `Trainer` writes a draft of its own over it, and asks nobody."""
+        """Put the model's code beside it, and keep the card.
+
+        `Trainer` copies weights and configuration out of a checkpoint, and not the code that the configuration names.
+        Between this and the last upload it writes a draft of its own over the card, and asks nobody.
+        """
         path = Path(str(args.output_dir)) / "README.md"
+        trained = kwargs["model"]
+        # An adapter of peft's has none.
+        if state.is_world_process_zero and _unwrapped(trained) is trained and trained._auto_class is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            custom_object_save(trained, str(args.output_dir))
         if not state.is_world_process_zero or not path.is_file():
             return
         # Whoever trains has imported it; whoever does not need not wait for it.
         trainer_module: Any = importlib.import_module("transformers.trainer")
-        text, model, drafts = path.read_text(encoding="utf-8"), kwargs["model"], trainer_module.TrainingSummary
+        text, drafts = path.read_text(encoding="utf-8"), trainer_module.TrainingSummary
 
         class Card:
             """Stands in for the maker of drafts, once."""
@@ -189,7 +199,7 @@ class ASelectCallback(TrainerCallback):
             def from_trainer(trainer: Any, **facts: Any) -> Any:  # noqa: ANN401 - the host's
                 trainer_module.TrainingSummary = drafts
                 draft = drafts.from_trainer(trainer, **facts)
-                if trainer.model is model:
+                if trainer.model is trained:
                     card: Any = ModelCard(text)
                     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(facts.get("tags") or [])]))
                     draft.to_model_card = lambda: str(card)
