@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 import torch
 from bad_input_table import CASES, World, file_of, outcome, table, text_of
-from datasets import disable_progress_bars
+from datasets import Dataset, Features, List, disable_progress_bars
+from datasets import Image as datasets_image
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
 
-from hf_aselect import ASelectConfig, ASelectImageProcessor, NoiseSchedule, TimestepSelection, select_timestep
+from hf_aselect import (
+    ASelectConfig,
+    ASelectImageProcessor,
+    DiTForImageClassification,
+    NoiseSchedule,
+    TimestepSelection,
+    cache_features,
+    select_timestep,
+)
 from hf_aselect.configuration_aselect import DDPM_LINEAR, DIT_XL_2
 from hf_aselect.taps import FEATURES
 
@@ -185,6 +194,98 @@ def test_class_numbers_may_be_large(world):
         for each in both
     ]
     assert choices[0].scores == choices[1].scores
+
+
+@pytest.mark.parametrize("scale", [0.9, 1.0])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_picture_of_fractions_is_near_to_that_of_bytes(dtype, scale):
+    """Resizing keeps them as they are; the host would take whole numbers alone."""
+    values = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    processor = ASelectImageProcessor(size=8)
+    found = processor((values * dtype(scale)).astype(dtype), return_tensors="pt").pixel_values
+    wanted = processor(Image.fromarray((values * scale).round().astype(np.uint8)), return_tensors="pt").pixel_values
+    assert float((found - wanted).abs().max()) < 2.5 / 127.5
+
+
+def test_a_picture_in_0_to_1_is_resized_smoothly_whatever_it_holds():
+    halves = np.zeros((8, 8, 3), dtype=np.float32)
+    halves[:, 4:] = 1
+    processor = ASelectImageProcessor(size=16, do_rescale=False)
+    found = processor(halves, return_tensors="pt").pixel_values[0, 0, 0]
+    assert float((found + 1).frac().abs().max()) > 0 and float(found.min()) >= -1 and float(found.max()) <= 1
+
+
+def test_labels_left_out_altogether_give_no_loss_and_no_gradient(world):
+    """As in one small batch of several whose gradients are accumulated."""
+    output = world.classifier(world.pixels, labels=torch.tensor([-100, -100]))
+    output.loss.backward()
+    gradients = [each.grad for each in world.classifier.head.parameters() if each.grad is not None]
+    assert float(output.loss.detach()) == 0 and gradients and all(not each.any() for each in gradients)
+    world.classifier.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_labels_of_several_classes_may_be_of_any_dtype(world, dtype):
+    labels = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])
+    config = ASelectConfig.from_dict(
+        {**world.classifier.config.to_dict(), "problem_type": "multi_label_classification"}
+    )
+    torch.manual_seed(0)
+    model = DiTForImageClassification(config).eval()
+    output = model(world.pixels, labels=labels.to(dtype))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, labels.float())
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("num_labels", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_labels_of_a_regression_may_be_of_any_dtype(world, num_labels, dtype):
+    fields = {**world.classifier.config.to_dict(), "problem_type": "regression"}
+    names = {number: str(number) for number in range(num_labels)}
+    model = DiTForImageClassification(ASelectConfig.from_dict({**fields, "id2label": names, "label2id": None})).eval()
+    labels = torch.tensor([[2] * num_labels, [0] * num_labels]).to(dtype)
+    output = model(world.pixels, labels=labels)
+    torch.testing.assert_close(output.loss, ((output.logits - labels.float()) ** 2).mean())
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_names_of_classes_given_on_loading_are_taken_whole(world, kind):
+    names = {kind(number): name for number, name in enumerate("abcd")}
+    model = DiTForImageClassification.from_pretrained(world.saved, id2label=names)
+    assert model.config.id2label == dict(enumerate("abcd"))
+    assert model.config.label2id == {name: number for number, name in enumerate("abcd")}
+    two = DiTForImageClassification.from_pretrained(
+        world.saved, id2label={kind(0): "x", kind(1): "y"}, ignore_mismatched_sizes=True
+    )
+    assert two.config.label2id == {"x": 0, "y": 1} and two.config.num_labels == 2
+    with torch.no_grad():
+        assert two(world.pixels).logits.shape == (2, 2)
+
+
+def test_safetensors_may_be_left_to_the_host(world):
+    assert DiTForImageClassification.from_pretrained(world.saved, use_safetensors=None).config.timestep == 50
+
+
+def test_a_mask_is_turned_as_its_picture():
+    """Both as a camera that was held upside down stores them."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    stored = [Image.open(io.BytesIO(file_of(noise(mode, 8, 16), "PNG", exif=exif))) for mode in ("RGB", "L")]
+    found = ASelectImageProcessor(size={"height": 16, "width": 8})(*stored, return_tensors="np").labels[0]
+    assert np.array_equal(found, np.asarray(noise("L", 8, 16))[::-1, ::-1])
+
+
+def test_stages_named_in_a_file_do_not_replace_those_of_the_transformer(world):
+    values = {**world.classifier.config.to_dict(), "stage_names": ["a", "b"]}
+    assert ASelectConfig.from_dict(values).stage_names == world.classifier.config.stage_names
+
+
+def test_a_column_of_lists_of_pictures_is_not_kept(world, tmp_path):
+    lists = Dataset.from_dict(
+        {"image": world.pictures, "more": [[picture] for picture in world.pictures]},
+        features=Features(image=datasets_image(), more=List(datasets_image())),
+    )
+    assert cache_features(world.model, lists, tmp_path).column_names == ["features"]
 
 
 def hold(check, examples, *strategies):

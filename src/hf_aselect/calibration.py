@@ -1,5 +1,6 @@
 """Calibration pictures of any kind, as numbered batches of pixel values."""
 
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from .configuration_aselect import ASelectConfig
 from .image_processing_aselect import ASelectImageProcessor
 
+_ADDRESS = re.compile(r"\b(?:https?|ftp|sftp|s3|gs|gcs|abfs|az)://", re.IGNORECASE)
 # What PIL makes of broken files.
 _UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
@@ -39,6 +41,7 @@ class CalibrationPictures:
             )
         if isinstance(images, Tensor):
             _check_pixel_values(images)
+        refuse_addresses(images)
         if isinstance(images, Iterator):
             images = list(islice(images, max_images))  # it could not be read again
         self.images: Any = images
@@ -148,6 +151,29 @@ class CalibrationPictures:
             return _picture_of(read())
         except _UNREADABLE as error:
             raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
+
+
+def refuse_addresses(dataset: Any) -> None:  # noqa: ANN401 - of any kind
+    """Refuse a `datasets.Dataset` whose rows are addresses of pictures, which decoding them would fetch.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    features: Any = getattr(dataset, "features", None)
+    table: Any = getattr(dataset, "data", None)
+    if not isinstance(features, dict) or not hasattr(table, "column"):
+        return
+    for name, feature in features.items():
+        if type(feature).__name__ != "Image" or name not in table.column_names:
+            continue
+        for chunk in table.column(name).chunks:
+            # Without bytes it is the path that is opened.
+            paths = chunk.field("path").filter(chunk.field("bytes").is_null()).drop_null().to_pylist()
+            if outside := [path for path in paths if _ADDRESS.search(path)]:
+                raise ValueError(
+                    f"The column {name!r} holds addresses in place of pictures, {outside[0][:100]!r} among them, and "
+                    "nothing is fetched that was not named. Download them first."
+                )
 
 
 def _itself(row: Any) -> Any:  # noqa: ANN401 - a row of any kind

@@ -322,7 +322,7 @@ def _select(parsed: argparse.Namespace) -> None:
         f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} pictures in "
         f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
     )
-    if parsed.output:
+    if parsed.output is not None:
         # The heat map of an earlier choice would seem to be of this one.
         with whole_files(parsed.output, r"timestep_curve(_heat_map)?\.png") as unfinished:
             (unfinished / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
@@ -352,16 +352,21 @@ def _load_images(source: str, split: str) -> Any:  # noqa: ANN401 - `datasets` c
     """Return a dataset of pictures from a folder, a parquet file or the Hub."""
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise ImportError("Reading pictures needs datasets: pip install 'hf_aselect[train]'") from error
     path = Path(source)
-    if path.is_dir():
-        return load_dataset("imagefolder", data_dir=source, split="train")
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise ValueError(f"There is no file {source!r}.")
-        return load_dataset("parquet", data_files=source, split="train")
-    return load_dataset(source, split=split)
+    if path.suffix == ".parquet" and not path.exists():
+        raise ValueError(f"There is no file {source!r}.")
+    try:
+        if path.is_dir():
+            return load_dataset("imagefolder", data_dir=source, split="train")
+        if path.suffix == ".parquet":
+            return load_dataset("parquet", data_files=source, split="train")
+        return load_dataset(source, split=split)
+    except (DatasetsError, ValueError) as error:
+        # It says that something is wrong with the data; its cause says what.
+        raise ValueError(f"{source!r} cannot be read as pictures: {error.__cause__ or error}") from error
 
 
 def _column(rows: Any, name: str) -> Any:  # noqa: ANN401 - as above

@@ -11,7 +11,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .field_checks import NUM_TIMESTEPS, VAE_LEVELS, check_classes, check_dtype, check_timestep, check_vae, short
 from .folded_layout import FoldedLayout
 from .taps import Tap, check_feature, parse_tap_key, tap_key
-from .transformer_layout import MAX_SIZE, TransformerLayout, layout_of
+from .transformer_layout import MAX_LAYERS, MAX_SIZE, TransformerLayout, layout_of
 
 # Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
 UPERNET_EIGHTHS = (1, 3, 5, 6)
@@ -36,6 +36,9 @@ DDPM_LINEAR = {
     "beta_schedule": "linear",
 }
 
+# Nobody needs more; with more, building a model would take the machine's memory, or its time.
+_MAX_DRAWS = 1000
+_MAX_TOKENS = 2**20
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
@@ -170,6 +173,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
         names, num_labels = self.id2label, kwargs.get("num_labels")
         check_classes(names, self.label2id, num_labels)
+        kwargs.pop("stage_names", None)  # follow from the depth
+        if num_labels is None:
+            kwargs.pop("num_labels", None)
         for dtype in (self.dtype, kwargs.get("torch_dtype")):
             check_dtype(dtype)
         if names is not None and num_labels is not None and len(names) != num_labels:
@@ -239,9 +245,19 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
             )
         check_classes(config_dict.get("id2label"), config_dict.get("label2id"), kwargs.get("num_labels"))
-        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
+        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS | {"problem_type"}}
         num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
-        if num_labels is not None and names is not None and len(names) != num_labels and "id2label" not in kwargs:
+        if kwargs.get("id2label") is not None:
+            check_classes(kwargs["id2label"], kwargs.get("label2id"), num_labels)
+            # Numbers, as the pipelines look them up, and each name its number; as the constructor has them.
+            named = {int(number): name for number, name in kwargs.pop("id2label").items()}
+            numbers = kwargs.pop("label2id", None) or {name: number for number, name in named.items()}
+            own_fields |= {"id2label": named, "label2id": numbers}
+            kwargs.pop("num_labels", None)
+            if num_labels is not None and num_labels != len(named):
+                raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(named)} classes: {named}.")
+            config_dict = {name: value for name, value in config_dict.items() if name != "num_labels"}
+        elif num_labels is not None and names is not None and len(names) != num_labels:
             # Another number of classes has other names.
             config_dict = {name: value for name, value in config_dict.items() if name not in ("id2label", "label2id")}
         if kwargs.pop("return_unused_kwargs", False):
@@ -354,9 +370,16 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuse a feature that there is not, or not at this block, counted from the first.
 
         Raises:
-            ValueError: If `feature` is unknown, or the block has none of that name.
+            ValueError: If `feature` is unknown, or the block has none of that name, or there is no such block.
         """
         check_feature(feature)
+        # What the first block reads counts as the output of a block before it.
+        first = -1 if feature == "hidden" else 0
+        if isinstance(block, bool) or not isinstance(block, int) or not first <= block < self.num_hidden_layers:
+            raise ValueError(
+                f"There is no `{feature}` of block {block!r}: this transformer has {self.num_hidden_layers} blocks, "
+                f"counted from 0{', and -1 for what the first one reads' * (first < 0)}."
+            )
         taps = None if self.folded_layout is None else self.folded_layout.get("taps", ())
         if taps is not None and tap_key(block, feature) not in taps:
             raise ValueError(
@@ -452,6 +475,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "
                 f"{self.head_hidden_size}, {self.head_num_layers} and {self.head_mlp_ratio}."
             )
+        if self.head_num_layers > MAX_LAYERS or self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
+            raise ValueError(
+                f"`head_num_layers` must be at most {MAX_LAYERS}, `head_hidden_size` times `head_mlp_ratio` at most "
+                f"{MAX_SIZE}, got {self.head_num_layers}, {self.head_hidden_size} and {self.head_mlp_ratio}."
+            )
         if self.head_num_attention_heads < 1 or self.head_hidden_size % self.head_num_attention_heads:
             raise ValueError(
                 f"`head_hidden_size` ({self.head_hidden_size}) must be a multiple of `head_num_attention_heads` "
@@ -473,6 +501,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 "`decoder_hidden_size` must be at least 1, `auxiliary_hidden_size` and `auxiliary_loss_weight` at "
                 f"least 0 and finite, got {self.decoder_hidden_size}, {self.auxiliary_hidden_size} and "
                 f"{self.auxiliary_loss_weight}."
+            )
+        if max(self.decoder_hidden_size, self.auxiliary_hidden_size) > MAX_SIZE:
+            raise ValueError(
+                f"`decoder_hidden_size` and `auxiliary_hidden_size` must be at most {MAX_SIZE}, got "
+                f"{self.decoder_hidden_size} and {self.auxiliary_hidden_size}."
             )
         if self.decoder != "upernet":
             return
@@ -506,8 +539,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_noise(self) -> None:
         """Refuse fewer than one noise draw and a seed that a generator does not take."""
-        if self.num_noise_draws < 1:
-            raise ValueError(f"`num_noise_draws` must be at least 1, got {self.num_noise_draws}.")
+        if not 1 <= self.num_noise_draws <= _MAX_DRAWS:
+            raise ValueError(
+                f"`num_noise_draws` must be at least 1, got {self.num_noise_draws}; at most {_MAX_DRAWS}."
+            )
         if not 0 <= self.noise_seed < 2**32:
             raise ValueError(f"`noise_seed` must be in [0, 2**32), got {self.noise_seed}.")
 
@@ -529,6 +564,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`image_size` must be at most {limit * self.patch_pixels} pixels a side, where the position "
                     f"table of this transformer ends, got {self.image_size}."
                 )
+        height, width = self.image_height_width
+        if height * width > _MAX_TOKENS * self.patch_pixels**2:
+            raise ValueError(
+                f"`image_size` must give at most {_MAX_TOKENS} tokens of {self.patch_pixels}×{self.patch_pixels} "
+                f"pixels, got {self.image_size}."
+            )
 
 
 # What a user may give: the fields, and the two that the host keeps under other names.

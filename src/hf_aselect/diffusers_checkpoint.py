@@ -20,6 +20,7 @@ from .diffusers_files import (
     iterate_weights,
     locate,
     read_json,
+    refuse_other_than_weights,
     weight_files,
 )
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
@@ -161,6 +162,7 @@ def load_diffusers(
         left_over = []
         for key, value in iterate_weights(transformer_files):
             if f"denoiser.transformer.{key}" in expected:
+                refuse_other_than_weights(key, value.dtype)
                 yield f"denoiser.transformer.{key}", value
             else:
                 left_over.append(key)
@@ -169,6 +171,7 @@ def load_diffusers(
         for key, value in iterate_weights(vae_files if config.vae is not None else []):
             if key.startswith(VAE_ENCODER_KEYS):
                 if f"vae.{_renamed(key)}" in expected:
+                    refuse_other_than_weights(key, value.dtype)
                     yield f"vae.{_renamed(key)}", value
                 else:
                     left_over.append(f"vae/{key}")

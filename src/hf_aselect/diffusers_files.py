@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -35,6 +36,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAPPED_BYTES = 2**27
 # What the safetensors library takes at the most: whoever says more wants the memory, not the names.
 _MAX_HEADER_BYTES = 100_000_000
+# Of a configuration, an index or a card; the index of the largest model has a few.
+_MAX_TEXT_BYTES = 50_000_000
+# What weights are in, by the names of safetensors; others are numbers that stand for something else.
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What the client raises where it gets no answer: `HTTPError` of the HTTP library that its version uses.
 _NO_ANSWER: type[Exception] = HfHubHTTPError.__mro__[1]
 
@@ -299,6 +304,21 @@ def _is_weights(name: str, variant: str | None) -> bool:
     return re.fullmatch(f"{whole}|{index}", name) is not None
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        ValueError: If it is no file (a pipe would be waited for, a device never ends), larger than any of its kind, or
+            not in UTF-8.
+        OSError: If it is missing or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file.")
+    if (size := path.stat().st_size) > _MAX_TEXT_BYTES:
+        raise ValueError(f"{str(path)!r} has {size} bytes; at most {_MAX_TEXT_BYTES} are read.")
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return what a JSON file holds.
 
@@ -307,7 +327,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise ValueError(
             f"{str(path)!r} is missing; save the model again with diffusers' `save_pretrained`."
@@ -425,6 +445,19 @@ def tensor_bytes(files: Iterable[Path]) -> dict[str, int]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, RecursionError):
             logger.warning("The size of %s is unknown: it is no safetensors file.", path.name)
     return sizes
+
+
+def refuse_other_than_weights(name: str, dtype: str | torch.dtype) -> None:
+    """Refuse a tensor that cannot be a weight as it is: integers and 8-bit numbers want a scale that is elsewhere.
+
+    Raises:
+        ValueError: If `dtype`, torch's or the name that safetensors has for it, is none of `WEIGHT_DTYPES`.
+    """
+    if dtype not in WEIGHT_DTYPES and dtype not in WEIGHT_DTYPES.values():
+        raise ValueError(
+            f"The weight {name!r} is in {dtype}, expected float32, bfloat16, float16 or float64. Quantized weights "
+            "are loaded where their `quantization_config` stands in the configuration."
+        )
 
 
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

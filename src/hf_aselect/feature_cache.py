@@ -23,6 +23,7 @@ from huggingface_hub import DatasetCard, HfApi
 from PIL import Image
 from torch import Tensor
 
+from .calibration import refuse_addresses
 from .denoisers import eval_mode
 from .image_processing_aselect import ASelectImageProcessor
 from .modeling_aselect import ASelectPreTrainedModel
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 WHAT = ("tokens", "pooled", "latents")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_MAX_VIEWS = 10_000
 # A process that is killed loses the part that it was writing: so small, and at least so many of them, that several
 # processes have something to share.
 PART_BYTES, MIN_PARTS, MIN_PART_ROWS, MAX_PART_ROWS = 2**27, 16, 256, 2048
@@ -97,7 +99,8 @@ def cache_features(
         raise ImportError("`cache_features` needs datasets: pip install 'hf_aselect[train]'") from error
     _check(model, dataset, what, num_views, augment, batch_size, dtype, seed, datasets.Dataset)
     column = _picture_column(dataset, image_column, datasets.Image)
-    kept = [name for name, kind in dataset.features.items() if name != column and not isinstance(kind, datasets.Image)]
+    refuse_addresses(dataset)
+    kept = [name for name, kind in dataset.features.items() if name != column and not _has_pictures(kind)]
     if taken := sorted(set(kept) & {"features", "latents", "view"}):
         raise ValueError(f"The dataset has a column {taken[0]!r} already; rename it (`dataset.rename_column`).")
     job = _Job(model, dataset.with_format(None), column, kept, what, num_views, augment, batch_size, dtype, seed)
@@ -274,10 +277,19 @@ def _check(
     for name, value in (("num_views", num_views), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
+    if num_views > _MAX_VIEWS:
+        raise ValueError(f"`num_views` must be at most {_MAX_VIEWS}, got {num_views}.")
     if not dataset.num_rows:
         raise ValueError("The dataset has no rows.")
     if what != "latents":
         model.check_is_resolved()
+
+
+def _has_pictures(kind: Any) -> bool:  # noqa: ANN401 - a feature of `datasets`
+    """Return whether a column is of pictures, or of lists of them."""
+    while hasattr(kind, "feature"):
+        kind = kind.feature
+    return type(kind).__name__ == "Image"
 
 
 def _picture_column(dataset: Any, name: str | None, kind: type) -> str:  # noqa: ANN401 - as above

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .diffusers_files import WEIGHT_DTYPES
 from .transformer_layout import MAX_SIZE
 
 NUM_TIMESTEPS = 1000
@@ -84,13 +85,12 @@ def check_dtype(dtype: Any) -> None:  # noqa: ANN401 - a check takes whatever ca
     """Refuse what no weights are in; the host looks it up in torch, whatever it is.
 
     Raises:
-        ValueError: If `dtype` is neither None nor a floating-point dtype of torch, or its name.
+        ValueError: If `dtype` is neither None nor float32, bfloat16, float16 or float64, of torch or by name.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
+    if dtype is None or (isinstance(found, torch.dtype) and found in WEIGHT_DTYPES.values()):
         return
-    if dtype is not None:
-        raise ValueError(f"`dtype` must be a floating-point dtype of torch, as 'bfloat16', got {short(dtype)}.")
+    raise ValueError(f"`dtype` must be float32, bfloat16, float16 or float64, got {short(dtype)}.")
 
 
 def check_classes(names: Any, numbers: Any, num_labels: Any) -> None:  # noqa: ANN401 - a check takes whatever came

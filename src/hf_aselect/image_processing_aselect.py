@@ -1,6 +1,7 @@
 """Pictures of any kind to `pixel_values` in [-1, 1], masks to `labels`, and logits back to masks."""
 
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,16 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from .configuration_aselect import ASelectConfig
+from .field_checks import is_finite_number
 
 logger = logging.get_logger(__name__)
 
 # Rec. 601, the weights of PIL's conversion to grey.
 LUMINANCE = np.array([0.299, 0.587, 0.114])
+
+
+# Of `size`: with more, a picture would take the machine's memory.
+_MAX_PIXELS = 2**28
 
 
 class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
@@ -60,6 +66,10 @@ class ASelectImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_reduce_labels = False
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
+        _check_fields(kwargs)
+        super().__init__(**kwargs)
 
     @classmethod
     def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":  # noqa: ANN401
@@ -248,11 +258,33 @@ class ASelectImageProcessor(PilBackend):
             )
         return _with_channels(array, num_channels)
 
+    def resize(  # type: ignore[override]
+        self,
+        image: NDArray[Any],
+        size: SizeDict,
+        resample: Any = None,  # noqa: ANN401 - PIL's, or its number
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> NDArray[Any]:
+        """Return a picture, (C, H, W), in another size.
+
+        Floating-point values stay such; the host makes bytes of them first, and takes whole numbers and [0, 1] alone.
+        """
+        if image.dtype.kind != "f":
+            resized: NDArray[Any] = super().resize(image, size, resample=resample, **kwargs)
+            return resized
+        sides = int(size.width), int(size.height)  # type: ignore[arg-type]
+        how = Image.Resampling.BILINEAR if resample is None else Image.Resampling(int(resample))
+        channels = [Image.fromarray(channel.astype(np.float32)).resize(sides, how) for channel in image]
+        # Filters pass the ends, as they do in bytes, where PIL cuts them off.
+        ends = 0, 255 if image.max() > 1 else 1
+        return np.stack([np.asarray(channel) for channel in channels]).clip(*ends)
+
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:  # noqa: ANN401
         # The host takes no grey arrays without an axis of channels, and would fetch what a name or an address names.
         several = list(images) if isinstance(images, list | tuple) else [images]
         # The host takes lists in the list, too.
-        for image in [part for each in several for part in (each if isinstance(each, list | tuple) else [each])]:
+        parts = [part for each in several for part in (each if isinstance(each, list | tuple) else [each])]
+        for image in parts:
             if not isinstance(image, Image.Image | np.ndarray | Tensor):
                 named = (
                     f"{type(image).__name__} {str(image)[:100]!r}" if isinstance(image, str) else type(image).__name__
@@ -261,7 +293,7 @@ class ASelectImageProcessor(PilBackend):
                     f"A picture must be one of PIL, an array or a tensor, got {named}. Open files first "
                     "(`PIL.Image.open`)."
                 )
-        if isinstance(images, list | tuple) and not len(images):
+        if not parts or (getattr(images, "ndim", 0) == 4 and not len(images)):
             raise ValueError("There are no pictures: the list is empty.")
         if getattr(images, "ndim", None) == 2:
             images = [images]
@@ -283,6 +315,8 @@ class ASelectImageProcessor(PilBackend):
             raise ValueError(f"`size` must be an integer or have `height` and `width`, got {dict(size)}.")
         if (do_resize or do_center_crop) and min(height, width) < 1:
             raise ValueError(f"`size` must be 1 or more, got {height}×{width}.")
+        if height * width > _MAX_PIXELS:
+            raise ValueError(f"`size` must be at most {_MAX_PIXELS} pixels in all, got {height}×{width}.")
         for name in ("image_mean", "image_std", "rescale_factor"):
             values = np.asarray(kwargs.get(name) if kwargs.get(name) is not None else 1.0, dtype=float)
             if not np.isfinite(values).all() or (name == "image_std" and not values.all()):
@@ -318,7 +352,12 @@ def _mask_array(mask: Any) -> NDArray[np.int64]:  # noqa: ANN401 - picture, arra
             f"A mask must have one class index a pixel, got a picture of mode {mask.mode}. Map its colours to indices "
             "first, or save it with a palette (mode P)."
         )
-    array = np.asarray(mask)
+    if isinstance(mask, Image.Image):
+        try:
+            mask = ImageOps.exif_transpose(mask)  # as its picture
+        except (OSError, SyntaxError, struct.error) as error:  # what PIL makes of broken files
+            raise ValueError(f"A mask cannot be read ({error}). Save or download it again.") from error
+    array = np.asarray(_in_memory(mask, "mask") if isinstance(mask, Tensor) else mask)
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise ValueError(
             f"A mask must hold integers of shape (H, W), one class index a pixel, got {array.dtype} of shape "
@@ -355,12 +394,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _as_array(image: Any) -> NDArray[Any]:  # noqa: ANN401 - array or tensor
     """Return an array or tensor as an array of numbers."""
     if isinstance(image, Tensor):
-        if image.is_meta or image.layout != torch.strided:
-            kind = "without data, on the device meta" if image.is_meta else f"a {image.layout} tensor"
-            raise ValueError(f"A picture must be a dense tensor with data, got one that is {kind}.")
-        image = image.detach().cpu()
-        # numpy has no bfloat16.
-        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        image = _in_memory(image, "picture")
     if image.dtype.kind not in "uif":
         raise ValueError(
             f"A picture must hold numbers in [0, 255], got values of {image.dtype}. Of a mask of true and false, "
@@ -370,6 +404,34 @@ def _as_array(image: Any) -> NDArray[Any]:  # noqa: ANN401 - array or tensor
         raise ValueError(f"A picture is empty: it has shape {image.shape}.")
     array: NDArray[Any] = image
     return array
+
+
+def _in_memory(values: Tensor, what: str) -> NDArray[Any]:
+    """Return a tensor as an array."""
+    if values.is_meta or values.layout != torch.strided:
+        kind = "without data, on the device meta" if values.is_meta else f"a {values.layout} tensor"
+        raise ValueError(f"A {what} must be a dense tensor with data, got one that is {kind}.")
+    values = values.detach().cpu()
+    # numpy has no bfloat16, nor what has 8 bits.
+    array: NDArray[Any] = (values.float() if values.is_floating_point() else values).numpy()
+    return array
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Refuse fields of a file that the host takes as they are: they would replace methods, or fail at a picture."""
+    for name, value in fields.items():
+        if callable(getattr(ASelectImageProcessor, name, None)):
+            raise ValueError(f"An image processor has no field {name!r}.")
+        if name == "size" and value is not None:
+            sides = list(dict(value).values()) if isinstance(value, Mapping | SizeDict) else [value]
+            if not all(side is None or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):
+                raise ValueError(
+                    f"`size` must be an integer, or have integers as `height` and `width`, got {value!r}."
+                )
+        if name in ("image_mean", "image_std") and value is not None:
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if not all(is_finite_number(number) for number in numbers):
+                raise ValueError(f"`{name}` must be finite numbers, one a channel, got {value!r}.")
 
 
 def _warn_of_fractions() -> None:

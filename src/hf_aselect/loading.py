@@ -1,16 +1,19 @@
 """What `from_pretrained` takes from diffusers' files, and what it refuses of what was loaded."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_aselect import OWN_FIELDS
 from .diffusers_checkpoint import DTYPES, load_diffusers
-from .diffusers_files import refuse_other_than_safetensors, shards_of
+from .diffusers_files import read_json, refuse_other_than_safetensors, refuse_other_than_weights, shards_of
+from .field_checks import short
 from .model_card import license_on_card
 
 # Keywords that name a value of the configuration but are no field of ours.
@@ -59,7 +62,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
 
 
 def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:
-    """Refuse a local folder whose adapter is a pickle, or whose indices name anything but safetensors beside them.
+    """Refuse a local folder whose adapter is none or a pickle, or an index of which leads elsewhere.
 
     The host joins such names to the folder as they are, and opens what it finds there. Of what comes from the Hub its
     client lets no file lie outside of its cache.
@@ -68,11 +71,34 @@ def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:
         ValueError: If there is one.
     """
     folder = Path(source, subfolder or "")
+    if (folder / "adapter_config.json").exists():
+        kind = read_json(folder / "adapter_config.json").get("peft_type")
+        if not isinstance(kind, str):
+            raise ValueError(
+                f"{str(folder / 'adapter_config.json')!r} is no configuration of an adapter: its `peft_type` must be "
+                f"a word, got {short(kind)}."
+            )
     if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.safetensors").is_file():
         refuse_other_than_safetensors(folder.glob("adapter_model.*"))
     for index in sorted(folder.glob("*.index*.json")) if folder.is_dir() else ():
         if ".safetensors." in index.name:
             shards_of(index)
+
+
+def check_dtypes(files: Iterable[str | os.PathLike[str]], model: PreTrainedModel) -> None:
+    """Refuse weights in what is no floating-point dtype: the host would cast numbers that stand for something else.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    weights = {name for name, value in model.state_dict().items() if value.is_floating_point()}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in weights.intersection(opened.keys()):
+                    refuse_other_than_weights(name, opened.get_slice(name).get_dtype())
+        except (OSError, SafetensorError):  # the host says what is wrong with it
+            return
 
 
 def check_loaded(

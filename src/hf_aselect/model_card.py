@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError
 
 from .card_template import TEMPLATE
+from .diffusers_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ KEPT = (
     "tags",
 )
 # Licences that forbid commercial use, by their identifiers or names.
+# Of a front matter, and of the letters of a licence's name.
+_MAX_VALUES = 10_000
+_MAX_LICENSE = 200
 NON_COMMERCIAL = re.compile(
     r"(^|[^a-z])nc([^a-z]|$)|non[-_ ]?commercial|research[-_ ]?only|amlr|intel-research", re.IGNORECASE
 )
@@ -266,11 +270,13 @@ def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: If its front matter cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text(Path(path))
     try:
         data = ModelCard(text, ignore_metadata_errors=False).data
     except Exception as error:  # of yaml, or of the Hub's client
         raise ValueError(f"The front matter of {str(path)!r} cannot be read: {error}") from error
+    if _is_endless(vars(data)):
+        raise ValueError(f"The front matter of {str(path)!r} has more than {_MAX_VALUES} values.")
     kept = data.get("hf_aselect")
     if isinstance(kept, Mapping):
         return {name: value for name, value in kept.items() if name in KEPT}
@@ -297,14 +303,28 @@ def license_on_card(folder: str | os.PathLike[str]) -> str | None:
     if not path.is_file() and Path(folder).name == "transformer":
         path = Path(folder).parent / "README.md"
     try:
-        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        data = ModelCard(read_text(path), ignore_metadata_errors=True).data
     except Exception:  # no card, or none that the Hub's client can read: nothing is known
         return None
     found, name = data.get("license"), data.get("license_name")
     found = found[0] if isinstance(found, list) and found else found
-    if not isinstance(found, str):
+    if not isinstance(found, str) or len(found) > _MAX_LICENSE:
         return None
-    return f"{found}/{name}" if found == "other" and name else found
+    is_named = isinstance(name, str) and 0 < len(name) <= _MAX_LICENSE
+    return f"{found}/{name}" if found == "other" and is_named else found
+
+
+def _is_endless(value: Any) -> bool:  # noqa: ANN401 - of YAML
+    """Return whether a value holds more than a card has; a few aliases of YAML stand for billions."""
+    waiting, count = [value], 0
+    while waiting:
+        one = waiting.pop()
+        count += 1
+        parts = one.values() if isinstance(one, Mapping) else one if isinstance(one, list | tuple) else ()
+        if count + len(parts) > _MAX_VALUES:
+            return True
+        waiting.extend(parts)
+    return False
 
 
 def license_of(base_model: str) -> tuple[str | None, str | None, bool]:

@@ -29,7 +29,7 @@ from .field_checks import check_timestep
 from .folding import fold_denoiser
 from .generation import generate_latents
 from .heads import AttentionHead
-from .loading import HUB_OPTIONS, check_files, check_loaded, take_diffusers
+from .loading import HUB_OPTIONS, check_dtypes, check_files, check_loaded, take_diffusers
 from .massive_channels import zero_channels
 from .model_card import CardFacts, inherited_license, refuse_unknown_facts
 from .noise_schedule import NoiseSchedule, fixed_noise
@@ -151,7 +151,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         output_loading_info = kwargs.pop("output_loading_info", False)
-        if not kwargs.pop("use_safetensors", True):
+        if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         path: str | os.PathLike[str] | None = source
@@ -208,6 +208,8 @@ class ASelectPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's signature
         """Load as the host does, but from safetensors alone: it unpickles shards and adapters of other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
+        if getattr(model.config, "quantization_config", None) is None:
+            check_dtypes(checkpoint_files or (), model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def _settle_timestep(self, calibration_images: Any) -> None:  # noqa: ANN401 - whatever `select_timestep` takes
@@ -474,9 +476,12 @@ class ASelectPreTrainedModel(PreTrainedModel):
             Noised latents, (B, C, h, w).
 
         Raises:
-            ValueError: If `timestep` is outside [0, 1000).
+            ValueError: If `timestep` is outside [0, 1000), `draw` is no integer from 0 on, or latents are none.
         """
         check_timestep(timestep)
+        check_floats("latents", latents)
+        if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
+            raise ValueError(f"`draw` must be an integer from 0 on, got {draw!r}.")
         noise = self._base().noise(tuple(latents.shape[1:]), draw)
         return self.noise_schedule.add_noise(latents, noise, timestep)
 

@@ -83,7 +83,11 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         loss = None
         if labels is not None:
             labels = self._checked_labels(labels, len(tokens))
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            if not torch.compiler.is_compiling() and bool((labels == -100).all()):
+                # A small batch of what is left out, as accumulated gradients may have one: the mean of none is NaN.
+                loss = logits.sum() * 0
+            else:
+                loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
 
     def _checked_features(self, features: Tensor) -> Tensor:
@@ -111,19 +115,36 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         if torch.compiler.is_compiling():
             return labels
         num_labels = int(self.config.num_labels or 0)
+        if labels.is_meta or labels.layout != torch.strided or labels.is_complex():
+            raise ValueError(f"`labels` must be a dense tensor of numbers, got {labels.layout}, {labels.dtype}.")
         if labels.is_floating_point() and not bool(labels.isfinite().all()):
             raise ValueError("`labels` hold NaN or infinite values.")
-        if labels.ndim == 0 or labels.numel() not in (count, count * num_labels):
-            raise ValueError(f"`labels` must be one for each of {count} pictures, got shape {tuple(labels.shape)}.")
-        is_single = labels.numel() == count and self.config.problem_type in (None, "single_label_classification")
-        if not is_single or num_labels == 1:
-            return labels
+        problem = self.config.problem_type or ("regression" if num_labels == 1 else None)
+        is_table = problem is None and labels.numel() != count and labels.shape == (count, num_labels)
+        if problem == "multi_label_classification" or (is_table and labels.is_floating_point()):
+            if labels.shape != (count, num_labels) or not bool(((labels >= 0) & (labels <= 1)).all()):
+                raise ValueError(
+                    f"`labels` of several classes a picture must be of 0 and 1, ({count}, {num_labels}), got "
+                    f"{tuple(labels.shape)} of values up to {float(labels.abs().max()) if labels.numel() else 0:g}."
+                )
+            return labels.to(self.dtype)
+        if problem == "regression":
+            shapes = ((count,), (count, 1)) if num_labels == 1 else ((count, num_labels),)
+            if tuple(labels.shape) not in shapes:
+                raise ValueError(
+                    f"`labels` of a regression must have shape {' or '.join(map(str, shapes))}, got "
+                    f"{tuple(labels.shape)}."
+                )
+            return labels.to(self.dtype)
+        if labels.ndim == 0 or labels.numel() != count:
+            raise ValueError(
+                f"`labels` must be one for each of {count} pictures, got shape {tuple(labels.shape)}. Of several "
+                "classes a picture, load the model with `problem_type='multi_label_classification'`."
+            )
         if labels.is_floating_point() or labels.dtype == torch.bool:
             # The host would take them for another kind of problem, from then on.
             raise ValueError(f"`labels` must be class indices, integers in [0, {num_labels}), got {labels.dtype}.")
         labels = labels.long()
-        if not bool((labels != -100).any()):
-            raise ValueError("All `labels` are -100, and the loss of none is not a number. Leave such a batch out.")
         outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
         if len(outside):
             raise ValueError(

@@ -36,6 +36,7 @@ class TransformerLayout:
 
 # No transformer has a size beyond this; with one, building a configuration would take the machine's memory.
 MAX_SIZE = 2**16
+MAX_LAYERS = 1000
 _PLAIN = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
 
 
@@ -154,6 +155,8 @@ def layout_of(transformer: dict[str, Any]) -> TransformerLayout:
         raise ValueError(
             f"`transformer` must have sizes that are integers from 1 on, got {wrong}; at most {MAX_SIZE}."
         )
+    if deep := {size: value for size, value in sizes.items() if "layers" in size and value > MAX_LAYERS}:
+        raise ValueError(f"`transformer` must have at most {MAX_LAYERS} blocks, got {deep}.")
     return read(transformer)
 
 

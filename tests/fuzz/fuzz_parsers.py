@@ -45,6 +45,7 @@ from hf_aselect.diffusers_files import check_parts, iterate_weights, needed_file
 from hf_aselect.empty_prompt import _refuse_other_code
 from hf_aselect.feature_cache import _opened
 from hf_aselect.folded_layout import FoldedLayout
+from hf_aselect.loading import check_files
 from hf_aselect.model_card import facts_of_card, license_on_card, own_words
 from hf_aselect.taps import parse_tap_key, tap_key
 from hf_aselect.transformer_layout import layout_of
@@ -64,8 +65,8 @@ class Parser:
     words: list[bytes] = field(default_factory=list)  # that mean something to it
 
 
-class Broken(Exception):
-    """What was taken does not hold what it must."""
+class Broken(BaseException):
+    """What was taken does not hold what it must, or took too long; no `except Exception` of a parser ends it."""
 
 
 def check(holds: bool, what: str) -> None:
@@ -235,6 +236,22 @@ def picture(data: bytes) -> None:
     check(values.shape == (1, 3, 8, 8) and bool((values.abs() <= 1).all()), "range")
 
 
+def processor(data: bytes) -> None:
+    value = value_of(data)
+    if not isinstance(value, dict):  # the host has checked that
+        raise ValueError
+    made = ASelectImageProcessor(**value)
+    check(callable(made.preprocess) and callable(made.process_image), "methods")
+
+
+def adapter(data: bytes) -> None:
+    path = written("adapter_config.json", data)
+    try:
+        check_files(FOLDER, None)
+    finally:
+        path.unlink()
+
+
 def dumped(*values: object) -> list[bytes]:
     return [json.dumps(value).encode() for value in values]
 
@@ -264,6 +281,12 @@ CONFIG |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}, "vae"
 CONFIG |= {
     "zeroed_channels": {"1.hidden": [3]},
     "out_indices": [1, 2],
+    "stage_names": ["stem"],
+    "torch_dtype": "float16",
+    "num_labels": 2,
+    "problem_type": "regression",
+    "tie_word_embeddings": False,
+    "quantization_config": {},
     "architectures": ["DiTModel"],
     "dtype": "float32",
 }
@@ -337,6 +360,8 @@ def parsers() -> dict[str, Parser]:
         "tap": Parser(tap, [b"9.hidden", b"-1.hidden", b"0.query"], words=["²".encode(), "٣".encode(), b"-", b"."]),
         "cli_words": Parser(cli_words, [b"5GB", b"200 MB", b"1.5", b"auto", b"-3"], words=[b"inf", b"nan", b"1e999"]),
         "json_file": Parser(json_file, dumped(CONFIG, [1], 5), (ValueError, OSError)),
+        "processor": Parser(processor, dumped(PROCESSOR.to_dict(), {"size": 8, "image_mean": [0.5], "resample": 3})),
+        "adapter": Parser(adapter, dumped({"peft_type": "LORA", "r": 4, "target_modules": ["to_q"]})),
         "weights_index": Parser(weights_index, dumped(SHARDS), words=PATHS),
         "model_index": Parser(model_index, dumped(INDEX), words=[b'"os"', b'["evil", "X"]', *PATHS]),
         "note": Parser(note, dumped(["a.json"], []), words=PATHS),
@@ -507,7 +532,7 @@ def fuzz(name: str, executions: int, seconds: float, seed: int, max_failures: in
             try:
                 parser.call(data)
                 taken += 1
-            except Exception as error:  # of any kind: that is the question
+            except (Exception, Broken) as error:  # of any kind: that is the question
                 if not is_refusal(error, parser):
                     failures.append((data, error))
             finally:
