@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +43,8 @@ def world(tmp_path_factory):
 
 def test_there_are_enough_of_them_and_each_is_another():
     assert len({(case.kind, case.what) for case in CASES}) == len(CASES) >= NUM_CASES
+    contributing = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"holds {len(CASES)} bad inputs" in contributing
 
 
 # A picture of mode P with transparency, among others, has PIL warn.
