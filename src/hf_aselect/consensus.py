@@ -99,11 +99,13 @@ def unexplained(moments: Tensor, target_moments: Tensor) -> Tensor:
     tiny = 1e-9 * (count + scale) * torch.eye(size, dtype=torch.float64)
     errors = []
     for strength in STRENGTHS:
-        if not scale > 0:
-            raise ValueError("The pictures do not differ, and a timestep is chosen by what differs. Give others.")
-        weights = torch.linalg.solve(others + strength * scale * penalty + tiny, others_right)
-        error = variance - 2 * (weights * right).sum((1, 2)) + (weights * (left @ weights)).sum((1, 2))
-        errors.append(error)
+        try:
+            weights = torch.linalg.solve(others + strength * scale * penalty + tiny, others_right)
+        except RuntimeError as error:  # a matrix that is singular
+            raise ValueError(
+                "The pictures do not differ, and a timestep is chosen by what differs. Give others."
+            ) from error
+        errors.append(variance - 2 * (weights * right).sum((1, 2)) + (weights * (left @ weights)).sum((1, 2)))
     best = min(errors, key=lambda error: float(error.sum()))
     return torch.stack([best, variance], dim=-1)
 
