@@ -251,6 +251,14 @@ def test_labels_of_a_regression_may_be_of_any_dtype(world, num_labels, dtype):
     torch.testing.assert_close(output.loss, ((output.logits - labels.float()) ** 2).mean())
 
 
+def test_a_regression_to_minus_100_is_learnt(world):
+    """Only of classes it means that they are left out."""
+    fields = {**world.classifier.config.to_dict(), "problem_type": "regression"}
+    model = DiTForImageClassification(ASelectConfig.from_dict(fields)).eval()
+    with torch.no_grad():
+        assert float(model(world.pixels, labels=torch.full((2, 4), -100.0)).loss) > 1000
+
+
 @pytest.mark.parametrize("kind", [int, str])
 def test_names_of_classes_given_on_loading_are_taken_whole(world, kind):
     names = {kind(number): name for number, name in enumerate("abcd")}

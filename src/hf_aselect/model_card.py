@@ -44,10 +44,10 @@ KEPT = (
     "limits",
     "tags",
 )
-# Licences that forbid commercial use, by their identifiers or names.
 # Of a front matter, and of the letters of a licence's name.
 _MAX_VALUES = 10_000
 _MAX_LICENSE = 200
+# Licences that forbid commercial use, by their identifiers or names.
 NON_COMMERCIAL = re.compile(
     r"(^|[^a-z])nc([^a-z]|$)|non[-_ ]?commercial|research[-_ ]?only|amlr|intel-research", re.IGNORECASE
 )

@@ -83,7 +83,8 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         loss = None
         if labels is not None:
             labels = self._checked_labels(labels, len(tokens))
-            if not torch.compiler.is_compiling() and bool((labels == -100).all()):
+            is_class = not labels.is_floating_point()
+            if is_class and not torch.compiler.is_compiling() and bool((labels == -100).all()):
                 # A small batch of what is left out, as accumulated gradients may have one: the mean of none is NaN.
                 loss = logits.sum() * 0
             else:
