@@ -313,6 +313,8 @@ def _checked_timesteps(timesteps: Tensor | int) -> Tensor:
     return given
 
 
+# A graph has no generator, and older versions of dynamo warn that they cannot trace one.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fixed_noise(shape: tuple[int, ...], seed: int, draw: int = 0) -> Tensor:
     """Return the `draw`-th standard normal tensor of a seed, float32, made on the CPU: the same on every device.
 
