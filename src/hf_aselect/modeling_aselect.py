@@ -2,13 +2,9 @@
 
 import copy
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,28 +25,24 @@ from .field_checks import check_timestep
 from .folding import fold_denoiser
 from .generation import generate_latents
 from .heads import AttentionHead
+from .input_checks import check_floats, check_latents, check_pixel_values
 from .loading import HUB_OPTIONS, check_dtypes, check_files, check_loaded, take_diffusers
 from .massive_channels import zero_channels
-from .model_card import CardFacts, inherited_license, refuse_unknown_facts
+from .model_card import inherited_license
 from .noise_schedule import NoiseSchedule, fixed_noise
-from .publishing import create_repository, keep_own_words, upload, write_for_strangers
 from .selection_record import TimestepSelection
+from .sharing import ShareableModel
 from .taps import MASSIVE_FEATURES, Tap, tap_key
 from .timestep_selection import select_timestep
-from .whole_folder import finish_files, whole_files
+from .whole_folder import finish_files
 
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
-PUSH_OPTIONS = (
-    *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"),
-)
-OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-MAX_PIXEL_VALUE = 10.0
 MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
 
 
-class ASelectPreTrainedModel(PreTrainedModel):
+class ASelectPreTrainedModel(ShareableModel):
     """What all models share: loading, weight initialisation, and the road from pictures to tokens."""
 
     config: ASelectConfig
@@ -72,8 +64,6 @@ class ASelectPreTrainedModel(PreTrainedModel):
         "SanaTransformerBlock",
     ]
     supports_gradient_checkpointing = True
-    # Fields of `CardFacts` that a training found out.
-    card_facts: Mapping[str, Any] = MappingProxyType({})
     # Of folded models; in the others diffusers runs its own kernels.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -252,11 +242,6 @@ class ASelectPreTrainedModel(PreTrainedModel):
             if block >= 0 and feature in MASSIVE_FEATURES and self.config.channels_at(block, feature) is None
         ]
 
-    def _is_selection_in_use(self) -> bool:
-        """Return whether the record of a choice, if any, is of the timestep and tap that are read."""
-        record = self.config.selection
-        return record is None or TimestepSelection.from_dict(record).is_of(self.config)
-
     def apply_selection(self, selection: TimestepSelection) -> None:
         """Read at the timestep and tap of a choice from now on, as they were scored.
 
@@ -294,133 +279,6 @@ class ASelectPreTrainedModel(PreTrainedModel):
             base.denoiser.requires_grad_(True)
             base.freeze()  # other blocks come after the tap
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *args: Any,  # noqa: ANN401 - the host's signature
-        push_to_hub: bool = False,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
-    ) -> None:
-        """Save configuration, weights and the code of the model, as the host does.
-
-        The code lets the folder be loaded where this package is not installed, with `trust_remote_code=True`. The
-        record of a choice that is not in use is left out. What lies in the folder is replaced when all is written: a
-        full disk or an interruption leaves what was there.
-
-        Args:
-            save_directory: Folder to write.
-            args: Passed on to the host.
-            push_to_hub: Whether to upload the folder, too, with image processor, card and curve, as `push_to_hub`
-                does, whose arguments can be given; `repo_id` is by default the name of the folder.
-            kwargs: Passed on to the host.
-        """
-        options = (*PUSH_OPTIONS, *CardFacts.__dataclass_fields__)
-        given = {name: kwargs.pop(name) for name in options if name in kwargs} if push_to_hub else {}
-        if push_to_hub:
-            # First: wrong facts and a wrong token are to be known before gigabytes are written.
-            name = given.pop("repo_id", None) or Path(save_directory).resolve().name
-            facts = {name: value for name, value in given.items() if name not in PUSH_OPTIONS}
-            CardFacts(**{"model_name": name, **self.card_facts, **facts})
-            repo_id = create_repository(name, given.get("token"), given.pop("private", None))
-        config = self.config
-        record = config.selection
-        if not self._is_selection_in_use():
-            config.selection = None
-        # What it was loaded from may have been of another class, whose code is not in this folder.
-        config.auto_map = {}
-        try:
-            if os.path.isfile(save_directory):  # of which the host says what is wrong
-                super().save_pretrained(save_directory, *args, **kwargs)
-            else:
-                # Weights of an earlier save in more shards, or fewer, go, as the host has it.
-                with whole_files(save_directory, None if kwargs.get("variant") else OWN_WEIGHTS) as unfinished:
-                    super().save_pretrained(unfinished, *args, **kwargs)
-                    saved = [path.name for path in unfinished.iterdir()]
-        finally:
-            config.selection = record
-        if push_to_hub and kwargs.get("is_main_process", True):
-            self._publish(repo_id, save_directory, saved, **given)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: Sequence[str] | str = (),
-        **facts: Any,  # noqa: ANN401 - of the card
-    ) -> Any:  # noqa: ANN401 - the Hub's `CommitInfo`
-        """Upload configuration, weights, code, image processor, card and curve as one commit.
-
-        It appears when all of it is there: an upload that is interrupted leaves what was there before. What an earlier
-        push left and this model does not have (weights in more shards, say) is deleted by the same commit.
-
-        Args:
-            repo_id: Repository, made if it is missing.
-            commit_message: What was done. Default: "Upload model".
-            commit_description: More on it.
-            private: Whether a new repository is private.
-            token: Token of the Hub. Default: the one that is stored.
-            revision: Branch, made if it is missing.
-            create_pr: Whether to propose it as a pull request.
-            max_shard_size: Weights beyond this are written as several files.
-            tags: Further tags of the card.
-            facts: Fields of `CardFacts` that the model does not know: `dataset=`, `accuracy=`, `license=`, ...; those
-                of a training by `ASelectCallback` are known.
-
-        Returns:
-            The Hub's `CommitInfo`.
-
-        Raises:
-            HfHubHTTPError: If the Hub refuses: a wrong token, no right to write, a name that is none.
-            ValueError: If a fact is unknown or of no such kind, before anything is made on the Hub.
-        """
-        refuse_unknown_facts(facts)
-        CardFacts(**{"model_name": repo_id, **self.card_facts, **facts})  # before anything is made on the Hub
-        repo_id = create_repository(repo_id, token, private)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return self._publish(
-                repo_id,
-                folder,
-                _files_of(folder),
-                commit_message=commit_message,
-                commit_description=commit_description,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                tags=tags,
-                **facts,
-            )
-
-    def _publish(
-        self,
-        repo_id: str,
-        folder: str | os.PathLike[str],
-        saved: Iterable[str],
-        tags: Sequence[str] | str = (),
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **facts: Any,  # noqa: ANN401 - of the card
-    ) -> Any:  # noqa: ANN401 - the Hub's
-        """Write what strangers need beside a saved model, and upload that and what was saved."""
-        name = repo_id.rpartition("/")[2]
-        known = {**self.card_facts, "model_name": name, "tags": (tags,) if isinstance(tags, str) else tuple(tags)}
-        keep_own_words(repo_id, folder, token, revision)
-        before = _files_of(folder)
-        write_for_strangers(self, folder, **{**known, **facts, "repo_id": repo_id})
-        written = [name for name, when in _files_of(folder).items() if before.get(name) != when]
-        files = sorted({*saved, *written})
-        return upload(repo_id, folder, files, token, revision, create_pr, commit_message, commit_description)
-
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the weights, of those in memory where accelerate offloads the others."""
@@ -449,7 +307,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If the shape does not fit the model or a value is NaN or infinite.
         """
-        self._check_pixel_values(pixel_values)
+        check_pixel_values(pixel_values, self.config)
         vae = self._base().vae
         dtype = torch.promote_types(self.dtype, torch.float32)
         if vae is None:
@@ -643,7 +501,7 @@ class ASelectPreTrainedModel(PreTrainedModel):
             raise ValueError("Give exactly one of `pixel_values` and `latents`.")
         if latents is None:
             return self.encode(pixel_values)  # type: ignore[arg-type]
-        self._check_latents(latents)
+        check_latents(latents, self.config.layout)
         return latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def _read(
@@ -750,94 +608,12 @@ class ASelectPreTrainedModel(PreTrainedModel):
             raise ValueError(f"The timestep of this model is still {timestep!r}: {_HOW_TO_RESOLVE}.")
         return timestep
 
-    def _check_latents(self, latents: Tensor) -> None:
-        check_floats("latents", latents)
-        layout = self.config.layout
-        side, limit = layout.patch_size, layout.max_grid
-        if latents.ndim != 4 or latents.shape[1] != layout.num_channels:
-            raise ValueError(
-                f"`latents` must have shape (B, {layout.num_channels}, h, w), got {tuple(latents.shape)}. "
-                "`cache_features(..., what='latents')` and `encode` make them."
-            )
-        height, width = latents.shape[-2:]
-        if height < side or width < side or height % side or width % side:
-            raise ValueError(f"Height and width of `latents` must be multiples of {side}, got {height}×{width}.")
-        if limit is not None and max(height, width) > limit * side:
-            raise ValueError(
-                f"Height and width of `latents` must be at most {limit * side}, where the position table of this "
-                f"transformer ends, got {height}×{width}."
-            )
-        if torch.compiler.is_compiling():
-            return
-        if not len(latents):
-            raise ValueError("`latents` are an empty batch; give those of one picture or more.")
-        if not bool(latents.isfinite().all()):
-            raise ValueError("`latents` hold NaN or infinite values.")
-
-    def _check_pixel_values(self, pixel_values: Tensor) -> None:
-        config = self.config
-        check_floats("pixel_values", pixel_values)
-        if pixel_values.ndim != 4:
-            raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
-        num_channels, height, width = pixel_values.shape[1:]
-        if num_channels != config.num_channels:
-            raise ValueError(
-                f"The model takes pictures of {config.num_channels} channels, got {num_channels}. Use "
-                f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."
-            )
-        side, limit = config.patch_pixels, config.layout.max_grid
-        if limit is not None and max(height, width) > limit * side:
-            raise ValueError(
-                f"Height and width must be at most {limit * side} pixels, where the position table of this "
-                f"transformer ends, got {height}×{width}."
-            )
-        if height < side or width < side or height % side or width % side:
-            raise ValueError(
-                f"Height and width must be multiples of {side} pixels (a token's side), got {height}×{width}. Use "
-                f"`ASelectImageProcessor.from_model_config(model.config)`, which resizes to "
-                f"{'×'.join(map(str, config.image_height_width))}."
-            )
-        # A compiled graph cannot branch on values.
-        if torch.compiler.is_compiling():
-            return
-        if not len(pixel_values):
-            raise ValueError("`pixel_values` are an empty batch; give one picture or more.")
-        largest = float(pixel_values.detach().abs().max())
-        if not math.isfinite(largest):
-            raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
-        # Another processor's mean and standard deviation give no more than 3.
-        if largest > MAX_PIXEL_VALUE:
-            raise ValueError(
-                f"`pixel_values` must be in [-1, 1], got values up to {largest:g}. Use "
-                "`ASelectImageProcessor.from_model_config(model.config)`, which scales them."
-            )
-
 
 _HOW_TO_RESOLVE = (
     "pass `calibration_images=` to `from_pretrained`, or call "
     "`model.apply_selection(select_timestep(model, images))`, "
     "or set `model.config.timestep` to an integer in [0, 1000) yourself"
 )
-
-
-def check_floats(name: str, values: Any) -> None:  # noqa: ANN401 - a check takes whatever came
-    """Refuse what is no tensor of floating-point numbers in memory: others are numbers that stand for something else.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if not isinstance(values, Tensor):
-        raise ValueError(f"`{name}` must be a tensor, got {type(values).__name__}.")
-    if torch.compiler.is_compiling():
-        return
-    if not values.is_floating_point():
-        raise ValueError(
-            f"`{name}` must be floating-point numbers, got {values.dtype}. Pictures of bytes go through "
-            "`ASelectImageProcessor.from_model_config(model.config)` first."
-        )
-    if values.is_meta or values.layout != torch.strided:
-        kind = "one without data, on the device meta" if values.is_meta else str(values.layout)
-        raise ValueError(f"`{name}` must be a dense tensor with data, got {kind}.")
 
 
 def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
@@ -847,12 +623,6 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
-
-
-def _files_of(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """Return the files of a folder, and when each was written; none if there is no folder."""
-    paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
-    return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 class DiTModel(ASelectPreTrainedModel):

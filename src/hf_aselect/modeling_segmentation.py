@@ -11,7 +11,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aselect import ASelectConfig
 from .decoders import LinearDecoder, UperNetDecoder, enlarge, token_map
-from .modeling_aselect import ASelectPreTrainedModel, DiTModel, check_floats, refuse_tap_keywords
+from .input_checks import check_floats
+from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
 
 
 class DiTBackbone(BackboneMixin, DiTModel):
