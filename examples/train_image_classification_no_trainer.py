@@ -252,11 +252,12 @@ def main() -> None:
         if step >= max_steps:
             break
         model.train()
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
         batches = loader
         if epoch == first_epoch and done:
             batches = accelerator.skip_first_batches(loader, done * args.gradient_accumulation_steps)
+        # A new loader counts its epochs from 0 in accelerate before 1.15.
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
         total, num_batches = torch.zeros((), device=accelerator.device), 0
         for batch in batches:
             num_batches += 1

@@ -74,7 +74,9 @@ def kill_when(words, is_time):
 
 
 @pytest.mark.parametrize(
-    ("words_of", "pattern"), [(trainer_words, "checkpoint-8"), (loop_words, "step_8")], ids=["trainer", "loop"]
+    ("words_of", "pattern"),
+    [(trainer_words, "checkpoint-8"), (loop_words, "step_8"), (loop_words, "step_16")],
+    ids=["trainer", "loop", "loop in its second epoch"],
 )
 def test_killed_and_resumed_it_ends_with_the_same_weights(words_of, pattern, pixel_folder, parquet, tmp_path):
     whole, killed = words_of(pixel_folder, parquet, tmp_path / "a"), words_of(pixel_folder, parquet, tmp_path / "b")
