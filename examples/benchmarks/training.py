@@ -2,8 +2,8 @@
 
     python examples/benchmarks/training.py --output_dir training
 
-Some minutes on two CPU cores with nothing else running. Random weights and pictures, a DiT-S/2 on 32 × 32 latents
-(pictures of 4 channels stand for them), read at half depth:
+A quarter of an hour on two CPU cores with nothing else running. Random weights and pictures, a DiT-S/2 on 32 × 32
+latents (pictures of 4 channels stand for them), read at half depth:
 
 - `waiting`: the share of the time of a training from cached tokens (`cache_features`) that passes between two steps,
   in which the next batch is read and put together;
@@ -165,6 +165,27 @@ def spread(values: list[float]) -> dict[str, float]:
         "least": round(min(values), 4),
         "greatest": round(max(values), 4),
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+
+    def cell(found: dict[str, float], scale: float, places: int) -> str:
+        middle, least, greatest = (f"{found[name] * scale:.{places}f}" for name in ("median", "least", "greatest"))
+        return f"{middle} ({least} to {greatest})"
+
+    lines = ["| training of a DiT-S/2 read at half depth | median (least to greatest) |", "| --- | --- |"]
+    lines.append(
+        f"| waiting for the next batch, from cached tokens, % of the time | {cell(result['waiting'], 100, 2)} |"
+    )
+    for kind, name in (("head", "a head, the transformer frozen"), ("all", "all weights")):
+        found = result["processes"][kind]
+        lines += [
+            f"| {name}: pictures/s, one process of one thread | {cell(found['pictures_per_second_of_one'], 1, 2)} |",
+            f"| {name}: pictures/s, two processes of one each | {cell(found['pictures_per_second_of_two'], 1, 2)} |",
+            f"| {name}: two processes, per core, against one | {cell(found['two_per_core'], 1, 2)} |",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
