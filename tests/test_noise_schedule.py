@@ -227,3 +227,13 @@ def test_bad_sigmas_and_shifts_are_refused():
         NoiseSchedule.flow_matching().timestep_at_sigma(1.5)
     with pytest.raises(ValueError, match="`shift` of a flow-matching scheduler must be above 0, got 0"):
         NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0})
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-34])
+def test_betas_that_add_no_noise_are_refused(least):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\] and not all 0"):
+        NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_start": 0.0, "beta_end": least})
+    assert (
+        NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_start": 0.0, "beta_end": 1e-10}).sigmas[-1]
+        > 0
+    )
