@@ -231,9 +231,7 @@ def test_bad_sigmas_and_shifts_are_refused():
 
 @pytest.mark.parametrize("least", [0.0, 1e-34])
 def test_betas_that_add_no_noise_are_refused(least):
+    config = {"_class_name": "DDPMScheduler", "beta_start": 0.0}
     with pytest.raises(ValueError, match=r"must be in \[0, 1\] and not all 0"):
-        NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_start": 0.0, "beta_end": least})
-    assert (
-        NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_start": 0.0, "beta_end": 1e-10}).sigmas[-1]
-        > 0
-    )
+        NoiseSchedule.from_config({**config, "beta_end": least})
+    assert NoiseSchedule.from_config({**config, "beta_end": 1e-10}).sigmas[-1] > 0
