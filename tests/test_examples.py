@@ -240,6 +240,37 @@ def test_the_cost_of_a_selection_is_measured(parquet, pretrained, tmp_path):
     assert all(0 <= row["rise_mib"] < row["before_mib"] for row in cost["memory"])
 
 
+@pytest.mark.slow
+def test_the_classification_benchmark_fills_its_table_and_goes_on(parquet, pretrained, tmp_path):
+    names = {"picture": "image", "class": "label"}
+    Dataset.from_parquet(str(parquet)).rename_columns(names).to_parquet(tmp_path / "pictures.parquet")
+    run(
+        "benchmarks/pretrain_unet.py",
+        *("--train_file", parquet, "--output_dir", tmp_path / "unet", "--num_pictures", 16, *PRETRAIN),
+    )
+    files = ("--train_file", tmp_path / "pictures.parquet", "--test_file", tmp_path / "pictures.parquet")
+    words = [*files, "--dit", pretrained, "--output_dir", tmp_path / "out", "--seeds", 0, "--epochs", 1]
+    first = run("benchmarks/cifar10.py", *words, "--without", "efficientnet", "lora", "fine_tune")
+    assert "LoRA" not in first
+    second = run("benchmarks/cifar10.py", *words, "--unet", tmp_path / "unet", "--without", "efficientnet")
+    # What was measured is not measured again.
+    assert "raw pixels, linear, seed 0" in first and "raw pixels, linear, seed 0" not in second
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["pretraining"]) == ["DiT", "UNet"]
+    assert {name.split(",")[-1].split(" (")[0].strip() for name in results["rows"]} == {
+        "linear",
+        "attention head",
+        "LoRA",
+        "all weights",
+    }
+    assert results["rows"]["raw pixels, linear"]["0"]["accuracy"] >= 0.9  # dark and bright pictures
+    assert str(tmp_path) not in json.dumps(results)
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + len(results["rows"]) + 1 and "85.73" in lines[-1]
+    with PILImage.open(tmp_path / "out" / "curve.png") as picture:
+        assert picture.width > 800
+
+
 def test_fashion_mnist_becomes_parquet(tmp_path):
     pictures, labels = bytes(range(196)) * 4 * 3, bytes([9, 0, 3])
     for prefix in ("train", "t10k"):

