@@ -2,7 +2,7 @@
 
     python examples/benchmarks/training.py --output_dir training
 
-A quarter of an hour on two CPU cores with nothing else running. Random weights and pictures, a DiT-S/2 on 32 × 32
+Half an hour on two CPU cores with nothing else running. Random weights and pictures, a DiT-S/2 on 32 × 32
 latents (pictures of 4 channels stand for them), read at half depth:
 
 - `waiting`: the share of the time of a training from cached tokens (`cache_features`) that passes between two steps,
