@@ -3,9 +3,12 @@
     python examples/pretrain_dit.py --train_file cifar10/train.parquet --output_dir dit-cifar10 \
         --num_pictures 1344000 --label_dropout 0.5
     python examples/benchmarks/pretrain_unet.py --train_file cifar10/train.parquet --output_dir unet-cifar10 \
-        --num_pictures NUMBER --label_dropout 0.5
+        --num_pictures 330000 --label_dropout 0.5
     python examples/benchmarks/cifar10.py --dit dit-cifar10 --unet unet-cifar10 \
         --train_file cifar10/train.parquet --test_file cifar10/test.parquet --output_dir cifar10-benchmark
+
+The UNet sees as many pictures as it learns in the DiT's time on the same two cores: 41 a second where the DiT learns
+165.
 
 All rows see all training pictures, and the test pictures once. Linear rows are one probe, that of `linear_probe.py`:
 a learning rate out of seven, by a tenth of the training pictures. Heads, LoRA and fine-tuning are trained in bfloat16

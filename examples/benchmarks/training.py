@@ -220,7 +220,7 @@ def main() -> None:
     temporary = output / ".training.json.incomplete"
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     temporary.replace(output / "training.json")
-    print(json.dumps(result, indent=1))
+    print(table(result))
 
 
 if __name__ == "__main__":
