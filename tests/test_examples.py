@@ -67,6 +67,15 @@ def test_pretraining_ends_with_a_dit_that_loads(pretrained):
     assert log[-1]["pictures"] == 48
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision"), [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({}, "no")]
+)
+def test_pretraining_is_in_half_precision_where_the_processor_computes_in_it(monkeypatch, capabilities, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    assert example("pretrain_dit.py").default_precision() == precision
+
+
 def test_pretraining_keeps_the_stages_asked_for(parquet, pretrained, tmp_path):
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN)
     run("pretrain_dit.py", *arguments, "--stages", 16, 20)
