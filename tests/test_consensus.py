@@ -4,9 +4,10 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from hf_aselect.consensus import NUM_COMPONENTS, NUM_TARGETS, STRENGTHS, ConsensusSums, unexplained
+from hf_aselect.consensus import NUM_COMPONENTS, STRENGTHS, ConsensusSums, leading_directions, unexplained
+from hf_aselect.criteria import Consensus
 
-NUM_PICTURES, NUM_FOLDS = 320, 8
+NUM_PICTURES, NUM_FOLDS, NUM_TARGETS = 320, 8, 128
 
 
 def views(noise, width=48, count=NUM_PICTURES):
@@ -14,14 +15,16 @@ def views(noise, width=48, count=NUM_PICTURES):
     generator = torch.Generator().manual_seed(0)
     content = torch.randn(count, 40, generator=generator)
     return {
-        (timestep, 0, "hidden"): content @ torch.randn(40, width, generator=generator)
-        + 4 * noise[timestep] * torch.randn(count, width, generator=generator)
+        (timestep, 0, "hidden"): (
+            content @ torch.randn(40, width, generator=generator)
+            + 4 * noise[timestep] * torch.randn(count, width, generator=generator)
+        )[:, None]
         for timestep in range(5)
     }
 
 
-def filled(pooled, batch_size=16):
-    sums = ConsensusSums(NUM_FOLDS)
+def filled(pooled, batch_size=16, num_read=1, num_targets=NUM_TARGETS):
+    sums = ConsensusSums(NUM_FOLDS, num_targets, num_read)
     sums.calibrate(pooled)
     count = len(next(iter(pooled.values())))
     for start in range(0, count, batch_size):
@@ -33,7 +36,8 @@ def filled(pooled, batch_size=16):
 
 
 def r_squared(sums, timestep):
-    error, variance = unexplained(sums.moments[timestep], sums.target_moments).sum(0)
+    directions = leading_directions(sums.target_moments.sum(0))
+    error, variance = unexplained(sums.moments[timestep], sums.target_moments, directions).sum(0)
     return float(1 - error / variance)
 
 
@@ -46,7 +50,7 @@ def test_the_cleanest_view_tells_the_most():
 def test_a_view_of_something_else_tells_nothing():
     pooled = views([0.1] * 5)
     sums = filled(pooled)
-    other = torch.randn(NUM_PICTURES, 48, generator=torch.Generator().manual_seed(9))
+    other = torch.randn(NUM_PICTURES, 1, 48, generator=torch.Generator().manual_seed(9))
     sums.add(7, list(range(NUM_PICTURES)), other, (0, 0, "hidden"))
     assert r_squared(sums, 7) < 0.05 < 0.2 < r_squared(sums, 0)
 
@@ -60,7 +64,7 @@ def test_sums_give_what_the_pictures_themselves_give():
     left, values, _ = torch.linalg.svd(targets, full_matrices=False)
     count = min(NUM_COMPONENTS, int((values.square() > 1e-6 * values[0].square()).sum()) // 2)
     whitened = left[:, :count].numpy()
-    features = pooled[2, 0, "hidden"].double()
+    features = pooled[2, 0, "hidden"][:, 0].double()
     features = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
     fold = torch.arange(NUM_PICTURES).numpy() % NUM_FOLDS
     errors = []
@@ -100,5 +104,44 @@ def test_what_is_kept_does_not_grow_with_the_pictures():
 
 
 def test_a_constant_channel_does_no_harm():
-    pooled = {key: torch.cat([values, torch.ones(NUM_PICTURES, 1)], dim=1) for key, values in views([0.5] * 5).items()}
+    constant = torch.ones(NUM_PICTURES, 1, 1)
+    pooled = {key: torch.cat([values, constant], dim=2) for key, values in views([0.5] * 5).items()}
     assert r_squared(filled(pooled), 0) == pytest.approx(r_squared(filled(views([0.5] * 5)), 0), abs=0.02)
+
+
+def test_the_standard_deviation_is_read_where_it_is_asked_for_and_has_no_share_in_the_targets():
+    """The mean of the first view is noise, and its deviation tells what all others agree on."""
+    clear, noise = views([0.1] * 5), torch.randn(NUM_PICTURES, 1, 48, generator=torch.Generator().manual_seed(9))
+    pooled = {key: torch.cat([values, 0 * noise], dim=1) for key, values in clear.items()}
+    pooled[0, 0, "hidden"] = torch.cat([noise, clear[0, 0, "hidden"]], dim=1)
+    means = {key: values[:, :1] for key, values in pooled.items()}
+    both, mean, alone = filled(pooled, num_read=2), filled(pooled), filled(means)
+    # The noise is one of the five references, so that it tells a little of what is shared.
+    assert r_squared(mean, 0) < 0.15 < 0.5 < r_squared(both, 0)
+    torch.testing.assert_close(mean.target_moments, both.target_moments, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.target_moments, both.target_moments, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match="`pooling` of 'consensus' must be one of 'mean', 'mean_std', got 'max'"):
+        Consensus("max")
+
+
+def test_a_larger_projection_is_nearer_to_the_features_themselves():
+    """Against components of all standardised features side by side, which nobody keeps of many pictures."""
+    pooled = views([1.0] * 5)
+    whole = torch.cat([(values[:, 0] - values[:, 0].mean(0)) / values[:, 0].std(0) for values in pooled.values()], 1)
+    exact = torch.linalg.svd(whole - whole.mean(0), full_matrices=False)[0][:, :NUM_COMPONENTS]
+    shared = []
+    for num_targets in (32, 128, 512):
+        sums = filled(pooled, num_targets=num_targets)
+        targets = torch.stack([sums.targets[index] for index in range(NUM_PICTURES)])
+        found = torch.linalg.svd(targets - targets.mean(0), full_matrices=False)[0][:, :NUM_COMPONENTS]
+        shared.append(float((exact.T @ found).square().sum()) / NUM_COMPONENTS)
+    assert shared[0] + 0.05 < shared[1] and shared[1] + 0.05 < shared[2] and shared[2] > 0.8
+
+
+@pytest.mark.parametrize("num_targets", [8, 128.0, True])
+def test_a_projection_that_is_too_small_is_refused(num_targets):
+    with pytest.raises(ValueError, match="`num_targets` of 'consensus' must be an integer from 20 on, got"):
+        Consensus(num_targets=num_targets)

@@ -226,6 +226,10 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
     named = {row["criterion"] for row in result["rows"]}
     assert {"hfr", "signal_hfr", "consensus", "probe, 40 labels", "RankMe", "LiDAR", "t = 0", "random t"} <= named
     assert all(row["loss"] == 0 for row in result["rows"] if row["criterion"] == "t = 0")
+    # It is made for each head, and answers for that one alone.
+    own = [row for row in result["rows"] if row["criterion"] == "consensus by head"]
+    assert len([row for row in own if "loss" in row]) == len([row for row in own if "attention_loss" in row]) == 4
+    assert not [row for row in own if {"loss", "attention_loss"} <= row.keys()]
     table = (tmp_path / "table.md").read_text()
     assert "over 1 pairs (tiny)" in table
     assert "\n| consensus | 0." in table

@@ -12,7 +12,7 @@ import torch
 
 from hf_aselect import ASelectConfig, DiTModel, NoiseSchedule, TimestepSelection, select_timestep
 from hf_aselect.configuration_aselect import DDPM_LINEAR
-from hf_aselect.criteria import HFR, SignalHFR
+from hf_aselect.criteria import HFR, Consensus, SignalHFR
 
 GRID = [0, 100, 300, 600, 999]
 SCHEDULE = NoiseSchedule.from_config(DDPM_LINEAR)
@@ -118,7 +118,7 @@ def test_the_plain_criterion_needs_one_draw():
     assert select_timestep(StubModel(100), pictures(10), timesteps=GRID, criterion="hfr").num_forwards == 10 * 5
 
 
-@pytest.mark.parametrize("criterion", ["hfr", "signal_hfr", "consensus"])
+@pytest.mark.parametrize("criterion", ["hfr", "signal_hfr", "consensus", Consensus("mean_std", 512)])
 def test_the_batch_size_changes_nothing_beyond_rounding(model, criterion):
     options = {"criterion": criterion, "max_images": 60}
     alone, together = (
@@ -645,7 +645,7 @@ def select_both(folder):
     # A certainty that the consensus does not reach, so that it has two rounds.
     return [
         select_timestep(model, pictures_of_three_channels(150), criterion=criterion, confidence=1.0).to_dict()
-        for criterion in ("signal_hfr", "consensus")
+        for criterion in ("signal_hfr", "consensus", Consensus("mean_std", 256))
     ]
 
 
@@ -674,7 +674,8 @@ def test_two_processes_choose_what_one_does(pixel_folder):
     records = [record for _, record in sorted((queue.get(timeout=120) for _ in processes), key=lambda pair: pair[0])]
     for process in processes:
         process.join()
-    assert [record["num_images"] for record in records[0]] == [64, 150]
+    assert [record["num_images"] for record in records[0]] == [64, 150, 150]
+    assert records[0][2]["settings"] == {"pooling": "mean_std", "num_targets": 256}
     for first, second, alone in zip(*records, select_both(pixel_folder), strict=True):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         assert first["scores"] == pytest.approx(alone["scores"], rel=1e-4, abs=1e-4)

@@ -22,6 +22,7 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,16 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
+from hf_aselect.criteria import Consensus
 from hf_aselect.heads import AttentionHead
 
 FEATURES = ("hidden", "query", "key", "value")
 CRITERIA = ("hfr", "signal_hfr", "consensus")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
+# The truths, and what a consensus by head is read from where it chooses for such a head.
+BY_HEAD = "consensus by head"
+HEADS = {"ridge": "mean", "attention": "mean_std"}
+NUM_TARGETS = 512
 GUESSES = (0, 50, 100, 150, 261)
 MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
@@ -223,10 +229,13 @@ class Pair:
                 rows.append(self.row(name, tap, hits, timestep))
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
-            for name in CRITERIA:
-                rows += [self.selection_row(name, tap, hits, seed) for seed in self.args.seeds]
+            ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA]
+            # One that knows who reads: it chooses for each of the heads.
+            ways += [(BY_HEAD, truth) for truth in HEADS if (truth, tap) in hits]
+            for name, head in ways:
+                rows += [self.selection_row(name, tap, hits, seed, head) for seed in self.args.seeds]
                 if name != "hfr" and self.args.own_pictures:
-                    rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], generated=True))
+                    rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], head, generated=True))
             if self.per_picture:
                 rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
         return {
@@ -245,33 +254,42 @@ class Pair:
         }
 
     def selection_row(
-        self, criterion: str, tap: Tap, hits: Hits, seed: int, generated: bool = False
+        self, criterion: str, tap: Tap, hits: Hits, seed: int, head: str | None = None, generated: bool = False
     ) -> dict[str, Any]:
-        """Return what one selection lost and cost."""
+        """Return what one selection lost and cost; where it was made for a head, by that truth alone."""
         images = None if generated else self.train.select_columns([self.args.image_column])
         record = select_timestep(
             self.model,
             images,
-            criterion=criterion,
+            criterion=Consensus(HEADS[head], NUM_TARGETS) if head else criterion,
             block=tap[0],
             feature=tap[1],
             labels=self.labels[0] if criterion == "probe" else None,
             seed=seed,
         )
         places = [self.grid.index(timestep) for timestep in record.timesteps]
-        correlation = spearmanr(record.scores, hits["ridge", tap].mean(1)[places]).statistic
+        correlation = spearmanr(record.scores, hits[head or "ridge", tap].mean(1)[places]).statistic
         name = f"{criterion}, own pictures" if generated else criterion
         if criterion == "probe":
             name = f"probe, {record.num_images} labels"
-        row = self.row(name, tap, hits, record.timestep, correlation)
+        row = self.row(name, tap, hits, record.timestep, correlation, [head] if head else HEADS)
         cost = {key: getattr(record, key) for key in ("num_images", "num_forwards", "seconds", "confidence")}
         return {**row, **cost, "seed": seed}
 
-    def row(self, name: str, tap: Tap, hits: Hits, timestep: int, correlation: float | None = None) -> dict[str, Any]:
+    def row(
+        self,
+        name: str,
+        tap: Tap,
+        hits: Hits,
+        timestep: int,
+        correlation: float | None = None,
+        truths: Iterable[str] = ("ridge", "attention"),
+    ) -> dict[str, Any]:
         """Return what choosing a timestep loses at a tap, in points, by each truth."""
         row: dict[str, Any] = {"criterion": name, "block": tap[0], "feature": tap[1], "timestep": timestep}
         place = self.grid.index(timestep)
-        for truth, prefix in (("ridge", ""), ("attention", "attention_")):
+        for truth in truths:
+            prefix = "attention_" if truth == "attention" else ""
             if (truth, tap) in hits:
                 values = hits[truth, tap]
                 row[f"{prefix}loss"] = loss(values, place)
@@ -390,7 +408,7 @@ def summarize(folder: Path) -> str:
         draw(pair, folder / f"{name}.png")
     rows = [{**row, "pair": name, "search": pair["search"]} for name, pair in pairs.items() for row in pair["rows"]]
     names = list(dict.fromkeys(row["criterion"] for row in rows))
-    names.sort(key=lambda name: float(np.mean([row["loss"] for row in rows if row["criterion"] == name])))
+    names.sort(key=lambda name: float(np.mean(values_of("loss", rows, name))))
     inside = places_inside(pairs)
     tables = (
         overall_table(names, rows, inside),
@@ -417,8 +435,7 @@ def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Plac
     ]
     for name in names:
         own = [row for row in rows if row["criterion"] == name]
-        heads = [row["attention_loss"] for row in own if "attention_loss" in row]
-        peaked = [row["loss"] for row in own if place_of(row) in inside]
+        peaked = [row for row in own if place_of(row) in inside]
         # Two curves have no rank correlation where one of them is level.
         correlations = [row["rank_correlation"] for row in own if row["rank_correlation"] is not None]
         correlations = [value for value in correlations if np.isfinite(value)]
@@ -428,11 +445,11 @@ def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Plac
         searched = sum(row["search"]["num_forwards"] for row in measured)
         cells = [
             name,
-            *mean_and_worst([row["loss"] for row in own]),
-            mean_and_worst([row["loss"] for row in own if row["pair"] in inside_pairs])[0],
-            mean_and_worst(peaked)[0],
-            *mean_and_worst([row["loss_to_maximum"] for row in own]),
-            *mean_and_worst(heads),
+            *mean_and_worst(values_of("loss", own)),
+            mean_and_worst(values_of("loss", [row for row in own if row["pair"] in inside_pairs]))[0],
+            mean_and_worst(values_of("loss", peaked))[0],
+            *mean_and_worst(values_of("loss_to_maximum", own)),
+            *mean_and_worst(values_of("attention_loss", own)),
             f"{np.mean(correlations):.2f}" if correlations else "",
             f"1/{searched / passes:.0f}" if measured else "",
             f"{np.mean([row['seconds'] for row in measured]):.1f}" if measured else "",
@@ -459,7 +476,7 @@ def table_by_pair(
     for name in names:
         cells = [name]
         for pair in pairs:
-            losses = [row["loss"] for row in rows if row["criterion"] == name and row["pair"] == pair]
+            losses = values_of("loss", [row for row in rows if row["pair"] == pair], name)
             cells.append(f"{np.mean(losses):.2f} ({max(losses):.2f})" if losses else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -476,7 +493,8 @@ def table_by_confidence(rows: list[dict[str, Any]]) -> list[str]:
     for name in dict.fromkeys(row["criterion"] for row in rows if "confidence" in row):
         cells = [name]
         for sure in (True, False):
-            losses = [r["loss"] for r in rows if r["criterion"] == name and (r["confidence"] >= 0.95) == sure]
+            of_them = [r for r in rows if r["criterion"] == name and (r["confidence"] >= 0.95) == sure]
+            losses = values_of("loss", of_them)
             cells += [str(len(losses)), *mean_and_worst(losses)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -494,7 +512,7 @@ def table_of_own_pictures(rows: list[dict[str, Any]], pairs: dict[str, dict[str,
     for name in dict.fromkeys(row["criterion"] for row in rows if row["criterion"].endswith(", own pictures")):
         cells = [name.removesuffix(", own pictures")]
         for pair, result in pairs.items():
-            of_pair = [row for row in rows if row["pair"] == pair and "seed" in row]
+            of_pair = [row for row in rows if row["pair"] == pair and "seed" in row and "loss" in row]
             given = {(place_of(row), row["seed"]): row for row in of_pair if row["criterion"] == cells[0]}
             both = [(row, given[place_of(row), row["seed"]]) for row in of_pair if row["criterion"] == name]
             place = result["timesteps"].index
@@ -503,6 +521,11 @@ def table_of_own_pictures(rows: list[dict[str, Any]], pairs: dict[str, dict[str,
             cells.append(f"{np.mean(steps):.1f} steps, {np.mean(more):+.2f} points" if both else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def values_of(key: str, rows: list[dict[str, Any]], name: str | None = None) -> list[float]:
+    """Return a figure of the rows that have it, or of those of one way of choosing."""
+    return [row[key] for row in rows if key in row and name in (None, row["criterion"])]
 
 
 def place_of(row: dict[str, Any]) -> Place:
@@ -546,9 +569,12 @@ def draw(pair: dict[str, Any], path: Path) -> None:
                 accuracies = 100 * np.array(curve["accuracies"])
                 axis.plot(ratios, accuracies, color=color, linestyle=line, marker=marker, markersize=3, label=label)
         chosen = [row for row in pair["rows"] if (row["block"], row["feature"]) == (block, feature)]
-        for timestep in {row["timestep"] for row in chosen if row["criterion"] == DEFAULT}:
-            place = ratios[pair["timesteps"].index(timestep)]
-            axis.axvline(place, color="black", linestyle=":", label=f"chosen ({DEFAULT}): t = {timestep}")
+        drawn = BY_HEAD if any(row["criterion"] == BY_HEAD for row in chosen) else DEFAULT
+        chosen = [row for row in chosen if row["criterion"] == drawn]
+        for key, (color, _, _, label) in zip(("loss", "attention_loss"), styles.values(), strict=True):
+            for timestep in {row["timestep"] for row in chosen if key in row}:
+                place = ratios[pair["timesteps"].index(timestep)]
+                axis.axvline(place, color=color, linestyle=":", label=f"chosen for the {label}: t = {timestep}")
         axis.set_title(f"block {block}, {feature}", fontsize=9)
         axis.grid(alpha=0.3)
     # From clean to noisy, as t runs.

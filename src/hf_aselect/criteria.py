@@ -6,11 +6,14 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .consensus import NUM_COMPONENTS
 from .probe import held_out_hits, leave_one_out_hits
 from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
 
 # A probe of patches is tried on each of so many parts of the pictures.
 NUM_FOLDS = 8
+# How many statistics of the tokens a consensus reads: the mean, or the standard deviation, too.
+POOLINGS = {"mean": 1, "mean_std": 2}
 
 
 class Criterion(Protocol):
@@ -197,10 +200,20 @@ class Consensus:
     """How much of what the features of all timesteps and several blocks agree on can be read from this one. Ours.
 
     The share of variance (R²) of the 20 leading principal components of all reference features that a ridge regression
-    predicts from mean-pooled tokens, cross-validated: a linear probe whose labels are the transformer's own. See
+    predicts from pooled tokens, cross-validated: a linear probe whose labels are the transformer's own. See
     `consensus`. The references are `hidden`, `query`, `key` and `value` of the first block and of those at 3/8 and 6/8
     of the depth, and the tap itself, at the timesteps of the coarse grid (or at the given ones); so a pass goes to 6/8
     of the depth even for an earlier tap.
+
+    Args:
+        pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",
+            their mean and standard deviation, for heads that look at each token. At the first block the two can want
+            opposite ends of the range.
+        num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
+            holds is right to about 1 / sqrt(size); 512 takes about three times the memory of 128.
+
+    Raises:
+        ValueError: If `pooling` is neither, or `num_targets` is less than 20.
     """
 
     name: ClassVar[str] = "consensus"
@@ -208,9 +221,32 @@ class Consensus:
     first_round: ClassVar[int] = 128
     min_images: ClassVar[int] = 32
 
+    pooling: str = "mean"
+    num_targets: int = 128
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown pooling, and a projection that holds fewer numbers than there are components."""
+        if self.pooling not in tuple(POOLINGS):
+            raise ValueError(
+                f"`pooling` of 'consensus' must be one of {', '.join(map(repr, POOLINGS))}, got {self.pooling!r}."
+            )
+        if type(self.num_targets) is not int or self.num_targets < NUM_COMPONENTS:
+            raise ValueError(
+                f"`num_targets` of 'consensus' must be an integer from {NUM_COMPONENTS} on, got {self.num_targets!r}."
+            )
+
+    @property
+    def num_read(self) -> int:
+        """How many of the measured statistics are read, counted from the first."""
+        return POOLINGS[self.pooling]
+
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Return the mean token of each picture, (B, D), over the noise draws, float32."""
-        return tokens.float().mean((0, 2)).cpu()
+        """Return the statistics of each picture's tokens, averaged over the draws, (B, `num_read`, D), float32."""
+        averaged = tokens.float().mean(0)
+        statistics = [averaged.mean(1)]
+        if self.pooling == "mean_std":
+            statistics.append(averaged.std(1, correction=0))
+        return torch.stack(statistics, dim=1).cpu()
 
     def score(self, sums: Tensor) -> Tensor:
         """Return R², at most 1: 1 - squared error / variance, from their sums."""

@@ -12,7 +12,7 @@ from transformers.utils import logging as host_logging
 
 from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig
-from .consensus import ConsensusSums, Key, unexplained
+from .consensus import ConsensusSums, Key, leading_directions, unexplained
 from .criteria import Consensus, Criterion, PatchProbe, Probe
 from .massive_channels import massive_channels, outlier_share, zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
@@ -79,7 +79,9 @@ class Sweep:
         self.num_images = self.num_forwards = 0
         self.sums: dict[int, Tensor] = {}  # by timestep, (A, G, S)
         self.pooled: dict[int, list[tuple[list[int], list[Tensor]]]] = {}  # of the probe only: indices, (B, D) a tap
-        self.consensus = ConsensusSums(NUM_GROUPS) if isinstance(criterion, Consensus) else None
+        self.consensus: ConsensusSums | None = None
+        if isinstance(criterion, Consensus):
+            self.consensus = ConsensusSums(NUM_GROUPS, criterion.num_targets, criterion.num_read)
         self.references = _reference_taps(model.config) if self.consensus else []
         self.channels = _given_channels(model.config, taps)  # set to zero, by tap
         self.searched: set[Tap] = set()
@@ -225,7 +227,7 @@ class Sweep:
         timesteps: list[int],
         known: bool,
     ) -> None:
-        """Add some pictures' pooled tokens, (B, D), to a consensus; and their targets, unless these are known."""
+        """Add some pictures' statistics, (B, S, D), to a consensus; and their targets, unless these are known."""
         if not known:
             # Timesteps that were read later, next to the best, have no share in the targets.
             consensus.add_targets(indices, pooled)
@@ -376,9 +378,11 @@ class Sweep:
         # Some megabytes a timestep: only of those that are new.
         parts = _gather((self._unfitted(consensus.moments), consensus.target_moments))
         targets = torch.stack([target for _, target in parts]).sum(0)
-        for timestep in sorted(set().union(*(moments for moments, _ in parts))):
+        new = sorted(set().union(*(moments for moments, _ in parts)))
+        directions = leading_directions(targets.sum(0)) if new else targets
+        for timestep in new:
             moments = torch.stack([moments[timestep] for moments, _ in parts if timestep in moments]).sum(0)
-            self.fitted[timestep, self.num_images] = unexplained(moments, targets)[None]
+            self.fitted[timestep, self.num_images] = unexplained(moments, targets, directions)[None]
         return self._fitted()
 
     def curve(self) -> TimestepCurve:
