@@ -29,16 +29,36 @@ def table_rows(text, first_cell):
     return head, {row[0]: row[1:] for row in rows}
 
 
-@pytest.fixture(scope="module")
-def summary(tmp_path_factory):
-    """The benchmark's tables, made anew from the results."""
-    folder = tmp_path_factory.mktemp("regret")
-    for path in BENCHMARK.glob("*.json"):
+def summary_of(results, folder):
+    """Return the benchmark's tables, made anew from results."""
+    for path in results.glob("*.json"):
         shutil.copy(path, folder)
     script = ROOT / "examples" / "benchmarks" / "selection_regret.py"
     command = [sys.executable, str(script), "--output_dir", str(folder), "--summarize"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return (folder / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory):
+    """The tables over all pairs."""
+    return summary_of(BENCHMARK, tmp_path_factory.mktemp("regret"))
+
+
+def test_the_card_of_the_consensus_by_head_has_the_tables_of_its_results(tmp_path):
+    folder = BENCHMARK / "by-head"
+    summary = summary_of(folder, tmp_path)
+    assert summary in (folder / "README.md").read_text(encoding="utf-8")
+    assert sorted(path.stem for path in folder.glob("*.png")) == sorted(path.stem for path in folder.glob("*.json"))
+    head, full = table_rows(summary, "criterion")
+    columns = [head.index(name) for name in ("mean", "attention head, mean")]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    own, default = ([full[name][column] for column in columns] for name in ("consensus by head", "consensus"))
+    assert (
+        f"it loses {own[0]} points on average and" in readme
+        and f"(the default in the same run: {default[0]} and" in readme
+    )
+    assert f", {own[1]} and 2.6 by the attention head ({default[1]} and 9.9)" in readme
 
 
 def test_the_benchmarks_card_has_the_tables_of_its_results(summary):
