@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, is_bf16_available, set_seed
 from datasets import Dataset, load_dataset
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
@@ -81,6 +81,8 @@ def default_precision() -> str:
     """Return `bf16` where the hardware computes in it; where it does not, a CPU takes 2.6 times as long as without."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if torch.accelerator.is_available():
+        return "bf16" if is_bf16_available() else "no"
     # An older torch does not tell.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "no"

@@ -72,6 +72,7 @@ def test_pretraining_ends_with_a_dit_that_loads(pretrained):
 )
 def test_pretraining_is_in_half_precision_where_the_processor_computes_in_it(monkeypatch, capabilities, precision):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
     assert example("pretrain_dit.py").default_precision() == precision
 

@@ -50,6 +50,7 @@ DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
 BY_HEAD = "consensus by head"
 HEADS = {"ridge": "mean", "attention": "mean_std"}
 NUM_TARGETS = 512
+OWN = ", own pictures"
 GUESSES = (0, 50, 100, 150, 261)
 MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
@@ -269,7 +270,7 @@ class Pair:
         )
         places = [self.grid.index(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits[head or "ridge", tap].mean(1)[places]).statistic
-        name = f"{criterion}, own pictures" if generated else criterion
+        name = f"{criterion}{OWN}" if generated else criterion
         if criterion == "probe":
             name = f"probe, {record.num_images} labels"
         row = self.row(name, tap, hits, record.timestep, correlation, [head] if head else HEADS)
@@ -414,9 +415,9 @@ def summarize(folder: Path) -> str:
         overall_table(names, rows, inside),
         table_by_pair(names, rows, pairs, inside),
         table_by_confidence(rows),
-        table_of_own_pictures(rows, pairs),
+        table_of_own_pictures(rows, pairs) if any(OWN in name for name in names) else [],
     )
-    return "\n\n".join("\n".join(table) for table in tables) + "\n"
+    return "\n\n".join("\n".join(table) for table in tables if table) + "\n"
 
 
 def overall_table(names: list[str], rows: list[dict[str, Any]], inside: set[Place]) -> list[str]:
@@ -509,8 +510,8 @@ def table_of_own_pictures(rows: list[dict[str, Any]], pairs: dict[str, dict[str,
         f"| criterion | {' | '.join(pairs)} |",
         f"| --- |{' --- |' * len(pairs)}",
     ]
-    for name in dict.fromkeys(row["criterion"] for row in rows if row["criterion"].endswith(", own pictures")):
-        cells = [name.removesuffix(", own pictures")]
+    for name in dict.fromkeys(row["criterion"] for row in rows if row["criterion"].endswith(OWN)):
+        cells = [name.removesuffix(OWN)]
         for pair, result in pairs.items():
             of_pair = [row for row in rows if row["pair"] == pair and "seed" in row and "loss" in row]
             given = {(place_of(row), row["seed"]): row for row in of_pair if row["criterion"] == cells[0]}
