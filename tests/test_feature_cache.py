@@ -494,6 +494,9 @@ try:
 except (RuntimeError, ValueError) as error:
     with open(f"{sys.argv[3]}-{os.environ['RANK']}", "w") as said:
         said.write(f"{type(error).__name__}: {error}")
+# A process that ends while the other still talks to it lets that one abort.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
