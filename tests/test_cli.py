@@ -50,6 +50,13 @@ def test_options_reach_the_selection(pixel_folder, parquet, tmp_path):
     assert {name: record[name] for name in expected} == expected
 
 
+def test_the_choice_is_made_for_a_head(pixel_folder, folder, tmp_path):
+    for head, pooling in (("linear", "mean"), ("attention", "mean_std")):
+        assert run(pixel_folder, "--images", folder, "--head", head, "--output", tmp_path / head) == 0
+        record = json.loads((tmp_path / head / "selection.json").read_text())
+        assert record["settings"]["pooling"] == pooling
+
+
 def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictures, tmp_path, capsys):
     rows = {"image": pictures * 7, "kind": list(range(6)) * 7}
     Dataset.from_dict(rows).to_parquet(tmp_path / "labelled.parquet")
@@ -77,6 +84,7 @@ def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
             "`criterion` must be one of hfr, signal_hfr, consensus, probe, patch_probe, got 'best'",
         ),
         (("--images", "missing.parquet"), "There is no file 'missing.parquet'."),
+        (("--head", "round"), "`head` must be 'linear' or 'attention', got 'round'"),
         (("--block", "9"), "`block` must be in [-3, 3)"),
         (("--feature", "auto"), "can only be compared by `criterion='probe'`"),
         (("--label-column", "kind"), "`--label-column` needs `--images`"),

@@ -127,6 +127,13 @@ def test_an_unknown_pooling_is_refused():
         Consensus("max")
 
 
+@pytest.mark.parametrize(("head", "pooling"), [("linear", "mean"), ("attention", "mean_std")])
+def test_the_head_says_what_is_read(head, pooling):
+    assert Consensus().for_head(head) == Consensus(pooling)
+    for named in ("mean", "mean_std"):
+        assert Consensus(named).for_head(head) == Consensus(named)
+
+
 def test_a_larger_projection_is_nearer_to_the_features_themselves():
     """Against components of all standardised features side by side, which nobody keeps of many pictures."""
     pooled = views([1.0] * 5)

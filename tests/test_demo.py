@@ -28,6 +28,8 @@ def test_the_results_are_shares_and_agree_with_each_other(finished):
     assert accuracy["worst"] <= accuracy["random_mean"] <= accuracy["best"]
     assert accuracy["worst"] <= accuracy["selected"] <= accuracy["best"]
     assert accuracy["zero"] == results["probe_accuracies"][0]
+    chosen = results["timesteps"].index(results["probe_timestep"])
+    assert accuracy["selected"] == results["probe_accuracies"][chosen]
 
 
 def test_the_results_are_written_as_returned(finished):

@@ -225,10 +225,12 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
     # Dark and bright are told apart where there is little noise.
     assert all(each[0] == 1.0 for each in accuracies)
     named = {row["criterion"] for row in result["rows"]}
-    assert {"hfr", "signal_hfr", "consensus", "probe, 40 labels", "RankMe", "LiDAR", "t = 0", "random t"} <= named
+    former = "consensus of means, 128 numbers"
+    assert {"hfr", "signal_hfr", "consensus", former, "consensus, own pictures", "signal_hfr, own pictures"} <= named
+    assert {"probe, 40 labels", "RankMe", "LiDAR", "t = 0", "random t"} <= named
     assert all(row["loss"] == 0 for row in result["rows"] if row["criterion"] == "t = 0")
     # It is made for each head, and answers for that one alone.
-    own = [row for row in result["rows"] if row["criterion"] == "consensus by head"]
+    own = [row for row in result["rows"] if row["criterion"] == "consensus"]
     assert len([row for row in own if "loss" in row]) == len([row for row in own if "attention_loss" in row]) == 4
     assert not [row for row in own if {"loss", "attention_loss"} <= row.keys()]
     table = (tmp_path / "table.md").read_text()

@@ -29,42 +29,16 @@ def table_rows(text, first_cell):
     return head, {row[0]: row[1:] for row in rows}
 
 
-def summary_of(results, folder):
-    """Return the benchmark's tables, made anew from results."""
-    for path in results.glob("*.json"):
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory):
+    """The tables over all pairs."""
+    folder = tmp_path_factory.mktemp("regret")
+    for path in BENCHMARK.glob("*.json"):
         shutil.copy(path, folder)
     script = ROOT / "examples" / "benchmarks" / "selection_regret.py"
     command = [sys.executable, str(script), "--output_dir", str(folder), "--summarize"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return (folder / "table.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def summary(tmp_path_factory):
-    """The tables over all pairs."""
-    return summary_of(BENCHMARK, tmp_path_factory.mktemp("regret"))
-
-
-def test_the_card_of_the_consensus_by_head_has_the_tables_of_its_results(tmp_path):
-    folder = BENCHMARK / "by-head"
-    summary = summary_of(folder, tmp_path)
-    assert summary in (folder / "README.md").read_text(encoding="utf-8")
-    assert sorted(path.stem for path in folder.glob("*.png")) == sorted(path.stem for path in folder.glob("*.json"))
-    head, full = table_rows(summary, "criterion")
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-
-    def quoted(name, column):
-        """Return mean and worst as README has them."""
-        mean, worst = full[name][head.index(column) :][:2]
-        return mean, f"{float(worst):.1f}"
-
-    (mean, worst), (own_mean, own_worst) = (quoted(name, "mean") for name in ("consensus", "consensus by head"))
-    assert f"it loses {own_mean} points on average and {own_worst} at worst by the linear" in readme
-    assert f"(the default in the same run: {mean} and {worst})" in readme
-    column = "attention head, mean"
-    (mean, worst), (own_mean, own_worst) = (quoted(name, column) for name in ("consensus", "consensus by head"))
-    assert f"{own_mean} and {own_worst} by the attention head ({mean} and {worst})" in readme
-    assert f"takes {full['consensus by head'][head.index('forward passes')]} of the passes" in readme
 
 
 def test_the_benchmarks_card_has_the_tables_of_its_results(summary):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_aselect import ASelectConfig, DiTModel, NoiseSchedule, TimestepSelection, select_timestep
+from hf_aselect import (
+    ASelectConfig,
+    DiTForImageClassification,
+    DiTModel,
+    NoiseSchedule,
+    TimestepSelection,
+    select_timestep,
+)
 from hf_aselect.configuration_aselect import DDPM_LINEAR
 from hf_aselect.criteria import HFR, Consensus, SignalHFR
 
@@ -126,6 +133,22 @@ def test_the_batch_size_changes_nothing_beyond_rounding(model, criterion):
     )
     assert alone.timestep == together.timestep
     assert alone.scores == pytest.approx(together.scores, rel=1e-3, abs=1e-3)
+
+
+def test_the_default_is_read_as_the_head_sees_the_features(pixel_folder, pixels):
+    """By each class that has a head, and by tokens alone, as a configuration says."""
+    chosen = {}
+    for head in ("linear", "attention"):
+        models = [
+            DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, num_labels=2, head=head),
+            DiTModel.from_pretrained(pixel_folder, timestep=5, head=head),
+        ]
+        records = [select_timestep(model, pixels, timesteps=GRID) for model in models]
+        assert records[0].scores == records[1].scores
+        chosen[head] = records[0]
+    assert chosen["linear"].settings == {"pooling": "mean", "num_targets": 512}
+    assert chosen["attention"].settings == {"pooling": "mean_std", "num_targets": 512}
+    assert chosen["linear"].scores != chosen["attention"].scores
 
 
 def test_the_same_seed_gives_the_same_record(model, pixels):

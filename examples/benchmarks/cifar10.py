@@ -153,7 +153,7 @@ class Benchmark:
         }
         tap = {"block": found["tap"].block, "feature": found["tap"].feature}
         for head, pooling in (("linear", "mean"), ("attention", "mean_std")):
-            found[head] = select_timestep(model, pictures, criterion=Consensus(pooling, 512), max_images=256, **tap)
+            found[head] = select_timestep(model, pictures, criterion=Consensus(pooling), max_images=256, **tap)
         self.results |= {
             "tap": list(tap.values()),
             "timestep": found["attention"].timestep,

@@ -19,7 +19,7 @@ from hf_aselect.model_card import facts_of_card
 from hf_aselect.publishing import write_card_of
 
 BASELINES = {
-    "linear probe at the chosen timestep": "selected",
+    "linear probe at the timestep chosen for it": "selected",
     "linear probe at t = 0": "zero",
     "linear probe at a random t (mean over the grid)": "random_mean",
     "linear probe at the worst t": "worst",

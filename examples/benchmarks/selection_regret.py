@@ -9,7 +9,8 @@ The truth: a ridge classifier on mean-pooled tokens at every timestep of the gri
 and a small attention head on the tokens of some of these taps. With `--annotation_column` the labels are those of the
 patches (the most frequent class of each) and the classifier reads single tokens: segmentation.
 Against it: each criterion of `select_timestep`, also on pictures that the DiT makes itself, three measures of the
-self-supervised literature on the same features, and the guesses that people make. `OUTPUT_DIR/NAME.json` holds
+self-supervised literature on the same features, and the guesses that people make. A consensus knows which head it
+chooses for, so it chooses for each and is held against that truth alone. `OUTPUT_DIR/NAME.json` holds
 everything; with `--summarize` alone the table over all pairs in OUTPUT_DIR is written to `table.md` and each pair is
 drawn. The search is kept in `OUTPUT_DIR/NAME.search.npz` timestep by timestep: a run that was stopped goes on there.
 
@@ -40,16 +41,16 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
-from hf_aselect.criteria import Consensus
+from hf_aselect.criteria import HFR, Consensus, Criterion, SignalHFR
 from hf_aselect.heads import AttentionHead
 
 FEATURES = ("hidden", "query", "key", "value")
-CRITERIA = ("hfr", "signal_hfr", "consensus")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
-# The truths, and what a consensus by head is read from where it chooses for such a head.
-BY_HEAD = "consensus by head"
-HEADS = {"ridge": "mean", "attention": "mean_std"}
-NUM_TARGETS = 512
+# What the default was before it knew of heads, and with a smaller projection.
+FORMER = "consensus of means, 128 numbers"
+CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus("mean", 128)}
+# The truths, and the head that each stands for.
+HEADS = {"ridge": "linear", "attention": "attention"}
 OWN = ", own pictures"
 GUESSES = (0, 50, 100, 150, 261)
 MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
@@ -104,6 +105,9 @@ class Pair:
     def __init__(self, args: BenchmarkArguments) -> None:
         self.args = args
         self.model = DiTModel.from_pretrained(args.model_name_or_path, timestep=0)
+        self.head = self.model.config.head
+        self.saved_seconds = 0.0  # that pictures of its own would have taken to make again
+        self.make_own_pictures_once()
         self.processor = ASelectImageProcessor.from_model_config(self.model.config)
         self.train = sample(args.train_file, args.num_train)
         self.test = sample(args.test_file, args.num_test)
@@ -231,12 +235,11 @@ class Pair:
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
             ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA]
-            # One that knows who reads: it chooses for each of the heads.
-            ways += [(BY_HEAD, truth) for truth in HEADS if (truth, tap) in hits]
-            for name, head in ways:
-                rows += [self.selection_row(name, tap, hits, seed, head) for seed in self.args.seeds]
-                if name != "hfr" and self.args.own_pictures:
-                    rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], head, generated=True))
+            ways += [(DEFAULT, truth) for truth in HEADS if (truth, tap) in hits]
+            for name, truth in ways:
+                rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
+                if name in ("signal_hfr", DEFAULT) and self.args.own_pictures:
+                    rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], truth, generated=True))
             if self.per_picture:
                 rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
         return {
@@ -255,27 +258,49 @@ class Pair:
         }
 
     def selection_row(
-        self, criterion: str, tap: Tap, hits: Hits, seed: int, head: str | None = None, generated: bool = False
+        self, name: str, tap: Tap, hits: Hits, seed: int, truth: str | None = None, generated: bool = False
     ) -> dict[str, Any]:
-        """Return what one selection lost and cost; where it was made for a head, by that truth alone."""
+        """Return what one selection lost and cost; where it was made for a truth's head, by that truth alone."""
         images = None if generated else self.train.select_columns([self.args.image_column])
+        # A segmenter has no such head.
+        self.model.config.head = HEADS[truth] if truth and self.per_picture else self.head
         record = select_timestep(
             self.model,
             images,
-            criterion=Consensus(HEADS[head], NUM_TARGETS) if head else criterion,
+            criterion=CRITERIA.get(name, name),
             block=tap[0],
             feature=tap[1],
-            labels=self.labels[0] if criterion == "probe" else None,
+            labels=self.labels[0] if name == "probe" else None,
             seed=seed,
         )
         places = [self.grid.index(timestep) for timestep in record.timesteps]
-        correlation = spearmanr(record.scores, hits[head or "ridge", tap].mean(1)[places]).statistic
-        name = f"{criterion}{OWN}" if generated else criterion
-        if criterion == "probe":
+        correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
+        if name == "probe":
             name = f"probe, {record.num_images} labels"
-        row = self.row(name, tap, hits, record.timestep, correlation, [head] if head else HEADS)
+        name += OWN if generated else ""
+        row = self.row(name, tap, hits, record.timestep, correlation, [truth] if truth else HEADS)
         cost = {key: getattr(record, key) for key in ("num_images", "num_forwards", "seconds", "confidence")}
+        if generated:
+            cost["seconds"] += self.saved_seconds
         return {**row, **cost, "seed": seed}
+
+    def make_own_pictures_once(self) -> None:
+        """Let the DiT keep the pictures that it makes: each tap asks for the same, and they take longest."""
+        generate = self.model.generate_latents
+        kept: dict[str, tuple[Tensor, float]] = {}
+
+        def generate_latents(*args: Any, **options: Any) -> Tensor:  # noqa: ANN401 - the model's own
+            asked = str((args, options))
+            self.saved_seconds = 0.0
+            if asked in kept:
+                latents, self.saved_seconds = kept[asked]
+                return latents
+            started = time.monotonic()
+            latents = generate(*args, **options)
+            kept[asked] = latents, time.monotonic() - started
+            return latents
+
+        self.model.generate_latents = generate_latents
 
     def row(
         self,
@@ -570,8 +595,7 @@ def draw(pair: dict[str, Any], path: Path) -> None:
                 accuracies = 100 * np.array(curve["accuracies"])
                 axis.plot(ratios, accuracies, color=color, linestyle=line, marker=marker, markersize=3, label=label)
         chosen = [row for row in pair["rows"] if (row["block"], row["feature"]) == (block, feature)]
-        drawn = BY_HEAD if any(row["criterion"] == BY_HEAD for row in chosen) else DEFAULT
-        chosen = [row for row in chosen if row["criterion"] == drawn]
+        chosen = [row for row in chosen if row["criterion"] == DEFAULT]
         for key, (color, _, _, label) in zip(("loss", "attention_loss"), styles.values(), strict=True):
             for timestep in {row["timestep"] for row in chosen if key in row}:
                 place = ratios[pair["timesteps"].index(timestep)]

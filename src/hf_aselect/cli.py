@@ -82,6 +82,7 @@ def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name
         help="column of the class indices; the timestep is then chosen by a linear probe",
     )
     select.add_argument("--criterion", help="consensus (default), signal_hfr, hfr or, with labels, probe")
+    select.add_argument("--head", help="what reads the features: attention or linear (default: as SOURCE has it)")
     select.add_argument("--block", type=_block, help="block to read at, negative from the end; auto: the probe's best")
     select.add_argument("--feature", help="hidden, normed, query, key, value or attention; auto: the probe's best")
     select.add_argument("--max-images", type=int, metavar="N", help="look at so many pictures at the most")
@@ -303,7 +304,8 @@ def _select(parsed: argparse.Namespace) -> None:
     if images is not None and parsed.image_column is not None:
         images = _column(images, parsed.image_column)
     # Any timestep will do here: it only keeps loading from choosing one.
-    model = DiTModel.from_pretrained(parsed.source, timestep=0)
+    head = {} if parsed.head is None else {"head": parsed.head}
+    model = DiTModel.from_pretrained(parsed.source, timestep=0, **head)
     selection = select_timestep(model, images, **given)
     print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  mean of neighbours")
     for timestep, level, score, (low, high), mean in zip(

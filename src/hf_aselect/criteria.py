@@ -1,6 +1,6 @@
 """The criteria that a timestep can be chosen by: each measures pictures and turns the sums into a score."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -12,8 +12,10 @@ from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
 
 # A probe of patches is tried on each of so many parts of the pictures.
 NUM_FOLDS = 8
-# How many statistics of the tokens a consensus reads: the mean, or the standard deviation, too.
+# How many statistics of the tokens a consensus reads: the mean, or the standard deviation, too. By head: all that a
+# linear one sees is the mean.
 POOLINGS = {"mean": 1, "mean_std": 2}
+POOLING_OF_HEAD = {"linear": "mean", "attention": "mean_std"}
 
 
 class Criterion(Protocol):
@@ -208,9 +210,10 @@ class Consensus:
     Args:
         pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",
             their mean and standard deviation, for heads that look at each token. At the first block the two can want
-            opposite ends of the range.
+            opposite ends of the range. Default: by the model's `config.head`, which is "attention" for models that
+            have no such head (tokens alone, segmenters) unless it is set.
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
-            holds is right to about 1 / sqrt(size); 512 takes about three times the memory of 128.
+            holds is right to about 1 / sqrt(size); 128 takes half of the memory, and loses more accuracy.
 
     Raises:
         ValueError: If `pooling` is neither, or `num_targets` is less than 20.
@@ -221,12 +224,12 @@ class Consensus:
     first_round: ClassVar[int] = 128
     min_images: ClassVar[int] = 32
 
-    pooling: str = "mean"
-    num_targets: int = 128
+    pooling: str | None = None
+    num_targets: int = 512
 
     def __post_init__(self) -> None:
         """Refuse an unknown pooling, and a projection that holds fewer numbers than there are components."""
-        if self.pooling not in tuple(POOLINGS):
+        if self.pooling not in (None, *POOLINGS):
             raise ValueError(
                 f"`pooling` of 'consensus' must be one of {', '.join(map(repr, POOLINGS))}, got {self.pooling!r}."
             )
@@ -235,16 +238,20 @@ class Consensus:
                 f"`num_targets` of 'consensus' must be an integer from {NUM_COMPONENTS} on, got {self.num_targets!r}."
             )
 
+    def for_head(self, head: str) -> "Consensus":
+        """Return this with the pooling that suits a head, "linear" or "attention", where none was named."""
+        return self if self.pooling else replace(self, pooling=POOLING_OF_HEAD[head])
+
     @property
     def num_read(self) -> int:
         """How many of the measured statistics are read, counted from the first."""
-        return POOLINGS[self.pooling]
+        return POOLINGS[self.pooling or "mean_std"]
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return the statistics of each picture's tokens, averaged over the draws, (B, `num_read`, D), float32."""
         averaged = tokens.float().mean(0)
         statistics = [averaged.mean(1)]
-        if self.pooling == "mean_std":
+        if self.num_read > 1:
             statistics.append(averaged.std(1, correction=0))
         return torch.stack(statistics, dim=1).cpu()
 

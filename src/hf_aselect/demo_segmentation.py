@@ -371,7 +371,7 @@ def format_segmentation_table(results: dict[str, Any]) -> str:
     chosen = f"t = {results['timestep']}"
     rows = [
         ("UperNet", f"{chosen}, chosen without labels", figures["upernet"], seconds["upernet"]),
-        *probe_rows(results, figures),
+        *probe_rows(results, figures, results["timestep"], seconds["select_timestep"]),
         ("linear probe", f"{chosen}, random weights", figures["random_weights"], seconds["random_weights"]),
         ("most frequent class", "grey level of a pixel", figures["colours"], seconds["colours"]),
     ]

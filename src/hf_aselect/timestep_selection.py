@@ -13,7 +13,7 @@ from PIL import Image
 
 from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig
-from .criteria import CRITERIA, Criterion, PatchProbe, Probe
+from .criteria import CRITERIA, Consensus, Criterion, PatchProbe, Probe
 from .denoisers import eval_mode
 from .field_checks import check_timestep
 from .selection_record import TimestepSelection
@@ -63,9 +63,10 @@ def select_timestep(
             (B, C, H, W), in [-1, 1]. A stream is read from its start on several times, so it should be shuffled, with
             a seed: the same each time. Default: the transformer generates some.
         criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on), "hfr" (the paper's, of
-            one noise draw), "consensus" (how much of what the features agree on can be read from this one), "probe"
-            (accuracy of a linear probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or one with
-            settings of its own, such as `criteria.HFR(cutoff=0.25)`.
+            one noise draw), "consensus" (how much of what the features agree on can be read from this one, as
+            `config.head` sees it: an attention head sees more than the tokens' mean), "probe" (accuracy of a linear
+            probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or one with settings of its own,
+            such as `criteria.HFR(cutoff=0.25)`.
         timesteps: Timesteps to read, integers in [0, 1000): all of them, from every picture. Default: from coarse to
             fine on `model.noise_schedule.even_timesteps()`.
         labels: For "probe": class index of each picture in `images`; or, for dense tasks, its mask, one class index a
@@ -100,6 +101,8 @@ def select_timestep(
     masks = _masks(labels, images)
     if masks is not None and type(criterion) is Probe:
         criterion = PatchProbe()
+    if isinstance(criterion, Consensus):
+        criterion = criterion.for_head(model.config.head)
     if isinstance(criterion, PatchProbe) and masks is None:
         raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each picture.")
     _check_numbers(max_images, batch_size, confidence, seed)
