@@ -70,16 +70,24 @@ def train(monkeypatch, pixel_folder, tmp_path):
     return run
 
 
-LONG = ["--max_steps", "24", "--crop_share", "0.9", "--num_calibration_images", "8"]
+# The transformer's weights are random: a choice of its timestep could be any, and pure noise tells nothing.
+LONG = ["--max_steps", "24", "--crop_share", "0.9", "--timestep", "5"]
 
 
 def test_a_stream_of_parquet_files_is_learnt(train, parquet, tmp_path):
     assert train("--train_file", str(parquet), "--validation_file", str(parquet), *LONG) >= 0.9
     model = DiTForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "dark", 1: "bright"}
-    assert model.config.selection["num_images"] == 8  # the first ones of the stream
     with PILImage.open(tmp_path / "out" / "confusion_matrix.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_a_timestep_is_chosen_from_the_first_pictures_of_a_stream(train, parquet, tmp_path):
+    words = ["--train_file", str(parquet), "--validation_file", str(parquet), "--num_calibration_images", "8"]
+    train(*words, "--max_steps", "2")
+    config = DiTForImageClassification.from_pretrained(tmp_path / "out").config
+    assert config.selection["num_images"] == 8
+    assert config.selection["timestep"] == config.timestep
 
 
 def test_shards_of_webdataset_are_learnt(train, shards, tmp_path):
