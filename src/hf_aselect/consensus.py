@@ -102,7 +102,9 @@ def unexplained(moments: Tensor, target_moments: Tensor, directions: Tensor) -> 
     errors = []
     for strength in STRENGTHS:
         try:
-            weights = torch.linalg.solve(others + strength * scale * penalty + tiny, others_right)
+            # Not `solve`: the pivots of its LU can be wrong, or without end, on two threads of some CPUs.
+            factor = torch.linalg.cholesky(others + strength * scale * penalty + tiny)
+            weights = torch.cholesky_solve(others_right, factor)
         except RuntimeError as error:  # a matrix that is singular
             raise ValueError(
                 "The pictures do not differ, and a timestep is chosen by what differs. Give others."
