@@ -52,6 +52,8 @@ def test_the_readme_quotes_the_benchmark(summary):
     assert len(quoted) > 5
     for name, cells in quoted.items():
         assert cells == [full[name][full_head.index(column)] for column in head], name
+    worst = float(full["consensus"][full_head.index("attention head, mean") + 1])
+    assert f"{worst:.1f} points at worst by the attention head" in " ".join(readme.split())
 
 
 def test_the_default_is_the_criterion_that_loses_least(summary):

@@ -213,7 +213,7 @@ class Consensus:
             opposite ends of the range. Default: by the model's `config.head`, which is "attention" for models that
             have no such head (tokens alone, segmenters) unless it is set.
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
-            holds is right to about 1 / sqrt(size); 128 takes half of the memory, and loses more accuracy.
+            holds is right to about 1 / sqrt(size); 128 keeps half as many sums, and loses more accuracy.
 
     Raises:
         ValueError: If `pooling` is neither, or `num_targets` is less than 20.
