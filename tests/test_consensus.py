@@ -4,7 +4,14 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from hf_aselect.consensus import NUM_COMPONENTS, STRENGTHS, ConsensusSums, leading_directions, unexplained
+from hf_aselect import consensus
+from hf_aselect.consensus import (
+    NUM_COMPONENTS,
+    STRENGTHS,
+    ConsensusSums,
+    leading_directions,
+    unexplained,
+)
 from hf_aselect.criteria import Consensus
 
 NUM_PICTURES, NUM_FOLDS, NUM_TARGETS = 320, 8, 128
@@ -36,8 +43,8 @@ def filled(pooled, batch_size=16, num_read=1, num_targets=NUM_TARGETS):
 
 
 def r_squared(sums, timestep):
-    directions = leading_directions(sums.target_moments.sum(0))
-    error, variance = unexplained(sums.moments[timestep], sums.target_moments, directions).sum(0)
+    directions = leading_directions(sums.target_moments())
+    error, variance = unexplained(*sums.products(timestep, directions), sums.variance(directions)).sum(0)
     return float(1 - error / variance)
 
 
@@ -92,15 +99,34 @@ def test_scale_and_order_of_channels_make_no_difference():
 
 def test_wide_features_are_sketched_and_still_told_apart():
     sums = filled(views([4.0, 1.0, 0.1, 1.0, 8.0], width=400))
-    assert sums.moments[0].shape == (NUM_FOLDS, 193, 193 + NUM_TARGETS)
+    assert [part.shape for part in sums.products(0)] == [(NUM_FOLDS, 193, 193), (NUM_FOLDS, 193, 1 + NUM_TARGETS)]
     scores = [r_squared(sums, timestep) for timestep in range(5)]
     assert scores[4] == min(scores)
 
 
-def test_what_is_kept_does_not_grow_with_the_pictures():
-    few, many = filled(views([1.0] * 5, count=32)), filled(views([1.0] * 5, count=3200))
-    assert {t: m.shape for t, m in few.moments.items()} == {t: m.shape for t, m in many.moments.items()}
-    assert many.targets[0].nbytes == 4 * NUM_TARGETS  # all that is kept of a picture
+def kept_bytes(sums, timestep):
+    summed = sum(part.nbytes for part in sums.summed.get(timestep, ()))
+    # The storage: a view of a batch would keep all of it.
+    return summed + sum(values.untyped_storage().nbytes() for _, values in sums.features[timestep])
+
+
+def test_few_pictures_take_less_than_their_moments():
+    sums = filled(views([1.0] * 5, width=400, count=64))
+    assert all(kept_bytes(sums, timestep) == 64 * 192 * 4 for timestep in range(5))
+    assert sum(part.nbytes for part in sums.products(0)) / 20 > 64 * 192 * 4
+
+
+def test_what_is_kept_does_not_grow_with_many_pictures(monkeypatch):
+    pooled = views([1.0, 0.5, 1.0, 2.0, 1.0], count=800)
+    whole = filled(pooled)
+    monkeypatch.setattr(consensus, "NUM_KEPT", 100)
+    few, many = filled({key: values[:320] for key, values in pooled.items()}), filled(pooled)
+    for timestep in range(5):
+        moments = sum(part.nbytes for part in few.products(timestep))
+        assert moments <= kept_bytes(few, timestep) < moments + 100 * 48 * 4
+        assert moments <= kept_bytes(many, timestep) < moments + 100 * 48 * 4
+        assert r_squared(many, timestep) == pytest.approx(r_squared(whole, timestep), abs=1e-9)
+    assert many.targets[0].untyped_storage().nbytes() == 4 * NUM_TARGETS
 
 
 def test_a_constant_channel_does_no_harm():
@@ -118,8 +144,8 @@ def test_the_standard_deviation_is_read_where_it_is_asked_for_and_has_no_share_i
     both, mean, alone = filled(pooled, num_read=2), filled(pooled), filled(means)
     # The noise is one of the five references, so that it tells a little of what is shared.
     assert r_squared(mean, 0) < 0.15 < 0.5 < r_squared(both, 0)
-    torch.testing.assert_close(mean.target_moments, both.target_moments, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(alone.target_moments, both.target_moments, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mean.target_moments(), both.target_moments(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.target_moments(), both.target_moments(), rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_pooling_is_refused():

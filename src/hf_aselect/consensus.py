@@ -7,20 +7,30 @@ variance that a ridge regression predicts from its pooled tokens, for pictures t
 the tokens' mean and, for a reader that sees more than that, their standard deviation, too.
 """
 
+from collections.abc import Iterator
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 NUM_COMPONENTS = 20
 # Sketches keep inner products to about 1 / sqrt(size).
 MAX_FEATURES = 192
+# From so many pictures on the second moments at a timestep are smaller than the numbers that they are the moments of.
+NUM_KEPT = 2**14
 # Strengths of the ridge as shares of the mean eigenvalue of the standardised features' covariance.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 1))
+# In float64 at once.
+NUM_TOGETHER = 2**11
 
 Key = tuple[int, int, str]  # timestep, block, feature
+Item = TypeVar("Item")
 
 
 class ConsensusSums:
-    """Second moments of features and shared targets, by fold of the pictures; nothing else of a feature is kept.
+    """Features and shared targets of the pictures, and from many pictures on only their second moments, by fold.
+
+    A picture is kept as at most 192 numbers a timestep; a few of them take less memory than their moments.
 
     Args:
         num_folds: Picture `index % num_folds` is predicted from the pictures of the other folds.
@@ -32,8 +42,10 @@ class ConsensusSums:
         self.num_folds, self.num_targets, self.num_read = num_folds, num_targets, num_read
         self.scales: dict[Key, tuple[Tensor, Tensor, float]] = {}
         self.targets: dict[int, Tensor] = {}  # by picture, (num_targets,): what timesteps read later are held against
-        self.moments: dict[int, Tensor] = {}  # by timestep, (F, 1 + d, 1 + d + m), float64: a small ridge needs it
-        self.target_moments = torch.zeros(num_folds, 1 + num_targets, 1 + num_targets, dtype=torch.float64)
+        self.features: dict[int, list[tuple[list[int], Tensor]]] = {}  # by timestep: which pictures, (B, d)
+        self.num_kept: dict[int, int] = {}  # how many these are
+        # Of pictures before those: sums of feature × feature and feature × target.
+        self.summed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def calibrate(self, pooled: dict[Key, Tensor]) -> None:
         """Take mean, spread and weight of each reference feature from some pictures' statistics, (n, S, D)."""
@@ -51,8 +63,8 @@ class ConsensusSums:
         for number, (key, (mean, spread, weight)) in enumerate(sorted(self.scales.items())):
             standard = ((reference[key] - mean) / spread)[:, 0] * weight
             total += standard @ _sketch(standard.shape[1], self.num_targets, number)
-        self.targets.update(zip(indices, total, strict=True))
-        self._accumulate(self.target_moments, indices, _with_ones(total), _with_ones(total))
+        # Copies: a row of the batch would keep all of it.
+        self.targets.update(zip(indices, map(Tensor.clone, total), strict=True))
 
     def add(self, timestep: int, indices: list[int], pooled: Tensor, like: Key) -> None:
         """Add the statistics, (B, S, D), of pictures whose targets are known.
@@ -67,33 +79,85 @@ class ConsensusSums:
         standard = ((pooled - mean) / spread)[:, : self.num_read].flatten(1)
         if standard.shape[1] > MAX_FEATURES:
             standard = standard @ _sketch(standard.shape[1], MAX_FEATURES, -1)
-        features = _with_ones(standard)
-        both = torch.cat([features, torch.stack([self.targets[index] for index in indices])], dim=1)
-        if timestep not in self.moments:
-            size = self.num_folds, features.shape[1], both.shape[1]
-            self.moments[timestep] = torch.zeros(size, dtype=torch.float64)
-        self._accumulate(self.moments[timestep], indices, features, both)
+        self.features.setdefault(timestep, []).append((indices, standard))
+        self.num_kept[timestep] = self.num_kept.get(timestep, 0) + len(indices)
+        if self.num_kept[timestep] >= NUM_KEPT:
+            self.summed[timestep] = self.products(timestep)
+            self.features[timestep], self.num_kept[timestep] = [], 0
+
+    def products(self, timestep: int, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return sums over pictures by fold, (1, feature) × (1, feature) and (1, feature) × target, float64.
+
+        Args:
+            timestep: Where the features, d numbers a picture, were read.
+            directions: What turns (1, target) into the k shared ones, (1 + m, k). Default: (1, target) itself.
+
+        Returns:
+            Sums of (F, 1 + d, 1 + d) and of (F, 1 + d, k). A small ridge needs float64.
+        """
+        left = right = None
+        if timestep in self.summed:
+            left, right = self.summed[timestep]
+            left, right = left.clone(), right.clone() if directions is None else right @ directions
+        for batches in _parts(self.features[timestep], 64):
+            indices = [index for named, _ in batches for index in named]
+            features = _with_ones(torch.cat([values for _, values in batches])).double()
+            targets = self._targets(indices)
+            targets = targets if directions is None else targets @ directions
+            if left is None or right is None:
+                left = features.new_zeros(self.num_folds, features.shape[1], features.shape[1])
+                right = features.new_zeros(self.num_folds, features.shape[1], targets.shape[1])
+            self._accumulate(left, indices, features, features)
+            self._accumulate(right, indices, features, targets)
+        if left is None or right is None:
+            raise KeyError(timestep)
+        return left, right
+
+    def target_moments(self) -> Tensor:
+        """Return the sum over pictures of (1, target) × (1, target), (1 + m, 1 + m), float64."""
+        sums = torch.zeros(1 + self.num_targets, 1 + self.num_targets, dtype=torch.float64)
+        for indices in _parts(list(self.targets)):
+            targets = self._targets(indices)
+            sums += targets.T @ targets
+        return sums
+
+    def variance(self, directions: Tensor) -> Tensor:
+        """Return by fold the sum over pictures of the squared shared targets, (F,), float64.
+
+        Args:
+            directions: What `leading_directions` made of the target moments, (1 + m, k).
+        """
+        sums = torch.zeros(self.num_folds, dtype=torch.float64)
+        for indices in _parts(list(self.targets)):
+            squares = (self._targets(indices) @ directions).square().sum(1)
+            sums.index_add_(0, torch.tensor(indices) % self.num_folds, squares)
+        return sums
+
+    def _targets(self, indices: list[int]) -> Tensor:
+        """Return (1, target) of some pictures, (n, 1 + m), float64."""
+        return _with_ones(torch.stack([self.targets[index] for index in indices])).double()
 
     def _accumulate(self, sums: Tensor, indices: list[int], left: Tensor, right: Tensor) -> None:
         folds = torch.tensor(indices) % self.num_folds
         for fold in folds.unique().tolist():
-            sums[fold] += left[folds == fold].double().T @ right[folds == fold].double()
+            sums[fold] += left[folds == fold].T @ right[folds == fold]
 
 
-def unexplained(moments: Tensor, target_moments: Tensor, directions: Tensor) -> Tensor:
+def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
     """Return by fold the squared error of predicting the shared targets, and their variance, (F, 2), float64.
 
+    They are NaN where a sum is not finite.
+
     Args:
-        moments: Sums over pictures of feature × (feature, target), (F, 1 + d, 1 + d + m), by fold, the 1 for the mean.
-        target_moments: The same of target × target, (F, 1 + m, 1 + m).
-        directions: What `leading_directions` made of these, summed over the folds, (1 + m, k).
+        left: Sums over pictures of (1, feature) × (1, feature), (F, 1 + d, 1 + d), by fold.
+        right: The same of (1, feature) × shared target, (F, 1 + d, k).
+        variance: Sum of the squared shared targets, (F,).
     """
-    size = moments.shape[1]
-    count = float(target_moments.sum(0)[0, 0])
-    # One picture's whitened target is (1, u) · directions.
-    right = torch.cat([moments[:, :, :1], moments[:, :, size:]], dim=2) @ directions  # (F, 1 + d, k)
-    variance = torch.einsum("mk,fmn,nk->f", directions, target_moments, directions)
-    left = moments[:, :, :size]  # (F, 1 + d, 1 + d)
+    if not (left.isfinite().all() and right.isfinite().all()):
+        # Some decompositions raise at NaN and some return it.
+        return torch.full((len(left), 2), torch.nan, dtype=torch.float64)
+    size = left.shape[1]
+    count = float(left[:, 0, 0].sum())
     others, others_right = left.sum(0) - left, right.sum(0) - right
     scale = float(_centred(left.sum(0)).diagonal().mean())
     penalty = torch.eye(size, dtype=torch.float64)
@@ -115,7 +179,12 @@ def unexplained(moments: Tensor, target_moments: Tensor, directions: Tensor) -> 
 
 
 def leading_directions(target_moments: Tensor) -> Tensor:
-    """Return what turns (1, u) into the leading whitened principal components of the targets, (1 + m, k)."""
+    """Return what turns (1, u) into the leading whitened principal components of the targets, (1 + m, k).
+
+    It is NaN where a moment is not finite.
+    """
+    if not target_moments.isfinite().all():
+        return torch.full((len(target_moments), 1), torch.nan, dtype=torch.float64)
     count = target_moments[0, 0]
     mean = target_moments[0, 1:] / count
     values, vectors = torch.linalg.eigh(_centred(target_moments))
@@ -123,6 +192,12 @@ def leading_directions(target_moments: Tensor) -> Tensor:
     kept = min(NUM_COMPONENTS, max(1, int((values > 1e-6 * values[-1]).sum()) // 2))
     directions = vectors[:, -kept:] / values[-kept:].clamp_min(1e-12).sqrt()
     return torch.cat([-(mean @ directions)[None], directions])
+
+
+def _parts(items: list[Item], size: int = NUM_TOGETHER) -> Iterator[list[Item]]:
+    """Yield a list in parts."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _centred(moments: Tensor) -> Tensor:

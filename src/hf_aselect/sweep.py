@@ -254,7 +254,7 @@ class Sweep:
                     pooled.setdefault((chosen, *tap), []).append(self.criterion.measure(tokens[tap], 0, 0))
         if not read:
             raise ValueError("No pictures to choose a timestep from: the set is empty.")
-        together = {key: torch.cat(values) for key, values in pooled.items()}
+        together = {key: torch.cat(pooled.pop(key)) for key in list(pooled)}
         consensus.calibrate(together)
         consensus.scales = _gather(consensus.scales)[0]
         own = pictures.share(0, stop, self.rank, self.world)
@@ -375,14 +375,16 @@ class Sweep:
         return torch.stack([self.patches[index][places] for index in indices])
 
     def _sums_of_errors(self, consensus: ConsensusSums) -> dict[int, Tensor]:
-        # Some megabytes a timestep: only of those that are new.
-        parts = _gather((self._unfitted(consensus.moments), consensus.target_moments))
-        targets = torch.stack([target for _, target in parts]).sum(0)
-        new = sorted(set().union(*(moments for moments, _ in parts)))
-        directions = leading_directions(targets.sum(0)) if new else targets
+        new = sorted(set().union(*_gather(set(self._unfitted(consensus.features)))))
+        if new:
+            directions = leading_directions(_total(consensus.target_moments()))
+            variance = _total(consensus.variance(directions))
         for timestep in new:
-            moments = torch.stack([moments[timestep] for moments, _ in parts if timestep in moments]).sum(0)
-            self.fitted[timestep, self.num_images] = unexplained(moments, targets, directions)[None]
+            # One after the other: some megabytes each.
+            own = consensus.products(timestep, directions) if timestep in consensus.features else None
+            parts = [part for part in _gather(own) if part is not None]
+            left, right = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+            self.fitted[timestep, self.num_images] = unexplained(left, right, variance)[None]
         return self._fitted()
 
     def curve(self) -> TimestepCurve:
@@ -432,3 +434,8 @@ def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pic
     values: list[Any] = [None] * world
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _total(values: Tensor) -> Tensor:
+    """Return the sum over the processes."""
+    return torch.stack(_gather(values)).sum(0)
