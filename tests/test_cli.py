@@ -46,8 +46,17 @@ def test_options_reach_the_selection(pixel_folder, parquet, tmp_path):
     words += ("--images", parquet, "--image-column", "photo", "--batch-size", "2", "--output", tmp_path)
     assert run(pixel_folder, *words) == 0
     record = json.loads((tmp_path / "selection.json").read_text())
+    assert record["options"]["timesteps"] is None
     expected = {"criterion": "hfr", "block": 2, "feature": "key", "num_images": 4, "seed": 3}
     assert {name: record[name] for name in expected} == expected
+
+
+def test_timesteps_and_confidence_reach_the_selection(pixel_folder, folder, tmp_path):
+    words = ("--images", folder, "--timesteps", "10", "500", "--confidence", "0.5", "--output", tmp_path)
+    assert run(pixel_folder, *words) == 0
+    record = json.loads((tmp_path / "selection.json").read_text())
+    assert record["timesteps"] == record["options"]["timesteps"] == [10, 500]
+    assert record["options"]["confidence"] == 0.5
 
 
 def test_the_choice_is_made_for_a_head(pixel_folder, folder, tmp_path):

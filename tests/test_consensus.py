@@ -174,6 +174,32 @@ def test_a_larger_projection_is_nearer_to_the_features_themselves():
     assert shared[0] + 0.05 < shared[1] and shared[1] + 0.05 < shared[2] and shared[2] > 0.8
 
 
+@pytest.mark.parametrize("rounding", [0.0, 3e-7])
+def test_a_reference_that_is_the_same_for_the_first_pictures_has_no_share(rounding):
+    """Its rounding, or what it is later, would be all that the others are held against."""
+    generator = torch.Generator().manual_seed(5)
+    pooled = views([1.0, 0.5, 1.0, 2.0, 1.0])
+    still = 1 + rounding * torch.randn(NUM_PICTURES, 1, 48, generator=generator)
+    still[32:] += 0.01 * torch.randn(NUM_PICTURES - 32, 1, 48, generator=generator)
+    with_still = {**pooled, (5, 0, "hidden"): still}
+    sums = ConsensusSums(NUM_FOLDS, NUM_TARGETS)
+    sums.calibrate({key: values[:32] for key, values in with_still.items()})
+    indices = list(range(NUM_PICTURES))
+    sums.add_targets(indices, with_still)
+    for key, values in with_still.items():
+        sums.add(key[0], indices, values, key)
+    scores = [r_squared(sums, timestep) for timestep in range(6)]
+    assert scores[:5] == pytest.approx([r_squared(filled(pooled), timestep) for timestep in range(5)], abs=0.05)
+    assert scores[5] < 0.05
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "One picture is too few"), (8, "The pictures do not differ")])
+def test_pictures_without_a_difference_are_refused(count, words):
+    pooled = {key: values[:1].repeat(count, 1, 1) for key, values in views([1.0] * 5).items()}
+    with pytest.raises(ValueError, match=words):
+        r_squared(filled(pooled), 0)
+
+
 @pytest.mark.parametrize("num_targets", [8, 128.0, True])
 def test_a_projection_that_is_too_small_is_refused(num_targets):
     with pytest.raises(ValueError, match="`num_targets` of 'consensus' must be an integer from 20 on, got"):

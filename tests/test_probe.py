@@ -136,3 +136,25 @@ def test_one_fold_or_class_is_refused():
     for labels, folds in (([0, 0, 0], [0, 1, 2]), ([0, 1, 0], [0, 0, 0])):
         with pytest.raises(ValueError, match="at least 2 classes, from at least 2 pictures"):
             held_out_hits(torch.randn(3, 2), torch.tensor(labels), torch.tensor(folds))
+
+
+def test_features_that_are_the_same_for_all_tell_nothing():
+    labels = torch.arange(30) % 3
+    for features in (torch.zeros(30, 6), torch.full((30, 6), 3.5)):
+        assert leave_one_out_hits(features, labels).double().mean() <= 1 / 3
+        assert held_out_hits(features, labels, torch.arange(30) // 3).double().mean() <= 1 / 3
+        assert ridge_probe_accuracy(features, labels, features, labels) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(number):
+    features, labels = blobs(30, 0)
+    broken = features.clone()
+    broken[3, 2] = number
+    words = "features that are finite numbers, got 1 of 180 that are not"
+    with pytest.raises(ValueError, match=words):
+        leave_one_out_hits(broken, labels)
+    with pytest.raises(ValueError, match=words):
+        held_out_hits(broken, labels, torch.arange(30) % 5)
+    with pytest.raises(ValueError, match=words):
+        ridge_probe_accuracy(features, labels, broken, labels)

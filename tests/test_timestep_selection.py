@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_aselect import (
     ASelectConfig,
@@ -17,6 +18,7 @@ from hf_aselect import (
     NoiseSchedule,
     TimestepSelection,
     select_timestep,
+    sweep,
 )
 from hf_aselect.configuration_aselect import DDPM_LINEAR
 from hf_aselect.criteria import HFR, Consensus, SignalHFR
@@ -184,8 +186,8 @@ def test_a_record_survives_json(model, pixels):
 
 
 def test_the_record_says_what_the_choice_depends_on(model, pixels):
-    settings = {"max_images": 5, "confidence": 0.9, "batch_size": 3}
-    record = select_timestep(model, pixels, timesteps=GRID, **settings)
+    settings = {"timesteps": GRID, "max_images": 5, "confidence": 0.9, "batch_size": 3}
+    record = select_timestep(model, pixels, **settings)
     own = {"noise_seed": model.config.noise_seed, "num_noise_draws": model.config.num_noise_draws}
     assert record.options == {**settings, **own}
 
@@ -308,6 +310,49 @@ def test_a_model_whose_features_are_nothing_is_refused(model, pixels):
         select_timestep(model, pixels, timesteps=GRID)
 
 
+def test_a_probe_refuses_features_that_are_nothing(model, pixels):
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    labels = [0, 1, 0, 1, 0, 1, 0]
+    with pytest.raises(ValueError, match="not finite at every timestep: the model's features are NaN"):
+        select_timestep(model, pixels, timesteps=GRID, criterion="probe", labels=labels)
+    masks = [torch.tensor([[each % 2] * 8] * 8).numpy() for each in range(7)]
+    with pytest.raises(ValueError, match="not finite at every timestep: the model's features are NaN"):
+        select_timestep(model, pixels, timesteps=GRID, criterion="probe", labels=masks)
+
+
+def test_a_tap_that_is_the_same_for_all_pictures_is_not_the_probes_best(labelled):
+    class WithADeadTap(ProbedModel):
+        def read_taps(self, noised_latents, timesteps, taps):
+            tokens = super().read_taps(noised_latents, timesteps, taps)
+            return {tap: torch.zeros_like(each) if tap == (0, "query") else each for tap, each in tokens.items()}
+
+    images, labels = labelled
+    selection = select_timestep(
+        WithADeadTap(300), images, criterion="probe", labels=labels, block="auto", feature="auto", timesteps=GRID
+    )
+    assert (selection.timestep, selection.block, selection.feature) == (300, 3, "key")
+    (dead,) = [row["scores"] for row in selection.table if (row["block"], row["feature"]) == (0, "query")]
+    assert max(dead) < 0.5
+
+
+def test_pictures_of_which_no_patch_has_a_class_do_no_harm(model):
+    images = pictures_of_three_channels(4)
+    masks = [np.full((8, 8), 255)] + [np.arange(64).reshape(8, 8) // 32 for _ in range(3)]
+    record = select_timestep(model, images, timesteps=GRID, criterion="patch_probe", labels=masks)
+    assert np.isfinite(record.intervals).all()
+    json.dumps(record.to_dict(), allow_nan=False)
+
+
+def test_the_record_repeats_the_choice(model, pixels):
+    for timesteps in (None, GRID):
+        record = select_timestep(model, pixels, timesteps=timesteps, criterion=HFR(0.3), batch_size=3, seed=2)
+        assert record.options["timesteps"] == timesteps
+        options = {name: record.options[name] for name in ("timesteps", "max_images", "confidence", "batch_size")}
+        again = select_timestep(model, pixels, criterion=HFR(**record.settings), seed=record.seed, **options)
+        assert {**again.to_dict(), "seconds": 0} == {**record.to_dict(), "seconds": 0}
+
+
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
 def test_a_grid_may_be_an_array(model, pictures, kind):
     record = select_timestep(model, pictures, timesteps=kind([10, 500]))
@@ -380,8 +425,18 @@ def test_few_pictures_are_warned_of(model, criterion, needed):
 
 
 def test_one_picture_is_too_few_to_compare(model):
-    with pytest.raises(ValueError, match="or one picture is too few"):
+    with pytest.raises(ValueError, match="One picture is too few: a timestep is chosen by what differs"):
         select_timestep(model, pictures_of_three_channels(), timesteps=GRID, max_images=1)
+    # Criteria that look at one picture at a time know of no other.
+    record = select_timestep(model, pictures_of_three_channels(), timesteps=GRID, max_images=1, criterion="hfr")
+    assert record.confidence == 0.0
+
+
+@pytest.mark.parametrize("count", [8, 9, 16, 32, 40])
+def test_one_picture_again_and_again_is_refused(model, count):
+    same = pictures_of_three_channels(1).repeat(count, 1, 1, 1)
+    with pytest.raises(ValueError, match="The pictures do not differ"):
+        select_timestep(model, same, timesteps=GRID)
 
 
 class TwoPeaks(StubModel):
@@ -560,6 +615,9 @@ def test_a_criterion_may_have_settings_of_its_own(model, pixels):
     )
     assert with_constant.settings == {"cutoff": 0.3, "amplitude": False, "with_constant": True}
     assert all(a < b for a, b in zip(with_constant.scores, without.scores, strict=True))
+    # Squares make the large ones larger still: of amplitudes the many small ones, which are high, have a larger share.
+    amplitudes = select_timestep(model, pixels, criterion=HFR(0.3, amplitude=True), timesteps=GRID)
+    assert all(a < b for a, b in zip(with_constant.scores, amplitudes.scores, strict=True))
 
 
 def test_signal_hfr_may_have_more_draws(model, pixels):
@@ -663,19 +721,33 @@ def test_the_timestep_that_tells_most_of_what_all_agree_on_is_found(best):
     assert selection.num_forwards == model.num_forwards
 
 
-def select_both(folder):
+def select_in_all_ways(folder):
+    """Ways of choosing, each with a certainty that it does not reach where it has rounds."""
     model = DiTModel.from_pretrained(folder, timestep=5)
-    # A certainty that the consensus does not reach, so that it has two rounds.
-    return [
-        select_timestep(model, pictures_of_three_channels(150), criterion=criterion, confidence=1.0).to_dict()
-        for criterion in ("signal_hfr", "consensus", Consensus("mean_std", 256))
-    ]
+    images = pictures_of_three_channels(150)
+    rows = as_rows([to_image(each) for each in images[:70]])
+    ways = [({"criterion": each}, images) for each in ("signal_hfr", "consensus", Consensus("mean_std", 256), "hfr")]
+    ways.append(({"criterion": "probe", "labels": [index % 3 for index in range(40)]}, images[:40]))
+    ways.append(({"criterion": "consensus"}, rows.to_iterable_dataset()))
+    # The second process has none of them.
+    ways.append(({"criterion": "hfr", "timesteps": GRID}, images[:1]))
+    ways.append(({"criterion": "consensus", "timesteps": GRID, "max_images": 6}, None))
+    return [select_timestep(model, given, confidence=1.0, **options).to_dict() for options, given in ways]
+
+
+def to_image(pixel_values):
+    return Image.fromarray(((pixel_values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def select_in_process(rank, port, folder, queue):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    queue.put((rank, select_both(folder)))
+    if rank:
+        # Another machine may find the components with other signs.
+        found = sweep.leading_directions
+        sweep.leading_directions = lambda moments: -found(moments)
+    queue.put((rank, select_in_all_ways(folder)))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -697,10 +769,10 @@ def test_two_processes_choose_what_one_does(pixel_folder):
     records = [record for _, record in sorted((queue.get(timeout=120) for _ in processes), key=lambda pair: pair[0])]
     for process in processes:
         process.join()
-    assert [record["num_images"] for record in records[0]] == [64, 150, 150]
+    assert [record["num_images"] for record in records[0]] == [64, 150, 150, 64, 40, 70, 1, 6]
     assert records[0][2]["settings"] == {"pooling": "mean_std", "num_targets": 256}
-    for first, second, alone in zip(*records, select_both(pixel_folder), strict=True):
+    for first, second, alone in zip(*records, select_in_all_ways(pixel_folder), strict=True):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         assert first["scores"] == pytest.approx(alone["scores"], rel=1e-4, abs=1e-4)
-        same = ("timestep", "timesteps", "num_images", "stopped_by")
+        same = ("timestep", "timesteps", "num_images", "stopped_by", "pictures")
         assert [first[name] for name in same] == [alone[name] for name in same]

@@ -79,16 +79,20 @@ def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name
     select.add_argument(
         "--label-column",
         metavar="NAME",
-        help="column of the class indices; the timestep is then chosen by a linear probe",
+        help="column of the class indices, or of masks; the timestep is then chosen by a linear probe",
     )
-    select.add_argument("--criterion", help="consensus (default), signal_hfr, hfr or, with labels, probe")
+    select.add_argument("--criterion", help="consensus (default), signal_hfr, hfr; with labels probe or patch_probe")
     select.add_argument("--head", help="what reads the features: attention or linear (default: as SOURCE has it)")
     select.add_argument("--block", type=_block, help="block to read at, negative from the end; auto: the probe's best")
     select.add_argument("--feature", help="hidden, normed, query, key, value or attention; auto: the probe's best")
+    select.add_argument(
+        "--timesteps", type=int, nargs="+", metavar="T", help="read these (default: a grid, from coarse to fine)"
+    )
+    select.add_argument("--confidence", type=float, metavar="P", help="end once the choice is as sure as this (0.95)")
     select.add_argument("--max-images", type=int, metavar="N", help="look at so many pictures at the most")
     select.add_argument("--batch-size", type=int, metavar="N", help="noised pictures in one forward pass")
     select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
-    select.add_argument("--output", metavar="DIR", help="folder for selection.json and timestep_curve.png")
+    select.add_argument("--output", metavar="DIR", help="folder for selection.json and pictures of the curve")
     select.set_defaults(run=_select)
 
 
@@ -294,7 +298,7 @@ def _select(parsed: argparse.Namespace) -> None:
     from .whole_folder import whole_files
 
     logging.set_verbosity_error()
-    names = ("criterion", "block", "feature", "max_images", "batch_size", "seed")
+    names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     images = None if parsed.images is None else _load_images(parsed.images, parsed.split)
     if parsed.label_column is not None:

@@ -1,4 +1,4 @@
-"""How much of what a transformer's features agree on can be read linearly from one of them: sums, and R² from sums.
+"""How much of what a transformer's features agree on can be read linearly from one of them.
 
 Every timestep and tap is a view of the same pictures. What many views share is the pictures' content; what only one
 shows is noise, or detail of no use. Here the shared part is the leading principal components of the means of all
@@ -16,10 +16,14 @@ from torch import Tensor
 NUM_COMPONENTS = 20
 # Sketches keep inner products to about 1 / sqrt(size).
 MAX_FEATURES = 192
-# From so many pictures on the second moments at a timestep are smaller than the numbers that they are the moments of.
+# So many pictures at a timestep are summed up: their features have come to the size of the moments.
 NUM_KEPT = 2**14
 # Strengths of the ridge as shares of the mean eigenvalue of the standardised features' covariance.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 1))
+NO_DIFFERENCE = (
+    "The pictures do not differ, or the first of them do not, and a timestep is chosen by what differs. Give others, "
+    "or in another order."
+)
 # In float64 at once.
 NUM_TOGETHER = 2**11
 
@@ -28,9 +32,10 @@ Item = TypeVar("Item")
 
 
 class ConsensusSums:
-    """Features and shared targets of the pictures, and from many pictures on only their second moments, by fold.
+    """Features and shared targets of the pictures; of features of many pictures only their second moments, by fold.
 
-    A picture is kept as at most 192 numbers a timestep; a few of them take less memory than their moments.
+    A picture is kept as `num_targets` numbers and, up to `NUM_KEPT` of them, at most 192 a timestep: thousands of
+    pictures take less memory than their moments.
 
     Args:
         num_folds: Picture `index % num_folds` is predicted from the pictures of the other folds.
@@ -51,10 +56,13 @@ class ConsensusSums:
         """Take mean, spread and weight of each reference feature from some pictures' statistics, (n, S, D)."""
         for key, values in pooled.items():
             mean, spread = values.mean(0), values.std(0, correction=0)  # (S, D)
+            # Less than that is the rounding of a feature which is the same for all pictures.
+            rounding = 1e-5 * mean.abs().mean(-1, keepdim=True)
+            still = bool(spread[0].mean() <= rounding[0])
             # A channel that is constant here could be anything elsewhere: it counts as far as the others vary.
-            spread = spread.maximum(1e-3 * spread.mean(-1, keepdim=True) + 1e-12)
+            spread = spread.maximum(1e-3 * spread.mean(-1, keepdim=True)).maximum(rounding) + 1e-12
             standard = ((values - mean) / spread)[:, 0]
-            weight = 1 / max(float((standard @ standard.T).norm()), 1e-12) ** 0.5
+            weight = 0.0 if still else 1 / float((standard @ standard.T).norm()) ** 0.5
             self.scales[key] = mean, spread, weight
 
     def add_targets(self, indices: list[int], reference: dict[Key, Tensor]) -> None:
@@ -99,7 +107,9 @@ class ConsensusSums:
         if timestep in self.summed:
             left, right = self.summed[timestep]
             left, right = left.clone(), right.clone() if directions is None else right @ directions
-        for batches in _parts(self.features[timestep], 64):
+        kept = self.features[timestep]
+        largest = max((len(values) for _, values in kept), default=1)
+        for batches in _parts(kept, max(1, NUM_TOGETHER // largest)):
             indices = [index for named, _ in batches for index in named]
             features = _with_ones(torch.cat([values for _, values in batches])).double()
             targets = self._targets(indices)
@@ -170,9 +180,7 @@ def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
             factor = torch.linalg.cholesky(others + strength * scale * penalty + tiny)
             weights = torch.cholesky_solve(others_right, factor)
         except RuntimeError as error:  # a matrix that is singular
-            raise ValueError(
-                "The pictures do not differ, and a timestep is chosen by what differs. Give others."
-            ) from error
+            raise ValueError(NO_DIFFERENCE) from error
         errors.append(variance - 2 * (weights * right).sum((1, 2)) + (weights * (left @ weights)).sum((1, 2)))
     best = min(errors, key=lambda error: float(error.sum()))
     return torch.stack([best, variance], dim=-1)
@@ -182,12 +190,20 @@ def leading_directions(target_moments: Tensor) -> Tensor:
     """Return what turns (1, u) into the leading whitened principal components of the targets, (1 + m, k).
 
     It is NaN where a moment is not finite.
+
+    Raises:
+        ValueError: If the targets are the same for all pictures, or there is only one.
     """
     if not target_moments.isfinite().all():
         return torch.full((len(target_moments), 1), torch.nan, dtype=torch.float64)
-    count = target_moments[0, 0]
+    count = float(target_moments[0, 0])
+    if count < 2:
+        raise ValueError("One picture is too few: a timestep is chosen by what differs from picture to picture.")
     mean = target_moments[0, 1:] / count
     values, vectors = torch.linalg.eigh(_centred(target_moments))
+    # One reference alone adds some hundredths.
+    if values[-1] <= 1e-9 * count:
+        raise ValueError(NO_DIFFERENCE)
     # Fewer pictures have fewer directions.
     kept = min(NUM_COMPONENTS, max(1, int((values > 1e-6 * values[-1]).sum()) // 2))
     directions = vectors[:, -kept:] / values[-kept:].clamp_min(1e-12).sqrt()

@@ -21,8 +21,8 @@ POOLING_OF_HEAD = {"linear": "mean", "attention": "mean_std"}
 class Criterion(Protocol):
     """A score for each timestep, the largest wins.
 
-    The numbers that `measure` returns are added up over pictures, so a criterion is a function of sums: nothing of a
-    single picture is kept, however many there are.
+    The numbers that `measure` returns are added up over pictures, so a criterion is a function of sums. The two kinds
+    below that learn are not: of `Probe` and `Consensus` what `measure` returns is kept, and fitted by picture.
     """
 
     name: ClassVar[str]
@@ -128,7 +128,7 @@ class SignalHFR:
 class Probe:
     """Accuracy of a linear probe on mean-pooled tokens, each picture left out in turn. Needs labels.
 
-    It is the one criterion that keeps something of each picture: its pooled tokens, D numbers a timestep and tap.
+    It keeps of each picture its pooled tokens, D numbers a timestep and tap.
     """
 
     name: ClassVar[str] = "probe"
@@ -141,7 +141,12 @@ class Probe:
         return tokens.float().mean((0, 2)).cpu()
 
     def hits(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Return for each picture whether the probe is right about it and a 1 to count it, (n, 2), float64."""
+        """Return for each picture whether the probe is right about it and a 1 to count it, (n, 2), float64.
+
+        They are NaN where a feature is not finite.
+        """
+        if not bool(pooled.isfinite().all()):
+            return torch.full((len(labels), 2), torch.nan, dtype=torch.float64)
         hits = leave_one_out_hits(pooled, labels).double()
         return torch.stack([hits, torch.ones_like(hits)], dim=-1)
 
@@ -186,10 +191,14 @@ class PatchProbe(Probe):
     def hits(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """Return of how many patches of each picture the probe is right, and how many have a class, (n, 2), float64.
 
+        They are NaN where a feature is not finite.
+
         Args:
             pooled: Tokens of patches, (n, S, D).
             labels: Their classes, (n, S); -1 for those of none.
         """
+        if not bool(pooled.isfinite().all()):
+            return torch.full((len(labels), 2), torch.nan, dtype=torch.float64)
         known = labels >= 0
         pictures = torch.arange(len(labels))[:, None].expand_as(labels)
         right = torch.zeros_like(known)
@@ -213,7 +222,8 @@ class Consensus:
             opposite ends of the range. Default: by the model's `config.head`, which is "attention" for models that
             have no such head (tokens alone, segmenters) unless it is set.
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
-            holds is right to about 1 / sqrt(size); 128 keeps half as many sums, and loses more accuracy.
+            holds is right to about 1 / sqrt(size), and it is kept for each picture; with 128 numbers more accuracy is
+            lost.
 
     Raises:
         ValueError: If `pooling` is neither, or `num_targets` is less than 20.

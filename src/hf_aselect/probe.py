@@ -25,7 +25,7 @@ def ridge_probe_accuracy(
         Accuracy in [0, 1].
 
     Raises:
-        ValueError: If the shapes do not fit or there is only one class.
+        ValueError: If the shapes do not fit, there is only one class, or a feature is not finite.
     """
     if len(test_features) != len(test_labels):
         raise ValueError("There must be one label for each row of features.")
@@ -42,7 +42,7 @@ def ridge_probe_predictions(train_features: Tensor, train_labels: Tensor, test_f
         test_features: Features, (m, D).
 
     Raises:
-        ValueError: If the shapes do not fit or there is only one class.
+        ValueError: If the shapes do not fit, there is only one class, or a feature is not finite.
     """
     if train_features.ndim != 2 or train_features.shape[1:] != test_features.shape[1:]:
         raise ValueError(
@@ -53,9 +53,7 @@ def ridge_probe_predictions(train_features: Tensor, train_labels: Tensor, test_f
         raise ValueError("There must be one label for each row of features.")
     if len(train_labels.unique()) < 2:
         raise ValueError("A probe needs training pictures of at least 2 classes.")
-    train, test = train_features.double(), test_features.double()
-    mean, std = train.mean(0), train.std(0).clamp_min(1e-12)
-    train, test = (train - mean) / std, (test - mean) / std
+    train, test = _standardised(train_features, train_features), _standardised(test_features, train_features)
     targets = torch.nn.functional.one_hot(train_labels.long()).double() * 2 - 1
     offset = targets.mean(0)
     weights, _ = _best_ridge(train, targets - offset)
@@ -77,7 +75,7 @@ def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
         Hits, (n,), bool.
 
     Raises:
-        ValueError: If the shapes do not fit or there is only one class.
+        ValueError: If the shapes do not fit, there is only one class, or a feature is not finite.
     """
     if features.ndim != 2 or len(features) != len(labels):
         raise ValueError(
@@ -88,8 +86,7 @@ def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
     classes, labels = labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError("A probe needs pictures of at least 2 classes.")
-    features = features.double()
-    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)
+    features = _standardised(features, features)
     targets = torch.nn.functional.one_hot(labels.long()).double() * 2 - 1
     offset = targets.mean(0)
     _, left_out = _best_ridge(features, targets - offset)
@@ -112,13 +109,12 @@ def held_out_hits(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
         Hits, (n,), bool.
 
     Raises:
-        ValueError: If there is only one class or one fold.
+        ValueError: If there is only one class or one fold, or a feature is not finite.
     """
     classes, labels = labels.unique(return_inverse=True)
     if len(classes) < 2 or len(folds.unique()) < 2:
         raise ValueError("A probe needs rows of at least 2 classes, from at least 2 pictures.")
-    features = features.double()
-    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)
+    features = _standardised(features, features)
     targets = torch.nn.functional.one_hot(labels.long()).double() * 2 - 1
     offset = targets.mean(0)
     targets = targets - offset
@@ -130,7 +126,7 @@ def held_out_hits(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
         eigenvalues, eigenvectors = torch.linalg.eigh(moments - held.T @ held)
         rotated = eigenvectors.T @ (products - held.T @ targets[out])
         for number, strength in enumerate(STRENGTHS):
-            shrunk = 1 / (eigenvalues.clamp_min(0) + strength * eigenvalues.mean())
+            shrunk = _shrunk(eigenvalues, strength)
             predictions[number, out] = held @ eigenvectors @ (shrunk[:, None] * rotated)
     best = (predictions - targets).square().mean((1, 2)).argmin()
     hits: Tensor = (predictions[best] + offset).argmax(1) == labels
@@ -145,7 +141,7 @@ def _best_ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     best_error = float("inf")
     best, left_out = projected, targets
     for strength in STRENGTHS:
-        shrunk = 1 / (eigenvalues + strength * eigenvalues.mean())
+        shrunk = _shrunk(eigenvalues, strength)
         # Leave-one-out residual = residual / (1 - leverage); the mean that was subtracted has leverage 1 / n.
         leverage = (rotated.square() * shrunk).sum(1) + 1 / len(features)
         solution = shrunk[:, None] * projected
@@ -154,3 +150,22 @@ def _best_ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if error < best_error:
             best_error, best, left_out = error, eigenvectors @ solution, targets - residual
     return best, left_out
+
+
+def _standardised(features: Tensor, reference: Tensor) -> Tensor:
+    """Return features, (n, D), in float64, with the mean and the standard deviation of a reference taken out."""
+    for values in (features, reference):
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                "A probe needs features that are finite numbers, got "
+                f"{int((~values.isfinite()).sum())} of {values.numel()} that are not."
+            )
+    reference = reference.double()
+    standardised: Tensor = (features.double() - reference.mean(0)) / reference.std(0).clamp_min(1e-12)
+    return standardised
+
+
+def _shrunk(eigenvalues: Tensor, strength: float) -> Tensor:
+    """Return what a ridge makes of eigenvalues, (D,); of features that are constant, nothing that is not finite."""
+    shrunk: Tensor = 1 / (eigenvalues.clamp_min(0) + strength * eigenvalues.mean()).clamp_min(1e-12)
+    return shrunk

@@ -27,8 +27,9 @@ class TimestepSelection:
             log-SNR (a neighbour in the default grid), in [0, 1].
         criterion: Name of the criterion.
         settings: Its settings, by name.
-        options: What else the choice depends on: `max_images`, `confidence` (the wanted one) and `batch_size` of
-            `select_timestep`, `noise_seed` and `num_noise_draws` of the configuration.
+        options: What else the choice depends on: `timesteps` (None where they were read from coarse to fine),
+            `max_images`, `confidence` (the wanted one) and `batch_size` of `select_timestep`, `noise_seed` and
+            `num_noise_draws` of the configuration.
         block: Block at which features were read, counted from the first.
         feature: Feature that was read there.
         num_images: Pictures that were looked at.

@@ -1,4 +1,4 @@
-"""Reading a model at many timesteps: sums over pictures, by timestep, in rounds, shared by processes."""
+"""Reading a model at many timesteps: what a criterion measures there, in rounds of pictures, shared by processes."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -56,7 +56,7 @@ class ReadableModel(Protocol):
 
 
 class Sweep:
-    """What was read so far: sums over pictures, by timestep and group of pictures, and how to read more."""
+    """What was measured so far, by timestep and group of pictures, and how to read more."""
 
     def __init__(
         self,
@@ -102,7 +102,8 @@ class Sweep:
         elif self.labels is None:
             remedy += ", or none: the transformer then makes its own"
         needed = f"{self.criterion.name!r} needs {self.criterion.min_images} or more, however sure it seems"
-        return [f"it rests on {self.num_images} pictures, and {needed}. {remedy}."]
+        counted = f"{self.num_images} picture{'s' * (self.num_images > 1)}"
+        return [f"it rests on {counted}, and {needed}. {remedy}."]
 
     def generate(self, num_images: int) -> Tensor:
         """Return latents that the model made itself, (n, C, h, w), and count what they cost."""
@@ -377,7 +378,8 @@ class Sweep:
     def _sums_of_errors(self, consensus: ConsensusSums) -> dict[int, Tensor]:
         new = sorted(set().union(*_gather(set(self._unfitted(consensus.features)))))
         if new:
-            directions = leading_directions(_total(consensus.target_moments()))
+            # Of one process: another machine may find them with other signs.
+            directions = _gather(leading_directions(_total(consensus.target_moments())))[0]
             variance = _total(consensus.variance(directions))
         for timestep in new:
             # One after the other: some megabytes each.
@@ -395,11 +397,14 @@ class Sweep:
         sums = torch.stack([by_timestep[t] for t in timesteps], dim=1)[:, :, groups]  # (A, T, G, S)
         log_snr = self.model.noise_schedule.log_snr(torch.tensor(timesteps))
         try:
-            return bootstrap(timesteps, log_snr, sums, self.criterion.score, self.seed)
+            curve = bootstrap(timesteps, log_snr, sums, self.criterion.score, self.seed)
         except ValueError as error:
             why = "the model's features are NaN, infinite or all zero"
             why += ", or one picture is too few" if self.num_images < 2 else ""
             raise ValueError(f"{error}: {why}. Check its weights and the pictures.") from error
+        # Of one process: where the last bits of two machines differ, one of them would go on reading alone.
+        first: TimestepCurve = _gather(curve)[0]
+        return first
 
 
 def _given_channels(config: ASelectConfig, taps: list[Tap]) -> dict[Tap, list[int] | None]:

@@ -104,6 +104,10 @@ def bootstrap(
         1, picks, torch.ones(picks.shape, dtype=sums.dtype)
     )
     resampled = score(torch.einsum("rg,atgs->rats", weights, sums))  # (R, A, T)
+    # Groups that count nothing (no patch of theirs has a class) can be all that is drawn.
+    resampled = resampled[resampled.isfinite().flatten(1).all(1)]
+    if not len(resampled):
+        resampled = scores[None]
     ends = torch.tensor([0.025, 0.975], dtype=resampled.dtype)
     intervals = resampled.quantile(ends, dim=0).movedim(0, -1)
     resampled = (resampled @ kernel.T).round(decimals=ROUNDED_TO)
@@ -114,7 +118,9 @@ def bootstrap(
     # In pairs: a picture that is hard at one timestep is so at the next, which separate intervals do not know.
     as_good = (resampled[:, best[0]] >= resampled[:, best[0], best[1], None]).double().mean(0)
     rivals = (as_good >= RIVAL_SHARE).nonzero().flatten().tolist()
-    return TimestepCurve(timesteps, scores, smoothed, intervals, rivals, best, float(near.double().mean()))
+    # One group is drawn as itself each time, which says nothing of others.
+    confidence = float(near.double().mean()) if num_groups > 1 else 0.0
+    return TimestepCurve(timesteps, scores, smoothed, intervals, rivals, best, confidence)
 
 
 def _smoothing_kernel(log_snr: Tensor) -> Tensor:

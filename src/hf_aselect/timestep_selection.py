@@ -46,7 +46,8 @@ def select_timestep(
     Pictures are looked at in rounds, each adding half of those before, until the choice is as sure as `confidence`
     says. A coarse grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
     `accelerate launch` each process takes its share of the pictures and all come to the same choice; only what must be
-    equal everywhere is done by each: pictures that the transformer makes, and the first 32 of a consensus.
+    equal everywhere is done by each: pictures that the transformer makes, the first 32 of a consensus, and the 8 that
+    are searched for channels. The processes must have met before: `accelerate.Accelerator()` sees to it, and Trainer.
 
     The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by 2^-d², where
     d is their distance in log-SNR: a step of DDPM's default grid counts half, and on a much coarser grid each score
@@ -135,6 +136,7 @@ def select_timestep(
         criterion=criterion.name,
         settings=asdict(criterion) if is_dataclass(criterion) and not isinstance(criterion, type) else {},
         options={
+            "timesteps": None if timesteps is None else list(grid),
             "max_images": max_images,
             "confidence": confidence,
             "batch_size": batch_size,
@@ -214,7 +216,8 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  #
         if criterion not in CRITERIA:
             raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
         criterion = CRITERIA[criterion]
-    if not all(hasattr(criterion, name) for name in ("name", "num_draws", "first_round", "measure", "score")):
+    needed = ("name", "num_draws", "first_round", "min_images", "measure", "score")
+    if isinstance(criterion, type) or not all(hasattr(criterion, name) for name in needed):
         raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, or such an object, got {criterion!r}.")
     if isinstance(criterion, Probe) != (labels is not None):
         raise ValueError(
