@@ -31,6 +31,31 @@ def test_the_choice_changes_the_picture(tmp_path):
     assert (tmp_path / "50.png").read_bytes() != (tmp_path / "400.png").read_bytes()
 
 
+def test_the_curve_has_interval_choice_and_both_axes_and_is_readable_in_grey(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    intervals = [[score - 0.05, score + 0.07] for score in SCORES]
+    plot_timestep_curve(
+        tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 50, intervals, smoothed=SCORES[::-1], accuracies=SCORES
+    )
+    axes, right = drawn[0].axes
+    (band,) = axes.collections
+    places = [-value for value in LOG_SNR]
+    corners = band.get_paths()[0].vertices
+    for place, (low, high) in zip(places, intervals, strict=True):
+        heights = corners[np.isclose(corners[:, 0], place), 1]
+        assert np.allclose([heights.min(), heights.max()], [low, high])
+    scores, neighbours, choice = axes.lines
+    assert np.allclose(scores.get_xydata(), list(zip(places, SCORES, strict=True)))
+    assert np.allclose(choice.get_xdata(), places[1])
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["0\n9.2", "50\n3.5", "400\n−1.4", "999\n−10.1"]
+    assert "log-SNR" in axes.get_xlabel()
+    # No two lines differ by colour alone.
+    styles = [(line.get_linestyle(), line.get_marker()) for line in (scores, neighbours, choice, *right.lines)]
+    assert len(set(styles)) == 4
+
+
 def test_a_choice_outside_the_grid_is_refused(tmp_path):
     with pytest.raises(ValueError, match="chosen timestep 7 is none of those"):
         plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 7)

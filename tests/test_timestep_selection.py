@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import random
 import socket
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_aselect import (
 )
 from hf_aselect.configuration_aselect import DDPM_LINEAR
 from hf_aselect.criteria import HFR, Consensus, SignalHFR
+from hf_aselect.timestep_curve import bootstrap
 
 GRID = [0, 100, 300, 600, 999]
 SCHEDULE = NoiseSchedule.from_config(DDPM_LINEAR)
@@ -171,13 +173,17 @@ def test_nothing_changes_in_the_model(classifier, pixels):
     modes = [module.training for module in classifier.modules()]
     flags = [parameter.requires_grad for parameter in classifier.parameters()]
     config, generator = classifier.config.to_dict(), torch.get_rng_state()
-    for criterion in ("signal_hfr", "consensus"):
+    others = random.getstate(), np.random.get_state()[1].tolist()
+    for criterion in ("hfr", "signal_hfr", "consensus"):
         select_timestep(classifier, pixels, timesteps=GRID, criterion=criterion)
+        select_timestep(classifier, timesteps=GRID, criterion=criterion, max_images=2)
+    select_timestep(classifier, pixels, timesteps=GRID, criterion="probe", labels=[0, 1, 0, 1, 0, 1, 0])
     assert all(torch.equal(value, state[name]) for name, value in classifier.state_dict().items())
     assert [module.training for module in classifier.modules()] == modes
     assert [parameter.requires_grad for parameter in classifier.parameters()] == flags
     assert classifier.config.to_dict() == config
     assert torch.equal(torch.get_rng_state(), generator)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
 
 
 def test_a_record_survives_json(model, pixels):
@@ -411,6 +417,26 @@ def test_a_choice_at_the_edge_is_warned_of(caplog):
     assert warning in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], "noisy edge of the grid, and the curve only rises toward it: "),
+        ([0.2, 0.1, 0.3, 0.4], "noisy edge of the grid: "),
+        ([0.4, 0.3, 0.2, 0.1], "clean edge of the grid, and the curve only rises toward it: "),
+        ([0.4, 0.2, 0.3, 0.1], "clean edge of the grid: "),
+    ],
+)
+def test_the_warning_says_whether_the_curve_only_rises(scores, words):
+    # Sums of 16 groups of pictures that all measured the same: one number and a 1 to count it.
+    sums = torch.tensor(scores, dtype=torch.float64)[None, :, None].expand(1, 4, 16)
+    sums = torch.stack([sums, torch.ones_like(sums)], dim=-1)
+    timesteps = [0, 100, 300, 999]
+    curve = bootstrap(timesteps, SCHEDULE.log_snr(torch.tensor(timesteps)), sums, HFR().score, 0)
+    (warning,) = curve.warnings(0.95, ("more pictures", "the probe"))
+    assert warning.startswith(f"it lies at the {words}")
+    assert warning.endswith("Compare it with a timestep inside the range by the probe.")
+
+
 def test_a_clear_peak_is_not_warned_of():
     assert select_timestep(StubModel(100), pictures(64), timesteps=GRID, criterion="signal_hfr").warnings == []
 
@@ -539,6 +565,7 @@ def test_the_probe_finds_timestep_block_and_feature_in_one_pass(labelled, tmp_pa
         model, images, criterion="probe", labels=labels, block="auto", feature="auto", timesteps=GRID
     )
     assert (selection.timestep, selection.block, selection.feature) == (300, 3, "key")
+    assert selection.confidence > 0.95
     assert selection.scores[GRID.index(300)] > 0.9 > sorted(selection.scores)[-2]
     assert selection.num_forwards == model.num_forwards == 60 * len(GRID)
     assert [(row["block"], row["feature"]) for row in selection.table] == [

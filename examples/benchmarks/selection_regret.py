@@ -434,7 +434,7 @@ def summarize(folder: Path) -> str:
         draw(pair, folder / f"{name}.png")
     rows = [{**row, "pair": name, "search": pair["search"]} for name, pair in pairs.items() for row in pair["rows"]]
     names = list(dict.fromkeys(row["criterion"] for row in rows))
-    names.sort(key=lambda name: float(np.mean(values_of("loss", rows, name))))
+    names.sort(key=lambda name: float(mean_and_worst("loss", [row for row in rows if row["criterion"] == name])[0]))
     inside = places_inside(pairs)
     inside_pairs = [name for name, pair in pairs.items() if (name, *best_tap(pair)) in inside]
     tables = (
@@ -452,9 +452,10 @@ def overall_table(
     """Return a Markdown table of losses over all pairs and taps, by each truth, and of costs."""
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
     lines = [
-        f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps. Inside: a best "
-        f"timestep that is 1 point above t = 0 and above the noisy end of the grid, as on {len(inside)} taps, among "
-        f"them the best of all taps of {', '.join(inside_pairs) or 'no pair'}. Passes are a share of the "
+        f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps, each of which "
+        "counts once. Inside: a best timestep that is 1 point above t = 0 and above the noisy end of the grid, as on "
+        f"{len(inside)} taps, among them the best of all taps of {', '.join(inside_pairs) or 'no pair'}. "
+        "Passes are a share of the "
         "exhaustive search's, the rank correlation is over the timesteps that were read.",
         "",
         f"| {' | '.join(COLUMNS)} |",
@@ -472,11 +473,11 @@ def overall_table(
         searched = sum(row["search"]["num_forwards"] for row in measured)
         cells = [
             name,
-            *mean_and_worst(values_of("loss", own)),
-            mean_and_worst(values_of("loss", [row for row in own if row["pair"] in inside_pairs]))[0],
-            mean_and_worst(values_of("loss", peaked))[0],
-            *mean_and_worst(values_of("loss_to_maximum", own)),
-            *mean_and_worst(values_of("attention_loss", own)),
+            *mean_and_worst("loss", own),
+            mean_and_worst("loss", [row for row in own if row["pair"] in inside_pairs])[0],
+            mean_and_worst("loss", peaked)[0],
+            *mean_and_worst("loss_to_maximum", own),
+            *mean_and_worst("attention_loss", own),
             f"{np.mean(correlations):.2f}" if correlations else "",
             f"1/{searched / passes:.0f}" if measured else "",
             f"{np.mean([row['seconds'] for row in measured]):.1f}" if measured else "",
@@ -523,7 +524,7 @@ def table_by_confidence(rows: list[dict[str, Any]]) -> list[str]:
         for sure in (True, False):
             of_them = [r for r in rows if r["criterion"] == name and (r["confidence"] >= 0.95) == sure]
             losses = values_of("loss", of_them)
-            cells += [str(len(losses)), *mean_and_worst(losses)]
+            cells += [str(len(losses)), *((f"{np.mean(losses):.2f}", f"{max(losses):.2f}") if losses else ("", ""))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -592,9 +593,15 @@ def describe_best(pair: dict[str, Any]) -> str:
     return f"t = {pair['timesteps'][best]}: {values[best] - values[0]:+.1f}, {values[best] - values[-1]:+.1f} points"
 
 
-def mean_and_worst(losses: list[float]) -> tuple[str, str]:
-    """Return two cells of a table, empty where there is nothing."""
-    return (f"{np.mean(losses):.2f}", f"{max(losses):.2f}") if losses else ("", "")
+def mean_and_worst(key: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return two cells of a table, empty where there is nothing; each tap counts once, however many seeds it has."""
+    by_place: dict[Place, list[float]] = {}
+    for row in rows:
+        if key in row:
+            by_place.setdefault(place_of(row), []).append(row[key])
+    if not by_place:
+        return "", ""
+    return f"{np.mean([np.mean(losses) for losses in by_place.values()]):.2f}", f"{max(values_of(key, rows)):.2f}"
 
 
 def draw(pair: dict[str, Any], path: Path) -> None:
