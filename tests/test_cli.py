@@ -77,7 +77,12 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
     assert max(record["scores"]) == 1.0
     assert len(record["table"]) == 4
     assert (tmp_path / "report" / "timestep_curve_heat_map.png").stat().st_size > 1000
-    assert "timestep_curve_heat_map.png" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "timestep_curve_heat_map.png" in shown
+    taps = shown.split("best timestep  mean of neighbours\n")[1].split("\n\n")[0].splitlines()
+    assert len(taps) == 4
+    assert taps[0].split()[:3] == [str(record[name]) for name in ("block", "feature", "timestep")]
+    assert [line.endswith("<- chosen") for line in taps] == [True, False, False, False]
 
 
 def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):

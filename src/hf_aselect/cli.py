@@ -323,6 +323,8 @@ def _select(parsed: argparse.Namespace) -> None:
         mark = "  <- chosen" if timestep == selection.timestep else ""
         print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}  {mean:.4f}{mark}")
     print()
+    if selection.table:
+        _print_taps(selection)
     print(
         f"Timestep {selection.timestep} for {selection.feature} of block {selection.block}, confidence "
         f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} pictures in "
@@ -335,6 +337,17 @@ def _select(parsed: argparse.Namespace) -> None:
             pictures = selection.plot(unfinished / "timestep_curve.png")
         written = [Path(parsed.output) / name for name in ("selection.json", *(path.name for path in pictures))]
         print(f"Saved {', '.join(str(path) for path in written)}.")
+
+
+def _print_taps(selection: Any) -> None:  # noqa: ANN401 - its class comes late
+    """Print the best timestep of each tap that was compared, the best tap first."""
+    print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  mean of neighbours")
+    for tap in sorted(selection.table or [], key=lambda tap: -max(tap["smoothed"])):
+        best = max(tap["smoothed"])
+        mark = "  <- chosen" if (tap["block"], tap["feature"]) == (selection.block, selection.feature) else ""
+        timestep = selection.timesteps[tap["smoothed"].index(best)]
+        print(f"{tap['block']:>5} {tap['feature']:<9} {timestep:>13}  {best:.4f}{mark}")
+    print()
 
 
 def _gigabytes(word: str) -> float:
