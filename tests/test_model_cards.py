@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from functools import partial
@@ -64,6 +65,43 @@ def test_the_default_is_the_criterion_that_loses_least(summary):
     losses = {name: sum(float(full[name][column]) for column in columns) for name in label_free}
     default = inspect.signature(select_timestep).parameters["criterion"].default
     assert min(losses, key=losses.__getitem__) == default
+
+
+def test_the_default_reaches_its_bars(summary):
+    """Half a point on average and three at worst by either head; where the best lies inside, less than any guess."""
+    head, full = table_rows(summary, "criterion")
+    cells = dict(zip(head, full["consensus"], strict=False))  # of two columns of one name the last
+    worst = [float(full["consensus"][place]) for place, name in enumerate(head) if name == "worst"]
+    assert float(cells["mean"]) <= 0.5 and float(cells["attention head, mean"]) <= 0.5
+    assert len(worst) == 3 and max(worst) <= 3
+    inside = head.index("inside pairs, mean")
+    guesses = [float(full[f"t = {timestep}"][inside]) for timestep in (0, 50, 100, 150, 261)]
+    assert float(full["consensus"][inside]) < min(guesses)
+    named = re.search(r"among them the best of all taps of (.*?)\. Passes", summary)[1].split(", ")
+    assert len(named) >= 2
+    assert int(cells["forward passes"].removeprefix("1/")) >= 100
+
+
+def test_the_cards_costs_are_the_measured_ones():
+    cost = json.loads((BENCHMARK / "cost" / "cost.json").read_text(encoding="utf-8"))
+    assert max(cost["seconds"]) <= 10
+    assert len(cost["timesteps"]) >= 20 and cost["share_within_one_step_of_the_median"] >= 0.95
+    card, readme = (
+        " ".join((folder / "README.md").read_text(encoding="utf-8").split()) for folder in (BENCHMARK, ROOT)
+    )
+    seconds = [cost["median_seconds"], min(cost["seconds"]), max(cost["seconds"])]
+    median, least, most = (f"{value:.1f}" for value in seconds)
+    assert f"| seconds, median of 20 seeds (least, most) | {median} ({least}, {most}) |" in card
+    assert f"takes {median} s in the median of 20 seeds and {most} at most" in readme
+    forwards = [statistics.median(cost["num_forwards"]), max(cost["num_forwards"])]
+    assert "| forward passes, median (most) | {:,.0f} ({:,}) |".format(*forwards) in card
+    rise = {(each["num_images"], each["num_timesteps"]): round(each["rise_mib"]) for each in cost["memory"]}
+    for count, words in ((64, "64"), (4096, "4,096")):
+        few, many = rise[count, 3], rise[count, 20]
+        assert (
+            f"| memory beside the model, {words} pictures, at 3 and at 20 timesteps | {few} and {many} MiB |" in card
+        )
+        assert f"{words} pictures {few} MiB beside the model at 3 timesteps and {many} at 20" in readme
 
 
 def test_each_pair_is_drawn():

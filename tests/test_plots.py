@@ -13,7 +13,7 @@ from hf_aselect.plots import (
     plot_timestep_heat_map,
 )
 
-TIMESTEPS, SCORES, LOG_SNR = [0, 50, 400, 999], [0.1, 0.3, 0.2, 0.1], [9.2, 3.5, -1.4, -10.1]
+TIMESTEPS, SCORES, LOG_SNR = [0, 50, 400, 999], [0.1, 0.3, 0.2, 0.1], [9.2, 3.5, -0.03, -10.1]
 PICTURES = [Image.new("L", (8, 8), 30 * index) for index in range(3)]
 
 
@@ -49,7 +49,7 @@ def test_the_curve_has_interval_choice_and_both_axes_and_is_readable_in_grey(tmp
     assert np.allclose(scores.get_xydata(), list(zip(places, SCORES, strict=True)))
     assert np.allclose(choice.get_xdata(), places[1])
     labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == ["0\n9.2", "50\n3.5", "400\n−1.4", "999\n−10.1"]
+    assert labels == ["0\n9.2", "50\n3.5", "400\n0.0", "999\n−10.1"]
     assert "log-SNR" in axes.get_xlabel()
     # No two lines differ by colour alone.
     styles = [(line.get_linestyle(), line.get_marker()) for line in (scores, neighbours, choice, *right.lines)]

@@ -298,7 +298,11 @@ def test_nan_pictures_are_refused(model):
         select_timestep(model, torch.full((2, 3, 8, 8), float("nan")))
 
 
-@pytest.mark.parametrize("images", ["folder", 7, {"image": []}])
+@pytest.mark.parametrize(
+    "images",
+    ["folder", 7, {"image": []}, {1, 2}, torch.utils.data.DataLoader([0]), torch.zeros(1, 3, 8, 8).to_sparse()],
+    ids=lambda images: type(images).__name__,
+)
 def test_what_is_no_set_of_pictures_is_refused(model, images):
     with pytest.raises(ValueError, match="Pictures must be a list of PIL pictures or arrays, a dataset"):
         select_timestep(model, images)

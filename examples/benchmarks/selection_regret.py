@@ -539,16 +539,19 @@ def table_of_own_pictures(rows: list[dict[str, Any]], pairs: dict[str, dict[str,
         f"| --- |{' --- |' * len(pairs)}",
     ]
     for name in dict.fromkeys(row["criterion"] for row in rows if row["criterion"].endswith(OWN)):
-        cells = [name.removesuffix(OWN)]
-        for pair, result in pairs.items():
-            of_pair = [row for row in rows if row["pair"] == pair and "seed" in row and "loss" in row]
-            given = {(place_of(row), row["seed"]): row for row in of_pair if row["criterion"] == cells[0]}
-            both = [(row, given[place_of(row), row["seed"]]) for row in of_pair if row["criterion"] == name]
-            place = result["timesteps"].index
-            steps = [abs(place(own["timestep"]) - place(real["timestep"])) for own, real in both]
-            more = [own["loss"] - real["loss"] for own, real in both]
-            cells.append(f"{np.mean(steps):.1f} steps, {np.mean(more):+.2f} points" if both else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        for key, truth in (("loss", ""), ("attention_loss", ", attention head")):
+            cells = []
+            for pair, result in pairs.items():
+                of_pair = [row for row in rows if row["pair"] == pair and "seed" in row and key in row]
+                given = {
+                    (place_of(row), row["seed"]): row for row in of_pair if row["criterion"] == name.removesuffix(OWN)
+                }
+                both = [(row, given[place_of(row), row["seed"]]) for row in of_pair if row["criterion"] == name]
+                place = result["timesteps"].index
+                steps = [abs(place(own["timestep"]) - place(real["timestep"])) for own, real in both]
+                more = [own[key] - real[key] for own, real in both]
+                cells.append(f"{np.mean(steps):.1f} steps, {np.mean(more):+.2f} points" if both else "")
+            lines.append(f"| {' | '.join([name.removesuffix(OWN) + truth, *cells])} |")
     return lines
 
 

@@ -34,10 +34,13 @@ class CalibrationPictures:
     """
 
     def __init__(self, images: Any, config: ASelectConfig, max_images: int, seed: int) -> None:  # noqa: ANN401
-        if isinstance(images, (str, bytes, Image.Image, dict)) or not isinstance(images, Iterable):
+        # Of a set or a DataLoader, whose size is known, no picture can be asked for by its number.
+        is_numbered = hasattr(images, "__getitem__") or not hasattr(images, "__len__")
+        is_strange = isinstance(images, (str, bytes, Image.Image, dict)) or getattr(images, "is_sparse", False)
+        if is_strange or not is_numbered or not isinstance(images, Iterable):
             raise ValueError(
-                "Pictures must be a list of PIL pictures or arrays, a dataset with an image column, or a tensor of "
-                f"pixel values, got {type(images).__name__}."
+                "Pictures must be a list of PIL pictures or arrays, a dataset with an image column, or a dense tensor "
+                f"of pixel values, got {type(images).__name__}."
             )
         if isinstance(images, Tensor):
             _check_pixel_values(images)

@@ -346,7 +346,8 @@ def _label_timesteps(
     for i in range(0, len(timesteps), step):
         if not shown or abs(positions[i] - positions[shown[-1]]) >= room:
             shown.append(i)
-    labels = [f"{timesteps[i]}\n{log_snr[i]:.1f}".replace("-", "−") for i in shown]
+    # 0.0 is added to what may be -0.0.
+    labels = [f"{timesteps[i]}\n{round(log_snr[i], 1) + 0.0:.1f}".replace("-", "−") for i in shown]
     axes.set_xticks([positions[i] for i in shown], labels)
     axes.set_xlabel("timestep (0 = least noise), log-SNR below")
 
