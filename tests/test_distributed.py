@@ -167,6 +167,57 @@ else:
 )
 
 
+# accelerate gives FSDP to accelerators alone, so what its `prepare` calls is called here with what that looks at.
+PREPARED = (
+    PREAMBLE
+    + """
+from types import SimpleNamespace
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from hf_aselect import select_timestep
+
+model = load(freeze_backbone=False).train()
+if WORLD > 1:
+    dist.init_process_group("gloo")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=RANK == 0,
+        device=torch.device("cpu"), torch_device_mesh=None, parallelism_config=None,
+    )
+    model = fsdp2_prepare_model(accelerator, model)
+methods = model.read_taps.__func__
+options = {"timesteps": [10, 100, 500], "batch_size": 7}
+chosen = [select_timestep(model, PIXELS, **options)]  # before the first step, and so before it was ever called
+optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+losses = []
+for step in range(3):
+    batch = range(step * BATCH + RANK, (step + 1) * BATCH, WORLD)
+    labels = torch.tensor([index % 4 for index in batch])
+    loss = model(pixel_values=PIXELS[list(batch)], labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    total = loss.detach().clone()
+    if WORLD > 1:
+        dist.all_reduce(total)
+    losses.append(total.item() / WORLD)
+chosen += [select_timestep(model, PIXELS, **options)]
+try:
+    select_timestep(model, **options)
+    assert WORLD == 1
+except ValueError as error:
+    assert "shards makes no pictures of its own" in str(error), error
+assert model.read_taps.__func__ is methods
+note("prepared", losses=losses, chosen=[each.scores for each in chosen], timesteps=[each.timestep for each in chosen])
+if WORLD > 1:
+    dist.destroy_process_group()
+"""
+)
+
+
 def launch(script, folder, output, launcher=(sys.executable,)):
     path = output / "script.py"
     path.write_text(script)
@@ -231,6 +282,18 @@ def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_chec
     expected = whole.state_dict()
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_sharded_by_accelerate_it_chooses_and_learns_the_same(pixel_folder, tmp_path):
+    launch(PREPARED, pixel_folder, tmp_path)
+    launch(PREPARED, pixel_folder, tmp_path, TORCHRUN)
+    (alone,), both = notes(tmp_path, "prepared", 1), notes(tmp_path, "prepared", 2)
+    for each in both:
+        assert each["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+        assert each["timesteps"] == alone["timesteps"]
+        for scores, expected in zip(each["chosen"], alone["chosen"], strict=True):
+            assert scores == pytest.approx(expected, abs=1e-4)
+    assert alone["chosen"][0] != alone["chosen"][1]  # it did learn
 
 
 def test_accelerate_shards_the_blocks_that_there_are(pixel_folder, latent_folder):

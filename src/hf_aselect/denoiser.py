@@ -1,7 +1,8 @@
 """What every family of diffusion transformers shares: read at taps of its blocks, or run to its end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -114,6 +115,12 @@ class Denoiser(nn.Module, ABC):
             if width is not None and (shape != expected or 0 in shape):
                 wanted = f"(1, {width})" if part.startswith("pooled") else f"(1, L, {width})"
                 raise ValueError(f"`{part}` of a {name} must have shape {wanted}, got {tuple(shape)}.")
+
+    @property
+    def patch_embedding(self) -> nn.Module:
+        """The module that makes tokens of noised latents."""
+        module: nn.Module = self.transformer.pos_embed
+        return module
 
     @property
     def num_channels(self) -> int:
@@ -328,20 +335,49 @@ _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
 
 def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:  # noqa: ANN401 - diffusers' block
     """Return what a part of a block makes; under FSDP a block's weights are gathered when the block is called."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return read()
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-    is_sharded = isinstance(block, FSDPModule)
-    if not is_sharded:
+    if not is_sharded(block):
         return read()
     block.read_tap = read
-    register_fsdp_forward_method(block, "read_tap")
     try:
-        tokens: Tensor = block.read_tap()
+        with called_by(block, "read_tap"):
+            tokens: Tensor = block.read_tap()
+            return tokens
     finally:
         del block.read_tap
-    return tokens
+
+
+def is_sharded(module: Any) -> bool:  # noqa: ANN401 - a module, or something that reads like one
+    """Return whether FSDP2 shards a module: its weights are gathered while it is called."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[None]:  # noqa: ANN401 - as above
+    """Let methods of a module gather its weights for a while, as calling it does; they must not call each other.
+
+    FSDP2 leaves the weights of the outermost module gathered for the backward pass. Without one, `then_shard` gives
+    them back: an optimizer that is made meanwhile would be of weights that are thrown away.
+    """
+    if not is_sharded(module):
+        yield
+        return
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    before = {name: vars(module)[name] for name in names if name in vars(module)}
+    for name in names:
+        register_fsdp_forward_method(module, name)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(module, name)
+        vars(module).update(before)
+        if then_shard:
+            module.reshard()
 
 
 def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:

@@ -26,6 +26,12 @@ class FluxDenoiser(Denoiser):
     }
 
     @property
+    def patch_embedding(self) -> nn.Module:
+        """The module that makes tokens of noised latents."""
+        module: nn.Module = self.transformer.x_embedder
+        return module
+
+    @property
     def num_channels(self) -> int:
         """Channels of the latents, before they are packed."""
         return int(self.transformer.config.in_channels) // 4

@@ -26,6 +26,12 @@ class Lumina2Denoiser(Denoiser):
 
     prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "cap_feat_dim"}
 
+    @property
+    def patch_embedding(self) -> nn.Module:
+        """The module that makes tokens of noised latents."""
+        module: nn.Module = self.transformer.x_embedder
+        return module
+
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:  # noqa: ANN401 - of the base class
         super().__init__(transformer, *args, **options)
         length, limit = (

@@ -22,6 +22,12 @@ class SanaDenoiser(Denoiser):
 
     prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "caption_channels"}
 
+    @property
+    def patch_embedding(self) -> nn.Module:
+        """The module that makes tokens of noised latents."""
+        module: nn.Module = self.transformer.patch_embed
+        return module
+
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:  # noqa: ANN401 - of the base class
         super().__init__(transformer, *args, **options)
         if self.transformer.config.guidance_embeds:

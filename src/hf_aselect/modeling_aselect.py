@@ -99,6 +99,11 @@ class ASelectPreTrainedModel(ShareableModel):
                 if isinstance(layer, nn.Linear):
                     init.xavier_uniform_(layer.weight)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that makes tokens of noised latents; peft and accelerate's FSDP ask for it."""
+        module: nn.Module = self._base().denoiser.patch_embedding
+        return module
+
     def _base(self) -> "DiTModel":
         """Return the model that holds the denoiser: this one, or the one under the head."""
         base: DiTModel = self.base_model  # type: ignore[assignment]

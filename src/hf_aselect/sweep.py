@@ -14,6 +14,7 @@ from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig
 from .consensus import ConsensusSums, Key, leading_directions, unexplained
 from .criteria import Consensus, Criterion, PatchProbe, Probe
+from .denoiser import is_sharded
 from .massive_channels import massive_channels, outlier_share, zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .taps import MASSIVE_FEATURES, Tap
@@ -75,7 +76,8 @@ class Sweep:
         self.pictures: Any = None
         self.shape = (0, 0)  # of the token grid
         self.generated = False
-        self.rank, self.world = _process()
+        # Weights that are sharded are gathered by all processes together: each then reads all pictures.
+        self.rank, self.world = (0, 1) if is_sharded(model) else _process()
         self.num_images = self.num_forwards = 0
         self.sums: dict[int, Tensor] = {}  # by timestep, (A, G, S)
         self.pooled: dict[int, list[tuple[list[int], list[Tensor]]]] = {}  # of the probe only: indices, (B, D) a tap
@@ -127,7 +129,7 @@ class Sweep:
         size = max_images if pictures.order is None else len(pictures.order)
         done, goal = 0, min(self.criterion.first_round, size)
         # Not `disable=False` in the first process: that would overrule TQDM_DISABLE.
-        quiet = {"disable": True} if self.rank else {}
+        quiet = {"disable": True} if _process()[0] else {}
         with host_logging.tqdm(desc="Choosing the timestep", unit="pass", leave=False, **quiet) as bar:
             self.bar = bar
             self._find_channels(pictures, wanted)
@@ -179,7 +181,8 @@ class Sweep:
                     shares[tap][chosen] = share if before is None else before + share
         for tap, by_timestep in shares.items():
             if by_timestep:
-                self.channels[tap] = _gather(massive_channels([share / count for share in by_timestep.values()]))[0]
+                found = massive_channels([share / count for share in by_timestep.values()])
+                self.channels[tap] = self._gather(found)[0]
         draws = self.criterion.num_draws or self.model.config.num_noise_draws
         self.num_forwards += self.world * count * len(timesteps) * draws
 
@@ -198,7 +201,7 @@ class Sweep:
             count += len(indices)
             self._read_batch(latents, indices, timesteps)
             self.groups.update(index % NUM_GROUPS for index in indices)
-        counts = _gather(count)
+        counts = self._gather(count)
         draws = self.criterion.num_draws or self.model.config.num_noise_draws
         self.num_forwards += sum(counts) * len(timesteps) * draws
         if first_time:
@@ -257,7 +260,7 @@ class Sweep:
             raise ValueError("No pictures to choose a timestep from: the set is empty.")
         together = {key: torch.cat(pooled.pop(key)) for key in list(pooled)}
         consensus.calibrate(together)
-        consensus.scales = _gather(consensus.scales)[0]
+        consensus.scales = self._gather(consensus.scales)[0]
         own = pictures.share(0, stop, self.rank, self.world)
         if own := [index for index in own if index in read]:  # a stream may have ended
             places = [read.index(index) for index in own]
@@ -337,10 +340,18 @@ class Sweep:
         if self.consensus:
             return self._sums_of_errors(self.consensus)
         total: dict[int, Tensor] = {}
-        for part in _gather(self.sums):
+        for part in self._gather(self.sums):
             for timestep, sums in part.items():
                 total[timestep] = total[timestep] + sums if timestep in total else sums
         return total
+
+    def _gather(self, value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pickled
+        """Return the value of each process that has a share of the pictures."""
+        return [value] if self.world == 1 else _gather(value)
+
+    def _total(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes that have a share of the pictures."""
+        return torch.stack(self._gather(values)).sum(0)
 
     def _unfitted(self, by_timestep: dict[int, Any]) -> dict[int, Any]:
         """Return what was kept at the timesteps that have not been fitted to the pictures read so far."""
@@ -350,8 +361,8 @@ class Sweep:
         return {timestep: sums for (timestep, count), sums in self.fitted.items() if count == self.num_images}
 
     def _sums_of_hits(self, probe: Probe) -> dict[int, Tensor]:
-        parts = _gather(self._unfitted(self.pooled))
-        self.shape = max(_gather(self.shape))  # a process may have had no pictures
+        parts = self._gather(self._unfitted(self.pooled))
+        self.shape = max(self._gather(self.shape))  # a process may have had no pictures
         for timestep in sorted({timestep for part in parts for timestep in part}):
             batches = [batch for part in parts for batch in part.get(timestep, [])]
             indices = torch.tensor([index for named, _ in batches for index in named])
@@ -376,15 +387,15 @@ class Sweep:
         return torch.stack([self.patches[index][places] for index in indices])
 
     def _sums_of_errors(self, consensus: ConsensusSums) -> dict[int, Tensor]:
-        new = sorted(set().union(*_gather(set(self._unfitted(consensus.features)))))
+        new = sorted(set().union(*self._gather(set(self._unfitted(consensus.features)))))
         if new:
             # Of one process: another machine may find them with other signs.
-            directions = _gather(leading_directions(_total(consensus.target_moments())))[0]
-            variance = _total(consensus.variance(directions))
+            directions = self._gather(leading_directions(self._total(consensus.target_moments())))[0]
+            variance = self._total(consensus.variance(directions))
         for timestep in new:
             # One after the other: some megabytes each.
             own = consensus.products(timestep, directions) if timestep in consensus.features else None
-            parts = [part for part in _gather(own) if part is not None]
+            parts = [part for part in self._gather(own) if part is not None]
             left, right = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
             self.fitted[timestep, self.num_images] = unexplained(left, right, variance)[None]
         return self._fitted()
@@ -393,7 +404,7 @@ class Sweep:
         """Return the scores at all timesteps read so far, with the bootstrap over groups of pictures."""
         by_timestep = self._all_sums()
         timesteps = sorted(by_timestep)
-        groups = sorted(set().union(*_gather(self.groups)))
+        groups = sorted(set().union(*self._gather(self.groups)))
         sums = torch.stack([by_timestep[t] for t in timesteps], dim=1)[:, :, groups]  # (A, T, G, S)
         log_snr = self.model.noise_schedule.log_snr(torch.tensor(timesteps))
         try:
@@ -439,8 +450,3 @@ def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pic
     values: list[Any] = [None] * world
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def _total(values: Tensor) -> Tensor:
-    """Return the sum over the processes."""
-    return torch.stack(_gather(values)).sum(0)

@@ -14,6 +14,7 @@ from PIL import Image
 from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig
 from .criteria import CRITERIA, Consensus, Criterion, PatchProbe, Probe
+from .denoiser import called_by, is_sharded
 from .denoisers import eval_mode
 from .field_checks import check_timestep
 from .selection_record import TimestepSelection
@@ -48,6 +49,7 @@ def select_timestep(
     `accelerate launch` each process takes its share of the pictures and all come to the same choice; only what must be
     equal everywhere is done by each: pictures that the transformer makes, the first 32 of a consensus, and the 8 that
     are searched for channels. The processes must have met before: `accelerate.Accelerator()` sees to it, and Trainer.
+    Of a model that FSDP2 shards each process reads all pictures.
 
     The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by 2^-d², where
     d is their distance in log-SNR: a step of DDPM's default grid counts half, and on a much coarser grid each score
@@ -88,7 +90,7 @@ def select_timestep(
     Raises:
         ValueError: If there are no pictures, they do not fit the model, a timestep is outside [0, 1000), `criterion`
             is unknown or lacks its labels, the labels are not one class index a picture, a tap does not exist, a
-            number is out of range, or the model is folded.
+            number is out of range, the model is folded, or it is sharded and there are no pictures.
 
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
     """
@@ -98,6 +100,8 @@ def select_timestep(
             f"This model was folded at timestep {model.config.timestep}, which is in its weights: there is nothing to "
             "choose. Choose with the model it was folded from, then fold that."
         )
+    if images is None and is_sharded(model):
+        raise ValueError("A model that FSDP2 shards makes no pictures of its own: give some as `images`.")
     criterion = _checked_criterion(criterion, labels)
     masks = _masks(labels, images)
     if masks is not None and type(criterion) is Probe:
@@ -114,7 +118,7 @@ def select_timestep(
         search.masks = masks
     elif labels is not None:
         search.labels = _checked_labels(labels, images)
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), called_by(model, "encode", "read_taps", then_shard=True), torch.no_grad():
         if images is None:
             max_images = min(max_images, NUM_GENERATED)
             latents = search.generate(max_images)
