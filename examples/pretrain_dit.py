@@ -203,13 +203,23 @@ def incomplete(target: Path) -> Path:
 
 
 def complete(target: Path) -> None:
-    """Rename what was written to `incomplete(target)`: `target` is never half of a folder."""
+    """Rename what was written to `incomplete(target)`: `target` is never half of a folder.
+
+    A run that dies between the two renamings leaves the old one under another name: `restore` puts it back.
+    """
     previous = target.with_name(f".{target.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if target.exists():
         os.replace(target, previous)
     os.replace(target.with_name(f".{target.name}.incomplete"), target)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def restore(target: Path) -> None:
+    """Put back what a run that died in `complete` had taken away."""
+    previous = target.with_name(f".{target.name}.previous")
+    if previous.exists() and not target.exists():
+        os.replace(previous, target)
 
 
 def training_step(
@@ -264,6 +274,9 @@ class Pretraining:
         accelerator.register_for_checkpointing(self.ema)
         self.checkpoint = self.output / "checkpoint"
         self.log: list[dict] = []
+        if accelerator.is_main_process:
+            restore(self.checkpoint)
+        accelerator.wait_for_everyone()
         if self.checkpoint.exists():
             accelerator.load_state(self.checkpoint)
             self.log = json.loads((self.checkpoint / "log.json").read_text())
@@ -276,7 +289,9 @@ class Pretraining:
     def train(self) -> None:
         """Train to the end, with a checkpoint every few minutes; a finished run only writes its results anew."""
         if self.step == self.num_steps:
-            self.write_averaged_model()
+            if self.accelerator.is_main_process:
+                self.write_averaged_model()
+            self.accelerator.wait_for_everyone()
             return
         accelerator, losses = self.accelerator, []
         dataset = self.dataset.with_transform(lambda batch: to_tensors(batch, self.args))

@@ -180,6 +180,9 @@ def streams(splits: IterableDatasetDict, args: DataArguments) -> IterableDataset
         raise ValueError("A stream cannot be split: give --validation_file, or a dataset with such a split.")
     if not isinstance((splits["train"].features or {}).get(args.label_column), ClassLabel):
         raise ValueError(f"The stream does not name the classes of {args.label_column!r}: give --class_names.")
+    names = [(split.features or {})[args.label_column].names for split in (splits["train"], held_out)]
+    if names[0] != names[1]:
+        raise ValueError(f"The streams name other classes, {names[0][:5]} and {names[1][:5]}: give --class_names.")
     return IterableDatasetDict(train=splits["train"], validation=held_out)
 
 
@@ -195,8 +198,13 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDataset
     else:
         files = {"train": args.train_file, "validation": args.validation_file}
         kind = "webdataset" if args.train_file.endswith(".tar") else "parquet"
-        given = {name: path for name, path in files.items() if path}
-        splits = load_dataset(kind, data_files=given, streaming=args.streaming)
+        # One by one: together they would all be taken to have the classes of the first, in its order.
+        given = {
+            name: load_dataset(kind, data_files=path, split="train", streaming=args.streaming)
+            for name, path in files.items()
+            if path
+        }
+        splits = IterableDatasetDict(given) if args.streaming else DatasetDict(given)
     if "train" not in splits:
         raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
     train = splits["train"]
@@ -320,8 +328,11 @@ class EpochCallback(TrainerCallback):
         loader, epoch = kwargs["train_dataloader"], int((state.epoch or 0) + 1e-6)
         if isinstance(loader.dataset, Pictures):
             loader.dataset.epoch = epoch
-        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        if hasattr(sampler, "set_epoch"):
+        # Under what shares the batches, and skips those that were read before.
+        sampler = getattr(loader, "batch_sampler", None)
+        while sampler is not None and not hasattr(sampler, "set_epoch"):
+            sampler = getattr(sampler, "sampler", None) or getattr(sampler, "batch_sampler", None)
+        if sampler is not None:
             sampler.set_epoch(epoch)
 
 
@@ -356,6 +367,25 @@ def with_lora(model: DiTForImageClassification, rank: int) -> nn.Module:
         model,
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(trained_layers(model)), modules_to_save=["head"]),
     )
+
+
+class LayerWiseTrainer(Trainer):
+    """A trainer whose learning rate falls from block to block.
+
+    Args:
+        layer_decay: Factor from each block to the one before; 1 for Trainer's own optimizer.
+    """
+
+    def __init__(self, layer_decay: float, **options: Any) -> None:  # noqa: ANN401 - the host's
+        self.layer_decay = layer_decay
+        super().__init__(**options)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer, of what FSDP made of the model where it did."""
+        if self.layer_decay < 1 and self.optimizer is None:
+            trained = self.model if model is None else model
+            self.optimizer = layer_wise_optimizer(trained, self.args, self.layer_decay)
+        return super().create_optimizer(*([] if model is None else [model]))
 
 
 def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float) -> torch.optim.Optimizer:
@@ -428,11 +458,10 @@ def main() -> None:
     if args.lora_rank:
         model = with_lora(model, args.lora_rank)
     rows_of = as_pixels if args.streaming else Pictures
-    optimizer = layer_wise_optimizer(model, training_args, args.layer_decay) if args.layer_decay < 1 else None
-    trainer = Trainer(
+    trainer = LayerWiseTrainer(
+        args.layer_decay,
         model=model,
         args=training_args,
-        optimizers=(optimizer, None),
         train_dataset=rows_of(splits["train"], processor, args, seed=training_args.seed),
         eval_dataset=rows_of(splits["validation"], processor, args),
         data_collator=default_data_collator,
@@ -442,6 +471,8 @@ def main() -> None:
     )
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "latest" else resume)
+    if trainer.is_fsdp_enabled:  # whose checkpoints may be shards
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if args.lora_rank:  # adapters are saved alone: the timestep and the tap that they were trained at belong to them
         model.get_base_model().config.save_pretrained(training_args.output_dir)

@@ -101,7 +101,10 @@ def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         splits = load_dataset(args.dataset_name)
     else:
         files = {"train": args.train_file, "validation": args.validation_file}
-        splits = load_dataset("parquet", data_files={name: path for name, path in files.items() if path})
+        # One by one: together they would all be taken to have the classes of the first, in its order.
+        splits = {
+            name: load_dataset("parquet", data_files=path, split="train") for name, path in files.items() if path
+        }
     train = splits["train"]
     if not isinstance(train.features[args.label_column], ClassLabel):
         train = train.class_encode_column(args.label_column)
@@ -193,8 +196,13 @@ def main() -> None:
         )
     else:
         train, held_out = train.with_transform(transform), held_out.with_transform(transform)
+    # A generator of its own: starting a loader draws a number, which a training that goes on would draw once more.
     loader = DataLoader(
-        train, shuffle=True, collate_fn=default_data_collator, batch_size=args.per_device_train_batch_size
+        train,
+        shuffle=True,
+        collate_fn=default_data_collator,
+        batch_size=args.per_device_train_batch_size,
+        generator=torch.Generator(),
     )
     eval_loader = DataLoader(held_out, collate_fn=default_data_collator, batch_size=args.per_device_eval_batch_size)
 
@@ -255,9 +263,13 @@ def main() -> None:
         batches = loader
         if epoch == first_epoch and done:
             batches = accelerator.skip_first_batches(loader, done * args.gradient_accumulation_steps)
-        # A new loader counts its epochs from 0 in accelerate before 1.15.
-        if hasattr(batches, "set_epoch"):
-            batches.set_epoch(epoch)
+        # A new loader counts its epochs from 0 in accelerate before 1.15, and one of several processes hides what it
+        # draws from.
+        sampler = batches
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
         total, num_batches = torch.zeros((), device=accelerator.device), 0
         for batch in batches:
             num_batches += 1
@@ -286,7 +298,10 @@ def main() -> None:
         accuracy = evaluate()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model).save_pretrained(
-        output, is_main_process=accelerator.is_main_process, save_function=accelerator.save
+        output,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),  # gathered by all, where it is sharded
     )
     if accelerator.is_main_process:
         processor.save_pretrained(output)

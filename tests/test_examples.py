@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,26 @@ def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretr
     assert model.config.selection["num_images"] == 8
     # Dark and bright pictures are told apart: training did something.
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("script", ["train_image_classification.py", "train_image_classification_no_trainer.py"])
+def test_a_validation_split_may_have_its_classes_in_another_order(script, tmp_path):
+    for split, names in (("train", ["dark", "bright"]), ("validation", ["bright", "dark"])):
+        rows = {
+            "image": [PILImage.new("L", (8, 8), 200 * index) for index in range(2)],
+            "label": [names.index(name) for name in ("dark", "bright")],
+        }
+        features = Features(image=Image(), label=ClassLabel(names=names))
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    files = {f"{split}_file": str(tmp_path / f"{split}.parquet") for split in ("train", "validation")}
+    args = SimpleNamespace(
+        dataset_name=None, train_dir=None, streaming=False, image_column="image", label_column="label", **files
+    )
+    args.class_names, args.seed = None, 0
+    module = example(script)
+    loaded = module.load_splits(args, 0) if script == "train_image_classification.py" else module.load_splits(args)
+    train, held_out = loaded.values() if isinstance(loaded, dict) else loaded
+    assert train["label"][:] == held_out["label"][:] == [0, 1]
 
 
 def test_classes_named_by_strings_are_those_of_the_training_split(pretrained, tmp_path):

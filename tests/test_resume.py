@@ -13,10 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
 from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import TrainerState
+
+from hf_aselect import DiTModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
@@ -53,6 +58,14 @@ def loop_words(pixel_folder, parquet, output):
     ]
 
 
+@pytest.fixture(scope="module")
+def noisy_folder(pixel_folder, tmp_path_factory):
+    """A checkpoint of ours whose training draws numbers: fresh noise for each picture."""
+    folder = tmp_path_factory.mktemp("noisy")
+    DiTModel.from_pretrained(pixel_folder, timestep=5, resample_noise_in_training=True).save_pretrained(folder)
+    return folder
+
+
 def finish(words, **options):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT, **options)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -78,8 +91,8 @@ def kill_when(words, is_time):
     [(trainer_words, "checkpoint-8"), (loop_words, "step_8"), (loop_words, "step_16")],
     ids=["trainer", "loop", "loop in its second epoch"],
 )
-def test_killed_and_resumed_it_ends_with_the_same_weights(words_of, pattern, pixel_folder, parquet, tmp_path):
-    whole, killed = words_of(pixel_folder, parquet, tmp_path / "a"), words_of(pixel_folder, parquet, tmp_path / "b")
+def test_killed_and_resumed_it_ends_with_the_same_weights(words_of, pattern, noisy_folder, parquet, tmp_path):
+    whole, killed = (words_of(noisy_folder, parquet, tmp_path / name) for name in ("a", "b"))
     finish(whole)
     returncode = kill_when(killed, (tmp_path / "b" / pattern).exists)
     assert returncode == -signal.SIGKILL
@@ -102,3 +115,42 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="There is no whole checkpoint"):
         last_checkpoint(str(tmp_path))
+
+
+def test_the_sampler_of_several_processes_is_told_the_epoch_in_the_middle_of_it():
+    """Under what accelerate makes of a loader that is shared, and of one that goes on in an epoch."""
+    module = example("train_image_classification.py")
+    sampler = SeedableRandomSampler(range(16), data_seed=0)
+    shared = BatchSamplerShard(torch.utils.data.BatchSampler(sampler, 2, False), num_processes=2, process_index=0)
+    skipping = SkipBatchSampler(shared, skip_batches=1)
+    for batches in (shared, skipping):
+        loader = DataLoader(list(range(16)), batch_sampler=batches)
+        module.EpochCallback().on_epoch_begin(None, TrainerState(epoch=3.25), None, train_dataloader=loader)
+        assert sampler.epoch == 3
+        sampler.set_epoch(0)
+
+
+def test_a_folder_that_was_being_replaced_when_a_run_died_is_put_back(tmp_path, monkeypatch):
+    module = example("pretrain_dit.py")
+    target, rename = tmp_path / "checkpoint", os.replace
+
+    def killed(source, destination):
+        if Path(destination) == target:
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    (module.incomplete(target) / "log.json").write_text("old")
+    module.complete(target)
+    (module.incomplete(target) / "log.json").write_text("new")
+    monkeypatch.setattr(module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.complete(target)
+    monkeypatch.undo()
+    assert not target.exists()
+    module.restore(target)
+    assert (target / "log.json").read_text() == "old"
+    (module.incomplete(target) / "log.json").write_text("newer")
+    module.complete(target)
+    module.restore(target)
+    assert (target / "log.json").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

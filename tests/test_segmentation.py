@@ -312,6 +312,31 @@ def test_a_segmenter_trains_with_trainer_and_segments_in_a_pipeline(
     assert all(each["mask"].size == (30, 20) for each in found)
 
 
+def test_accumulated_gradients_of_a_segmenter_are_those_of_one_batch(deep_folder, pixels, labels, tmp_path):
+    # One picture, as the decoder's batch norm sees each batch alone.
+    rows = [{"pixel_values": pixels[0], "labels": labels[0]}] * 4
+    weights = []
+    for size in (4, 1):
+        torch.manual_seed(0)
+        model = load(deep_folder, "linear")
+        arguments = TrainingArguments(
+            str(tmp_path / "out"),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append({name: value.detach().clone() for name, value in model.decoder.named_parameters()})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, msg=name)
+
+
 def test_upernet_of_the_host_stands_on_a_dit(deep_folder, pixels, labels, tmp_path):
     backbone = DiTBackbone.from_pretrained(deep_folder, timestep=50, out_indices=[2, 4, 6, 7])
     config = UperNetConfig(

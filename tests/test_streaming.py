@@ -103,6 +103,14 @@ def test_a_stream_that_does_not_name_its_classes_is_refused(train, shards):
         train(*words, "--label_column", "cls", "--max_steps", "2")
 
 
+def test_streams_that_name_their_classes_in_another_order_are_refused(train, parquet, rows, tmp_path):
+    features = Features(image=Image(), label=ClassLabel(names=["bright", "dark"]))
+    other = tmp_path / "other.parquet"
+    Dataset.from_dict({"image": rows[0], "label": rows[1]}, features=features).to_parquet(other)
+    with pytest.raises(ValueError, match=r"The streams name other classes, \['dark', 'bright'\] and"):
+        train("--train_file", str(parquet), "--validation_file", str(other))
+
+
 def test_a_stream_without_a_validation_split_is_refused(train, parquet):
     with pytest.raises(ValueError, match="give --validation_file"):
         train("--train_file", str(parquet), "--max_steps", "2")

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
@@ -100,6 +102,10 @@ def test_the_card_tells_of_the_weights_that_are_loaded_at_the_end(trainer, tmp_p
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.eval_results[0].metric_value == 0.5
     assert "| steps | 1 |" in card.text
+    # The weights of the best step are evaluated once more, as scripts do.
+    trainer.compute_metrics = lambda _: {"accuracy": 0.5}
+    trainer.evaluate()
+    assert "| steps | 1 |" in ModelCard.load(tmp_path / "out" / "README.md").text
 
 
 @pytest.mark.parametrize(
@@ -203,6 +209,70 @@ def test_the_drift_is_told_while_the_backbone_is_trained(pixel_folder, pixels, t
     assert "timestep chosen at epoch" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_drift_is_counted_from_the_timestep_of_the_beginning(pixel_folder, pixels, tmp_path):
+    model = unresolved(pixel_folder, freeze_backbone=False)
+    model.config.timestep = 123
+    callback = ASelectCallback(max_images=4, reselect_epochs=1, follow=True)
+    trainer = train_with(callback, model, pixels, tmp_path, max_steps=-1, num_train_epochs=2)
+    rows = [row for row in trainer.state.log_history if "aselect/drift" in row]
+    assert [row["aselect/drift"] for row in rows] == [one.timestep - 123 for _, one in callback.selections]
+    assert len(rows) == 2
+
+
+def test_what_was_due_when_a_training_ended_is_chosen_when_it_goes_on(pixel_folder, pixels, tmp_path):
+    """A checkpoint of an epoch's last step is written before the callback hears of the epoch's end."""
+    rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels[:4])]
+    timesteps = []
+    for folder in ("whole", "killed"):
+        callback = ASelectCallback(max_images=4, reselect_epochs=1, follow=True)
+        arguments = TrainingArguments(
+            str(tmp_path / folder),
+            num_train_epochs=2,
+            save_steps=1,
+            per_device_train_batch_size=4,
+            learning_rate=1e-1,
+            report_to="none",
+            use_cpu=True,
+        )
+        model = unresolved(pixel_folder, freeze_backbone=False)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        if folder == "killed":
+            shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / folder / "checkpoint-1")
+            trainer.train(resume_from_checkpoint=True)
+        else:
+            trainer.train()
+        timesteps.append([(epoch, one.timestep, one.scores) for epoch, one in callback.selections])
+    assert [epoch for epoch, _, _ in timesteps[0]] == [0, 1, 2]
+    assert timesteps[0] == timesteps[1]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """A stream that knows its length, as WebDataset's can."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_stream_of_known_length_is_read_from_its_start(pixel_folder, pixels, tmp_path):
+    rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    model = unresolved(pixel_folder)
+    callback = ASelectCallback(max_images=4)
+    Trainer(model, arguments, train_dataset=Stream(rows), callbacks=[callback]).train()
+    expected = select_timestep(unresolved(pixel_folder), pixels[:4], max_images=4)
+    assert model.config.selection["scores"] == pytest.approx(expected.scores)
+    model = unresolved(pixel_folder, freeze_backbone=False)
+    callback = ASelectCallback(max_images=4, reselect_epochs=1)
+    with pytest.raises(ValueError, match="`reselect_epochs` counts passes over a training set of known size"):
+        Trainer(model, arguments, train_dataset=Stream(rows), callbacks=[callback]).train()
+
+
 def test_a_frozen_backbone_has_no_drift(pixel_folder, pixels, tmp_path):
     callback = ASelectCallback(max_images=4, reselect_epochs=1)
     train_with(callback, unresolved(pixel_folder), pixels, tmp_path, max_steps=-1, num_train_epochs=2)
@@ -256,6 +326,44 @@ def test_another_tap_is_not_chosen_while_the_backbone_is_trained(pixel_folder, p
     callback = ASelectCallback(max_images=4, criterion="probe", block="auto")
     with pytest.raises(ValueError, match="no other can be chosen here while the backbone is trained"):
         train_with(callback, unresolved(pixel_folder, freeze_backbone=False), pixels, tmp_path)
+    # Nor later: a chosen timestep moves, and would take the tap with it.
+    model = unresolved(pixel_folder, freeze_backbone=False)
+    model.config.timestep = 5
+    callback = ASelectCallback(max_images=4, block=2, reselect_epochs=1, follow=True)
+    with pytest.raises(ValueError, match="no other can be chosen here while the backbone is trained"):
+        train_with(callback, model, pixels, tmp_path)
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_accumulated_gradients_are_those_of_one_batch(pixel_folder, pixels, tmp_path, problem):
+    """Trainer divides by the number of batches, or lets the loss divide by the number of rows: not neither."""
+    labels = {
+        "single_label_classification": [index % 4 for index in range(4)],
+        "multi_label_classification": torch.eye(4).tolist(),
+        "regression": torch.arange(16.0).view(4, 4).tolist(),
+    }[problem]
+    rows = [{"pixel_values": picture, "labels": label} for picture, label in zip(pixels, labels, strict=False)]
+    weights = []
+    for size in (4, 1):
+        torch.manual_seed(0)
+        model = DiTForImageClassification.from_pretrained(
+            pixel_folder, timestep=5, num_labels=4, head="linear", problem_type=problem
+        )
+        arguments = TrainingArguments(
+            str(tmp_path / "out"),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append(model.head.classifier.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1])
 
 
 def test_a_compiled_model_learns_the_same(pixel_folder, pixels, tmp_path):

@@ -42,6 +42,12 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             )
         self.post_init()
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss takes the number of all rows of a step from Trainer; that of other problems is a mean."""
+        one_class = self.config.problem_type in (None, "single_label_classification")
+        return one_class and self.config.num_labels != 1
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

@@ -83,6 +83,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
     """
 
     task: ClassVar[str] = "image-segmentation"
+    # The loss is a mean over its batch: Trainer is to divide it where gradients are accumulated.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: ASelectConfig) -> None:
         super().__init__(config)

@@ -26,7 +26,8 @@ class ASelectCallback(TrainerCallback):
 
     A model whose timestep is still "auto" when training begins reads it off training pictures, once, the same in all
     processes: the first ones of a stream, some from all over a set of known size, which may be sorted. While the
-    backbone is fine-tuned the choice can be looked at again: where its best timestep goes is the drift. Choices go to
+    backbone is fine-tuned the choice can be looked at again: how far it goes from the timestep of the beginning is the
+    drift. Choices go to
     the trainer's history, and to TensorBoard and trackio where the trainer reports to them. Card and curve are written
     after each evaluation, with its accuracy or mean IoU, and at the end of training, by the main process only.
 
@@ -42,7 +43,8 @@ class ASelectCallback(TrainerCallback):
 
     Raises:
         ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
-            values in the rows.
+            values in the rows, or, while the backbone is trained, another tap is to be chosen or `reselect_epochs` is
+            given with a stream.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class ASelectCallback(TrainerCallback):
         self.options = options
         self.metrics_by_step: dict[int, dict[str, float]] = {}
         self.selections: list[tuple[float, TimestepSelection]] = []  # epoch, choice
+        self.first_timestep: int | None = None  # what drift is counted from
+        self.final_step: int | None = None  # whose weights the model has once the training is over
 
     def on_train_begin(
         self,
@@ -79,23 +83,25 @@ class ASelectCallback(TrainerCallback):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Choose the timestep where none is chosen; a training that goes on keeps its choice."""
-        model = _unwrapped(kwargs["model"])
-        history: list[dict[str, Any]] = state.log_history
-        self.selections = [
-            (row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history if RECORD in row
-        ]
+        model, dataloader = _unwrapped(kwargs["model"]), kwargs["train_dataloader"]
+        self._check_reselection(model, dataloader)
+        history: list[dict[str, Any]] = [row for row in state.log_history if RECORD in row]
+        self.selections = [(row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history]
+        self.first_timestep, self.final_step = None, None
+        if history:
+            self.first_timestep = history[0]["aselect/timestep"] - history[0]["aselect/drift"]
         if self.selections and (model.config.timestep == "auto" or self.follow):
             # A training that goes on: its choice was made on the weights that it began with.
             model.apply_selection(self.selections[-1 if self.follow else 0][1])
         if model.config.timestep == "auto":
-            if not model.config.freeze_backbone and self.options.keys() & {"block", "feature"}:
-                raise ValueError(
-                    "The optimizer has the weights up to the configuration's tap, so no other can be chosen here "
-                    "while the backbone is trained. Choose before (`select_timestep` and `apply_selection`)."
-                )
-            selection = self._select(model, kwargs["train_dataloader"])
+            selection = self._select(model, dataloader)
             model.apply_selection(selection)
             self._report(args, state, selection)
+        elif self.first_timestep is None:
+            self.first_timestep = int(model.config.timestep)
+        # A checkpoint of an epoch's last step is written before the epoch's end.
+        if self._is_due(model, state) and round(state.epoch or 0) not in [round(each) for each, _ in self.selections]:
+            self._select_again(args, state, model, dataloader)
 
     def on_epoch_end(
         self,
@@ -105,16 +111,45 @@ class ASelectCallback(TrainerCallback):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Choose again, where that was asked for and the backbone is trained."""
-        model, epoch = _unwrapped(kwargs["model"]), round(state.epoch or 0)
-        is_whole = abs((state.epoch or 0) - epoch) < 1e-3
+        model = _unwrapped(kwargs["model"])
+        if self._is_due(model, state):
+            self._select_again(args, state, model, kwargs["train_dataloader"])
+
+    def _is_due(self, model: ASelectPreTrainedModel, state: TrainerState) -> bool:
+        """Return whether it is the end of an epoch after which to choose again."""
         if self.reselect_epochs is None or model.config.freeze_backbone:
-            return
-        if not is_whole or epoch % self.reselect_epochs:
-            return
-        selection = self._select(model, kwargs["train_dataloader"])
+            return False
+        epoch = round(state.epoch or 0)
+        is_whole = epoch > 0 and abs((state.epoch or 0) - epoch) < 1e-3
+        return is_whole and epoch % self.reselect_epochs == 0
+
+    def _select_again(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: ASelectPreTrainedModel,
+        dataloader: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        selection = self._select(model, dataloader)
         if self.follow:
             model.apply_selection(selection)
         self._report(args, state, selection)
+
+    def _check_reselection(self, model: ASelectPreTrainedModel, dataloader: Any) -> None:  # noqa: ANN401 - torch's
+        """Refuse what cannot be done while the backbone is trained."""
+        if model.config.freeze_backbone:
+            return
+        follows = self.reselect_epochs is not None and self.follow
+        if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
+            raise ValueError(
+                "The optimizer has the weights up to the configuration's tap, so no other can be chosen here "
+                "while the backbone is trained. Choose before (`select_timestep` and `apply_selection`)."
+            )
+        if self.reselect_epochs is not None and _is_stream(dataloader.dataset):
+            raise ValueError(
+                "`reselect_epochs` counts passes over a training set of known size, and a stream has none. Leave it "
+                "out, or train on a set that is not streamed."
+            )
 
     def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:  # noqa: ANN401 - torch's
         """Return the choice on training pictures; no random state is touched."""
@@ -139,11 +174,12 @@ class ASelectCallback(TrainerCallback):
         """Write a choice to the trainer's history, and to the trackers that it reports to."""
         epoch = round(state.epoch or 0.0, 4)
         self.selections.append((epoch, selection))
-        first = self.selections[0][1]
+        if self.first_timestep is None:
+            self.first_timestep = selection.timestep
         facts = {
             "aselect/timestep": selection.timestep,
             "aselect/confidence": selection.confidence,
-            "aselect/drift": selection.timestep - first.timestep,
+            "aselect/drift": selection.timestep - self.first_timestep,
         }
         history: list[dict[str, Any]] = state.log_history
         history.append({**facts, RECORD: selection.to_dict(), "epoch": epoch, "step": state.global_step})
@@ -164,9 +200,10 @@ class ASelectCallback(TrainerCallback):
     ) -> None:
         """Write card and curve with the newest figure; evaluations of other sets than Trainer's own do not count."""
         metrics = kwargs.get("metrics") or {}
+        step = state.global_step if self.final_step is None else self.final_step
         if any(name.startswith("eval_") for name in metrics):
-            self.metrics_by_step[state.global_step] = metrics
-        self._write(args, state, kwargs["model"], state.global_step)
+            self.metrics_by_step[step] = metrics
+        self._write(args, state, kwargs["model"], step)
 
     def on_push_begin(
         self,
@@ -216,7 +253,8 @@ class ASelectCallback(TrainerCallback):
     ) -> None:
         """Write card and curve: of the best step where its weights are loaded at the end, else of the last."""
         best = state.best_global_step if args.load_best_model_at_end else None
-        self._write(args, state, kwargs["model"], best or state.global_step)
+        self.final_step = best or state.global_step
+        self._write(args, state, kwargs["model"], self.final_step)
 
     def _write(self, args: TrainingArguments, state: TrainerState, trained: Any, step: int) -> None:  # noqa: ANN401
         if not state.is_world_process_zero:
@@ -259,11 +297,33 @@ def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put aroun
     return model
 
 
+def _is_stream(dataset: Any) -> bool:  # noqa: ANN401 - of any kind
+    """Return whether the rows of a training set come one after the other, and cannot be asked for."""
+    is_numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return isinstance(dataset, torch.utils.data.IterableDataset) or not is_numbered
+
+
 def _first_rows(dataset: Any, num: int) -> list[Any]:  # noqa: ANN401 - of any kind
-    """Return the first rows of a stream; of a training set of known size some from all over, as it may be sorted."""
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    """Return the first rows of a stream; of a training set of known size some from all over, as it may be sorted.
+
+    Processes may each have a stream of their own: all get the rows of the first.
+    """
+    if not _is_stream(dataset):
         return [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // num))[:num]]
-    return list(islice(iter(dataset), num))
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(islice(iter(dataset), num))
+    rows: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            rows = [list(islice(iter(dataset), num))]
+        except Exception as error:  # the others wait for it
+            rows = [error]
+    distributed.broadcast_object_list(rows)
+    if isinstance(rows[0], Exception):
+        raise rows[0]
+    found: list[Any] = rows[0]
+    return found
 
 
 def _label(row: Any) -> Any:  # noqa: ANN401 - a row
@@ -279,10 +339,13 @@ def _write_tensorboard(
     args: TrainingArguments, state: TrainerState, facts: dict[str, float], selection: TimestepSelection
 ) -> None:
     """Write a choice beside what the host writes: a curve over the timestep, and the figures."""
-    from torch.utils.tensorboard import SummaryWriter
+    try:
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:  # the host takes either
+        tensorboard = importlib.import_module("tensorboardX")
 
     folder = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs", "aselect")
-    with SummaryWriter(log_dir=folder) as writer:
+    with tensorboard.SummaryWriter(log_dir=folder) as writer:
         for name, value in facts.items():
             writer.add_scalar(name, value, state.global_step)
         for timestep, score in zip(selection.timesteps, selection.scores, strict=True):
