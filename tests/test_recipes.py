@@ -9,7 +9,6 @@ from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
 from peft import PeftModel
 from PIL import Image as PILImage
-from transformers import Trainer
 
 from hf_aselect import ASelectConfig, DiTForImageClassification
 
@@ -36,7 +35,7 @@ def parquet(tmp_path_factory):
     return path
 
 
-class Watched(Trainer):
+class Watched(TRAIN.LayerWiseTrainer):
     """A trainer that notes what a training moves."""
 
     seen: "Watched"
@@ -53,7 +52,7 @@ class Watched(Trainer):
 @pytest.fixture
 def train(monkeypatch, pixel_folder, parquet, tmp_path):
     """Run the example with a recipe, for a few steps."""
-    monkeypatch.setattr(TRAIN, "Trainer", Watched)
+    monkeypatch.setattr(TRAIN, "LayerWiseTrainer", Watched)
 
     def run(recipe, *words):
         given = ["--model_name_or_path", str(pixel_folder), "--timestep", "5", "--train_file", str(parquet), *SIZES]
