@@ -209,6 +209,10 @@ def complete(target: Path) -> None:
     """
     previous = target.with_name(f".{target.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
+    for path in target.with_name(f".{target.name}.incomplete").rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut leaves a whole name with empty files
     if target.exists():
         os.replace(target, previous)
     os.replace(target.with_name(f".{target.name}.incomplete"), target)

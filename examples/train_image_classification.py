@@ -34,6 +34,7 @@ of `TrainingArguments`.
 
 import json
 import logging
+import os
 import random
 import re
 import sys
@@ -266,7 +267,17 @@ class Pictures(torch.utils.data.Dataset):
         self, split: Dataset, processor: ASelectImageProcessor, args: DataArguments, seed: int | None = None
     ) -> None:
         self.split, self.processor, self.args, self.seed = split, processor, args, seed
-        self.epoch = 0
+        # Shared, as workers that persist keep what they were given in the first epoch.
+        self.shared_epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch the crops are of."""
+        return int(self.shared_epoch)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self.shared_epoch.fill_(value)
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -417,10 +428,14 @@ def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float
 def last_checkpoint(folder: str) -> str:
     """Return the last whole checkpoint of a training: one that was being written when it died is passed over."""
     found = {}
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     for path in Path(folder).glob("checkpoint-*"):
         try:
-            # Trainer writes this file last.
-            found[json.loads((path / "trainer_state.json").read_text())["global_step"]] = str(path)
+            # Trainer writes this file last, but does not wait for what other processes write.
+            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
+            for rank in range(world if world > 1 else 0):
+                (path / f"rng_state_{rank}.pth").stat()
+            found[step] = str(path)
         except (OSError, ValueError, KeyError):
             logging.warning("%s is half-written, and passed over.", path)
     if not found:

@@ -142,6 +142,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # or a power cut leaves a whole name with empty files
         shutil.rmtree(target, ignore_errors=True)
         os.replace(unfinished, target)
     accelerator.wait_for_everyone()

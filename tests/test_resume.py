@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 
-from hf_aselect import DiTModel
+from hf_aselect import ASelectImageProcessor, DiTModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
@@ -115,6 +116,35 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="There is no whole checkpoint"):
         last_checkpoint(str(tmp_path))
+
+
+def test_a_checkpoint_that_lacks_another_process_share_is_passed_over(tmp_path, monkeypatch):
+    last_checkpoint = example("train_image_classification.py").last_checkpoint
+    for step, ranks in ((4, (0, 1)), (8, (0,))):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for rank in ranks:
+            (folder / f"rng_state_{rank}.pth").touch()
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-8")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+
+
+def test_workers_that_persist_hear_of_the_epoch(parquet):
+    """Each epoch has crops of its own, whoever makes them."""
+    module = example("train_image_classification.py")
+    args = SimpleNamespace(image_column="image", label_column="label", crop_share=0.5)
+    pictures = module.Pictures(Dataset.from_parquet(str(parquet)), ASelectImageProcessor(size=8), args, seed=0)
+    loader = DataLoader(pictures, batch_size=48, num_workers=1, persistent_workers=True)
+    seen = []
+    for epoch in range(3):
+        pictures.epoch = epoch
+        (batch,) = loader
+        expected = torch.stack([pictures[index]["pixel_values"] for index in range(48)])
+        assert torch.equal(batch["pixel_values"], expected)
+        seen.append(expected)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
 def test_the_sampler_of_several_processes_is_told_the_epoch_in_the_middle_of_it():
