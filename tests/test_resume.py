@@ -89,8 +89,11 @@ def kill_when(words, is_time):
 
 @pytest.mark.parametrize(
     ("words_of", "pattern"),
-    [(trainer_words, "checkpoint-8"), (loop_words, "step_8"), (loop_words, "step_16")],
-    ids=["trainer", "loop", "loop in its second epoch"],
+    [
+        pytest.param(trainer_words, "checkpoint-8", id="trainer"),
+        pytest.param(loop_words, "step_8", id="loop", marks=pytest.mark.slow),
+        pytest.param(loop_words, "step_16", id="loop in its second epoch"),
+    ],
 )
 def test_killed_and_resumed_it_ends_with_the_same_weights(words_of, pattern, noisy_folder, parquet, tmp_path):
     whole, killed = (words_of(noisy_folder, parquet, tmp_path / name) for name in ("a", "b"))
