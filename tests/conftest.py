@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from PIL import Image
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_aselect import DiTForImageClassification, DiTModel
 
@@ -141,3 +142,20 @@ def pictures():
     generator = torch.Generator().manual_seed(3)
     values = torch.randint(0, 256, (6, 10, 12, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(value.numpy()) for value in values]
+
+
+def take_one_step(model, rows, batch_size, folder):
+    """Let Trainer take one step of SGD on all rows, whose gradients it adds up over batches."""
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=len(rows) // batch_size,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+    )
+    Trainer(model, arguments, train_dataset=rows).train()

@@ -123,6 +123,23 @@ for dispatch in (True, False):
 """
 )
 
+# Three steps of a model, each process with its share of a batch.
+STEPS = """
+optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+losses = []
+for step in range(3):
+    batch = range(step * BATCH + RANK, (step + 1) * BATCH, WORLD)
+    labels = torch.tensor([index % 4 for index in batch])
+    loss = model(pixel_values=PIXELS[list(batch)], labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    total = loss.detach().clone()
+    if WORLD > 1:
+        dist.all_reduce(total)
+    losses.append(total.item() / WORLD)
+"""
+
 SHARDED = (
     PREAMBLE
     + """
@@ -140,19 +157,9 @@ if WORLD > 1:
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
-losses = []
-for step in range(3):
-    batch = range(step * BATCH + RANK, (step + 1) * BATCH, WORLD)
-    labels = torch.tensor([index % 4 for index in batch])
-    loss = model(pixel_values=PIXELS[list(batch)], labels=labels).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    total = loss.detach().clone()
-    if WORLD > 1:
-        dist.all_reduce(total)
-    losses.append(total.item() / WORLD)
+"""
+    + STEPS
+    + """
 note("sharded", losses=losses, local=sum(
     (value.to_local() if hasattr(value, "to_local") else value).numel() for value in model.parameters()
 ))
@@ -191,19 +198,9 @@ if WORLD > 1:
 methods = model.read_taps.__func__
 options = {"timesteps": [10, 100, 500], "batch_size": 7}
 chosen = [select_timestep(model, PIXELS, **options)]  # before the first step, and so before it was ever called
-optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
-losses = []
-for step in range(3):
-    batch = range(step * BATCH + RANK, (step + 1) * BATCH, WORLD)
-    labels = torch.tensor([index % 4 for index in batch])
-    loss = model(pixel_values=PIXELS[list(batch)], labels=labels).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    total = loss.detach().clone()
-    if WORLD > 1:
-        dist.all_reduce(total)
-    losses.append(total.item() / WORLD)
+"""
+    + STEPS
+    + """
 chosen += [select_timestep(model, PIXELS, **options)]
 try:
     select_timestep(model, **options)

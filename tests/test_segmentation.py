@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import build_transformer
+from conftest import build_transformer, take_one_step
 from datasets import Dataset
 from datasets import Image as Pictures
 from huggingface_hub.errors import StrictDataclassError
@@ -319,19 +319,7 @@ def test_accumulated_gradients_of_a_segmenter_are_those_of_one_batch(deep_folder
     for size in (4, 1):
         torch.manual_seed(0)
         model = load(deep_folder, "linear")
-        arguments = TrainingArguments(
-            str(tmp_path / "out"),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=4 // size,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0,
-            report_to="none",
-            use_cpu=True,
-            save_strategy="no",
-        )
-        Trainer(model, arguments, train_dataset=rows).train()
+        take_one_step(model, rows, size, tmp_path / "out")
         weights.append({name: value.detach().clone() for name, value in model.decoder.named_parameters()})
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, msg=name)

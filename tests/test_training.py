@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import take_one_step
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from huggingface_hub import ModelCard
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
@@ -349,19 +350,7 @@ def test_accumulated_gradients_are_those_of_one_batch(pixel_folder, pixels, tmp_
         model = DiTForImageClassification.from_pretrained(
             pixel_folder, timestep=5, num_labels=4, head="linear", problem_type=problem
         )
-        arguments = TrainingArguments(
-            str(tmp_path / "out"),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=4 // size,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0,
-            report_to="none",
-            use_cpu=True,
-            save_strategy="no",
-        )
-        Trainer(model, arguments, train_dataset=rows).train()
+        take_one_step(model, rows, size, tmp_path / "out")
         weights.append(model.head.classifier.weight.detach().clone())
     torch.testing.assert_close(weights[0], weights[1])
 

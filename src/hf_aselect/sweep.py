@@ -347,7 +347,7 @@ class Sweep:
 
     def _gather(self, value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pickled
         """Return the value of each process that has a share of the pictures."""
-        return [value] if self.world == 1 else _gather(value)
+        return [value] if self.world == 1 else _gather_everywhere(value)
 
     def _total(self, values: Tensor) -> Tensor:
         """Return the sum over the processes that have a share of the pictures."""
@@ -414,7 +414,7 @@ class Sweep:
             why += ", or one picture is too few" if self.num_images < 2 else ""
             raise ValueError(f"{error}: {why}. Check its weights and the pictures.") from error
         # Of one process: where the last bits of two machines differ, one of them would go on reading alone.
-        first: TimestepCurve = _gather(curve)[0]
+        first: TimestepCurve = _gather_everywhere(curve)[0]
         return first
 
 
@@ -442,7 +442,7 @@ def _process() -> tuple[int, int]:
     return 0, 1
 
 
-def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pickled
+def _gather_everywhere(value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pickled
     """Return the value of each process, in the order of their ranks."""
     world = _process()[1]
     if world == 1:
