@@ -535,6 +535,30 @@ def test_a_spike_of_one_timestep_is_not_chosen_over_a_hill():
     )
 
 
+def test_where_resamples_do_not_agree_on_the_highest_they_vote():
+    """A peak that one group of pictures lifts above a plateau, which most draws of the pictures prefer."""
+    timesteps = [19, 35, 61, 772]  # three neighbours of the default grid, and one far away
+    noise = 0.2 * torch.randn(15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lone = torch.cat([torch.ones(1, dtype=torch.float64), noise - noise.mean() - 1 / 15])
+    # Now the one and now the other end of the plateau is a little higher, and its middle on the whole.
+    lean = torch.linspace(-0.02, 0.02, 16, dtype=torch.float64)
+    scores = torch.stack([lean, torch.full_like(lean, 0.001), -lean, lone + 0.003])
+    sums = torch.stack([scores, torch.ones_like(scores)], dim=-1)
+    log_snr = SCHEDULE.log_snr(torch.tensor(timesteps))
+    curve = bootstrap(timesteps, log_snr, sums[None], HFR().score, 0)
+    assert curve.smoothed[0].argmax() == 3
+    assert curve.best == (0, 1)
+    # The share near it, which is more than half: it was less near the highest.
+    assert 0.5 < curve.confidence < 0.8
+    # A tap that is a little worse throughout takes no votes: the tap is that of the highest score.
+    both = bootstrap(timesteps, log_snr, torch.stack([sums - torch.tensor([1, 0]), sums]), HFR().score, 0)
+    assert (both.best, both.confidence) == ((1, 1), curve.confidence)
+    # Were the lone peak as high without that group, most would choose it, and it stays.
+    steady = sums.clone()
+    steady[3, :, 0] = 0.003
+    assert bootstrap(timesteps, log_snr, steady[None], HFR().score, 0).best == (0, 3)
+
+
 @pytest.fixture
 def labelled():
     """Pictures whose class is told by block 1's tokens at t = 300 alone."""

@@ -343,10 +343,13 @@ def _print_taps(selection: Any) -> None:  # noqa: ANN401 - its class comes late
     """Print the best timestep of each tap that was compared, the best tap first."""
     print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  mean of neighbours")
     for tap in sorted(selection.table or [], key=lambda tap: -max(tap["smoothed"])):
-        best = max(tap["smoothed"])
-        mark = "  <- chosen" if (tap["block"], tap["feature"]) == (selection.block, selection.feature) else ""
-        timestep = selection.timesteps[tap["smoothed"].index(best)]
-        print(f"{tap['block']:>5} {tap['feature']:<9} {timestep:>13}  {best:.4f}{mark}")
+        place = tap["smoothed"].index(max(tap["smoothed"]))
+        mark = ""
+        if (tap["block"], tap["feature"]) == (selection.block, selection.feature):
+            # Which is not its highest where few of the resamples chose that.
+            place, mark = selection.timesteps.index(selection.timestep), "  <- chosen"
+        timestep, mean = selection.timesteps[place], tap["smoothed"][place]
+        print(f"{tap['block']:>5} {tap['feature']:<9} {timestep:>13}  {mean:.4f}{mark}")
     print()
 
 

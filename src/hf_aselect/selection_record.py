@@ -20,7 +20,8 @@ class TimestepSelection:
         timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
         timesteps: The timesteps that were read, rising.
         scores: The criterion at each of them.
-        smoothed: The same, each averaged with its neighbours: what the choice was made by.
+        smoothed: The same, each averaged with its neighbours: what the choice was made by, unless fewer than half of
+            the resamples choose near the highest. Then it is the highest near where most of them choose.
         intervals: 95 % bootstrap interval (over groups of pictures) of each score.
         log_snr: 2·ln(alpha / sigma) at each of them.
         confidence: Share of bootstrap resamples of the pictures that choose this timestep or one within 1.5 of it in

@@ -14,6 +14,8 @@ RIVAL_SHARE = 0.025
 # the default grid's step is 1.0 for DDPM's schedule.
 SMOOTHING_WIDTH = 1.0
 NEAR = 1.5
+# With fewer of the resamples near the highest score, it is one of several peaks, and they vote.
+MAJORITY = 0.5
 ROUNDED_TO = 12  # decimals
 
 
@@ -23,7 +25,7 @@ class TimestepCurve:
 
     timesteps: list[int]
     scores: Tensor  # (A, T)
-    smoothed: Tensor  # (A, T), what the choice is made by
+    smoothed: Tensor  # (A, T), what the choice is made by where most resamples agree
     intervals: Tensor  # (A, T, 2)
     rivals: list[int]  # places of the best tap's timesteps that are as good as the best in some of the resamples
     best: tuple[int, int]  # which tap, which timestep
@@ -80,6 +82,10 @@ def bootstrap(
 ) -> TimestepCurve:
     """Return the curve of sums over groups of pictures.
 
+    The choice is the highest smoothed score, unless fewer than half of the resamples choose near it: two peaks may be
+    as high, and what is a little higher on all pictures need not be so on most draws of them. Then, at the same tap,
+    it is the highest smoothed score near the timestep that has most of the resamples near it.
+
     Args:
         timesteps: T timesteps, rising.
         log_snr: Their log-SNR, (T,).
@@ -112,15 +118,24 @@ def bootstrap(
     intervals = resampled.quantile(ends, dim=0).movedim(0, -1)
     resampled = (resampled @ kernel.T).round(decimals=ROUNDED_TO)
     chosen = resampled.flatten(1).argmax(1)
-    # Not so many places of the grid: it may be fine or coarse.
-    near = (log_snr[chosen % len(timesteps)] - log_snr[best[1]]).abs() <= NEAR
-    near &= chosen // len(timesteps) == best[0]
+    # Not by places of the grid: it may be fine or coarse.
+    near = (log_snr[:, None] - log_snr).abs() <= NEAR
+    votes = torch.bincount(chosen[chosen // len(timesteps) == best[0]] % len(timesteps), minlength=len(timesteps))
+    shares = near.double() @ votes.double() / len(resampled)
+    if shares[best[1]] < MAJORITY:
+        best = best[0], _most_voted(shares, smoothed[best[0]], near)
     # In pairs: a picture that is hard at one timestep is so at the next, which separate intervals do not know.
     as_good = (resampled[:, best[0]] >= resampled[:, best[0], best[1], None]).double().mean(0)
     rivals = (as_good >= RIVAL_SHARE).nonzero().flatten().tolist()
     # One group is drawn as itself each time, which says nothing of others.
-    confidence = float(near.double().mean()) if num_groups > 1 else 0.0
+    confidence = float(shares[best[1]]) if num_groups > 1 else 0.0
     return TimestepCurve(timesteps, scores, smoothed, intervals, rivals, best, confidence)
+
+
+def _most_voted(shares: Tensor, smoothed: Tensor, near: Tensor) -> int:
+    """Return the highest smoothed score, (T,), near the timestep with the largest share of resamples near it, (T,)."""
+    largest = smoothed.masked_fill(shares < shares.max(), -torch.inf).argmax()
+    return int(smoothed.masked_fill(~near[largest], -torch.inf).argmax())
 
 
 def _smoothing_kernel(log_snr: Tensor) -> Tensor:
