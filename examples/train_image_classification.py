@@ -12,8 +12,8 @@ On the pictures that ship in the package, from a checkout of the repository (a m
 `--recipe` names a set of arguments, each of which can still be given (`RECIPES` below has their values):
 
 - `attention_probe`: the A-SelecT authors': their attention head on frozen features, AdamW with a learning rate of 3e-3
-  and a cosine schedule, batches of 8, 28 epochs, random crops and flips; the best epoch on the evaluation split is
-  kept;
+  and a cosine schedule, batches of 8, 28 epochs, random crops and flips; a tenth of the training pictures, of each
+  class alike, tells which epoch is best, and that one is evaluated;
 - `linear_probe`: a linear head on frozen features (`linear_probe.py` tries several learning rates at once);
 - `fine_tune`: all weights up to the tap, with a learning rate that falls by a quarter from block to block;
 - `lora`: LoRA on query and value of the blocks up to the tap, and the head; only these are saved (the `peft` extra).
@@ -93,6 +93,13 @@ class DataArguments:
         default=1.0,
         metadata={"help": "Train on random crops of this share of each side, and flips; evaluate on the middle."},
     )
+    held_out_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Evaluate epochs on this share of the training pictures, of each class alike, which are not "
+            "trained on; the evaluation split is then looked at once, at the end."
+        },
+    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Factor of the learning rate from each block to the one before."}
     )
@@ -102,6 +109,7 @@ class DataArguments:
 FROZEN = {"weight_decay": 0.01, "lr_scheduler_type": "cosine", "num_train_epochs": 28, "freeze_backbone": True}
 TRAINED = {"freeze_backbone": False, "crop_share": 8 / 9, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
 BEST = {
+    "held_out_share": 0.1,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "load_best_model_at_end": True,
@@ -218,6 +226,8 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDataset
         splits = type(splits)({name: split.cast_column(args.label_column, classes) for name, split in splits.items()})
         train = splits["train"]
     if args.streaming:
+        if args.held_out_share:
+            raise ValueError("A stream cannot be split: give --held_out_share 0, and the last epoch is kept.")
         return streams(splits, args)
     if not isinstance(train.features[args.label_column], ClassLabel):
         train = train.class_encode_column(args.label_column)
@@ -231,6 +241,18 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDataset
             )
         )
     return DatasetDict(train=train, validation=with_classes_of(train, held_out, args.label_column))
+
+
+def divided(train: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """Return what is trained on of the training split, and the share that tells which epoch is best."""
+    try:
+        parts = train.train_test_split(args.held_out_share, seed=seed, stratify_by_column=args.label_column)
+    except ValueError as error:
+        raise ValueError(
+            f"A share of {args.held_out_share} of {len(train)} training pictures cannot hold each class: give another "
+            f"--held_out_share, or 0 to evaluate epochs on the evaluation split. ({error})"
+        ) from error
+    return parts["train"], parts["test"]
 
 
 def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
@@ -449,11 +471,14 @@ def main() -> None:
     set_seed(training_args.seed)
     splits = load_splits(args, training_args.seed)
     names = splits["train"].features[args.label_column].names
+    trained_on, evaluated_on = splits["train"], splits["validation"]
+    if args.held_out_share:
+        trained_on, evaluated_on = divided(splits["train"], args, training_args.seed)
 
     given = {name: value for name, value in asdict(config_args).items() if value is not None}
     calibration = None
     if needs_timestep(args.model_name_or_path, given):
-        sample = islice(splits["train"].shuffle(training_args.seed), args.num_calibration_images)
+        sample = islice(trained_on.shuffle(training_args.seed), args.num_calibration_images)
         calibration = [row[args.image_column] for row in sample]
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
@@ -477,8 +502,8 @@ def main() -> None:
         args.layer_decay,
         model=model,
         args=training_args,
-        train_dataset=rows_of(splits["train"], processor, args, seed=training_args.seed),
-        eval_dataset=rows_of(splits["validation"], processor, args),
+        train_dataset=rows_of(trained_on, processor, args, seed=training_args.seed),
+        eval_dataset=rows_of(evaluated_on, processor, args),
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=compute_metrics,
@@ -491,7 +516,8 @@ def main() -> None:
     trainer.save_model()
     if args.lora_rank:  # adapters are saved alone: the timestep and the tap that they were trained at belong to them
         model.get_base_model().config.save_pretrained(training_args.output_dir)
-    metrics = trainer.evaluate()
+    # Which may not have been looked at before.
+    metrics = trainer.evaluate(rows_of(splits["validation"], processor, args))
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():

@@ -1,12 +1,13 @@
 """The recipes of the training example: each moves what it is to move and nothing else, and what it saves is loaded."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import example
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from peft import PeftModel
 from PIL import Image as PILImage
 
@@ -73,6 +74,35 @@ def test_probes_move_the_head_alone(train, recipe, tmp_path):
     again = DiTForImageClassification.from_pretrained(tmp_path / "out")
     assert again.config.head == recipe.removesuffix("_probe")
     assert again.config.id2label == {0: "dark", 1: "bright"}
+
+
+def test_the_best_epoch_is_told_by_training_pictures_that_are_not_trained_on(train, parquet, tmp_path):
+    # Ten of twelve labels are wrong, so that no share of the training pictures gives such a figure.
+    test = load_dataset("parquet", data_files=str(parquet), split="train").select(range(12))
+    kind = test.features["label"]
+    test = test.remove_columns("label").add_column("label", [0, 1] + 5 * [1, 0]).cast_column("label", kind)
+    test.to_parquet(tmp_path / "test.parquet")
+    words = ["--held_out_share", "0.25", "--num_train_epochs", "2"]
+    trainer = train("attention_probe", "--validation_file", str(tmp_path / "test.parquet"), *words)
+    picked, trained = trainer.eval_dataset.split, trainer.train_dataset.split
+    assert (len(trained), sorted(picked["label"])) == (36, [0] * 6 + [1] * 6)
+    assert not {row.tobytes() for row in picked["image"]} & {row.tobytes() for row in trained["image"]}
+    first, second, last = (entry for entry in trainer.state.log_history if "eval_accuracy" in entry)
+    assert trainer.state.best_metric == max(first["eval_accuracy"], second["eval_accuracy"])
+    # Of the test split, and the best epoch's.
+    rows = TRAIN.Pictures(test, trainer.processing_class, trainer.eval_dataset.args)
+    model = DiTForImageClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = model(torch.stack([row["pixel_values"] for row in rows])).logits
+    accuracy = (logits.argmax(1) == torch.tensor(test["label"])).double().mean().item()
+    assert last["eval_accuracy"] == pytest.approx(accuracy)
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"] == last["eval_accuracy"]
+    assert f"accuracy: {accuracy}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_share_that_cannot_hold_each_class_is_refused(train):
+    with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training pictures cannot hold each class"):
+        train("attention_probe", "--held_out_share", "0.01")
 
 
 def test_fine_tuning_moves_all_up_to_the_tap(train):
