@@ -1,10 +1,15 @@
+import json
 import shutil
+import sqlite3
+from contextlib import closing
 
 import pytest
 import torch
 from conftest import take_one_step
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from huggingface_hub import ModelCard
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.utils import is_accelerate_available
 
@@ -288,10 +293,31 @@ def test_following_the_drift_reads_at_the_new_choice(pixel_folder, pixels, tmp_p
 
 
 def test_tensorboard_has_the_choice(pixel_folder, pixels, tmp_path):
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard")
-    train_with(ASelectCallback(max_images=4), unresolved(pixel_folder), pixels, tmp_path, report_to="tensorboard")
-    events = accumulators.EventAccumulator(str(tmp_path / "out" / "runs" / "aselect")).Reload()
-    assert "aselect/timestep" in events.Tags()["scalars"]
+    callback = ASelectCallback(max_images=4)
+    train_with(callback, unresolved(pixel_folder), pixels, tmp_path, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "out" / "runs" / "aselect")).Reload()
+    ((_, selection),) = callback.selections
+    (choice,) = events.Scalars("aselect/timestep")
+    assert (choice.step, choice.value) == (0, selection.timestep)
+    curve = {point.step: point.value for point in events.Scalars("aselect/curve at step 0")}
+    assert curve == pytest.approx(dict(zip(selection.timesteps, selection.scores, strict=True)), rel=1e-6)
+
+
+def test_trackio_has_the_choice(pixel_folder, pixels, tmp_path, monkeypatch):
+    # Read when it is imported, and this is the first to do so.
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    callback = ASelectCallback(max_images=4)
+    options = {"report_to": "trackio", "project": "tried", "run_name": "first"}
+    train_with(callback, unresolved(pixel_folder), pixels, tmp_path, **options)
+    ((_, selection),) = callback.selections
+    with closing(sqlite3.connect(tmp_path / "trackio" / "tried.db")) as stored:
+        logged = [json.loads(row) for (row,) in stored.execute("select metrics from metrics order by id")]
+    (choice,) = (each for each in logged if "aselect/timestep" in each)
+    assert (choice["aselect/timestep"], choice["aselect/drift"]) == (selection.timestep, 0)
+    assert choice["aselect/confidence"] == pytest.approx(selection.confidence)
+    (curve,) = (tmp_path / "trackio").rglob("*.png")
+    with Image.open(curve) as picture:
+        assert min(picture.size) > 200
 
 
 def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):

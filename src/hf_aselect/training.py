@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -189,7 +191,7 @@ class ASelectCallback(TrainerCallback):
         if "tensorboard" in trackers:
             _write_tensorboard(args, state, facts, selection)
         if "trackio" in trackers:
-            _write_trackio(facts)
+            _write_trackio(facts, selection)
 
     def on_evaluate(
         self,
@@ -352,8 +354,12 @@ def _write_tensorboard(
             writer.add_scalar(f"aselect/curve at step {state.global_step}", score, timestep)
 
 
-def _write_trackio(facts: dict[str, float]) -> None:
-    """Write a choice into the run that the host began."""
+def _write_trackio(facts: dict[str, float], selection: TimestepSelection) -> None:
+    """Write a choice into the run that the host began: the figures, and the curve as a picture."""
     import trackio
 
-    trackio.log(facts)
+    with tempfile.TemporaryDirectory() as folder:
+        (path, *_) = selection.plot(os.path.join(folder, "timestep_curve.png"))
+        with Image.open(path) as curve:
+            curve.load()
+    trackio.log({**facts, "aselect/curve": trackio.Image(curve)})
