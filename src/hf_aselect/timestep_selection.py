@@ -54,6 +54,8 @@ def select_timestep(
     The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by 2^-d², where
     d is their distance in log-SNR: a step of DDPM's default grid counts half, and on a much coarser grid each score
     counts alone. The curve is smooth on that scale and a score from few pictures is not, so this steadies the choice.
+    Where fewer than half of the bootstrap's resamples of the pictures choose within 1.5 of it, others are as good:
+    then it is the largest such mean within 1.5 of the timestep near which most of them choose.
 
     Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
     others in every token are found on the first pictures and set to zero before anything is scored.
