@@ -1,12 +1,13 @@
 """`hf-aselect COMMAND`, called as from a shell, on a tiny real transformer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 
-from hf_aselect import DiTForImageClassification, DiTModel, TimestepSelection
+from hf_aselect import DiTForImageClassification, DiTModel, TimestepSelection, cli
 from hf_aselect.cli import main
 from hf_aselect.publishing import write_model_card
 
@@ -83,6 +84,13 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
     assert len(taps) == 4
     assert taps[0].split()[:3] == [str(record[name]) for name in ("block", "feature", "timestep")]
     assert [line.endswith("<- chosen") for line in taps] == [True, False, False, False]
+    # What the resamples voted for need not be the highest.
+    selection = TimestepSelection.from_dict(record)
+    voted = next(timestep for timestep in record["timesteps"] if timestep != record["timestep"])
+    cli._print_taps(replace(selection, timestep=voted))
+    first = capsys.readouterr().out.splitlines()[1].split()
+    mean = selection.smoothed[record["timesteps"].index(voted)]
+    assert first[:4] == [str(selection.block), selection.feature, str(voted), f"{mean:.4f}"]
 
 
 def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
