@@ -88,9 +88,11 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
     selection = TimestepSelection.from_dict(record)
     voted = next(timestep for timestep in record["timesteps"] if timestep != record["timestep"])
     cli._print_taps(replace(selection, timestep=voted))
-    first = capsys.readouterr().out.splitlines()[1].split()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
     mean = selection.smoothed[record["timesteps"].index(voted)]
-    assert first[:4] == [str(selection.block), selection.feature, str(voted), f"{mean:.4f}"]
+    (chosen,) = (row for row in rows if row[-1] == "chosen")
+    assert chosen[:4] == [str(selection.block), selection.feature, str(voted), f"{mean:.4f}"]
+    assert rows == sorted(rows, key=lambda row: -float(row[3]))
 
 
 def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):

@@ -550,13 +550,27 @@ def test_where_resamples_do_not_agree_on_the_highest_they_vote():
     assert curve.best == (0, 1)
     # The share near it, which is more than half: it was less near the highest.
     assert 0.5 < curve.confidence < 0.8
-    # A tap that is a little worse throughout takes no votes: the tap is that of the highest score.
-    both = bootstrap(timesteps, log_snr, torch.stack([sums - torch.tensor([1, 0]), sums]), HFR().score, 0)
-    assert (both.best, both.confidence) == ((1, 1), curve.confidence)
+    # The choice tells of the other, whatever confidence was asked for.
+    (told,) = (text for text in curve.warnings(0.0, ("more pictures", "the probe")) if "scores higher" in text)
+    assert told.startswith("timestep 772 scores higher on all pictures together, but fewer draws of them choose near")
     # Were the lone peak as high without that group, most would choose it, and it stays.
     steady = sums.clone()
     steady[3, :, 0] = 0.003
     assert bootstrap(timesteps, log_snr, steady[None], HFR().score, 0).best == (0, 3)
+
+
+def test_a_tap_votes_for_itself_whichever_tap_a_resample_prefers():
+    """Another tap wins in just those resamples in which the better peak of this one is high."""
+    timesteps = [19, 772]
+    noise = 0.08 * torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise -= noise.mean()
+    ours, other = torch.stack([0.01 + noise, 0 * noise]), torch.stack([0.009 + 3 * noise, 0 * noise - 1])
+    scores = torch.stack([other, ours])
+    sums = torch.stack([scores, torch.ones_like(scores)], dim=-1)
+    curve = bootstrap(timesteps, SCHEDULE.log_snr(torch.tensor(timesteps)), sums, HFR().score, 0)
+    assert curve.best == (1, 0)
+    # Of both, tap and timestep.
+    assert curve.confidence < 0.4
 
 
 @pytest.fixture

@@ -342,14 +342,15 @@ def _select(parsed: argparse.Namespace) -> None:
 def _print_taps(selection: Any) -> None:  # noqa: ANN401 - its class comes late
     """Print the best timestep of each tap that was compared, the best tap first."""
     print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  mean of neighbours")
-    for tap in sorted(selection.table or [], key=lambda tap: -max(tap["smoothed"])):
-        place = tap["smoothed"].index(max(tap["smoothed"]))
-        mark = ""
-        if (tap["block"], tap["feature"]) == (selection.block, selection.feature):
-            # Which is not its highest where few of the resamples chose that.
-            place, mark = selection.timesteps.index(selection.timestep), "  <- chosen"
-        timestep, mean = selection.timesteps[place], tap["smoothed"][place]
-        print(f"{tap['block']:>5} {tap['feature']:<9} {timestep:>13}  {mean:.4f}{mark}")
+    rows = []
+    for tap in selection.table or []:
+        is_chosen = (tap["block"], tap["feature"]) == (selection.block, selection.feature)
+        means = tap["smoothed"]
+        # What was chosen need not be the highest of its tap, where few of the resamples chose that.
+        place = selection.timesteps.index(selection.timestep) if is_chosen else means.index(max(means))
+        rows.append((means[place], not is_chosen, tap["block"], tap["feature"], selection.timesteps[place]))
+    for mean, is_other, block, feature, timestep in sorted(rows, key=lambda row: (-row[0], row[1])):
+        print(f"{block:>5} {feature:<9} {timestep:>13}  {mean:.4f}{'' if is_other else '  <- chosen'}")
     print()
 
 

@@ -38,7 +38,8 @@ def plot_timestep_curve(
         log_snr: 2·ln(alpha / sigma) at each.
         chosen: The chosen timestep, one of `timesteps`.
         intervals: Low and high end of each score's interval.
-        smoothed: Each score averaged with its neighbours, if the choice was made by that.
+        smoothed: Each score averaged with its neighbours, if the choice was made by that; it need not be the highest,
+            where draws of the pictures do not agree.
         criterion: Name of the criterion.
         accuracies: Accuracy at each, in [0, 1], or at timesteps of their own.
         accuracy_log_snr: The log-SNR of those timesteps.

@@ -53,6 +53,12 @@ class TimestepCurve:
                 + ("the criterion may measure noise alone" if best else "the criterion may see only what noise takes")
                 + f". Compare it with a timestep inside the range by {remedy}."
             )
+        highest = max(range(len(scores)), key=scores.__getitem__)
+        if highest != best:
+            found.append(
+                f"timestep {self.timesteps[highest]} scores higher on all pictures together, but fewer draws of them "
+                f"choose near it. Compare both by {remedy}."
+            )
         if len(reached) > len(scores) / 2:
             found.append(
                 f"the curve is flat: {len(reached)} of {len(scores)} timesteps cannot be told apart. "
@@ -120,15 +126,17 @@ def bootstrap(
     chosen = resampled.flatten(1).argmax(1)
     # Not by places of the grid: it may be fine or coarse.
     near = (log_snr[:, None] - log_snr).abs() <= NEAR
-    votes = torch.bincount(chosen[chosen // len(timesteps) == best[0]] % len(timesteps), minlength=len(timesteps))
-    shares = near.double() @ votes.double() / len(resampled)
+    # At the best tap, whichever tap a resample prefers: taps may be as good as each other, and agree on the timestep.
+    votes = torch.bincount(resampled[:, best[0]].argmax(1), minlength=len(timesteps)).double()
+    shares = near.double() @ votes / len(resampled)
     if shares[best[1]] < MAJORITY:
         best = best[0], _most_voted(shares, smoothed[best[0]], near)
+    agreeing = near[best[1]][chosen % len(timesteps)] & (chosen // len(timesteps) == best[0])
     # In pairs: a picture that is hard at one timestep is so at the next, which separate intervals do not know.
     as_good = (resampled[:, best[0]] >= resampled[:, best[0], best[1], None]).double().mean(0)
     rivals = (as_good >= RIVAL_SHARE).nonzero().flatten().tolist()
     # One group is drawn as itself each time, which says nothing of others.
-    confidence = float(shares[best[1]]) if num_groups > 1 else 0.0
+    confidence = float(agreeing.double().mean()) if num_groups > 1 else 0.0
     return TimestepCurve(timesteps, scores, smoothed, intervals, rivals, best, confidence)
 
 
