@@ -13,18 +13,21 @@ On the pictures that ship in the package, from a checkout of the repository (a m
 
 - `attention_probe`: the A-SelecT authors': their attention head on frozen features, AdamW with a learning rate of 3e-3
   and a cosine schedule, batches of 8, 28 epochs, random crops and flips; a tenth of the training pictures, of each
-  class alike, tells which epoch is best, and that one is evaluated;
+  class alike, tells which epoch is best, and that one is evaluated, on whole pictures as the saved model sees them
+  (theirs on the middle 8/9);
 - `linear_probe`: a linear head on frozen features (`linear_probe.py` tries several learning rates at once);
 - `fine_tune`: all weights up to the tap, with a learning rate that falls by a quarter from block to block;
 - `lora`: LoRA on query and value of the blocks up to the tap, and the head; only these are saved (the `peft` extra).
 
-`--resume_from_checkpoint latest` goes on from the last whole checkpoint in `--output_dir`: on a CPU the weights that
-come out are bit for bit those of a training that was not interrupted.
+`--resume_from_checkpoint latest` goes on from the last whole checkpoint in `--output_dir`, at the timestep that was
+chosen then: on a CPU the weights that come out are bit for bit those of a training that was not interrupted.
 
 `--streaming True --max_steps N` reads the pictures as they come, and keeps none: parquet files or WebDataset shards
 (`--train_file 'shards/*.tar' --image_column png --label_column cls --class_names dark,bright`). Process 0 reads for
-all of them; `--accelerator_config '{"dispatch_batches": false}'` lets each read files of its own, of which there must
-be as many as processes. A resumed stream is read again up to where it stopped; its crops are others then.
+all of them, and fills a last batch that cannot be shared evenly with pictures of the first;
+`--accelerator_config '{"dispatch_batches": false}'` lets each read files of its own, of which there must be as many as
+processes (for evaluation process 0 reads all the same). A resumed stream is read again up to where it stopped; its
+crops are others then.
 
 `--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json`, the card, `README.md`, and
 `confusion_matrix.png`, with the accuracy of each class.
@@ -38,6 +41,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, make_dataclass
 from itertools import islice
@@ -91,7 +95,7 @@ class DataArguments:
     recipe: str | None = field(default=None, metadata={"help": "A named set of arguments, see above."})
     crop_share: float = field(
         default=1.0,
-        metadata={"help": "Train on random crops of this share of each side, and flips; evaluate on the middle."},
+        metadata={"help": "Train on random crops of this share of each side, and flips; evaluate on whole pictures."},
     )
     held_out_share: float = field(
         default=0.0,
@@ -117,7 +121,8 @@ BEST = {
     "save_total_limit": 1,
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    # The paper's (arXiv 2603.25758), as its authors' code has it: resized to 576 pixels, cropped to 512.
+    # The paper's (arXiv 2603.25758), as its authors' code has it: resized to 576 pixels, cropped to 512. To evaluate
+    # they cut out the middle, too.
     "attention_probe": {
         **FROZEN,
         **BEST,
@@ -149,12 +154,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def parse(words: list[str]) -> tuple[DataArguments, Any, TrainingArguments]:
     """Return the arguments; those of a recipe take the place of the defaults."""
-    parser = HfArgumentParser((DataArguments, ConfigArguments, TrainingArguments))
-    found = re.search(r"--recipe[= ](\S+)", " ".join(words))
-    if found and found[1] not in RECIPES:
-        parser.error(f"--recipe must be one of {', '.join(RECIPES)}, got {found[1]!r}.")
-    parser.set_defaults(**(RECIPES[found[1]] if found else {}))
+    # Not abbreviated: `--recip` would be taken below, and is not seen here.
+    parser = HfArgumentParser((DataArguments, ConfigArguments, TrainingArguments), allow_abbrev=False)
+    found = re.findall(r"--recipe[= ](\S+)", " ".join(words))
+    if found and found[-1] not in RECIPES:
+        parser.error(f"--recipe must be one of {', '.join(RECIPES)}, got {found[-1]!r}.")
+    parser.set_defaults(**(RECIPES[found[-1]] if found else {}))
     args: tuple[DataArguments, Any, TrainingArguments] = parser.parse_args_into_dataclasses(words)
+    data, _, training = args
+    if not 0 < data.layer_decay <= 1:
+        parser.error(f"--layer_decay must be in (0, 1], got {data.layer_decay}.")
+    if not 0 < data.crop_share <= 1:
+        parser.error(f"--crop_share must be in (0, 1], got {data.crop_share}.")
+    if not 0 <= data.held_out_share < 1:
+        parser.error(f"--held_out_share must be in [0, 1), got {data.held_out_share}.")
+    if data.held_out_share and training.eval_strategy == "no":
+        parser.error("--held_out_share sets pictures aside that nothing looks at: give --eval_strategy epoch, or 0.")
     return args
 
 
@@ -227,7 +242,10 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDataset
         train = splits["train"]
     if args.streaming:
         if args.held_out_share:
-            raise ValueError("A stream cannot be split: give --held_out_share 0, and the last epoch is kept.")
+            raise ValueError(
+                "A stream cannot be split: give `--held_out_share 0 --load_best_model_at_end False`, which keeps the "
+                "last weights; without the latter the evaluation split tells which are best."
+            )
         return streams(splits, args)
     if not isinstance(train.features[args.label_column], ClassLabel):
         train = train.class_encode_column(args.label_column)
@@ -282,7 +300,7 @@ class Pictures(torch.utils.data.Dataset):
         split: Rows with a picture and a class index.
         processor: What makes pixel values of pictures.
         args: Names of the columns, and how much is cropped.
-        seed: Seed of the crops; None for the middle of every picture.
+        seed: Seed of the crops; None for whole pictures, as the saved model sees them.
     """
 
     def __init__(
@@ -309,21 +327,19 @@ class Pictures(torch.utils.data.Dataset):
         """Return one picture and its label."""
         row = self.split[index]
         picture = row[self.args.image_column]
-        if self.args.crop_share < 1:
-            numbers = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {index}")
+        if self.seed is not None and self.args.crop_share < 1:
+            numbers = random.Random(f"{self.seed} {self.epoch} {index}")
             picture = cropped(picture, self.args.crop_share, numbers)
         pixels = self.processor(picture, return_tensors="pt").pixel_values[0]
         return {"pixel_values": pixels, "labels": row[self.args.label_column]}
 
 
-def cropped(picture: Image.Image, share: float, numbers: random.Random | None) -> Image.Image:
-    """Return a crop of a share of each side: anywhere and perhaps flipped, or, without random numbers, the middle."""
+def cropped(picture: Image.Image, share: float, numbers: random.Random) -> Image.Image:
+    """Return a crop of a share of each side, anywhere and perhaps flipped."""
     sides = [max(1, round(share * side)) for side in picture.size]
-    spare = [whole - side for whole, side in zip(picture.size, sides, strict=True)]
-    left, top = (each // 2 if numbers is None else numbers.randint(0, each) for each in spare)
+    left, top = (numbers.randint(0, whole - side) for whole, side in zip(picture.size, sides, strict=True))
     crop = picture.crop((left, top, left + sides[0], top + sides[1]))
-    is_flipped = numbers is not None and numbers.random() < 0.5
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if numbers.random() < 0.5 else crop
 
 
 def as_pixels(
@@ -334,7 +350,7 @@ def as_pixels(
 
     def prepare(row: dict[str, Any]) -> dict[str, Any]:
         picture = row[args.image_column]
-        if args.crop_share < 1:
+        if numbers is not None and args.crop_share < 1:
             picture = cropped(picture, args.crop_share, numbers)
         return {
             "pixel_values": processor(picture, return_tensors="np").pixel_values[0],
@@ -380,6 +396,26 @@ def needs_timestep(source: str, given: dict[str, Any]) -> bool:
     return bool(saved.get("timestep", "auto") == "auto")
 
 
+# Another choice would not fit the head that was trained so far.
+CHOICE = ("timestep", "block", "feature", "zeroed_channels", "selection")
+
+
+def chosen_before(*folders: str) -> dict[str, Any]:
+    """Return the choice that an interrupted training went by, from the first folder that holds a configuration."""
+    for folder in folders:
+        if Path(folder, "config.json").is_file():
+            config = ASelectConfig.from_pretrained(folder)
+            return {name: getattr(config, name) for name in CHOICE}
+    return {}
+
+
+def write_config(config: ASelectConfig, folder: Path) -> None:
+    """Write a configuration, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        config.save_pretrained(unfinished)
+        os.replace(Path(unfinished) / "config.json", folder / "config.json")
+
+
 def trained_layers(model: DiTForImageClassification) -> Iterable[str]:
     """Yield the names of the layers that LoRA goes on: query and value of the blocks up to the tap."""
     denoiser = model.backbone.denoiser
@@ -420,9 +456,21 @@ class LayerWiseTrainer(Trainer):
             self.optimizer = layer_wise_optimizer(trained, self.args, self.layer_decay)
         return super().create_optimizer(*([] if model is None else [model]))
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:  # noqa: ANN401 - the host's
+        """Return the loader; process 0 reads a stream for all of them, or some rows would be judged twice."""
+        settings = self.accelerator.dataloader_config
+        before, settings.dispatch_batches = settings.dispatch_batches, None
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            settings.dispatch_batches = before
+
 
 def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float) -> torch.optim.Optimizer:
-    """Return AdamW with a learning rate that falls from block to block, and no weight decay of biases and norms."""
+    """Return the optimizer asked for, with a learning rate that falls from block to block.
+
+    Biases and norms have no weight decay.
+    """
     denoiser = next(module for name, module in model.named_modules() if name.endswith("denoiser"))
     of_block = {id(value): index for index, block in enumerate(denoiser.blocks) for value in block.parameters()}
     of_denoiser = {id(value) for value in denoiser.parameters()}
@@ -444,7 +492,9 @@ def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float
                 "weight_decay": args.weight_decay if parameters[name].ndim > 1 else 0.0,
             }
         )
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer: torch.optim.Optimizer = kind(groups, **options)
+    return optimizer
 
 
 def last_checkpoint(folder: str) -> str:
@@ -476,6 +526,17 @@ def main() -> None:
         trained_on, evaluated_on = divided(splits["train"], args, training_args.seed)
 
     given = {name: value for name, value in asdict(config_args).items() if value is not None}
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint == "latest":
+        checkpoint = last_checkpoint(training_args.output_dir)
+    if checkpoint:
+        # Of adapters a checkpoint has no configuration.
+        before = chosen_before(checkpoint, training_args.output_dir)
+        if before and given.get("timestep", "auto") not in ("auto", before["timestep"]):
+            raise ValueError(
+                f"The training began at timestep {before['timestep']}, got --timestep {given['timestep']}."
+            )
+        given |= before
     calibration = None
     if needs_timestep(args.model_name_or_path, given):
         sample = islice(trained_on.shuffle(training_args.seed), args.num_calibration_images)
@@ -495,6 +556,7 @@ def main() -> None:
         judged[:] = [prediction]
         return Accuracy().compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
 
+    unwrapped = model
     if args.lora_rank:
         model = with_lora(model, args.lora_rank)
     rows_of = as_pixels if args.streaming else Pictures
@@ -509,24 +571,26 @@ def main() -> None:
         compute_metrics=compute_metrics,
         callbacks=[ASelectCallback(dataset=args.dataset_name), EpochCallback()],
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "latest" else resume)
+    output = Path(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        # Checkpoints of adapters lack it, and what is saved and pushed of them in the end: timestep, tap and classes.
+        write_config(unwrapped.config, output)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_fsdp_enabled:  # whose checkpoints may be shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    if args.lora_rank:  # adapters are saved alone: the timestep and the tap that they were trained at belong to them
-        model.get_base_model().config.save_pretrained(training_args.output_dir)
-    # Which may not have been looked at before.
+    # The evaluation split may not have been looked at before: its figure is that of the card, which is pushed below.
     metrics = trainer.evaluate(rows_of(splits["validation"], processor, args))
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
         plot_confusion_matrix(
-            Path(training_args.output_dir) / "confusion_matrix.png",
+            output / "confusion_matrix.png",
             judged[0].label_ids,
             judged[0].predictions.argmax(-1),
             names,
         )
+    trainer.save_model()
 
 
 if __name__ == "__main__":

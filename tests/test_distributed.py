@@ -41,7 +41,7 @@ from hf_aselect import ASelectCallback, DiTForImageClassification
 
 folder, output = Path(sys.argv[1]), Path(sys.argv[2])
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-BATCH, NUM_ROWS = {BATCH}, {NUM_ROWS}
+BATCH, NUM_ROWS, EXAMPLES = {BATCH}, {NUM_ROWS}, {str(ROOT / "examples")!r}
 generator = torch.Generator().manual_seed(0)
 PIXELS = torch.rand(NUM_ROWS, 3, 8, 8, generator=generator) * 2 - 1
 ROWS = [{{"pixel_values": PIXELS[index], "labels": index % 4}} for index in range(NUM_ROWS)]
@@ -120,6 +120,17 @@ for dispatch in (True, False):
     )
     Trainer(model, args, train_dataset=stream.with_format("torch"), data_collator=default_data_collator).train()
     note(f"stream-{dispatch}", rows=Seen.rows)
+
+# Rows that cannot be shared evenly, of files of different length, judged by the training example's trainer.
+sys.path.insert(0, EXAMPLES)
+from train_image_classification import LayerWiseTrainer
+judged = stream.take(11).with_format("torch")
+trainer = LayerWiseTrainer(
+    1.0, model=model, args=args, eval_dataset=judged, data_collator=default_data_collator,
+    compute_metrics=lambda found: {"rows": found.label_ids.tolist()},
+)
+args.per_device_eval_batch_size = 2
+note("judged", rows=trainer.evaluate()["eval_rows"], dispatch=args.accelerator_config.dispatch_batches)
 """
 )
 
@@ -264,6 +275,12 @@ def test_a_stream_is_shared_without_a_row_read_twice(pixel_folder, tmp_path):
         shares = [each["rows"] for each in notes(tmp_path, f"stream-{dispatch}", 2)]
         assert [len(share) for share in shares] == [NUM_ROWS // 2] * 2
         assert sorted(shares[0] + shares[1]) == list(range(NUM_ROWS))
+    launch(STREAM, pixel_folder, tmp_path)
+    ((alone,), both) = notes(tmp_path, "judged", 1), notes(tmp_path, "judged", 2)
+    assert len(set(alone["rows"])) == 11
+    for each in both:
+        assert each["dispatch"] is False
+        assert sorted(each["rows"]) == sorted(alone["rows"])
 
 
 def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_checkpoint(pixel_folder, tmp_path):
@@ -335,3 +352,5 @@ def test_the_configurations_are_read_by_accelerate(path):
     given = yaml.safe_load(path.read_text())
     assert str(config.distributed_type.value) == given["distributed_type"]
     assert config.num_processes == given["num_processes"]
+    # Handed to scripts that are not Trainer's as a word, of which accelerate makes a number.
+    assert isinstance(given.get("deepspeed_config", {}).get("gradient_accumulation_steps", 1), int)

@@ -1,7 +1,9 @@
 """The recipes of the training example: each moves what it is to move and nothing else, and what it saves is loaded."""
 
 import json
+import logging
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from peft import PeftModel
 from PIL import Image as PILImage
 
-from hf_aselect import ASelectConfig, DiTForImageClassification
+from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification
 
 TRAIN = example("train_image_classification.py")
 SIZES = ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--head_num_layers", "1"]
@@ -37,9 +39,16 @@ def parquet(tmp_path_factory):
 
 
 class Watched(TRAIN.LayerWiseTrainer):
-    """A trainer that notes what a training moves."""
+    """A trainer that notes what a training moves, and what is there when it is saved in the end."""
 
     seen: "Watched"
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not _internal_call:
+            output = Path(self.args.output_dir)
+            self.saved_card = (output / "README.md").read_text()
+            self.saved_files = {path.name for path in output.iterdir()}
+        super().save_model(output_dir, _internal_call)
 
     def train(self, *args, **kwargs):
         Watched.seen = self
@@ -89,15 +98,18 @@ def test_the_best_epoch_is_told_by_training_pictures_that_are_not_trained_on(tra
     assert not {row.tobytes() for row in picked["image"]} & {row.tobytes() for row in trained["image"]}
     first, second, last = (entry for entry in trainer.state.log_history if "eval_accuracy" in entry)
     assert trainer.state.best_metric == max(first["eval_accuracy"], second["eval_accuracy"])
-    # Of the test split, and the best epoch's.
-    rows = TRAIN.Pictures(test, trainer.processing_class, trainer.eval_dataset.args)
+    # Of the test split, and the best epoch's, of whole pictures: what was saved gives the same.
     model = DiTForImageClassification.from_pretrained(tmp_path / "out")
+    processor = ASelectImageProcessor.from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        logits = model(torch.stack([row["pixel_values"] for row in rows])).logits
+        logits = model(**processor(test["image"][:], return_tensors="pt")).logits
     accuracy = (logits.argmax(1) == torch.tensor(test["label"])).double().mean().item()
     assert last["eval_accuracy"] == pytest.approx(accuracy)
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"] == last["eval_accuracy"]
     assert f"accuracy: {accuracy}\n" in (tmp_path / "out" / "README.md").read_text()
+    # What is pushed when the model is saved.
+    assert f"accuracy: {accuracy}\n" in trainer.saved_card
+    assert trainer.saved_files >= {"confusion_matrix.png", "config.json", "README.md"}
 
 
 def test_a_share_that_cannot_hold_each_class_is_refused(train):
@@ -154,6 +166,57 @@ def test_lora_moves_adapters_and_head_and_saves_them_alone(train, pixel_folder, 
         merged = again.merge_and_unload()
         torch.testing.assert_close(merged(pixels).logits, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(merged.fold()(pixels).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["linear_probe", "lora"])
+def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, caplog):
+    """Another choice (other pictures, another version, another machine) would not fit the head."""
+    words = ["--timestep", "auto", "--num_calibration_images", "8", "--save_steps", "1"]
+    words += ["--per_device_train_batch_size", "24"]
+    with caplog.at_level(logging.INFO, logger="hf_aselect"):
+        train(recipe, *words)
+    assert caplog.text.count("Chose timestep") == 1
+    (path,) = {"lora": [tmp_path / "out"]}.get(recipe, [tmp_path / "out" / "checkpoint-2"])
+    config = ASelectConfig.from_pretrained(path)
+    other = next(timestep for timestep in config.selection["timesteps"] if timestep != config.timestep)
+    config.timestep = config.selection["timestep"] = other
+    config.save_pretrained(path)
+    words += ["--num_train_epochs", "2", "--resume_from_checkpoint", "latest"]
+    with caplog.at_level(logging.INFO, logger="hf_aselect"):
+        trainer = train(recipe, *words)
+    assert trainer.state.global_step == 4
+    assert caplog.text.count("Chose timestep") == 1
+    again = ASelectConfig.from_pretrained(tmp_path / "out")
+    assert (again.timestep, again.selection["timestep"]) == (other, other)
+    with pytest.raises(ValueError, match=f"The training began at timestep {other}, got --timestep 7"):
+        train(recipe, *words, "--timestep", "7")
+
+
+def test_fine_tuning_takes_the_optimizer_that_is_asked_for(train):
+    trainer = train("fine_tune", "--adam_epsilon", "1e-3", "--optim", "adamw_torch")
+    assert {group["eps"] for group in trainer.optimizer.param_groups} == {1e-3}
+    assert train("fine_tune", "--optim", "sgd").optimizer.optimizer.__class__ is torch.optim.SGD
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--layer_decay", "1.5"], "--layer_decay must be in (0, 1], got 1.5"),
+        (["--crop_share", "0"], "--crop_share must be in (0, 1], got 0.0"),
+        (["--held_out_share", "-0.1"], "--held_out_share must be in [0, 1), got -0.1"),
+        (["--held_out_share", "0.1"], "sets pictures aside that nothing looks at: give --eval_strategy epoch"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(words, complaint, capsys):
+    with pytest.raises(SystemExit):
+        TRAIN.parse(["--model_name_or_path", "x", "--output_dir", "out", *words])
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_recipe_is_not_abbreviated():
+    """The host would take it, and its arguments would not be the recipe's."""
+    with pytest.raises(ValueError, match=r"not used by the HfArgumentParser: .*--recip"):
+        TRAIN.parse(["--model_name_or_path", "x", "--output_dir", "out", "--recip", "lora"])
 
 
 def test_an_argument_given_beats_the_recipe(parquet, pixel_folder):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import tarfile
 
@@ -88,6 +89,15 @@ def test_a_timestep_is_chosen_from_the_first_pictures_of_a_stream(train, parquet
     config = DiTForImageClassification.from_pretrained(tmp_path / "out").config
     assert config.selection["num_images"] == 8
     assert config.selection["timestep"] == config.timestep
+
+
+def test_the_recipe_that_splits_says_what_a_stream_needs(train, parquet):
+    words = ["--train_file", str(parquet), "--validation_file", str(parquet), "--recipe", "attention_probe"]
+    words += ["--max_steps", "4", "--timestep", "5", "--eval_strategy", "steps", "--save_strategy", "steps"]
+    with pytest.raises(ValueError, match=r"give `(--held_out_share 0 --load_best_model_at_end False)`") as found:
+        train(*words)
+    advice = re.search("`(.*?)`", str(found.value))[1].split()
+    assert 0 <= train(*words, *advice) <= 1
 
 
 def test_shards_of_webdataset_are_learnt(train, shards, tmp_path):
