@@ -9,9 +9,12 @@ On the pictures that ship in the package, from a checkout of the repository (a m
         --head_hidden_size 128 --head_num_attention_heads 4 \
         --output_dir fashion-classifier --num_train_epochs 5 --learning_rate 1e-3 --per_device_train_batch_size 64
 
-It goes on where a checkpoint ends (`--resume_from_checkpoint DIR`, or `latest`), at the very batch, and the weights
-that come out are those of a run that was not interrupted. `--cache_dir` reads the features once. `--with_tracking`
-writes to the trackers that are installed.
+It goes on where a checkpoint ends (`--resume_from_checkpoint DIR`, or `latest`), at the very batch and at the timestep
+that was chosen then, and the weights that come out are those of a run that was not interrupted. `--cache_dir` reads
+the features once. `--with_tracking` writes to the trackers that are installed.
+
+The features are frozen, and whole pictures are seen; recipes, crops, streams, the best epoch and a card are in
+`train_image_classification.py`.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from transformers import SchedulerType, default_data_collator, get_scheduler
 from hf_aselect import Accuracy, ASelectConfig, ASelectImageProcessor, DiTForImageClassification, cache_features
 
 logger = logging.getLogger("train_image_classification_no_trainer")
+CHOICE = ("timestep", "block", "feature", "zeroed_channels", "selection")
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--per_device_eval_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to it (%(default)s)")
     parser.add_argument("--num_train_epochs", type=int, default=28)
     parser.add_argument("--max_train_steps", type=int, help="overrides the epochs")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
@@ -99,6 +105,8 @@ def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Return training and validation split, with class indices."""
     if args.dataset_name:
         splits = load_dataset(args.dataset_name)
+        if "train" not in splits:
+            raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
     else:
         files = {"train": args.train_file, "validation": args.validation_file}
         # One by one: together they would all be taken to have the classes of the first, in its order.
@@ -130,6 +138,15 @@ def checkpoints(folder: Path) -> list[Path]:
     """Return the whole checkpoints of a folder, oldest first; what was half-written has another name."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def last_checkpoint(args: argparse.Namespace, folder: Path) -> Path:
+    """Return the checkpoint to go on from."""
+    if args.resume_from_checkpoint != "latest":
+        return Path(args.resume_from_checkpoint)
+    if found := checkpoints(folder):
+        return found[-1]
+    raise ValueError(f"There is no checkpoint in {str(folder)!r} to go on from.")
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
@@ -168,11 +185,21 @@ def main() -> None:
     with accelerator.main_process_first():
         train, held_out = load_splits(args)
     names = train.features[args.label_column].names
-    calibration = train.shuffle(args.seed)[: args.num_calibration_images][args.image_column]
+    checkpoint = last_checkpoint(args, output) if args.resume_from_checkpoint else None
+    choice: dict[str, Any] = {} if args.timestep is None else {"timestep": args.timestep}
+    calibration = None
+    if checkpoint is not None and (output / "config.json").is_file():
+        # Another choice would not fit the head that was trained so far.
+        config = ASelectConfig.from_pretrained(output)
+        choice = {name: getattr(config, name) for name in CHOICE}
+        if args.timestep not in (None, "auto", config.timestep):
+            raise ValueError(f"The training began at timestep {config.timestep}, got --timestep {args.timestep}.")
+    elif needs_timestep(args):
+        calibration = train.shuffle(args.seed)[: args.num_calibration_images][args.image_column]
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
-        calibration_images=calibration if needs_timestep(args) else None,
-        **({} if args.timestep is None else {"timestep": args.timestep}),
+        calibration_images=calibration,
+        **choice,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         head=args.head,
@@ -181,6 +208,12 @@ def main() -> None:
         head_num_attention_heads=args.head_num_attention_heads,
     )
     processor = ASelectImageProcessor.from_model_config(model.config)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # The state of a checkpoint has no configuration, and a training that goes on needs the choice.
+        with tempfile.TemporaryDirectory(dir=output) as unfinished:
+            model.config.save_pretrained(unfinished)
+            os.replace(Path(unfinished) / "config.json", output / "config.json")
 
     def transform(batch: dict[str, list]) -> dict[str, Any]:
         pixels = processor(batch[args.image_column], return_tensors="pt").pixel_values
@@ -234,14 +267,7 @@ def main() -> None:
         accelerator.init_trackers("hf_aselect", {**facts, "lr_scheduler_type": str(args.lr_scheduler_type)})
 
     step = 0
-    if args.resume_from_checkpoint:
-        if args.resume_from_checkpoint == "latest":
-            found = checkpoints(output)
-            if not found:
-                raise ValueError(f"There is no checkpoint in {str(output)!r} to go on from.")
-            checkpoint = found[-1]
-        else:
-            checkpoint = Path(args.resume_from_checkpoint)
+    if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         step = int(checkpoint.name.removeprefix("step_"))
         logger.info("Going on from %s.", checkpoint)
@@ -281,6 +307,8 @@ def main() -> None:
                 loss = model(**batch).loss
                 total += loss.detach()
                 accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()

@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image as PILImage
 from pipelines import pixart_sigma
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
 
@@ -352,15 +353,24 @@ def test_the_linear_probe_picks_a_learning_rate_and_saves_what_it_measured(pretr
 @pytest.mark.parametrize("cached", [False, True])
 def test_accelerates_own_loop_trains_and_saves(pretrained, parquet, tmp_path, cached):
     words = ["--model_name_or_path", pretrained, "--train_file", parquet, "--output_dir", tmp_path / "out"]
-    words += ["--image_column=picture", "--label_column=class", "--timestep=50", "--head=linear"]
-    words += ["--num_train_epochs=8", "--learning_rate=0.1", "--checkpointing_steps=epoch"]
-    words += ["--cache_dir", tmp_path / "cache"] if cached else []
-    run("train_image_classification_no_trainer.py", *words)
+    words += ["--image_column=picture", "--label_column=class", "--head=linear"]
+    words += ["--learning_rate=0.1", "--checkpointing_steps=epoch"]
+    words += ["--cache_dir", tmp_path / "cache"] if cached else ["--with_tracking", "--report_to=tensorboard"]
+    script = "train_image_classification_no_trainer.py"
+    run(script, *words, "--timestep=50", "--num_train_epochs=8")
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"] >= 0.75
     model = DiTForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "dark", 1: "bright"}
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
     assert len(list((tmp_path / "out").glob("step_*"))) == 8
+    if not cached:
+        (events,) = (tmp_path / "out" / "hf_aselect").glob("events*")
+        logged = EventAccumulator(str(events)).Reload()
+        assert [len(logged.Scalars(name)) for name in ("accuracy", "train_loss")] == [8, 8]
+    # None is asked for, so that one would be chosen were it not for the training that goes on.
+    run(script, *words, "--num_train_epochs=9", "--resume_from_checkpoint=latest")
+    assert DiTForImageClassification.from_pretrained(tmp_path / "out").config.timestep == 50
+    assert len(list((tmp_path / "out").glob("step_*"))) == 9
 
 
 SPEED = example("benchmarks/speed.py")
