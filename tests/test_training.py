@@ -1,7 +1,9 @@
 import json
 import shutil
 import sqlite3
+import sys
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, Trainer, TrainerState, TrainingArguments
 from transformers.utils import is_accelerate_available
 
-from hf_aselect import ASelectCallback, DiTForImageClassification, select_timestep
+from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, select_timestep, training
 from hf_aselect.metrics import compute_accuracy
 from hf_aselect.publishing import write_model_card
 
@@ -303,6 +305,16 @@ def test_tensorboard_has_the_choice(pixel_folder, pixels, tmp_path):
     assert curve == pytest.approx(dict(zip(selection.timesteps, selection.scores, strict=True)), rel=1e-6)
 
 
+def test_tensorboards_folder_is_the_hosts(pixel_folder, pixels, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "~/logs")
+    monkeypatch.chdir(tmp_path)
+    train_with(ASelectCallback(max_images=4), unresolved(pixel_folder), pixels, tmp_path, report_to="tensorboard")
+    found = [EventAccumulator(str(path)).Reload().Tags()["scalars"] for path in (tmp_path / "logs").glob("events*")]
+    assert any("aselect/timestep" in tags for tags in found)
+    assert not (tmp_path / "~").exists()
+
+
 def test_trackio_has_the_choice(pixel_folder, pixels, tmp_path, monkeypatch):
     # Read when it is imported, and this is the first to do so.
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
@@ -315,9 +327,26 @@ def test_trackio_has_the_choice(pixel_folder, pixels, tmp_path, monkeypatch):
     (choice,) = (each for each in logged if "aselect/timestep" in each)
     assert (choice["aselect/timestep"], choice["aselect/drift"]) == (selection.timestep, 0)
     assert choice["aselect/confidence"] == pytest.approx(selection.confidence)
+    assert choice["train/global_step"] == 0
     (curve,) = (tmp_path / "trackio").rglob("*.png")
     with Image.open(curve) as picture:
         assert min(picture.size) > 200
+
+
+def test_without_matplotlib_trackio_gets_the_figures(pixel_folder, pixels, tmp_path, monkeypatch, caplog):
+    callback = ASelectCallback(max_images=4)
+    train_with(callback, unresolved(pixel_folder), pixels, tmp_path)
+    ((_, selection),) = callback.selections
+
+    def plot(*_, **__):
+        raise ImportError("No module named 'matplotlib'")
+
+    logged = []
+    monkeypatch.setattr(TimestepSelection, "plot", plot)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(log=logged.append))
+    training._write_trackio(TrainerState(global_step=7), {"aselect/drift": 3}, selection)
+    assert logged == [{"aselect/drift": 3, "train/global_step": 7}]
+    assert "Without matplotlib, trackio gets no curve" in caplog.text
 
 
 def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):

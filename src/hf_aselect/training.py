@@ -1,6 +1,7 @@
 """What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
 
 import importlib
+import logging
 import os
 import random
 import tempfile
@@ -19,6 +20,8 @@ from .modeling_aselect import ASelectPreTrainedModel
 from .publishing import write_model_card
 from .selection_record import TimestepSelection
 from .timestep_selection import select_timestep
+
+logger = logging.getLogger(__name__)
 
 RECORD = "aselect/selection"  # of a choice, in the trainer's history
 
@@ -156,7 +159,8 @@ class ASelectCallback(TrainerCallback):
     def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:  # noqa: ANN401 - torch's
         """Return the choice on training pictures; no random state is touched."""
         needs_labels = getattr(self.criterion, "name", self.criterion) in ("probe", "patch_probe")
-        with torch.random.fork_rng():
+        # Devices draw nothing here, and torch warns of forking those of several.
+        with torch.random.fork_rng(devices=[]):
             states = random.getstate(), np.random.get_state()
             rows = _first_rows(dataloader.dataset, self.max_images)
             random.setstate(states[0])
@@ -191,7 +195,7 @@ class ASelectCallback(TrainerCallback):
         if "tensorboard" in trackers:
             _write_tensorboard(args, state, facts, selection)
         if "trackio" in trackers:
-            _write_trackio(facts, selection)
+            _write_trackio(state, facts, selection)
 
     def on_evaluate(
         self,
@@ -346,7 +350,9 @@ def _write_tensorboard(
     except ImportError:  # the host takes either
         tensorboard = importlib.import_module("tensorboardX")
 
-    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs", "aselect")
+    # As the host reads it.
+    given = os.getenv("TENSORBOARD_LOGGING_DIR")
+    folder = os.path.expanduser(given) if given else os.path.join(str(args.output_dir), "runs", "aselect")
     with tensorboard.SummaryWriter(log_dir=folder) as writer:
         for name, value in facts.items():
             writer.add_scalar(name, value, state.global_step)
@@ -354,12 +360,19 @@ def _write_tensorboard(
             writer.add_scalar(f"aselect/curve at step {state.global_step}", score, timestep)
 
 
-def _write_trackio(facts: dict[str, float], selection: TimestepSelection) -> None:
+def _write_trackio(state: TrainerState, facts: dict[str, float], selection: TimestepSelection) -> None:
     """Write a choice into the run that the host began: the figures, and the curve as a picture."""
     import trackio
 
+    # Beside each of the host's own figures, too: what one is drawn over.
+    logged: dict[str, Any] = {**facts, "train/global_step": state.global_step}
     with tempfile.TemporaryDirectory() as folder:
-        (path, *_) = selection.plot(os.path.join(folder, "timestep_curve.png"))
-        with Image.open(path) as curve:
-            curve.load()
-    trackio.log({**facts, "aselect/curve": trackio.Image(curve)})
+        try:
+            (path, *_) = selection.plot(os.path.join(folder, "timestep_curve.png"))
+        except ImportError:
+            logger.warning("Without matplotlib, trackio gets no curve of the choice.")
+        else:
+            with Image.open(path) as curve:
+                curve.load()
+            logged["aselect/curve"] = trackio.Image(curve)
+    trackio.log(logged)
