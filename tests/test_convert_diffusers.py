@@ -13,7 +13,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, Stabl
 from huggingface_hub.errors import StrictDataclassError
 from pipelines import dit, sd3, sit
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPTextModelWithProjection
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    CLIPTextModelWithProjection,
+    PreTrainedConfig,
+)
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
 from hf_aselect.denoisers import FAMILIES
@@ -344,9 +349,30 @@ def test_a_subfolder_may_hold_the_model(pixel_folder, saved):
     assert DiTForImageClassification.from_pretrained(saved.parent, subfolder=saved.name).config.num_labels == 4
 
 
-def test_a_configuration_beside_what_diffusers_saved_is_refused(pixel_folder, model):
-    with pytest.raises(ValueError, match="`config=` cannot be given with what diffusers saved"):
-        DiTModel.from_pretrained(pixel_folder, config=model.config)
+def test_of_a_configuration_beside_what_diffusers_saved_the_fields_are_taken(pixel_folder, pixels):
+    fields = {"timestep": 7, "block": 2, "feature": "value", "head": "linear", "id2label": {0: "cat", 1: "dog"}}
+    fields |= {"num_noise_draws": 2, "timestep_embedding": "original", "zeroed_channels": [1]}
+    expected = DiTForImageClassification.from_pretrained(pixel_folder, **fields)
+    config = ASelectConfig.from_dict(json.loads(json.dumps(expected.config.to_dict())))
+    model = DiTForImageClassification.from_pretrained(pixel_folder, config=config)
+    assert model.config.to_dict() == expected.config.to_dict()
+    model.head.load_state_dict(expected.head.state_dict())
+    assert model(pixels).logits.equal(expected(pixels).logits)
+    # A keyword beats it.
+    assert DiTModel.from_pretrained(pixel_folder, config=config, timestep=9).config.timestep == 9
+
+
+def test_a_configuration_of_another_model_than_diffusers_saved_is_refused(pixel_folder, model):
+    wider = {**model.config.transformer, "num_layers": 7}
+    for config, complaint in (
+        (ASelectConfig(transformer=wider, timestep=5), "`config=` is of another transformer than"),
+        (model.fold().config, "must be an ASelectConfig that is not folded"),
+        (PreTrainedConfig(), "must be an ASelectConfig that is not folded .*, got PreTrainedConfig"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            DiTModel.from_pretrained(pixel_folder, config=config)
+    with pytest.raises(ValueError, match="or a `config=` that names the classes, not both"):
+        DiTForImageClassification.from_pretrained(pixel_folder, config=model.config, num_labels=3)
 
 
 def test_the_older_name_of_dtype_is_honoured(pixel_folder):

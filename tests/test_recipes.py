@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from peft import PeftModel
 from PIL import Image as PILImage
 
-from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification
+from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel
 
 TRAIN = example("train_image_classification.py")
 SIZES = ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--head_num_layers", "1"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft's
-    pytest.mark.filterwarnings("ignore:Could not find a config file in None"),  # peft's, of a base without a Hub id
+    pytest.mark.filterwarnings("ignore:Could not find a config file in"),  # peft's, of a base that diffusers saved
 ]
 
 
@@ -217,6 +218,28 @@ def test_a_recipe_is_not_abbreviated():
     """The host would take it, and its arguments would not be the recipe's."""
     with pytest.raises(ValueError, match=r"not used by the HfArgumentParser: .*--recip"):
         TRAIN.parse(["--model_name_or_path", "x", "--output_dir", "out", "--recip", "lora"])
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "checkpoint"])
+def test_the_card_of_an_adapter_loads_it(train, kind, pixel_folder, tmp_path, monkeypatch):
+    """Its base may be what diffusers saved, or a checkpoint of ours without a head, at another timestep."""
+    words = ["--timestep", "7", "--feature", "value"]
+    if kind == "checkpoint":
+        DiTModel.from_pretrained(pixel_folder, timestep=300).save_pretrained(tmp_path / "base")
+        words += ["--model_name_or_path", str(tmp_path / "base")]
+    trainer = train("lora", *words)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    base = Path(pixel_folder if kind == "diffusers" else tmp_path / "base")
+    monkeypatch.chdir(base.parent)
+    found = {}
+    exec(re.sub(r'folder = "\S*"', f"folder = {str(tmp_path / 'out')!r}", code), found)
+    model = found["model"].eval()
+    assert (model.config.timestep, model.config.feature) == (7, "value")
+    assert model.config.id2label == {0: "dark", 1: "bright"}
+    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = trainer.model.eval()(pixel_values=pixels).logits
+        torch.testing.assert_close(model(pixel_values=pixels).logits, expected)
 
 
 def test_an_argument_given_beats_the_recipe(parquet, pixel_folder):

@@ -51,10 +51,11 @@ Command: `{{ command }}`
 ```python
 import hf_aselect  # registers the model with the Auto classes
 from peft import PeftModel
-from transformers import {{ auto }}
+from transformers import AutoConfig, {{ auto }}
 
 folder = "{{ folder }}"{{ "" if facts.repo_id else "  # this folder, or the adapter's id on the Hub" }}
-model = {{ auto }}.from_pretrained("{{ facts.adapter_of }}")
+config = AutoConfig.from_pretrained(folder)  # timestep, tap, classes and sizes of the head
+model = {{ auto }}.from_pretrained("{{ facts.adapter_of }}", config=config)
 model = PeftModel.from_pretrained(model, folder)
 ```
 {%- else -%}

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_aselect import OWN_FIELDS
+from .configuration_aselect import OWN_FIELDS, ASelectConfig
 from .diffusers_checkpoint import DTYPES, load_diffusers
 from .diffusers_files import read_json, refuse_other_than_safetensors, refuse_other_than_weights, shards_of
 from .field_checks import short
@@ -18,6 +18,10 @@ from .model_card import license_on_card
 
 # Keywords that name a value of the configuration but are no field of ours.
 HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
+# What diffusers' files tell, and where they come from.
+TOLD_BY_FILES = {"transformer", "vae", "scheduler", "prompt_shapes", "folded", "folded_layout"}
+TOLD_BY_FILES |= {"base_model", "base_license", "out_features", "out_indices"}
+TOLD_BY_CONFIG = (OWN_FIELDS - TOLD_BY_FILES) | {"id2label", "label2id", "problem_type"}
 # Parts of our models that a checkpoint may lack altogether, and that are then new.
 HEADS = ("head", "decoder")
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "variant")
@@ -28,12 +32,21 @@ class MismatchedSizesError(ValueError, RuntimeError):
 
 
 def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """Put the configuration and weights that diffusers saved in a folder into the keywords of `from_pretrained`."""
-    if kwargs.get("config") is not None:
+    """Put the configuration and weights that diffusers saved in a folder into the keywords of `from_pretrained`.
+
+    Of a configuration that is given, as an adapter's, the fields are taken that the files do not tell.
+    """
+    config = kwargs.pop("config", None)
+    if config is not None and not (isinstance(config, ASelectConfig) and not config.folded):
         raise ValueError(
-            "`config=` cannot be given with what diffusers saved: its files say what the model is. Give "
-            "fields of the configuration as keywords (`timestep=`, `block=`, ...)."
+            "`config=` must be an ASelectConfig that is not folded where diffusers saved the model, whose files say "
+            f"what it is, got {type(config).__name__}. Or give fields as keywords (`timestep=`, `block=`, ...)."
         )
+    if config is not None:
+        if {"num_labels", "id2label"} & set(kwargs):
+            raise ValueError("Give `num_labels` and `id2label`, or a `config=` that names the classes, not both.")
+        told = {name: getattr(config, name) for name in TOLD_BY_CONFIG}
+        kwargs |= {name: value for name, value in told.items() if name not in kwargs}
     if given := [name for name, value in text.items() if name != "prompt_embeds" and value is not None]:
         raise ValueError(
             f"{', '.join(given)} can only be None, which does without it; another text encoder cannot be given. Pass "
@@ -58,7 +71,18 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
         prompt_embeds=text.get("prompt_embeds"),
         **fields,
     )
+    if config is not None and _of_transformer(config) != _of_transformer(kwargs["config"]):
+        raise ValueError(
+            f"`config=` is of another transformer than {str(source)!r}: {short(_of_transformer(config))} in place of "
+            f"{short(_of_transformer(kwargs['config']))}."
+        )
     kwargs["state_dict"] = dict(weights)
+
+
+def _of_transformer(config: ASelectConfig) -> dict[str, Any]:
+    """Return what makes a transformer, whoever saved it."""
+    record = config.transformer or {}
+    return {name: value for name, value in record.items() if name not in ("_diffusers_version", "_name_or_path")}
 
 
 def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:

@@ -195,6 +195,9 @@ class ASelectPreTrainedModel(ShareableModel):
             check_loaded(source, info, model, ignore_mismatched_sizes, output_loading_info)
             if folder is None:
                 inherited_license(model.config, source, kwargs)
+            else:
+                # The host was given none, and peft asks what an adapter belongs to.
+                model.name_or_path = model._base().name_or_path = model.config.name_or_path = str(source)
         model._base().freeze()  # the host makes every loaded weight trainable
         model._settle_timestep(calibration_images)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]

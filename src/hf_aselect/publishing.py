@@ -114,6 +114,11 @@ def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -
         base, model = next(iter(model.peft_config.values())).base_model_name_or_path, model.get_base_model()
         # The path of a machine is nobody's business.
         facts = {"adapter_of": Path(base).resolve().name if os.path.exists(base) else base, **facts}
+        # An adapter is saved without: timestep, tap and classes are part of it, and the card's code reads them.
+        os.makedirs(folder, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as unfinished:
+            model.config.save_pretrained(unfinished)
+            os.replace(os.path.join(unfinished, "config.json"), os.path.join(folder, "config.json"))
     write_card_of(model.config, type(model), folder, **facts)
 
 
