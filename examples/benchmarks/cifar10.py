@@ -1,7 +1,7 @@
 """What a small DiT is worth on CIFAR-10: heads on it, LoRA, fine-tuning, and what else one would take.
 
     python examples/pretrain_dit.py --train_file cifar10/train.parquet --output_dir dit-cifar10 \
-        --num_pictures 1344000 --label_dropout 0.5
+        --num_pictures 1344000 --label_dropout 0.5 --stages 320000
     python examples/benchmarks/pretrain_unet.py --train_file cifar10/train.parquet --output_dir unet-cifar10 \
         --num_pictures 330000 --label_dropout 0.5
     python examples/benchmarks/cifar10.py --dit dit-cifar10 --unet unet-cifar10 \
