@@ -55,15 +55,14 @@ def test_the_readme_quotes_the_benchmark(summary):
         assert cells == [full[name][full_head.index(column)] for column in head], name
     worst = float(full["consensus"][full_head.index("attention head, mean") + 1])
     assert f"{worst:.1f} points at worst by the attention head" in " ".join(readme.split())
-    largest = float(full["consensus"][full_head.index("worst")])
-    assert f"107 of its 108 choices lose less than 2 points, and one {largest:.1f}." in " ".join(readme.split())
+    assert "each of its 108 choices loses less than 2 points." in " ".join(readme.split())
     losses = [
         row["loss"]
         for path in BENCHMARK.glob("*.json")
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
         if row["criterion"] == "consensus" and "loss" in row
     ]
-    assert len(losses) == 108 and sorted(losses)[-2] < 2
+    assert len(losses) == 108 and max(losses) < 2
 
 
 def test_the_default_is_the_criterion_that_loses_least(summary):
@@ -77,13 +76,10 @@ def test_the_default_is_the_criterion_that_loses_least(summary):
 
 
 def test_the_default_reaches_its_bars(summary):
-    """Half a point on average by either head; where the best lies inside, less than any guess.
-
-    Three at worst are what is aimed at, too, and reached by the attention head alone, which the card says.
-    """
+    """Half a point on average by either head and three at worst; where the best lies inside, less than any guess."""
     head, full = table_rows(summary, "criterion")
     cells = dict(zip(head, full["consensus"], strict=False))  # of two columns of one name the last
-    worst = float(full["consensus"][head.index("attention head, mean") + 1])
+    worst = max(float(full["consensus"][head.index(column) + 1]) for column in ("mean", "attention head, mean"))
     assert float(cells["mean"]) <= 0.5 and float(cells["attention head, mean"]) <= 0.5
     assert worst <= 3
     inside = head.index("inside pairs, mean")

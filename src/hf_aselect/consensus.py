@@ -71,8 +71,8 @@ class ConsensusSums:
         for number, (key, (mean, spread, weight)) in enumerate(sorted(self.scales.items())):
             standard = ((reference[key] - mean) / spread)[:, 0] * weight
             total += standard @ _sketch(standard.shape[1], self.num_targets, number)
-        # Rows of the batch, which are all kept: small copies of each would leave gaps between what is freed.
-        self.targets.update(zip(indices, total, strict=True))
+        # Copies: a row of the batch would keep all of it.
+        self.targets.update(zip(indices, map(Tensor.clone, total), strict=True))
 
     def add(self, timestep: int, indices: list[int], pooled: Tensor, like: Key) -> None:
         """Add the statistics, (B, S, D), of pictures whose targets are known.

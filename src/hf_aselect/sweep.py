@@ -276,7 +276,7 @@ class Sweep:
         latents = self.model.encode(load())
         for index, latent in zip(indices, latents, strict=True):
             if self.kept_bytes < MAX_KEPT_BYTES and index not in self.latents:
-                self.latents[index] = latent  # a row of the batch, which is kept as a whole
+                self.latents[index] = latent.clone()
                 self.kept_bytes += latent.nbytes
         return latents
 
