@@ -458,6 +458,9 @@ class LayerWiseTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:  # noqa: ANN401 - the host's
         """Return the loader; process 0 reads a stream for all of them, or some rows would be judged twice."""
+        if eval_dataset is not None:
+            # With persistent workers the host keeps one loader, and gives it for any other set.
+            self.__dict__.pop("_eval_dataloaders", None)
         settings = self.accelerator.dataloader_config
         before, settings.dispatch_batches = settings.dispatch_batches, None
         try:

@@ -188,9 +188,9 @@ def main() -> None:
     checkpoint = last_checkpoint(args, output) if args.resume_from_checkpoint else None
     choice: dict[str, Any] = {} if args.timestep is None else {"timestep": args.timestep}
     calibration = None
-    if checkpoint is not None and (output / "config.json").is_file():
+    if checkpoint is not None and (checkpoint.parent / "config.json").is_file():
         # Another choice would not fit the head that was trained so far.
-        config = ASelectConfig.from_pretrained(output)
+        config = ASelectConfig.from_pretrained(checkpoint.parent)
         choice = {name: getattr(config, name) for name in CHOICE}
         if args.timestep not in (None, "auto", config.timestep):
             raise ValueError(f"The training began at timestep {config.timestep}, got --timestep {args.timestep}.")

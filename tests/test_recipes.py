@@ -113,6 +113,12 @@ def test_the_best_epoch_is_told_by_training_pictures_that_are_not_trained_on(tra
     assert trainer.saved_files >= {"confusion_matrix.png", "config.json", "README.md"}
 
 
+def test_with_persistent_workers_the_set_that_is_asked_for_is_judged(train):
+    trainer = train("linear_probe", "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True")
+    for split in (trainer.eval_dataset, trainer.train_dataset):
+        assert trainer.get_eval_dataloader(split).dataset is split
+
+
 def test_a_share_that_cannot_hold_each_class_is_refused(train):
     with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training pictures cannot hold each class"):
         train("attention_probe", "--held_out_share", "0.01")
