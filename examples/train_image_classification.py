@@ -492,12 +492,17 @@ def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float
             {
                 "params": [parameters[name]],
                 "lr": args.learning_rate * decay ** (top - depth),
-                "weight_decay": args.weight_decay if parameters[name].ndim > 1 else 0.0,
+                "weight_decay": args.weight_decay if num_axes(parameters[name]) > 1 else 0.0,
             }
         )
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     optimizer: torch.optim.Optimizer = kind(groups, **options)
     return optimizer
+
+
+def num_axes(value: nn.Parameter) -> int:
+    """Return how many axes a weight has; what DeepSpeed's ZeRO 3 takes apart has one, and is told of its shape."""
+    return len(getattr(value, "ds_shape", value.shape))
 
 
 def last_checkpoint(folder: str) -> str:

@@ -243,8 +243,10 @@ def main() -> None:
     )
     eval_loader = DataLoader(held_out, collate_fn=default_data_collator, batch_size=args.per_device_eval_batch_size)
 
-    decayed = [value for value in model.parameters() if value.requires_grad and value.ndim > 1]
-    others = [value for value in model.parameters() if value.requires_grad and value.ndim <= 1]
+    # What DeepSpeed's ZeRO 3 takes apart has one axis, and is told of its shape.
+    num_axes = {value: len(getattr(value, "ds_shape", value.shape)) for value in model.parameters()}
+    decayed = [value for value in model.parameters() if value.requires_grad and num_axes[value] > 1]
+    others = [value for value in model.parameters() if value.requires_grad and num_axes[value] <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=args.learning_rate,

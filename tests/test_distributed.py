@@ -321,15 +321,19 @@ def test_accelerate_shards_the_blocks_that_there_are(pixel_folder, latent_folder
             assert {"AttentionHeadBlock", "FoldedBlock" if kind.config.folded else "BasicTransformerBlock"} <= wrapped
 
 
-def test_the_loop_of_ones_own_learns_the_same_on_two_processes(pixel_folder, tmp_path):
-    """By accelerate's own launcher, as README tells."""
+def write_pictures(path):
     generator = np.random.default_rng(0)
     rows = {
         "image": [PILImage.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(NUM_ROWS)],
         "label": [index % 2 for index in range(NUM_ROWS)],
     }
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"]))
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def test_the_loop_of_ones_own_learns_the_same_on_two_processes(pixel_folder, tmp_path):
+    """By accelerate's own launcher, as README tells."""
+    write_pictures(tmp_path / "train.parquet")
     for name, launcher, batch in (("alone", [sys.executable], BATCH), ("both", LAUNCHER, BATCH // 2)):
         words = [str(ROOT / "examples" / "train_image_classification_no_trainer.py"), "--timestep", "auto"]
         words += ["--model_name_or_path", str(pixel_folder), "--train_file", str(tmp_path / "train.parquet")]
@@ -344,6 +348,58 @@ def test_the_loop_of_ones_own_learns_the_same_on_two_processes(pixel_folder, tmp
     expected = alone.state_dict()
     for name, value in both.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3)
+
+
+# On a CPU accelerate gives DeepSpeed no group of processes of its own.
+ON_GLOO = """
+import runpy, sys
+from accelerate import PartialState
+
+PartialState(backend="gloo")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixel_folder, tmp_path, stage):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    write_pictures(tmp_path / "train.parquet")
+    (tmp_path / "gloo.py").write_text(ON_GLOO)
+    config = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / f"deepspeed_zero{stage}.yaml").read_text())
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**config, "num_processes": 2}))
+    sizes = ["--head_hidden_size", "16", "--head_num_attention_heads", "2"]
+    of_trainer = ["--recipe", "fine_tune", "--bf16", "True", "--use_cpu", "True", "--report_to", "none"]
+    of_loop = ["--cache_dir", str(tmp_path / "cache"), "--checkpointing_steps", "epoch"]
+    rates = {"train_image_classification": "1e-3", "train_image_classification_no_trainer": "1e-2"}
+    found = {}
+    for name, options in zip(rates, (of_trainer, of_loop), strict=True):
+        words = [str(tmp_path / "gloo.py"), str(ROOT / "examples" / f"{name}.py"), "--timestep", "auto", *sizes]
+        words += ["--model_name_or_path", str(pixel_folder), "--train_file", str(tmp_path / "train.parquet")]
+        words += ["--validation_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / name)]
+        words += ["--num_train_epochs", "2", "--per_device_train_batch_size", str(BATCH // 2), *options]
+        words += ["--learning_rate", rates[name]]
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml"), *words],
+            capture_output=True,
+            text=True,
+            env={name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
+            | {"DS_ACCELERATOR": "cpu"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        model = DiTForImageClassification.from_pretrained(tmp_path / name)
+        found[name] = model.config.selection["timestep"]
+        untrained = DiTForImageClassification.from_pretrained(pixel_folder, timestep=0, num_labels=2)
+        before = untrained.backbone.state_dict()
+        # DeepSpeed keeps all weights in bf16, and rounds those that are frozen, too.
+        moved = [
+            name
+            for name, value in model.backbone.state_dict().items()
+            if not torch.equal(value.bfloat16(), before[name].bfloat16())
+        ]
+        assert bool(moved) == ("fine_tune" in options)
+    assert len(set(found.values())) == 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

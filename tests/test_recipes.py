@@ -149,6 +149,14 @@ def test_the_learning_rate_falls_from_block_to_block(train):
     assert {rate for name, rate in rates.items() if "pos_embed" in name} == {0.00125}
 
 
+def test_weights_that_deepspeed_takes_apart_decay_as_whole_ones_do():
+    """What is left of them has one axis, as biases have."""
+    apart = torch.nn.Parameter(torch.empty(0))
+    apart.ds_shape = torch.Size([4, 4])
+    assert TRAIN.num_axes(apart) == TRAIN.num_axes(torch.nn.Parameter(torch.empty(4, 4))) == 2
+    assert TRAIN.num_axes(torch.nn.Parameter(torch.empty(4))) == 1
+
+
 def test_lora_moves_adapters_and_head_and_saves_them_alone(train, pixel_folder, tmp_path):
     trainer = train("lora", "--num_train_epochs", "4")
     assert trainer.moved == trainer.trainable

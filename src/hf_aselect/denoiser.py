@@ -1,5 +1,6 @@
 """What every family of diffusion transformers shares: read at taps of its blocks, or run to its end."""
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -355,13 +356,24 @@ def is_sharded(module: Any) -> bool:  # noqa: ANN401 - a module, or something th
     return isinstance(module, FSDPModule)
 
 
+def is_partitioned(module: Any) -> bool:  # noqa: ANN401 - as above
+    """Return whether DeepSpeed's ZeRO 3 took a module's weights apart: they look empty until they are gathered."""
+    return any(hasattr(value, "ds_id") for value in getattr(module, "parameters", list)())
+
+
 @contextmanager
 def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[None]:  # noqa: ANN401 - as above
     """Let methods of a module gather its weights for a while, as calling it does; they must not call each other.
 
+    What DeepSpeed's ZeRO 3 took apart is whole meanwhile: before training nothing gathers it where it is called.
     FSDP2 leaves the weights of the outermost module gathered for the backward pass. Without one, `then_shard` gives
     them back: an optimizer that is made meanwhile would be of weights that are thrown away.
     """
+    if is_partitioned(module):
+        gathered: Any = importlib.import_module("deepspeed").zero.GatheredParameters
+        with gathered(list(module.parameters())):
+            yield
+        return
     if not is_sharded(module):
         yield
         return

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .calibration import refuse_addresses
+from .denoiser import called_by
 from .denoisers import eval_mode
 from .image_processing_aselect import ASelectImageProcessor
 from .modeling_aselect import ASelectPreTrainedModel
@@ -106,13 +107,20 @@ def cache_features(
     job = _Job(model, dataset.with_format(None), column, kept, what, num_views, augment, batch_size, dtype, seed)
     if cache_dir is None:
         cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "hf_aselect"
-    fingerprint = _fingerprint(job)
-    name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
-    target = Path(cache_dir) / name
-    _write(job, target, fingerprint)
+    with called_by(model):
+        target = _written(job, Path(cache_dir))
     cached: Any = _opened(job, target).with_format("torch")
     cached.__class__ = _cached_features()
     return cached
+
+
+def _written(job: "_Job", cache_dir: Path) -> Path:
+    """Return the folder with the features, which are computed where they are not there yet."""
+    fingerprint = _fingerprint(job)
+    name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
+    target = cache_dir / name
+    _write(job, target, fingerprint)
+    return target
 
 
 def _opened(job: "_Job", target: Path) -> Any:  # noqa: ANN401 - a `datasets.Dataset`

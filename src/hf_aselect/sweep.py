@@ -14,7 +14,7 @@ from .calibration import CalibrationPictures
 from .configuration_aselect import ASelectConfig
 from .consensus import ConsensusSums, Key, leading_directions, unexplained
 from .criteria import Consensus, Criterion, PatchProbe, Probe
-from .denoiser import is_sharded
+from .denoiser import is_partitioned, is_sharded
 from .massive_channels import massive_channels, outlier_share, zero_channels
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .taps import MASSIVE_FEATURES, Tap
@@ -77,7 +77,7 @@ class Sweep:
         self.shape = (0, 0)  # of the token grid
         self.generated = False
         # Weights that are sharded are gathered by all processes together: each then reads all pictures.
-        self.rank, self.world = (0, 1) if is_sharded(model) else _process()
+        self.rank, self.world = (0, 1) if is_sharded(model) or is_partitioned(model) else _process()
         self.num_images = self.num_forwards = 0
         self.sums: dict[int, Tensor] = {}  # by timestep, (A, G, S)
         self.pooled: dict[int, list[tuple[list[int], list[Tensor]]]] = {}  # of the probe only: indices, (B, D) a tap
