@@ -19,6 +19,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,6 +63,9 @@ class PretrainingArguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "`cosine` or `linear`, down to 0."})
     warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = field(
+        default="linear", metadata={"help": "Schedule of the noise; in the second fewer timesteps are mere noise."}
+    )
     label_dropout: float = field(default=0.1, metadata={"help": "Share of pictures shown with the null label."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged weights, which are saved."})
     mixed_precision: str | None = field(
@@ -261,7 +265,7 @@ class Pretraining:
         self.batches = picture_order(len(self.dataset), args, accelerator.num_processes)
         self.batch_size = args.batch_size * accelerator.num_processes
         self.num_steps = len(self.batches) // accelerator.num_processes
-        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=args.beta_schedule)
         set_seed(args.seed)
         model = self.build()
         self.ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)

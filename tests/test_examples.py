@@ -92,8 +92,12 @@ def test_pretraining_keeps_the_stages_asked_for(parquet, pretrained, tmp_path):
 
 def test_pretraining_needs_no_labels(parquet, tmp_path):
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 16, *PRETRAIN)
-    run("pretrain_dit.py", *arguments, "--label_column", "none", "--min_crop", 0.5)
-    assert DiTModel.from_pretrained(tmp_path, timestep=5).config.transformer["num_embeds_ada_norm"] == 1
+    options = ("--label_column", "none", "--min_crop", 0.5, "--beta_schedule", "squaredcos_cap_v2")
+    run("pretrain_dit.py", *arguments, *options)
+    model = DiTModel.from_pretrained(tmp_path, timestep=5)
+    assert model.config.transformer["num_embeds_ada_norm"] == 1
+    # Half of the timesteps have more picture than noise, and not a quarter, as by default.
+    assert model.noise_schedule.log_snr(torch.tensor([490, 510])).sign().tolist() == [1, -1]
 
 
 def test_without_labels_the_samples_are_of_no_class(tmp_path):
