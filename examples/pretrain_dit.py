@@ -15,6 +15,7 @@ A run that was stopped goes on from its last checkpoint when the same command is
 import copy
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -60,11 +61,18 @@ class PretrainingArguments:
     attention_head_dim: int = field(default=64, metadata={"help": "Width of a head."})
     num_pictures: int = field(default=960_000, metadata={"help": "Pictures to train on, repetitions counted."})
     batch_size: int = field(default=128, metadata={"help": "Pictures a step and process."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    optim: Literal["adamw", "muon"] = field(
+        default="adamw",
+        metadata={"help": "Optimizer; `muon` is for the matrices in the blocks, all else is left to AdamW."},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "`cosine` or `linear`, down to 0."})
     warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = field(
         default="linear", metadata={"help": "Schedule of the noise; in the second fewer timesteps are mere noise."}
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] = field(
+        default="epsilon", metadata={"help": "What is learnt: the noise, or the velocity between picture and noise."}
     )
     label_dropout: float = field(default=0.1, metadata={"help": "Share of pictures shown with the null label."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged weights, which are saved."})
@@ -189,8 +197,8 @@ def sample_grid(
     for t in sampler.timesteps:
         both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
         timesteps = t.to(model.device).expand(len(both_labels))
-        noise = model(torch.cat([pictures, pictures]), timestep=timesteps, class_labels=both_labels).sample
-        with_label, without_label = noise.chunk(2)
+        prediction = model(torch.cat([pictures, pictures]), timestep=timesteps, class_labels=both_labels).sample
+        with_label, without_label = prediction.chunk(2)
         pictures = sampler.step(without_label + 2.0 * (with_label - without_label), t, pictures).prev_sample
     grid = pictures.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     array = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
@@ -233,14 +241,16 @@ def restore(target: Path) -> None:
 def training_step(
     model: nn.Module, scheduler: DDPMScheduler, batch: dict[str, Tensor], args: PretrainingArguments, null_label: int
 ) -> Tensor:
-    """Return the mean squared error of the predicted noise at uniformly drawn timesteps."""
+    """Return the mean squared error of the predicted noise or velocity at uniformly drawn timesteps."""
     pixels, labels = batch["pixels"], batch["labels"]
     noise = torch.randn_like(pixels)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(pixels),), device=pixels.device)
     dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
     noised = scheduler.add_noise(pixels, noise, timesteps)
     prediction = model(noised, timestep=timesteps, class_labels=labels.masked_fill(dropped, null_label)).sample
-    return nn.functional.mse_loss(prediction.float(), noise)
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(pixels, noise, timesteps) if is_velocity else noise
+    return nn.functional.mse_loss(prediction.float(), target)
 
 
 class Pretraining:
@@ -251,6 +261,7 @@ class Pretraining:
     """
 
     part = "transformer"  # folder of the weights, as a pipeline of diffusers names it
+    hidden = r"\.(attn1|ff)\..*weight"  # weights that are Muon's, if it is asked for
 
     def __init__(self, args: PretrainingArguments) -> None:
         self.args, self.output = args, Path(args.output_dir)
@@ -265,19 +276,25 @@ class Pretraining:
         self.batches = picture_order(len(self.dataset), args, accelerator.num_processes)
         self.batch_size = args.batch_size * accelerator.num_processes
         self.num_steps = len(self.batches) // accelerator.num_processes
-        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=args.beta_schedule)
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=1000, beta_schedule=args.beta_schedule, prediction_type=args.prediction_type
+        )
         set_seed(args.seed)
         model = self.build()
         self.ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
         set_seed(args.seed, device_specific=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-        lr_scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.warmup_steps * accelerator.num_processes,
-            num_training_steps=len(self.batches),
-        )
-        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        self.model = accelerator.prepare(model)
+        self.optimizers, self.lr_schedulers = [], []
+        for optimizer in self.build_optimizers():
+            lr_scheduler = get_scheduler(
+                args.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=args.warmup_steps * accelerator.num_processes,
+                num_training_steps=len(self.batches),
+            )
+            optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+            self.optimizers.append(optimizer)
+            self.lr_schedulers.append(lr_scheduler)
         self.ema.to(accelerator.device)
         accelerator.register_for_checkpointing(self.ema)
         self.checkpoint = self.output / "checkpoint"
@@ -293,6 +310,23 @@ class Pretraining:
     def build(self) -> nn.Module:
         """Return the model with new weights."""
         return build_transformer(self.args, self.num_classes)
+
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return AdamW, and Muon before it, if that is asked for.
+
+        Muon (Jordan et al., 2024) is torch's, with steps as large as AdamW's (arXiv 2502.16982), so that one learning
+        rate does for both. It knows matrices alone: a convolution is shown to it as (out, in · height · width).
+        """
+        args, weights = self.args, dict(self.model.named_parameters())
+        hidden = [name for name in weights if args.optim == "muon" and re.search(self.hidden, name)]
+        # Views of a weight and, from `optimize` on, of its gradient: a step moves the model's own numbers.
+        self.matrices = {name: nn.Parameter(weights[name].data.flatten(1)) for name in hidden}
+        rest = [weight for name, weight in weights.items() if name not in self.matrices]
+        optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)]
+        if hidden:
+            options = {"lr": args.learning_rate, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+            optimizers.insert(0, torch.optim.Muon(self.matrices.values(), **options))
+        return optimizers
 
     def train(self) -> None:
         """Train to the end, with a checkpoint every few minutes; a finished run only writes its results anew."""
@@ -334,10 +368,14 @@ class Pretraining:
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         loss = training_step(self.model, self.scheduler, batch, self.args, self.num_classes)
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad()
+        weights = dict(self.model.named_parameters())
+        for name, matrix in self.matrices.items():
+            matrix.grad = weights[name].grad.flatten(1)
+        self.accelerator.clip_grad_norm_(weights.values(), 1.0)
+        for optimizer, lr_scheduler in zip(self.optimizers, self.lr_schedulers, strict=True):
+            optimizer.step()
+            lr_scheduler.step()
+        self.model.zero_grad()
         self.ema.step(self.model.parameters())
         self.step += 1
         return loss.item()

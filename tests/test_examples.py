@@ -93,11 +93,29 @@ def test_pretraining_keeps_the_stages_asked_for(parquet, pretrained, tmp_path):
 def test_pretraining_needs_no_labels(parquet, tmp_path):
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 16, *PRETRAIN)
     options = ("--label_column", "none", "--min_crop", 0.5, "--beta_schedule", "squaredcos_cap_v2")
+    options += ("--prediction_type", "v_prediction")
     run("pretrain_dit.py", *arguments, *options)
     model = DiTModel.from_pretrained(tmp_path, timestep=5)
     assert model.config.transformer["num_embeds_ada_norm"] == 1
+    assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
     # Half of the timesteps have more picture than noise, and not a quarter, as by default.
     assert model.noise_schedule.log_snr(torch.tensor([490, 510])).sign().tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_pretraining_learns_the_noise_or_the_velocity(prediction_type):
+    step = example("pretrain_dit.py").training_step
+    pixels, scheduler = torch.full((64, 1, 2, 2), 0.5), DDPMScheduler(prediction_type=prediction_type)
+
+    def velocity(noised, timestep, class_labels):
+        share = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noise = (noised - share.sqrt() * pixels) / (1 - share).sqrt()
+        return SimpleNamespace(sample=share.sqrt() * noise - (1 - share).sqrt() * pixels)
+
+    batch = {"pixels": pixels, "labels": torch.zeros(64, dtype=torch.long)}
+    torch.manual_seed(0)
+    loss = step(velocity, scheduler, batch, SimpleNamespace(label_dropout=0.5), 1)
+    assert (loss < 1e-4) == (prediction_type == "v_prediction")
 
 
 def test_without_labels_the_samples_are_of_no_class(tmp_path):
@@ -117,9 +135,10 @@ def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
         assert samples.size == (2 * 2 * 8, 2 * 8 * 8)  # 2 classes, 8 rows, drawn twice as large
 
 
-def test_pretraining_goes_on_where_it_was_killed(parquet, pretrained, tmp_path):
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_pretraining_goes_on_where_it_was_killed(optim, parquet, pretrained, tmp_path):
     """A run that is killed after its first checkpoint and started again ends with the weights of one that was not."""
-    arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN)
+    arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN, "--optim", optim)
     command = [sys.executable, str(EXAMPLES / "pretrain_dit.py"), *map(str, arguments), "--checkpoint_minutes", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         assert json.loads(process.stdout.readline())["step"] == 1
@@ -128,7 +147,36 @@ def test_pretraining_goes_on_where_it_was_killed(parquet, pretrained, tmp_path):
         process.kill()
     run("pretrain_dit.py", *arguments)
     weights = "transformer/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / weights).read_bytes() == (pretrained / weights).read_bytes()
+    if optim == "adamw":
+        assert (tmp_path / weights).read_bytes() == (pretrained / weights).read_bytes()
+        return
+    whole = tmp_path / "whole"
+    run("pretrain_dit.py", *arguments, "--output_dir", whole)
+    assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
+    assert (tmp_path / weights).read_bytes() != (pretrained / weights).read_bytes()
+
+
+@pytest.mark.parametrize(("script", "num_matrices"), [("pretrain_dit.py", 2 * 6), ("benchmarks/pretrain_unet.py", 93)])
+def test_muon_moves_the_matrices_in_the_blocks_and_convolutions_as_such(script, num_matrices, parquet, tmp_path):
+    module = example(script)
+    words = ["--train_file", parquet, "--output_dir", tmp_path, *PRETRAIN, "--warmup_steps", 0, "--optim", "muon"]
+    (args,) = module.HfArgumentParser(module.PretrainingArguments).parse_args_into_dataclasses(list(map(str, words)))
+    training = getattr(module, "UNetPretraining", module.Pretraining)(args)
+    weights = dict(training.model.named_parameters())
+    assert len(training.matrices) == num_matrices
+    for name, matrix in training.matrices.items():
+        assert matrix.data_ptr() == weights[name].data_ptr() and matrix.shape[0] == len(weights[name])
+    generator = torch.Generator().manual_seed(0)
+    batch = {"pixels": torch.rand(8, 1, 8, 8, generator=generator), "labels": torch.zeros(8, dtype=torch.long)}
+    for _ in range(3):  # what a DiT's blocks add is 0 at first, and then its output
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        training.optimize(batch)
+    moved = {name for name in weights if not torch.equal(before[name], weights[name])}
+    assert moved >= set(training.matrices) and len(moved) > len(training.matrices)
+    if script == "pretrain_dit.py":
+        # Decay alone moves by a thousandth; each of Muon's steps is as long as one of AdamW's.
+        length = {name: (weights[name] - before[name]).square().mean().sqrt() for name in training.matrices}
+        assert all(1e-4 < value < 1e-3 for value in length.values()), length
 
 
 def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretrained, tmp_path):
@@ -289,6 +337,7 @@ def test_the_classification_benchmark_fills_its_table_and_goes_on(parquet, pretr
     run(
         "benchmarks/pretrain_unet.py",
         *("--train_file", parquet, "--output_dir", tmp_path / "unet", "--num_pictures", 16, *PRETRAIN),
+        *("--optim", "muon"),
     )
     files = ("--train_file", tmp_path / "pictures.parquet", "--test_file", tmp_path / "pictures.parquet")
     words = [*files, "--dit", pretrained, "--output_dir", tmp_path / "out", "--seeds", 0, "--epochs", 1]

@@ -24,6 +24,7 @@ class UNetPretraining(Pretraining):
     """The same run with a UNet."""
 
     part = "unet"
+    hidden = r"blocks?\..*(conv\w*|to_\w+|to_out\.0)\.weight"
 
     def build(self) -> nn.Module:
         """Return the UNet with new weights; its last class is the null label."""
