@@ -9,7 +9,9 @@ else to do):
         --image_size 28 --patch_size 4 --num_channels 1 --num_pictures 921600 --label_dropout 0.5 --save_dtype float16
 
 A run that was stopped goes on from its last checkpoint when the same command is given again. Several processes:
-`accelerate launch --num_processes 2 examples/pretrain_dit.py ...`; `--batch_size` is then the batch of each process.
+`accelerate launch --num_processes 2 examples/pretrain_dit.py ...`, and on CPU cores `OMP_NUM_THREADS=1
+ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 examples/pretrain_dit.py ...`; `--batch_size` is then
+the batch of each process.
 """
 
 import copy

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -348,6 +350,32 @@ def test_the_loop_of_ones_own_learns_the_same_on_two_processes(pixel_folder, tmp
     expected = alone.state_dict()
     for name, value in both.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_pretraining_on_two_processes_goes_on_where_both_were_killed(tmp_path):
+    write_pictures(tmp_path / "train.parquet")
+    words = [*TORCHRUN, str(ROOT / "examples" / "pretrain_dit.py"), "--train_file", str(tmp_path / "train.parquet")]
+    words += ["--image_size", "8", "--num_layers", "1", "--num_attention_heads", "1", "--attention_head_dim", "16"]
+    words += ["--batch_size", "4", "--num_pictures", "80", "--warmup_steps", "2", "--optim", "muon"]
+    words += ["--mixed_precision", "no", "--checkpoint_minutes", "0", "--output_dir"]
+    options = {"text": True, "env": ENVIRONMENT, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*words, str(tmp_path / "b")], stdout=subprocess.PIPE, **options) as process:
+        while not (tmp_path / "b" / "checkpoint").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        # The launcher's processes have sessions of their own, and would go on without it.
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+    done = subprocess.run([*words, str(tmp_path / "b")], stdout=subprocess.PIPE, **options)
+    assert done.returncode == 0
+    steps = [json.loads(line)["step"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert steps[0] > 1 and steps == list(range(steps[0], 11))
+    assert subprocess.run([*words, str(tmp_path / "a")], stdout=subprocess.DEVNULL, **options).returncode == 0
+    a, b = (tmp_path / name / "transformer/diffusion_pytorch_model.safetensors" for name in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+    log = json.loads((tmp_path / "a" / "training_log.json").read_text())["log"]
+    assert [each["pictures"] for each in log] == list(range(8, 81, 8))
 
 
 # On a CPU accelerate gives DeepSpeed no group of processes of its own.
