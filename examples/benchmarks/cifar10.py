@@ -433,7 +433,7 @@ def main() -> None:
     parser.add_argument("--test_file", required=True, help="parquet file of the test pictures")
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=4, help="of LoRA and fine-tuning (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="of LoRA and fine-tuning (%(default)s)")
     parser.add_argument("--probe_epochs", type=int, default=28, help="of linear probes (%(default)s)")
     parser.add_argument("--num_train", type=int, help="look at so many pictures of each split (all)")
     parser.add_argument("--without", nargs="*", default=[], choices=("efficientnet", "lora", "fine_tune"))
