@@ -74,7 +74,7 @@ from train_image_classification import last_checkpoint  # noqa: E402
 TIMESTEPS = (0, 5, 19, 50, 100, 200, 400, 700, 999)
 PROBE_PICTURES = 5000
 TAP_PICTURES = 2000
-HEAD = {"head_hidden_size": 256, "head_num_layers": 1, "head_num_attention_heads": 8, "head_mlp_ratio": 2}
+HEAD = {"head_hidden_size": 128, "head_num_layers": 1, "head_num_attention_heads": 8, "head_mlp_ratio": 2}
 HEAD_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 10, "per_device_train_batch_size": 64}
 # In the host's words: bfloat16 on a CPU has to be asked for as such.
 AUTOCAST = {"bf16": default_precision() == "bf16", "use_cpu": not torch.accelerator.is_available()}
