@@ -63,6 +63,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 
 from hf_aselect import (
     Accuracy,
@@ -346,11 +347,14 @@ def as_pixels(
     stream: IterableDataset, processor: ASelectImageProcessor, args: DataArguments, seed: int | None = None
 ) -> IterableDataset:
     """Return a stream of `pixel_values` and `labels`: shuffled within a buffer and cropped anywhere if seeded."""
-    numbers = None if seed is None else random.Random(seed)
 
-    def prepare(row: dict[str, Any]) -> dict[str, Any]:
+    def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         picture = row[args.image_column]
-        if numbers is not None and args.crop_share < 1:
+        if seed is not None and args.crop_share < 1:
+            # By the place in the shuffled stream, which is another one in another epoch: whoever reads it, and
+            # whether it is read anew.
+            worker = torch.utils.data.get_worker_info()
+            numbers = random.Random(f"{seed} {os.environ.get('RANK', 0)} {worker.id if worker else 0} {index}")
             picture = cropped(picture, args.crop_share, numbers)
         return {
             "pixel_values": processor(picture, return_tensors="np").pixel_values[0],
@@ -360,11 +364,19 @@ def as_pixels(
     stream = stream.select_columns([args.image_column, args.label_column])
     if seed is not None:
         stream = stream.shuffle(seed, buffer_size=1000)
-    return stream.map(prepare, remove_columns=[args.image_column, args.label_column]).with_format("torch")
+    columns = [args.image_column, args.label_column]
+    return stream.map(prepare, with_indices=True, remove_columns=columns).with_format("torch")
 
 
-class EpochCallback(TrainerCallback):
-    """Tells sampler and pictures of the epoch: the host does not, where a training goes on in the middle of one."""
+class EpochCallback(TrainerCallback, ExportableState):
+    """Tells sampler and pictures of the epoch: the host does not, where a training goes on in the middle of one.
+
+    Each checkpoint holds of how many processes it is, by which one is known that some of them had not yet written.
+    """
+
+    def state(self) -> dict[str, dict[str, int]]:
+        """Return what the host keeps in a checkpoint."""
+        return {"args": {}, "attributes": {"num_processes": num_processes()}}
 
     def on_epoch_begin(
         self,
@@ -464,9 +476,14 @@ class LayerWiseTrainer(Trainer):
         settings = self.accelerator.dataloader_config
         before, settings.dispatch_batches = settings.dispatch_batches, None
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            loader = super().get_eval_dataloader(eval_dataset)
         finally:
             settings.dispatch_batches = before
+        # A generator of its own: starting a loader draws a number, which a training that goes on at the end of an
+        # epoch, after its evaluation, would not draw.
+        for each in (loader, getattr(loader, "base_dataloader", loader)):  # what accelerate puts around another
+            each.generator = torch.Generator()
+        return loader
 
 
 def layer_wise_optimizer(model: nn.Module, args: TrainingArguments, decay: float) -> torch.optim.Optimizer:
@@ -505,22 +522,54 @@ def num_axes(value: nn.Parameter) -> int:
     return len(getattr(value, "ds_shape", value.shape))
 
 
+def num_processes() -> int:
+    """Return how many processes train."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def last_checkpoint(folder: str) -> str:
-    """Return the last whole checkpoint of a training: one that was being written when it died is passed over."""
+    """Return the last whole checkpoint of a training: one that was being written when it died is passed over.
+
+    Args:
+        folder: Its output folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
     found = {}
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     for path in Path(folder).glob("checkpoint-*"):
         try:
             # Trainer writes this file last, but does not wait for what other processes write.
-            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
-            for rank in range(world if world > 1 else 0):
+            state = json.loads((path / "trainer_state.json").read_text())
+            kept = state.get("stateful_callbacks", {}).get("EpochCallback", {}).get("attributes", {})
+            num_writers = kept.get("num_processes", num_processes())
+            # Of one process the file has another name, and weights alone (`--save_only_model`) have none.
+            for rank in range(num_writers if (path / "rng_state_0.pth").exists() else 0):
                 (path / f"rng_state_{rank}.pth").stat()
-            found[step] = str(path)
+            found[state["global_step"]] = str(path), num_writers
         except (OSError, ValueError, KeyError):
             logging.warning("%s is half-written, and passed over.", path)
     if not found:
         raise ValueError(f"There is no whole checkpoint in {folder!r} to go on from.")
-    return found[max(found)]
+    last, num_writers = found[max(found)]
+    if num_writers != num_processes():
+        logging.warning(
+            "%s was written by %d processes, and %d go on: with other batches than theirs would have been.",
+            *(last, num_writers, num_processes()),
+        )
+    return last
+
+
+def check_unused(folder: str) -> None:
+    """Refuse a folder with an earlier training's checkpoints, which would pass for the new one's."""
+    try:
+        last = last_checkpoint(folder)
+    except ValueError:
+        return
+    raise ValueError(
+        f"{folder!r} has checkpoints of an earlier training, the last of them {Path(last).name!r}. Go on from it by "
+        "`--resume_from_checkpoint latest`, name another --output_dir, or delete them."
+    )
 
 
 def main() -> None:
@@ -538,13 +587,15 @@ def main() -> None:
     if checkpoint == "latest":
         checkpoint = last_checkpoint(training_args.output_dir)
     if checkpoint:
+        logging.info("Going on from %s.", checkpoint)
         # Of adapters a checkpoint has no configuration.
         before = chosen_before(checkpoint, training_args.output_dir)
-        if before and given.get("timestep", "auto") not in ("auto", before["timestep"]):
-            raise ValueError(
-                f"The training began at timestep {before['timestep']}, got --timestep {given['timestep']}."
-            )
+        for name in ("timestep", "block", "feature"):
+            if before and given.get(name, "auto") not in ("auto", before[name]):
+                raise ValueError(f"The training began at {name} {before[name]}, got --{name} {given[name]}.")
         given |= before
+    else:
+        check_unused(training_args.output_dir)
     calibration = None
     if needs_timestep(args.model_name_or_path, given):
         sample = islice(trained_on.shuffle(training_args.seed), args.num_calibration_images)

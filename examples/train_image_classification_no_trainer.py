@@ -114,6 +114,9 @@ def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
             name: load_dataset("parquet", data_files=path, split="train") for name, path in files.items() if path
         }
     train = splits["train"]
+    for column in (args.image_column, args.label_column):
+        if column not in train.column_names:
+            raise ValueError(f"The dataset has no column {column!r}, only {train.column_names}.")
     if not isinstance(train.features[args.label_column], ClassLabel):
         train = train.class_encode_column(args.label_column)
     held_out = splits.get("validation", splits.get("test"))
@@ -143,7 +146,10 @@ def checkpoints(folder: Path) -> list[Path]:
 def last_checkpoint(args: argparse.Namespace, folder: Path) -> Path:
     """Return the checkpoint to go on from."""
     if args.resume_from_checkpoint != "latest":
-        return Path(args.resume_from_checkpoint)
+        found = Path(args.resume_from_checkpoint)
+        if not found.is_dir() or not re.fullmatch(r"step_\d+", found.name):
+            raise ValueError(f"--resume_from_checkpoint must be `latest` or a folder step_N, got {str(found)!r}.")
+        return found
     if found := checkpoints(folder):
         return found[-1]
     raise ValueError(f"There is no checkpoint in {str(folder)!r} to go on from.")
@@ -186,6 +192,11 @@ def main() -> None:
         train, held_out = load_splits(args)
     names = train.features[args.label_column].names
     checkpoint = last_checkpoint(args, output) if args.resume_from_checkpoint else None
+    if checkpoint is None and (found := checkpoints(output)):
+        raise ValueError(
+            f"{args.output_dir!r} has checkpoints of an earlier training, the last of them {found[-1].name!r}. Go on "
+            "from it by `--resume_from_checkpoint latest`, name another --output_dir, or delete them."
+        )
     choice: dict[str, Any] = {} if args.timestep is None else {"timestep": args.timestep}
     calibration = None
     if checkpoint is not None and (checkpoint.parent / "config.json").is_file():
@@ -241,7 +252,12 @@ def main() -> None:
         batch_size=args.per_device_train_batch_size,
         generator=torch.Generator(),
     )
-    eval_loader = DataLoader(held_out, collate_fn=default_data_collator, batch_size=args.per_device_eval_batch_size)
+    eval_loader = DataLoader(
+        held_out,
+        collate_fn=default_data_collator,
+        batch_size=args.per_device_eval_batch_size,
+        generator=torch.Generator(),
+    )
 
     # What DeepSpeed's ZeRO 3 takes apart has one axis, and is told of its shape.
     num_axes = {value: len(getattr(value, "ds_shape", value.shape)) for value in model.parameters()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -389,6 +390,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def launch_under_deepspeed(config: Path, *words: str) -> str:
+    """Run a script on two processes, and return what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *words],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
+        | {"DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixel_folder, tmp_path, stage):
@@ -399,6 +413,7 @@ def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixe
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**config, "num_processes": 2}))
     sizes = ["--head_hidden_size", "16", "--head_num_attention_heads", "2"]
     of_trainer = ["--recipe", "fine_tune", "--bf16", "True", "--use_cpu", "True", "--report_to", "none"]
+    of_trainer += ["--save_strategy", "epoch"]
     of_loop = ["--cache_dir", str(tmp_path / "cache"), "--checkpointing_steps", "epoch"]
     rates = {"train_image_classification": "1e-3", "train_image_classification_no_trainer": "1e-2"}
     found = {}
@@ -408,14 +423,7 @@ def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixe
         words += ["--validation_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / name)]
         words += ["--num_train_epochs", "2", "--per_device_train_batch_size", str(BATCH // 2), *options]
         words += ["--learning_rate", rates[name]]
-        done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml"), *words],
-            capture_output=True,
-            text=True,
-            env={name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
-            | {"DS_ACCELERATOR": "cpu"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch_under_deepspeed(tmp_path / "two.yaml", *words)
         model = DiTForImageClassification.from_pretrained(tmp_path / name)
         found[name] = model.config.selection["timestep"]
         untrained = DiTForImageClassification.from_pretrained(pixel_folder, timestep=0, num_labels=2)
@@ -427,6 +435,17 @@ def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixe
             if not torch.equal(value.bfloat16(), before[name].bfloat16())
         ]
         assert bool(moved) == ("fine_tune" in options)
+        # What ended is as what was killed in its second epoch and went on.
+        weights = (tmp_path / name / "model.safetensors").read_bytes()
+        (tmp_path / name / "model.safetensors").unlink()
+        first, second = sorted(
+            (path for pattern in ("checkpoint-*", "step_*") for path in (tmp_path / name).glob(pattern)),
+            key=lambda path: path.stat().st_mtime,
+        )
+        shutil.rmtree(second)
+        log = launch_under_deepspeed(tmp_path / "two.yaml", *words, "--resume_from_checkpoint", "latest")
+        assert first.name in log
+        assert (tmp_path / name / "model.safetensors").read_bytes() == weights
     assert len(set(found.values())) == 1
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,27 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(words_of, pattern, noi
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
 
 
+@pytest.mark.parametrize("words_of", [trainer_words, loop_words], ids=["trainer", "loop"])
+def test_what_goes_on_at_the_end_of_an_epoch_ends_with_the_same_weights(words_of, noisy_folder, parquet, tmp_path):
+    """The checkpoint of an epoch's last step is older than the epoch's evaluation, which is not made up for."""
+    words, steps = (
+        words_of(noisy_folder, parquet, tmp_path),
+        {trainer_words: "--max_steps", loop_words: "--max_train_steps"},
+    )
+    every = {trainer_words: ["--save_steps=11", "--eval_strategy=epoch"], loop_words: ["--checkpointing_steps=11"]}
+    words += [*every[words_of], f"{steps[words_of]}=13"]
+    finish(words)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    # Another training there would leave checkpoints of two.
+    again = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT)
+    assert again.returncode and "of an earlier training" in again.stderr
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(tmp_path / "checkpoint-13", ignore_errors=True)
+    log = finish([*words, "--resume_from_checkpoint", "latest"])
+    assert re.search("Going on from .*11", log)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
     last_checkpoint = example("train_image_classification.py").last_checkpoint
     for step, text in ((4, json.dumps({"global_step": 4})), (8, '{"global_step": 8'), (12, None)):
@@ -121,17 +143,32 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
         last_checkpoint(str(tmp_path))
 
 
-def test_a_checkpoint_that_lacks_another_process_share_is_passed_over(tmp_path, monkeypatch):
+def test_a_checkpoint_that_lacks_another_process_share_is_passed_over(tmp_path, monkeypatch, caplog):
     last_checkpoint = example("train_image_classification.py").last_checkpoint
-    for step, ranks in ((4, (0, 1)), (8, (0,))):
+    for step, files in ((4, "01"), (8, "0")):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        state = {"global_step": step, "stateful_callbacks": {"EpochCallback": {"attributes": {"num_processes": 2}}}}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        for rank in files:
+            (folder / f"rng_state_{rank}.pth").touch()
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+    assert "written by 2 processes" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+    assert "written by" not in caplog.text
+
+
+def test_a_checkpoint_of_one_process_or_of_weights_alone_is_whole_for_several(tmp_path, monkeypatch):
+    last_checkpoint = example("train_image_classification.py").last_checkpoint
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for step, file in ((4, "rng_state.pth"), (8, "model.safetensors")):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        for rank in ranks:
-            (folder / f"rng_state_{rank}.pth").touch()
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-8")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+        (folder / file).touch()
+        assert last_checkpoint(str(tmp_path)) == str(folder)
 
 
 def test_workers_that_persist_hear_of_the_epoch(parquet):

@@ -5,14 +5,16 @@ import json
 import re
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from hf_aselect import DiTForImageClassification
+from hf_aselect import ASelectImageProcessor, DiTForImageClassification
 
 TRAIN = example("train_image_classification.py")
 NUM_PICTURES = 48
@@ -124,3 +126,19 @@ def test_streams_that_name_their_classes_in_another_order_are_refused(train, par
 def test_a_stream_without_a_validation_split_is_refused(train, parquet):
     with pytest.raises(ValueError, match="give --validation_file"):
         train("--train_file", str(parquet), "--max_steps", "2")
+
+
+def test_a_stream_that_is_read_again_is_cropped_as_before_and_anew_in_the_next_epoch(parquet):
+    args = SimpleNamespace(image_column="image", label_column="label", crop_share=0.5)
+
+    def crops(num_workers, epoch=0):
+        rows = TRAIN.load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
+        stream = TRAIN.as_pixels(rows, ASelectImageProcessor(size=8), args, seed=0)
+        stream.set_epoch(epoch)
+        loader = torch.utils.data.DataLoader(stream, batch_size=4, num_workers=num_workers)
+        return torch.cat([batch["pixel_values"] for batch in loader])
+
+    for num_workers in (0, 1):
+        assert torch.equal(crops(num_workers), crops(num_workers))
+    ordered = [crops(0, epoch).flatten(1).sort(dim=0).values for epoch in (0, 1)]
+    assert not torch.equal(*ordered)

@@ -1,7 +1,7 @@
 """Pretrain diffusers' `UNet2DModel` as `pretrain_dit.py` does a DiT: what diffusion features were before DiT.
 
     python examples/benchmarks/pretrain_unet.py --train_file cifar10/train.parquet --output_dir unet-cifar10 \
-        --num_pictures 190000 --optim muon --learning_rate 2e-3 --batch_size 64
+        --num_pictures 254000 --optim muon --learning_rate 2e-3 --batch_size 64
 
 Data, noise, loss, optimizer, averaged weights and checkpoints are that script's, and so are all options; those of the
 transformer's sizes have no meaning here. The UNet has 5.6 million weights in three stages of 64, 96 and 128 channels,
