@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from torch import Tensor, nn
 from transformers import HfArgumentParser, set_seed
 
-from hf_aselect import ASelectImageProcessor, DiTForImageClassification, cache_features
+from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, cache_features
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ProbeArguments:
     train_file: str = field(metadata={"help": "Parquet file with pictures and labels."})
     test_file: str = field(metadata={"help": "Parquet file of the test pictures."})
     output_dir: str = field(metadata={"help": "Folder of the probe, and of the features in `features/`."})
-    timestep: str = field(default="auto", metadata={"help": "Timestep, or auto."})
+    timestep: str | None = field(default=None, metadata={"help": "Timestep, or auto (the model's; if none, auto)."})
     block: int | None = field(default=None, metadata={"help": "Block to read at (the model's)."})
     feature: str | None = field(default=None, metadata={"help": "Feature to read (the model's)."})
     image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
@@ -140,6 +140,17 @@ def save(model: DiTForImageClassification, heads: Heads, mean: Tensor, spread: T
     ASelectImageProcessor.from_model_config(model.config).save_pretrained(folder)
 
 
+def needs_timestep(args: ProbeArguments) -> bool:
+    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
+    if args.timestep is not None:
+        return args.timestep == "auto"
+    try:
+        saved, _ = ASelectConfig.get_config_dict(args.model_name_or_path)
+    except OSError:
+        return True  # a folder of diffusers has no configuration of ours
+    return bool(saved.get("timestep", "auto") == "auto")
+
+
 def main() -> None:
     (args,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
@@ -150,11 +161,12 @@ def main() -> None:
     if len(train) < 10:
         raise ValueError(f"A tenth of the training pictures picks the learning rate; got {len(train)} of them.")
     names = train.features[args.label_column].names
-    is_open = args.timestep == "auto"
+    is_open = needs_timestep(args)
     given = {name: value for name, value in (("block", args.block), ("feature", args.feature)) if value is not None}
+    if args.timestep is not None:
+        given["timestep"] = "auto" if is_open else int(args.timestep)
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
-        timestep="auto" if is_open else int(args.timestep),
         calibration_images=train.shuffle(args.seed)[:256][args.image_column] if is_open else None,
         head="linear",
         id2label=dict(enumerate(names)),

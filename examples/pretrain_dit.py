@@ -22,7 +22,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,6 +89,13 @@ class PretrainingArguments:
     )
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order of pictures, noise and samples."})
+
+
+# Where things lie and how they are written; pictures are known by their number, and may have been moved.
+CHANGEABLE = (
+    *("output_dir", "dataset_name", "train_dir", "train_file", "stages"),
+    *("mixed_precision", "save_dtype", "checkpoint_minutes"),
+)
 
 
 def default_precision() -> str:
@@ -305,9 +312,29 @@ class Pretraining:
             restore(self.checkpoint)
         accelerator.wait_for_everyone()
         if self.checkpoint.exists():
+            self.check_recipe()
             accelerator.load_state(self.checkpoint)
             self.log = json.loads((self.checkpoint / "log.json").read_text())
         self.step = self.log[-1]["step"] if self.log else 0
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what must not change on the way: a run that goes on is to end as one that was never stopped."""
+        given = {name: value for name, value in vars(self.args).items() if name not in CHANGEABLE}
+        return {**given, "number of pictures": len(self.dataset), "processes": self.accelerator.num_processes}
+
+    def check_recipe(self) -> None:
+        """Refuse to go on from the checkpoint of another run."""
+        path = self.checkpoint / "recipe.json"
+        before = json.loads(path.read_text()) if path.exists() else {}  # older ones do not tell
+        now = self.recipe()
+        other = [
+            f"{name} {value!r}, now {now.get(name)!r}" for name, value in before.items() if now.get(name) != value
+        ]
+        if other:
+            raise ValueError(
+                f"{str(self.output)!r} holds a run with {'; '.join(other)}. Give what it began with to go on, or name "
+                "another --output_dir."
+            )
 
     def build(self) -> nn.Module:
         """Return the model with new weights."""
@@ -396,7 +423,8 @@ class Pretraining:
         accelerator.save_state(self.checkpoint.with_name(".checkpoint.incomplete"))  # each process has its own share
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (self.checkpoint.with_name(".checkpoint.incomplete") / "log.json").write_text(json.dumps(self.log))
+            for name, value in (("log", self.log), ("recipe", self.recipe())):
+                (self.checkpoint.with_name(".checkpoint.incomplete") / f"{name}.json").write_text(json.dumps(value))
             complete(self.checkpoint)
             self.write_averaged_model()
         accelerator.wait_for_everyone()

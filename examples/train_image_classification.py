@@ -109,6 +109,12 @@ class DataArguments:
         default=1.0, metadata={"help": "Factor of the learning rate from each block to the one before."}
     )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA on query and value; 0 for none."})
+    reselect_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Choose the timestep again after every so many epochs of fine-tuning, and report the drift."
+        },
+    )
 
 
 FROZEN = {"weight_decay": 0.01, "lr_scheduler_type": "cosine", "num_train_epochs": 28, "freeze_backbone": True}
@@ -628,7 +634,10 @@ def main() -> None:
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=compute_metrics,
-        callbacks=[ASelectCallback(dataset=args.dataset_name), EpochCallback()],
+        callbacks=[
+            ASelectCallback(dataset=args.dataset_name, reselect_epochs=args.reselect_epochs),
+            EpochCallback(),
+        ],
     )
     output = Path(training_args.output_dir)
     if trainer.is_world_process_zero():

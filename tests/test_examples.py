@@ -149,6 +149,11 @@ def test_pretraining_goes_on_where_it_was_killed(optim, parquet, pretrained, tmp
     weights = "transformer/diffusion_pytorch_model.safetensors"
     if optim == "adamw":
         assert (tmp_path / weights).read_bytes() == (pretrained / weights).read_bytes()
+        other = [sys.executable, str(EXAMPLES / "pretrain_dit.py"), *map(str, arguments)]
+        other += ["--prediction_type", "v_prediction", "--seed", "7"]
+        done = subprocess.run(other, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode and "prediction_type 'epsilon', now 'v_prediction'; seed 0, now 7" in done.stderr
+        assert DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.prediction_type == "epsilon"
         return
     whole = tmp_path / "whole"
     run("pretrain_dit.py", *arguments, "--output_dir", whole)
@@ -401,6 +406,10 @@ def test_the_linear_probe_picks_a_learning_rate_and_saves_what_it_measured(pretr
     with torch.no_grad():
         predicted = model(processor(rows["picture"][:], return_tensors="pt").pixel_values).logits.argmax(-1)
     assert (predicted == torch.tensor(rows["class"][:])).float().mean() == pytest.approx(result["test_accuracy"])
+    # A model that has a timestep is read there.
+    words = ["--model_name_or_path", output, *words[2:-3], "--output_dir", tmp_path / "again"]
+    run("linear_probe.py", *words, "--num_train_epochs=1")
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["timestep"] == 50
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -305,6 +305,34 @@ def test_tensorboard_has_the_choice(pixel_folder, pixels, tmp_path):
     assert curve == pytest.approx(dict(zip(selection.timesteps, selection.scores, strict=True)), rel=1e-6)
 
 
+def test_a_choice_that_was_made_before_is_reported(trainer, tmp_path):
+    """`from_pretrained` and the training script choose before the trainer is there."""
+    trainer.args.report_to = ["tensorboard"]
+    trainer.train()
+    config = trainer.model.config
+    (entry,) = [row for row in trainer.state.log_history if "aselect/timestep" in row]
+    assert (entry["aselect/timestep"], entry["step"], entry["aselect/drift"]) == (config.timestep, 0, 0)
+    events = EventAccumulator(str(tmp_path / "out" / "runs" / "aselect")).Reload()
+    assert [point.value for point in events.Scalars("aselect/timestep")] == [config.timestep]
+    assert len(events.Scalars("aselect/curve at step 0")) == len(config.selection["timesteps"])
+
+
+def test_the_accuracy_of_before_a_training_went_on_is_kept(trainer, tmp_path):
+    """The best weights are of a step that another process evaluated."""
+    trainer.args.eval_strategy = trainer.args.save_strategy = "steps"
+    trainer.args.eval_steps = trainer.args.save_steps = 1
+    trainer.args.load_best_model_at_end = trainer.args.greater_is_better = True
+    trainer.args.metric_for_best_model = "accuracy"
+    accuracies = iter([0.9, 0.5, 0.4, 0.4])
+    trainer.compute_metrics = lambda _: {"accuracy": next(accuracies)}
+    trainer.train()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-3")
+    (tmp_path / "out" / "README.md").unlink()
+    trainer.callback_handler.callbacks[-1].metrics_by_step = {}  # as in a new process
+    trainer.train(resume_from_checkpoint=True)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.eval_results[0].metric_value == 0.9
+
+
 def test_tensorboards_folder_is_the_hosts(pixel_folder, pixels, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "~/logs")

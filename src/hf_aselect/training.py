@@ -30,11 +30,12 @@ class ASelectCallback(TrainerCallback):
     """Chooses the timestep where none is chosen, and writes the model card and the curve into the output folder.
 
     A model whose timestep is still "auto" when training begins reads it off training pictures, once, the same in all
-    processes: the first ones of a stream, some from all over a set of known size, which may be sorted. While the
+    processes: the first ones of a stream, some from all over a set of known size, which may be sorted.
+    `from_pretrained` chooses at once; `model.config.timestep = "auto"` leaves the choice to the callback. While the
     backbone is fine-tuned the choice can be looked at again: how far it goes from the timestep of the beginning is the
-    drift. Choices go to
-    the trainer's history, and to TensorBoard and trackio where the trainer reports to them. Card and curve are written
-    after each evaluation, with its accuracy or mean IoU, and at the end of training, by the main process only.
+    drift. Choices, also one that was made before, go to the trainer's history, and to TensorBoard and trackio where
+    the trainer reports to them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and at
+    the end of training, by the main process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
@@ -87,8 +88,11 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Choose the timestep where none is chosen; a training that goes on keeps its choice."""
+        """Choose the timestep where none is chosen; a training that goes on keeps its choice and its figures."""
         model, dataloader = _unwrapped(kwargs["model"]), kwargs["train_dataloader"]
+        self.metrics_by_step = {
+            int(row["step"]): row for row in state.log_history if any(name.startswith("eval_") for name in row)
+        }
         self._check_reselection(model, dataloader)
         history: list[dict[str, Any]] = [row for row in state.log_history if RECORD in row]
         self.selections = [(row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history]
@@ -104,6 +108,8 @@ class ASelectCallback(TrainerCallback):
             self._report(args, state, selection)
         elif self.first_timestep is None:
             self.first_timestep = int(model.config.timestep)
+            if model.config.selection and model._is_selection_in_use():  # `from_pretrained` chose
+                self._report(args, state, TimestepSelection.from_dict(model.config.selection))
         # A checkpoint of an epoch's last step is written before the epoch's end.
         if self._is_due(model, state) and round(state.epoch or 0) not in [round(each) for each, _ in self.selections]:
             self._select_again(args, state, model, dataloader)
