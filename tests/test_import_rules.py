@@ -22,6 +22,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LEVELS = {
     "card_template": 0,
     "consensus": 0,
+    "cached_features": 0,
     "decoders": 0,
     "diffusers_files": 0,
     "massive_channels": 0,

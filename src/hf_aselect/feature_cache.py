@@ -13,16 +13,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import DatasetCard, HfApi
 from PIL import Image
 from torch import Tensor
 
+from .cached_features import DESCRIPTION, cached_features_class
 from .calibration import refuse_addresses
 from .denoiser import called_by
 from .denoisers import eval_mode
@@ -38,7 +38,6 @@ _MAX_VIEWS = 10_000
 # A process that is killed loses the part that it was writing: so small, and at least so many of them, that several
 # processes have something to share.
 PART_BYTES, MIN_PARTS, MIN_PART_ROWS, MAX_PART_ROWS = 2**27, 16, 256, 2048
-DESCRIPTION = "Features of pictures, cached by hf_aselect. "
 # Of a view, as the A-SelecT authors' 512 pixels of 576.
 CROP = 8 / 9
 Augment = Callable[[Any], Any]
@@ -110,7 +109,7 @@ def cache_features(
     with called_by(model):
         target = _written(job, Path(cache_dir))
     cached: Any = _opened(job, target).with_format("torch")
-    cached.__class__ = _cached_features()
+    cached.__class__ = cached_features_class()
     return cached
 
 
@@ -146,51 +145,6 @@ def _opened(job: "_Job", target: Path) -> Any:  # noqa: ANN401 - a `datasets.Dat
             f"The cache in {str(target)!r} is broken ({error}). Remove that folder, and run this again."
         ) from error
     return opened
-
-
-@cache
-def _cached_features() -> type:
-    """Return the class of what `cache_features` returns; made late, as `datasets` is imported late."""
-    from datasets import Dataset
-
-    class CachedFeatures(Dataset):  # type: ignore[misc]
-        """Features of pictures. Pushed to the Hub they have a card that says what they were made from."""
-
-        def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's
-            """Upload as `datasets.Dataset.push_to_hub` does, then the card, with the fingerprint; see there."""
-            commit: Any = super().push_to_hub(repo_id, *args, **kwargs)
-            if not self.info.description.startswith(DESCRIPTION):
-                return commit  # made of several, or of others: what it says would not hold for all
-            revision = commit.pr_revision or kwargs.get("revision")
-            api = HfApi(token=kwargs.get("token"))
-            where = {"repo_id": commit.repo_url.repo_id, "repo_type": "dataset", "revision": revision}
-            path = api.hf_hub_download(filename="README.md", **where)
-            card = _dataset_card(Path(path).read_text(encoding="utf-8"), repo_id, self.info.description)
-            api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **where)
-            return commit
-
-    # As if it stood in this module: other processes find it by its name.
-    CachedFeatures.__qualname__ = "CachedFeatures"
-    return CachedFeatures
-
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute
-    if name == "CachedFeatures":
-        return _cached_features()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _dataset_card(text: str, repo_id: str, description: str) -> str:
-    """Return the card that `datasets` wrote, with what the features were made from."""
-    card: Any = DatasetCard(text)
-    card.data.tags = list(dict.fromkeys([*(card.data.get("tags") or []), "hf_aselect", "a-select"]))
-    fingerprint = json.loads(description.removeprefix(DESCRIPTION))
-    lines = [f"# {repo_id.rpartition('/')[2]}", DESCRIPTION, "", "```python", "from datasets import load_dataset", ""]
-    lines += [f'features = load_dataset("{repo_id}", split="train").with_format("torch")', "```", ""]
-    lines += ["They are of use to a model with this fingerprint alone: another timestep, tap, noise, size or other"]
-    lines += ["weights give other features.", "", "```json", json.dumps(fingerprint, indent=1, sort_keys=True), "```"]
-    card.text = "\n" + "\n".join(lines) + "\n"
-    return str(card)
 
 
 @dataclass

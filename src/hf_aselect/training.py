@@ -34,8 +34,8 @@ class ASelectCallback(TrainerCallback):
     `from_pretrained` chooses at once; `model.config.timestep = "auto"` leaves the choice to the callback. While the
     backbone is fine-tuned the choice can be looked at again: how far it goes from the timestep of the beginning is the
     drift. Choices, also one that was made before, go to the trainer's history, and to TensorBoard and trackio where
-    the trainer reports to them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and at
-    the end of training, by the main process only.
+    the trainer reports to them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and
+    at the end of training, by the main process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
