@@ -1,7 +1,9 @@
 """Features kept on disk: what Trainer reads of them, what makes them stale, and what an interruption leaves."""
 
+import copy
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from hf_aselect import DiTForImageClassification, DiTModel, cache_features, feature_cache
+from hf_aselect import DiTForImageClassification, DiTModel, cache_features, cached_features, feature_cache
 from hf_aselect.image_processing_aselect import ASelectImageProcessor
 
 NUM_PICTURES = 10
@@ -128,6 +130,30 @@ def test_latents_that_do_not_fit_are_refused(latent_folder):
             model(latents=latents)
     with pytest.raises(ValueError, match="exactly one of `pixel_values` and `latents`"):
         model()
+
+
+@pytest.mark.parametrize("what", ["tokens", "pooled", "latents"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_batches_are_those_of_datasets(model, data, tmp_path, what, dtype):
+    extra = {"weight": [index / 4 for index in range(NUM_PICTURES)], "is_bright": [True, False] * 5}
+    for name, values in extra.items():
+        data = data.add_column(name, values)
+    cached = cache_features(model, data, tmp_path, what=what, dtype=dtype)
+    numbers, keys = cached.remove_columns("name"), [7, 0, 9, 2, 2]
+    assert cached_features._plain_columns(numbers)  # read where they lie
+    some = numbers.select_columns(["label"]).rename_column("label", "labels")
+    copied = pickle.loads(pickle.dumps(numbers)), copy.deepcopy(numbers)
+    others = numbers.shuffle(0), numbers.select([3] * 10), numbers.with_format("numpy"), numbers.with_format("torch")
+    for split in (cached, numbers, some, *copied, *others):
+        expected = Dataset.__getitems__(split, keys)
+        for found, row in zip(split.__getitems__(keys), expected, strict=True):
+            assert found.keys() == row.keys()
+            for name, value in row.items():
+                assert type(found[name]) is type(value)
+                assert getattr(found[name], "dtype", None) == getattr(value, "dtype", None)
+                assert np.array_equal(found[name], value)
+    with pytest.raises(IndexError):
+        numbers.__getitems__([0, NUM_PICTURES])
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -1,13 +1,97 @@
-"""The dataset that `cache_features` returns: what `datasets` has, and a card that says what it was made from."""
+"""The dataset that `cache_features` returns: `datasets`' own, read faster, with a card that says what it is of."""
 
 import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from huggingface_hub import DatasetCard, HfApi
+from torch import Tensor
 
 DESCRIPTION = "Features of pictures, cached by hf_aselect. "
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of numbers: the values of each piece of a table, where they lie (memory-mapped, as a rule).
+
+    Args:
+        pieces: Arrays (rows, ...), one after the other.
+        starts: First row of each.
+    """
+
+    pieces: list[np.ndarray]
+    starts: list[int]
+
+    @classmethod
+    def of(cls, chunks: Any, shape: tuple[int, ...]) -> "_Column | None":  # noqa: ANN401 - pyarrow's
+        """Return the column, None where it is not whole rows of numbers."""
+        pieces, starts, row = [], [], 0
+        for chunk in chunks:
+            values = getattr(chunk, "storage", chunk)
+            num_nulls = values.null_count
+            for _ in shape:
+                values = values.flatten()
+                num_nulls += values.null_count
+            if num_nulls or len(values) != len(chunk) * int(np.prod(shape)):
+                return None
+            pieces.append(values.to_numpy(zero_copy_only=False).reshape(len(chunk), *shape))
+            starts.append(row)
+            row += len(chunk)
+        return cls(pieces, starts) if pieces else None
+
+    def rows(self, keys: Sequence[int]) -> Tensor:
+        """Return some rows in the types in which `datasets` returns tensors."""
+        found = np.empty((len(keys), *self.pieces[0].shape[1:]), self.pieces[0].dtype)
+        for place, (key, piece) in enumerate(zip(keys, np.searchsorted(self.starts, keys, "right") - 1, strict=True)):
+            found[place] = self.pieces[piece][key - self.starts[piece]]
+        values = torch.from_numpy(found)
+        if values.dtype == torch.bool:
+            return values
+        return values.float() if values.is_floating_point() else values.long()
+
+
+def _shape(kind: Any) -> tuple[int, ...] | None:  # noqa: ANN401 - of `datasets`
+    """Return the shape of a column's rows, None where they are not numbers."""
+    from datasets import ClassLabel, Value
+
+    if isinstance(kind, ClassLabel):
+        return ()
+    if isinstance(kind, Value):
+        is_number = kind.dtype == "bool" or kind.dtype.startswith(("int", "uint", "float"))
+        return () if is_number else None
+    if isinstance(getattr(kind, "shape", None), tuple):
+        return kind.shape if None not in kind.shape else None
+    length, inner = getattr(kind, "length", -1), getattr(kind, "feature", None)
+    return (length,) if length > 0 and isinstance(inner, Value) and _shape(inner) == () else None
+
+
+# By the dataset, and not in it: `datasets` copies what is in one with all that it holds.
+_known: weakref.WeakKeyDictionary[Any, tuple[Any, list[str], dict[str, _Column]]] = weakref.WeakKeyDictionary()
+
+
+def _plain_columns(dataset: Any) -> dict[str, _Column]:  # noqa: ANN401 - a `datasets.Dataset`
+    """Return the columns of a dataset in torch format if all are numbers and in their order, else none."""
+    form = dataset.format
+    is_plain = form["type"] == "torch" and not form["format_kwargs"] and not form["output_all_columns"]
+    if dataset._indices is not None or not is_plain:
+        return {}
+    table, names = dataset.data.table, list(form["columns"])
+    known = _known.get(dataset)
+    if known is None or known[0] is not table or known[1] != names:
+        shapes = {name: _shape(dataset.features[name]) for name in names}
+        columns = {
+            name: column
+            for name, shape in shapes.items()
+            if shape is not None and (column := _Column.of(table.column(name).chunks, shape))
+        }
+        known = _known[dataset] = table, names, columns if len(columns) == len(names) else {}
+    return known[2]
 
 
 @cache
@@ -17,6 +101,18 @@ def cached_features_class() -> type:
 
     class CachedFeatures(Dataset):  # type: ignore[misc]
         """Features of pictures. Pushed to the Hub they have a card that says what they were made from."""
+
+        def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
+            """Return the rows of a batch, as a `DataLoader` asks for them.
+
+            The same as `datasets` returns. Numbers are taken where they lie; it would make a tensor of each row.
+            """
+            columns = _plain_columns(self)
+            if not columns or not keys or min(keys) < 0 or max(keys) >= len(self):
+                rows: list[dict[str, Any]] = super().__getitems__(keys)
+                return rows
+            values = [column.rows(keys).unbind() for column in columns.values()]
+            return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
         def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's
             """Upload as `datasets.Dataset.push_to_hub` does, then the card, with the fingerprint; see there."""
