@@ -5,12 +5,14 @@
 Half an hour on two CPU cores with nothing else running. Random weights and pictures, a DiT-S/2 on 32 × 32
 latents (pictures of 4 channels stand for them), read at block 4 of 12, the default:
 
-- `waiting`: the share of the time of a training from cached tokens (`cache_features`) that passes between two steps,
-  in which the next batch is read and put together;
+- `waiting`: the shares of the time of a training from cached features (`cache_features`) in which batches are read and
+  put together, and that passes between two steps, which has the trainer's own work there in it, too: for the attention
+  head in batches of 16, and for linear heads, whose steps take milliseconds, in batches of 64;
 - `processes`: pictures a second of one process on one thread, and of two on one thread each, over gloo: for a head on
   the frozen transformer, and for all weights, whose gradients are summed at each step.
 
-Each is measured `--repetitions` times, turn by turn; figures are medians, with the least and the greatest.
+Each is measured `--repetitions` times, turn by turn; figures are medians, with the least and the greatest. Of a folder
+with results, parts that are not asked for (`--parts`) stay.
 """
 
 import argparse
@@ -53,12 +55,19 @@ TRANSFORMER = {
 }
 BATCH = 16
 SKIPPED = 2  # first steps, which allocate
+# Head, what is cached, pictures a step, passes: of short steps there are to be enough.
+FROM_CACHE = {
+    "attention head, tokens": ("attention", "tokens", BATCH, 1),
+    "linear head, tokens": ("linear", "tokens", 4 * BATCH, 50),
+    "linear head, their means": ("linear", "pooled", 4 * BATCH, 100),
+}
 
 
 class Clock(TrainerCallback):
     """Notes when steps begin and end."""
 
     def __init__(self) -> None:
+        self.created = time.perf_counter()
         self.begun: list[float] = []
         self.ended: list[float] = []
 
@@ -115,23 +124,58 @@ def train(model: DiTForImageClassification, rows: Any, num_steps: int, batch: in
             disable_tqdm=True,
             use_cpu=True,
         )
-        collator = default_data_collator
+        collator = rows.collate if isinstance(rows, Timed) else default_data_collator
         Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()
     return clock
 
 
-def waiting(num_pictures: int) -> float:
-    """Return the share of the time that a training from cached tokens waits for them."""
+class Timed(torch.utils.data.Dataset):
+    """Rows, and how long it takes to read them and put them together.
+
+    Args:
+        rows: A dataset of features.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows, self.seconds = rows, 0.0
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
+        """Return rows."""
+        begun = time.perf_counter()
+        rows = self.rows.__getitems__(keys)
+        self.seconds += time.perf_counter() - begun
+        return rows
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch."""
+        begun = time.perf_counter()
+        batch = default_data_collator(rows)
+        self.seconds += time.perf_counter() - begun
+        return batch
+
+
+def waiting(num_pictures: int, num_repetitions: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the shares of the time that trainings from cached features spend on reading and between steps."""
     values = np.random.default_rng(0).integers(0, 256, (num_pictures, 32, 32, 3), dtype=np.uint8)
     columns = {
         "image": [PILImage.fromarray(value) for value in values],
         "label": [i % 10 for i in range(num_pictures)],
     }
     pictures = Dataset.from_dict(columns, features=Features(image=Image(), label=ClassLabel(num_classes=10)))
-    model = build(3)
+    found: dict[str, dict[str, list[float]]] = {kind: {"reading": [], "between_steps": []} for kind in FROM_CACHE}
     with tempfile.TemporaryDirectory() as folder:
-        cached = cache_features(model, pictures, folder)
-        return train(model, cached, 3 * num_pictures // BATCH, BATCH).waiting()
+        for _ in range(num_repetitions):
+            for kind, (head, what, batch, num_epochs) in FROM_CACHE.items():
+                model = build(3, head=head)
+                rows = Timed(cache_features(model, pictures, folder, what=what))
+                clock = train(model, rows, num_epochs * num_pictures // batch, batch)
+                found[kind]["reading"].append(rows.seconds / (clock.ended[-1] - clock.created))
+                found[kind]["between_steps"].append(clock.waiting())
+    return {kind: {name: spread(values) for name, values in shares.items()} for kind, shares in found.items()}
 
 
 def child(kind: str, num_steps: int) -> None:
@@ -158,6 +202,20 @@ def ask(kind: str, num_processes: int, num_steps: int) -> float:
     return float(json.loads(next(line for line in reversed(done.stdout.splitlines()) if line[:1].isdigit())))
 
 
+def processes(kind: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return pictures a second of one process and of two, turn by turn."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(args.repetitions):
+        for number, values in rates.items():
+            values.append(ask(kind, number, args.num_steps))
+    per_core = [two / 2 / one for one, two in zip(rates[1], rates[2], strict=True)]
+    return {
+        "pictures_per_second_of_one": spread(rates[1]),
+        "pictures_per_second_of_two": spread(rates[2]),
+        "two_per_core": spread(per_core),
+    }
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Return the median, the least and the greatest."""
     return {
@@ -175,9 +233,11 @@ def table(result: dict[str, Any]) -> str:
         return f"{middle} ({least} to {greatest})"
 
     lines = ["| training of a DiT-S/2 read at block 4 of 12 | median (least to greatest) |", "| --- | --- |"]
-    lines.append(
-        f"| waiting for the next batch, from cached tokens, % of the time | {cell(result['waiting'], 100, 2)} |"
-    )
+    lines += [
+        f"| {kind} from the cache: {name.replace('_', ' ')}, % of the time | {cell(found, 100, 2)} |"
+        for kind, shares in result["waiting"].items()
+        for name, found in shares.items()
+    ]
     for kind, name in (("head", "a head, the transformer frozen"), ("all", "all weights")):
         found = result["processes"][kind]
         lines += [
@@ -191,6 +251,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--parts", nargs="+", default=["waiting", "processes"], choices=("waiting", "processes"))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--num_steps", type=int, default=12, help="steps of a training in processes")
     parser.add_argument("--num_pictures", type=int, default=128, help="pictures of a training from cached tokens")
@@ -201,25 +262,18 @@ def main() -> None:
     if args.child:
         child(args.child, args.num_steps)
         return
-    shares = [waiting(args.num_pictures) for _ in range(args.repetitions)]
-    result: dict[str, Any] = {"waiting": spread(shares), "processes": {}}
-    for kind in ("head", "all"):
-        rates: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(args.repetitions):
-            for number, values in rates.items():
-                values.append(ask(kind, number, args.num_steps))
-        per_core = [two / 2 / one for one, two in zip(rates[1], rates[2], strict=True)]
-        result["processes"][kind] = {
-            "pictures_per_second_of_one": spread(rates[1]),
-            "pictures_per_second_of_two": spread(rates[2]),
-            "two_per_core": spread(per_core),
-        }
-    result |= {"repetitions": args.repetitions, "torch": torch.__version__}
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    path = output / "training.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "waiting" in args.parts:
+        result["waiting"] = waiting(args.num_pictures, args.repetitions)
+    if "processes" in args.parts:
+        result["processes"] = {kind: processes(kind, args) for kind in ("head", "all")}
+    result |= {"repetitions": args.repetitions, "torch": torch.__version__}
     temporary = output / ".training.json.incomplete"
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(output / "training.json")
+    temporary.replace(path)
     print(table(result))
 
 

@@ -1,6 +1,7 @@
 """The dataset that `cache_features` returns: `datasets`' own, read faster, with a card that says what it is of."""
 
 import json
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +17,23 @@ from torch import Tensor
 DESCRIPTION = "Features of pictures, cached by hf_aselect. "
 
 
+# Rows from this size on are copied one by one: a batch of them would be an allocation that the system hands out anew,
+# page by page, each time.
+LARGE_ROW_BYTES = 2**14
+
+
 @dataclass(frozen=True)
 class _Column:
     """A column of numbers: the values of each piece of a table, where they lie (memory-mapped, as a rule).
 
     Args:
         pieces: Arrays (rows, ...), one after the other.
+        tensors: The same, not to be written to.
         starts: First row of each.
     """
 
     pieces: list[np.ndarray]
+    tensors: list[Tensor]
     starts: list[int]
 
     @classmethod
@@ -43,17 +51,26 @@ class _Column:
             pieces.append(values.to_numpy(zero_copy_only=False).reshape(len(chunk), *shape))
             starts.append(row)
             row += len(chunk)
-        return cls(pieces, starts) if pieces else None
+        if not shape and pieces:  # so little that it may as well lie in memory
+            pieces, starts = [np.concatenate(pieces)], [0]
+        with warnings.catch_warnings():  # that they cannot be written to
+            warnings.simplefilter("ignore", UserWarning)
+            return cls(pieces, [torch.from_numpy(piece) for piece in pieces], starts) if pieces else None
 
-    def rows(self, keys: Sequence[int]) -> Tensor:
+    def rows(self, keys: list[int]) -> Sequence[Tensor]:
         """Return some rows in the types in which `datasets` returns tensors."""
-        found = np.empty((len(keys), *self.pieces[0].shape[1:]), self.pieces[0].dtype)
-        for place, (key, piece) in enumerate(zip(keys, np.searchsorted(self.starts, keys, "right") - 1, strict=True)):
-            found[place] = self.pieces[piece][key - self.starts[piece]]
-        values = torch.from_numpy(found)
-        if values.dtype == torch.bool:
-            return values
-        return values.float() if values.is_floating_point() else values.long()
+        first = self.tensors[0]
+        dtype = torch.bool if first.dtype == torch.bool else torch.float32 if first.is_floating_point() else torch.long
+        if first.ndim == 1:
+            return first[keys].to(dtype).unbind()
+        in_pieces = (np.searchsorted(self.starts, keys, "right") - 1).tolist()
+        places = [(piece, key - self.starts[piece]) for key, piece in zip(keys, in_pieces, strict=True)]
+        if first[0].nbytes >= LARGE_ROW_BYTES:
+            return [self.tensors[piece][row].to(dtype, copy=True) for piece, row in places]
+        found = np.empty((len(keys), *first.shape[1:]), self.pieces[0].dtype)
+        for index, (piece, row) in enumerate(places):
+            found[index] = self.pieces[piece][row]
+        return torch.from_numpy(found).to(dtype).unbind()
 
 
 def _shape(kind: Any) -> tuple[int, ...] | None:  # noqa: ANN401 - of `datasets`
@@ -111,7 +128,7 @@ def cached_features_class() -> type:
             if not columns or not keys or min(keys) < 0 or max(keys) >= len(self):
                 rows: list[dict[str, Any]] = super().__getitems__(keys)
                 return rows
-            values = [column.rows(keys).unbind() for column in columns.values()]
+            values = [column.rows(keys) for column in columns.values()]
             return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
         def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's
