@@ -413,7 +413,7 @@ def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixe
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**config, "num_processes": 2}))
     sizes = ["--head_hidden_size", "16", "--head_num_attention_heads", "2"]
     of_trainer = ["--recipe", "fine_tune", "--bf16", "True", "--use_cpu", "True", "--report_to", "none"]
-    of_trainer += ["--save_strategy", "epoch"]
+    of_trainer += ["--save_strategy", "epoch", "--reselect_epochs", "1"]
     of_loop = ["--cache_dir", str(tmp_path / "cache"), "--checkpointing_steps", "epoch"]
     rates = {"train_image_classification": "1e-3", "train_image_classification_no_trainer": "1e-2"}
     found = {}
@@ -426,6 +426,10 @@ def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixe
         launch_under_deepspeed(tmp_path / "two.yaml", *words)
         model = DiTForImageClassification.from_pretrained(tmp_path / name)
         found[name] = model.config.selection["timestep"]
+        if name == "train_image_classification":  # chosen again after each epoch, by what DeepSpeed made of the model
+            (last,) = [path for path in (tmp_path / name).glob("checkpoint-*") if path.name != "checkpoint-3"]
+            history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+            assert [row["epoch"] for row in history if "aselect/timestep" in row] == [0, 1, 2]
         untrained = DiTForImageClassification.from_pretrained(pixel_folder, timestep=0, num_labels=2)
         before = untrained.backbone.state_dict()
         # DeepSpeed keeps all weights in bf16, and rounds those that are frozen, too.
