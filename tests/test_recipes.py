@@ -86,6 +86,24 @@ def test_probes_move_the_head_alone(train, recipe, tmp_path):
     assert again.config.id2label == {0: "dark", 1: "bright"}
 
 
+@pytest.mark.parametrize("recipe", TRAIN.RECIPES)
+def test_one_step_moves_what_is_trained_by_its_gradient_alone(train, recipe):
+    """Plain gradient descent without decay: a weight that no gradient reaches would stay."""
+    plain = {
+        "--optim": "sgd",
+        "--max_steps": "1",
+        "--learning_rate": "1",
+        "--weight_decay": "0",
+        "--warmup_steps": "0",
+    }
+    trainer = train(recipe, *(word for pair in plain.items() for word in pair))
+    # Of LoRA's two factors one begins at zero, which the first gradient of the other has as a factor. A bias of all
+    # keys alike changes no attention.
+    still = {name for name in trainer.trainable if "lora_A" in name or name.endswith("to_k.bias")}
+    assert bool(still) == (recipe in ("lora", "fine_tune"))
+    assert trainer.trainable - still == trainer.moved - still
+
+
 def test_the_best_epoch_is_told_by_training_pictures_that_are_not_trained_on(train, parquet, tmp_path):
     # Ten of twelve labels are wrong, so that no share of the training pictures gives such a figure.
     test = load_dataset("parquet", data_files=str(parquet), split="train").select(range(12))
