@@ -13,8 +13,8 @@ It goes on where a checkpoint ends (`--resume_from_checkpoint DIR`, or `latest`)
 that was chosen then, and the weights that come out are those of a run that was not interrupted. `--cache_dir` reads
 the features once. `--with_tracking` writes to the trackers that are installed.
 
-The features are frozen, and whole pictures are seen; recipes, crops, streams, the best epoch and a card are in
-`train_image_classification.py`.
+The features are frozen, and whole pictures are seen; recipes, crops, streams and the best epoch are in
+`train_image_classification.py`. `--push_to_hub` shares the model with its card.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="a checkpoint of ours, or what diffusers saved")
     parser.add_argument("--dataset_name", help="dataset of the Hub, or a local folder of it")
+    parser.add_argument("--train_dir", help="folder with one sub-folder of pictures a class")
     parser.add_argument("--train_file", help="parquet file with pictures and labels")
     parser.add_argument("--validation_file", help="parquet file of the validation split (a tenth of train)")
     parser.add_argument("--image_column", default="image", help="column with the pictures (%(default)s)")
@@ -74,10 +75,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume_from_checkpoint", help="folder of a checkpoint, or `latest`")
     parser.add_argument("--with_tracking", action="store_true", help="write to the trackers that are installed")
     parser.add_argument("--report_to", default="all", help="which of them (%(default)s)")
+    parser.add_argument("--push_to_hub", action="store_true", help="push the model in the end, with its card")
+    parser.add_argument("--hub_model_id", help="repository to push to (the name of the output folder)")
+    parser.add_argument("--hub_private_repo", action="store_true", help="a new repository is private")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
-    if (args.dataset_name is None) == (args.train_file is None):
-        parser.error("give exactly one of --dataset_name and --train_file")
+    if sum(source is not None for source in (args.dataset_name, args.train_dir, args.train_file)) != 1:
+        parser.error("give exactly one of --dataset_name, --train_dir and --train_file")
     if args.checkpointing_steps not in (None, "epoch") and not str(args.checkpointing_steps).isdigit():
         parser.error("--checkpointing_steps must be a number or `epoch`")
     return args
@@ -107,6 +111,8 @@ def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         splits = load_dataset(args.dataset_name)
         if "train" not in splits:
             raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
+    elif args.train_dir:
+        splits = load_dataset("imagefolder", data_dir=args.train_dir)
     else:
         files = {"train": args.train_file, "validation": args.validation_file}
         # One by one: together they would all be taken to have the classes of the first, in its order.
@@ -356,6 +362,15 @@ def main() -> None:
     if accelerator.is_main_process:
         processor.save_pretrained(output)
         (output / "all_results.json").write_text(json.dumps({"eval_accuracy": accuracy}), encoding="utf-8")
+        if args.push_to_hub:
+            # What was written is whole also where the weights in memory are shards.
+            DiTForImageClassification.from_pretrained(output).push_to_hub(
+                args.hub_model_id or output.resolve().name,
+                private=args.hub_private_repo,
+                accuracy=accuracy,
+                dataset=args.dataset_name,
+                training={"steps": step, "learning rate": args.learning_rate, "seed": args.seed},
+            )
     accelerator.end_training()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from forking import Forking
 from huggingface_hub import ModelCard
+from PIL import Image
 from writable_hub import WritableHub, serve
 
 from hf_aselect import ASelectImageProcessor
@@ -335,6 +336,26 @@ def test_the_example_pushes_a_folder_and_keeps_what_its_card_says(hub, classifie
     assert f"Pushed: {hub.endpoint}/me/example/commit/" in done.stdout
     card = ModelCard(hub.bytes_of("model", "me/example", "README.md").decode())
     assert (card.data.license, card.data.eval_results[0].metric_value) == ("apache-2.0", 0.75)
+
+
+def test_accelerates_own_loop_learns_a_folder_of_pictures_and_pushes(hub, pixel_folder, tmp_path):
+    for index in range(20):
+        folder = tmp_path / "pictures" / ("dark", "bright")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (200 * (index % 2), 40, index)).save(folder / f"{index}.png")
+    script = str(Path(__file__).parents[1] / "examples" / "train_image_classification_no_trainer.py")
+    words = ["--model_name_or_path", str(pixel_folder), "--train_dir", str(tmp_path / "pictures"), "--timestep", "5"]
+    words += ["--output_dir", str(tmp_path / "out"), "--head", "linear", "--max_train_steps", "3", "--push_to_hub"]
+    words += ["--hub_model_id", "me/looped", "--hub_private_repo"]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, env=environment(hub, tmp_path / "home")
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    accuracy = json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"]
+    card = ModelCard(hub.bytes_of("model", "me/looped", "README.md").decode())
+    assert f"accuracy: {accuracy}" in str(card)
+    assert "| steps | 3 |" in card.text and hub.repos["model", "me/looped"].private
+    assert {"model.safetensors", "preprocessor_config.json"} <= set(hub.paths("model", "me/looped"))
 
 
 FEATURES = """
