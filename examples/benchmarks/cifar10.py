@@ -62,6 +62,7 @@ from hf_aselect.probe import ridge_probe_accuracy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
 
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
@@ -409,6 +410,8 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     for (name, log), line in zip(results["pretraining"].items(), ("-", "--"), strict=False):
         left.plot([each["seconds"] / 3600 for each in log], [each["loss"] for each in log], line, label=name)
     left.set(xlabel="hours of pretraining", ylabel="mean squared error of the prediction", yscale="log")
+    for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.legend(frameon=False)
     accuracies = {int(timestep): 100 * value for timestep, value in results.get("timesteps", {}).items()}
     places = {timestep: place for place, timestep in enumerate(sorted(accuracies))}
