@@ -225,10 +225,11 @@ def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, cap
         train(recipe, *words, "--timestep", "7")
 
 
-def test_fine_tuning_takes_the_optimizer_that_is_asked_for(train):
+def test_fine_tuning_takes_the_optimizer_that_is_asked_for(train, tmp_path):
     trainer = train("fine_tune", "--adam_epsilon", "1e-3", "--optim", "adamw_torch")
     assert {group["eps"] for group in trainer.optimizer.param_groups} == {1e-3}
-    assert train("fine_tune", "--optim", "sgd").optimizer.optimizer.__class__ is torch.optim.SGD
+    trainer = train("fine_tune", "--optim", "sgd", "--output_dir", str(tmp_path / "another"))
+    assert trainer.optimizer.optimizer.__class__ is torch.optim.SGD
 
 
 @pytest.mark.parametrize(
