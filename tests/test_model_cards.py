@@ -385,3 +385,38 @@ def test_the_code_of_the_classifiers_card_runs(demos, tmp_path, monkeypatch):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.startswith("transformers_modules."), done.stderr[-2000:]
+
+
+CIFAR10 = ROOT / "model_cards" / "cifar10-classification"
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    """The rows of the benchmark on CIFAR-10, and its script."""
+    return json.loads((CIFAR10 / "results.json").read_text(encoding="utf-8")), example("benchmarks/cifar10.py")
+
+
+def test_the_card_of_cifar10_has_the_table_of_its_results(cifar10):
+    results, script = cifar10
+    assert script.table(results) in (CIFAR10 / "README.md").read_text(encoding="utf-8")
+    assert (CIFAR10 / "curve.png").exists()
+
+
+def test_what_the_benchmark_on_cifar10_is_to_reach(cifar10):
+    results, _ = cifar10
+    rows = {name: [seed["accuracy"] for seed in seeds.values()] for name, seeds in results["rows"].items()}
+    assert all(len(accuracies) == 3 for accuracies in rows.values())
+
+    def mean(*words):
+        (found,) = [name for name in rows if all(word in name for word in words)]
+        return 100 * statistics.mean(rows[found])
+
+    head = mean("DiT, chosen", "attention head")
+    assert head - mean("random weights", "attention head") >= 12
+    assert mean("LoRA") >= head
+    linear = mean("DiT, chosen", "linear"), mean("random weights", "linear")
+    quoted = (head, mean("random weights", "attention head"), *linear)
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "{:.1f} % of the test pictures with an attention head (random weights: {:.1f} %)".format(*quoted) in readme
+    assert "and {2:.1f} % with a linear one ({3:.1f} %)".format(*quoted) in readme
+    assert results["pretraining"]["DiT"][-1]["seconds"] >= 2 * 3600
