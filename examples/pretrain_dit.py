@@ -454,7 +454,10 @@ class Pretraining:
 
 def main() -> None:
     """Run the training that the command line asks for."""
-    Pretraining(HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()[0]).train()
+    training = Pretraining(HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()[0])
+    training.train()
+    # A process that ends with its group open may be aborted by torch, and the launcher calls the training failed.
+    training.accelerator.end_training()
 
 
 if __name__ == "__main__":

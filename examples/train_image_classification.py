@@ -659,6 +659,8 @@ def main() -> None:
             names,
         )
     trainer.save_model()
+    # A process that ends with its group open may be aborted by torch, and the launcher calls the training failed.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -210,6 +210,8 @@ def main() -> None:
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
         draw_overlays(model, validation, names, Path(training_args.output_dir) / "overlays.png", args.num_overlays)
+    # A process that ends with its group open may be aborted by torch, and the launcher calls the training failed.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

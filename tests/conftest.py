@@ -26,6 +26,16 @@ NUM_BLOCKS = 3
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2}
 
 
+# The last lines of a script of several processes. One that ends while another still talks to it lets that one abort,
+# and one that ends with its group open may abort itself: its threads outlive the interpreter.
+END_OF_PROCESSES = """
+import torch.distributed
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
 def example(name):
     """The module of an example, by its path below `examples/`."""
     path = Path(__file__).parents[1] / "examples" / name

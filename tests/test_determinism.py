@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import END_OF_PROCESSES
 
 CODE = """
 import json, os, sys
@@ -43,7 +44,7 @@ def runs(tmp_path_factory):
     # Processes find each other, and share the pictures, where accelerate's state was made first.
     started = [
         subprocess.Popen(
-            [sys.executable, *launcher, "-c", prelude + CODE, str(folder / name), str(threads)],
+            [sys.executable, *launcher, "-c", prelude + CODE + END_OF_PROCESSES, str(folder / name), str(threads)],
             env={**environment, "OMP_NUM_THREADS": str(threads)},
             stderr=subprocess.PIPE,
             text=True,
@@ -53,7 +54,7 @@ def runs(tmp_path_factory):
     ]
     for process in started:
         _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error[-3000:]
+        assert process.returncode == 0, error
     names = [path.stem for path in folder.iterdir()]
     assert sorted(names) == ["first-0", "processes-0", "processes-1", "second-0", "threads-0"]
     return {name: torch.load(folder / f"{name}.pt") for name in names}

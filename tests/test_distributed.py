@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin, merge_fsdp_weights
+from conftest import END_OF_PROCESSES
 from PIL import Image as PILImage
 
 from hf_aselect import DiTForImageClassification
@@ -181,7 +182,6 @@ if WORLD > 1:
     checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=output / "shards")
     if RANK == 0:
         model.config.save_pretrained(output / "merged")
-    dist.destroy_process_group()
 else:
     model.save_pretrained(output / "whole")
 """
@@ -223,15 +223,13 @@ except ValueError as error:
     assert "shards makes no pictures of its own" in str(error), error
 assert model.read_taps.__func__ is methods
 note("prepared", losses=losses, chosen=[each.scores for each in chosen], timesteps=[each.timestep for each in chosen])
-if WORLD > 1:
-    dist.destroy_process_group()
 """
 )
 
 
 def launch(script, folder, output, launcher=(sys.executable,)):
     path = output / "script.py"
-    path.write_text(script)
+    path.write_text(script + END_OF_PROCESSES)
     done = subprocess.run(
         [*launcher, str(path), str(folder), str(output)], capture_output=True, text=True, env=ENVIRONMENT
     )
@@ -334,11 +332,35 @@ def write_pictures(path):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
-def test_the_loop_of_ones_own_learns_the_same_on_two_processes(pixel_folder, tmp_path):
+# Runs a script, which is to end with its group closed.
+CLOSING = """
+import runpy, sys
+import torch
+
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert not torch.distributed.is_initialized(), "the script left its group open"
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_image_classification_no_trainer.py", []),
+        pytest.param(
+            "train_image_classification.py",
+            ["--use_cpu", "True", "--report_to", "none", "--lr_scheduler_type", "constant"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_script_learns_the_same_on_two_processes(pixel_folder, tmp_path, script, options):
     """By accelerate's own launcher, as README tells."""
     write_pictures(tmp_path / "train.parquet")
-    for name, launcher, batch in (("alone", [sys.executable], BATCH), ("both", LAUNCHER, BATCH // 2)):
-        words = [str(ROOT / "examples" / "train_image_classification_no_trainer.py"), "--timestep", "auto"]
+    (tmp_path / "closing.py").write_text(CLOSING)
+    both = [*LAUNCHER, str(tmp_path / "closing.py")]
+    for name, launcher, batch in (("alone", [sys.executable], BATCH), ("both", both, BATCH // 2)):
+        words = [str(ROOT / "examples" / script), *options, "--timestep", "auto"]
         words += ["--model_name_or_path", str(pixel_folder), "--train_file", str(tmp_path / "train.parquet")]
         words += ["--validation_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / name)]
         words += ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--num_train_epochs", "2"]
@@ -356,7 +378,9 @@ def test_the_loop_of_ones_own_learns_the_same_on_two_processes(pixel_folder, tmp
 @pytest.mark.slow
 def test_pretraining_on_two_processes_goes_on_where_both_were_killed(tmp_path):
     write_pictures(tmp_path / "train.parquet")
-    words = [*TORCHRUN, str(ROOT / "examples" / "pretrain_dit.py"), "--train_file", str(tmp_path / "train.parquet")]
+    (tmp_path / "closing.py").write_text(CLOSING)
+    words = [*TORCHRUN, str(tmp_path / "closing.py"), str(ROOT / "examples" / "pretrain_dit.py")]
+    words += ["--train_file", str(tmp_path / "train.parquet")]
     words += ["--image_size", "8", "--num_layers", "1", "--num_attention_heads", "1", "--attention_head_dim", "16"]
     words += ["--batch_size", "4", "--num_pictures", "80", "--warmup_steps", "2", "--optim", "muon"]
     words += ["--mixed_precision", "no", "--checkpoint_minutes", "0", "--output_dir"]
@@ -381,12 +405,8 @@ def test_pretraining_on_two_processes_goes_on_where_both_were_killed(tmp_path):
 
 # On a CPU accelerate gives DeepSpeed no group of processes of its own.
 ON_GLOO = """
-import runpy, sys
 from accelerate import PartialState
-
 PartialState(backend="gloo")
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -408,7 +428,7 @@ def launch_under_deepspeed(config: Path, *words: str) -> str:
 def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixel_folder, tmp_path, stage):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     write_pictures(tmp_path / "train.parquet")
-    (tmp_path / "gloo.py").write_text(ON_GLOO)
+    (tmp_path / "closing.py").write_text(ON_GLOO + CLOSING)
     config = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / f"deepspeed_zero{stage}.yaml").read_text())
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**config, "num_processes": 2}))
     sizes = ["--head_hidden_size", "16", "--head_num_attention_heads", "2"]
@@ -418,7 +438,7 @@ def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixe
     rates = {"train_image_classification": "1e-3", "train_image_classification_no_trainer": "1e-2"}
     found = {}
     for name, options in zip(rates, (of_trainer, of_loop), strict=True):
-        words = [str(tmp_path / "gloo.py"), str(ROOT / "examples" / f"{name}.py"), "--timestep", "auto", *sizes]
+        words = [str(tmp_path / "closing.py"), str(ROOT / "examples" / f"{name}.py"), "--timestep", "auto", *sizes]
         words += ["--model_name_or_path", str(pixel_folder), "--train_file", str(tmp_path / "train.parquet")]
         words += ["--validation_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / name)]
         words += ["--num_train_epochs", "2", "--per_device_train_batch_size", str(BATCH // 2), *options]

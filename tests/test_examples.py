@@ -1,5 +1,6 @@
 """The example scripts, each run as a user runs it: as a process, on few pictures."""
 
+import ast
 import gzip
 import json
 import os
@@ -30,6 +31,16 @@ def run(script, *arguments):
     finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
+
+
+@pytest.mark.parametrize(
+    "script",
+    [path for path in EXAMPLES.rglob("*.py") if "Accelerator(" in path.read_text() or path.name.startswith("train_")],
+    ids=lambda path: path.name,
+)
+def test_a_script_for_several_processes_ends_with_its_group_closed(script):
+    (main,) = (each for each in ast.parse(script.read_text()).body if getattr(each, "name", "") == "main")
+    assert ast.unparse(main.body[-1]).endswith("accelerator.end_training()")
 
 
 @pytest.fixture(scope="module")

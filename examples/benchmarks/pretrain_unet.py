@@ -44,7 +44,9 @@ class UNetPretraining(Pretraining):
 
 def main() -> None:
     """Run the training that the command line asks for."""
-    UNetPretraining(HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()[0]).train()
+    training = UNetPretraining(HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()[0])
+    training.train()
+    training.accelerator.end_training()
 
 
 if __name__ == "__main__":
