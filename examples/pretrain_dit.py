@@ -15,6 +15,7 @@ the batch of each process.
 """
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -91,11 +92,8 @@ class PretrainingArguments:
     seed: int = field(default=0, metadata={"help": "Seed of weights, order of pictures, noise and samples."})
 
 
-# Where things lie and how they are written; pictures are known by their number, and may have been moved.
-CHANGEABLE = (
-    *("output_dir", "dataset_name", "train_dir", "train_file", "stages"),
-    *("mixed_precision", "save_dtype", "checkpoint_minutes"),
-)
+# Where things lie and how they are written; pictures are known by a digest, and may have been moved.
+CHANGEABLE = ("output_dir", "dataset_name", "train_dir", "train_file", "stages", "save_dtype", "checkpoint_minutes")
 
 
 def default_precision() -> str:
@@ -119,6 +117,14 @@ def load_pictures(args: PretrainingArguments) -> Dataset:
     if args.train_dir:
         return load_dataset("imagefolder", data_dir=args.train_dir, split="train")
     return load_dataset("parquet", data_files=args.train_file, split="train")
+
+
+def digest(dataset: Dataset, image_column: str) -> str:
+    """Return a digest of the number of pictures and of some of them, by which they are known wherever they lie."""
+    found = hashlib.sha256(str(len(dataset)).encode())
+    for picture in dataset.select(np.linspace(0, len(dataset) - 1, 16).astype(int))[image_column]:
+        found.update(np.asarray(picture).tobytes())
+    return found.hexdigest()[:16]
 
 
 def to_tensors(batch: dict[str, list], args: PretrainingArguments) -> dict[str, list]:
@@ -320,7 +326,8 @@ class Pretraining:
     def recipe(self) -> dict[str, Any]:
         """Return what must not change on the way: a run that goes on is to end as one that was never stopped."""
         given = {name: value for name, value in vars(self.args).items() if name not in CHANGEABLE}
-        return {**given, "number of pictures": len(self.dataset), "processes": self.accelerator.num_processes}
+        pictures = digest(self.dataset, self.args.image_column)
+        return {**given, "digest of the pictures": pictures, "processes": self.accelerator.num_processes}
 
     def check_recipe(self) -> None:
         """Refuse to go on from the checkpoint of another run."""

@@ -26,8 +26,8 @@ chosen then: on a CPU the weights that come out are bit for bit those of a train
 (`--train_file 'shards/*.tar' --image_column png --label_column cls --class_names dark,bright`). Process 0 reads for
 all of them, and fills a last batch that cannot be shared evenly with pictures of the first;
 `--accelerator_config '{"dispatch_batches": false}'` lets each read files of its own, of which there must be as many as
-processes (for evaluation process 0 reads all the same). A resumed stream is read again up to where it stopped; its
-crops are others then.
+processes (for evaluation process 0 reads all the same). A resumed stream is read again up to where it stopped; in
+its first epoch the weights that come out are the same, too.
 
 `--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json`, the card, `README.md`, and
 `confusion_matrix.png`, with the accuracy of each class.
@@ -384,6 +384,16 @@ class EpochCallback(TrainerCallback, ExportableState):
         """Return what the host keeps in a checkpoint."""
         return {"args": {}, "attributes": {"num_processes": num_processes()}}
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401 - the host's signature
+    ) -> None:
+        """Enter what a checkpoint holds, where the one that is gone on from was written without this callback."""
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
     def on_epoch_begin(
         self,
         args: TrainingArguments,
@@ -613,6 +623,11 @@ def main() -> None:
         label2id={name: index for index, name in enumerate(names)},
         **given,
     )
+    if args.reselect_epochs is not None and model.config.freeze_backbone:
+        raise ValueError(
+            "--reselect_epochs chooses again while the backbone is fine-tuned, and it is frozen: give --recipe "
+            "fine_tune or lora, or --freeze_backbone False."
+        )
     processor = ASelectImageProcessor.from_model_config(model.config)
 
     judged: list[EvalPrediction] = []  # of the last evaluation, for the picture

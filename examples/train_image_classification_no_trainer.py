@@ -353,19 +353,21 @@ def main() -> None:
     if accuracy is None:  # it was done before
         accuracy = evaluate()
     accelerator.wait_for_everyone()
-    accelerator.unwrap_model(model).save_pretrained(
-        output,
-        is_main_process=accelerator.is_main_process,
-        save_function=accelerator.save,
-        state_dict=accelerator.get_state_dict(model),  # gathered by all, where it is sharded
+    weights = accelerator.get_state_dict(model)  # gathered by all, where they are sharded
+    trained = accelerator.unwrap_model(model)
+    trained.save_pretrained(
+        output, is_main_process=accelerator.is_main_process, save_function=accelerator.save, state_dict=weights
     )
     if accelerator.is_main_process:
         processor.save_pretrained(output)
         (output / "all_results.json").write_text(json.dumps({"eval_accuracy": accuracy}), encoding="utf-8")
         if args.push_to_hub:
-            # What was written is whole also where the weights in memory are shards.
-            DiTForImageClassification.from_pretrained(output).push_to_hub(
-                args.hub_model_id or output.resolve().name,
+            # As it was saved, which is whole also where the weights in memory are shards.
+            trained.save_pretrained(
+                output,
+                state_dict=weights,
+                push_to_hub=True,
+                repo_id=args.hub_model_id or output.resolve().name,
                 private=args.hub_private_repo,
                 accuracy=accuracy,
                 dataset=args.dataset_name,

@@ -35,7 +35,7 @@ def run(script, *arguments):
 
 @pytest.mark.parametrize(
     "script",
-    [path for path in EXAMPLES.rglob("*.py") if "Accelerator(" in path.read_text() or path.name.startswith("train_")],
+    [path for path in EXAMPLES.rglob("*.py") if path.name.startswith(("train_", "pretrain_"))],
     ids=lambda path: path.name,
 )
 def test_a_script_for_several_processes_ends_with_its_group_closed(script):
@@ -170,6 +170,16 @@ def test_pretraining_goes_on_where_it_was_killed(optim, parquet, pretrained, tmp
     run("pretrain_dit.py", *arguments, "--output_dir", whole)
     assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
     assert (tmp_path / weights).read_bytes() != (pretrained / weights).read_bytes()
+
+
+def test_pictures_are_known_wherever_they_lie_and_by_more_than_their_number(parquet, tmp_path):
+    digest = example("pretrain_dit.py").digest
+    rows = Dataset.from_parquet(str(parquet))
+    rows.to_parquet(tmp_path / "moved.parquet")
+    known = digest(rows, "picture")
+    assert digest(Dataset.from_parquet(str(tmp_path / "moved.parquet")), "picture") == known
+    assert digest(rows.select(range(len(rows) - 1)), "picture") != known
+    assert digest(rows.select(range(len(rows) - 1, -1, -1)), "picture") != known
 
 
 @pytest.mark.parametrize(("script", "num_matrices"), [("pretrain_dit.py", 2 * 6), ("benchmarks/pretrain_unet.py", 93)])
@@ -332,6 +342,7 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
         assert picture.width > 800
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read as Linux tells it")
 def test_the_cost_of_a_selection_is_measured(parquet, pretrained, tmp_path):
     run(

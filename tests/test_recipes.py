@@ -232,6 +232,11 @@ def test_fine_tuning_takes_the_optimizer_that_is_asked_for(train, tmp_path):
     assert trainer.optimizer.optimizer.__class__ is torch.optim.SGD
 
 
+def test_a_frozen_backbone_is_not_chosen_for_again(train):
+    with pytest.raises(ValueError, match="fine-tuned, and it is frozen: give --recipe fine_tune or lora"):
+        train("attention_probe", "--reselect_epochs", "5")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -85,6 +86,23 @@ def test_a_stream_of_parquet_files_is_learnt(train, parquet, tmp_path):
         assert picture.format == "PNG"
 
 
+def test_a_stream_goes_on_to_the_weights_of_one_that_was_not_interrupted(train, parquet, tmp_path):
+    words = ["--train_file", str(parquet), "--validation_file", str(parquet), "--crop_share", "0.9", "--timestep", "5"]
+    words += ["--max_steps", "5", "--save_steps", "3", "--resample_noise_in_training", "True"]
+    train(*words)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-5")
+    train(*words, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    # And a checkpoint that was written without the script's callback is no obstacle.
+    path = tmp_path / "out" / "checkpoint-5" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["EpochCallback"]
+    path.write_text(json.dumps(state))
+    train(*words, "--resume_from_checkpoint", "latest", "--max_steps", "6")
+    assert (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").exists()
+
+
 def test_a_timestep_is_chosen_from_the_first_pictures_of_a_stream(train, parquet, tmp_path):
     words = ["--train_file", str(parquet), "--validation_file", str(parquet), "--num_calibration_images", "8"]
     train(*words, "--max_steps", "2")
@@ -131,9 +149,11 @@ def test_a_stream_without_a_validation_split_is_refused(train, parquet):
 def test_a_stream_that_is_read_again_is_cropped_as_before_and_anew_in_the_next_epoch(parquet):
     args = SimpleNamespace(image_column="image", label_column="label", crop_share=0.5)
 
+    rows = TRAIN.load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
+    stream = TRAIN.as_pixels(rows, ASelectImageProcessor(size=8), args, seed=0)
+    next(iter(stream))  # looked at before, as a choice of the timestep does
+
     def crops(num_workers, epoch=0):
-        rows = TRAIN.load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
-        stream = TRAIN.as_pixels(rows, ASelectImageProcessor(size=8), args, seed=0)
         stream.set_epoch(epoch)
         loader = torch.utils.data.DataLoader(stream, batch_size=4, num_workers=num_workers)
         return torch.cat([batch["pixel_values"] for batch in loader])

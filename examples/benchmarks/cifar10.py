@@ -408,14 +408,24 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     """Draw the loss of the pretraining, and the accuracy of the closed-form probe at each timestep."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for (name, log), line in zip(results["pretraining"].items(), ("-", "--"), strict=False):
-        left.plot([each["seconds"] / 3600 for each in log], [each["loss"] for each in log], line, label=name)
-    left.set(xlabel="hours of pretraining", ylabel="mean squared error of the prediction", yscale="log")
+        left.plot([each["pictures"] / 1000 for each in log], [each["loss"] for each in log], line, label=name)
+    left.set(xlabel="pictures seen, thousands", ylabel="mean squared error of the prediction", yscale="log")
     for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.legend(frameon=False)
     accuracies = {int(timestep): 100 * value for timestep, value in results.get("timesteps", {}).items()}
     places = {timestep: place for place, timestep in enumerate(sorted(accuracies))}
-    right.plot(list(places.values()), [accuracies[timestep] for timestep in places], marker="o", color="black")
+    right.plot(list(places.values()), [accuracies[timestep] for timestep in places], marker="o", label="DiT")
+    if "unet" in results:
+        stage = max(results["unet"], key=results["unet"].get).split()[0]
+        right.plot(
+            [places[timestep] for timestep in TIMESTEPS],
+            [100 * results["unet"][f"{stage} {timestep}"] for timestep in TIMESTEPS],
+            "--",
+            marker="o",
+            label=f"UNet, {stage}",
+        )
+        right.legend(frameon=False)
     if results["linear_timestep"] in places:
         right.axvline(places[results["linear_timestep"]], color="black", linestyle=":")
         right.set_title(f"dotted: chosen without labels, t = {results['linear_timestep']}", fontsize=10)

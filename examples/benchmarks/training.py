@@ -11,8 +11,8 @@ latents (pictures of 4 channels stand for them), read at block 4 of 12, the defa
 - `processes`: pictures a second of one process on one thread, and of two on one thread each, over gloo: for a head on
   the frozen transformer, and for all weights, whose gradients are summed at each step.
 
-Each is measured `--repetitions` times, turn by turn; figures are medians, with the least and the greatest. Of a folder
-with results, parts that are not asked for (`--parts`) stay.
+Each is measured `--repetitions` times, turn by turn, after the first steps; figures are medians, with the least and
+the greatest. Of a folder with results, parts that are not asked for (`--parts`) stay.
 """
 
 import argparse
@@ -64,12 +64,17 @@ FROM_CACHE = {
 
 
 class Clock(TrainerCallback):
-    """Notes when steps begin and end."""
+    """Notes when steps begin and end, and how long reading took until then.
 
-    def __init__(self) -> None:
-        self.created = time.perf_counter()
+    Args:
+        rows: What is read.
+    """
+
+    def __init__(self, rows: Any) -> None:  # noqa: ANN401 - any dataset
+        self.rows = rows
         self.begun: list[float] = []
         self.ended: list[float] = []
+        self.read: list[float] = []
 
     def on_step_begin(
         self,
@@ -90,6 +95,11 @@ class Clock(TrainerCallback):
     ) -> None:
         """Note that a step is done."""
         self.ended.append(time.perf_counter())
+        self.read.append(getattr(self.rows, "seconds", 0.0))
+
+    def reading(self) -> float:
+        """Return the share of the time in which batches are read and put together."""
+        return (self.read[-1] - self.read[SKIPPED]) / (self.ended[-1] - self.ended[SKIPPED])
 
     def waiting(self) -> float:
         """Return the share of the time between two steps."""
@@ -112,7 +122,7 @@ def build(channels: int, **fields: Any) -> DiTForImageClassification:  # noqa: A
 
 def train(model: DiTForImageClassification, rows: Any, num_steps: int, batch: int) -> Clock:  # noqa: ANN401
     """Train a model for some steps and return when they were."""
-    clock = Clock()
+    clock = Clock(rows)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -173,7 +183,7 @@ def waiting(num_pictures: int, num_repetitions: int) -> dict[str, dict[str, dict
                 model = build(3, head=head)
                 rows = Timed(cache_features(model, pictures, folder, what=what))
                 clock = train(model, rows, num_epochs * num_pictures // batch, batch)
-                found[kind]["reading"].append(rows.seconds / (clock.ended[-1] - clock.created))
+                found[kind]["reading"].append(clock.reading())
                 found[kind]["between_steps"].append(clock.waiting())
     return {kind: {name: spread(values) for name, values in shares.items()} for kind, shares in found.items()}
 
@@ -235,11 +245,12 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| training of a DiT-S/2 read at block 4 of 12 | median (least to greatest) |", "| --- | --- |"]
     lines += [
         f"| {kind} from the cache: {name.replace('_', ' ')}, % of the time | {cell(found, 100, 2)} |"
-        for kind, shares in result["waiting"].items()
+        for kind, shares in result.get("waiting", {}).items()
         for name, found in shares.items()
     ]
-    for kind, name in (("head", "a head, the transformer frozen"), ("all", "all weights")):
-        found = result["processes"][kind]
+    names = {"head": "a head, the transformer frozen", "all": "all weights"}
+    for kind, found in result.get("processes", {}).items():
+        name = names[kind]
         lines += [
             f"| {name}: pictures/s, one process of one thread | {cell(found['pictures_per_second_of_one'], 1, 2)} |",
             f"| {name}: pictures/s, two processes of one each | {cell(found['pictures_per_second_of_two'], 1, 2)} |",
@@ -270,7 +281,8 @@ def main() -> None:
         result["waiting"] = waiting(args.num_pictures, args.repetitions)
     if "processes" in args.parts:
         result["processes"] = {kind: processes(kind, args) for kind in ("head", "all")}
-    result |= {"repetitions": args.repetitions, "torch": torch.__version__}
+    for part in args.parts:
+        result.setdefault("measured", {})[part] = {"repetitions": args.repetitions, "torch": torch.__version__}
     temporary = output / ".training.json.incomplete"
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)

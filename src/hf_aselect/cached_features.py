@@ -75,6 +75,7 @@ class _Column:
 
 def _shape(kind: Any) -> tuple[int, ...] | None:  # noqa: ANN401 - of `datasets`
     """Return the shape of a column's rows, None where they are not numbers."""
+    # Only now: `datasets` takes long to import.
     from datasets import ClassLabel, Value
 
     if isinstance(kind, ClassLabel):
