@@ -336,7 +336,8 @@ def unet_means(
     folder: str, stages: list[str], timestep: int, splits: tuple[Dataset, Dataset], model: DiTModel
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the means of some stages of a UNet, with the noise that the DiT gets, and the null label."""
-    unet = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    # Convolutions are faster on a CPU when channels come last.
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet").eval().to(memory_format=torch.channels_last)
     processor = ASelectImageProcessor.from_model_config(model.config)
     read: dict[str, Tensor] = {}
     parts = unet_stages(unet)
