@@ -414,9 +414,19 @@ def test_what_the_benchmark_on_cifar10_is_to_reach(cifar10):
     head = mean("DiT, chosen", "attention head")
     assert head - mean("random weights", "attention head") >= 12
     assert mean("LoRA") >= head
+    others = ("raw pixels", "DiT, t = 0", "best t", "worst t", "all weights", "UNet (DDAE)", "EfficientNet")
+    assert all(any(other in name for name in rows) for other in others)
+    # As many pictures as the UNet gets through in the core-hours of the DiT, which learnt on two cores.
+    assert {name: log[-1]["pictures"] for name, log in results["pretraining"].items()} == {
+        "DiT": 1_320_000,
+        "UNet": 254_016,
+    }
     linear = mean("DiT, chosen", "linear"), mean("random weights", "linear")
     quoted = (head, mean("random weights", "attention head"), *linear)
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert "{:.1f} % of the test pictures with an attention head (random weights: {:.1f} %)".format(*quoted) in readme
     assert "and {2:.1f} % with a linear one ({3:.1f} %)".format(*quoted) in readme
+    assert "{:.1f} % with all weights trained".format(mean("all weights")) in readme
+    assert "a UNet of the same core-hours comes to {:.1f} %".format(mean("UNet (DDAE)")) in readme
+    assert "which learnt ImageNet's labels, to {:.1f} %".format(mean("EfficientNet")) in readme
     assert results["pretraining"]["DiT"][-1]["seconds"] >= 2 * 3600
