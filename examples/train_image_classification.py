@@ -389,7 +389,7 @@ class EpochCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> None:
         """Enter what a checkpoint holds, where the one that is gone on from was written without this callback."""
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
@@ -399,7 +399,7 @@ class EpochCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> None:
         """Set the epoch."""
         loader, epoch = kwargs["train_dataloader"], int((state.epoch or 0) + 1e-6)
@@ -473,7 +473,7 @@ class LayerWiseTrainer(Trainer):
         layer_decay: Factor from each block to the one before; 1 for Trainer's own optimizer.
     """
 
-    def __init__(self, layer_decay: float, **options: Any) -> None:  # noqa: ANN401 - the host's
+    def __init__(self, layer_decay: float, **options: Any) -> None:
         self.layer_decay = layer_decay
         super().__init__(**options)
 
@@ -484,7 +484,7 @@ class LayerWiseTrainer(Trainer):
             self.optimizer = layer_wise_optimizer(trained, self.args, self.layer_decay)
         return super().create_optimizer(*([] if model is None else [model]))
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:  # noqa: ANN401 - the host's
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """Return the loader; process 0 reads a stream for all of them, or some rows would be judged twice."""
         if eval_dataset is not None:
             # With persistent workers the host keeps one loader, and gives it for any other set.

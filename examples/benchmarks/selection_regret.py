@@ -289,7 +289,7 @@ class Pair:
         generate = self.model.generate_latents
         kept: dict[str, tuple[Tensor, float]] = {}
 
-        def generate_latents(*args: Any, **options: Any) -> Tensor:  # noqa: ANN401 - the model's own
+        def generate_latents(*args: Any, **options: Any) -> Tensor:
             asked = str((args, options))
             self.saved_seconds = 0.0
             if asked in kept:

@@ -78,7 +78,7 @@ EPOCHS = 28
 NUM_PICTURES = 64
 
 
-def configuration(size: str, channels: int = 4, latents: int = 32, **fields: Any) -> ASelectConfig:  # noqa: ANN401
+def configuration(size: str, channels: int = 4, latents: int = 32, **fields: Any) -> ASelectConfig:
     """Return the configuration of a DiT of a size, read at half depth."""
     depth, width, heads = SIZES[size]
     transformer = {
@@ -354,7 +354,7 @@ def peak_bytes() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def load(folder: str, way: str) -> Any:  # noqa: ANN401 - ours or diffusers'
+def load(folder: str, way: str) -> Any:
     """Return the model of a checkpoint that `save_checkpoints` wrote."""
     if way == "diffusers":
         return diffusers.DiTTransformer2DModel.from_pretrained(Path(folder) / "diffusers").eval()
@@ -389,7 +389,7 @@ def transformer_depth(folder: str) -> int:
     return int(json.loads((Path(folder) / "diffusers" / "config.json").read_text())["num_layers"])
 
 
-def ask_child(task: str, folder: Path, way: str, numbers: Sequence[int] = ()) -> Any:  # noqa: ANN401 - JSON
+def ask_child(task: str, folder: Path, way: str, numbers: Sequence[int] = ()) -> Any:
     """Run `child` in a process of its own."""
     command = [sys.executable, __file__, "--child", task, "--folder", str(folder), "--way", way]
     command += ["--output_dir", "unused", "--numbers", *map(str, numbers)]
@@ -556,7 +556,7 @@ def head_training(folder: Path, device: str, repetitions: int) -> list[dict[str,
             model = DiTForImageClassification(config).to(device)
             processor = ASelectImageProcessor.from_model_config(config)
 
-            def transform(batch: dict[str, list[Any]], processor: Any = processor) -> dict[str, Any]:  # noqa: ANN401
+            def transform(batch: dict[str, list[Any]], processor: Any = processor) -> dict[str, Any]:
                 pixels = processor(batch["image"], return_tensors="pt").pixel_values
                 return {"pixel_values": pixels, "labels": batch["label"]}
 

@@ -70,7 +70,7 @@ class Clock(TrainerCallback):
         rows: What is read.
     """
 
-    def __init__(self, rows: Any) -> None:  # noqa: ANN401 - any dataset
+    def __init__(self, rows: Any) -> None:
         self.rows = rows
         self.begun: list[float] = []
         self.ended: list[float] = []
@@ -81,7 +81,7 @@ class Clock(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> None:
         """Note that a batch is there."""
         self.begun.append(time.perf_counter())
@@ -91,7 +91,7 @@ class Clock(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> None:
         """Note that a step is done."""
         self.ended.append(time.perf_counter())
@@ -113,14 +113,14 @@ class Clock(TrainerCallback):
         return (len(self.ended) - SKIPPED - 1) / (self.ended[-1] - self.ended[SKIPPED])
 
 
-def build(channels: int, **fields: Any) -> DiTForImageClassification:  # noqa: ANN401 - of the configuration
+def build(channels: int, **fields: Any) -> DiTForImageClassification:
     """Return a classifier on a DiT-S/2 of random weights."""
     set_seed(0)
     transformer = {**TRANSFORMER, "in_channels": channels}
     return DiTForImageClassification(ASelectConfig(transformer=transformer, timestep=121, num_labels=10, **fields))
 
 
-def train(model: DiTForImageClassification, rows: Any, num_steps: int, batch: int) -> Clock:  # noqa: ANN401
+def train(model: DiTForImageClassification, rows: Any, num_steps: int, batch: int) -> Clock:
     """Train a model for some steps and return when they were."""
     clock = Clock(rows)
     with tempfile.TemporaryDirectory() as folder:

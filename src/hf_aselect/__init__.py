@@ -66,7 +66,7 @@ class _NoVideoProcessor:
     """
 
     @classmethod
-    def from_pretrained(cls, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
+    def from_pretrained(cls, *_args: Any, **_kwargs: Any) -> None:
         """Say that there is none, as the host finds of most models.
 
         Raises:
@@ -86,7 +86,7 @@ DiTForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmenta
 DiTBackbone.register_for_auto_class("AutoBackbone")
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute
+def __getattr__(name: str) -> Any:
     """Import the metrics on their first use: they need `evaluate`, which takes a second and which not all install."""
     if name in ("Accuracy", "MeanIoU"):
         from .metrics import Accuracy, MeanIoU

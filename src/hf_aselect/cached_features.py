@@ -37,7 +37,7 @@ class _Column:
     starts: list[int]
 
     @classmethod
-    def of(cls, chunks: Any, shape: tuple[int, ...]) -> "_Column | None":  # noqa: ANN401 - pyarrow's
+    def of(cls, chunks: Any, shape: tuple[int, ...]) -> "_Column | None":
         """Return the column, None where it is not whole rows of numbers."""
         pieces, starts, row = [], [], 0
         for chunk in chunks:
@@ -73,7 +73,7 @@ class _Column:
         return torch.from_numpy(found).to(dtype).unbind()
 
 
-def _shape(kind: Any) -> tuple[int, ...] | None:  # noqa: ANN401 - of `datasets`
+def _shape(kind: Any) -> tuple[int, ...] | None:
     """Return the shape of a column's rows, None where they are not numbers."""
     # Only now: `datasets` takes long to import.
     from datasets import ClassLabel, Value
@@ -93,7 +93,7 @@ def _shape(kind: Any) -> tuple[int, ...] | None:  # noqa: ANN401 - of `datasets`
 _known: weakref.WeakKeyDictionary[Any, tuple[Any, list[str], dict[str, _Column]]] = weakref.WeakKeyDictionary()
 
 
-def _plain_columns(dataset: Any) -> dict[str, _Column]:  # noqa: ANN401 - a `datasets.Dataset`
+def _plain_columns(dataset: Any) -> dict[str, _Column]:
     """Return the columns of a dataset in torch format if all are numbers and in their order, else none."""
     form = dataset.format
     is_plain = form["type"] == "torch" and not form["format_kwargs"] and not form["output_all_columns"]
@@ -132,7 +132,7 @@ def cached_features_class() -> type:
             values = [column.rows(keys) for column in columns.values()]
             return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
-        def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's
+        def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
             """Upload as `datasets.Dataset.push_to_hub` does, then the card, with the fingerprint; see there."""
             commit: Any = super().push_to_hub(repo_id, *args, **kwargs)
             if not self.info.description.startswith(DESCRIPTION):
@@ -150,7 +150,7 @@ def cached_features_class() -> type:
     return CachedFeatures
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute
+def __getattr__(name: str) -> Any:
     if name == "CachedFeatures":
         return cached_features_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,7 +33,7 @@ class CalibrationPictures:
         ValueError: If `images` is none of those or pixel values are outside [-1, 1].
     """
 
-    def __init__(self, images: Any, config: ASelectConfig, max_images: int, seed: int) -> None:  # noqa: ANN401
+    def __init__(self, images: Any, config: ASelectConfig, max_images: int, seed: int) -> None:
         # Of a set or a DataLoader, whose size is known, no picture can be asked for by its number.
         is_numbered = hasattr(images, "__getitem__") or not hasattr(images, "__len__")
         is_strange = isinstance(images, (str, bytes, Image.Image, dict)) or getattr(images, "is_sparse", False)
@@ -82,7 +82,7 @@ class CalibrationPictures:
         # In the order of the set: reading a dataset forward is faster.
         return list(range(first, stop, world)) if self.order is None else sorted(self.order[first:stop:world])
 
-    def patch_labels(self, index: int, mask: Any, rows: int, columns: int, ignored: int) -> Tensor:  # noqa: ANN401
+    def patch_labels(self, index: int, mask: Any, rows: int, columns: int, ignored: int) -> Tensor:
         """Return the class of each token of a picture, (rows · columns,): that of most of its pixels, -1 if of none.
 
         Args:
@@ -149,14 +149,14 @@ class CalibrationPictures:
         values: Tensor = self.processor(pictures, return_tensors="pt").pixel_values
         return values
 
-    def _picture(self, index: int, read: Callable[[], Any]) -> Any:  # noqa: ANN401 - of any kind
+    def _picture(self, index: int, read: Callable[[], Any]) -> Any:
         try:
             return _picture_of(read())
         except _UNREADABLE as error:
             raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
 
 
-def refuse_addresses(dataset: Any) -> None:  # noqa: ANN401 - of any kind
+def refuse_addresses(dataset: Any) -> None:
     """Refuse a `datasets.Dataset` whose rows are addresses of pictures, which decoding them would fetch.
 
     Raises:
@@ -179,7 +179,7 @@ def refuse_addresses(dataset: Any) -> None:  # noqa: ANN401 - of any kind
                 )
 
 
-def _itself(row: Any) -> Any:  # noqa: ANN401 - a row of any kind
+def _itself(row: Any) -> Any:
     return row
 
 
@@ -198,7 +198,7 @@ def _check_pixel_values(images: Tensor) -> None:
         )
 
 
-def _picture_of(row: Any) -> Any:  # noqa: ANN401 - a row of a dataset or a picture
+def _picture_of(row: Any) -> Any:
     """Return the picture of a dataset's row; a row that is a picture already as it is."""
     if not isinstance(row, dict):
         return row

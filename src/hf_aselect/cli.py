@@ -61,7 +61,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+def _add_select(commands: Any) -> None:
     select = commands.add_parser(
         "select",
         help="choose the timestep for a diffusion transformer, and show how sure the choice is",
@@ -96,7 +96,7 @@ def _add_select(commands: Any) -> None:  # noqa: ANN401 - argparse does not name
     select.set_defaults(run=_select)
 
 
-def _add_convert(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+def _add_convert(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
         help="write a diffusers checkpoint as one of ours, without what features do not need",
@@ -158,7 +158,7 @@ def _convert(parsed: argparse.Namespace) -> None:
     print(f"Saved {made.output}: {made.num_parameters / 1e6:.1f} M parameters, in {made.seconds:.1f} s.")
 
 
-def _add_fold(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+def _add_fold(commands: Any) -> None:
     fold = commands.add_parser(
         "fold",
         help="write a model as a smaller, plain vision transformer that is read at its timestep alone",
@@ -228,7 +228,7 @@ def _fold(parsed: argparse.Namespace) -> None:
     )
 
 
-def _add_card(commands: Any) -> None:  # noqa: ANN401 - argparse does not name the type
+def _add_card(commands: Any) -> None:
     card = commands.add_parser(
         "card",
         help="write the card of a saved model, and the curve of its timestep's choice, again",
@@ -339,7 +339,7 @@ def _select(parsed: argparse.Namespace) -> None:
         print(f"Saved {', '.join(str(path) for path in written)}.")
 
 
-def _print_taps(selection: Any) -> None:  # noqa: ANN401 - its class comes late
+def _print_taps(selection: Any) -> None:
     """Print the best timestep of each tap that was compared, the best tap first."""
     print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  mean of neighbours")
     rows = []
@@ -371,7 +371,7 @@ def _block(word: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be an integer or auto, got {word!r}") from None
 
 
-def _load_images(source: str, split: str) -> Any:  # noqa: ANN401 - `datasets` comes late
+def _load_images(source: str, split: str) -> Any:
     """Return a dataset of pictures from a folder, a parquet file or the Hub."""
     try:
         from datasets import load_dataset
@@ -392,7 +392,7 @@ def _load_images(source: str, split: str) -> Any:  # noqa: ANN401 - `datasets` c
         raise ValueError(f"{source!r} cannot be read as pictures: {error.__cause__ or error}") from error
 
 
-def _column(rows: Any, name: str) -> Any:  # noqa: ANN401 - as above
+def _column(rows: Any, name: str) -> Any:
     """Return the rows with one column alone."""
     if name not in rows.column_names:
         raise ValueError(f"The pictures have no column {name!r}, only {', '.join(rows.column_names)}.")

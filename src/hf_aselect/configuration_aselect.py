@@ -167,7 +167,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     base_license: str | None = None
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
+    def __post_init__(self, **kwargs: Any) -> None:
         """Fill what is derived from the transformer and refuse unknown keywords."""
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
@@ -229,7 +229,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`out_indices` must rise, each block once, got {list(out_indices)}.")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401 - the host's signature
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a dictionary, with `kwargs` in place of its values.
 
         The host sets `kwargs` on the finished configuration, past the checks; here they are checked like any value.

@@ -62,7 +62,7 @@ def convert_diffusers(
     without: str | Iterable[str] = (),
     prompt_embeds: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "1GB",
-    **fields: Any,  # noqa: ANN401
+    **fields: Any,
 ) -> Conversion:
     """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
 

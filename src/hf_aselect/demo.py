@@ -202,7 +202,7 @@ def raw_pixel_accuracy(pixels: dict[str, Tensor], labels: dict[str, Tensor], see
     order = np.random.default_rng(seed).permutation(len(flat["train"]))
     held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
 
-    def fitted(strength: float, rows: np.ndarray) -> Any:  # noqa: ANN401 - scikit-learn is untyped
+    def fitted(strength: float, rows: np.ndarray) -> Any:
         regression = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
         return regression.fit(flat["train"][rows], targets["train"][rows])
 

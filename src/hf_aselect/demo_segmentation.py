@@ -273,7 +273,7 @@ def train_segmenter(
     }
     metric = MeanIoU(len(names), model.config.semantic_loss_ignore_index)
 
-    def compute_metrics(prediction: Any, compute_result: bool) -> dict[str, float]:  # noqa: ANN401 - the host's
+    def compute_metrics(prediction: Any, compute_result: bool) -> dict[str, float]:
         metric.add_batch(predictions=prediction.predictions.cpu(), references=prediction.label_ids.cpu())
         return {"mean_iou": metric.compute()["mean_iou"]} if compute_result else {}
 

@@ -169,16 +169,16 @@ class Denoiser(nn.Module, ABC):
         """Return the state before the first block; without labels, with the null label or the empty prompt."""
 
     @abstractmethod
-    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the block's attention reads of the picture's tokens, (B, N, D)."""
 
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
         """Return what the block's attention yields for the picture, after the output projection, (B, N, D)."""
         tokens: Tensor = self.attention_of(block)(normed)
         return tokens
 
     @abstractmethod
-    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
 
     @abstractmethod
@@ -189,7 +189,7 @@ class Denoiser(nn.Module, ABC):
         """Return the modules that are run after the last block."""
         return [self.transformer.norm_out, self.transformer.proj_out]
 
-    def attention_of(self, block: Any) -> Any:  # noqa: ANN401 - diffusers' block
+    def attention_of(self, block: Any) -> Any:
         """Return the block's self-attention, with `to_q`, `to_k`, `to_v`."""
         return block.attn1
 
@@ -285,19 +285,19 @@ class Denoiser(nn.Module, ABC):
         """Return the modules that only the text runs through before the first block."""
         return []
 
-    def text_outputs(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def text_outputs(self, block: Any) -> list[nn.Module]:
         """Return the modules of a block that only the text of later blocks depends on."""
         return []
 
-    def is_joint(self, block: Any) -> bool:  # noqa: ANN401 - diffusers' block
+    def is_joint(self, block: Any) -> bool:
         """Return whether the block's self-attention looks at the text, too."""
         return False
 
-    def norms_of(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def norms_of(self, block: Any) -> list[nn.Module]:
         """Return the modules that `normed` runs."""
         return [block.norm1]
 
-    def _used(self, block: Any, feature: str) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def _used(self, block: Any, feature: str) -> list[nn.Module]:
         norms, attention = self.norms_of(block), self.attention_of(block)
         if feature == "normed":
             return norms
@@ -305,11 +305,11 @@ class Denoiser(nn.Module, ABC):
             return [*norms, attention, *self.joint_norms_of(block)]
         return [*norms, getattr(attention, _PROJECTIONS[feature])]
 
-    def joint_norms_of(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def joint_norms_of(self, block: Any) -> list[nn.Module]:
         """Return the modules that make what a joint attention reads of the text."""
         return []
 
-    def _read(self, state: Pass, block: Any, feature: str) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def _read(self, state: Pass, block: Any, feature: str) -> Tensor:
         normed = self.normed(state, block)
         if feature == "normed":
             return normed
@@ -334,7 +334,7 @@ class Denoiser(nn.Module, ABC):
 _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
 
 
-def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:  # noqa: ANN401 - diffusers' block
+def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:
     """Return what a part of a block makes; under FSDP a block's weights are gathered when the block is called."""
     if not is_sharded(block):
         return read()
@@ -347,7 +347,7 @@ def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:  # noqa: AN
         del block.read_tap
 
 
-def is_sharded(module: Any) -> bool:  # noqa: ANN401 - a module, or something that reads like one
+def is_sharded(module: Any) -> bool:
     """Return whether FSDP2 shards a module: its weights are gathered while it is called."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
@@ -356,13 +356,13 @@ def is_sharded(module: Any) -> bool:  # noqa: ANN401 - a module, or something th
     return isinstance(module, FSDPModule)
 
 
-def is_partitioned(module: Any) -> bool:  # noqa: ANN401 - as above
+def is_partitioned(module: Any) -> bool:
     """Return whether DeepSpeed's ZeRO 3 took a module's weights apart: they look empty until they are gathered."""
     return any(hasattr(value, "ds_id") for value in getattr(module, "parameters", list)())
 
 
 @contextmanager
-def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[None]:  # noqa: ANN401 - as above
+def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[None]:
     """Let methods of a module gather its weights for a while, as calling it does; they must not call each other.
 
     What DeepSpeed's ZeRO 3 took apart is whole meanwhile: before training nothing gathers it where it is called.
@@ -401,7 +401,7 @@ def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:
     return [other for child in module.children() for other in _others(child, used)]
 
 
-def modulated_by_table(state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+def modulated_by_table(state: Pass, block: Any) -> Tensor:
     """Return what a block's self-attention reads, (B, N, D), where all blocks share one modulation.
 
     Each adds a table of its own to it (`ada_norm_single` of diffusers).

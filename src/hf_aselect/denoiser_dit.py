@@ -33,7 +33,7 @@ class DiTDenoiser(Denoiser):
         self,
         transformer: nn.Module,
         timestep_embedding: str = "diffusers",
-        **options: Any,  # noqa: ANN401 - of the base class
+        **options: Any,
     ) -> None:
         super().__init__(transformer, timestep_embedding, **options)
         if timestep_embedding != "diffusers":
@@ -60,13 +60,13 @@ class DiTDenoiser(Denoiser):
             timesteps = 1 - timesteps / 1000
         return Pass(self.transformer.pos_embed(noised_latents), rows, columns, (timesteps, labels))
 
-    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the block's attention reads, (B, N, D)."""
         hidden_states = state.hidden_states
         tokens: Tensor = block.norm1(hidden_states, *state.condition, hidden_dtype=hidden_states.dtype)[0]
         return tokens
 
-    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         timesteps, labels = state.condition
         state.hidden_states = block(state.hidden_states, timestep=timesteps, class_labels=labels)

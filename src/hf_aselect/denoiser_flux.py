@@ -71,21 +71,21 @@ class FluxDenoiser(Denoiser):
             rotary=transformer.pos_embed(places),
         )
 
-    def attention_of(self, block: Any) -> Any:  # noqa: ANN401 - diffusers' block
+    def attention_of(self, block: Any) -> Any:
         """Return the block's attention."""
         return block.attn
 
-    def norms_of(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def norms_of(self, block: Any) -> list[nn.Module]:
         """Return the modules that `normed` runs."""
         return [block.norm1 if self.is_joint(block) else block.norm]
 
-    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the attention reads of the picture, (B, N, D)."""
         (norm,) = self.norms_of(block)
         tokens: Tensor = norm(state.hidden_states, emb=state.condition)[0]
         return tokens
 
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
         """Return what the attention of a block of two streams yields for the picture, (B, N, D).
 
         Raises:
@@ -99,7 +99,7 @@ class FluxDenoiser(Denoiser):
         )[0]
         return tokens
 
-    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.context, state.hidden_states = block(
             hidden_states=state.hidden_states,
@@ -120,14 +120,14 @@ class FluxDenoiser(Denoiser):
         """Return the modules that only the text runs through before the first block."""
         return [self.transformer.context_embedder]
 
-    def text_outputs(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def text_outputs(self, block: Any) -> list[nn.Module]:
         """Return the modules of a block that only the text of later blocks depends on."""
         return [block.attn.to_add_out, block.ff_context] if self.is_joint(block) else []
 
-    def is_joint(self, block: Any) -> bool:  # noqa: ANN401 - diffusers' block
+    def is_joint(self, block: Any) -> bool:
         """Return whether the block is one of two streams."""
         return hasattr(block, "norm1_context")
 
-    def joint_norms_of(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def joint_norms_of(self, block: Any) -> list[nn.Module]:
         """Return the module that makes what the joint attention reads of the text."""
         return [block.norm1_context] if self.is_joint(block) else []

@@ -32,7 +32,7 @@ class Lumina2Denoiser(Denoiser):
         module: nn.Module = self.transformer.x_embedder
         return module
 
-    def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:  # noqa: ANN401 - of the base class
+    def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(transformer, *args, **options)
         length, limit = (
             getattr(self, "prompt_embeds", torch.empty(1, 0)).shape[1],
@@ -71,16 +71,16 @@ class Lumina2Denoiser(Denoiser):
         """Return the picture's tokens, (B, N, D): they come after the text's."""
         return state.hidden_states[:, -state.rows * state.columns :]
 
-    def attention_of(self, block: Any) -> Any:  # noqa: ANN401 - diffusers' block
+    def attention_of(self, block: Any) -> Any:
         """Return the block's attention."""
         return block.attn
 
-    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the attention reads of the picture, (B, N, D)."""
         tokens: Tensor = block.norm1(self.tokens_of(state), state.condition)[0]
         return tokens
 
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - it needs the text
+    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
         """Return what the attention yields for the picture, (B, N, D)."""
         together = block.norm1(state.hidden_states, state.condition)[0]
         tokens: Tensor = block.attn(
@@ -88,7 +88,7 @@ class Lumina2Denoiser(Denoiser):
         )
         return tokens[:, -state.rows * state.columns :]
 
-    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.hidden_states = block(state.hidden_states, None, state.rotary, state.condition)
 
@@ -101,6 +101,6 @@ class Lumina2Denoiser(Denoiser):
         """Return the modules that are run after the last block."""
         return [self.transformer.norm_out]
 
-    def is_joint(self, block: Any) -> bool:  # noqa: ANN401 - all are
+    def is_joint(self, block: Any) -> bool:
         """Return whether the block's attention looks at the text, too."""
         return True

@@ -46,11 +46,11 @@ class PixArtDenoiser(Denoiser):
             hidden_states, rows, columns, condition, context=context.expand(size, -1, -1), output_condition=embedded
         )
 
-    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the block's self-attention reads, (B, N, D)."""
         return modulated_by_table(state, block)
 
-    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.hidden_states = block(state.hidden_states, encoder_hidden_states=state.context, timestep=state.condition)
 

@@ -28,7 +28,7 @@ class SanaDenoiser(Denoiser):
         module: nn.Module = self.transformer.patch_embed
         return module
 
-    def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:  # noqa: ANN401 - of the base class
+    def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(transformer, *args, **options)
         if self.transformer.config.guidance_embeds:
             raise ValueError(
@@ -55,11 +55,11 @@ class SanaDenoiser(Denoiser):
             hidden_states, rows, columns, condition, context=context.expand(size, -1, -1), output_condition=embedded
         )
 
-    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the block's self-attention reads, (B, N, D)."""
         return modulated_by_table(state, block)
 
-    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.hidden_states = block(
             state.hidden_states,

@@ -34,16 +34,16 @@ class SD3Denoiser(Denoiser):
             context=transformer.context_embedder(self.prompt_embeds.expand(size, -1, -1)),
         )
 
-    def attention_of(self, block: Any) -> Any:  # noqa: ANN401 - diffusers' block
+    def attention_of(self, block: Any) -> Any:
         """Return the block's joint attention."""
         return block.attn
 
-    def normed(self, state: Pass, block: Any) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the joint attention reads of the picture, (B, N, D)."""
         tokens: Tensor = block.norm1(state.hidden_states, emb=state.condition)[0]
         return tokens
 
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:  # noqa: ANN401 - diffusers' block
+    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
         """Return what the joint attention yields for the picture, (B, N, D)."""
         if block.context_pre_only:
             context = block.norm1_context(state.context, state.condition)
@@ -52,7 +52,7 @@ class SD3Denoiser(Denoiser):
         tokens: Tensor = block.attn(hidden_states=normed, encoder_hidden_states=context)[0]
         return tokens
 
-    def advance(self, state: Pass, block: Any) -> None:  # noqa: ANN401 - diffusers' block
+    def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.context, state.hidden_states = block(
             hidden_states=state.hidden_states, encoder_hidden_states=state.context, temb=state.condition
@@ -67,14 +67,14 @@ class SD3Denoiser(Denoiser):
         """Return the modules that only the text runs through before the first block."""
         return [self.transformer.context_embedder]
 
-    def text_outputs(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def text_outputs(self, block: Any) -> list[nn.Module]:
         """Return the modules of a block that only the text of later blocks depends on."""
         return [] if block.context_pre_only else [block.attn.to_add_out, block.ff_context]
 
-    def is_joint(self, block: Any) -> bool:  # noqa: ANN401 - all are
+    def is_joint(self, block: Any) -> bool:
         """Return whether the block's attention looks at the text, too."""
         return True
 
-    def joint_norms_of(self, block: Any) -> list[nn.Module]:  # noqa: ANN401 - diffusers' block
+    def joint_norms_of(self, block: Any) -> list[nn.Module]:
         """Return the module that makes what the joint attention reads of the text."""
         return [block.norm1_context]

@@ -71,7 +71,7 @@ def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
     return encoder
 
 
-def build_sampler(config: ASelectConfig) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped
+def build_sampler(config: ASelectConfig) -> Any:
     """Build the diffusers scheduler that samples from the model of a configuration, without randomness.
 
     For flow matching Euler's method, with the shift of the configuration's scheduler. Else DDIM with the noise levels
@@ -107,7 +107,7 @@ def build_sampler(config: ASelectConfig) -> Any:  # noqa: ANN401 - a class of di
     )
 
 
-def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffusers, which is untyped
+def _build(config: dict[str, Any]) -> Any:
     # diffusers takes seconds to import, and folded models, configurations and heads do not need it. In a `try`, as
     # transformers asks for everything else that a model's code imports.
     try:
@@ -127,7 +127,7 @@ def _build(config: dict[str, Any]) -> Any:  # noqa: ANN401 - a class of diffuser
 
 
 @contextmanager
-def eval_mode(model: Any) -> Iterator[None]:  # noqa: ANN401 - a module, or something that reads like one
+def eval_mode(model: Any) -> Iterator[None]:
     """Put a module in eval mode for a while; afterwards each of its parts is in the mode that it was in."""
     modes = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
     for part in modes:

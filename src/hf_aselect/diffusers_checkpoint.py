@@ -83,7 +83,7 @@ def load_diffusers(
     dtype: torch.dtype = torch.float32,
     without: str | Iterable[str] = (),
     prompt_embeds: Mapping[str, Tensor] | None = None,
-    **fields: Any,  # noqa: ANN401
+    **fields: Any,
 ) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
     """Read a diffusers transformer, with its scheduler and VAE where they lie beside it.
 

@@ -19,12 +19,12 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "
 Encode = Callable[[Any, dict[str, Any]], dict[str, Tensor]]
 
 
-def _sd3(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
+def _sd3(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
     prompt, _, pooled, _ = pipeline.encode_prompt("", "", "", do_classifier_free_guidance=False)
     return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
 
 
-def _flux(pipeline: Any, transformer: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
+def _flux(pipeline: Any, transformer: dict[str, Any]) -> dict[str, Tensor]:
     # The padding is attended to, so its length matters: FLUX.1-schnell, which has no guidance, was trained with 256
     # tokens, FLUX.1-dev with 512 (black-forest-labs/flux, `flux/util.py`, `load_t5`).
     length = 512 if transformer.get("guidance_embeds") else 256
@@ -32,7 +32,7 @@ def _flux(pipeline: Any, transformer: dict[str, Any]) -> dict[str, Tensor]:  # n
     return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
 
 
-def _masked(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ANN401 - diffusers' pipeline
+def _masked(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
     # The negative prompt: no instruction or system prompt stands before it, as in the guidance of the pipelines.
     _, _, prompt, mask = pipeline.encode_prompt("", do_classifier_free_guidance=True, negative_prompt="")
     # The transformers attend to what the mask keeps and to nothing else, so the padding need not be stored.
@@ -151,7 +151,7 @@ def encode_empty_prompt(
     return checked_embeddings(embeddings, transformer["_class_name"], dtype)
 
 
-def _is_named(component: Any) -> bool:  # noqa: ANN401 - of a file
+def _is_named(component: Any) -> bool:
     """Return whether a part's entry in the index of a pipeline names library and class."""
     return isinstance(component, list) and len(component) == 2 and all(isinstance(name, str) for name in component)
 
@@ -183,7 +183,7 @@ _UNREADABLE = (
 )
 
 
-def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:  # noqa: ANN401 - classes of the host
+def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     try:
         model, info = kind.from_pretrained(
             folder,
@@ -203,7 +203,7 @@ def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) ->
     return model
 
 
-def checked_embeddings(embeddings: Any, transformer: str, dtype: torch.dtype) -> dict[str, Tensor]:  # noqa: ANN401
+def checked_embeddings(embeddings: Any, transformer: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the empty prompt's embeddings in a dtype, on the CPU.
 
     Args:

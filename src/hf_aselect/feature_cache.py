@@ -45,7 +45,7 @@ Augment = Callable[[Any], Any]
 
 def cache_features(
     model: ASelectPreTrainedModel,
-    dataset: Any,  # noqa: ANN401 - `datasets` is imported late
+    dataset: Any,
     cache_dir: str | os.PathLike[str] | None = None,
     *,
     what: str = "tokens",
@@ -55,7 +55,7 @@ def cache_features(
     batch_size: int = 32,
     dtype: str = "float16",
     seed: int = 0,
-) -> Any:  # noqa: ANN401 - a `datasets.Dataset`
+) -> Any:
     """Return the features of a data set's pictures as a dataset, read from disk where they were computed before.
 
     The backbone then runs once and not in every epoch: `Trainer` trains a head on what comes back, whose columns
@@ -122,7 +122,7 @@ def _written(job: "_Job", cache_dir: Path) -> Path:
     return target
 
 
-def _opened(job: "_Job", target: Path) -> Any:  # noqa: ANN401 - a `datasets.Dataset`
+def _opened(job: "_Job", target: Path) -> Any:
     """Return the dataset of a finished cache.
 
     Raises:
@@ -199,7 +199,7 @@ class _Job:
         """Return the rows of a part."""
         return range(number * self.part_rows, min((number + 1) * self.part_rows, self.num_rows))
 
-    def schema(self) -> Any:  # noqa: ANN401 - `datasets.Features`
+    def schema(self) -> Any:
         """Return the columns of the result."""
         from datasets import Array2D, Array3D, Features, Sequence, Value
 
@@ -214,14 +214,14 @@ class _Job:
 
 def _check(
     model: ASelectPreTrainedModel,
-    dataset: Any,  # noqa: ANN401 - as above
+    dataset: Any,
     what: str,
     num_views: int,
     augment: Augment | None,
     batch_size: int,
     dtype: str,
     seed: int,
-    kind: Any,  # noqa: ANN401 - as above
+    kind: Any,
 ) -> None:
     if not isinstance(dataset, kind):
         raise ValueError(
@@ -247,14 +247,14 @@ def _check(
         model.check_is_resolved()
 
 
-def _has_pictures(kind: Any) -> bool:  # noqa: ANN401 - a feature of `datasets`
+def _has_pictures(kind: Any) -> bool:
     """Return whether a column is of pictures, or of lists of them."""
     while hasattr(kind, "feature"):
         kind = kind.feature
     return type(kind).__name__ == "Image"
 
 
-def _picture_column(dataset: Any, name: str | None, kind: type) -> str:  # noqa: ANN401 - as above
+def _picture_column(dataset: Any, name: str | None, kind: type) -> str:
     """Return the column of the pictures."""
     if name is not None:
         if name not in dataset.column_names:
@@ -451,7 +451,7 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_part(job: _Job, number: int, path: Path, bar: Any) -> None:  # noqa: ANN401 - tqdm's
+def _write_part(job: _Job, number: int, path: Path, bar: Any) -> None:
     """Write one part; it appears when it is whole."""
     import pyarrow as pa
     from datasets import Dataset
@@ -484,7 +484,7 @@ def _kept_columns(job: _Job, rows: Sequence[int]) -> dict[str, list[Any]]:
     return {**kept, "view": [row // len(job.dataset) for row in rows]} if job.num_views > 1 else kept
 
 
-def _read(job: _Job, rows: Sequence[int]) -> Any:  # noqa: ANN401 - an array of numpy
+def _read(job: _Job, rows: Sequence[int]) -> Any:
     """Return the values of some rows, of the cache's dtype."""
     pixel_values = _pixel_values(job, rows)
     with torch.autocast(job.model.device.type, enabled=False):  # a caller's would be in no fingerprint
@@ -534,7 +534,7 @@ def _pixel_values(job: _Job, rows: Sequence[int]) -> Tensor:
     return values
 
 
-def _view(job: _Job, index: int, view: int) -> Any:  # noqa: ANN401 - a picture
+def _view(job: _Job, index: int, view: int) -> Any:
     """Return a view of a picture: 0 is the picture itself."""
     try:
         picture = job.pictures[index][job.column]

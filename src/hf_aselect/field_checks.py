@@ -13,7 +13,7 @@ VAE_LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_b
 _MAX_VAE_LEVELS = 16
 
 
-def check_timestep(timestep: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+def check_timestep(timestep: Any) -> None:
     """Refuse anything but an integer timestep in [0, 1000).
 
     Raises:
@@ -65,14 +65,14 @@ def check_vae(vae: dict[str, Any] | None) -> None:
         )
 
 
-def is_finite_number(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+def is_finite_number(value: Any) -> bool:
     """Return whether a value is a number that a float can hold, and neither NaN nor infinite."""
     # An integer of JSON may have any number of digits.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and -1e300 <= value <= 1e300
 
 
-def short(value: Any) -> str:  # noqa: ANN401 - whatever came
+def short(value: Any) -> str:
     """Return a value for an error, cut where it is long."""
     try:
         text = repr(value)
@@ -81,7 +81,7 @@ def short(value: Any) -> str:  # noqa: ANN401 - whatever came
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def check_dtype(dtype: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+def check_dtype(dtype: Any) -> None:
     """Refuse what no weights are in; the host looks it up in torch, whatever it is.
 
     Raises:
@@ -93,7 +93,7 @@ def check_dtype(dtype: Any) -> None:  # noqa: ANN401 - a check takes whatever ca
     raise ValueError(f"`dtype` must be float32, bfloat16, float16 or float64, got {short(dtype)}.")
 
 
-def check_classes(names: Any, numbers: Any, num_labels: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+def check_classes(names: Any, numbers: Any, num_labels: Any) -> None:
     """Refuse classes that are not counted from 0 on, or not named each.
 
     Args:

@@ -202,7 +202,7 @@ class FoldedLayout:
         return self.text_size > 0 and block >= self.num_joint_blocks
 
 
-def _is_count(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+def _is_count(value: Any) -> bool:
     # None is larger; an integer of JSON may have any number of digits.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 

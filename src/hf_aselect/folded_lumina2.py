@@ -25,7 +25,7 @@ class FoldedLumina2Block(GradientCheckpointingLayer):
 
     is_causal = False  # the host's kernels ask
 
-    def __init__(self, config: Any, layout: FoldedLayout, index: int | None) -> None:  # noqa: ANN401 - any of the host's
+    def __init__(self, config: Any, layout: FoldedLayout, index: int | None) -> None:
         super().__init__()
         self.config = config
         self.features = () if index is None else layout.features_at(index)

@@ -18,7 +18,7 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,  # noqa: ANN401 - the host's signature
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return what attention yields, (B, N, heads, d), and its weights: the host's `attn_implementation="eager"`.
 
@@ -44,7 +44,7 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
-def attend(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ANN401 - a module
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return what the host's attention kernel yields, (B, N, D), of queries, keys and values, (B, heads, N, d).
 
     Args:
@@ -96,7 +96,7 @@ class PromptAttention(nn.Module):
 
     def __init__(
         self,
-        config: Any,  # noqa: ANN401 - any of the host's
+        config: Any,
         width: int,
         size: int,
         num_heads: int,

@@ -37,7 +37,7 @@ class FoldedSanaBlock(GradientCheckpointingLayer):
         index: Which block.
     """
 
-    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:  # noqa: ANN401 - any of the host's
+    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:
         super().__init__()
         self.features = layout.features_at(index)
         self.is_run, self.is_attending = layout.is_run(index), layout.is_attending(index)

@@ -79,7 +79,7 @@ class FoldedBlock(GradientCheckpointingLayer):
 
     is_causal = False  # the host's kernels ask
 
-    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:  # noqa: ANN401 - any of the host's
+    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:
         super().__init__()
         self.config = config
         self.features = layout.features_at(index)
@@ -187,7 +187,7 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
 
     is_causal = False
 
-    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:  # noqa: ANN401 - any of the host's
+    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:
         super().__init__()
         self.config = config
         self.features, self.is_run = layout.features_at(index), layout.is_run(index)
@@ -260,7 +260,7 @@ class FoldedTransformer(nn.Module):
     num_classes = 0
     positions: Tensor  # (1, N, D), of those that are added
 
-    def __init__(self, config: Any, layout: FoldedLayout) -> None:  # noqa: ANN401 - any of the host's
+    def __init__(self, config: Any, layout: FoldedLayout) -> None:
         super().__init__()
         self.layout = layout
         self.patch_size = layout.patch_size
@@ -370,7 +370,7 @@ class FoldedTransformer(nn.Module):
         return together.cos().float(), together.sin().float()
 
 
-def _build_block(config: Any, layout: FoldedLayout, index: int) -> nn.Module:  # noqa: ANN401 - any of the host's
+def _build_block(config: Any, layout: FoldedLayout, index: int) -> nn.Module:
     """Build a counted block of the layout's kind."""
     if layout.blocks == "sana":
         return FoldedSanaBlock(config, layout, index)

@@ -90,7 +90,7 @@ def _sizes(denoiser: Denoiser, config: ASelectConfig, start: Pass, taps: list[st
     }
 
 
-def _fold_dit(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+def _fold_dit(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:
     """Fold DiT and SiT."""
     transformer = denoiser.transformer
     first = denoiser.blocks[0]
@@ -102,7 +102,7 @@ def _fold_dit(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]
         mlp_norm_eps=first.norm3.eps,
     )
 
-    def modulation(block: Any) -> Modulation:  # noqa: ANN401 - diffusers' block
+    def modulation(block: Any) -> Modulation:
         embedding = block.norm1.emb(*start.condition, hidden_dtype=start.hidden_states.dtype)
         return _chunks(block.norm1.linear(silu(embedding)), 6)[0]
 
@@ -115,7 +115,7 @@ def _fold_dit(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]
     return layout, weights()
 
 
-def _fold_pixart(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+def _fold_pixart(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:
     """Fold PixArt: keys and values of its cross-attention to the prompt are constants."""
     transformer = denoiser.transformer
     first = denoiser.blocks[0]
@@ -147,7 +147,7 @@ def _fold_pixart(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[s
     return layout, weights()
 
 
-def _fold_sd3(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+def _fold_sd3(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:
     """Fold Stable Diffusion 3: the text's stream goes on as far as the picture's attention looks at it."""
     transformer = denoiser.transformer
     first = denoiser.blocks[0]
@@ -176,7 +176,7 @@ def _fold_sd3(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]
     return layout, weights()
 
 
-def _fold_flux(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+def _fold_flux(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:
     """Fold FLUX: blocks of two streams as Stable Diffusion 3's, then those of one."""
     transformer = denoiser.transformer
     single = transformer.single_transformer_blocks
@@ -214,7 +214,7 @@ def _fold_flux(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str
     return layout, weights()
 
 
-def _fold_sana(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+def _fold_sana(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:
     """Fold Sana: as PixArt, with linear attention, and with convolutions, the first and last of them linear layers."""
     transformer = denoiser.transformer
     first = denoiser.blocks[0]
@@ -244,7 +244,7 @@ def _fold_sana(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str
     return layout, weights()
 
 
-def _fold_lumina2(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:  # noqa: ANN401
+def _fold_lumina2(denoiser: Any, config: ASelectConfig, start: Pass, taps: list[str]) -> tuple[FoldedLayout, Weights]:
     """Fold Lumina-Image 2: the refined text is a constant; the picture's refiners are kept, before the blocks."""
     transformer = denoiser.transformer
     all_blocks = [*transformer.noise_refiner, *transformer.layers]
@@ -317,14 +317,14 @@ class _Stream:
     offset: Tensor | None = None  # added behind the gate
 
 
-def _stream_of(block: Any, attention: Any, norm: Any, mlp_norm: Any, modulation: Modulation) -> _Stream:  # noqa: ANN401
+def _stream_of(block: Any, attention: Any, norm: Any, mlp_norm: Any, modulation: Modulation) -> _Stream:
     """Return the picture's stream of a block."""
     projections = attention.to_q, attention.to_k, attention.to_v
     norms = attention.norm_q, attention.norm_k
     return _Stream(*projections, *norms, attention.to_out[0], block.ff, norm, mlp_norm, modulation)
 
 
-def _text_stream_of(block: Any, modulation: Modulation) -> _Stream:  # noqa: ANN401 - diffusers' block
+def _text_stream_of(block: Any, modulation: Modulation) -> _Stream:
     """Return the text's stream of a joint block."""
     attention = block.attn
     projections = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
@@ -333,7 +333,7 @@ def _text_stream_of(block: Any, modulation: Modulation) -> _Stream:  # noqa: ANN
     return _Stream(*projections, *norms, output, block.ff_context, norm, block.norm2_context, modulation)
 
 
-def _joint_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor) -> State:  # noqa: ANN401
+def _joint_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor) -> State:
     """Return the state of a block of two streams."""
     is_dual = getattr(block, "use_dual_attention", False)
     modulations = _chunks(block.norm1.linear(condition), 9 if is_dual else 6)
@@ -413,7 +413,7 @@ def _stream_state(
     return state
 
 
-def _single_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation) -> State:  # noqa: ANN401
+def _single_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation) -> State:
     """Return the state of a `FoldedSingleBlock`."""
     prefix, features, is_run = f"blocks.{index}.", layout.features_at(index), layout.is_run(index)
     attention = block.attn
@@ -434,7 +434,7 @@ def _single_state(layout: FoldedLayout, index: int, block: Any, modulation: Modu
     return state
 
 
-def _sana_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation, start: Pass) -> State:  # noqa: ANN401
+def _sana_state(layout: FoldedLayout, index: int, block: Any, modulation: Modulation, start: Pass) -> State:
     """Return the state of a `FoldedSanaBlock`."""
     prefix, features, is_run = f"blocks.{index}.", layout.features_at(index), layout.is_run(index)
     attention, cross = block.attn1, block.attn2
@@ -480,7 +480,7 @@ def _sana_state(layout: FoldedLayout, index: int, block: Any, modulation: Modula
     return state
 
 
-def _lumina2_state(layout: FoldedLayout, prefix: str, index: int | None, block: Any, start: Pass) -> State:  # noqa: ANN401
+def _lumina2_state(layout: FoldedLayout, prefix: str, index: int | None, block: Any, start: Pass) -> State:
     """Return the state of a `FoldedLumina2Block`; of a refiner if there is no index."""
     features = () if index is None else layout.features_at(index)
     scale, gate, mlp_scale, mlp_gate = _wide(block.norm1.linear(silu(start.condition)))[0].chunk(4)
@@ -506,12 +506,12 @@ def _lumina2_state(layout: FoldedLayout, prefix: str, index: int | None, block: 
     return state
 
 
-def _scale(norm: Any, factor: Tensor) -> Tensor:  # noqa: ANN401 - diffusers'
+def _scale(norm: Any, factor: Tensor) -> Tensor:
     """Return what a norm's output is multiplied with, (D,): its own weight, if any, and a factor."""
     return factor if norm.weight is None else factor * _wide(norm.weight)
 
 
-def _cross_state(prefix: str, attention: Any, start: Pass) -> Weights:  # noqa: ANN401 - diffusers'
+def _cross_state(prefix: str, attention: Any, start: Pass) -> Weights:
     """Yield the state of a `PromptAttention`, but for a norm of queries."""
     key = attention.to_k(start.context)[0]
     yield f"{prefix}key", key if attention.norm_k is None else attention.norm_k(key)
@@ -541,7 +541,7 @@ def _needed(vector: Tensor | None) -> Tensor:
 Layer = tuple[Tensor, Tensor]  # weight and bias, float64
 
 
-def _fused(attention: Any, projections: Sequence[str]) -> Layer:  # noqa: ANN401 - diffusers'
+def _fused(attention: Any, projections: Sequence[str]) -> Layer:
     """Return those of query, key and value that are needed, as one layer."""
     named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
     return _side_by_side([_plain(named[name]) for name in projections])
@@ -552,7 +552,7 @@ def _side_by_side(layers: list[Layer]) -> Layer:
     return torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
 
 
-def _plain(layer: Any, kind: type[Any] = nn.Linear) -> Layer:  # noqa: ANN401 - whatever stands there
+def _plain(layer: Any, kind: type[Any] = nn.Linear) -> Layer:
     """Return weight and bias of a linear layer or a convolution; refuse anything that computes more than they say.
 
     Raises:
@@ -572,7 +572,7 @@ def _linear(name: str, layer: Layer) -> State:
     return {f"{name}.weight": layer[0], f"{name}.bias": layer[1]}
 
 
-def _affine(norm: Any, shift: Tensor, scale: Tensor) -> Layer:  # noqa: ANN401 - diffusers' or torch's
+def _affine(norm: Any, shift: Tensor, scale: Tensor) -> Layer:
     """Return scale and shift of a norm's output, its own and the modulation's together."""
     total, offset = 1 + scale, shift
     if getattr(norm, "bias", None) is not None:
@@ -582,7 +582,7 @@ def _affine(norm: Any, shift: Tensor, scale: Tensor) -> Layer:  # noqa: ANN401 -
     return total, offset
 
 
-def _modulated(layer: Layer, norm: Any, shift: Tensor, scale: Tensor) -> Layer:  # noqa: ANN401 - as above
+def _modulated(layer: Layer, norm: Any, shift: Tensor, scale: Tensor) -> Layer:
     """Return the layer that makes of the norm's output what a layer makes of the modulated one."""
     weight, bias = layer
     total, offset = _affine(norm, shift, scale)
@@ -595,11 +595,11 @@ def _gated(layer: Layer, gate: Tensor) -> Layer:
     return gate[:, None] * weight, gate * bias
 
 
-def _mlp_layers(mlp: Any) -> tuple[Layer, Layer]:  # noqa: ANN401 - diffusers' `FeedForward`
+def _mlp_layers(mlp: Any) -> tuple[Layer, Layer]:
     return _plain(mlp.net[0].proj), _plain(mlp.net[2])
 
 
-def _mlp(mlp: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+def _mlp(mlp: Any) -> dict[str, Any]:
     """Return width and activation of an MLP.
 
     Raises:
@@ -614,7 +614,7 @@ def _mlp(mlp: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
     }
 
 
-def _norm_weight(norm: Any, layout: FoldedLayout, size: int | None = None) -> Tensor:  # noqa: ANN401 - as above
+def _norm_weight(norm: Any, layout: FoldedLayout, size: int | None = None) -> Tensor:
     """Return the weight of a norm of queries or keys, by default of a head.
 
     Raises:
@@ -630,13 +630,13 @@ def _norm_weight(norm: Any, layout: FoldedLayout, size: int | None = None) -> Te
     return weight
 
 
-def _same(values: list[Any], what: str) -> Any:  # noqa: ANN401 - numbers
+def _same(values: list[Any], what: str) -> Any:
     if len(set(values)) > 1:
         raise ValueError(f"A transformer cannot be folded whose blocks differ in the {what}: {sorted(set(values))}.")
     return values[0]
 
 
-def _sincos(embedding: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' `PatchEmbed`
+def _sincos(embedding: Any) -> dict[str, Any]:
     return {
         "positions": "sincos",
         "position_base_size": embedding.base_size,
@@ -644,7 +644,7 @@ def _sincos(embedding: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' `Pat
     }
 
 
-def _patches(embedding: Any, layout: FoldedLayout) -> Weights:  # noqa: ANN401 - as above
+def _patches(embedding: Any, layout: FoldedLayout) -> Weights:
     """Yield the state of the patch embedding, and the positions of the layout's grid."""
     weight, bias = _plain(embedding.proj, nn.Conv2d)
     yield "patch_embedding.weight", weight

@@ -11,8 +11,8 @@ from .field_checks import NUM_TIMESTEPS
 
 @torch.no_grad()
 def generate_latents(
-    denoiser: Any,  # noqa: ANN401 - one of the families of `denoisers`
-    sampler: Any,  # noqa: ANN401 - a scheduler of diffusers, which is imported when it is built
+    denoiser: Any,
+    sampler: Any,
     size: tuple[int, int],
     num_images: int,
     *,
@@ -96,7 +96,7 @@ def _check(num_images: int, num_steps: int, guidance_scale: float, batch_size: i
 
 
 def _draw(
-    denoiser: Any,  # noqa: ANN401 - as in `generate_latents`
+    denoiser: Any,
     size: tuple[int, int],
     num_images: int,
     seed: int,
@@ -115,7 +115,7 @@ def _draw(
 
 
 def _predict(
-    denoiser: Any,  # noqa: ANN401 - as in `generate_latents`
+    denoiser: Any,
     latents: Tensor,
     timestep: Tensor,
     labels: Tensor,

@@ -67,12 +67,12 @@ class ASelectImageProcessor(PilBackend):
     do_normalize = True
     do_reduce_labels = False
 
-    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - the host's signature
+    def __init__(self, **kwargs: Any) -> None:
         _check_fields(kwargs)
         super().__init__(**kwargs)
 
     @classmethod
-    def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":  # noqa: ANN401
+    def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":
         """Return the processor that fits a model: its picture size and number of channels.
 
         Args:
@@ -86,9 +86,9 @@ class ASelectImageProcessor(PilBackend):
 
     def preprocess(
         self,
-        images: Any,  # noqa: ANN401 - the host's signature
-        segmentation_maps: Any = None,  # noqa: ANN401 - pictures or arrays
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        images: Any,
+        segmentation_maps: Any = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Return `pixel_values`, and `labels` where masks are given.
 
@@ -110,9 +110,9 @@ class ASelectImageProcessor(PilBackend):
 
     def _preprocess_image_like_inputs(  # type: ignore[override]
         self,
-        images: Any,  # noqa: ANN401 - the host's signature
-        segmentation_maps: Any = None,  # noqa: ANN401 - pictures or arrays
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        images: Any,
+        segmentation_maps: Any = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         prepared = self._prepare_image_like_inputs(images, **kwargs)
         if segmentation_maps is None:
@@ -136,7 +136,7 @@ class ASelectImageProcessor(PilBackend):
         do_center_crop: bool,
         size: SizeDict,
         do_reduce_labels: bool = False,
-        **_: Any,  # noqa: ANN401 - what only pictures need
+        **_: Any,
     ) -> NDArray[np.int64]:
         """Return a mask as its picture is cut and resized, (H, W)."""
         if mask.shape != tuple(picture_size):
@@ -159,8 +159,8 @@ class ASelectImageProcessor(PilBackend):
 
     def post_process_semantic_segmentation(
         self,
-        outputs: Any,  # noqa: ANN401 - what a model returned
-        target_sizes: Any = None,  # noqa: ANN401 - pairs or a tensor
+        outputs: Any,
+        target_sizes: Any = None,
         return_segmentation_scores: bool = False,
     ) -> list[Any]:
         """Turn logits of any head into masks, as the host's processors do it, where the model saw the picture.
@@ -211,9 +211,9 @@ class ASelectImageProcessor(PilBackend):
 
     def process_image(  # type: ignore[override]
         self,
-        image: Any,  # noqa: ANN401 - PIL picture, array or tensor
+        image: Any,
         num_channels: int = 3,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> NDArray[Any]:
         """Return a picture as an array, (C, H, W), with the asked number of channels.
 
@@ -262,8 +262,8 @@ class ASelectImageProcessor(PilBackend):
         self,
         image: NDArray[Any],
         size: SizeDict,
-        resample: Any = None,  # noqa: ANN401 - PIL's, or its number
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        resample: Any = None,
+        **kwargs: Any,
     ) -> NDArray[Any]:
         """Return a picture, (C, H, W), in another size.
 
@@ -279,7 +279,7 @@ class ASelectImageProcessor(PilBackend):
         ends = 0, 255 if image.max() > 1 else 1
         return np.stack([np.asarray(channel) for channel in channels]).clip(*ends)
 
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:  # noqa: ANN401
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         # The host takes no grey arrays without an axis of channels, and would fetch what a name or an address names.
         several = list(images) if isinstance(images, list | tuple) else [images]
         # The host takes lists in the list, too.
@@ -308,7 +308,7 @@ class ASelectImageProcessor(PilBackend):
         do_resize: bool,
         do_center_crop: bool,
         size: SizeDict,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> BatchFeature:
         height, width = size.height or 0, size.width or 0
         if (do_resize or do_center_crop) and not (height and width):
@@ -330,13 +330,13 @@ class ASelectImageProcessor(PilBackend):
     def _validate_preprocess_kwargs(  # type: ignore[override]
         self,
         do_center_crop: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> None:
         # The host asks for a `crop_size` of its own; ours is `size`.
         super()._validate_preprocess_kwargs(**kwargs)
 
 
-def _as_list(segmentation_maps: Any) -> list[Any]:  # noqa: ANN401 - pictures or arrays
+def _as_list(segmentation_maps: Any) -> list[Any]:
     if isinstance(segmentation_maps, list | tuple):
         return list(segmentation_maps)
     if not isinstance(segmentation_maps, Image.Image | np.ndarray | Tensor):
@@ -345,7 +345,7 @@ def _as_list(segmentation_maps: Any) -> list[Any]:  # noqa: ANN401 - pictures or
     return [segmentation_maps] if is_one else [*segmentation_maps]  # type: ignore[misc]
 
 
-def _mask_array(mask: Any) -> NDArray[np.int64]:  # noqa: ANN401 - picture, array or tensor
+def _mask_array(mask: Any) -> NDArray[np.int64]:
     """Return a mask as class indices, (H, W)."""
     if isinstance(mask, Image.Image) and mask.mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(
@@ -391,7 +391,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _as_array(image: Any) -> NDArray[Any]:  # noqa: ANN401 - array or tensor
+def _as_array(image: Any) -> NDArray[Any]:
     """Return an array or tensor as an array of numbers."""
     if isinstance(image, Tensor):
         image = _in_memory(image, "picture")

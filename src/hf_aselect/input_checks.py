@@ -12,7 +12,7 @@ from .transformer_layout import TransformerLayout
 MAX_PIXEL_VALUE = 10.0
 
 
-def check_floats(name: str, values: Any) -> None:  # noqa: ANN401 - a check takes whatever came
+def check_floats(name: str, values: Any) -> None:
     """Refuse what is no tensor of floating-point numbers in memory: others are numbers that stand for something else.
 
     Raises:

@@ -26,7 +26,7 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]
             ),
         )
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:  # noqa: ANN401 - lists or arrays
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         """Return `{"accuracy": share}`.
 
         Raises:
@@ -53,7 +53,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
         ValueError: If `num_labels` is less than 1.
     """
 
-    def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any) -> None:
         if num_labels < 1:
             raise ValueError(f"`num_labels` must be at least 1, got {num_labels}.")
         self.num_labels, self.ignore_index = num_labels, ignore_index
@@ -69,11 +69,11 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
             ),
         )
 
-    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Count the pixels of one predicted mask, (H, W), against its reference; see `add_batch`."""
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Count the pixels of some masks.
 
         Args:
@@ -92,7 +92,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
             counts += self._count(np.asarray(prediction), np.asarray(reference))
         super().add_batch(counts=[counts.tolist()], **kwargs)
 
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> Any:
         """Return the figures of all that was added, after adding `predictions` and `references` if they are given."""
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
@@ -118,7 +118,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
             self.num_labels, self.num_labels
         )
 
-    def _compute(self, counts: Any) -> dict[str, Any]:  # noqa: ANN401 - as the host stores it
+    def _compute(self, counts: Any) -> dict[str, Any]:
         total = np.asarray(counts, dtype=np.int64).sum(0)
         if not total.sum():
             raise ValueError("MeanIoU needs at least one pixel that has a class, got none.")

@@ -236,7 +236,7 @@ def refuse_unknown_facts(facts: Mapping[str, Any]) -> None:
         raise ValueError(f"The card has no facts {sorted(unknown)}; it has {', '.join(known)}.")
 
 
-def inherited_license(config: Any, source: str | os.PathLike[str], options: Mapping[str, Any]) -> None:  # noqa: ANN401
+def inherited_license(config: Any, source: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
     """Put what the card of a loaded model says of its licence into its configuration, unless more is known there.
 
     Args:
@@ -314,7 +314,7 @@ def license_on_card(folder: str | os.PathLike[str]) -> str | None:
     return f"{found}/{name}" if found == "other" and is_named else found
 
 
-def _is_endless(value: Any) -> bool:  # noqa: ANN401 - of YAML
+def _is_endless(value: Any) -> bool:
     """Return whether a value holds more than a card has; a few aliases of YAML stand for billions."""
     waiting, count = [value], 0
     while waiting:
@@ -420,7 +420,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     )
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - a fact
+def _plain(value: Any) -> Any:
     """Return a fact as the front matter can hold it."""
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}

@@ -113,9 +113,9 @@ class ASelectPreTrainedModel(ShareableModel):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        *args: Any,  # noqa: ANN401 - the host's signature
-        calibration_images: Any = None,  # noqa: ANN401 - whatever `select_timestep` takes
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        *args: Any,
+        calibration_images: Any = None,
+        **kwargs: Any,
     ) -> Self:
         """Load a model and, where its timestep is "auto", choose the timestep.
 
@@ -203,14 +203,14 @@ class ASelectPreTrainedModel(ShareableModel):
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's signature
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as the host does, but from safetensors alone: it unpickles shards and adapters of other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
         if getattr(model.config, "quantization_config", None) is None:
             check_dtypes(checkpoint_files or (), model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
-    def _settle_timestep(self, calibration_images: Any) -> None:  # noqa: ANN401 - whatever `select_timestep` takes
+    def _settle_timestep(self, calibration_images: Any) -> None:
         """Choose the timestep if it is "auto"; forget a record that no longer fits."""
         config = self.config
         if config.timestep == "auto":
@@ -731,7 +731,7 @@ class DiTModel(ASelectPreTrainedModel):
         pixel_values: Tensor | None = None,
         latents: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Return the tokens of pictures, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
 

@@ -56,7 +56,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         features: Tensor | None = None,
         latents: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
         """Return logits, (B, K), and the loss where labels are given.
 

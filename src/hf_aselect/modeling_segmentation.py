@@ -44,7 +44,7 @@ class DiTBackbone(BackboneMixin, DiTModel):
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> BackboneOutput:
         """Return one map, (B, D, rows, columns), of each stage asked for; see `config.reshape_hidden_states`.
 
@@ -105,7 +105,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> SemanticSegmenterOutput:
         """Return logits of every pixel, (B, K, H, W), and the loss where labels are given.
 

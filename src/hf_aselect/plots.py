@@ -308,7 +308,7 @@ def plot_overlays(
     strong = [*range(0, 20, 2), *range(1, 20, 2)]
     colours = np.array([colormaps["tab20"](strong[index % 20])[:3] for index in range(len(names))])
 
-    def coloured(mask: Any) -> Any:  # noqa: ANN401 - an array
+    def coloured(mask: Any) -> Any:
         known = (mask >= 0) & (mask < len(names))
         return np.where(known[..., None], colours[np.where(known, mask, 0)], 0.0)
 
@@ -325,7 +325,7 @@ def plot_overlays(
     _save(figure, path)
 
 
-def _new_figure(width: float, height: float) -> Any:  # noqa: ANN401 - matplotlib comes late
+def _new_figure(width: float, height: float) -> Any:
     try:
         # It takes a second to import, and only reports need it; a figure of its own leaves pyplot's state alone.
         from matplotlib.figure import Figure
@@ -335,7 +335,7 @@ def _new_figure(width: float, height: float) -> Any:  # noqa: ANN401 - matplotli
 
 
 def _label_timesteps(
-    axes: Any,  # noqa: ANN401 - matplotlib comes late
+    axes: Any,
     timesteps: Sequence[int],
     log_snr: Sequence[float],
     positions: Sequence[float],
@@ -353,7 +353,7 @@ def _label_timesteps(
     axes.set_xlabel("timestep (0 = least noise), log-SNR below")
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:  # noqa: ANN401 - matplotlib comes late
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     """Save under a temporary name in the same folder, then rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.incomplete")

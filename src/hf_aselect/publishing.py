@@ -32,13 +32,13 @@ def _stale() -> list[str]:
     return [*WEIGHTS, CURVE, HEAT_MAP, *sorted({path.name for path in (*roots, *imported)})]
 
 
-def write_for_strangers(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401 - of ours
+def write_for_strangers(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:
     """Write the image processor, the card and the curve beside a saved model; see `write_model_card`."""
     write_image_processor(model, folder)
     write_model_card(model, folder, **facts)
 
 
-def write_image_processor(model: Any, folder: str | os.PathLike[str]) -> None:  # noqa: ANN401 - of ours
+def write_image_processor(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write the image processor of a model beside it; nothing for a model of latents that are no pictures.
 
     A segmenter is to see the whole of a picture, as its masks must cover it; the others see the middle, undistorted.
@@ -48,7 +48,7 @@ def write_image_processor(model: Any, folder: str | os.PathLike[str]) -> None:  
         ASelectImageProcessor.from_model_config(model.config, do_center_crop=crop).save_pretrained(folder)
 
 
-def create_repository(repo_id: str, token: Any, private: bool | None) -> str:  # noqa: ANN401 - a word or a switch
+def create_repository(repo_id: str, token: Any, private: bool | None) -> str:
     """Create a repository of the Hub, if there is none, and return its whole id.
 
     Raises:
@@ -65,12 +65,12 @@ def upload(
     repo_id: str,
     folder: str | os.PathLike[str],
     files: Sequence[str],
-    token: Any,  # noqa: ANN401 - a word or a switch
+    token: Any,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
     commit_description: str | None = None,
-) -> Any:  # noqa: ANN401 - the Hub's `CommitInfo`
+) -> Any:
     """Upload a saved model as one commit, which appears when all of it is there; what it no longer has is deleted.
 
     Args:
@@ -102,7 +102,7 @@ def upload(
     )
 
 
-def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:  # noqa: ANN401
+def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:
     """Write a model's card (README.md) into a folder, with the curve of its timestep's choice where it was chosen.
 
     Args:
@@ -124,9 +124,9 @@ def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -
 
 def write_card_of(
     config: ASelectConfig,
-    kind: Any,  # noqa: ANN401 - a class of ours
+    kind: Any,
     folder: str | os.PathLike[str],
-    **facts: Any,  # noqa: ANN401 - of any type
+    **facts: Any,
 ) -> None:
     """Do the same by the configuration and the class of a model, whose weights are then not needed."""
     folder = Path(folder)
@@ -179,7 +179,7 @@ def write_card_of(
 def keep_own_words(
     repo_id: str,
     folder: str | os.PathLike[str],
-    token: Any,  # noqa: ANN401 - a word or a switch
+    token: Any,
     revision: str | None,
 ) -> None:
     """Put what a reader wrote on the repository's card into that of a folder, unless it has such words already.

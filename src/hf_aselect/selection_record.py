@@ -159,32 +159,32 @@ def _tap_name(block: int, feature: str) -> str:
     return f"block {block}, {feature}"
 
 
-def _is_integer(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _is_timestep(value: Any) -> bool:  # noqa: ANN401 - as above
+def _is_timestep(value: Any) -> bool:
     return _is_integer(value) and value < NUM_TIMESTEPS
 
 
-def _is_number(value: Any) -> bool:  # noqa: ANN401 - as above
+def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
-def _is_word(value: Any) -> bool:  # noqa: ANN401 - as above
+def _is_word(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_dictionary(value: Any) -> bool:  # noqa: ANN401 - as above
+def _is_dictionary(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_interval(value: Any) -> bool:  # noqa: ANN401 - as above
+def _is_interval(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def is_list(value: Any) -> bool:  # noqa: ANN401 - as above
+    def is_list(value: Any) -> bool:
         return isinstance(value, list | tuple) and all(map(check, value))
 
     return is_list

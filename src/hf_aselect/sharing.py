@@ -31,9 +31,9 @@ class ShareableModel(PreTrainedModel):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *args: Any,  # noqa: ANN401 - the host's signature
+        *args: Any,
         push_to_hub: bool = False,
-        **kwargs: Any,  # noqa: ANN401 - the host's signature
+        **kwargs: Any,
     ) -> None:
         """Save configuration, weights and the code of the model, as the host does.
 
@@ -87,8 +87,8 @@ class ShareableModel(PreTrainedModel):
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | str = (),
-        **facts: Any,  # noqa: ANN401 - of the card
-    ) -> Any:  # noqa: ANN401 - the Hub's `CommitInfo`
+        **facts: Any,
+    ) -> Any:
         """Upload configuration, weights, code, image processor, card and curve as one commit.
 
         It appears when all of it is there: an upload that is interrupted leaves what was there before. What an earlier
@@ -143,8 +143,8 @@ class ShareableModel(PreTrainedModel):
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        **facts: Any,  # noqa: ANN401 - of the card
-    ) -> Any:  # noqa: ANN401 - the Hub's
+        **facts: Any,
+    ) -> Any:
         """Write what strangers need beside a saved model, and upload that and what was saved."""
         name = repo_id.rpartition("/")[2]
         known = {**self.card_facts, "model_name": name, "tags": (tags,) if isinstance(tags, str) else tuple(tags)}

@@ -270,7 +270,7 @@ class Sweep:
         self.num_images = len(read)
         self.num_forwards += self.world * len(read) * len(timesteps) * self.model.config.num_noise_draws
 
-    def _encode(self, indices: list[int], load: Any) -> Tensor:  # noqa: ANN401 - reads the pixel values
+    def _encode(self, indices: list[int], load: Any) -> Tensor:
         if all(index in self.latents for index in indices):
             return torch.stack([self.latents[index] for index in indices])
         latents = self.model.encode(load())
@@ -345,7 +345,7 @@ class Sweep:
                 total[timestep] = total[timestep] + sums if timestep in total else sums
         return total
 
-    def _gather(self, value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pickled
+    def _gather(self, value: Any) -> list[Any]:
         """Return the value of each process that has a share of the pictures."""
         return [value] if self.world == 1 else _gather_everywhere(value)
 
@@ -442,7 +442,7 @@ def _process() -> tuple[int, int]:
     return 0, 1
 
 
-def _gather_everywhere(value: Any) -> list[Any]:  # noqa: ANN401 - anything that can be pickled
+def _gather_everywhere(value: Any) -> list[Any]:
     """Return the value of each process, in the order of their ranks."""
     world = _process()[1]
     if world == 1:

@@ -30,7 +30,7 @@ COARSE_STEP = 3
 
 def select_timestep(
     model: ReadableModel,
-    images: Any = None,  # noqa: ANN401 - whatever the docstring lists
+    images: Any = None,
     *,
     criterion: str | Criterion = "consensus",
     timesteps: Sequence[int] | None = None,
@@ -217,7 +217,7 @@ def _check_numbers(max_images: int, batch_size: int, confidence: float, seed: in
         raise ValueError(f"`seed` must be in [0, 2**63), got {seed}.")
 
 
-def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  # noqa: ANN401 - checked later
+def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
             raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
@@ -234,7 +234,7 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:  #
     return criterion
 
 
-def _masks(labels: Any, images: Any) -> Any:  # noqa: ANN401 - what they may be is found here
+def _masks(labels: Any, images: Any) -> Any:
     """Return masks by picture where the labels are masks, else None.
 
     Raises:
@@ -255,7 +255,7 @@ def _masks(labels: Any, images: Any) -> Any:  # noqa: ANN401 - what they may be 
     return labels
 
 
-def _checked_labels(labels: Any, images: Any) -> list[int]:  # noqa: ANN401 - what they may be is checked here
+def _checked_labels(labels: Any, images: Any) -> list[int]:
     """Return the class index of each picture."""
     if not hasattr(images, "__len__"):
         raise ValueError(

@@ -60,10 +60,10 @@ class ASelectCallback(TrainerCallback):
         license: str | None = None,
         *,
         max_images: int = 256,
-        criterion: Any = "consensus",  # noqa: ANN401 - as `select_timestep`
+        criterion: Any = "consensus",
         reselect_epochs: int | None = None,
         follow: bool = False,
-        **options: Any,  # noqa: ANN401 - of `select_timestep`
+        **options: Any,
     ) -> None:
         for name, value in (("max_images", max_images), ("reselect_epochs", reselect_epochs)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -86,7 +86,7 @@ class ASelectCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Choose the timestep where none is chosen; a training that goes on keeps its choice and its figures."""
         model, dataloader = _unwrapped(kwargs["model"]), kwargs["train_dataloader"]
@@ -119,7 +119,7 @@ class ASelectCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Choose again, where that was asked for and the backbone is trained."""
         model = _unwrapped(kwargs["model"])
@@ -139,14 +139,14 @@ class ASelectCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         model: ASelectPreTrainedModel,
-        dataloader: Any,  # noqa: ANN401 - torch's
+        dataloader: Any,
     ) -> None:
         selection = self._select(model, dataloader)
         if self.follow:
             model.apply_selection(selection)
         self._report(args, state, selection)
 
-    def _check_reselection(self, model: ASelectPreTrainedModel, dataloader: Any) -> None:  # noqa: ANN401 - torch's
+    def _check_reselection(self, model: ASelectPreTrainedModel, dataloader: Any) -> None:
         """Refuse what cannot be done while the backbone is trained."""
         if model.config.freeze_backbone:
             return
@@ -162,7 +162,7 @@ class ASelectCallback(TrainerCallback):
                 "out, or train on a set that is not streamed."
             )
 
-    def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:  # noqa: ANN401 - torch's
+    def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:
         """Return the choice on training pictures; no random state is touched."""
         needs_labels = getattr(self.criterion, "name", self.criterion) in ("probe", "patch_probe")
         # Devices draw nothing here, and torch warns of forking those of several.
@@ -208,7 +208,7 @@ class ASelectCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Write card and curve with the newest figure; evaluations of other sets than Trainer's own do not count."""
         metrics = kwargs.get("metrics") or {}
@@ -222,7 +222,7 @@ class ASelectCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Put the model's code beside it, and keep the card.
 
@@ -245,7 +245,7 @@ class ASelectCallback(TrainerCallback):
             """Stands in for the maker of drafts, once."""
 
             @staticmethod
-            def from_trainer(trainer: Any, **facts: Any) -> Any:  # noqa: ANN401 - the host's
+            def from_trainer(trainer: Any, **facts: Any) -> Any:
                 trainer_module.TrainingSummary = drafts
                 draft = drafts.from_trainer(trainer, **facts)
                 if trainer.model is trained:
@@ -261,14 +261,14 @@ class ASelectCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Write card and curve: of the best step where its weights are loaded at the end, else of the last."""
         best = state.best_global_step if args.load_best_model_at_end else None
         self.final_step = best or state.global_step
         self._write(args, state, kwargs["model"], self.final_step)
 
-    def _write(self, args: TrainingArguments, state: TrainerState, trained: Any, step: int) -> None:  # noqa: ANN401
+    def _write(self, args: TrainingArguments, state: TrainerState, trained: Any, step: int) -> None:
         if not state.is_world_process_zero:
             return
         model = _unwrapped(trained)
@@ -299,7 +299,7 @@ class ASelectCallback(TrainerCallback):
         write_model_card(trained, str(args.output_dir), **{**model.card_facts, **where})
 
 
-def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put around it
+def _unwrapped(model: Any) -> Any:
     """Return our model under what accelerate and peft put around it."""
     while not isinstance(model, ASelectPreTrainedModel):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
@@ -309,13 +309,13 @@ def _unwrapped(model: Any) -> Any:  # noqa: ANN401 - ours, or what was put aroun
     return model
 
 
-def _is_stream(dataset: Any) -> bool:  # noqa: ANN401 - of any kind
+def _is_stream(dataset: Any) -> bool:
     """Return whether the rows of a training set come one after the other, and cannot be asked for."""
     is_numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     return isinstance(dataset, torch.utils.data.IterableDataset) or not is_numbered
 
 
-def _first_rows(dataset: Any, num: int) -> list[Any]:  # noqa: ANN401 - of any kind
+def _first_rows(dataset: Any, num: int) -> list[Any]:
     """Return the first rows of a stream; of a training set of known size some from all over, as it may be sorted.
 
     Processes may each have a stream of their own: all get the rows of the first.
@@ -338,7 +338,7 @@ def _first_rows(dataset: Any, num: int) -> list[Any]:  # noqa: ANN401 - of any k
     return found
 
 
-def _label(row: Any) -> Any:  # noqa: ANN401 - a row
+def _label(row: Any) -> Any:
     """Return the label of a row by one of the names that the host knows."""
     for name in ("labels", "label", "label_ids"):
         if name in row:

@@ -160,5 +160,5 @@ def layout_of(transformer: dict[str, Any]) -> TransformerLayout:
     return read(transformer)
 
 
-def _is_size(value: Any) -> bool:  # noqa: ANN401 - a check takes whatever came
+def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
