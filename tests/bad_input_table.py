@@ -41,12 +41,11 @@ from hf_aselect import (
     select_timestep,
 )
 from hf_aselect.cli import main as command_line
-from hf_aselect.configuration_aselect import DDPM_LINEAR, DIT_XL_2
-from hf_aselect.diffusers_files import PickledWeightsError
-from hf_aselect.folded_layout import FoldedLayout
-from hf_aselect.model_card import CardFacts, facts_of_card
-from hf_aselect.probe import leave_one_out_hits
-from hf_aselect.taps import parse_tap_key
+from hf_aselect.hub.card import CardFacts, facts_of_card
+from hf_aselect.model.checks import PickledWeightsError
+from hf_aselect.model.configuration_aselect import DDPM_LINEAR, DIT_XL_2
+from hf_aselect.model.layouts import FoldedLayout, parse_tap_key
+from hf_aselect.selection.probe import leave_one_out_hits
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

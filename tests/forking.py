@@ -11,7 +11,7 @@ from pathlib import Path
 SERVER = """
 import json, os, signal, sys, time, traceback
 import torch, transformers, datasets, peft
-import hf_aselect, hf_aselect.metrics
+import hf_aselect, hf_aselect.training.metrics
 import huggingface_hub.constants as constants
 
 def run(task):

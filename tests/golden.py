@@ -17,8 +17,8 @@ import torch
 from datasets import load_dataset
 
 from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
-from hf_aselect.publishing import write_model_card
-from hf_aselect.taps import FEATURES
+from hf_aselect.hub.push import write_model_card
+from hf_aselect.model.layouts import FEATURES
 
 PATH = Path(__file__).with_name("golden.json")
 EMBEDDED = files("hf_aselect") / "assets" / "fashion_mnist"

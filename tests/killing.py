@@ -28,7 +28,7 @@ from conftest import build_transformer
 from forking import Forking
 from writable_hub import WritableHub, serve
 
-from hf_aselect.whole_folder import finish_files
+from hf_aselect.checkpoints.atomic import finish_files
 
 TOKEN = "hf_goodgoodgoodgoodgood"
 PREAMBLE = """

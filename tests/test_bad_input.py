@@ -28,8 +28,8 @@ from hf_aselect import (
     cache_features,
     select_timestep,
 )
-from hf_aselect.configuration_aselect import DDPM_LINEAR, DIT_XL_2
-from hf_aselect.taps import FEATURES
+from hf_aselect.model.configuration_aselect import DDPM_LINEAR, DIT_XL_2
+from hf_aselect.model.layouts import FEATURES
 
 NUM_CASES = 60  # at the least
 MANY = [25, pytest.param(3000, marks=pytest.mark.slow)]

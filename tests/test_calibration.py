@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_aselect import ASelectConfig
-from hf_aselect.calibration import CalibrationPictures
-from hf_aselect.configuration_aselect import DDPM_LINEAR
+from hf_aselect.model.configuration_aselect import DDPM_LINEAR
+from hf_aselect.selection.images import CalibrationPictures
 
 TRANSFORMER = {
     "_class_name": "DiTTransformer2DModel",

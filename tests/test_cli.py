@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from hf_aselect import DiTForImageClassification, DiTModel, TimestepSelection, cli
 from hf_aselect.cli import main
-from hf_aselect.publishing import write_model_card
+from hf_aselect.hub.push import write_model_card
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 import hf_aselect
 from hf_aselect import ASelectConfig
-from hf_aselect.configuration_aselect import DIT_XL_2
+from hf_aselect.model.configuration_aselect import DIT_XL_2
 
 PACKAGE = Path(hf_aselect.__file__).parent
 FIELDS = [name for name in ASelectConfig.__annotations__ if name != "model_type" and not name.startswith("_")]

@@ -4,15 +4,9 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from hf_aselect import consensus
-from hf_aselect.consensus import (
-    NUM_COMPONENTS,
-    STRENGTHS,
-    ConsensusSums,
-    leading_directions,
-    unexplained,
-)
-from hf_aselect.criteria import Consensus
+from hf_aselect.selection import consensus
+from hf_aselect.selection.consensus import NUM_COMPONENTS, STRENGTHS, ConsensusSums, leading_directions, unexplained
+from hf_aselect.selection.criteria import Consensus
 
 NUM_PICTURES, NUM_FOLDS, NUM_TARGETS = 320, 8, 128
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
-from hf_aselect.denoisers import FAMILIES
-from hf_aselect.diffusers_checkpoint import _default_embedding, expected_shapes
-from hf_aselect.transformer_layout import layout_of
+from hf_aselect.checkpoints.diffusers import _default_embedding, expected_shapes
+from hf_aselect.model.denoisers import FAMILIES
+from hf_aselect.model.layouts import layout_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -300,7 +300,7 @@ def test_a_bare_transformer_of_another_family_needs_its_scheduler(sd3_folder):
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         noised = model.add_noise(latents, 141)
-        read = [each.read_tokens(noised, torch.tensor([141]), 1, "query") for each in (model, pipe)]
+        read = [each._base().denoiser(noised, torch.tensor([141]), 1, "query") for each in (model, pipe)]
     assert torch.equal(*read)
 
 
@@ -533,9 +533,9 @@ def test_a_conversion_that_is_killed_never_looks_finished(latent_folder, tmp_pat
     script = f"""
 import os
 from hf_aselect import convert_diffusers, convert_diffusers as _
-import hf_aselect.convert_diffusers
+import hf_aselect.checkpoints.convert
 import sys
-module = sys.modules["hf_aselect.convert_diffusers"]
+module = sys.modules["hf_aselect.checkpoints.convert"]
 count = 0
 save = module.save_file
 def save_once(*args, **kwargs):
@@ -558,7 +558,7 @@ convert_diffusers({str(latent_folder)!r}, {str(tmp_path / "out")!r}, max_shard_s
 
 def test_two_conversions_to_one_folder_do_not_mix(latent_folder, tmp_path, monkeypatch):
     """The second one begins and ends while the first one writes."""
-    module = sys.modules["hf_aselect.convert_diffusers"]
+    module = sys.modules["hf_aselect.checkpoints.convert"]
     write = module._write_weights
 
     def write_after_another(*args):
@@ -730,7 +730,7 @@ def test_a_pickled_text_encoder_is_refused_and_never_unpickled(sd3_folder, tmp_p
 
 
 def test_what_cannot_be_built_is_said_before_text_encoders_are_loaded(sd3_folder, monkeypatch):
-    name = "hf_aselect.diffusers_checkpoint.encode_empty_prompt"
+    name = "hf_aselect.checkpoints.diffusers.encode_empty_prompt"
     monkeypatch.setattr(name, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="`timestep_embedding` of SD3Transformer2DModel must be one of diffusers"):
         DiTModel.from_pretrained(sd3_folder, timestep=5, timestep_embedding="original")

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation
 
-from hf_aselect import ASelectImageProcessor, cli, demo_segmentation
-from hf_aselect.demo import load_embedded_split
-from hf_aselect.demo_segmentation import (
+from hf_aselect import ASelectImageProcessor, cli
+from hf_aselect.demo import segmentation as demo_segmentation
+from hf_aselect.demo.classification import load_embedded_split
+from hf_aselect.demo.segmentation import (
     DARK,
     NUM_ITEMS,
     PatchProbes,

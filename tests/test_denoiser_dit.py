@@ -6,8 +6,8 @@ import torch
 from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer
 from diffusers import DiTTransformer2DModel
 
-from hf_aselect.denoiser_dit import DiTDenoiser
-from hf_aselect.taps import FEATURES
+from hf_aselect.model.denoisers import DiTDenoiser
+from hf_aselect.model.layouts import FEATURES
 
 TAPS = [(block, feature) for block in range(NUM_BLOCKS) for feature in FEATURES]
 SHAPES = {"square": (8, 8), "wide": (4, 12), "high": (10, 6)}
@@ -138,12 +138,12 @@ def test_several_taps_are_read_in_one_pass(model, pixels):
     calls = []
     first = model.denoiser.transformer.transformer_blocks[0]
     hook = first.register_forward_hook(lambda *_: calls.append(1))
-    found = model.read_taps(latents, timesteps, taps)
+    found = model._read_taps(latents, timesteps, taps)
     hook.remove()
     assert len(calls) == 1
     assert found.keys() == set(taps)
     for block, feature in taps:
-        assert found[block, feature].equal(model.read_tokens(latents, timesteps, block, feature))
+        assert found[block, feature].equal(model._base().denoiser(latents, timesteps, block, feature))
 
 
 def test_the_family_that_contributors_are_shown_reads_as_ours_does():

@@ -7,9 +7,9 @@ from huggingface_hub.errors import StrictDataclassError
 from pipelines import PIPELINES, WIDTH, flux_transformer, pixart_alpha, sana_transformer, sd3
 
 from hf_aselect import ASelectConfig, DiTBackbone, DiTForImageClassification, DiTModel
-from hf_aselect.denoisers import FAMILIES, build_denoiser
-from hf_aselect.taps import FEATURES
-from hf_aselect.transformer_layout import FAMILY_NAMES
+from hf_aselect.model.denoiser import grid_of
+from hf_aselect.model.denoisers import FAMILIES, build_denoiser
+from hf_aselect.model.layouts import FAMILY_NAMES, FEATURES
 
 TIMESTEP = 141
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}
@@ -151,10 +151,10 @@ def test_tokens_equal_hooks_in_diffusers_own_call_at_every_tap(saved, loaded, na
     seen, prediction = hooked(name, pipe, noised, taps)
     timesteps = torch.full((2,), TIMESTEP)
     with torch.no_grad():
-        together = model.read_taps(noised, timesteps, taps)
+        together = model._read_taps(noised, timesteps, taps)
         for block, feature in taps:
             close(together[block, feature], seen[block, feature])
-            assert torch.equal(model.read_tokens(noised, timesteps, block, feature), together[block, feature])
+            assert torch.equal(model._base().denoiser(noised, timesteps, block, feature), together[block, feature])
         found = model.denoiser.predict(noised, timesteps, torch.full((2,), model.denoiser.num_classes))
     close(found, prediction[:, : found.shape[1]])
 
@@ -166,7 +166,7 @@ def test_tokens_of_a_picture_that_is_not_square_equal_diffusers_own(saved, loade
     taps = [(0, "query"), (model.config.num_hidden_layers - 1, "hidden")]
     seen, _ = hooked(name, pipe, noised, taps)
     with torch.no_grad():
-        found = model.read_taps(noised, torch.tensor([TIMESTEP]), taps)
+        found = model._read_taps(noised, torch.tensor([TIMESTEP]), taps)
     for tap in taps:
         close(found[tap], seen[tap])
 
@@ -185,7 +185,7 @@ def test_latents_are_scaled_as_the_familys_pipeline_has_them(saved, loaded, name
     close(found, expected)
     assert found.shape[1] == model.denoiser.num_channels
     tokens = model(pixel_values).last_hidden_state
-    rows, columns = model.token_grid(found)
+    rows, columns = grid_of(found, model.config.layout.patch_size)
     assert tokens.shape == (2, rows * columns, model.config.feature_size)
 
 
@@ -223,7 +223,7 @@ def test_what_is_called_unused_gets_no_gradient_and_all_else_does(loaded, name):
             parameter.requires_grad_(True)
             parameter.grad = None
         model.denoiser.train(False)
-        model.read_tokens(noised, torch.full((2,), TIMESTEP), block, feature).square().sum().backward()
+        model._base().denoiser(noised, torch.full((2,), TIMESTEP), block, feature).square().sum().backward()
         unused = {
             id(parameter)
             for module in model.denoiser.unused_modules(block, feature)
@@ -250,7 +250,7 @@ def test_no_module_that_comes_after_the_tap_is_run(loaded, name):
             if not any(module is part for part in text):
                 handles.append(module.register_forward_hook(lambda module, *_, ran=ran: ran.append(module)))
         with torch.no_grad():
-            model.read_tokens(noised, torch.tensor([5]), block, feature)
+            model._base().denoiser(noised, torch.tensor([5]), block, feature)
         for handle in handles:
             handle.remove()
         assert handles and not ran, (block, feature)
@@ -262,7 +262,7 @@ def test_the_two_tables_of_families_name_the_same():
 
 def test_keys_of_lumina_are_narrower_than_its_queries(loaded):
     model = loaded("lumina2")
-    tokens = model.read_taps(torch.randn(1, 16, 8, 8), torch.tensor([5]), [(1, "query"), (1, "key"), (1, "value")])
+    tokens = model._read_taps(torch.randn(1, 16, 8, 8), torch.tensor([5]), [(1, "query"), (1, "key"), (1, "value")])
     assert [tokens[1, name].shape[-1] for name in ("query", "key", "value")] == [WIDTH, WIDTH // 2, WIDTH // 2]
     head = DiTForImageClassification(ASelectConfig(**{**model.config.to_dict(), "feature": "key", "num_labels": 2}))
     assert head(torch.rand(1, 3, 64, 64)).logits.shape == (1, 2)

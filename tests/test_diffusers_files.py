@@ -13,7 +13,8 @@ from hub_server import COMMIT, LoopbackHub, serve
 from pipelines import dit, dit_transformer, pixart_sigma, sd3, sd35
 
 from hf_aselect import DiTModel
-from hf_aselect.diffusers_files import needed_files, read_json
+from hf_aselect.checkpoints.hub_files import needed_files
+from hf_aselect.model.checks import read_json
 
 # Each step is one line of output, so that one process, which takes seconds to start, does for all.
 STEPS = """

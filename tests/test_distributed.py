@@ -209,7 +209,7 @@ if WORLD > 1:
         device=torch.device("cpu"), torch_device_mesh=None, parallelism_config=None,
     )
     model = fsdp2_prepare_model(accelerator, model)
-methods = model.read_taps.__func__
+methods = model._read_taps.__func__
 options = {"timesteps": [10, 100, 500], "batch_size": 7}
 chosen = [select_timestep(model, PIXELS, **options)]  # before the first step, and so before it was ever called
 """
@@ -221,7 +221,7 @@ try:
     assert WORLD == 1
 except ValueError as error:
     assert "shards makes no pictures of its own" in str(error), error
-assert model.read_taps.__func__ is methods
+assert model._read_taps.__func__ is methods
 note("prepared", losses=losses, chosen=[each.scores for each in chosen], timesteps=[each.timestep for each in chosen])
 """
 )

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from writable_hub import WritableHub, serve
 
 from hf_aselect import DiTForImageClassification, DiTModel
+from hf_aselect.checkpoints.atomic import whole_files, whole_folder
 from hf_aselect.cli import main
-from hf_aselect.whole_folder import whole_files, whole_folder
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_killed_processes_left_is_removed_and_said(tmp_path, caplog):
 import os, signal, sys
 from pathlib import Path
 from hf_aselect.cli import main
-from hf_aselect.whole_folder import whole_files, whole_folder
+from hf_aselect.checkpoints.atomic import whole_files, whole_folder
 with whole_folder(Path(sys.argv[1]) / "a*"), whole_files(Path(sys.argv[1]) / "b"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -167,7 +167,7 @@ def test_a_save_that_was_killed_while_files_moved_is_ended_on_loading(classifier
     code = """
 import os, signal, sys
 from hf_aselect import DiTForImageClassification
-from hf_aselect import whole_folder
+from hf_aselect.checkpoints import atomic as whole_folder
 model = DiTForImageClassification.from_pretrained(sys.argv[1])
 model.config.timestep = 7
 moved = []

@@ -22,8 +22,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from hf_aselect import DiTForImageClassification, DiTModel, cache_features, cached_features, feature_cache
-from hf_aselect.image_processing_aselect import ASelectImageProcessor
+from hf_aselect import DiTForImageClassification, DiTModel, cache_features
+from hf_aselect.model.image_processing_aselect import ASelectImageProcessor
+from hf_aselect.training import cached_features, feature_cache
 
 NUM_PICTURES = 10
 
@@ -319,7 +320,8 @@ import os, sys, time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
-from hf_aselect import DiTModel, cache_features, feature_cache
+from hf_aselect import DiTModel, cache_features
+from hf_aselect.training import feature_cache
 from test_feature_cache import make_dataset
 feature_cache.MIN_PARTS, feature_cache.MIN_PART_ROWS = 4, 3
 model = DiTModel.from_pretrained(sys.argv[2], timestep=50)
@@ -511,7 +513,8 @@ FAILING = """
 import os, sys
 import torch
 sys.path.insert(0, sys.argv[1])
-from hf_aselect import DiTModel, cache_features, feature_cache
+from hf_aselect import DiTModel, cache_features
+from hf_aselect.training import feature_cache
 from test_feature_cache import make_dataset
 feature_cache.MIN_PARTS, feature_cache.MIN_PART_ROWS = 4, 3
 read = feature_cache._read

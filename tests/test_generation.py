@@ -5,10 +5,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowM
 from torch import nn
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel
-from hf_aselect.configuration_aselect import DDPM_LINEAR
-from hf_aselect.denoiser_dit import DiTDenoiser
-from hf_aselect.denoisers import build_sampler
-from hf_aselect.generation import generate_latents
+from hf_aselect.model.configuration_aselect import DDPM_LINEAR
+from hf_aselect.model.denoisers import DiTDenoiser
+from hf_aselect.selection.generation import build_sampler, generate_latents
 
 SIZE = (8, 8)
 

@@ -1,7 +1,7 @@
 import torch
 
 from hf_aselect import ASelectConfig
-from hf_aselect.heads import AttentionHead, LinearHead
+from hf_aselect.model.heads import AttentionHead, LinearHead
 
 
 def default_head(input_size=1536, num_labels=200):

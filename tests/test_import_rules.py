@@ -1,4 +1,4 @@
-"""The modules stand on levels and import downward only; what travels to the Hub imports only what is there.
+"""The wings stand in an order and import downward only; what travels to the Hub imports only what is there.
 
 The sources of the checkout are read, not the installed package, so that the examples are read beside them.
 """
@@ -6,6 +6,7 @@ The sources of the checkout are read, not the installed package, so that the exa
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,67 +17,25 @@ import hf_aselect
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hf_aselect"
-MODULES = sorted(PACKAGE.glob("*.py"))
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Benchmarks measure what is inside.
+EXAMPLES = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "benchmarks" not in path.parts]
 
-LEVELS = {
-    "card_template": 0,
-    "consensus": 0,
-    "cached_features": 0,
-    "decoders": 0,
-    "diffusers_files": 0,
-    "massive_channels": 0,
-    "metrics": 0,
-    "probe": 0,
-    "spectrum": 0,
-    "taps": 0,
-    "timestep_curve": 0,
-    "transformer_layout": 0,
-    "whole_folder": 0,
-    "criteria": 1,
-    "denoiser": 1,
-    "empty_prompt": 1,
-    "field_checks": 1,
-    "folded_layout": 1,
-    "folded_parts": 1,
-    "heads": 1,
-    "model_card": 1,
-    "plots": 1,
-    "configuration_aselect": 2,
-    "denoiser_dit": 2,
-    "denoiser_flux": 2,
-    "denoiser_lumina2": 2,
-    "denoiser_pixart": 2,
-    "denoiser_sana": 2,
-    "denoiser_sd3": 2,
-    "folded_lumina2": 2,
-    "folded_sana": 2,
-    "folded_transformer": 3,
-    "image_processing_aselect": 3,
-    "input_checks": 3,
-    "noise_schedule": 3,
-    "selection_record": 3,
-    "calibration": 4,
-    "denoisers": 4,
-    "publishing": 4,
-    "diffusers_checkpoint": 5,
-    "folding": 5,
-    "generation": 5,
-    "sharing": 5,
-    "sweep": 5,
-    "convert_diffusers": 6,
-    "loading": 6,
-    "timestep_selection": 6,
-    "modeling_aselect": 7,
-    "feature_cache": 8,
-    "modeling_classification": 8,
-    "modeling_segmentation": 8,
-    "training": 8,
-    "demo": 9,
-    "demo_segmentation": 10,
-    "__init__": 11,
-    "cli": 11,
+# Each wing, or module beside the wings, imports from those before it; what it owns stands in CONTRIBUTING.md, too.
+WINGS = {
+    "model": "what travels with a checkpoint: configuration, models, image processor, denoisers, heads; flat",
+    "plots": "figures",
+    "selection": "the selection of the timestep: criteria, the sweep over timesteps, the record, calibration images",
+    "folding": "a denoiser at one timestep as the weights of a plain transformer",
+    "checkpoints": "what diffusers saved: found, fetched, read, converted; licences; folders that appear whole",
+    "hub": "the model card and the push",
+    "training": "the callback for Trainer, its trackers, cached features, metrics",
+    "demo": "the demo on the embedded DiT",
+    "cli": "the command line",
+    "__main__": "`python -m hf_aselect`",
+    "__init__": "the public names, and their registration with the Auto classes",
 }
+ORDER = list(WINGS)
 
 # Saving a model with its code copies these and all that they import to the Hub.
 HUB_ROOTS = ("modeling_classification", "modeling_segmentation", "image_processing_aselect")
@@ -114,41 +73,67 @@ def imports(path: Path) -> Iterator[Import]:
             yield from (Import(0, alias.name, (), at_top, is_in_try) for alias in node.names)
 
 
+def name_of(path: Path) -> str:
+    """Return a module's name below the package, as "model.heads"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def wing_of(name: str) -> str:
+    """Return the wing of a module's name."""
+    return name.partition(".")[0]
+
+
 def own_modules(path: Path) -> set[str]:
-    """Return the package's modules that the file imports."""
-    return {found.module for found in imports(path) if found.dots}
+    """Return the package's modules that the file imports, by their names below it."""
+    above = name_of(path).split(".")
+    return {".".join([*above[: len(above) - found.dots], found.module]) for found in imports(path) if found.dots}
 
 
 def hub_modules() -> list[str]:
     """Return the modules that are copied to the Hub with a checkpoint."""
-    reached, waiting = set(), list(HUB_ROOTS)
+    reached, waiting = set(), [f"model.{root}" for root in HUB_ROOTS]
     while waiting:
         module = waiting.pop()
         if module not in reached:
             reached.add(module)
-            waiting.extend(own_modules(PACKAGE / f"{module}.py"))
+            waiting.extend(own_modules(path_of(module)))
     return sorted(reached)
 
 
-def test_every_module_has_a_level_and_every_level_a_module():
-    assert sorted(LEVELS) == sorted(path.stem for path in MODULES)
+def path_of(module: str) -> Path:
+    """Return the file of a module, by its name below the package."""
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
-def test_the_package_has_no_sub_packages():
-    assert not list(PACKAGE.glob("*/**/*.py")), "the Hub copies modules into one flat folder"
+def test_every_module_is_in_a_wing_and_every_wing_has_a_module():
+    assert {wing_of(name_of(path)) for path in MODULES} == set(WINGS)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_modules_import_only_from_lower_levels(path):
+def test_what_travels_is_flat_small_and_complete():
+    files = [path for path in (PACKAGE / "model").rglob("*.py") if path.stem != "__init__"]
+    assert all(path.parent == PACKAGE / "model" for path in files), "the Hub copies modules into one flat folder"
+    assert {f"model.{path.stem}" for path in files} == set(hub_modules())
+    classifier = [path for path in files if path.stem != "modeling_segmentation"]
+    assert len(classifier) <= 13
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in classifier) <= 5500
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_wings_import_downward_only(path):
+    own = wing_of(name_of(path))
+    for module in own_modules(path):
+        assert path_of(module).is_file(), f"{path.name} imports {module}: write `from ..wing.module import Name`"
+        wing = wing_of(module)
+        assert wing == own or ORDER.index(wing) < ORDER.index(own), f"{own} imports {module}, which stands above it"
     for found in imports(path):
-        if found.dots:
-            assert found.dots == 1 and found.module in LEVELS, f"{path.name}: write `from .module import Name`"
-            assert LEVELS[found.module] < LEVELS[path.stem], f"{path.name} imports {found.module}, of no lower level"
-        else:
-            assert found.module.split(".")[0] != "hf_aselect", f"{path.name}: write `from .module import Name`"
+        assert found.module.split(".")[0] != "hf_aselect" or found.dots, f"{path.name}: write a relative import"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_no_module_imports_in_a_circle():
+    TopologicalSorter({name_of(path): own_modules(path) for path in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_own_modules_are_imported_at_the_top_and_by_name(path):
     for found in imports(path):
         if found.dots:
@@ -158,7 +143,7 @@ def test_own_modules_are_imported_at_the_top_and_by_name(path):
             assert found.at_top or at_outside, f"{path.name} imports {found.module} inside a function"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_no_import_is_for_type_checkers_only(path):
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     words = {getattr(node, word, None) for node in nodes for word in ("id", "attr", "name")}
@@ -167,7 +152,7 @@ def test_no_import_is_for_type_checkers_only(path):
 
 @pytest.mark.parametrize("module", hub_modules())
 def test_what_travels_to_the_hub_imports_only_what_is_there(module):
-    for found in imports(PACKAGE / f"{module}.py"):
+    for found in imports(path_of(module)):
         library = found.module.split(".")[0]
         # transformers' loader of foreign code does not ask for what is imported inside a `try` either.
         if not found.dots and not found.optional and library not in sys.stdlib_module_names:
@@ -177,8 +162,8 @@ def test_what_travels_to_the_hub_imports_only_what_is_there(module):
 @pytest.mark.parametrize("module", hub_modules())
 def test_the_hub_finds_the_same_imports_as_python(module):
     # transformers finds them by a regular expression, in docstrings too.
-    path = PACKAGE / f"{module}.py"
-    assert set(get_relative_imports(path)) == own_modules(path)
+    path = path_of(module)
+    assert {f"model.{name}" for name in get_relative_imports(path)} == own_modules(path)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -19,8 +19,9 @@ from hf_aselect import (
     TimestepSelection,
     select_timestep,
 )
-from hf_aselect.massive_channels import FACTOR, SHARE, massive_channels, outlier_share, zero_channels
-from hf_aselect.taps import MASSIVE_FEATURES
+from hf_aselect.model.denoiser import zero_channels
+from hf_aselect.model.layouts import MASSIVE_FEATURES
+from hf_aselect.selection.massive_channels import FACTOR, SHARE, massive_channels, outlier_share
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -93,7 +94,7 @@ def test_massive_channels_are_found_with_the_timestep_recorded_and_zeroed(domina
     assert model.config.selection["massive_channels"] == [3]
     assert model.config.zeroed_channels == {"1.hidden": [3]}
     found = model(pixels).last_hidden_state
-    raw = model.read_tokens(
+    raw = model._base().denoiser(
         model.add_noise(model.encode(pixels), model.config.timestep), torch.full((7,), 0), 1, "hidden"
     )
     assert not found[..., 3].any() and raw[..., 3].abs().min() > 30 * raw.abs().median()
@@ -225,10 +226,13 @@ def test_pictures_count_alike_in_the_search_whatever_the_batch(pixel_folder, pix
     """Seven pictures in batches of three: the last one must not weigh as much as three."""
     model = DiTModel.from_pretrained(pixel_folder, timestep=5, block=1, feature="hidden")
     found = []
-    monkeypatch.setattr("hf_aselect.sweep.massive_channels", lambda shares: found.append(torch.stack(shares)) or [])
+    monkeypatch.setattr(
+        "hf_aselect.selection.sweep.massive_channels", lambda shares: found.append(torch.stack(shares)) or []
+    )
     # Each picture has a share of its own.
     monkeypatch.setattr(
-        "hf_aselect.sweep.outlier_share", lambda tokens: tokens.float().std(dim=-2).flatten(0, 1).double().mean(0)
+        "hf_aselect.selection.sweep.outlier_share",
+        lambda tokens: tokens.float().std(dim=-2).flatten(0, 1).double().mean(0),
     )
     for batch_size in (7, 3):
         select_timestep(model, pixels, criterion="hfr", timesteps=[5, 500], batch_size=batch_size)
@@ -329,7 +333,7 @@ def test_the_embedded_dit_has_none_by_a_margin():
     with torch.no_grad():
         for timestep in (0, 35, 400, 999):
             noised = model.add_noise(latents, timestep)
-            read = model.read_taps(noised, torch.full((len(noised),), timestep), taps)
+            read = model._read_taps(noised, torch.full((len(noised),), timestep), taps)
             for values in read.values():
                 magnitudes = values.flatten(0, 1).abs()
                 ratios = magnitudes / magnitudes.median(1, keepdim=True).values

@@ -6,7 +6,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from transformers import EvalPrediction
 
 from hf_aselect import Accuracy, ASelectImageProcessor
-from hf_aselect.metrics import compute_accuracy
+from hf_aselect.training.metrics import compute_accuracy
 
 
 def test_accuracy_is_the_share_of_equal_classes():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_aselect.criteria import CRITERIA
-from hf_aselect.model_card import KEPT, YOURS, CardFacts, facts_of_card, render_card, write_card
+from hf_aselect.hub.card import KEPT, YOURS, CardFacts, facts_of_card, render_card, write_card
+from hf_aselect.selection.criteria import CRITERIA
 
 FACTS = CardFacts(
     model_name="Clothes",

@@ -371,7 +371,7 @@ def test_the_code_of_the_classifiers_card_runs(demos, tmp_path, monkeypatch):
     """On the embedded DiT with a head that is not trained: the weights of the card's model are not in git."""
     config = ASelectConfig(**demos[0]["config"])
     model = DiTForImageClassification(config).eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, include_code=True)
     ASelectImageProcessor.from_model_config(config).save_pretrained(tmp_path)
     with_package, without = re.findall(
         r"```python\n(.*?)```", (CLASSIFIER / "README.md").read_text("utf-8"), re.DOTALL

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel
-from hf_aselect.taps import FEATURES
+from hf_aselect.model.layouts import FEATURES
 
 
 def same_weights(one, other):
@@ -34,13 +34,13 @@ def test_repeating_gives_the_same_bits(model, pixels):
 
 def test_tokens_are_those_of_the_steps_one_by_one(model, pixels):
     noised = model.add_noise(model.encode(pixels), 50)
-    expected = model.read_tokens(noised, torch.full((7,), 50), 1, "query")
+    expected = model._base().denoiser(noised, torch.full((7,), 50), 1, "query")
     assert torch.equal(model(pixels).last_hidden_state, expected)
 
 
 def test_noise_draws_are_averaged(model, pixels):
     latents, timesteps = model.encode(pixels), torch.full((7,), 50)
-    each = [model.read_tokens(model.add_noise(latents, 50, draw), timesteps, 1, "query") for draw in range(3)]
+    each = [model._base().denoiser(model.add_noise(latents, 50, draw), timesteps, 1, "query") for draw in range(3)]
     found = model.extract_features(pixels, num_noise_draws=3)
     torch.testing.assert_close(found, torch.stack(each).mean(0))
 
@@ -55,7 +55,7 @@ def test_the_noise_seed_changes_the_tokens(model, pixels):
 def test_a_tap_can_be_asked_for(model, pixels, feature):
     found = model.extract_features(pixels, timestep=7, block=-1, feature=feature)
     noised = model.add_noise(model.encode(pixels), 7)
-    expected = model.read_tokens(noised, torch.full((7,), 7), NUM_BLOCKS - 1, feature)
+    expected = model._base().denoiser(noised, torch.full((7,), 7), NUM_BLOCKS - 1, feature)
     assert torch.equal(found, expected)
 
 
@@ -149,7 +149,7 @@ def test_hidden_states_are_those_of_every_block(model, pixels, is_in_config):
     stem, *blocks = output.hidden_states
     noised = model.add_noise(model.encode(pixels), 50)
     timesteps = torch.full((7,), 50)
-    assert torch.equal(stem, model.read_tokens(noised, timesteps, -1, "hidden"))
+    assert torch.equal(stem, model._base().denoiser(noised, timesteps, -1, "hidden"))
     assert len(blocks) == NUM_BLOCKS
     for block, hidden_states in enumerate(blocks):
         assert torch.equal(hidden_states, model.extract_features(pixels, block=block, feature="hidden"))

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from hf_aselect import NoiseSchedule
-from hf_aselect.noise_schedule import DDPM_LIKE, fixed_noise
+from hf_aselect.model.noise_schedule import DDPM_LIKE, fixed_noise
 
 EVERY = torch.arange(1000)
 

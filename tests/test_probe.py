@@ -3,7 +3,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn.functional import one_hot
 
-from hf_aselect.probe import STRENGTHS, _best_ridge, held_out_hits, leave_one_out_hits, ridge_probe_accuracy
+from hf_aselect.selection.probe import STRENGTHS, _best_ridge, held_out_hits, leave_one_out_hits, ridge_probe_accuracy
 
 
 def blobs(num_pictures, seed, spread=0.5):

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import hf_aselect
 from hf_aselect import DiTForImageClassification, DiTModel
-from hf_aselect.diffusers_files import PickledWeightsError, tensor_bytes, weight_files
-from hf_aselect.whole_folder import finish_files
+from hf_aselect.checkpoints.atomic import finish_files
+from hf_aselect.checkpoints.weight_files import tensor_bytes, weight_files
+from hf_aselect.model.checks import PickledWeightsError
 
 SOURCES = sorted(Path(hf_aselect.__file__).parent.glob("*.py"))
 INDEX = "model.safetensors.index.json"
@@ -157,7 +158,7 @@ def test_an_index_cannot_name_pickles(in_shards, canary, name):
 
 def test_shards_of_other_names_are_refused_wherever_they_come_from(in_shards, canary, monkeypatch):
     # Of a repository of the Hub the index is read by the host alone.
-    monkeypatch.setattr("hf_aselect.modeling_aselect.check_files", lambda *_: None)
+    monkeypatch.setattr("hf_aselect.model.modeling_aselect.check_files", lambda *_: None)
     (in_shards / "pytorch_model.bin").write_bytes(canary[0])
     with_index(in_shards, lambda names: {**names, next(iter(names)): "pytorch_model.bin"})
     with pytest.raises(PickledWeightsError, match=r"pickles never unpickled.*got pytorch_model\.bin"):

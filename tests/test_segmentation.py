@@ -41,10 +41,10 @@ from hf_aselect import (
     NoiseSchedule,
     select_timestep,
 )
-from hf_aselect.calibration import CalibrationPictures
 from hf_aselect.cli import main
-from hf_aselect.criteria import PatchProbe
-from hf_aselect.publishing import write_image_processor
+from hf_aselect.model.modeling_aselect import save_image_processor
+from hf_aselect.selection.criteria import PatchProbe
+from hf_aselect.selection.images import CalibrationPictures
 
 NUM_LABELS = 3
 ZERO = np.zeros((1, 2, 2), dtype=int)
@@ -218,10 +218,7 @@ class TellingModel:
     def encode(self, pixel_values):
         return pixel_values
 
-    def token_grid(self, latents):
-        return latents.shape[-2] // 2, latents.shape[-1] // 2
-
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         clean = nn.functional.avg_pool2d(noised_latents[:, :1], 2).flatten(2).transpose(1, 2)  # (B, N, 1)
         noise = torch.randn(len(clean), clean.shape[1], 4, generator=torch.Generator().manual_seed(0))
         told = noise + 20 * clean * torch.tensor([1.0, 0, 0, 0])
@@ -594,7 +591,7 @@ def test_a_published_segmenter_sees_the_whole_of_a_picture(deep_folder, tmp_path
         assert main(["fold", str(tmp_path / "model"), str(tmp_path / "published")]) == 0
     else:
         model.save_pretrained(tmp_path / "published")
-        write_image_processor(model, tmp_path / "published")
+        save_image_processor(model, tmp_path / "published")
     segment = pipeline("image-segmentation", model=str(tmp_path / "published"), device="cpu")
     pixels = segment.preprocess(corner(8, 32))["pixel_values"][0, 0]
     assert bool((pixels[:, : pixels.shape[1] // 4 - 1] > 0.9).all()) and bool((pixels[:, -2:] < -0.9).all())

@@ -17,7 +17,7 @@ from PIL import Image
 from writable_hub import WritableHub, serve
 
 from hf_aselect import ASelectImageProcessor
-from hf_aselect.publishing import write_model_card
+from hf_aselect.hub.push import write_model_card
 
 TOKEN = "hf_goodgoodgoodgoodgood"
 KINDS = {
@@ -288,7 +288,7 @@ import sys
 import torch
 from transformers import Trainer, TrainingArguments
 from hf_aselect import ASelectCallback, ASelectImageProcessor, DiTForImageClassification
-from hf_aselect.metrics import compute_accuracy
+from hf_aselect.training.metrics import compute_accuracy
 pixels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 rows = [{"pixel_values": value, "labels": index % 2} for index, value in enumerate(pixels)]
 model = DiTForImageClassification.from_pretrained(sys.argv[1], timestep=5, num_labels=2, head="linear")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_aselect.spectrum import hfr, radial_frequency, signal_hfr, signal_power, token_spectrum
+from hf_aselect.selection.spectrum import hfr, radial_frequency, signal_hfr, signal_power, token_spectrum
 
 
 def wave(frequency_rows, frequency_columns, size=8):

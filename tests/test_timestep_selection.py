@@ -19,11 +19,11 @@ from hf_aselect import (
     NoiseSchedule,
     TimestepSelection,
     select_timestep,
-    sweep,
 )
-from hf_aselect.configuration_aselect import DDPM_LINEAR
-from hf_aselect.criteria import HFR, Consensus, SignalHFR
-from hf_aselect.timestep_curve import bootstrap
+from hf_aselect.model.configuration_aselect import DDPM_LINEAR
+from hf_aselect.selection import sweep
+from hf_aselect.selection.criteria import HFR, Consensus, SignalHFR
+from hf_aselect.selection.curve import bootstrap
 
 GRID = [0, 100, 300, 600, 999]
 SCHEDULE = NoiseSchedule.from_config(DDPM_LINEAR)
@@ -43,10 +43,7 @@ class StubModel:
     def encode(self, pixel_values):
         return pixel_values
 
-    def token_grid(self, latents):
-        return latents.shape[-2], latents.shape[-1]
-
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         self.num_forwards += len(noised_latents)
         coarse = torch.nn.functional.avg_pool2d(noised_latents, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)
         detail = (2.0 / (1 + (timesteps - self.best).abs() / 50)).view(-1, 1, 1, 1)
@@ -74,13 +71,13 @@ class AsFlowMatching:
         levels = model.noise_schedule.log_snr(torch.tensor(timesteps)).tolist()
         self.theirs = {self.noise_schedule.timestep_at(level): t for level, t in zip(levels, timesteps, strict=True)}
         self.device, self.dtype = model.device, model.dtype
-        self.encode, self.token_grid = model.encode, model.token_grid
+        self.encode = model.encode
 
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         theirs = [self.theirs[timestep] for timestep in timesteps.tolist()]
         power = self.noise_schedule.alpha(timesteps).square() + self.noise_schedule.sigma(timesteps).square()
         latents = noised_latents / power.sqrt().float().view(-1, 1, 1, 1)
-        return self.model.read_taps(latents, torch.tensor(theirs), taps)
+        return self.model._read_taps(latents, torch.tensor(theirs), taps)
 
 
 @pytest.mark.parametrize("criterion", ["hfr", "signal_hfr", "consensus"])
@@ -103,8 +100,8 @@ def test_ddpm_and_flow_matching_choose_the_same_noise_level(model, criterion):
 class BlindModel(StubModel):
     """At t = 999, where nearly no signal is left, shows the noise's high frequencies only."""
 
-    def read_taps(self, noised_latents, timesteps, taps):
-        (tokens,) = super().read_taps(noised_latents, timesteps, taps).values()
+    def _read_taps(self, noised_latents, timesteps, taps):
+        (tokens,) = super()._read_taps(noised_latents, timesteps, taps).values()
         noise = noised_latents.flatten(2).transpose(1, 2)
         blind = (timesteps == 999).view(-1, 1, 1)
         return dict.fromkeys(taps, torch.where(blind, noise - noise.mean(1, keepdim=True), tokens - 5))
@@ -333,8 +330,8 @@ def test_a_probe_refuses_features_that_are_nothing(model, pixels):
 
 def test_a_tap_that_is_the_same_for_all_pictures_is_not_the_probes_best(labelled):
     class WithADeadTap(ProbedModel):
-        def read_taps(self, noised_latents, timesteps, taps):
-            tokens = super().read_taps(noised_latents, timesteps, taps)
+        def _read_taps(self, noised_latents, timesteps, taps):
+            tokens = super()._read_taps(noised_latents, timesteps, taps)
             return {tap: torch.zeros_like(each) if tap == (0, "query") else each for tap, each in tokens.items()}
 
     images, labels = labelled
@@ -397,7 +394,7 @@ def test_a_clear_choice_stops_after_the_first_round():
 class NoisyModel(StubModel):
     """Which timestep is best differs from picture to picture."""
 
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         tokens = noised_latents.flatten(2).transpose(1, 2)
         return dict.fromkeys(taps, tokens / tokens.std(1, keepdim=True))
 
@@ -470,11 +467,11 @@ def test_one_picture_again_and_again_is_refused(model, count):
 
 
 class TwoPeaks(StubModel):
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         self.best = torch.where(timesteps < 350, 100, 600)
         normalised = noised_latents / noised_latents.std((2, 3), keepdim=True)
         # With the noise of other pictures, so that now the one and now the other is a little higher.
-        return super().read_taps(normalised.roll(int(timesteps[0] > 350), 0), timesteps, taps)
+        return super()._read_taps(normalised.roll(int(timesteps[0] > 350), 0), timesteps, taps)
 
 
 def test_a_curve_with_two_peaks_is_warned_of():
@@ -485,7 +482,7 @@ def test_a_curve_with_two_peaks_is_warned_of():
 
 
 class LevelModel(StubModel):
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         return dict.fromkeys(taps, torch.ones(len(noised_latents), 64, 1))
 
 
@@ -514,7 +511,7 @@ def test_confidence_does_not_depend_on_how_fine_the_grid_is():
 class HillAndSpike(StubModel):
     """Detail grows slowly toward t = 103 and is a little stronger at t = 454 alone."""
 
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         noised_latents = noised_latents / noised_latents.std((2, 3), keepdim=True)
         coarse = torch.nn.functional.avg_pool2d(noised_latents, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)
         log_snr = SCHEDULE.log_snr(timesteps).float()
@@ -586,7 +583,7 @@ class ProbedModel(StubModel):
         transformer = {**self.config.transformer, "num_layers": 7, "attention_head_dim": 4}
         self.config = ASelectConfig(transformer=transformer, feature="hidden", block=0, zeroed_channels=[])
 
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         self.num_forwards += len(noised_latents)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(noised_latents), 64, 4, generator=generator)
@@ -751,7 +748,7 @@ class SharingModel(StubModel):
         transformer = {**self.config.transformer, "num_layers": 8, "attention_head_dim": 48}
         self.config = ASelectConfig(transformer=transformer, feature="key", block=4)
 
-    def read_taps(self, noised_latents, timesteps, taps):
+    def _read_taps(self, noised_latents, timesteps, taps):
         self.num_forwards += len(noised_latents)
         tokens = {}
         for block, feature in taps:

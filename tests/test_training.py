@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import BitsAndBytesConfig, Trainer, TrainerState, TrainingArguments
 from transformers.utils import is_accelerate_available
 
-from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, select_timestep, training
-from hf_aselect.metrics import compute_accuracy
-from hf_aselect.publishing import write_model_card
+from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, select_timestep
+from hf_aselect.hub.push import write_model_card
+from hf_aselect.training import callback as training
+from hf_aselect.training.metrics import compute_accuracy
 
 
 @pytest.fixture

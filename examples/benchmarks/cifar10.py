@@ -57,8 +57,8 @@ from hf_aselect import (
     cache_features,
     select_timestep,
 )
-from hf_aselect.criteria import Consensus
-from hf_aselect.probe import ridge_probe_accuracy
+from hf_aselect.selection.criteria import Consensus
+from hf_aselect.selection.probe import ridge_probe_accuracy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -15,8 +15,8 @@ from typing import Any
 
 from hf_aselect import ASelectConfig, DiTForImageClassification
 from hf_aselect.cli import main as hf_aselect
-from hf_aselect.model_card import facts_of_card
-from hf_aselect.publishing import write_card_of
+from hf_aselect.hub.card import facts_of_card
+from hf_aselect.hub.push import write_card_of
 
 BASELINES = {
     "linear probe at the timestep chosen for it": "selected",

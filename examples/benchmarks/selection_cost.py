@@ -25,7 +25,7 @@ from datasets import Dataset, load_dataset
 from transformers import HfArgumentParser
 
 from hf_aselect import DiTModel, select_timestep
-from hf_aselect.criteria import CRITERIA
+from hf_aselect.selection.criteria import CRITERIA
 
 
 @dataclass

@@ -41,8 +41,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
-from hf_aselect.criteria import HFR, Consensus, Criterion, SignalHFR
-from hf_aselect.heads import AttentionHead
+from hf_aselect.model.heads import AttentionHead
+from hf_aselect.selection.criteria import HFR, Consensus, Criterion, SignalHFR
 
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
@@ -159,7 +159,7 @@ class Pair:
             else:
                 drawn = noise[start : start + self.args.batch_size]
                 noised = self.model.noise_schedule.add_noise(batch, drawn, timesteps)
-            for tap, tokens in self.model.read_taps(noised, timesteps, self.taps).items():
+            for tap, tokens in self.model._read_taps(noised, timesteps, self.taps).items():
                 # Whole tokens of thousands of pictures are kept only where a classifier reads them.
                 keep = noise is None and (not self.per_picture or tap in self.attention_taps)
                 parts[tap].append(tokens if keep else tokens.mean(1, keepdim=True))

@@ -13,19 +13,19 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-from .configuration_aselect import ASelectConfig
-from .convert_diffusers import convert_diffusers
-from .feature_cache import cache_features
-from .image_processing_aselect import ASelectImageProcessor
-from .model_card import facts_of_card
-from .modeling_aselect import DiTModel
-from .modeling_classification import DiTForImageClassification
-from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
-from .noise_schedule import NoiseSchedule
+from .checkpoints.convert import convert_diffusers
+from .hub.card import facts_of_card
+from .model.configuration_aselect import ASelectConfig
+from .model.image_processing_aselect import ASelectImageProcessor
+from .model.modeling_aselect import DiTModel
+from .model.modeling_classification import DiTForImageClassification
+from .model.modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
+from .model.noise_schedule import NoiseSchedule
 from .plots import plot_confusion_matrix
-from .selection_record import TimestepSelection
-from .timestep_selection import select_timestep
-from .training import ASelectCallback
+from .selection.record import TimestepSelection
+from .selection.select import select_timestep
+from .training.callback import ASelectCallback
+from .training.feature_cache import cache_features
 
 __version__ = "0.1.0"
 
@@ -89,7 +89,7 @@ DiTBackbone.register_for_auto_class("AutoBackbone")
 def __getattr__(name: str) -> Any:
     """Import the metrics on their first use: they need `evaluate`, which takes a second and which not all install."""
     if name in ("Accuracy", "MeanIoU"):
-        from .metrics import Accuracy, MeanIoU
+        from .training.metrics import Accuracy, MeanIoU
 
         return Accuracy if name == "Accuracy" else MeanIoU
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -133,7 +133,7 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
-    from .convert_diffusers import convert_diffusers
+    from .checkpoints.convert import convert_diffusers
 
     logging.set_verbosity_error()
     names = ("dtype", "variant", "revision", "subfolder", "token", "cache_dir", "timestep_embedding", "image_size")
@@ -186,15 +186,15 @@ def _add_fold(commands: Any) -> None:
 
 def _fold(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
-    from .configuration_aselect import ASelectConfig
-    from .convert_diffusers import checked_dtype
-    from .diffusers_checkpoint import find_diffusers
-    from .diffusers_files import HubOptions
-    from .modeling_aselect import DiTModel
-    from .modeling_classification import DiTForImageClassification
-    from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
-    from .publishing import write_image_processor, write_model_card
-    from .whole_folder import checked_output, whole_folder
+    from .checkpoints.atomic import checked_output, whole_folder
+    from .checkpoints.convert import checked_dtype
+    from .checkpoints.diffusers import find_diffusers
+    from .checkpoints.hub_files import HubOptions
+    from .hub.push import write_model_card
+    from .model.configuration_aselect import ASelectConfig
+    from .model.modeling_aselect import DiTModel, save_image_processor
+    from .model.modeling_classification import DiTForImageClassification
+    from .model.modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
 
     logging.set_verbosity_error()
     target, dtype = checked_output(parsed.output), checked_dtype(parsed.dtype)
@@ -218,7 +218,7 @@ def _fold(parsed: argparse.Namespace) -> None:
     folded = model.fold()
     with whole_folder(target) as unfinished:
         folded.save_pretrained(unfinished)
-        write_image_processor(folded, unfinished)
+        save_image_processor(folded, unfinished)
         write_model_card(folded, unfinished, model_name=target.name)
     before, after = (sum(one.numel() for one in each.parameters()) for each in (model, folded))
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
@@ -256,12 +256,12 @@ def _card(parsed: argparse.Namespace) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    from .configuration_aselect import ASelectConfig
-    from .model_card import facts_of_card
-    from .modeling_aselect import DiTModel
-    from .modeling_classification import DiTForImageClassification
-    from .modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
-    from .publishing import write_card_of
+    from .hub.card import facts_of_card
+    from .hub.push import write_card_of
+    from .model.configuration_aselect import ASelectConfig
+    from .model.modeling_aselect import DiTModel
+    from .model.modeling_classification import DiTForImageClassification
+    from .model.modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
 
     logging.set_verbosity_error()
     is_folder = Path(parsed.model).is_dir()
@@ -293,9 +293,9 @@ def _card(parsed: argparse.Namespace) -> None:
 
 def _select(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
-    from .modeling_aselect import DiTModel
-    from .timestep_selection import select_timestep
-    from .whole_folder import whole_files
+    from .checkpoints.atomic import whole_files
+    from .model.modeling_aselect import DiTModel
+    from .selection.select import select_timestep
 
     logging.set_verbosity_error()
     names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
@@ -402,8 +402,8 @@ def _column(rows: Any, name: str) -> Any:
 def _demo(parsed: argparse.Namespace) -> None:
     try:
         # It needs the packages of the `train` extra, and they take seconds to import.
-        from .demo import DemoSettings, format_table, run_demo
-        from .demo_segmentation import SegmentationDemoSettings, format_segmentation_table, run_segmentation_demo
+        from .demo.classification import DemoSettings, format_table, run_demo
+        from .demo.segmentation import SegmentationDemoSettings, format_segmentation_table, run_segmentation_demo
     except ModuleNotFoundError as error:
         raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[train]'") from error
     logging.set_verbosity_error()  # the host reports the head's new weights, which is what the demo is for

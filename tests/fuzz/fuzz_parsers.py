@@ -38,18 +38,18 @@ from PIL import Image
 from safetensors.torch import save
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, NoiseSchedule, TimestepSelection
+from hf_aselect.checkpoints.atomic import _names_on
+from hf_aselect.checkpoints.convert import _bytes_of
+from hf_aselect.checkpoints.empty_prompt import _refuse_other_code
+from hf_aselect.checkpoints.hub_files import needed_files
+from hf_aselect.checkpoints.licenses import license_on_card
+from hf_aselect.checkpoints.weight_files import check_parts, iterate_weights, tensor_bytes
 from hf_aselect.cli import _block, _gigabytes
-from hf_aselect.configuration_aselect import DDPM_LINEAR, DIT_XL_2
-from hf_aselect.convert_diffusers import _bytes_of
-from hf_aselect.diffusers_files import check_parts, iterate_weights, needed_files, read_json, shards_of, tensor_bytes
-from hf_aselect.empty_prompt import _refuse_other_code
-from hf_aselect.feature_cache import _opened
-from hf_aselect.folded_layout import FoldedLayout
-from hf_aselect.loading import check_files
-from hf_aselect.model_card import facts_of_card, license_on_card, own_words
-from hf_aselect.taps import parse_tap_key, tap_key
-from hf_aselect.transformer_layout import layout_of
-from hf_aselect.whole_folder import _names_on
+from hf_aselect.hub.card import facts_of_card, own_words
+from hf_aselect.model.checks import check_files, read_json, shards_of
+from hf_aselect.model.configuration_aselect import DDPM_LINEAR, DIT_XL_2
+from hf_aselect.model.layouts import FoldedLayout, layout_of, parse_tap_key, tap_key
+from hf_aselect.training.feature_cache import _opened
 
 TIMEOUT = 5  # seconds of one execution
 MAX_BYTES = 4096  # of a mutated input, unless its seed is larger

@@ -1,0 +1,1 @@
+"""Checkpoints in diffusers' layout: found, fetched, read and converted."""

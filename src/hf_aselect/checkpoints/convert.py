@@ -1,0 +1,250 @@
+"""What diffusers saved, as a folder of ours: written in shards, whole or not at all."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..model.configuration_aselect import ASelectConfig
+from ..model.image_processing_aselect import ASelectImageProcessor
+from .atomic import checked_output, whole_folder
+from .diffusers import DTYPES, VAE_ENCODER_KEYS, expected_shapes, find_diffusers, load_diffusers
+from .empty_prompt import TEXT_PARTS
+from .hub_files import HubOptions
+from .licenses import license_on_card
+from .weight_files import tensor_bytes, weight_files
+
+# The empty prompt's embeddings among a denoiser's weights.
+_PROMPT = ("prompt_embeds", "pooled_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion made.
+
+    Args:
+        output: The folder.
+        num_parameters: Values in the files: parameters, position tables and the empty prompt's embeddings.
+        transformer_bytes: Size of the transformer's weights there, with the empty prompt's embeddings.
+        vae_encoder_bytes: Size of the VAE encoder's weights there.
+        vae_decoder_bytes: Size of the VAE decoder's weights in the source, which are dropped.
+        text_encoder_bytes: Size of the text encoders' weights in the source, which are not needed any more.
+        seconds: How long it took.
+    """
+
+    output: Path
+    num_parameters: int
+    transformer_bytes: int
+    vae_encoder_bytes: int
+    vae_decoder_bytes: int
+    text_encoder_bytes: int
+    seconds: float
+
+
+def convert_diffusers(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    without: str | Iterable[str] = (),
+    prompt_embeds: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | str = "1GB",
+    **fields: Any,
+) -> Conversion:
+    """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
+
+    Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
+    encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
+    whole or not at all; what a killed process leaves, a hidden `.OUTPUT.incomplete-...` beside it, the next one
+    removes. The VAE encoder stays in float32.
+
+    Args:
+        source: A pipeline that diffusers saved (folder, or id on the Hub, of which only the files that are needed are
+            downloaded), or a bare transformer; see `DiTModel.from_pretrained`.
+        output: Folder to write; it must not exist, or be empty, and neither be the current folder nor a mount point,
+            which cannot appear at once.
+        dtype: Of the weights that are written, and of the text encoders meanwhile; "float32", "float16" and "bfloat16"
+            will do, too. Default: the weights as they are, text encoders in float32.
+        variant: Variant of the weights to read, as "fp16".
+        revision: Branch, tag or commit on the Hub.
+        subfolder: Folder in `source` that holds the checkpoint.
+        token: Token for the Hub, or whether to take the one that is logged in.
+        cache_dir: Folder of downloads.
+        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        without: Parts of the text side to do without: `"text_encoder_3"` of Stable Diffusion 3, its T5.
+        prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
+        max_shard_size: Size of a file of weights at the most, unless one tensor is larger: bytes, or "5GB", "200MB".
+        fields: Fields of `ASelectConfig`.
+
+    Returns:
+        What was made and what was dropped.
+
+    Raises:
+        ValueError: If the source is none, or already one of ours; a part is missing, broken, or of an unsupported
+            kind; a field is unknown; a number is out of range.
+        FileExistsError: If `output` exists and is not empty.
+        OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
+    """
+    started = time.monotonic()
+    target = checked_output(output)
+    shard_bytes = _bytes_of(max_shard_size)
+    wanted = checked_dtype(dtype)
+    options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
+    folder = _source_folder(source, find_diffusers(source, options, without, prompt_embeds is not None))
+    if target.is_relative_to(folder.resolve()):
+        raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
+    if not Path(source).exists():
+        fields.setdefault("base_model", str(source))
+    fields.setdefault("base_license", license_on_card(folder))
+    config, weights = load_diffusers(
+        folder,
+        variant=variant,
+        dtype=wanted or torch.float32,
+        without=without,
+        prompt_embeds=prompt_embeds,
+        **fields,
+    )
+    with whole_folder(target) as unfinished:
+        shapes: dict[str, torch.Size] = {}
+        sizes, dtypes = _write_weights(weights, unfinished, wanted, shard_bytes, shapes)
+        _check_fit(config, shapes, source)
+        config.architectures = ["DiTModel"]
+        config.dtype = wanted or max(dtypes, key=lambda kind: dtypes[kind])
+        config.save_pretrained(unfinished)
+        if config.num_channels in (1, 3):  # latents without a VAE are no pictures
+            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
+        decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS)
+        text_bytes = sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS)
+    return Conversion(
+        output=Path(output),
+        num_parameters=sum(count for count, _ in sizes.values()),
+        transformer_bytes=sizes["denoiser"][1],
+        vae_encoder_bytes=sizes["vae"][1],
+        vae_decoder_bytes=decoder_bytes,
+        text_encoder_bytes=text_bytes,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _bytes_of(size: int | str) -> int:
+    """Return the bytes of a size, as 200 or "5GB"."""
+    if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B", size.strip(), re.IGNORECASE)):
+        size = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
+    if not isinstance(size, int | float) or not 1 <= size < float("inf"):
+        raise ValueError(f"`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got {size!r}.")
+    return int(size)
+
+
+def _source_folder(source: str | os.PathLike[str], folder: Path | None) -> Path:
+    """Return the folder of the checkpoint to convert; refuse one of ours."""
+    if folder is None:
+        raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
+    return folder
+
+
+def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype of a name; None stays None.
+
+    Raises:
+        ValueError: If it is none of float32, float16 and bfloat16.
+    """
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+
+
+def _check_fit(config: ASelectConfig, shapes: dict[str, torch.Size], source: str | os.PathLike[str]) -> None:
+    """Refuse weights that do not fit their configuration, as loading would."""
+    expected = expected_shapes(config)
+    written = {name: shape for name, shape in shapes.items() if name.removeprefix("denoiser.") not in _PROMPT}
+    broken = {name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name)}
+    if broken:
+        raise ValueError(
+            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors are missing or of "
+            f"another shape, among them {sorted(broken)[:3]}."
+        )
+
+
+def _write_weights(
+    weights: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+    shapes: dict[str, torch.Size],
+) -> tuple[dict[str, tuple[int, int]], dict[torch.dtype, int]]:
+    """Write weights in shards, each as it fills, and note their shapes.
+
+    Returns:
+        Parameters and bytes of each part, and the values of each dtype in the transformer.
+    """
+    sizes = {"denoiser": (0, 0), "vae": (0, 0)}
+    dtypes: dict[torch.dtype, int] = {}
+    shard: dict[str, Tensor] = {}
+    places: dict[str, int] = {}
+    filled = count = 0
+
+    def flush() -> None:
+        nonlocal shard, filled, count
+        if shard:
+            count += 1
+            save_file(shard, folder / _unnumbered(count), metadata={"format": "pt"})
+            shard, filled = {}, 0
+
+    for name, value in weights:
+        part = name.split(".")[0]
+        # Encoders overflow in float16, and bfloat16 has too few digits for what little noise leaves of the latents.
+        kind = torch.float32 if part == "vae" else dtype
+        value = value.to(kind or value.dtype).clone() if value.is_floating_point() else value.clone()
+        if shard and filled + value.nbytes > max_shard_size:
+            flush()
+        shard[name] = value.contiguous()
+        places[name] = count + 1
+        shapes[name] = value.shape
+        filled += value.nbytes
+        sizes[part] = sizes[part][0] + value.numel(), sizes[part][1] + value.nbytes
+        if part == "denoiser":
+            dtypes[value.dtype] = dtypes.get(value.dtype, 0) + value.numel()
+    flush()
+    if count == 1:
+        os.replace(folder / _unnumbered(1), folder / "model.safetensors")
+        return sizes, dtypes
+    files = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+    for number, name in files.items():
+        os.replace(folder / _unnumbered(number), folder / name)
+    index = {
+        "metadata": {"total_size": sum(size for _, size in sizes.values())},
+        "weight_map": {name: files[number] for name, number in sorted(places.items())},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return sizes, dtypes
+
+
+def _unnumbered(number: int) -> str:
+    return f"shard-{number}.safetensors"
+
+
+def _dropped_bytes(folder: Path, variant: str | None, kept: tuple[str, ...] = ()) -> int:
+    """Return the size of the weights in a folder, but for those whose names begin as `kept`; 0 if there are none."""
+    if not folder.is_dir() or folder.name.startswith("tokenizer"):
+        return 0
+    try:
+        sizes = tensor_bytes(weight_files(folder, variant, fall_back=True))
+    except ValueError:
+        return 0  # not needed, so not refused
+    return sum(size for name, size in sizes.items() if not (kept and name.startswith(kept)))

@@ -1,0 +1,244 @@
+"""What diffusers saved, read: its configuration as ours, and its weights by our names, one after the other."""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.checks import read_json, refuse_other_than_weights
+from ..model.configuration_aselect import DDPM_LINEAR, ASelectConfig
+from ..model.denoisers import build_denoiser, build_vae_encoder
+from ..model.layouts import check_family
+from ..model.noise_schedule import NoiseSchedule, is_flow_matching
+from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
+from .hub_files import HubOptions, locate
+from .weight_files import CONFIG, SCHEDULER_CONFIG, check_parts, iterate_weights, weight_files
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What a VAE needs to encode; the rest of it turns latents back into pictures.
+VAE_ENCODER_KEYS = ("encoder.", "quant_conv.")
+# DiT-XL/2 with a learned variance is what facebookresearch/DiT trained and nobody trains with diffusers.
+_ORIGINAL_DIT = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_embeds_ada_norm": 1000,
+}
+
+
+def find_diffusers(
+    source: str | os.PathLike[str],
+    options: HubOptions,
+    without: str | Iterable[str] = (),
+    has_prompt: bool = False,
+) -> Path | None:
+    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
+
+    Args:
+        source: Local folder, or id on the Hub.
+        options: How to fetch.
+        without: Parts of the text side to do without, which are not fetched.
+        has_prompt: Whether the empty prompt's embeddings are given, so that nothing of the text side is fetched.
+
+    Raises:
+        ValueError: As `diffusers_files.locate`.
+        OSError: As `diffusers_files.locate`.
+    """
+
+    def needed_text(transformer: dict[str, Any]) -> tuple[str, ...]:
+        name = _class_name(transformer)
+        check_family(name)
+        return () if has_prompt else text_parts(str(name), names_of(without))
+
+    return locate(source, ASelectConfig.model_type, options, needed_text)
+
+
+def names_of(parts: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return the names that a word or several stand for."""
+    return (parts,) if isinstance(parts, str) else tuple(parts or ())
+
+
+def load_diffusers(
+    folder: Path,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    without: str | Iterable[str] = (),
+    prompt_embeds: Mapping[str, Tensor] | None = None,
+    **fields: Any,
+) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
+    """Read a diffusers transformer, with its scheduler and VAE where they lie beside it.
+
+    Args:
+        folder: Folder with `transformer/` and `scheduler/` (and `vae/` for a DiT in latent space), or a bare
+            transformer's folder. A bare `DiTTransformer2DModel` is taken for one in pixel space with DiT's own
+            schedule; the other families need `scheduler=`.
+        variant: Variant of the weights, as "fp16".
+        dtype: What the empty prompt's embeddings are in, where the transformer needs them; see `encode_empty_prompt`.
+        without: Parts of the text side to do without; see `encode_empty_prompt`.
+        prompt_embeds: The empty prompt's embeddings by name, in place of computing them.
+        fields: Fields of `ASelectConfig` that take the place of what was read.
+
+    Returns:
+        The configuration, and the weights by the names that `DiTModel` gives them, one after the other, in the dtype
+        they were saved in. What the transformer has no place for is left out, with a warning.
+
+    Raises:
+        ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
+    """
+    is_bare = not (folder / "transformer").is_dir()
+    transformer = _read_transformer(folder if is_bare else folder / "transformer")
+    name = transformer["_class_name"]
+    needed = () if prompt_embeds is not None else text_parts(name, names_of(without))
+    check_parts(folder, ("transformer", "scheduler", "vae", *needed))
+    parts: dict[str, Any] = {"transformer": transformer, "scheduler": dict(DDPM_LINEAR)}
+    if not is_bare:
+        if not (folder / "scheduler" / SCHEDULER_CONFIG).is_file():
+            raise ValueError(
+                f"{str(folder)!r} has transformer/ but no scheduler/{SCHEDULER_CONFIG}: the noise levels of the "
+                "timesteps are unknown. Save the scheduler that the transformer was trained with beside it."
+            )
+        parts["scheduler"] = read_json(folder / "scheduler" / SCHEDULER_CONFIG)
+    elif name != "DiTTransformer2DModel" and "scheduler" not in fields:
+        raise ValueError(
+            f"{str(folder)!r} is a {name} alone: the noise levels of its timesteps are unknown. Load the whole "
+            "pipeline, or pass `scheduler=`, the configuration of the scheduler that it was trained with "
+            "(`dict(scheduler.config)`, with `_class_name`)."
+        )
+    transformer_files = weight_files(folder if is_bare else folder / "transformer", variant)
+    vae_files: list[Path] = []
+    if not is_bare and (folder / "vae").is_dir():
+        parts["vae"] = read_json(folder / "vae" / CONFIG)
+        vae_files = weight_files(folder / "vae", variant, fall_back=True)
+    parts["timestep_embedding"] = _default_embedding(parts, fields)
+    for part in parts.values():  # where it was loaded from before is nobody's business
+        if isinstance(part, dict):
+            part.pop("_name_or_path", None)
+    config = ASelectConfig(**{**parts, **fields})
+    NoiseSchedule.from_config(config.scheduler or {})  # refuses schedulers that are not supported
+    if config.vae is None and config.num_channels not in (1, 3):
+        logger.warning(
+            "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "
+            "the whole pipeline for pictures.",
+            name,
+            config.num_channels,
+        )
+    # What cannot be built is said so before text encoders are loaded, which takes minutes.
+    expected = expected_shapes(config)
+    embeddings: dict[str, Tensor] = {}
+    if config.layout.needs_prompt:
+        if prompt_embeds is None:
+            embeddings = encode_empty_prompt(
+                folder, transformer, dtype=dtype, variant=variant, without=names_of(without)
+            )
+        else:
+            embeddings = checked_embeddings(prompt_embeds, name, dtype)
+        config.prompt_shapes = {part: list(value.shape) for part, value in embeddings.items()}
+        with torch.device("meta"):
+            build_denoiser(config)  # refuses embeddings of other widths
+    elif prompt_embeds is not None or names_of(without):
+        given = "`prompt_embeds` are" if prompt_embeds is not None else f"{', '.join(names_of(without))} is"
+        raise ValueError(f"{given} given, but a {name} is not conditioned on a text.")
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        left_over = []
+        for key, value in iterate_weights(transformer_files):
+            if f"denoiser.transformer.{key}" in expected:
+                refuse_other_than_weights(key, value.dtype)
+                yield f"denoiser.transformer.{key}", value
+            else:
+                left_over.append(key)
+        for key, value in embeddings.items():
+            yield f"denoiser.{key}", value
+        for key, value in iterate_weights(vae_files if config.vae is not None else []):
+            if key.startswith(VAE_ENCODER_KEYS):
+                if f"vae.{_renamed(key)}" in expected:
+                    refuse_other_than_weights(key, value.dtype)
+                    yield f"vae.{_renamed(key)}", value
+                else:
+                    left_over.append(f"vae/{key}")
+        if left_over:
+            logger.warning(
+                "%d tensors of %s have no place in a %s and are left out, as diffusers does: %s.",
+                len(left_over),
+                folder.name,
+                name,
+                ", ".join(left_over[:4]),
+            )
+
+    return config, weights()
+
+
+# How diffusers before 0.17 named the attention of a VAE; it renames them on loading, too.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _renamed(key: str) -> str:
+    """Return today's name of a VAE's tensor."""
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
+        lambda found: f"{found[1]}{_OLD_ATTENTION[found[2]]}.",
+        key,
+    )
+
+
+def expected_shapes(config: ASelectConfig) -> dict[str, torch.Size]:
+    """Return the shape of every weight of a configuration, but for the empty prompt's embeddings, by name.
+
+    Raises:
+        ValueError: If the transformer or VAE cannot be built.
+    """
+    with torch.device("meta"):
+        parts = {"denoiser": build_denoiser(config, with_prompt=False), "vae": build_vae_encoder(config)}
+    return {
+        f"{part}.{name}": value.shape
+        for part, module in parts.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
+
+
+def _class_name(config: dict[str, Any]) -> str | None:
+    """Return the class of a transformer, by the name that it has in diffusers today.
+
+    DiT and PixArt were `Transformer2DModel` in diffusers before version 0.29, and are in published checkpoints to this
+    day; diffusers itself maps them in the same way.
+    """
+    name: str | None = config.get("_class_name")
+    if name != "Transformer2DModel":
+        return name
+    renamed = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+    return renamed.get(str(config.get("norm_type")), name)
+
+
+def _read_transformer(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    config["_class_name"] = _class_name(config)
+    check_family(config["_class_name"])
+    return config
+
+
+def _default_embedding(parts: dict[str, Any], fields: dict[str, Any]) -> str:
+    """Return how timesteps are embedded, as far as the files tell."""
+    transformer = parts["transformer"]
+    if transformer["_class_name"] != "DiTTransformer2DModel" or "timestep_embedding" in fields:
+        return "diffusers"
+    is_xl_2 = all(transformer.get(name) == value for name, value in _ORIGINAL_DIT.items())
+    if is_flow_matching(fields.get("scheduler") or parts["scheduler"]):
+        logger.warning(
+            "A DiT with a flow-matching scheduler: taken for one that was trained with diffusers, conditioned on "
+            "1000 * sigma. If its weights are SiT's own, pass `timestep_embedding='sit'`."
+        )
+    elif is_xl_2:
+        logger.info("A DiT-XL/2 with a learned variance: taken for the weights of facebookresearch/DiT.")
+        return "original"
+    return "diffusers"

@@ -1,0 +1,226 @@
+"""The empty prompt's embeddings, which text-conditioned transformers are read with: computed once, then kept."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.checks import read_json
+from .weight_files import MODEL_INDEX, weight_files
+
+# What the text encoders and tokenizers of all pipelines are called.
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+# Encoders of a prompt get diffusers' pipeline and the configuration of its transformer.
+Encode = Callable[[Any, dict[str, Any]], dict[str, Tensor]]
+
+
+def _sd3(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    prompt, _, pooled, _ = pipeline.encode_prompt("", "", "", do_classifier_free_guidance=False)
+    return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+
+
+def _flux(pipeline: Any, transformer: dict[str, Any]) -> dict[str, Tensor]:
+    # The padding is attended to, so its length matters: FLUX.1-schnell, which has no guidance, was trained with 256
+    # tokens, FLUX.1-dev with 512 (black-forest-labs/flux, `flux/util.py`, `load_t5`).
+    length = 512 if transformer.get("guidance_embeds") else 256
+    prompt, pooled, _ = pipeline.encode_prompt("", "", max_sequence_length=length)
+    return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+
+
+def _masked(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    # The negative prompt: no instruction or system prompt stands before it, as in the guidance of the pipelines.
+    _, _, prompt, mask = pipeline.encode_prompt("", do_classifier_free_guidance=True, negative_prompt="")
+    # The transformers attend to what the mask keeps and to nothing else, so the padding need not be stored.
+    return {"prompt_embeds": prompt[:, mask[0].bool()]}
+
+
+# By the transformer's class: diffusers' pipeline that encodes a prompt for it, and how.
+_ENCODERS: dict[str, tuple[str, Encode]] = {
+    "SD3Transformer2DModel": ("StableDiffusion3Pipeline", _sd3),
+    "PixArtTransformer2DModel": ("PixArtSigmaPipeline", _masked),
+    "FluxTransformer2DModel": ("FluxPipeline", _flux),
+    "SanaTransformer2DModel": ("SanaPipeline", _masked),
+    "Lumina2Transformer2DModel": ("Lumina2Pipeline", _masked),
+}
+# What diffusers puts zeros in the place of.
+_OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
+
+
+def text_parts(transformer: str, without: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return which parts of the text side are needed of a pipeline that has them.
+
+    Args:
+        transformer: Class of the transformer.
+        without: Parts to do without: `text_encoder_3` and `tokenizer_3` of Stable Diffusion 3, either or both.
+
+    Raises:
+        ValueError: If one of them cannot be done without.
+    """
+    without = tuple(without)
+    optional = _OPTIONAL.get(transformer, ())
+    if needed := sorted(set(without) - set(optional)):
+        raise ValueError(
+            f"A {transformer} cannot do without {', '.join(needed)}; what can be left out: "
+            f"{', '.join(optional) or 'nothing'}."
+        )
+    if transformer not in _ENCODERS:
+        return ()
+    return tuple(part for part in TEXT_PARTS if not (without and part in optional))
+
+
+@torch.no_grad()
+def encode_empty_prompt(
+    folder: str | os.PathLike[str],
+    transformer: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    without: Iterable[str] = (),
+) -> dict[str, Tensor]:
+    """Return the embeddings of the empty prompt, as the pipeline in a folder makes them.
+
+    Its text encoders are loaded, one beside the other, and dropped; neither transformer nor VAE is.
+
+    Args:
+        folder: A pipeline that diffusers saved.
+        transformer: diffusers' configuration of its transformer, with `_class_name`.
+        dtype: What the embeddings are in. The text encoders compute in it, too, but for float16, where Gemma and T5
+            overflow: they compute in bfloat16 then.
+        variant: Variant of their weights; those that have none of it are read without.
+        without: Parts of the text side to do without: `text_encoder_3` and `tokenizer_3` of Stable Diffusion 3, either
+            or both; diffusers then puts zeros in place of T5's embeddings.
+
+    Returns:
+        Embeddings by name, on the CPU: `prompt_embeds` (1, L, C), and `pooled_prompt_embeds` (1, C) where the
+        transformer has them. Where the pipeline masks the padding, L counts what is not padding.
+
+    Raises:
+        ValueError: If a part is missing, broken or pickled, needs a package that is not installed, or cannot be done
+            without; or if embeddings are NaN or infinite.
+    """
+    wanted = text_parts(transformer["_class_name"], without)
+    # diffusers and transformers' models take seconds to import, and only a conversion needs them.
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"A {transformer['_class_name']} needs diffusers: pip install diffusers") from error
+    import transformers
+
+    name, encode = _ENCODERS[transformer["_class_name"]]
+    present = [part for part in wanted if (Path(folder) / part).is_dir()]
+    if not any(part.startswith("text_encoder") for part in present):
+        raise ValueError(
+            f"{str(folder)!r} has no text encoder, and a {transformer['_class_name']} is conditioned on a text. Load "
+            "the whole pipeline, or pass `prompt_embeds=`, the empty prompt's embeddings by name."
+        )
+    with torch.device("meta"):
+        # Some pipelines ask it for sizes.
+        stand_in = getattr(diffusers, transformer["_class_name"]).from_config(transformer)
+    pipeline_class = getattr(diffusers, name)
+    known = inspect.signature(pipeline_class.__init__).parameters
+    parts: dict[str, Any] = {part: None for part in TEXT_PARTS if part in known and part not in present}
+    index = read_json(Path(folder) / MODEL_INDEX)
+    _refuse_other_code(folder, index, known)
+    computed_in = torch.bfloat16 if dtype == torch.float16 else dtype
+    for part in present:
+        if part.startswith("text_encoder"):
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            if tokenizer not in present or not _is_named(index.get(part)):
+                raise ValueError(
+                    f"{str(folder)!r} has {part}/, but no {tokenizer}/, or its {MODEL_INDEX} does not say what {part} "
+                    "is. Download or save the pipeline again, or pass `prompt_embeds=`."
+                )
+            own = Path(folder) / part
+            files = weight_files(own, variant, fall_back=True)  # refuses pickles, which diffusers would load
+            kind = variant if variant and any(variant in path.name for path in files) else None
+            parts[part] = _loaded(getattr(transformers, index[part][1], None), own, kind, computed_in)
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            folder, transformer=stand_in, vae=None, scheduler=None, local_files_only=True, **parts
+        )
+        embeddings = encode(pipeline, transformer)
+    except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_UNREADABLE.format(folder=str(folder), error=error)}") from error
+    return checked_embeddings(embeddings, transformer["_class_name"], dtype)
+
+
+def _is_named(component: Any) -> bool:
+    """Return whether a part's entry in the index of a pipeline names library and class."""
+    return isinstance(component, list) and len(component) == 2 and all(isinstance(name, str) for name in component)
+
+
+def _refuse_other_code(folder: str | os.PathLike[str], index: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuse an index that has diffusers import more than itself and transformers.
+
+    diffusers imports whatever module an index names for a part, and looks for code in the pipeline's folder.
+
+    Raises:
+        ValueError: If it names anything else.
+    """
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(
+            f"The {MODEL_INDEX} in {str(folder)!r} must have the name of a pipeline of diffusers as `_class_name`, "
+            f"got {index.get('_class_name')!r}: code of a pipeline's own is not run."
+        )
+    for part in known:
+        if _is_named(index.get(part)) and index[part][0] not in ("diffusers", "transformers"):
+            raise ValueError(
+                f"The {MODEL_INDEX} in {str(folder)!r} takes {part} from {index[part][0]!r}, and only classes of "
+                "diffusers and transformers are loaded. Pass `prompt_embeds=`, the empty prompt's embeddings by name."
+            )
+
+
+_UNREADABLE = (
+    "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save the "
+    "pipeline again; tokenizers of T5 and Gemma may need `pip install sentencepiece protobuf`."
+)
+
+
+def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    try:
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(_UNREADABLE.format(folder=str(folder), error=error)) from error
+    if missing := sorted(info["missing_keys"]):
+        # The host gives them new weights, and the embeddings would be random.
+        lacking = f"{len(missing)} of its weights are missing, among them {missing[:3]}"
+        raise ValueError(_UNREADABLE.format(folder=str(folder), error=lacking))
+    return model
+
+
+def checked_embeddings(embeddings: Any, transformer: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the empty prompt's embeddings in a dtype, on the CPU.
+
+    Args:
+        embeddings: Tensors by name.
+        transformer: Class of the transformer that they are for.
+        dtype: What to return them in.
+
+    Raises:
+        ValueError: If that is no mapping of names to tensors, or values are NaN or infinite, or so in `dtype`.
+    """
+    if not isinstance(embeddings, Mapping) or not all(isinstance(value, Tensor) for value in embeddings.values()):
+        raise ValueError(
+            f"`prompt_embeds` of a {transformer} must be a dictionary of tensors by name, `prompt_embeds` (1, L, C) "
+            f"and, for some transformers, `pooled_prompt_embeds` (1, C); got {type(embeddings).__name__}."
+        )
+    checked = {name: value.detach().to("cpu", dtype).contiguous() for name, value in embeddings.items()}
+    if broken := [name for name, value in checked.items() if not bool(value.isfinite().all())]:
+        raise ValueError(
+            f"The empty prompt's embeddings for {transformer} ({', '.join(broken)}) hold NaN or infinite values in "
+            f"{str(dtype).removeprefix('torch.')}. Convert with `dtype='bfloat16'` or 'float32', whose range is "
+            "wider, or check the text encoders' weights."
+        )
+    return checked

@@ -1,0 +1,249 @@
+"""A diffusers checkpoint found in a folder, or fetched from the Hub as far as it is needed."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..model.checks import PickledWeightsError, read_json
+from .weight_files import _PICKLES, CONFIG, MODEL_INDEX, _is_listed, _weights_of, refuse_pickles
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMER_CONFIG = f"transformer/{CONFIG}"
+# What the client raises where it gets no answer: `HTTPError` of the HTTP library that its version uses.
+_NO_ANSWER: type[Exception] = HfHubHTTPError.__mro__[1]
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How files are fetched from the Hub; what each means is `huggingface_hub.snapshot_download`'s.
+
+    Args:
+        revision: Branch, tag or commit.
+        subfolder: Folder in the repository, or in the local folder, that holds the checkpoint.
+        token: Token of the user, or whether to take the one that is logged in.
+        cache_dir: Folder of downloads.
+        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        force_download: Whether to download again what was downloaded before.
+        variant: Weights whose file names have this in them, as "fp16", where there are any.
+    """
+
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    variant: str | None = None
+
+    def of_a_download(self) -> dict[str, Any]:
+        """Return those that every download takes."""
+        names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        return {name: getattr(self, name) for name in names}
+
+
+def locate(
+    source: str | os.PathLike[str],
+    model_type: str,
+    options: HubOptions,
+    text_parts: Callable[[dict[str, Any]], Iterable[str]],
+) -> Path | None:
+    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
+
+    Args:
+        source: Local folder, or id on the Hub.
+        model_type: What the `config.json` of a checkpoint of ours names as its `model_type`.
+        options: How to fetch.
+        text_parts: Which folders of a pipeline that encode a text are to be fetched, by the configuration of its
+            transformer; raises `ValueError` for a transformer that is not supported. Asked before any weights are
+            fetched.
+
+    Raises:
+        ValueError: If a local folder is neither; if the only weights are pickles or of another variant; if the
+            repository holds another model.
+        OSError: If a repository, revision or file is not found, may not be read, or the Hub cannot be reached; the
+            message says what to do.
+    """
+    folder = Path(source, options.subfolder or "")
+    if folder.is_dir():
+        return folder if _is_diffusers(folder, source, model_type) else None
+    if os.path.isdir(source):
+        raise ValueError(f"{str(source)!r} has no folder {options.subfolder!r}, which `subfolder=` names.")
+    if os.path.exists(source):
+        raise ValueError(f"{str(source)!r} is a file; expected a folder or an id on the Hub.")
+    nothing = f"{str(source)!r} is neither a local folder nor an id on the Hub, which has the form 'owner/name'."
+    if re.match(r"[/.~]|\w:", str(source)):
+        raise OSError(nothing)
+    try:
+        return _fetch(str(source), model_type, options, text_parts)
+    except HFValidationError as error:
+        raise OSError(nothing) from error
+    except GatedRepoError as error:
+        raise OSError(
+            f"{str(source)!r} is gated: accept its conditions at https://huggingface.co/{source}, then log in with "
+            "`hf auth login` or pass `token=`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"{str(source)!r} has no revision {options.revision!r} on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{str(source)!r} is neither a local folder nor a repository of the Hub that you may read. Check the "
+            "name; if it is private, log in with `hf auth login` or pass `token=`."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        revision = f" --revision {options.revision}" if options.revision else ""
+        raise OSError(
+            f"{str(source)!r} is no local folder, the Hub cannot be reached (or may not be: `local_files_only`, "
+            f"`HF_HUB_OFFLINE`), and it was not downloaded before. Run `hf download "
+            f"{source}{revision}` where there is a network, or give the folder of a checkpoint."
+        ) from error
+    except HfHubHTTPError as error:
+        raise OSError(f"The Hub did not give {str(source)!r}: {error}") from error
+
+
+def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str) -> bool:
+    """Return whether a local folder holds a transformer of diffusers, rather than a checkpoint of ours."""
+    if (folder / "transformer").is_dir():
+        return True  # what else lies beside it is nobody's weights
+    refuse_pickles(folder)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if "_class_name" in config:
+        return True
+    if config.get("model_type") == model_type:
+        return False
+    raise ValueError(
+        f"{str(source)!r} holds nothing that can be loaded: expected a checkpoint of hf_aselect ({CONFIG} with "
+        f"model_type {model_type!r}), a folder with transformer/ and scheduler/, or a diffusers "
+        f"transformer ({CONFIG} with `_class_name`); found {sorted(path.name for path in folder.iterdir())[:10]}."
+    )
+
+
+def _fetch(
+    repo_id: str,
+    model_type: str,
+    options: HubOptions,
+    text_parts: Callable[[dict[str, Any]], Iterable[str]],
+) -> Path | None:
+    """Return the folder of a diffusers checkpoint of the Hub, with the files that are needed; None for one of ours."""
+    prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
+    # The cache alone knows nothing of what the Hub would say: a file that is not in it may be there.
+    is_offline = options.local_files_only or constants.HF_HUB_OFFLINE
+    how = options.of_a_download()
+    for name in (MODEL_INDEX, CONFIG):
+        try:
+            path = Path(hf_hub_download(repo_id, prefix + name, **how))
+        except LocalEntryNotFoundError:
+            if name == CONFIG:
+                raise
+            # A Hub that did not answer is not waited for a second time.
+            is_offline, how["local_files_only"] = True, True
+            continue
+        except EntryNotFoundError:
+            continue
+        found = read_json(path)
+        if "_class_name" in found:
+            break
+        if found.get("model_type") == model_type:
+            return None
+        if name == CONFIG:
+            raise ValueError(
+                f"{repo_id!r} is a checkpoint of {found.get('model_type') or 'another kind'}; expected one of "
+                "hf_aselect, a pipeline of diffusers with a transformer, or a transformer of diffusers."
+            )
+    else:
+        raise ValueError(
+            f"{repo_id!r} has neither {MODEL_INDEX} nor {CONFIG} in "
+            f"{options.subfolder or 'its first folder'}: it is no checkpoint in diffusers' layout. Where the original "
+            "weights are in one repository, diffusers' are often in another, whose name ends in '-diffusers'; a part "
+            "of a repository is named by `subfolder=`."
+        )
+    if name == MODEL_INDEX:
+        if not _is_listed(found, "transformer"):
+            raise ValueError(
+                f"{repo_id!r} is a {found['_class_name']}, which has no `transformer`: features are read from "
+                "diffusion transformers only."
+            )
+        found_transformer = read_json(Path(hf_hub_download(repo_id, prefix + TRANSFORMER_CONFIG, **how)))
+    else:
+        found_transformer = found
+    wanted_text = tuple(text_parts(found_transformer))
+    files = [] if is_offline else _files_of(repo_id, options)
+    if not files:
+        return path.parent
+    inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    try:
+        needed = needed_files(inside, found if name == MODEL_INDEX else None, options.variant, wanted_text)
+    except PickledWeightsError as error:
+        raise ValueError(f"{error}{_safetensors_elsewhere(repo_id, options)}") from error
+    logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
+    wanted = [prefix + file for file in needed]
+    wanted += [f"{prefix}README.md", "README.md"]  # they say the licence
+    return Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
+
+
+def _files_of(repo_id: str, options: HubOptions) -> list[str]:
+    """Return the paths of all files of a repository; none where the Hub does not answer, and the cache has to do."""
+    try:
+        return list(HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision))
+    except HfHubHTTPError:
+        raise
+    except (OSError, _NO_ANSWER) as error:
+        logger.warning("The Hub does not answer (%s): what was downloaded of %s before is taken.", error, repo_id)
+        return []
+
+
+def _safetensors_elsewhere(repo_id: str, options: HubOptions) -> str:
+    """Return a sentence that names the pull requests of a repository which add safetensors; an empty one if none."""
+    try:
+        pulls = HfApi(token=options.token).get_repo_discussions(repo_id, discussion_type="pull_request")
+        found = [pull for pull in pulls if "safetensors" in pull.title.lower() and pull.status in ("open", "draft")]
+    except (OSError, _NO_ANSWER, KeyError, ValueError):
+        return ""  # it would have been a help, no more
+    if not found:
+        return ""
+    named = ", ".join(f"`revision='{pull.git_reference}'` (by {pull.author})" for pull in found[:3])
+    return f" Or take the safetensors that a pull request offers, if you trust who made it: {named}."
+
+
+def needed_files(
+    files: list[str], model_index: dict[str, Any] | None, variant: str | None, text_parts: tuple[str, ...] = ()
+) -> list[str]:
+    """Return which files of a repository are needed of a pipeline, or of a bare transformer.
+
+    Args:
+        files: Paths of all files.
+        model_index: What the pipeline's `model_index.json` says; None for a bare transformer.
+        variant: The variant of the weights.
+        text_parts: Folders that encode a text; taken where the pipeline has them.
+
+    Raises:
+        ValueError: If the transformer has no safetensors, or none of the variant.
+    """
+    if model_index is None:
+        return [CONFIG, *_weights_of("", files, variant)]
+    needed = [MODEL_INDEX, *(file for file in files if file.startswith("scheduler/"))]
+    parts = [part for part in ("transformer", "vae", *text_parts) if _is_listed(model_index, part)]
+    for part in parts:
+        inside = [file for file in files if file.startswith(f"{part}/")]
+        needed += [file for file in inside if ".safetensors" not in file and not file.endswith(_PICKLES)]
+        if not part.startswith("tokenizer"):
+            needed += _weights_of(part, inside, variant, fall_back=part != "transformer")
+    # Notes and weights of other frameworks have no use here; the pickles' index ends as their files do not.
+    useless = (".md", ".msgpack", ".h5", ".onnx", ".onnx_data", ".bin.index.json")
+    return sorted({file for file in needed if not file.endswith(useless)})

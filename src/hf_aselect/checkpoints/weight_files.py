@@ -1,0 +1,187 @@
+"""The weights of a diffusers checkpoint in a local folder: safetensors, whole or in shards."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..model.checks import PickledWeightsError, read_json, shards_of
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+MODEL_INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+# What diffusers and transformers call their weights, without and with a variant, whole and in shards.
+_STEMS = "(?:diffusion_pytorch_model|model)"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MAPPED_BYTES = 2**27
+# What the safetensors library takes at the most: whoever says more wants the memory, not the names.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def _is_listed(model_index: dict[str, Any], part: str) -> bool:
+    """Return whether a pipeline has a part: its index then names library and class, else nulls or nothing."""
+    named = model_index.get(part)
+    return isinstance(named, list) and bool(named) and bool(named[0])
+
+
+def _weights_of(
+    part: str, files: Iterable[str], variant: str | None, fall_back: bool = False, where: str = "the repository"
+) -> list[str]:
+    """Return the files of a part's weights, in the variant asked for."""
+    prefix = f"{part}/" if part else ""
+    where = f"{part}/ of {where}" if part else where
+    names = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    found = [name for name in names if _is_weights(name, variant)]
+    if not found and fall_back and variant:
+        found = [name for name in names if _is_weights(name, None)]
+    # diffusers' own name wins where both are there.
+    found = [name for name in found if name.startswith("diffusion_")] or found
+    if not found:
+        refuse_pickled_names(where, names)
+        there = sorted(name for name in names if name.endswith(".safetensors"))
+        wanted = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
+        raise ValueError(
+            f"{where!r} has no weights {wanted!r}, whole or in shards; it has {', '.join(there[:4]) or 'none'}. "
+            "Save or download them again, or name the variant that there is by `variant=`."
+        )
+    return [prefix + name for name in found]
+
+
+def _is_weights(name: str, variant: str | None) -> bool:
+    tag = rf"\.{re.escape(variant)}" if variant else ""
+    shard = r"(?:-\d+-of-\d+)?"
+    whole = rf"{_STEMS}{tag}{shard}\.safetensors|{_STEMS}{shard}{tag}\.safetensors"
+    index = rf"{_STEMS}\.safetensors\.index{tag}\.json"
+    return re.fullmatch(f"{whole}|{index}", name) is not None
+
+
+def weight_files(folder: Path, variant: str | None = None, fall_back: bool = False) -> list[Path]:
+    """Return the safetensors of a model that diffusers saved, whole or in shards.
+
+    Args:
+        folder: Where they are.
+        variant: The variant of the weights.
+        fall_back: Whether those without a variant do where there are none of it.
+
+    Raises:
+        ValueError: If there are none, or one that the index names is missing or outside the folder.
+    """
+    refuse_pickles(folder)
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = _weights_of("", there, variant, fall_back, where=str(folder))
+    indices = [name for name in names if name.endswith(".json")]
+    if indices:
+        return shards_of(folder / indices[0])
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no weights {name!r}. Save or download them again.")
+    return [folder / name for name in names]
+
+
+def check_parts(folder: Path, wanted: Iterable[str]) -> None:
+    """Refuse a pipeline that lacks a part which its `model_index.json` lists: without it, it is another model.
+
+    Args:
+        folder: The pipeline; one without that file may hold what it likes.
+        wanted: The parts that are needed, where they are listed.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if not (folder / MODEL_INDEX).is_file():
+        return
+    index = read_json(folder / MODEL_INDEX)
+    listed = [part for part in wanted if _is_listed(index, part)]
+    missing = [part for part in listed if not (folder / part).is_dir() or not any((folder / part).iterdir())]
+    if missing:
+        is_text = all(part.startswith(("text_encoder", "tokenizer")) for part in missing)
+        instead = "pass `prompt_embeds=`, the empty prompt's embeddings by name" if is_text else ""
+        instead = instead or "if it was left out of a folder of your own on purpose, write [null, null] for it there"
+        raise ValueError(
+            f"{str(folder)!r} lacks {', '.join(f'{part}/' for part in missing)}, which its {MODEL_INDEX} lists. "
+            f"Download or copy the whole pipeline, or {instead}."
+        )
+
+
+def tensor_bytes(files: Iterable[Path]) -> dict[str, int]:
+    """Return the size in bytes of each tensor of some safetensors, of whatever dtype, by name.
+
+    A file that cannot be read counts nothing.
+    """
+    sizes: dict[str, int] = {}
+    for path in files:
+        try:
+            with path.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                if length > _MAX_HEADER_BYTES:
+                    raise ValueError(f"its header has {length} bytes")
+                header = json.loads(opened.read(length))
+            found = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+            for name, (start, end) in found.items():
+                if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end < 2**63:
+                    raise ValueError(f"{name} lies nowhere")
+            sizes |= {name: end - start for name, (start, end) in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, RecursionError):
+            logger.warning("The size of %s is unknown: it is no safetensors file.", path.name)
+    return sizes
+
+
+def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of each tensor of some safetensors, one after the other.
+
+    A value is a part of the mapped file. A file is mapped anew every `_MAPPED_BYTES`, so that what was read before
+    leaves memory, unless somebody holds on to it.
+
+    Raises:
+        ValueError: If a file is truncated or no safetensors.
+    """
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                waiting = list(opened.keys())
+            while waiting:
+                mapped = 0
+                with safe_open(path, framework="pt") as opened:
+                    while waiting and mapped < _MAPPED_BYTES:
+                        name = waiting.pop(0)
+                        value = opened.get_tensor(name)
+                        mapped += value.nbytes
+                        yield name, value
+                        del value
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is truncated or no safetensors file ({error}). Save or download it again."
+            ) from error
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose only weights are pickles: unpickling runs whatever code they hold.
+
+    Raises:
+        PickledWeightsError: If it is one.
+    """
+    if folder.is_dir():
+        refuse_pickled_names(str(folder), [path.name for path in folder.iterdir()])
+
+
+def refuse_pickled_names(where: str, names: Iterable[str]) -> None:
+    """Refuse files whose only weights are pickles; see `refuse_pickles`.
+
+    Raises:
+        PickledWeightsError: If they are.
+    """
+    names = list(names)
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    if any("model" in name for name in pickles) and not any(name.endswith(".safetensors") for name in names):
+        raise PickledWeightsError(
+            f"{where!r} has only pickled weights ({', '.join(pickles)}), which are never unpickled, as "
+            "they can run any code. If you trust them, load the pipeline with diffusers and save it again, which "
+            "writes safetensors: `DiffusionPipeline.from_pretrained(source).save_pretrained(folder)`."
+        )

@@ -1,0 +1,1 @@
+"""The demo: the whole of the package on the embedded DiT."""

@@ -1,0 +1,448 @@
+"""Model cards: what is known of a model and its training, as README.md."""
+
+import logging
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..checkpoints.licenses import NON_COMMERCIAL, license_of
+from ..model.checks import read_text
+
+logger = logging.getLogger(__name__)
+TAGS = ("hf_aselect", "a-select", "diffusion-transformer")
+# What an earlier card knew and the configuration does not: it is kept in the front matter, so that a card can be
+# written again.
+KEPT = (
+    "model_name",
+    "accuracy",
+    "mean_iou",
+    "baselines",
+    "dataset",
+    "license",
+    "license_name",
+    "training",
+    "command",
+    "limits",
+    "tags",
+)
+# Of a front matter, and of the letters of a licence's name.
+_MAX_VALUES = 10_000
+# What nobody wrote: cards of ours, and drafts of the host's.
+_MADE_BY_MACHINE = re.compile(r"^hf_aselect:|\[More Information Needed\]|generated automatically", re.MULTILINE)
+_KINDS = {"baselines": "figures by name", "training": "facts by name", "tags": "a list of tags", "dataset": "a name"}
+YOURS = "<!-- What follows is yours: it stays when this card is written again. -->"
+Figure = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What is known of a model; what is None is left out of the card.
+
+    Args:
+        model_name: Its name.
+        repo_id: Its id on the Hub.
+        timestep: Timestep at which features are read, in [0, 1000).
+        block: Block at which they are read, counted from the first.
+        feature: Feature that is read there.
+        criterion: Criterion that chose the timestep.
+        log_snr: 2·ln(alpha / sigma) at the timestep.
+        num_images: Pictures that it was chosen from.
+        pictures: "given", or "generated" by the transformer itself.
+        seconds: Seconds that the choice took.
+        confidence: Share of bootstrap resamples that agree with the choice, in [0, 1].
+        stopped_by: Why no more pictures were looked at: "confidence", "max_images" or "all pictures".
+        score: The criterion at the timestep.
+        interval: 95 % bootstrap interval of that.
+        warnings: What speaks against the choice.
+        figure: Path of the curve's picture, relative to the card.
+        task: What the model does: "image-classification", "image-segmentation" or "image-feature-extraction".
+        auto_class: Name of the Auto class that loads it; by default the task's.
+        accuracy: Accuracy on the evaluation split, in [0, 1]; of several runs (seeds) a sequence.
+        mean_iou: Mean intersection over union on the evaluation split, in [0, 1], of a segmenter; or a sequence.
+        baselines: The same of what it is compared with, by name.
+        dataset: Dataset that it was trained and evaluated on.
+        base_model: Model that it was made from, as an id of the Hub.
+        base_license: Licence of that model, by its own card; "other/NAME" where the Hub has no identifier for it.
+        license: Identifier of its licence; by default that of `base_model`, where it is known. A licence of the base
+            that forbids commercial use is always said.
+        license_name: Its name, where the Hub has no identifier for it ("other").
+        training: Facts of the training, by name.
+        command: Command that gives the figures again.
+        limits: What it is not for.
+        adapter_of: What an adapter (LoRA) of peft is put on: an id on the Hub, or the name of a folder. It is then
+            loaded by peft.
+        folded: Whether the timestep is in the weights.
+        has_processor: Whether there is an image processor beside it; latents without a VAE are no pictures.
+        needs_diffusers: Whether it is loaded through diffusers; None: where that is not known.
+        tags: Further tags.
+    """
+
+    model_name: str
+    repo_id: str | None = None
+    timestep: int | None = None
+    block: int | None = None
+    feature: str | None = None
+    criterion: str | None = None
+    log_snr: float | None = None
+    num_images: int | None = None
+    pictures: str | None = None
+    seconds: float | None = None
+    confidence: float | None = None
+    stopped_by: str | None = None
+    score: float | None = None
+    interval: Sequence[float] | None = None
+    warnings: Sequence[str] = ()
+    figure: str | None = None
+    task: str = "image-classification"
+    auto_class: str | None = None
+    accuracy: Figure | None = None
+    mean_iou: Figure | None = None
+    baselines: Mapping[str, Figure] | None = None
+    dataset: str | None = None
+    base_model: str | None = None
+    base_license: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    training: Mapping[str, object] | None = None
+    command: str | None = None
+    limits: str | None = None
+    adapter_of: str | None = None
+    folded: bool | None = None
+    has_processor: bool = True
+    needs_diffusers: bool | None = None
+    tags: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what would make a wrong card.
+
+        Raises:
+            ValueError: If the task is unknown, or a share is not in [0, 1].
+        """
+        if self.task not in _TASKS:
+            raise ValueError(f"`task` must be one of {', '.join(_TASKS)}, got {self.task!r}.")
+        for name, kind in (("baselines", Mapping), ("training", Mapping), ("tags", (list, tuple)), ("dataset", str)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"`{name}` must be {_KINDS[name]}, got {value!r}.")
+        figures = {"accuracy": self.accuracy, "mean_iou": self.mean_iou, **(self.baselines or {})}
+        for name, value in figures.items():
+            if value is None:
+                continue
+            try:
+                runs = () if isinstance(value, str) else _runs(value)
+            except (TypeError, ValueError):
+                runs = ()
+            if not (runs and all(0 <= share <= 1 for share in runs)):
+                raise ValueError(f"{name!r} must be a share in [0, 1], or one for each run, got {value!r}.")
+        # As numbers of Python's: the front matter holds no others.
+        for name in ("accuracy", "mean_iou"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _plain_figure(getattr(self, name)))
+        if self.baselines is not None:
+            plain = {str(name): _plain_figure(value) for name, value in self.baselines.items()}
+            object.__setattr__(self, "baselines", plain)
+
+
+def render_card(facts: CardFacts) -> str:
+    """Return the text of a model card: front matter for the Hub, then what is known."""
+    metric, value = _metric(facts)
+    base_license = _base_license(facts)
+    card = ModelCard.from_template(
+        _metadata(facts),
+        template_str=files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
+        facts=facts,
+        task=_TASKS[facts.task],
+        name=_one_line(facts.model_name),
+        command=facts.command and _one_line(facts.command).replace("`", "'"),
+        auto=facts.auto_class or _TASKS[facts.task].auto,
+        how=_how(facts),
+        choice=_known(_choice_rows(facts)),
+        stopped_by=_STOPPED_BY.get(facts.stopped_by or ""),
+        metric=metric.replace("mean_iou", "mean IoU"),
+        results={} if value is None else _result_rows({"**this model**": value, **(facts.baselines or {})}),
+        folder=facts.repo_id or ".",
+        training=_known(
+            {
+                "dataset": facts.dataset,
+                "adapter of": facts.adapter_of,
+                "base model": facts.base_model,
+                "licence of its weights, and so of these": base_license[1] or base_license[0],
+                **(facts.training or {}),
+            }
+        ),
+        is_non_commercial=base_license[2],
+        yours=YOURS,
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def write_card(facts: CardFacts, folder: str | os.PathLike[str]) -> None:
+    """Write README.md into a folder; it appears whole or not at all, and keeps what a reader wrote below the mark."""
+    path = Path(folder) / "README.md"
+    text = render_card(facts)
+    if path.is_file():
+        text += own_words(path.read_text(encoding="utf-8"))
+    # A name of its own: two may write at once.
+    temporary = path.with_name(f".README.md.incomplete-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def own_words(text: str) -> str:
+    """Return what stands below the mark of a card; of a card that somebody wrote by hand, all but its front matter."""
+    _, mark, below = text.partition(f"{YOURS}\n")
+    if mark or _MADE_BY_MACHINE.search(text):
+        return below
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+    return f"\n{body}\n" if body else ""
+
+
+def refuse_unknown_facts(facts: Mapping[str, Any]) -> None:
+    """Refuse names that are no fields of `CardFacts`.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    known = [each.name for each in fields(CardFacts)]
+    if unknown := facts.keys() - set(known):
+        raise ValueError(f"The card has no facts {sorted(unknown)}; it has {', '.join(known)}.")
+
+
+def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a card knows that the model's configuration does not.
+
+    Args:
+        path: The card: ours, of which all is read, or another one, of which its results, data and licence are.
+
+    Returns:
+        Fields of `CardFacts` by name.
+
+    Raises:
+        ValueError: If its front matter cannot be read.
+    """
+    text = read_text(Path(path))
+    try:
+        data = ModelCard(text, ignore_metadata_errors=False).data
+    except Exception as error:  # of yaml, or of the Hub's client
+        raise ValueError(f"The front matter of {str(path)!r} cannot be read: {error}") from error
+    if _is_endless(vars(data)):
+        raise ValueError(f"The front matter of {str(path)!r} has more than {_MAX_VALUES} values.")
+    kept = data.get("hf_aselect")
+    if isinstance(kept, Mapping):
+        return {name: value for name, value in kept.items() if name in KEPT}
+    datasets = data.get("datasets")
+    datasets = datasets if isinstance(datasets, list) and datasets else [datasets]
+    facts = {
+        "license": data.get("license"),
+        "license_name": data.get("license_name"),
+        "base_model": data.get("base_model"),
+        "dataset": datasets[0],
+    }
+    for result in data.get("eval_results") or []:
+        if result.metric_type in ("accuracy", "mean_iou"):
+            facts[result.metric_type] = result.metric_value
+    return {name: value for name, value in facts.items() if isinstance(value, (str, float))}
+
+
+def _is_endless(value: Any) -> bool:
+    """Return whether a value holds more than a card has; a few aliases of YAML stand for billions."""
+    waiting, count = [value], 0
+    while waiting:
+        one = waiting.pop()
+        count += 1
+        parts = one.values() if isinstance(one, Mapping) else one if isinstance(one, list | tuple) else ()
+        if count + len(parts) > _MAX_VALUES:
+            return True
+        waiting.extend(parts)
+    return False
+
+
+def _base_license(facts: CardFacts) -> tuple[str | None, str | None, bool]:
+    """Return what is known of the licence of what the model was made from: of the table, else of its own card."""
+    identifier, name, is_non_commercial = license_of(facts.base_model or "")
+    if identifier is None and facts.base_license is not None:
+        identifier, _, after = facts.base_license.partition("/")
+        name = after or None
+        is_non_commercial = NON_COMMERCIAL.search(facts.base_license) is not None
+    return identifier, name, is_non_commercial
+
+
+def _license(facts: CardFacts) -> tuple[str | None, str | None]:
+    """Return the licence of the front matter: what was said, unless the base forbids commercial use."""
+    identifier, name, is_non_commercial = _base_license(facts)
+    said = facts.license, facts.license_name
+    if facts.license is None or (is_non_commercial and said != (identifier, name)):
+        if facts.license is not None:
+            logger.warning(
+                "The card says %s, the licence of %s, which forbids commercial use, in place of %s.",
+                name or identifier,
+                facts.base_model,
+                facts.license,
+            )
+        return identifier, name
+    return facts.license, facts.license_name
+
+
+def _runs(value: Figure) -> tuple[float, ...]:
+    """Return the figures of all runs as Python's, of what numpy and torch made as well."""
+    try:
+        return (float(value),)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return tuple(float(share) for share in value)  # type: ignore[union-attr]
+
+
+def _plain_figure(value: Figure) -> Figure:
+    runs = _runs(value)
+    return (
+        runs[0]
+        if len(runs) == 1 and getattr(value, "ndim", 0) == 0 and not isinstance(value, (list, tuple))
+        else list(runs)
+    )
+
+
+def _metric(facts: CardFacts) -> tuple[str, Figure | None]:
+    """Return the metric of the model's task, and its value."""
+    is_segmenter = facts.task == "image-segmentation"
+    return ("mean_iou", facts.mean_iou) if is_segmenter else ("accuracy", facts.accuracy)
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
+    identifier, name = _license(facts)
+    results = None
+    metric, value = _metric(facts)
+    if value is not None and facts.dataset is not None:
+        results = [
+            EvalResult(
+                task_type=facts.task,
+                dataset_type=facts.dataset,
+                dataset_name=facts.dataset,
+                metric_type=metric,
+                metric_value=round(mean(_runs(value)), 4),
+            )
+        ]
+    given = {each.name: getattr(facts, each.name) for each in fields(facts) if each.name in KEPT}
+    is_on_the_hub = facts.adapter_of is not None and "/" in facts.adapter_of
+    is_trained = facts.base_model is not None and _TASKS[facts.task].verb is not None
+    kept = {name: _plain(value) for name, value in given.items() if value is not None and (name != "tags" or value)}
+    return ModelCardData(
+        library_name="peft" if facts.adapter_of else "transformers",
+        pipeline_tag=facts.task,
+        tags=list(dict.fromkeys([*TAGS, *facts.tags])),
+        license=identifier,
+        license_name=name,
+        base_model=facts.adapter_of if is_on_the_hub else facts.base_model,
+        # A head on it is a training of it; features alone are it.
+        base_model_relation="adapter" if facts.adapter_of else "finetune" if is_trained else None,
+        datasets=[facts.dataset] if facts.dataset else None,
+        metrics=[metric] if results else None,
+        model_name=facts.model_name,
+        eval_results=results,
+        hf_aselect=kept,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a fact as the front matter can hold it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+
+
+def _known(rows: Mapping[str, object]) -> dict[str, str]:
+    """Return what is known of a table's rows, as its cells can hold it."""
+    return {_cell(name): _cell(value) for name, value in rows.items() if value is not None}
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _cell(value: object) -> str:
+    return _one_line(value).replace("|", "\\|")
+
+
+def _choice_rows(facts: CardFacts) -> dict[str, object]:
+    def rounded(value: float | None, digits: int) -> str | None:
+        return None if value is None else f"{value:.{digits}f}"
+
+    made = " that the transformer made itself" if facts.pictures == "generated" else ""
+    return {
+        "timestep": facts.timestep,
+        "log-SNR": rounded(facts.log_snr, 2),
+        "block": facts.block,
+        "feature": facts.feature,
+        "criterion": facts.criterion,
+        "pictures": None if facts.num_images is None else f"{facts.num_images}{made}",
+        "confidence": rounded(facts.confidence, 2),
+        "score (95 % interval)": None
+        if facts.score is None or facts.interval is None
+        else f"{facts.score:.4g} ({facts.interval[0]:.4g} to {facts.interval[1]:.4g})",
+        "seconds": rounded(facts.seconds, 1),
+        "folded": "the timestep is in the weights: it is read here alone" if facts.folded else None,
+    }
+
+
+def _how(facts: CardFacts) -> str:
+    # A criterion of the user's own is named in the table.
+    return (
+        "Features are read here:" if facts.criterion is None else _HOW.get(facts.criterion, "Chosen by a criterion:")
+    )
+
+
+def _result_rows(figures: Mapping[str, Figure]) -> dict[str, str]:
+    """Return means, and the least and the greatest where there were several runs."""
+    rows = {}
+    for name, value in figures.items():
+        runs = _runs(value)
+        spread = f" ({min(runs):.1%} to {max(runs):.1%}, {len(runs)} runs)" if len(runs) > 1 else ""
+        rows[_cell(name)] = f"{mean(runs):.1%}{spread}"
+    return rows
+
+
+_UNLABELLED = ", without labels or training."
+_HOW = {
+    "consensus": "Chosen by how much of what the transformer's features agree on can be read from these" + _UNLABELLED,
+    "hfr": "Chosen by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
+    + _UNLABELLED,
+    "signal_hfr": "Chosen by the share of high spatial frequencies in what the features of two noise draws agree on"
+    + _UNLABELLED,
+    "probe": "Chosen by the accuracy of a linear probe, with labels.",
+    "patch_probe": "Chosen by the accuracy of a linear probe of patches, with masks.",
+}
+_STOPPED_BY = {
+    "confidence": "no more were looked at, as that was sure enough",
+    "max_images": "no more were allowed",
+    "all pictures": "there were no more",
+}
+
+
+class Task(NamedTuple):
+    """What a model does, the Auto class that loads it, and what its pipeline is called."""
+
+    does: str
+    auto: str
+    verb: str | None
+
+
+_TASKS = {
+    "image-classification": Task(
+        "with a head that classifies pictures", "AutoModelForImageClassification", "classify"
+    ),
+    "image-segmentation": Task(
+        "with a decoder that tells the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
+    ),
+    "image-feature-extraction": Task("as a vision model, whose output is tokens", "AutoModel", None),
+}

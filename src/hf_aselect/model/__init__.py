@@ -1,0 +1,1 @@
+"""What travels with a checkpoint: configuration, models, image processor and all that they are built of."""

@@ -1,0 +1,472 @@
+"""What is taken of configurations, images and weights, whoever wrote them; everything else is rejected by name."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .layouts import MAX_SIZE, TransformerLayout
+
+NUM_TIMESTEPS = 1000
+# By class of the VAE: the field whose length is the number of its resolutions. Nobody has a VAE of more than so many.
+VAE_LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
+_MAX_VAE_LEVELS = 16
+
+
+def check_timestep(timestep: Any) -> None:
+    """Refuse anything but an integer timestep in [0, 1000).
+
+    Raises:
+        ValueError: If `timestep` is not an integer or lies outside [0, 1000).
+    """
+    if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < NUM_TIMESTEPS:
+        raise ValueError(
+            f"`timestep` must be an integer in [0, {NUM_TIMESTEPS}) or 'auto' (0 = least noise), got {timestep!r}."
+        )
+
+
+def check_count(name: str, count: Any) -> None:
+    """Refuse anything but an integer from 1 on.
+
+    Raises:
+        ValueError: If `count` is none.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {count!r}; an integer.")
+
+
+def check_vae(vae: dict[str, Any] | None) -> None:
+    """Refuse a VAE that is none of those we can encode with.
+
+    Raises:
+        ValueError: If `vae` is no configuration of one of them.
+    """
+    if vae is None:
+        return
+    name = vae.get("_class_name")
+    if not isinstance(name, str) or name not in VAE_LEVELS:
+        raise ValueError(f"Unsupported VAE {name!r}; supported are {', '.join(VAE_LEVELS)}.")
+    if missing := [field for field in ("in_channels", VAE_LEVELS[name]) if vae.get(field) is None]:
+        raise ValueError(
+            f"`vae` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
+            "(`dict(vae.config)`)."
+        )
+    if not isinstance(vae[VAE_LEVELS[name]], list | tuple):
+        raise ValueError(f"`vae` must have a list as `{VAE_LEVELS[name]}`, got {vae[VAE_LEVELS[name]]!r}.")
+    channels, levels = vae["in_channels"], vae[VAE_LEVELS[name]]
+    if isinstance(channels, bool) or not isinstance(channels, int) or not 1 <= channels <= MAX_SIZE:
+        raise ValueError(f"`in_channels` of the `vae` must be an integer from 1 on, got {short(channels)}.")
+    if not 1 <= len(levels) <= _MAX_VAE_LEVELS:
+        raise ValueError(
+            f"`{VAE_LEVELS[name]}` of the `vae` must have 1 to {_MAX_VAE_LEVELS} entries, one a resolution, got "
+            f"{len(levels)}."
+        )
+    # Latents would be nothing, or infinite.
+    if not is_finite_number(vae.get("scaling_factor", 1.0)) or not vae.get("scaling_factor", 1.0):
+        raise ValueError(
+            f"`scaling_factor` of the `vae` must be a number, got {short(vae['scaling_factor'])}; finite and not 0."
+        )
+    if not is_finite_number(vae.get("shift_factor") or 0):
+        raise ValueError(f"`shift_factor` of the `vae` must be a finite number, got {short(vae['shift_factor'])}.")
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise ValueError(
+            "A VAE with `latents_mean` and `latents_std` is not supported: none of the supported transformers was "
+            "trained on latents that were scaled channel by channel."
+        )
+
+
+def is_finite_number(value: Any) -> bool:
+    """Return whether a value is a number that a float can hold, and neither NaN nor infinite."""
+    # An integer of JSON may have any number of digits.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -1e300 <= value <= 1e300
+
+
+def short(value: Any) -> str:
+    """Return a value for an error, cut where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested without end, or an integer of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse what no weights are in; the host looks it up in torch, whatever it is.
+
+    Raises:
+        ValueError: If `dtype` is neither None nor float32, bfloat16, float16 or float64, of torch or by name.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found in WEIGHT_DTYPES.values()):
+        return
+    raise ValueError(f"`dtype` must be float32, bfloat16, float16 or float64, got {short(dtype)}.")
+
+
+def check_classes(names: Any, numbers: Any, num_labels: Any) -> None:
+    """Refuse classes that are not counted from 0 on, or not named each.
+
+    Args:
+        names: The field `id2label`.
+        numbers: The field `label2id`.
+        num_labels: How many there are, where that is said.
+
+    Raises:
+        ValueError: If one of them is not what it must be.
+    """
+    if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
+        raise ValueError(f"`num_labels` must be an integer from 1 on, got {short(num_labels)}.")
+    if numbers is not None and not isinstance(numbers, dict):
+        raise ValueError(f"`label2id` must be a dictionary of classes by name, got {short(numbers)}.")
+    if names is None:
+        return
+    # JSON has words for keys.
+    keys = {str(key) for key in names} if isinstance(names, dict) else set()
+    if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(names):
+        raise ValueError(
+            f"`id2label` must name the classes by their numbers, from 0 on and each once, got {short(names)}."
+        )
+
+
+# Of a configuration, an index or a card; the index of the largest model has a few.
+_MAX_TEXT_BYTES = 50_000_000
+# What weights are in, by the names of safetensors; others are numbers that stand for something else.
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class PickledWeightsError(ValueError):
+    """There are weights, but all of them are pickles."""
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        ValueError: If it is no file (a pipe would be waited for, a device never ends), larger than any of its kind, or
+            not in UTF-8.
+        OSError: If it is missing or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file.")
+    if (size := path.stat().st_size) > _MAX_TEXT_BYTES:
+        raise ValueError(f"{str(path)!r} has {size} bytes; at most {_MAX_TEXT_BYTES} are read.")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: If it is missing, or no JSON object.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{str(path)!r} is missing; save the model again with diffusers' `save_pretrained`."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets without end
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Save or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, expected an object of fields.")
+    return content
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the files that an index of weights names: safetensors beside it, and nothing else.
+
+    A link is followed, as the cache of the Hub is made of links.
+
+    Raises:
+        ValueError: If there are none, or one is missing, lies in another folder, or is no safetensors by its name.
+    """
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{str(index)!r} has no `weight_map`. Save or download it again.")
+    folder = index.parent
+    for name in content.values():
+        is_plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00]+\.safetensors", name) is not None
+        if not is_plain:
+            raise ValueError(
+                f"{str(index)!r} names {str(name)[:100]!r} for weights, and only safetensors beside it are read. Save "
+                "or download them again."
+            )
+        if len(name) > 255 or not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no weights {name[:100]!r}. Save or download them again.")
+    return [folder / name for name in sorted(set(content.values()))]
+
+
+def refuse_other_than_safetensors(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse weights that are no safetensors by their names, before one of them is opened.
+
+    Raises:
+        PickledWeightsError: If there are any.
+    """
+    if others := [os.path.basename(name) for name in files if not str(name).endswith(".safetensors")]:
+        raise PickledWeightsError(
+            f"Weights are read from safetensors alone, and pickles never unpickled, as they can run any code; got "
+            f"{', '.join(sorted(others)[:4])}. Save the model again with `save_pretrained`, which writes safetensors."
+        )
+
+
+def refuse_other_than_weights(name: str, dtype: str | torch.dtype) -> None:
+    """Refuse a tensor that cannot be a weight as it is: integers and 8-bit numbers want a scale that is elsewhere.
+
+    Raises:
+        ValueError: If `dtype`, torch's or the name that safetensors has for it, is none of `WEIGHT_DTYPES`.
+    """
+    if dtype not in WEIGHT_DTYPES and dtype not in WEIGHT_DTYPES.values():
+        raise ValueError(
+            f"The weight {name!r} is in {dtype}, expected float32, bfloat16, float16 or float64. Quantized weights "
+            "are loaded where their `quantization_config` stands in the configuration."
+        )
+
+
+MAX_PIXEL_VALUE = 10.0
+
+
+def check_floats(name: str, values: Any) -> None:
+    """Refuse what is no tensor of floating-point numbers in memory: others are numbers that stand for something else.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(values, Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got {type(values).__name__}.")
+    if torch.compiler.is_compiling():
+        return
+    if not values.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be floating-point numbers, got {values.dtype}. Pictures of bytes go through "
+            "`ASelectImageProcessor.from_model_config(model.config)` first."
+        )
+    if values.is_meta or values.layout != torch.strided:
+        kind = "one without data, on the device meta" if values.is_meta else str(values.layout)
+        raise ValueError(f"`{name}` must be a dense tensor with data, got {kind}.")
+
+
+def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
+    """Refuse latents that a transformer cannot read.
+
+    Args:
+        latents: What was given as latents, to be (B, C, h, w).
+        layout: Of the transformer.
+
+    Raises:
+        ValueError: If type, shape or values are wrong.
+    """
+    check_floats("latents", latents)
+    side, limit = layout.patch_size, layout.max_grid
+    if latents.ndim != 4 or latents.shape[1] != layout.num_channels:
+        raise ValueError(
+            f"`latents` must have shape (B, {layout.num_channels}, h, w), got {tuple(latents.shape)}. "
+            "`cache_features(..., what='latents')` and `encode` make them."
+        )
+    height, width = latents.shape[-2:]
+    if height < side or width < side or height % side or width % side:
+        raise ValueError(f"Height and width of `latents` must be multiples of {side}, got {height}×{width}.")
+    if limit is not None and max(height, width) > limit * side:
+        raise ValueError(
+            f"Height and width of `latents` must be at most {limit * side}, where the position table of this "
+            f"transformer ends, got {height}×{width}."
+        )
+    if torch.compiler.is_compiling():
+        return
+    if not len(latents):
+        raise ValueError("`latents` are an empty batch; give those of one picture or more.")
+    if not bool(latents.isfinite().all()):
+        raise ValueError("`latents` hold NaN or infinite values.")
+
+
+def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
+    """Refuse pictures that a model cannot read.
+
+    Args:
+        pixel_values: What was given as pictures, to be (B, C, H, W) in [-1, 1].
+        config: Of the model.
+
+    Raises:
+        ValueError: If type, shape or values are wrong.
+    """
+    check_floats("pixel_values", pixel_values)
+    if pixel_values.ndim != 4:
+        raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
+    num_channels, height, width = pixel_values.shape[1:]
+    if num_channels != config.num_channels:
+        raise ValueError(
+            f"The model takes pictures of {config.num_channels} channels, got {num_channels}. Use "
+            f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."
+        )
+    side, limit = config.patch_pixels, config.layout.max_grid
+    if limit is not None and max(height, width) > limit * side:
+        raise ValueError(
+            f"Height and width must be at most {limit * side} pixels, where the position table of this "
+            f"transformer ends, got {height}×{width}."
+        )
+    if height < side or width < side or height % side or width % side:
+        raise ValueError(
+            f"Height and width must be multiples of {side} pixels (a token's side), got {height}×{width}. Use "
+            f"`ASelectImageProcessor.from_model_config(model.config)`, which resizes to "
+            f"{'×'.join(map(str, config.image_height_width))}."
+        )
+    # A compiled graph cannot branch on values.
+    if torch.compiler.is_compiling():
+        return
+    if not len(pixel_values):
+        raise ValueError("`pixel_values` are an empty batch; give one picture or more.")
+    largest = float(pixel_values.detach().abs().max())
+    if not math.isfinite(largest):
+        raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
+    # Another processor's mean and standard deviation give no more than 3.
+    if largest > MAX_PIXEL_VALUE:
+        raise ValueError(
+            f"`pixel_values` must be in [-1, 1], got values up to {largest:g}. Use "
+            "`ASelectImageProcessor.from_model_config(model.config)`, which scales them."
+        )
+
+
+# Parts of our models that a checkpoint may lack altogether, and that are then new.
+HEADS = ("head", "decoder")
+
+
+class MismatchedSizesError(ValueError, RuntimeError):
+    """A head of other shapes than the configuration says; the host's own is a `RuntimeError`, which some catch."""
+
+
+def is_of_diffusers(source: str | os.PathLike[str]) -> bool:
+    """Return whether a local folder is, by its files, one that diffusers saved."""
+    folder = Path(source)
+    if (folder / "model_index.json").is_file() or (folder / "transformer").is_dir():
+        return True
+    return (folder / "config.json").is_file() and "_class_name" in read_json(folder / "config.json")
+
+
+def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:
+    """Refuse a local folder whose adapter is none or a pickle, or an index of which leads elsewhere.
+
+    The host joins such names to the folder as they are, and opens what it finds there. Of what comes from the Hub its
+    client lets no file lie outside of its cache.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    folder = Path(source, subfolder or "")
+    if (folder / "adapter_config.json").exists():
+        kind = read_json(folder / "adapter_config.json").get("peft_type")
+        if not isinstance(kind, str):
+            raise ValueError(
+                f"{str(folder / 'adapter_config.json')!r} is no configuration of an adapter: its `peft_type` must be "
+                f"a word, got {short(kind)}."
+            )
+    if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        refuse_other_than_safetensors(folder.glob("adapter_model.*"))
+    for index in sorted(folder.glob("*.index*.json")) if folder.is_dir() else ():
+        if ".safetensors." in index.name:
+            shards_of(index)
+
+
+def check_dtypes(files: Iterable[str | os.PathLike[str]], model: PreTrainedModel) -> None:
+    """Refuse weights in what is no floating-point dtype: the host would cast numbers that stand for something else.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    weights = {name for name, value in model.state_dict().items() if value.is_floating_point()}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in weights.intersection(opened.keys()):
+                    refuse_other_than_weights(name, opened.get_slice(name).get_dtype())
+        except (OSError, SafetensorError):  # the host says what is wrong with it
+            return
+
+
+def check_loaded(
+    source: str | os.PathLike[str],
+    info: dict[str, Any],
+    model: PreTrainedModel,
+    ignore_mismatched_sizes: bool,
+    is_info_asked: bool,
+) -> None:
+    """Refuse a checkpoint whose backbone or head is incomplete or of other shapes.
+
+    Args:
+        source: Where it was loaded from, for the error.
+        info: The host's loading info.
+        model: What was loaded.
+        ignore_mismatched_sizes: Whether a head of other shapes, or another kind of head, was asked to be replaced by
+            a new one.
+        is_info_asked: Whether the loading info goes to the caller, who then sees what is missing of the backbone.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    _check_backbone_is_complete(source, info, is_info_asked)
+    _check_head_is_whole(source, info, model, ignore_mismatched_sizes)
+    if not ignore_mismatched_sizes:
+        _check_head_fits(source, info)
+
+
+def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any], is_info_asked: bool) -> None:
+    """Refuse a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
+    unfit = {entry[0] for entry in info["mismatched_keys"]}
+    if not is_info_asked:
+        unfit |= {*info["missing_keys"], *info["unexpected_keys"]}
+    broken = {name for name in unfit if "denoiser." in name or "vae." in name}
+    if broken:
+        raise ValueError(
+            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
+            f"are missing, left over or of another shape, among them {sorted(broken)[:3]}."
+        )
+
+
+def _check_head_is_whole(
+    source: str | os.PathLike[str], info: dict[str, Any], model: PreTrainedModel, ignore_mismatched_sizes: bool
+) -> None:
+    """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
+    for part in HEADS:
+        of_the_part = f"{part}."
+        missing = {name for name in info["missing_keys"] if name.startswith(of_the_part)}
+        whole = {name for name in model.state_dict() if name.startswith(of_the_part)}
+        left_over = {name for name in info["unexpected_keys"] if name.startswith(of_the_part)}
+        if missing and left_over:
+            if not ignore_mismatched_sizes:
+                raise ValueError(
+                    f"The weights in {str(source)!r} hold another kind of {part}: they lack {sorted(missing)[:2]} and "
+                    f"have {sorted(left_over)[:2]}. Pass `ignore_mismatched_sizes=True` to start with a new one, or "
+                    f"leave `{part}` as it was saved."
+                )
+            _renew(model, part)
+        elif missing and missing != whole:
+            raise ValueError(
+                f"The weights in {str(source)!r} hold a part of the {part} only: {len(missing)} of its {len(whole)} "
+                f"tensors are missing, among them {sorted(missing)[:3]}. Save or download them again."
+            )
+
+
+def _renew(model: PreTrainedModel, part: str) -> None:
+    """Initialise a head anew: some of its tensors may have been those of another kind of head, by the same names."""
+    head: nn.Module = getattr(model, part)
+    for tensor in (*head.parameters(), *head.buffers()):
+        tensor._is_hf_initialized = False  # type: ignore[attr-defined]  # the host's mark of what was loaded
+    head.apply(model._init_weights)
+
+
+def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose head has other shapes than the configuration says."""
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise MismatchedSizesError(
+            f"The head saved in {str(source)!r} does not fit the configuration: {name!r} has shape {tuple(found)}, "
+            f"expected {tuple(expected)}. Pass `ignore_mismatched_sizes=True` to start with a new head, or leave "
+            "`num_labels` and the sizes of the head as they were saved."
+        )

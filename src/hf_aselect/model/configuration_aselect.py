@@ -1,0 +1,688 @@
+"""Configuration of the A-SelecT models: every value that changes their output."""
+
+import difflib
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from .checks import NUM_TIMESTEPS, VAE_LEVELS, check_classes, check_dtype, check_timestep, check_vae, short
+from .layouts import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    FoldedLayout,
+    Tap,
+    TransformerLayout,
+    check_feature,
+    layout_of,
+    parse_tap_key,
+    tap_key,
+)
+
+# By this a folder is known to hold code: every class that travels needs it.
+CODE = "configuration_aselect.py"
+# Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
+UPERNET_EIGHTHS = (1, 3, 5, 6)
+# diffusers' defaults of `DiTTransformer2DModel`, written out: they are DiT-XL/2's sizes.
+DIT_XL_2 = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+DDPM_LINEAR = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": NUM_TIMESTEPS,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
+# Nobody needs more; with more, building a model would take the machine's memory, or its time.
+_MAX_DRAWS = 1000
+_MAX_TOKENS = 2**20
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
+_WRITTEN_BY_TRANSFORMERS = {
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "stage_names",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "use_cache",
+}
+
+
+@strict
+class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of a diffusion transformer that is read at one timestep and one tap.
+
+    Unknown keywords are refused, unlike in `PreTrainedConfig`. `hidden_size`, `num_hidden_layers`,
+    `num_attention_heads` and `num_channels` are read off `transformer` and `vae` and cannot be set.
+
+    Args:
+        transformer: diffusers' configuration of the transformer, with `_class_name`. Default: DiT-XL/2's sizes.
+        vae: diffusers' configuration of the `AutoencoderKL` or `AutoencoderDC`, with `_class_name`; None for a DiT
+            in pixel space.
+        scheduler: diffusers' configuration of a scheduler of the kind that the transformer was trained with, DDPM-like
+            or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
+        timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise; "auto" as long as
+            none is chosen.
+        block: Block at which features are read, 0-based, negative from the end. Default: `3 * num_hidden_layers // 8`,
+            the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable Diffusion 3).
+        feature: What is read there: `hidden` (block output), `normed` (adaLN-modulated input of attention), `query`,
+            `key`, `value` (before the head split), `attention` (after the output projection, before the gate). FLUX's
+            blocks of one stream have no `attention`.
+        timestep_embedding: Of a `DiTTransformer2DModel`: "diffusers" for one that was trained with diffusers,
+            "original" for weights of `facebookresearch/DiT` (the frequencies of diffusers' sinusoidal embedding differ
+            a little from those), "sit" for weights of SiT, which is given 1 - t/1000. The other families have
+            "diffusers" alone.
+        prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
+            weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
+        guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
+        zeroed_channels: Channels of the tokens that are set to zero: a list for those of the configuration's own tap
+            (an empty one: none, anywhere), or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A
+            few channels dwarf all others in the residual stream of large transformers. "auto": those that
+            `select_timestep` finds to be so, with the timestep. Default: "auto" for `hidden`, `normed` and
+            `attention` where the timestep is chosen; else none.
+        noise_seed: Seed of the fixed noise that pictures are mixed with.
+        num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
+        resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).
+        freeze_backbone: Whether only the head is trained.
+        head: Classification head: "attention" (the A-SelecT authors') or "linear" (mean pooling, layer norm, linear).
+        head_hidden_size: Width of the attention head.
+        head_num_layers: Transformer blocks of the attention head.
+        head_num_attention_heads: Attention heads in each of them.
+        head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
+        decoder: Segmentation decoder: "linear" (batch norm and a classifier of each token of `block`) or "upernet" (of
+            four blocks, `out_indices`).
+        decoder_hidden_size: Channels of UperNet.
+        auxiliary_hidden_size: Channels of its auxiliary head, which only training uses; 0 for none.
+        auxiliary_loss_weight: Weight of that head's loss.
+        semantic_loss_ignore_index: Value of mask pixels that have no class.
+        out_features: Stages that a backbone returns: "stem" is what the first block reads, "stage1" the first block.
+        out_indices: Or their indices, rising, negative from the end: 0 is the stem, 1 the first block. Default: the
+            last block, as the host's backbones; for "upernet" the blocks at 1, 3, 5 and 6 eighths of the depth.
+        reshape_hidden_states: Whether a backbone returns maps, (B, D, rows, columns); else tokens, (B, 1 + N, D),
+            behind their mean in the place of a class token, as the host's DPT wants them.
+        image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
+            down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
+            and Sana make their position table anew, scaled to it as diffusers does; Stable Diffusion 3 cuts the middle
+            out of its table, which ends at 192 tokens a side (3.5-medium: 384); FLUX and Lumina have rotary positions.
+        folded: Whether the timestep's conditioning is in the weights, as `model.fold()` makes it: the model reads at
+            its own timestep and taps alone.
+        folded_layout: What a folded transformer is built of, as from `FoldedLayout.to_dict()`. Written by `fold`.
+        selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
+        base_model: Id on the Hub of what the weights were made from: their licence holds for this model, too.
+        base_license: Licence of that, by its own card: an identifier of the Hub, or "other/NAME".
+        initializer_range: Standard deviation of newly initialised weights; the attention head has Xavier's instead.
+
+    Raises:
+        ValueError: If a keyword is unknown or a value does not fit; inside a `StrictDataclassError` of
+            huggingface_hub where the value was checked after construction.
+    """
+
+    model_type = "aselect_dit"
+
+    transformer: dict[str, Any] | None = None
+    vae: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    timestep: int | str = "auto"
+    block: int | None = None
+    feature: str = "query"
+    timestep_embedding: Literal["diffusers", "original", "sit"] = "diffusers"
+    prompt_shapes: dict[str, list[int]] | None = None
+    guidance: float = 1.0
+    zeroed_channels: list[int] | dict[str, list[int]] | str | None = None
+    noise_seed: int = 0
+    num_noise_draws: int = 1
+    resample_noise_in_training: bool = False
+    freeze_backbone: bool = True
+    head: str = "attention"
+    head_hidden_size: int = 800
+    head_num_layers: int = 2
+    head_num_attention_heads: int = 8
+    head_mlp_ratio: int = 4
+    decoder: str = "linear"
+    decoder_hidden_size: int = 512
+    auxiliary_hidden_size: int = 256
+    auxiliary_loss_weight: float = 0.4
+    semantic_loss_ignore_index: int = 255
+    reshape_hidden_states: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    image_size: int | list[int] | None = None
+    folded: bool = False
+    folded_layout: dict[str, Any] | None = None
+    selection: dict[str, Any] | None = None
+    base_model: str | None = None
+    base_license: str | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill what is derived from the transformer and refuse unknown keywords."""
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
+        names, num_labels = self.id2label, kwargs.get("num_labels")
+        check_classes(names, self.label2id, num_labels)
+        kwargs.pop("stage_names", None)  # follow from the depth
+        if num_labels is None:
+            kwargs.pop("num_labels", None)
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            check_dtype(dtype)
+        if names is not None and num_labels is not None and len(names) != num_labels:
+            raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
+        self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
+        self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
+        layout = layout_of(self.transformer)
+        check_vae(self.vae)
+        if self.block is None:
+            self.block = 3 * layout.num_layers // 8
+        if self.image_size is None:
+            self.image_size = layout.sample_size * self.vae_scale_factor
+        # The host's names: what the first block reads, then each block.
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, layout.num_layers + 1))]
+        if out_features is None and out_indices is None:
+            out_indices = self._default_out_indices()
+        self._check_order(out_indices)
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+
+    def _default_out_indices(self) -> list[int]:
+        """Return the stages that are read where none are named: the last, as the host's; or UperNet's four."""
+        depth = len(self.stage_names) - 1
+        is_deep_enough = self.decoder == "upernet" and depth >= 4
+        return [1 + share * depth // 8 for share in UPERNET_EIGHTHS] if is_deep_enough else [depth]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values; stages by their indices alone, and where they are not the default."""
+        values: dict[str, Any] = super().to_dict()
+        values.pop("stage_names", None)
+        del values["out_features"]
+        if values["out_indices"] == self._default_out_indices():
+            del values["out_indices"]
+        return values
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        include_code: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the configuration; with its code where that is wanted, see the models' `save_pretrained`."""
+        # Whoever saves a model has decided already, and shadows `_auto_class`.
+        is_decided = "_auto_class" in vars(self)
+        with_code = is_decided or is_code_saved(self, save_directory, push_to_hub, include_code)
+        with nullcontext() if with_code else without_code(self):
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
+        """Return this configuration: there is no text. The host would take `decoder` for one that is nested."""
+        return self
+
+    def _check_order(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
+        """Refuse stages that there are not, or that are out of order; the host takes the first wrong one for right."""
+        depth = len(self.stage_names)
+        if out_indices is None:
+            return
+        if not isinstance(out_indices, list | tuple):
+            raise ValueError(f"`out_indices` must be a list of integers, got {out_indices!r}.")
+        if not all(isinstance(index, int) and -depth <= index < depth for index in out_indices):
+            raise ValueError(f"`out_indices` must be integers in [{-depth}, {depth}), got {list(out_indices)}.")
+        positive = [index % depth for index in out_indices]
+        if positive != sorted(set(positive)):
+            raise ValueError(f"`out_indices` must rise, each block once, got {list(out_indices)}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration from a dictionary, with `kwargs` in place of its values.
+
+        The host sets `kwargs` on the finished configuration, past the checks; here they are checked like any value.
+
+        Raises:
+            ValueError: As the constructor, and if `config_dict` is no dictionary of fields by name.
+        """
+        if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
+            raise ValueError(f"A configuration must be a dictionary of fields by name, got {short(config_dict)}.")
+        if not isinstance(config_dict.get("quantization_config", {}), dict):
+            # The host asks it for things that only a dictionary has.
+            raise ValueError(
+                f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
+            )
+        check_classes(config_dict.get("id2label"), config_dict.get("label2id"), kwargs.get("num_labels"))
+        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS | {"problem_type"}}
+        num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
+        if kwargs.get("id2label") is not None:
+            check_classes(kwargs["id2label"], kwargs.get("label2id"), num_labels)
+            # Numbers, as the pipelines look them up, and each name its number; as the constructor has them.
+            named = {int(number): name for number, name in kwargs.pop("id2label").items()}
+            numbers = kwargs.pop("label2id", None) or {name: number for number, name in named.items()}
+            own_fields |= {"id2label": named, "label2id": numbers}
+            kwargs.pop("num_labels", None)
+            if num_labels is not None and num_labels != len(named):
+                raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(named)} classes: {named}.")
+            config_dict = {name: value for name, value in config_dict.items() if name != "num_labels"}
+        elif num_labels is not None and names is not None and len(names) != num_labels:
+            # Another number of classes has other names.
+            config_dict = {name: value for name, value in config_dict.items() if name not in ("id2label", "label2id")}
+        if kwargs.pop("return_unused_kwargs", False):
+            return super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
+        config, unused = super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
+        refuse_unknown_keywords({name for name in unused if not name.startswith("_")} - _WRITTEN_BY_TRANSFORMERS)
+        return config
+
+    @property
+    def layout(self) -> TransformerLayout:
+        """The sizes of the transformer."""
+        return layout_of(self.transformer or {})
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the transformer's tokens."""
+        return self.layout.hidden_size
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the tokens that are read: `hidden_size`, but for keys and values that several heads share."""
+        return self.width_of(self.feature)
+
+    def width_of(self, feature: str) -> int:
+        """Return the width of a feature's tokens."""
+        return self.layout.key_value_size if feature in ("key", "value") else self.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of transformer blocks."""
+        return self.layout.num_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Number of attention heads in each block."""
+        return self.layout.num_attention_heads
+
+    @property
+    def num_channels(self) -> int:
+        """Number of colour channels of a picture: 1 for grey, 3 for RGB."""
+        return self.layout.num_channels if self.vae is None else int(self.vae["in_channels"])
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a side that one latent stands for: 1 in pixel space."""
+        return 1 if self.vae is None else 2 ** (len(self.vae[VAE_LEVELS[self.vae["_class_name"]]]) - 1)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels a side that one token stands for."""
+        return self.layout.patch_size * self.vae_scale_factor
+
+    @property
+    def patch_size(self) -> int:
+        """The same by the name that the host's heads ask for, DPT's above all."""
+        return self.patch_pixels
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        if isinstance(self.image_size, list):
+            return self.image_size[0], self.image_size[1]
+        return self.image_size, self.image_size  # type: ignore[return-value]
+
+    def block_index(self, block: int | None = None) -> int:
+        """Return a block's index counted from the first; the config's own block if None is given.
+
+        Raises:
+            ValueError: If there is no such block.
+        """
+        block = self.block if block is None else block
+        depth = self.num_hidden_layers
+        if isinstance(block, bool) or not isinstance(block, int) or not -depth <= block < depth:
+            raise ValueError(
+                f"`block` must be in [{-depth}, {depth}) for a transformer of {depth} blocks, got {block!r}."
+            )
+        return block % depth
+
+    def resolved_timestep(self) -> int:
+        """Return the timestep at which features are read.
+
+        Raises:
+            ValueError: If it is still "auto".
+        """
+        if isinstance(self.timestep, str):
+            raise ValueError(f"The timestep of this model is still {self.timestep!r}: {_HOW_TO_RESOLVE}.")
+        return self.timestep
+
+    def is_selection_in_use(self) -> bool:
+        """Return whether the record of a selection, if any, is of the timestep and tap that are read."""
+        record = self.selection
+        return record is None or (
+            (record.get("timestep"), record.get("block"), record.get("feature"))
+            == (self.timestep, self.block_index(), self.feature)
+        )
+
+    def validate_timestep(self) -> None:
+        """Refuse a timestep outside [0, 1000) that is not "auto"."""
+        if self.timestep != "auto":
+            check_timestep(self.timestep)
+
+    def validate_tap(self) -> None:
+        """Refuse an unknown feature and a block that the transformer does not have."""
+        self.check_tap(self.block_index(), self.feature)
+
+    def channels_at(self, block: int, feature: str) -> list[int] | None:
+        """Return the channels that are set to zero at a tap; None where nothing is said of it.
+
+        Args:
+            block: Block index, counted from the first; -1 is a backbone's stem.
+            feature: The feature.
+        """
+        channels = self.zeroed_channels
+        if isinstance(channels, dict):
+            return channels.get(tap_key(block, feature))
+        if isinstance(channels, list):
+            if not channels:
+                return []  # none, anywhere
+            return channels if (block, feature) == (self.block_index(), self.feature) else None
+        return None
+
+    def stage_taps(self) -> list[Tap]:
+        """Return block and feature of the stages that a backbone returns; the stem is the hidden state of block -1."""
+        stages = [index % len(self.stage_names) for index in self.out_indices]
+        return [(stage - 1, self.feature if stage else "hidden") for stage in stages]
+
+    def hidden_taps(self, output_hidden_states: bool | None) -> list[Tap]:
+        """Return the taps of what the first block reads and of each block's output, if they are asked for.
+
+        Of a folded model these are those among them that it is read at.
+
+        Args:
+            output_hidden_states: Whether they are; None for what the configuration says.
+        """
+        if not (self.output_hidden_states if output_hidden_states is None else output_hidden_states):
+            return []
+        folded = self.folding
+        every = [(index, "hidden") for index in range(-1, self.num_hidden_layers)]
+        return every if folded is None else [tap for tap in every if tap_key(*tap) in folded.taps]
+
+    def check_tap(self, block: int, feature: str) -> None:
+        """Refuse a feature that there is not, or not at this block, counted from the first.
+
+        Raises:
+            ValueError: If `feature` is unknown, or the block has none of that name, or there is no such block.
+        """
+        check_feature(feature)
+        # What the first block reads counts as the output of a block before it.
+        first = -1 if feature == "hidden" else 0
+        if isinstance(block, bool) or not isinstance(block, int) or not first <= block < self.num_hidden_layers:
+            raise ValueError(
+                f"There is no `{feature}` of block {block!r}: this transformer has {self.num_hidden_layers} blocks, "
+                f"counted from 0{', and -1 for what the first one reads' * (first < 0)}."
+            )
+        taps = None if self.folded_layout is None else self.folded_layout.get("taps", ())
+        if taps is not None and tap_key(block, feature) not in taps:
+            raise ValueError(
+                f"This model was folded to be read at {', '.join(taps)}, and has nothing else of what the "
+                f"transformer was, got {tap_key(block, feature)}. Load the model it was folded from."
+            )
+        depth = self.layout.num_attention_outputs
+        if feature == "attention" and block >= depth:
+            raise ValueError(
+                f"Block {block} has no `attention`: only the first {depth} blocks of this transformer project their "
+                "attention alone. Read `hidden`, `normed`, `query`, `key` or `value` there, or an earlier block."
+            )
+
+    @property
+    def folding(self) -> FoldedLayout | None:
+        """What a folded transformer is built of; None where it is not folded."""
+        return None if self.folded_layout is None else FoldedLayout.from_dict(self.folded_layout)
+
+    def validate_folding(self) -> None:
+        """Refuse a timestep or sizes other than those that a model was folded at."""
+        folded = self.folding
+        if self.folded != (folded is not None):
+            raise ValueError(
+                "`folded` and `folded_layout` are written by `model.fold()`, both or neither; got "
+                f"folded={self.folded} and {'a' if folded else 'no'} layout."
+            )
+        if folded is None:
+            return
+        if self.timestep != folded.timestep:
+            raise ValueError(
+                f"This model was folded at timestep {folded.timestep}, which is in its weights, and cannot be read at "
+                f"{self.timestep!r}. Load the model it was folded from, and fold it there."
+            )
+        layout = self.layout
+        for name in ("num_channels", "patch_size", "hidden_size", "num_attention_heads"):
+            if getattr(folded, name) != getattr(layout, name):
+                raise ValueError(
+                    f"`folded_layout` has {name} {getattr(folded, name)}, but `transformer` has "
+                    f"{getattr(layout, name)}."
+                )
+        if folded.last_block >= layout.num_layers:
+            raise ValueError(
+                f"`folded_layout` has block {folded.last_block}, but `transformer` only {layout.num_layers} blocks."
+            )
+
+    def validate_vae(self) -> None:
+        """Refuse a VAE whose latents are not what the transformer takes."""
+        made = (self.vae or {}).get("latent_channels")
+        if made is not None and made != self.layout.num_channels:
+            raise ValueError(
+                f"The transformer takes latents of {self.layout.num_channels} channels, but the VAE makes {made}. "
+                "Transformers that take more beside the latents, as FLUX.1-Fill a masked picture, are not supported."
+            )
+
+    def validate_prompt(self) -> None:
+        """Refuse the empty prompt's shapes where the transformer has none, and a guidance that is no number."""
+        if self.prompt_shapes and not self.layout.needs_prompt:
+            raise ValueError(
+                f"`prompt_shapes` are given, but a {self.transformer['_class_name']} is not conditioned on a text."  # type: ignore[index]
+            )
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"`guidance` must be a finite number from 0 on, got {self.guidance}.")
+
+    def validate_zeroed_channels(self) -> None:
+        """Refuse channels that the tokens do not have."""
+        channels = self.zeroed_channels
+        if channels is None or channels == "auto":
+            return
+        by_tap = channels if isinstance(channels, dict) else {tap_key(self.block_index(), self.feature): channels}
+        for key, listed in by_tap.items():
+            try:
+                block, feature = parse_tap_key(key)
+            except ValueError:
+                block, feature = -1, ""
+            if block < 0:
+                raise ValueError(
+                    f"`zeroed_channels` by tap must have keys 'BLOCK.FEATURE', as '9.hidden', got {key!r}."
+                )
+            self.check_tap(self.block_index(block), feature)
+            size = self.width_of(feature)
+            if isinstance(listed, str) or not all(0 <= channel < size for channel in listed):
+                raise ValueError(
+                    f"`zeroed_channels` must be 'auto' or integers in [0, {size}), the tokens' channels, or such "
+                    f"lists by tap, got {channels!r}."
+                )
+
+    def validate_head(self) -> None:
+        """Refuse an unknown head and sizes that do not divide."""
+        if self.head not in ("linear", "attention"):
+            raise ValueError(f"`head` must be 'linear' or 'attention', got {self.head!r}.")
+        if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
+            raise ValueError(
+                "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "
+                f"{self.head_hidden_size}, {self.head_num_layers} and {self.head_mlp_ratio}."
+            )
+        if self.head_num_layers > MAX_LAYERS or self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
+            raise ValueError(
+                f"`head_num_layers` must be at most {MAX_LAYERS}, `head_hidden_size` times `head_mlp_ratio` at most "
+                f"{MAX_SIZE}, got {self.head_num_layers}, {self.head_hidden_size} and {self.head_mlp_ratio}."
+            )
+        if self.head_num_attention_heads < 1 or self.head_hidden_size % self.head_num_attention_heads:
+            raise ValueError(
+                f"`head_hidden_size` ({self.head_hidden_size}) must be a multiple of `head_num_attention_heads` "
+                f"({self.head_num_attention_heads})."
+            )
+
+    def validate_decoder(self) -> None:
+        """Refuse an unknown decoder, sizes out of range, and other than four blocks for UperNet."""
+        if self.decoder not in ("linear", "upernet"):
+            raise ValueError(f"`decoder` must be 'linear' or 'upernet', got {self.decoder!r}.")
+        if not -(2**63) <= self.semantic_loss_ignore_index < 2**63:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` must be a value that a mask can have, got "
+                f"{self.semantic_loss_ignore_index}."
+            )
+        is_weight = 0 <= self.auxiliary_loss_weight < math.inf
+        if self.decoder_hidden_size < 1 or self.auxiliary_hidden_size < 0 or not is_weight:
+            raise ValueError(
+                "`decoder_hidden_size` must be at least 1, `auxiliary_hidden_size` and `auxiliary_loss_weight` at "
+                f"least 0 and finite, got {self.decoder_hidden_size}, {self.auxiliary_hidden_size} and "
+                f"{self.auxiliary_loss_weight}."
+            )
+        if max(self.decoder_hidden_size, self.auxiliary_hidden_size) > MAX_SIZE:
+            raise ValueError(
+                f"`decoder_hidden_size` and `auxiliary_hidden_size` must be at most {MAX_SIZE}, got "
+                f"{self.decoder_hidden_size} and {self.auxiliary_hidden_size}."
+            )
+        if self.decoder != "upernet":
+            return
+        if self.num_hidden_layers < 4:
+            raise ValueError(
+                f"`decoder='upernet'` reads four blocks, and this transformer has {self.num_hidden_layers}. Use "
+                "`decoder='linear'`."
+            )
+        if len(self.out_indices) != 4:
+            raise ValueError(f"`decoder='upernet'` reads four blocks; `out_indices` names {self.out_indices}.")
+        self.check_stages()
+
+    def check_stages(self) -> None:
+        """Refuse stages whose block does not have the feature.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for block, feature in self.stage_taps():
+            self.check_tap(block, feature)
+
+    def validate_host_fields(self) -> None:
+        """Refuse values that the host takes as they are and trips over later."""
+        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
+            raise ValueError(f"`problem_type` must be one of {', '.join(_PROBLEM_TYPES)}, got {self.problem_type!r}.")
+        classes = self.architectures
+        if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+            raise ValueError(f"`architectures` must be a list of names of classes, got {classes!r}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be a finite number from 0 on, got {self.initializer_range}.")
+
+    def validate_noise(self) -> None:
+        """Refuse fewer than one noise draw and a seed that a generator does not take."""
+        if not 1 <= self.num_noise_draws <= _MAX_DRAWS:
+            raise ValueError(
+                f"`num_noise_draws` must be at least 1, got {self.num_noise_draws}; at most {_MAX_DRAWS}."
+            )
+        if not 0 <= self.noise_seed < 2**32:
+            raise ValueError(f"`noise_seed` must be in [0, 2**32), got {self.noise_seed}.")
+
+    def validate_image_size(self) -> None:
+        """Refuse picture sizes that do not divide into tokens."""
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise ValueError(f"`image_size` must be an integer or [height, width], got {self.image_size}.")
+        for side in self.image_height_width:
+            if side > MAX_SIZE:
+                raise ValueError(f"`image_size` must be at most {MAX_SIZE} pixels a side, got {self.image_size}.")
+            if side < 1 or side % self.patch_pixels:
+                raise ValueError(
+                    f"`image_size` must be a multiple of {self.patch_pixels} pixels (a token's side), "
+                    f"got {self.image_size}."
+                )
+            limit = self.layout.max_grid
+            if limit is not None and side > limit * self.patch_pixels:
+                raise ValueError(
+                    f"`image_size` must be at most {limit * self.patch_pixels} pixels a side, where the position "
+                    f"table of this transformer ends, got {self.image_size}."
+                )
+        height, width = self.image_height_width
+        if height * width > _MAX_TOKENS * self.patch_pixels**2:
+            raise ValueError(
+                f"`image_size` must give at most {_MAX_TOKENS} tokens of {self.patch_pixels}×{self.patch_pixels} "
+                f"pixels, got {self.image_size}."
+            )
+
+
+_HOW_TO_RESOLVE = (
+    "pass `calibration_images=` to `from_pretrained`, or call "
+    "`model.apply_selection(select_timestep(model, images))`, "
+    "or set `model.config.timestep` to an integer in [0, 1000) yourself"
+)
+
+# What a user may give: the fields, and the two that the host keeps under other names.
+OWN_FIELDS = {name for name in ASelectConfig.__annotations__ if not name.startswith("_")} | {
+    "out_features",
+    "out_indices",
+}
+
+
+def refuse_unknown_keywords(names: set[str]) -> None:
+    """Refuse keywords that are no fields of the configuration, naming the nearest field.
+
+    Raises:
+        ValueError: If `names` is not empty.
+    """
+    if not names:
+        return
+    fields = sorted(OWN_FIELDS | {"num_labels"})
+    hints = []
+    for name in sorted(names):
+        near = difflib.get_close_matches(name, fields, n=1)
+        hints.append(f"`{name}`" + (f" (did you mean `{near[0]}`?)" if near else ""))
+    raise ValueError(f"ASelectConfig has no field {', '.join(hints)}.")
+
+
+def is_code_saved(saved: Any, folder: str | os.PathLike[str], is_pushed: bool, asked: bool | None) -> bool:
+    """Return whether the code of a configuration, model or image processor is saved beside it.
+
+    Args:
+        saved: What is saved.
+        folder: Where.
+        is_pushed: Whether it is pushed to the Hub from there.
+        asked: What the user said; None for the default: where it is pushed, where the folder has the code already, and
+            where the object itself was loaded from such code, without which it could not be loaded again.
+    """
+    if asked is not None:
+        return asked
+    is_copy = any(kind.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME) for kind in type(saved).__mro__)
+    return is_pushed or is_copy or Path(folder, CODE).is_file()
+
+
+@contextmanager
+def without_code(*saved: Any) -> Iterator[None]:
+    """Let transformers copy no code of objects that it saves, for a while: it asks the objects for it."""
+    for each in saved:
+        vars(each).pop("auto_map", None)
+        vars(each).update({"is_remote_code": bool} if hasattr(each, "forward") else {"_auto_class": None})
+    try:
+        yield
+    finally:
+        for each in saved:
+            vars(each).pop("is_remote_code" if hasattr(each, "forward") else "_auto_class")

@@ -1,0 +1,402 @@
+"""What every family of diffusion transformers shares: read at taps of its blocks, or run to its end."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .layouts import BEFORE_ATTENTION, Tap
+
+
+@dataclass
+class Pass:
+    """What runs from block to block.
+
+    Args:
+        hidden_states: Tokens, (B, N, D): the picture's, or, where there is one stream, text and picture.
+        rows: Rows of the token grid.
+        columns: Its columns.
+        condition: What the blocks are modulated with.
+        context: Tokens of the text, (B, L, D), where there are any.
+        rotary: Rotary position embeddings, where there are any.
+        output_condition: What the output is modulated with, where that is something else.
+    """
+
+    hidden_states: Tensor
+    rows: int
+    columns: int
+    condition: Any
+    context: Tensor | None = None
+    rotary: Any = None
+    output_condition: Any = None
+
+
+class BlockStep(GradientCheckpointingLayer):
+    """Runs a block so that the host can have it computed anew in the backward pass; has no weights of its own.
+
+    diffusers' transformers have the same in a `forward` that is not used here.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, context: Tensor | None, state: Pass, advance: Callable[[Pass], None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens and the text's tokens after the block, without changing the state."""
+        after = replace(state, hidden_states=hidden_states, context=context)
+        advance(after)
+        return after.hidden_states, after.context
+
+
+class Denoiser(nn.Module, ABC):
+    """A diffusion transformer that is read at one block, and run no further; or run to its end, to generate.
+
+    A family says how a pass begins, what a block's attention reads, how a block is run and how the prediction comes
+    out of the last; `read_taps`, `forward`, `predict` and `unused_modules` are the same for all.
+
+    Args:
+        transformer: A transformer of diffusers.
+        timestep_embedding: How a timestep is embedded; "diffusers" is what diffusers itself does.
+        prompt_shapes: Shapes of the empty prompt's embeddings, by name; the values are buffers of that name. None to
+            do without them, where nothing is read.
+        guidance: Guidance that a guidance-distilled transformer is conditioned on; the others have no use for it.
+        vae_scale_factor: Pixels a side that one latent stands for.
+    """
+
+    # Names of the empty prompt's embeddings and of the buffers that hold them; the field of diffusers' configuration
+    # that says how wide each is.
+    prompt_fields: ClassVar[dict[str, str]] = {}
+    timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
+
+    transformer: Any  # diffusers is imported when a denoiser is built, not here
+    prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
+    pooled_prompt_embeds: Tensor  # (1, C); of some of them
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        timestep_embedding: str = "diffusers",
+        prompt_shapes: dict[str, list[int]] | None = None,
+        guidance: float = 1.0,
+        vae_scale_factor: int = 1,
+    ) -> None:
+        super().__init__()
+        if timestep_embedding not in self.timestep_embeddings:
+            raise ValueError(
+                f"`timestep_embedding` of {type(transformer).__name__} must be one of "
+                f"{', '.join(self.timestep_embeddings)}, got {timestep_embedding!r}."
+            )
+        self.transformer = transformer
+        self.timestep_embedding = timestep_embedding
+        self.guidance = guidance
+        self.vae_scale_factor = vae_scale_factor
+        if prompt_shapes is not None:
+            self._check_prompt(prompt_shapes)
+            for name, shape in prompt_shapes.items():
+                self.register_buffer(name, torch.zeros(shape))
+        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
+
+    def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
+        """Refuse embeddings of the prompt that the transformer does not take."""
+        name = type(self.transformer).__name__
+        if set(shapes) != set(self.prompt_fields):
+            raise ValueError(
+                f"{name} is conditioned on {', '.join(self.prompt_fields) or 'no prompt'}, but the configuration's "
+                f"`prompt_shapes` has {', '.join(shapes) or 'none'}. Load the whole pipeline, with its text encoders, "
+                "or give `prompt_embeds=`."
+            )
+        for part, field in self.prompt_fields.items():
+            width, shape = self.transformer.config.get(field), list(shapes[part])
+            expected = [1, width] if part.startswith("pooled") else [1, *shape[1:2], width]
+            if width is not None and (shape != expected or 0 in shape):
+                wanted = f"(1, {width})" if part.startswith("pooled") else f"(1, L, {width})"
+                raise ValueError(f"`{part}` of a {name} must have shape {wanted}, got {tuple(shape)}.")
+
+    @property
+    def patch_embedding(self) -> nn.Module:
+        """The module that makes tokens of noised latents."""
+        module: nn.Module = self.transformer.pos_embed
+        return module
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.transformer.config.in_channels)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the transformer knows; as a label, this number is the null label. 0 for text-conditioned."""
+        return 0
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a token in latents."""
+        return int(self.transformer.config.patch_size)
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """The blocks, in the order in which they are run."""
+        blocks: Sequence[Any] = self.transformer.transformer_blocks
+        return blocks
+
+    @property
+    def position_embedding(self) -> nn.Module | None:
+        """The module with a position table, in its buffer `pos_embed`, that checkpoints do not hold; None without."""
+        return None
+
+    def position_table(self) -> Tensor:
+        """Return a newly computed position table, (1, N, D), float32."""
+        embed: Any = self.position_embedding
+        with torch.device("cpu"):
+            fresh = type(embed)(
+                height=embed.height * embed.patch_size,
+                width=embed.width * embed.patch_size,
+                patch_size=embed.patch_size,
+                in_channels=1,
+                embed_dim=embed.proj.out_channels,
+                interpolation_scale=embed.interpolation_scale,
+            )
+        table: Tensor = fresh.pos_embed
+        return table
+
+    @abstractmethod
+    def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
+        """Return the state before the first block; without labels, with the null label or the empty prompt."""
+
+    @abstractmethod
+    def normed(self, state: Pass, block: Any) -> Tensor:
+        """Return what the block's attention reads of the picture's tokens, (B, N, D)."""
+
+    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
+        """Return what the block's attention yields for the picture, after the output projection, (B, N, D)."""
+        tokens: Tensor = self.attention_of(block)(normed)
+        return tokens
+
+    @abstractmethod
+    def advance(self, state: Pass, block: Any) -> None:
+        """Run a block, changing the state."""
+
+    @abstractmethod
+    def finish(self, state: Pass) -> Tensor:
+        """Return the prediction, (B, C, h, w), from the state after the last block."""
+
+    def output_modules(self) -> list[nn.Module]:
+        """Return the modules that are run after the last block."""
+        return [self.transformer.norm_out, self.transformer.proj_out]
+
+    def attention_of(self, block: Any) -> Any:
+        """Return the block's self-attention, with `to_q`, `to_k`, `to_v`."""
+        return block.attn1
+
+    def tokens_of(self, state: Pass) -> Tensor:
+        """Return the picture's tokens, (B, N, D)."""
+        return state.hidden_states
+
+    def forward(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
+        """Return the tokens at a tap, running no block that comes after it.
+
+        Args:
+            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
+            timesteps: Integer timesteps in [0, 1000), (B,).
+            block: Block index, counted from the first.
+            feature: One of `taps.FEATURES`.
+
+        Returns:
+            Tokens of the picture in row-major order, (B, N, D).
+        """
+        return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
+
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return the tokens at several taps from one pass, as `forward` does at one.
+
+        Args:
+            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
+            timesteps: Integer timesteps in [0, 1000), (B,).
+            taps: (block, feature) pairs; (-1, "hidden") is what the first block reads.
+
+        Returns:
+            Tokens of each tap, (B, N, D).
+        """
+        state = self.begin(noised_latents, timesteps, None)
+        last = max(block for block, _ in taps)
+        tokens = {(-1, "hidden"): self.tokens_of(state)} if (-1, "hidden") in taps else {}
+        for index, block in enumerate(self.blocks[: last + 1]):
+            asked = [feature for tapped, feature in taps if tapped == index]
+            for feature in asked:
+                if feature != "hidden":
+                    tokens[index, feature] = _as_if_called(block, partial(self._read, state, block, feature))
+            if index < last or "hidden" in asked:
+                self._step(state, index)
+            if "hidden" in asked:
+                tokens[index, "hidden"] = self.tokens_of(state)
+        return tokens
+
+    def _step(self, state: Pass, index: int) -> None:
+        """Run a block, changing the state; with checkpoints, if the host asked for them."""
+        advance, step = partial(self.advance, block=self.blocks[index]), self.steps[index]
+        if not step.gradient_checkpointing:
+            advance(state)
+            return
+        state.hidden_states, state.context = step(state.hidden_states, state.context, state=state, advance=advance)
+
+    def predict(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return what the transformer predicts, running all of it: what its scheduler's `prediction_type` says.
+
+        For flow matching that is the velocity from the picture to the noise, whichever way the family itself points. A
+        learned variance, where there is one, is left out. Call it in eval mode: in train mode diffusers' DiT replaces
+        one label in ten by the null label, at random.
+
+        Args:
+            noised_latents: Noised latents, (B, C, h, w).
+            timesteps: Timesteps in [0, 1000], (B,).
+            labels: Class indices in [0, `num_classes`), or `num_classes` for the null label, (B,); of no use to a
+                text-conditioned transformer, which always has the empty prompt.
+
+        Returns:
+            The prediction, (B, C, h, w).
+        """
+        state = self.begin(noised_latents, timesteps, labels)
+        for block in self.blocks:
+            self.advance(state, block)
+        return self.finish(state)
+
+    def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
+        """Return the modules that have no influence on the tokens at (block, feature).
+
+        None of them is run, but for those of a text's stream in the last block that is run whole.
+        """
+        unused = [*self.blocks[block + 1 :], *self.output_modules()]
+        tapped = self.blocks[block]
+        if feature == "hidden":
+            return unused + self.text_outputs(tapped)
+        if feature in BEFORE_ATTENTION:
+            before = self.text_outputs(self.blocks[block - 1]) if block else self.text_inputs()
+            return unused + before + _others(tapped, self._used(tapped, feature))
+        if not block and not self.is_joint(tapped):
+            unused += self.text_inputs()
+        return unused + _others(tapped, self._used(tapped, feature)) + self.text_outputs(tapped)
+
+    def text_inputs(self) -> list[nn.Module]:
+        """Return the modules that only the text runs through before the first block."""
+        return []
+
+    def text_outputs(self, block: Any) -> list[nn.Module]:
+        """Return the modules of a block that only the text of later blocks depends on."""
+        return []
+
+    def is_joint(self, block: Any) -> bool:
+        """Return whether the block's self-attention looks at the text, too."""
+        return False
+
+    def norms_of(self, block: Any) -> list[nn.Module]:
+        """Return the modules that `normed` runs."""
+        return [block.norm1]
+
+    def _used(self, block: Any, feature: str) -> list[nn.Module]:
+        norms, attention = self.norms_of(block), self.attention_of(block)
+        if feature == "normed":
+            return norms
+        if feature == "attention":
+            return [*norms, attention, *self.joint_norms_of(block)]
+        return [*norms, getattr(attention, _PROJECTIONS[feature])]
+
+    def joint_norms_of(self, block: Any) -> list[nn.Module]:
+        """Return the modules that make what a joint attention reads of the text."""
+        return []
+
+    def _read(self, state: Pass, block: Any, feature: str) -> Tensor:
+        normed = self.normed(state, block)
+        if feature == "normed":
+            return normed
+        if feature == "attention":
+            return self.attend(state, block, normed)
+        projection = getattr(self.attention_of(block), _PROJECTIONS[feature])
+        tokens: Tensor = projection(normed)
+        return tokens
+
+    def unpatchify(self, patches: Tensor, state: Pass) -> Tensor:
+        """Return the picture, (B, C, h, w), of the tokens' patches, (B, N, p · p · C) with channels last.
+
+        Channels beyond those of the latents (a learned variance) are left out.
+        """
+        side = self.patch_size
+        grid = patches.unflatten(-1, (side, side, -1))[..., : self.num_channels]
+        grid = grid.unflatten(1, (state.rows, state.columns))  # (B, rows, columns, p, p, C)
+        picture: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return picture
+
+
+_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
+
+
+def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:
+    """Return what a part of a block makes; under FSDP a block's weights are gathered when the block is called."""
+    if not is_sharded(block):
+        return read()
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    block.read_tap = read
+    register_fsdp_forward_method(block, "read_tap")
+    try:
+        tokens: Tensor = block.read_tap()
+        return tokens
+    finally:
+        del block.read_tap
+
+
+def is_sharded(module: Any) -> bool:
+    """Return whether FSDP2 shards a module: its weights are gathered while it is called."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:
+    """Return the largest parts of a module that neither hold one of `used` nor are held by one."""
+    if any(module is one for one in used):
+        return []
+    if not any(part is one for part in module.modules() for one in used):
+        return [module]
+    return [other for child in module.children() for other in _others(child, used)]
+
+
+def modulated_by_table(state: Pass, block: Any) -> Tensor:
+    """Return what a block's self-attention reads, (B, N, D), where all blocks share one modulation.
+
+    Each adds a table of its own to it (`ada_norm_single` of diffusers).
+    """
+    modulation = block.scale_shift_table[None] + state.condition.unflatten(1, (6, -1))  # (B, 6, D)
+    shift, scale = modulation[:, :1], modulation[:, 1:2]
+    tokens: Tensor = block.norm1(state.hidden_states) * (1 + scale) + shift
+    return tokens.to(state.hidden_states.dtype)
+
+
+def grid_of(noised_latents: Tensor, patch_size: int) -> tuple[int, int]:
+    """Return rows and columns of the token grid of latents, (B, C, h, w)."""
+    return noised_latents.shape[-2] // patch_size, noised_latents.shape[-1] // patch_size
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a module in eval mode for a while; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
+    for part in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def zero_channels(tokens: Tensor, channels: Sequence[int]) -> Tensor:
+    """Return the tokens, (..., D), with some channels set to zero."""
+    if not channels:
+        return tokens
+    return tokens.index_fill(-1, torch.tensor(channels, device=tokens.device), 0)

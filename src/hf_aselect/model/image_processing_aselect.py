@@ -1,0 +1,500 @@
+"""Pictures of any kind to `pixel_values` in [-1, 1], masks to `labels`, and logits back to masks."""
+
+import os
+import struct
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
+
+from .checks import is_finite_number
+from .configuration_aselect import ASelectConfig, is_code_saved, without_code
+
+logger = logging.get_logger(__name__)
+# Rec. 601, the weights of PIL's conversion to grey.
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+# Of `size`: with more, a picture would take the machine's memory.
+_MAX_PIXELS = 2**28
+
+
+class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
+    """Keyword arguments of the image processor beyond the host's.
+
+    Args:
+        num_channels: 3 for RGB, 1 for grey.
+        do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1.
+    """
+
+    num_channels: int | None
+    do_reduce_labels: bool | None
+
+
+class ASelectImageProcessor(PilBackend):
+    """Turn pictures into `pixel_values`: RGB or grey, centre crop to the target's shape, resize, scale to [-1, 1].
+
+    Takes PIL pictures of any mode (turned upright by their EXIF entry), arrays and tensors of values in [0, 255].
+
+    Args:
+        size: Height and width of the result in pixels, or one integer for both.
+        num_channels: 3 for RGB, 1 for grey.
+        do_center_crop: Whether the middle of the picture is cut out in the shape of `size` before it is resized;
+            otherwise the whole picture is squeezed into it.
+        do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1 (as in ADE20K): 0 becomes
+            255 and all else is reduced by 1.
+    """
+
+    valid_kwargs = ASelectImageProcessorKwargs
+    resample = PILImageResampling.BICUBIC
+    image_mean = 0.5
+    image_std = 0.5
+    size = {"height": 256, "width": 256}  # noqa: RUF012 - the host's way to give a default
+    num_channels = 3
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_reduce_labels = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        _check_fields(kwargs)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":
+        """Return the processor that fits a model: its picture size and number of channels.
+
+        Args:
+            config: The model's.
+            fields: The processor's own fields, in place of its defaults; `do_center_crop=False` for a segmenter, which
+                is to see the whole of each picture.
+        """
+        height, width = config.image_height_width
+        values: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
+        return cls(**{**values, **fields})
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        include_code: bool | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Save the processor; with its code where that is wanted, see the models' `save_pretrained`."""
+        with_code = is_code_saved(self, save_directory, push_to_hub, include_code)
+        with nullcontext() if with_code else without_code(self):
+            saved: list[str] = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values."""
+        values: dict[str, Any] = super().to_dict()
+        values.pop("_auto_class", None)  # of a save without code
+        return values
+
+    def preprocess(
+        self,
+        images: Any,
+        segmentation_maps: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Return `pixel_values`, and `labels` where masks are given.
+
+        Args:
+            images: A picture or several: PIL of any mode, or arrays and tensors of values in [0, 255].
+            segmentation_maps: A mask for each picture, of its size: PIL of mode L, P (its indices), 1 or I, or
+                integers, (H, W). It is cropped and resized with its picture, to the nearest value.
+            kwargs: What else the processor takes, in place of its own settings.
+
+        Returns:
+            `pixel_values`, (C, H, W) each, and `labels`, (H, W) each, int64.
+
+        Raises:
+            ValueError: If a picture or mask is none, a mask is of another size than its picture, has colours, is empty
+                or holds negative values, or there are not as many masks as pictures.
+        """
+        features: BatchFeature = super().preprocess(images, segmentation_maps, **kwargs)
+        return features
+
+    def _preprocess_image_like_inputs(  # type: ignore[override]
+        self,
+        images: Any,
+        segmentation_maps: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        prepared = self._prepare_image_like_inputs(images, **kwargs)
+        if segmentation_maps is None:
+            return self._preprocess(prepared, **kwargs)
+        masks = [_mask_array(mask) for mask in _as_list(segmentation_maps)]
+        if len(masks) != len(prepared):
+            raise ValueError(f"Got {len(masks)} masks for {len(prepared)} pictures; each picture needs its own.")
+        labels = [
+            self._label(mask, picture.shape[-2:], **kwargs) for mask, picture in zip(masks, prepared, strict=True)
+        ]
+        pixel_values = self._preprocess(prepared, **{**kwargs, "return_tensors": None})["pixel_values"]
+        data = {"pixel_values": pixel_values, "labels": labels}
+        return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
+
+    def _label(
+        self,
+        mask: NDArray[np.int64],
+        picture_size: tuple[int, int],
+        *,
+        do_resize: bool,
+        do_center_crop: bool,
+        size: SizeDict,
+        do_reduce_labels: bool = False,
+        **_: Any,
+    ) -> NDArray[np.int64]:
+        """Return a mask as its picture is cut and resized, (H, W)."""
+        if mask.shape != tuple(picture_size):
+            raise ValueError(
+                f"A mask has {mask.shape[0]}×{mask.shape[1]} pixels and its picture "
+                f"{picture_size[0]}×{picture_size[1]}; they must be equal."
+            )
+        if do_reduce_labels:
+            mask = np.where(mask == 0, 255, mask - 1)
+        array = mask[None]
+        if do_center_crop:
+            array = (_crop_to_shape if do_resize else self.center_crop)(array, size)
+        if do_resize:
+            # As 32-bit integers, which PIL keeps whatever the number of classes.
+            picture = Image.fromarray(array[0].astype(np.int32))
+            sides = int(size.width), int(size.height)  # type: ignore[arg-type]
+            array = np.asarray(picture.resize(sides, Image.Resampling.NEAREST))[None]
+        label: NDArray[np.int64] = array[0].astype(np.int64)
+        return label
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Any = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Any]:
+        """Turn logits of any head into masks, as the host's processors do it, where the model saw the picture.
+
+        With `do_center_crop` it saw the middle of the picture, in the shape of `size`. The mask lies there; the rest
+        of the picture gets what is at the crop's nearest edge, and a warning is logged.
+
+        Args:
+            outputs: With `logits`, (B, K, h, w).
+            target_sizes: Height and width of each picture. Default: the masks stay as large as the logits.
+            return_segmentation_scores: Whether the probabilities, (K, height, width), are returned beside each mask.
+
+        Returns:
+            A mask of class indices, (height, width), of each picture; or one of the host's outputs with `segmentation`
+            and `segmentation_scores`.
+
+        Raises:
+            ValueError: If there are not as many target sizes as pictures.
+        """
+        post_process = BeitImageProcessorPil.post_process_semantic_segmentation
+        if target_sizes is None or not self.do_center_crop:
+            found: list[Any] = post_process(self, outputs, target_sizes, return_segmentation_scores)
+            return found
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        middles = [self._middle_of(height, width) for height, width in sizes]
+        found = post_process(self, outputs, [middle[2:] for middle in middles], return_segmentation_scores)
+        for index, (size, middle) in enumerate(zip(sizes, middles, strict=True)):
+            if middle[2:] == size:
+                continue
+            logger.warning_once(
+                "The model saw the middle of a picture alone; its mask is continued to the edges. Load the processor "
+                "with `do_center_crop=False`, so that it sees the whole."
+            )
+            if return_segmentation_scores:
+                for name in ("segmentation", "segmentation_scores"):
+                    found[index][name] = _continued(found[index][name], size, middle)
+            else:
+                found[index] = _continued(found[index], size, middle)
+        return found
+
+    def _middle_of(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return top, left, height and width of what the model sees of a picture."""
+        rows, columns = int(self.size["height"]), int(self.size["width"])
+        if self.do_resize:
+            return _middle(height, width, rows, columns)
+        # Of a smaller picture it is larger, filled up with black.
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+    def process_image(  # type: ignore[override]
+        self,
+        image: Any,
+        num_channels: int = 3,
+        **kwargs: Any,
+    ) -> NDArray[Any]:
+        """Return a picture as an array, (C, H, W), with the asked number of channels.
+
+        Args:
+            image: PIL picture of any mode, or array or tensor, (H, W, C) or (C, H, W), in [0, 255].
+            num_channels: 3 for RGB, 1 for grey.
+            kwargs: Passed on to the host.
+
+        Raises:
+            ValueError: If `num_channels` is neither 1 nor 3, the picture is empty, cannot be read, has another number
+                of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is no number, NaN,
+                infinite values, or values outside [0, 255].
+        """
+        if num_channels not in (1, 3):
+            raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
+        if isinstance(image, Image.Image):
+            if not all(image.size):
+                raise ValueError(f"A picture is empty: it has {image.width}×{image.height} pixels.")
+            try:
+                array = np.asarray(_upright(image).convert("L" if num_channels == 1 else "RGB"))
+            except (OSError, SyntaxError, struct.error) as error:  # what PIL makes of broken files
+                raise ValueError(f"A picture cannot be read ({error}). Save or download it again.") from error
+            return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
+        image = _as_array(image)
+        sides = (image.shape[0], image.shape[-1])
+        if kwargs.get("input_data_format") is None and not set(sides) & {1, 3}:
+            # The host would say only that it cannot tell which axis is which.
+            if 4 not in sides:
+                raise ValueError(f"A picture must have 1, 3 or 4 channels, first or last, got shape {image.shape}.")
+            kwargs["input_data_format"] = "channels_last" if image.shape[-1] == 4 else "channels_first"
+        array = super().process_image(image, **kwargs)
+        if array.dtype.kind == "f":
+            if not np.isfinite(array).all():
+                raise ValueError("A picture holds NaN or infinite values; expected values in [0, 255].")
+            if array.max(initial=0) <= 1:
+                _warn_of_fractions()
+        low, high = float(array.min()), float(array.max())
+        # Rounding and resampling may pass the ends by a little.
+        if not (low >= -0.5 and high <= 255.5):
+            raise ValueError(
+                f"A picture must hold values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
+            )
+        return _with_channels(array, num_channels)
+
+    def resize(  # type: ignore[override]
+        self,
+        image: NDArray[Any],
+        size: SizeDict,
+        resample: Any = None,
+        **kwargs: Any,
+    ) -> NDArray[Any]:
+        """Return a picture, (C, H, W), in another size.
+
+        Floating-point values stay such; the host makes bytes of them first, and takes whole numbers and [0, 1] alone.
+        """
+        if image.dtype.kind != "f":
+            resized: NDArray[Any] = super().resize(image, size, resample=resample, **kwargs)
+            return resized
+        sides = int(size.width), int(size.height)  # type: ignore[arg-type]
+        how = Image.Resampling.BILINEAR if resample is None else Image.Resampling(int(resample))
+        channels = [Image.fromarray(channel.astype(np.float32)).resize(sides, how) for channel in image]
+        # Filters pass the ends, as they do in bytes, where PIL cuts them off.
+        ends = 0, 255 if image.max() > 1 else 1
+        return np.stack([np.asarray(channel) for channel in channels]).clip(*ends)
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
+        # The host takes no grey arrays without an axis of channels, and would fetch what a name or an address names.
+        several = list(images) if isinstance(images, list | tuple) else [images]
+        # The host takes lists in the list, too.
+        parts = [part for each in several for part in (each if isinstance(each, list | tuple) else [each])]
+        for image in parts:
+            if not isinstance(image, Image.Image | np.ndarray | Tensor):
+                named = (
+                    f"{type(image).__name__} {str(image)[:100]!r}" if isinstance(image, str) else type(image).__name__
+                )
+                raise ValueError(
+                    f"A picture must be one of PIL, an array or a tensor, got {named}. Open files first "
+                    "(`PIL.Image.open`)."
+                )
+        if not parts or (getattr(images, "ndim", 0) == 4 and not len(images)):
+            raise ValueError("There are no pictures: the list is empty.")
+        if getattr(images, "ndim", None) == 2:
+            images = [images]
+        if isinstance(images, list | tuple):
+            images = [image[None] if getattr(image, "ndim", None) == 2 else image for image in images]
+        return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: list[NDArray[Any]],
+        *,
+        do_resize: bool,
+        do_center_crop: bool,
+        size: SizeDict,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        height, width = size.height or 0, size.width or 0
+        if (do_resize or do_center_crop) and not (height and width):
+            raise ValueError(f"`size` must be an integer or have `height` and `width`, got {dict(size)}.")
+        if (do_resize or do_center_crop) and min(height, width) < 1:
+            raise ValueError(f"`size` must be 1 or more, got {height}×{width}.")
+        if height * width > _MAX_PIXELS:
+            raise ValueError(f"`size` must be at most {_MAX_PIXELS} pixels in all, got {height}×{width}.")
+        for name in ("image_mean", "image_std", "rescale_factor"):
+            values = np.asarray(kwargs.get(name) if kwargs.get(name) is not None else 1.0, dtype=float)
+            if not np.isfinite(values).all() or (name == "image_std" and not values.all()):
+                raise ValueError(f"`{name}` must be finite{' and not 0' * (name == 'image_std')}, got {kwargs[name]}.")
+        if do_center_crop:
+            crop = _crop_to_shape if do_resize else self.center_crop
+            images = [crop(image, size) for image in images]
+        kwargs["do_center_crop"] = False
+        return super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
+
+    def _validate_preprocess_kwargs(  # type: ignore[override]
+        self,
+        do_center_crop: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The host asks for a `crop_size` of its own; ours is `size`.
+        super()._validate_preprocess_kwargs(**kwargs)
+
+
+def _as_list(segmentation_maps: Any) -> list[Any]:
+    if isinstance(segmentation_maps, list | tuple):
+        return list(segmentation_maps)
+    if not isinstance(segmentation_maps, Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"Masks must be pictures of PIL, arrays or tensors, got {type(segmentation_maps).__name__}.")
+    is_one = isinstance(segmentation_maps, Image.Image) or segmentation_maps.ndim == 2
+    return [segmentation_maps] if is_one else [*segmentation_maps]  # type: ignore[misc]
+
+
+def _mask_array(mask: Any) -> NDArray[np.int64]:
+    """Return a mask as class indices, (H, W)."""
+    if isinstance(mask, Image.Image) and mask.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(
+            f"A mask must have one class index a pixel, got a picture of mode {mask.mode}. Map its colours to indices "
+            "first, or save it with a palette (mode P)."
+        )
+    if isinstance(mask, Image.Image):
+        try:
+            mask = ImageOps.exif_transpose(mask)  # as its picture
+        except (OSError, SyntaxError, struct.error) as error:  # what PIL makes of broken files
+            raise ValueError(f"A mask cannot be read ({error}). Save or download it again.") from error
+    array = np.asarray(_in_memory(mask, "mask") if isinstance(mask, Tensor) else mask)
+    if array.ndim != 2 or array.dtype.kind not in "iub":
+        raise ValueError(
+            f"A mask must hold integers of shape (H, W), one class index a pixel, got {array.dtype} of shape "
+            f"{array.shape}."
+        )
+    if not array.size:
+        raise ValueError(f"A mask is empty: it has shape {array.shape}.")
+    if array.min() < 0:
+        raise ValueError(f"A mask holds negative values, {array.min()} the least; mark pixels of no class by 255.")
+    if array.max() >= 2**31:  # more than PIL keeps on resizing
+        raise ValueError(f"A mask holds {array.max()}, expected class indices below 2**31.")
+    return array.astype(np.int64)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the picture turned as its EXIF entry says, 16-bit grey values brought to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    values = np.asarray(image) if image.mode[0] in "IF" else None
+    if values is not None:
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 65535):  # NaN, too
+            raise ValueError(
+                f"A picture of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], "
+                "or in [0, 65535] of 16 bits. Scale them first."
+            )
+        if image.mode == "F" and high <= 1:
+            _warn_of_fractions()
+    if values is not None and (image.mode.startswith("I;16") or values.max(initial=0) > 255):
+        # More than 8 bits: `convert` would clip instead of scale.
+        return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+    return image
+
+
+def _as_array(image: Any) -> NDArray[Any]:
+    """Return an array or tensor as an array of numbers."""
+    if isinstance(image, Tensor):
+        image = _in_memory(image, "picture")
+    if image.dtype.kind not in "uif":
+        raise ValueError(
+            f"A picture must hold numbers in [0, 255], got values of {image.dtype}. Of a mask of true and false, "
+            "multiply by 255."
+        )
+    if not image.size:
+        raise ValueError(f"A picture is empty: it has shape {image.shape}.")
+    array: NDArray[Any] = image
+    return array
+
+
+def _in_memory(values: Tensor, what: str) -> NDArray[Any]:
+    """Return a tensor as an array."""
+    if values.is_meta or values.layout != torch.strided:
+        kind = "without data, on the device meta" if values.is_meta else f"a {values.layout} tensor"
+        raise ValueError(f"A {what} must be a dense tensor with data, got one that is {kind}.")
+    values = values.detach().cpu()
+    # numpy has no bfloat16, nor what has 8 bits.
+    array: NDArray[Any] = (values.float() if values.is_floating_point() else values).numpy()
+    return array
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Refuse fields of a file that the host takes as they are: they would replace methods, or fail at a picture."""
+    for name, value in fields.items():
+        if callable(getattr(ASelectImageProcessor, name, None)):
+            raise ValueError(f"An image processor has no field {name!r}.")
+        if name == "size" and value is not None:
+            sides = list(dict(value).values()) if isinstance(value, Mapping | SizeDict) else [value]
+            if not all(side is None or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):
+                raise ValueError(
+                    f"`size` must be an integer, or have integers as `height` and `width`, got {value!r}."
+                )
+        if name in ("image_mean", "image_std") and value is not None:
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if not all(is_finite_number(number) for number in numbers):
+                raise ValueError(f"`{name}` must be finite numbers, one a channel, got {value!r}.")
+
+
+def _warn_of_fractions() -> None:
+    logger.warning_once(
+        "A picture of floating-point values has no value above 1; values in [0, 255] are expected. Pass "
+        "`do_rescale=False` if they are in [0, 1] already."
+    )
+
+
+def _with_channels(array: NDArray[Any], num_channels: int) -> NDArray[Any]:
+    """Return a (C, H, W) array with 1 or 3 channels."""
+    if len(array) == 4:
+        array = array[:3]
+    if len(array) == num_channels:
+        return array
+    if len(array) == 1:
+        return np.repeat(array, num_channels, axis=0)
+    if len(array) == 3:
+        grey = np.tensordot(LUMINANCE, array, axes=1)[None]
+        return grey if array.dtype.kind == "f" else grey.round().astype(array.dtype)
+    raise ValueError(f"A picture must have 1, 3 or 4 channels, got {len(array)}.")
+
+
+def _crop_to_shape(image: NDArray[Any], size: SizeDict) -> NDArray[Any]:
+    """Cut out the largest middle part, (C, h, w), that has the shape of `size`."""
+    rows, columns = int(size.height), int(size.width)  # type: ignore[arg-type]
+    top, left, height, width = _middle(image.shape[-2], image.shape[-1], rows, columns)
+    return image[:, top : top + height, left : left + width]
+
+
+def _middle(height: int, width: int, rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of the largest middle part of a picture in the shape of rows × columns."""
+    scale = min(height / rows, width / columns)
+    new_height, new_width = max(1, round(rows * scale)), max(1, round(columns * scale))
+    return (height - new_height) // 2, (width - new_width) // 2, new_height, new_width
+
+
+def _continued(values: Tensor, size: tuple[int, int], middle: tuple[int, int, int, int]) -> Tensor:
+    """Return values of the middle of a picture, (..., h, w), for all of it: outside as at the nearest edge."""
+    top, left, height, width = middle
+    rows = (torch.arange(size[0], device=values.device) - top).clamp(0, height - 1)
+    columns = (torch.arange(size[1], device=values.device) - left).clamp(0, width - 1)
+    return values[..., rows[:, None], columns]
+
+
+# Here, and not where the package registers its models: this module travels with a model, and what is saved where the
+# package is not is to have its code, too.
+ASelectImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -1,0 +1,407 @@
+"""What must be known before a model is built: taps, and the sizes of transformers, whole and folded."""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+Tap = tuple[int, str]  # block, feature
+Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
+FEATURES: tuple[str, ...] = get_args(Feature)
+PROJECTIONS = ("query", "key", "value")
+# Those that are read before the block's attention is run.
+BEFORE_ATTENTION = ("normed", *PROJECTIONS)
+# Those of the residual stream, where a few channels may dwarf all others.
+MASSIVE_FEATURES = ("hidden", "normed", "attention")
+
+
+def tap_key(block: int, feature: str) -> str:
+    """Return what a tap is called in a configuration, as "9.query"."""
+    return f"{block}.{feature}"
+
+
+def parse_tap_key(key: str) -> Tap:
+    """Return block and feature of a tap's name in a configuration; a backbone's stem is "-1.hidden".
+
+    Raises:
+        ValueError: If it is none.
+    """
+    # Digits of ASCII, and so few that `int` takes them.
+    found = re.fullmatch(r"(-1|0|[1-9][0-9]{0,5})\.([a-z]+)", str(key))
+    if found is None or found[2] not in FEATURES:
+        raise ValueError(f"A tap must be named 'BLOCK.FEATURE', as '9.hidden', got {key!r}.")
+    return int(found[1]), found[2]
+
+
+def check_feature(feature: str) -> None:
+    """Refuse a name that is none of the features.
+
+    Raises:
+        ValueError: If `feature` is unknown.
+    """
+    if feature not in FEATURES:
+        raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}, got {feature!r}.")
+
+
+@dataclass(frozen=True)
+class TransformerLayout:
+    """What must be known of a transformer before it is built.
+
+    Args:
+        num_layers: Blocks that can be tapped, in the order in which they are run.
+        num_attention_heads: Attention heads of a block.
+        hidden_size: Width of its tokens.
+        key_value_size: Width of keys and values: less than `hidden_size` where several heads share them.
+        num_channels: Channels of the latents.
+        patch_size: Latents a side that one token stands for.
+        sample_size: Latents a side that the transformer was made for.
+        max_grid: Tokens a side that its position table reaches; None where there is no limit.
+        num_attention_outputs: The first so many blocks have an output projection of their attention alone.
+        needs_prompt: Whether it is conditioned on a text, and so on the embeddings of the empty one.
+    """
+
+    num_layers: int
+    num_attention_heads: int
+    hidden_size: int
+    key_value_size: int
+    num_channels: int
+    patch_size: int
+    sample_size: int
+    max_grid: int | None
+    num_attention_outputs: int
+    needs_prompt: bool
+
+
+# No transformer has a size beyond this; with one, building a configuration would take the machine's memory.
+MAX_SIZE = 2**16
+MAX_LAYERS = 1000
+_PLAIN = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
+
+
+def _plain(config: dict[str, Any], needs_prompt: bool, max_grid: int | None = None) -> TransformerLayout:
+    hidden_size = config["num_attention_heads"] * config["attention_head_dim"]
+    return TransformerLayout(
+        num_layers=config["num_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        hidden_size=hidden_size,
+        key_value_size=hidden_size,
+        num_channels=config["in_channels"],
+        patch_size=config["patch_size"],
+        sample_size=config["sample_size"],
+        max_grid=max_grid,
+        num_attention_outputs=config["num_layers"],
+        needs_prompt=needs_prompt,
+    )
+
+
+def _sd3(config: dict[str, Any]) -> TransformerLayout:
+    return _plain(config, needs_prompt=True, max_grid=config["pos_embed_max_size"])
+
+
+def _flux(config: dict[str, Any]) -> TransformerLayout:
+    hidden_size = config["num_attention_heads"] * config["attention_head_dim"]
+    return TransformerLayout(
+        # Blocks of two streams first, then those of one.
+        num_layers=config["num_layers"] + config["num_single_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        hidden_size=hidden_size,
+        key_value_size=hidden_size,
+        # diffusers' pipeline packs 2 × 2 latents into one token before the transformer sees them.
+        num_channels=config["in_channels"] // 4,
+        patch_size=2,
+        sample_size=128,  # of the pipeline: the transformer has no position table and takes any size
+        max_grid=None,
+        # A block of one stream projects attention and MLP together.
+        num_attention_outputs=config["num_layers"],
+        needs_prompt=True,
+    )
+
+
+def _lumina2(config: dict[str, Any]) -> TransformerLayout:
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    return TransformerLayout(
+        num_layers=config["num_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        hidden_size=config["hidden_size"],
+        key_value_size=head_size * (config.get("num_kv_heads") or config["num_attention_heads"]),
+        num_channels=config["in_channels"],
+        patch_size=config["patch_size"],
+        sample_size=config["sample_size"],
+        # Rotary positions are tabulated.
+        max_grid=min(config["axes_lens"][1:]),
+        num_attention_outputs=config["num_layers"],
+        needs_prompt=True,
+    )
+
+
+_LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], TransformerLayout]]] = {
+    "DiTTransformer2DModel": (_PLAIN, lambda config: _plain(config, needs_prompt=False)),
+    "SD3Transformer2DModel": ((*_PLAIN, "pos_embed_max_size"), _sd3),
+    "PixArtTransformer2DModel": (_PLAIN, lambda config: _plain(config, needs_prompt=True)),
+    "FluxTransformer2DModel": (
+        ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "num_single_layers"),
+        _flux,
+    ),
+    "SanaTransformer2DModel": (_PLAIN, lambda config: _plain(config, needs_prompt=True)),
+    "Lumina2Transformer2DModel": (
+        ("hidden_size", "num_attention_heads", "in_channels", "num_layers", "sample_size", "patch_size", "axes_lens"),
+        _lumina2,
+    ),
+}
+FAMILY_NAMES = tuple(_LAYOUTS)
+
+
+def check_family(name: str | None) -> None:
+    """Refuse a transformer class that is none of the families.
+
+    Raises:
+        ValueError: If `name` is none of them.
+    """
+    if not isinstance(name, str) or name not in _LAYOUTS:
+        raise ValueError(
+            f"Unsupported transformer {name!r}; supported are {', '.join(FAMILY_NAMES)}. CONTRIBUTING.md says how to "
+            "add a family."
+        )
+
+
+def layout_of(transformer: dict[str, Any]) -> TransformerLayout:
+    """Return the layout of a transformer.
+
+    Args:
+        transformer: diffusers' configuration of it, with `_class_name`.
+
+    Raises:
+        ValueError: If its class is none of the families, or the configuration lacks a size.
+    """
+    name = transformer.get("_class_name")
+    check_family(name)
+    needed, read = _LAYOUTS[str(name)]
+    if missing := [size for size in needed if transformer.get(size) is None]:
+        raise ValueError(
+            f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
+            "(`dict(transformer.config)`)."
+        )
+    if "axes_lens" in needed:
+        lengths = transformer["axes_lens"]
+        if not isinstance(lengths, list | tuple) or len(lengths) != 3 or not all(map(_is_size, lengths)):
+            raise ValueError(f"`transformer` must have a list of three lengths as `axes_lens`, got {lengths!r}.")
+        shared = transformer.get("num_kv_heads")
+        if shared is not None and not _is_size(shared):
+            raise ValueError(f"`transformer` must have an integer from 1 on as `num_kv_heads`, got {shared!r}.")
+    sizes = {size: transformer[size] for size in needed if size != "axes_lens"}
+    if wrong := {size: value for size, value in sizes.items() if not _is_size(value)}:
+        raise ValueError(
+            f"`transformer` must have sizes that are integers from 1 on, got {wrong}; at most {MAX_SIZE}."
+        )
+    if deep := {size: value for size, value in sizes.items() if "layers" in size and value > MAX_LAYERS}:
+        raise ValueError(f"`transformer` must have at most {MAX_LAYERS} blocks, got {deep}.")
+    return read(transformer)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
+
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+POSITIONS = ("sincos", "table", "rotary", "none")
+BLOCKS = ("plain", "sana", "lumina2")
+
+
+@dataclass(frozen=True)
+class FoldedLayout:
+    """What must be known of a folded transformer to build it.
+
+    Args:
+        timestep: Timestep whose conditioning is in the weights, in [0, 1000).
+        taps: Where it can be read, as `tap_key` names it; blocks count as in the transformer that it was made from,
+            and none after the last of them is there.
+        num_channels: Channels of the latents.
+        patch_size: Latents a side that one token stands for.
+        hidden_size: Width D of the tokens.
+        num_attention_heads: Attention heads of a block.
+        num_key_value_heads: Of keys and values, where several heads share them; 0 where each has its own.
+        mlp_size: Width of the MLPs; where a half of it gates the other, of a half.
+        activation: Of the MLPs, "gelu", "gelu_tanh" (its approximation) or "silu".
+        blocks: Kind of the blocks: "sana" and "lumina2" for those of these families, "plain" for all others.
+        num_refiners: Blocks that are run on the picture before those that are counted.
+        rows: Rows of the token grid that it was folded for.
+        columns: Its columns.
+        positions: "sincos" for a table that is made anew for other grids, "table" for one whose middle is cut out for
+            smaller grids, "rotary" for rotary embeddings of any grid, "none" where there are none.
+        position_base_size: Of a "sincos" table: tokens a side whose places are a whole number apart.
+        position_table_size: Of a "table": rows and columns of the whole one, out of whose middle this one was cut.
+        position_scale: Of a "sincos" table: what places are divided by.
+        is_size_fixed: Whether the picture's size is in the weights, too, so that no other can be read.
+        attention_norm_eps: Epsilon of the norm before attention.
+        mlp_norm_eps: Epsilon of the norm before the MLP.
+        query_key_norm_eps: Epsilon of the norms of queries and keys, of each head or, in "sana", of all together; None
+            where there are none.
+        text_size: Tokens of the text's stream; 0 where there is none.
+        is_text_first: Whether attention has the text before the picture.
+        num_cross_tokens: Tokens that a cross-attention of each block reads; 0 where there is none. Of one token there
+            is none either: what is read of it is constant.
+        num_cross_heads: Heads of the cross-attention; 0 for those of attention.
+        cross_size: Channels of its queries, keys and values; 0 for the tokens' width.
+        dual_attention_blocks: Blocks with a second attention, of the picture alone.
+        num_joint_blocks: Of a transformer with a text's stream: blocks of two streams; those after them have one.
+        rotary_sizes: Of rotary positions: channels of a head for each axis (text, row, column).
+        rotary_theta: Of rotary positions: base of the frequencies.
+        is_text_placed: Of rotary positions: whether the text's tokens have places one after another, and the picture
+            the next; else all have the first.
+    """
+
+    timestep: int
+    taps: tuple[str, ...]
+    num_channels: int
+    patch_size: int
+    hidden_size: int
+    num_attention_heads: int
+    mlp_size: int
+    rows: int
+    columns: int
+    num_key_value_heads: int = 0
+    blocks: str = "plain"
+    num_refiners: int = 0
+    activation: str = "gelu_tanh"
+    positions: str = "sincos"
+    position_base_size: int = 1
+    position_scale: float = 1.0
+    position_table_size: int = 0
+    is_size_fixed: bool = False
+    attention_norm_eps: float = 1e-6
+    mlp_norm_eps: float = 1e-6
+    query_key_norm_eps: float | None = None
+    text_size: int = 0
+    is_text_first: bool = False
+    num_cross_tokens: int = 0
+    num_cross_heads: int = 0
+    cross_size: int = 0
+    dual_attention_blocks: tuple[int, ...] = ()
+    num_joint_blocks: int = 0
+    rotary_sizes: tuple[int, ...] = ()
+    rotary_theta: float = 10000.0
+    is_text_placed: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that no transformer is built of.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if isinstance(self.timestep, bool) or not isinstance(self.timestep, int) or not 0 <= self.timestep < 1000:
+            raise ValueError(
+                f"`folded_layout` must have an integer in [0, 1000) as `timestep`, got {self.timestep!r}."
+            )
+        positive = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "mlp_size", "rows", "columns")
+        for name in (*positive, "position_base_size"):
+            value = getattr(self, name)
+            if not _is_count(value) or value < 1:
+                raise ValueError(f"`folded_layout` must have an integer from 1 on as `{name}`, got {value!r}.")
+        counts = ("num_key_value_heads", "num_refiners", "num_cross_tokens", "num_cross_heads", "cross_size")
+        for name in ("position_table_size", "text_size", "num_joint_blocks", *counts):
+            value = getattr(self, name)
+            if not _is_count(value):
+                raise ValueError(f"`folded_layout` must have an integer from 0 on as `{name}`, got {value!r}.")
+        for name in ("attention_norm_eps", "mlp_norm_eps", "query_key_norm_eps", "position_scale", "rotary_theta"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30
+            if not (value is None and name == "query_key_norm_eps") and not is_number:
+                raise ValueError(f"`folded_layout` must have a number as `{name}`, got {value!r}; one from 0 on.")
+        for name in ("is_size_fixed", "is_text_first", "is_text_placed"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`folded_layout` must have true or false as `{name}`, got {getattr(self, name)!r}.")
+        for name in ("dual_attention_blocks", "rotary_sizes"):
+            if not all(map(_is_count, getattr(self, name))):
+                raise ValueError(f"`folded_layout` must have integers as `{name}`, got {getattr(self, name)!r}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`folded_layout` must have a `hidden_size` ({self.hidden_size}) that is a multiple of "
+                f"`num_attention_heads` ({self.num_attention_heads})."
+            )
+        heads, cross_heads = self.num_attention_heads, self.num_cross_heads or self.num_attention_heads
+        for whole, name, part in (
+            (heads, "num_key_value_heads", self.num_key_value_heads or heads),
+            (self.cross_size or self.hidden_size, "num_cross_heads", cross_heads),
+        ):
+            if whole % part:
+                raise ValueError(f"`folded_layout` must have a divisor of {whole} as `{name}`, got {part}.")
+        if not self.position_scale or not self.rotary_theta:
+            raise ValueError("`folded_layout` must have a `position_scale` and a `rotary_theta` above 0.")
+        for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("blocks", BLOCKS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`folded_layout` must have one of {', '.join(known)} as `{name}`, got {getattr(self, name)!r}."
+                )
+        if not self.taps:
+            raise ValueError("`folded_layout` must name at least one tap in `taps`.")
+        for key in self.taps:
+            parse_tap_key(key)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FoldedLayout":
+        """Build a layout from what `to_dict` made of one.
+
+        Raises:
+            ValueError: If a value is missing, unknown or of the wrong kind.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"`folded_layout` must be a dictionary, got {type(values).__name__}.")
+        names = {field.name for field in fields(cls)}
+        if unknown := sorted(map(str, values.keys() - names)):
+            raise ValueError(f"`folded_layout` has no {', '.join(unknown)}; hf_aselect wrote another version of it.")
+        lists = {name: value for name, value in values.items() if name in _LISTS}
+        if wrong := [name for name, value in lists.items() if not isinstance(value, list | tuple)]:
+            raise ValueError(f"`folded_layout` must have lists as {', '.join(wrong)}.")
+        try:
+            return cls(**{**values, **{name: tuple(value) for name, value in lists.items()}})
+        except TypeError as error:
+            raise ValueError(f"`folded_layout` is not whole ({error}).") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values, in JSON's types."""
+        return {name: list(value) if name in _LISTS else value for name, value in asdict(self).items()}
+
+    @property
+    def tapped(self) -> list[Tap]:
+        """Block and feature of each tap."""
+        return [parse_tap_key(key) for key in self.taps]
+
+    @property
+    def last_block(self) -> int:
+        """The last block that is there, whole or in part; -1 if only the stem is."""
+        return max(block for block, _ in self.tapped)
+
+    def features_at(self, block: int) -> tuple[str, ...]:
+        """Return the features that can be read of a block."""
+        return tuple(feature for tapped, feature in self.tapped if tapped == block)
+
+    def is_run(self, block: int) -> bool:
+        """Return whether a block is run to its end."""
+        return block < self.last_block or "hidden" in self.features_at(block)
+
+    def is_attending(self, block: int) -> bool:
+        """Return whether a block's attention is run."""
+        return self.is_run(block) or "attention" in self.features_at(block)
+
+    def projections_at(self, block: int) -> tuple[str, ...]:
+        """Return which of query, key and value are needed at a block, in this order."""
+        if self.is_attending(block):
+            return PROJECTIONS
+        return tuple(name for name in PROJECTIONS if name in self.features_at(block))
+
+    def is_text_used_after(self, block: int) -> bool:
+        """Return whether an attention that comes after a block, or after the stem (-1), looks at the text."""
+        later = range(block + 1, self.last_block + 1)
+        return self.text_size > 0 and any(self.is_attending(index) for index in later)
+
+    def is_single(self, block: int) -> bool:
+        """Return whether text and picture are in one stream at a block."""
+        return self.text_size > 0 and block >= self.num_joint_blocks
+
+
+def _is_count(value: Any) -> bool:
+    # None is larger; an integer of JSON may have any number of digits.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+_LISTS = ("taps", "dual_attention_blocks", "rotary_sizes")

@@ -1,0 +1,798 @@
+"""What all models share, and the one without a head: a diffusion transformer read at one timestep."""
+
+import importlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import create_and_tag_model_card
+
+from .checks import (
+    check_count,
+    check_dtypes,
+    check_files,
+    check_floats,
+    check_latents,
+    check_loaded,
+    check_pixel_values,
+    is_of_diffusers,
+    refuse_other_than_safetensors,
+)
+from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
+from .denoiser import grid_of, zero_channels
+from .denoisers import build_denoiser, build_vae_encoder
+from .heads import AttentionHead, token_map
+from .image_processing_aselect import ASelectImageProcessor
+from .layouts import MASSIVE_FEATURES, Tap, tap_key
+from .noise_schedule import NoiseSchedule, fixed_noise
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
+MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
+OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+
+
+def package(module: str, what: str | None = None) -> Any:
+    """Return a module of the installed package: the one way from here to what does not travel with a checkpoint.
+
+    Args:
+        module: Its name below `hf_aselect`, as "selection.select".
+        what: What needs it, for the error; None where it can be done without.
+
+    Returns:
+        The module; None where the package is not installed and nothing needs it.
+
+    Raises:
+        ImportError: If the package is not installed and `what` needs it.
+    """
+    try:
+        return importlib.import_module(f"hf_aselect.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "hf_aselect":
+            raise
+        if what is None:
+            return None
+        raise ImportError(f"{what} needs the package hf_aselect: pip install hf_aselect") from error
+
+
+class TokenReader(PreTrainedModel):
+    """The road from images to tokens, walked by every model: encode, add noise, read at taps."""
+
+    config: ASelectConfig
+    base_model_prefix = "backbone"
+
+    def _base(self) -> "DiTModel":
+        """Return the model that holds the denoiser: this one, or the one under the head."""
+        base: DiTModel = self.base_model  # type: ignore[assignment]
+        return base
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the weights, of those in memory where accelerate offloads the others."""
+        for parameter in self.parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+        # All are on a disk, or the model is built without data.
+        hook = getattr(self, "_hf_hook", None)
+        return torch.device("meta" if hook is None else hook.execution_device)
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """Timesteps to signal and noise levels."""
+        return self._base().schedule
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Return clean latents of images: the VAE's posterior mean, scaled; the images themselves in pixel space.
+
+        Args:
+            pixel_values: Images in [-1, 1], (B, C, H, W); H and W multiples of a token's side.
+
+        Returns:
+            Latents, (B, C, h, w), float32 where the model computes in half precision: noise is added before they are
+            rounded, of which a small timestep would leave little.
+
+        Raises:
+            ValueError: If the shape does not fit the model or a value is NaN or infinite.
+        """
+        check_pixel_values(pixel_values, self.config)
+        vae = self._base().vae
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if vae is None:
+            return pixel_values.to(self.device, dtype)
+        parameter = next(vae.parameters())
+        # In the VAE's own dtype even where a trainer runs the rest in half precision.
+        with torch.autocast(parameter.device.type, enabled=False):
+            encoded = vae.encode(pixel_values.to(parameter.device, parameter.dtype))
+        # An AutoencoderDC has no distribution.
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)
+        scaled: Tensor = ((latents - shift) * scale).to(self.device, dtype)
+        return scaled
+
+    def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
+        """Mix latents with the fixed noise of `config.noise_seed`, the same for every image.
+
+        Args:
+            latents: Clean latents, (B, C, h, w).
+            timestep: Integer in [0, 1000), 0 = least noise.
+            draw: Which of the seed's noise tensors to take, from 0.
+
+        Returns:
+            Noised latents, (B, C, h, w).
+
+        Raises:
+            ValueError: If `timestep` is outside [0, 1000), `draw` is no integer from 0 on, or latents are none.
+        """
+        check_floats("latents", latents)
+        if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
+            raise ValueError(f"`draw` must be an integer from 0 on, got {draw!r}.")
+        noise = self._base().noise(tuple(latents.shape[1:]), draw)
+        return self.noise_schedule.add_noise(latents, noise, timestep)
+
+    def extract_features(
+        self,
+        pixel_values: Tensor | None = None,
+        timestep: int | None = None,
+        block: int | None = None,
+        feature: str | None = None,
+        num_noise_draws: int | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Return the tokens of images at a timestep and a tap; what is None is taken from the configuration.
+
+        Args:
+            pixel_values: Images in [-1, 1], (B, C, H, W).
+            timestep: Integer in [0, 1000), 0 = least noise.
+            block: Block index, negative from the end.
+            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`.
+            num_noise_draws: Fixed noise draws to average over.
+            latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
+
+        Returns:
+            Tokens in row-major order, (B, N, D).
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, an argument is out of range, or not exactly one of
+                `pixel_values` and `latents` is given.
+        """
+        tap = self.config.block_index(block), self.config.feature if feature is None else feature
+        if num_noise_draws is not None:
+            check_count("num_noise_draws", num_noise_draws)
+        return self._read([tap], pixel_values, latents, timestep, num_noise_draws)[0][tap]
+
+    def extract_maps(self, pixel_values: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return a map, (B, D, rows, columns), at each (block, feature) of `taps`, from one pass.
+
+        Args:
+            pixel_values: Images in [-1, 1], (B, C, H, W).
+            taps: Blocks, counted from the first, and features.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, the images do not fit, or there is no such tap.
+        """
+        read, (rows, columns) = self._read(taps, pixel_values)
+        return {tap: token_map(tokens, rows, columns) for tap, tokens in read.items()}
+
+    def _read(
+        self,
+        taps: Sequence[Tap],
+        pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
+        timestep: int | None = None,
+        num_draws: int | None = None,
+    ) -> tuple[dict[Tap, Tensor], tuple[int, int]]:
+        """Return tokens, (B, N, D), at each (block, feature) of `taps`, from one pass, and their rows and columns."""
+        config = self.config
+        timestep = config.resolved_timestep() if timestep is None else timestep
+        folded_at = None if config.folded_layout is None else config.folded_layout["timestep"]
+        if folded_at not in (None, timestep):
+            raise ValueError(
+                f"This model was folded at timestep {folded_at}, which is in its weights, and "
+                f"cannot be read at {timestep}. Load the model it was folded from."
+            )
+        for tap in taps:
+            config.check_tap(*tap)
+        clean, wanted = self._clean_latents(pixel_values, latents), list(dict.fromkeys(taps))
+        draws = []
+        for draw in range(num_draws or config.num_noise_draws):
+            if self.training and config.resample_noise_in_training:
+                noised = self.noise_schedule.add_noise(clean, torch.randn_like(clean), timestep)
+            else:
+                noised = self.add_noise(clean, timestep, draw)
+            timesteps = torch.full((clean.shape[0],), timestep, device=clean.device)
+            draws.append(self._read_taps(noised, timesteps, wanted))
+        # The mean of a single draw would round it in half precision.
+        tokens = {tap: torch.stack([read[tap] for read in draws]).mean(0) for tap in wanted} if draws[1:] else draws[0]
+        zeroed = {tap: zero_channels(tokens[tap], _zeroed_at(config, tap, tokens[tap].shape[-1])) for tap in wanted}
+        return zeroed, grid_of(clean, config.layout.patch_size)
+
+    def _read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,)."""
+        tokens: dict[Tap, Tensor] = self._base().denoiser.read_taps(noised_latents.to(self.dtype), timesteps, taps)
+        return tokens
+
+    def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
+        """Return clean latents: those given, or those of the images."""
+        if (pixel_values is None) == (latents is None):
+            raise ValueError("Give exactly one of `pixel_values` and `latents`.")
+        if latents is None:
+            return self.encode(pixel_values)  # type: ignore[arg-type]
+        check_latents(latents, self.config.layout)
+        return latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
+
+    def generate_latents(self, num_images: int, num_steps: int = 20, batch_size: int = 32, seed: int = 0) -> Tensor:
+        """Return clean latents that the diffusion model makes itself, of random classes if any, for want of images.
+
+        They are what `encode` would return for such images, of `config.image_size`. A class-conditional model is
+        sampled with a guidance of 2: 2 · `num_images` · `num_steps` passes of an image through the whole transformer,
+        by DDIM, or by Euler's method where it was trained by flow matching. One that knows one class only, or is
+        conditioned on a text and so given the empty prompt, needs half of that and has no guidance. `seed` alone says
+        what comes out, beyond rounding; the same images come first in a larger set. No global random state is
+        touched, and each module keeps its mode.
+
+        Args:
+            num_images: How many, at least 1.
+            num_steps: Timesteps on the way from noise, a divisor of 1000.
+            batch_size: Images at once, at least 1; the transformer sees twice as many.
+            seed: Seed of classes and starting noise.
+
+        Returns:
+            Latents, (n, C, h, w), float32, on the CPU; in pixel space clamped to [-1, 1].
+
+        Raises:
+            ValueError: If a number is out of range, the scheduler's `prediction_type` is unknown, or NaN or infinite
+                values come out.
+            ImportError: If the package is not installed.
+        """
+        generation = package("selection.generation", "Generating images")
+        latents: Tensor = generation.generate_for(self, num_images, num_steps, batch_size, seed)
+        return latents
+
+
+class ShareableModel(TokenReader):
+    """A model that is saved whole, with its code where that is wanted, and pushed with its card."""
+
+    # What `save_pretrained` does where its own `include_code` is None.
+    include_code: bool | None = None
+    # Fields of the card that a training found out.
+    card_facts: Mapping[str, Any] = MappingProxyType({})
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        push_to_hub: bool = False,
+        include_code: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save configuration and weights and, where it is wanted, the code of the model.
+
+        With its code a folder can be loaded where this package is not installed, by `trust_remote_code=True`. The
+        record of a selection that is not in use is left out. What lies in the folder is replaced when all is written:
+        a full disk or an interruption leaves what was there (with the package; without it transformers writes).
+
+        Args:
+            save_directory: Folder to write.
+            args: Passed on to transformers.
+            push_to_hub: Whether to upload the folder, too, with image processor, card and curve, as `push_to_hub`
+                does, whose arguments can be given; `repo_id` is by default the name of the folder.
+            include_code: Whether to write the code of the model beside it. Default: where it is pushed, where the
+                folder has it already, and where the model itself was loaded from such code.
+            kwargs: Passed on to transformers.
+        """
+        hub = package("hub.push") if push_to_hub else None
+        if hub is not None:
+            hub.save_and_push(self, save_directory, *args, include_code=include_code, **kwargs)
+        else:
+            self._save(save_directory, *args, push_to_hub=push_to_hub, include_code=include_code, **kwargs)
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        *args: Any,
+        push_to_hub: bool = False,
+        include_code: bool | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Save as `save_pretrained`, and return the names of the files; none where transformers does all of it."""
+        config, record = self.config, self.config.selection
+        asked = self.include_code if include_code is None else include_code
+        with_code = is_code_saved(self, folder, push_to_hub, asked)
+        if not config.is_selection_in_use():
+            config.selection = None
+        # What it was loaded from may have been of another class, whose code is not in this folder.
+        config.auto_map = {}
+        atomic = package("checkpoints.atomic")
+        try:
+            with nullcontext() if with_code else without_code(self, config):
+                # Of a file in the place of the folder transformers says what is wrong.
+                if atomic is None or push_to_hub or os.path.isfile(folder):
+                    super().save_pretrained(folder, *args, **kwargs, push_to_hub=push_to_hub)  # type: ignore[misc]
+                    return []
+                # Weights of an earlier save in more shards, or fewer, go, as transformers has it.
+                with atomic.whole_files(folder, None if kwargs.get("variant") else OWN_WEIGHTS) as unfinished:
+                    super().save_pretrained(unfinished, *args, **kwargs)
+                    return [path.name for path in unfinished.iterdir()]
+        finally:
+            config.selection = record
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] | str = (),
+        **facts: Any,
+    ) -> Any:
+        """Upload configuration, weights, code, image processor, card and curve as one commit.
+
+        It appears when all of it is there: an upload that is interrupted leaves what was there before. What an earlier
+        push left and this model does not have (weights in more shards, say) is deleted by the same commit. Without
+        the package transformers' own card is written, and nothing is deleted.
+
+        Args:
+            repo_id: Repository, made if it is missing.
+            commit_message: What was done. Default: "Upload model".
+            commit_description: More on it.
+            private: Whether a new repository is private.
+            token: Token of the Hub. Default: the one that is stored.
+            revision: Branch, made if it is missing.
+            create_pr: Whether to propose it as a pull request.
+            max_shard_size: Weights beyond this are written as several files.
+            tags: Further tags of the card.
+            facts: Fields of `CardFacts` that the model does not know: `dataset=`, `accuracy=`, `license=`, ...; those
+                of a training by `ASelectCallback` are known. They need the package.
+
+        Returns:
+            The Hub's `CommitInfo`.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses: a wrong token, no right to write, a name that is none.
+            ValueError: If a fact is unknown or of no such kind, before anything is made on the Hub.
+            ImportError: If there are facts and the package is not installed.
+        """
+        hub = package("hub.push", "A card with facts of its own" if facts else None)
+        commit: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
+        where: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
+        if hub is not None:
+            return hub.push_model(self, repo_id, private, max_shard_size, tags=tags, **commit, **where, **facts)
+        api = HfApi(token=token)
+        repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        if revision is not None and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self._save(folder, max_shard_size=max_shard_size, include_code=True)
+            save_image_processor(self, folder)
+            named = [tags] if isinstance(tags, str) else list(tags)
+            create_and_tag_model_card(repo_id, named, token=token).save(Path(folder, "README.md"))  # type: ignore[arg-type]
+            commit["commit_message"] = commit_message or "Upload model"
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit, **where)
+
+
+def save_image_processor(model: Any, folder: str | os.PathLike[str], include_code: bool = True) -> None:
+    """Write the image processor of a model beside it; nothing for a model of latents that are no images.
+
+    A segmenter is to see the whole of an image, as its masks must cover it; the others see the middle, undistorted.
+    """
+    if model.config.num_channels in (1, 3):
+        crop = type(model).task != "image-segmentation"
+        processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=crop)
+        processor.save_pretrained(folder, include_code=include_code)
+
+
+class ASelectPreTrainedModel(ShareableModel):
+    """What all models share: loading, weight initialisation and the selection of the timestep."""
+
+    task: ClassVar[str] = "image-feature-extraction"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    _no_split_modules: set[str] | list[str] | None = [  # noqa: RUF012 - transformers' way
+        "AttentionHeadBlock",
+        "BasicTransformerBlock",
+        "FoldedBlock",
+        "FoldedLumina2Block",
+        "FoldedSanaBlock",
+        "FoldedSingleBlock",
+        "FluxSingleTransformerBlock",
+        "FluxTransformerBlock",
+        "JointTransformerBlock",
+        "Lumina2TransformerBlock",
+        "SanaTransformerBlock",
+    ]
+    supports_gradient_checkpointing = True
+    # Of folded models; in the others diffusers runs its own kernels.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Encoders overflow in float16, and in bfloat16 latents lose what a small timestep leaves of them.
+    _keep_in_fp32_modules_strict = {"vae"}  # noqa: RUF012 - transformers' way
+
+    def post_init(self) -> None:
+        """Finish as transformers does, then drop from `_no_split_modules` the classes this model does not contain."""
+        super().post_init()
+        # accelerate's FSDP rejects a model that names a class which it does not contain: those of other families.
+        here = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules or () if name in here}
+        if self._base().vae is None:
+            self._keep_in_fp32_modules_strict = set()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        denoiser = self._base().denoiser
+        if denoiser.position_embedding is not None and module is denoiser.position_embedding:
+            # diffusers keeps the table out of checkpoints, and loading builds the model without data.
+            init.copy_(module.pos_embed, denoiser.position_table())
+        if module is denoiser:
+            # Positions of a folded model, the empty prompt: nothing until they are loaded.
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                init.zeros_(tensor)
+        if isinstance(module, AttentionHead):
+            init.zeros_(module.class_token)
+            # As in ViT and DiT. With transformers' narrow normal distribution a small head learns slower.
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    init.xavier_uniform_(layer.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that makes tokens of noised latents; peft and accelerate's FSDP ask for it."""
+        module: nn.Module = self._base().denoiser.patch_embedding
+        return module
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        calibration_images: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a model and, where its timestep is "auto", select the timestep.
+
+        Args:
+            pretrained_model_name_or_path: An hf_aselect checkpoint (folder or id on the Hub); a pipeline of diffusers
+                (folder or id), or as much of one as `transformer/` and `scheduler/` (and `vae/` for a DiT in latent
+                space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
+                noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
+                empty prompt, which the pipeline's text encoders are loaded for, once. None to load nothing, but build
+                the model of `config=` from the weights in `state_dict=`; what is missing there is new.
+            args: Passed on to transformers.
+            calibration_images: Images to select the timestep from, as in `select_timestep`. Without them the
+                transformer generates some, which takes a while for a large one.
+            kwargs: Fields of `ASelectConfig` (`timestep=`, `block=`, `num_labels=`, ...), or anything that
+                `PreTrainedModel.from_pretrained` takes (`revision=`, `token=`, `variant=`, ...). diffusers' weights
+                become float32 unless `dtype` says otherwise. With a text-conditioned pipeline also
+                `text_encoder_3=None` and the like, to do without a part as diffusers does, or `prompt_embeds=`, the
+                empty prompt's embeddings by name, to load no text encoder.
+
+        Returns:
+            The model in eval mode. Where the timestep was selected here, `config.selection` holds the record.
+
+        Raises:
+            ValueError: If the folder is none of those, its files are broken, has only pickled weights, a part of the
+                backbone's weights is missing (but for `output_loading_info=True`, which returns what is), a field is
+                unknown or out of range, or `calibration_images` are given though the timestep is fixed.
+            OSError: If a repository of the Hub is not found or may not be read, or the Hub cannot be reached.
+            ImportError: If diffusers saved the source, or the timestep is to be selected, and the package is not
+                installed.
+        """
+        source = pretrained_model_name_or_path
+        with_info = kwargs.pop("output_loading_info", False)
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
+        replace_head = kwargs.pop("ignore_mismatched_sizes", False)
+        is_diffusers = _take_source(source, kwargs)
+        options: Any = {"output_loading_info": True, "use_safetensors": True}  # never unpickle
+        options["ignore_mismatched_sizes"] = True  # checked below, where the error can say what to do
+        with _explained(source):
+            loaded: Any = super().from_pretrained(None if is_diffusers else source, *args, **options, **kwargs)
+        model: Self
+        model, info = loaded
+        if source is not None:
+            check_loaded(source, info, model, replace_head, with_info)
+            if is_diffusers:
+                # transformers was given no name, and peft asks what an adapter belongs to.
+                model.name_or_path = model._base().name_or_path = model.config.name_or_path = str(source)
+            elif (licenses := package("checkpoints.licenses")) is not None:
+                licenses.inherited_license(model.config, source, kwargs)
+        model._base().freeze()  # transformers makes every loaded weight trainable
+        model._settle_timestep(calibration_images)
+        return (model, info) if with_info else model  # type: ignore[return-value]
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but from safetensors alone: it unpickles shards and adapters of other names."""
+        refuse_other_than_safetensors(checkpoint_files or ())
+        if getattr(model.config, "quantization_config", None) is None:
+            check_dtypes(checkpoint_files or (), model)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def _settle_timestep(self, calibration_images: Any) -> None:
+        """Select the timestep if it is "auto"; forget a record that no longer fits."""
+        config = self.config
+        if config.timestep == "auto":
+            select = package("selection.select", "Selecting a timestep (`timestep='auto'`)")
+            height, width = (side // config.patch_pixels for side in config.image_height_width)
+            # As many tokens at once as 32 images of 512 pixels have: large images would not fit many a machine.
+            batch_size = max(1, min(32, MAX_TOKENS // (height * width)))
+            self.apply_selection(select.select_timestep(self, calibration_images, batch_size=batch_size))
+            return
+        if config.zeroed_channels == "auto":
+            raise ValueError(
+                f"`zeroed_channels='auto'` are found with the timestep, which is fixed at {config.timestep}. Pass "
+                "`timestep='auto'`, or name the channels."
+            )
+        if calibration_images is not None:
+            raise ValueError(
+                f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. "
+                "Pass `timestep='auto'` to choose it anew, or leave the pictures out."
+            )
+        if not config.is_selection_in_use():
+            config.selection = None
+        if unsaid := self._taps_of_unknown_channels():
+            logger.warning(
+                "Nothing is set to zero in %s, where a few channels may dwarf all others in large transformers. They "
+                "are found where the timestep is chosen (`timestep='auto'`, or `select_timestep` and "
+                "`apply_selection`); name them by `zeroed_channels=`, or pass `zeroed_channels=[]` if there are none.",
+                ", ".join(f"{feature} of block {block}" for block, feature in unsaid),
+            )
+
+    def _taps_of_unknown_channels(self) -> list[Tap]:
+        """Return the taps in the residual stream of which the configuration says nothing."""
+        if isinstance(self.config.zeroed_channels, list):
+            return []  # whoever wrote a list knows of them
+        return [
+            (block, feature)
+            for block, feature in self._base().taps()
+            if block >= 0 and feature in MASSIVE_FEATURES and self.config.channels_at(block, feature) is None
+        ]
+
+    def apply_selection(self, selection: Any) -> None:
+        """Read at the timestep and tap of a selection from now on, as they were scored.
+
+        Sets `timestep`, `block`, `feature` and `selection` of the configuration and, where massive channels were
+        looked for, those found there in `zeroed_channels`.
+
+        Args:
+            selection: What `select_timestep` returned, a `TimestepSelection`.
+
+        Raises:
+            ValueError: If it is none, or there is a head, and the tokens of the selection are of another width than
+                those it reads.
+        """
+        # By name: the package's record serves a model whose code was loaded from the Hub, too.
+        if type(selection).__name__ != "TimestepSelection":
+            raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
+        config, base = self.config, self._base()
+        width = config.width_of(selection.feature)
+        if self is not base and width != config.feature_size:
+            raise ValueError(
+                f"The head reads tokens of {config.feature_size} channels, but {selection.feature!r} has {width}. "
+                f"Load the model with `feature={selection.feature!r}, block={selection.block}, "
+                f"timestep={selection.timestep}`."
+            )
+        own = config.block_index(), config.feature
+        is_another_tap = (selection.block, selection.feature) != own
+        if is_another_tap and isinstance(config.zeroed_channels, list):
+            config.zeroed_channels = {tap_key(*own): config.zeroed_channels}  # they stay where they are
+        if is_another_tap:  # else the block stays as it was written, perhaps counted from the end
+            config.block, config.feature = selection.block, selection.feature
+        config.timestep, config.selection = selection.timestep, selection.to_dict()
+        if selection.massive_channels is not None:
+            known = config.zeroed_channels if isinstance(config.zeroed_channels, dict) else {}
+            found = {tap_key(selection.block, selection.feature): selection.massive_channels}
+            config.zeroed_channels = {**known, **found}
+        if is_another_tap and not config.freeze_backbone:
+            base.denoiser.requires_grad_(True)
+            base.freeze()  # other blocks come after the tap
+
+    def fold(self) -> Self:
+        """Return a new, smaller model of the same class with equal outputs, at this timestep and tap alone.
+
+        The timestep's conditioning is multiplied into the neighbouring layers, query, key and value become one layer,
+        and what is not needed is left out: embedders of timestep and label (or text), modulation layers, the blocks
+        after the tap, the output layers. What is left is a plain vision transformer, which needs no diffusers but for
+        a VAE, runs on the kernel that `attn_implementation` names (Sana's linear attention has one only), trains, and
+        takes LoRA.
+
+        Returns:
+            The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, the model is folded already, a layer is none that a plain
+                one could stand for (another kind of norm or activation), it holds adapters or quantized weights, or a
+                part of it is not in memory.
+            ImportError: If the package is not installed.
+        """
+        folded: Self = package("folding.fold", "Folding").fold_model(self)
+        return folded
+
+
+def _take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> bool:
+    """Put what diffusers saved, if it did, into the keywords of `from_pretrained`; return whether it did."""
+    needed = source is not None and is_of_diffusers(source)
+    loading = package("checkpoints.loading", "Loading what diffusers saved" if needed else None)
+    if loading is not None and loading.take_source(source, kwargs):
+        return True
+    if source is not None:
+        check_files(source, kwargs.get("subfolder"))
+    return False
+
+
+@contextmanager
+def _explained(source: Any) -> Iterator[None]:
+    """Say of broken weights and unknown keywords what is wrong, where transformers says less."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {str(source)!r} are truncated or no safetensors ({error}). Save or download them again."
+        ) from error
+    except TypeError as error:
+        # transformers passes keywords that it does not know on to the model's `__init__`.
+        refuse_unknown_keywords(set(re.findall(r"unexpected keyword argument '(\w+)'", str(error))))
+        raise
+
+
+def _zeroed_at(config: ASelectConfig, tap: Tap, width: int) -> list[int]:
+    """Return the channels that are set to zero at a tap; they may have been changed since they were checked."""
+    channels = config.channels_at(*tap) or []
+    if config.zeroed_channels == "auto" or any(not 0 <= channel < width for channel in channels):
+        raise ValueError(
+            f"`zeroed_channels` must be integers in [0, {width}) once the timestep is chosen, got "
+            f"{config.zeroed_channels!r}. `select_timestep` and `apply_selection` find them."
+        )
+    return channels
+
+
+def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
+    """Refuse a timestep or tap in `forward`: it would be ignored, as the head was trained at the configuration's."""
+    if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "num_noise_draws"}):
+        raise ValueError(
+            f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
+            "`model.config`, or call `extract_features`, which takes them."
+        )
+
+
+class DiTModel(ASelectPreTrainedModel):
+    """A diffusion transformer (and VAE encoder) whose tokens at one timestep and tap are its output.
+
+    Args:
+        config: The configuration.
+    """
+
+    schedule: NoiseSchedule
+    denoiser: Any  # one of the families of `denoisers`
+    vae: Any  # diffusers is imported when a VAE is built, not here
+
+    def __init__(self, config: ASelectConfig) -> None:
+        super().__init__(config)
+        self.schedule = NoiseSchedule.from_config(config.scheduler or {})
+        self.denoiser = build_denoiser(config)
+        self.vae = build_vae_encoder(config)
+        if self.vae is not None:
+            self.vae.float()  # in half precision, too, where the model is built of its configuration
+        if not config.folded and config._attn_implementation not in (None, "sdpa"):
+            logger.warning(
+                "`attn_implementation=%r` is of no account here: diffusers' blocks run kernels of their own. The "
+                "blocks of a folded model (`model.fold()`) run the host's.",
+                config._attn_implementation,
+            )
+        self._noise: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
+        if config.folded:
+            # Made before a graph is compiled or exported, which would have no generator in it.
+            height, width = (side // config.vae_scale_factor for side in config.image_height_width)
+            for draw in range(config.num_noise_draws):
+                self.noise((config.layout.num_channels, height, width), draw)
+        self.freeze()
+        self.post_init()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast as torch does, but leave the VAE in float32, as loading does: encoders overflow in float16."""
+        vae, self._modules["vae"] = self.vae, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules["vae"] = vae
+        if vae is not None:
+
+            def moved_alone(values: Tensor) -> Tensor:
+                moved = fn(values)
+                is_cut = values.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16)
+                return values.to(moved.device) if is_cut else moved
+
+            vae._apply(moved_alone)
+        return self
+
+    def taps(self) -> list[Tap]:
+        """Return the (block, feature) pairs that are read."""
+        return [(self.config.block_index(), self.config.feature)]
+
+    def noise(self, shape: tuple[int, ...], draw: int = 0) -> Tensor:
+        """Return the fixed noise of `config.noise_seed` for latents of a shape, (C, h, w), float32, on the CPU.
+
+        Args:
+            shape: Channels, height and width.
+            draw: Which of the seed's noise tensors, from 0.
+        """
+        key = shape, self.config.noise_seed, draw
+        if key not in self._noise:
+            if len(self._noise) >= MAX_KEPT_NOISE:
+                self._noise.clear()
+            self._noise[key] = fixed_noise(*key)
+        return self._noise[key]
+
+    def freeze(self) -> None:
+        """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the tap."""
+        if self.config.freeze_backbone:
+            self.denoiser.requires_grad_(False)
+        else:
+            # What is never run never gets a gradient, which distributed training takes for an error.
+            unused = [
+                {id(part): part for module in self.denoiser.unused_modules(*tap) for part in module.parameters()}
+                for tap in self.taps()
+            ]
+            for name in set.intersection(*(set(parts) for parts in unused)):
+                unused[0][name].requires_grad_(False)
+        if self.vae is not None:
+            self.vae.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set train mode, except for what is frozen: it stays as it is used later."""
+        super().train(mode)
+        if self.config.freeze_backbone:
+            self.denoiser.eval()
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Return the tokens of pictures, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
+            output_hidden_states: Whether to return what the first block reads and each block's output in
+                `hidden_states`, too, (B, N, D) each; runs all blocks.
+            kwargs: Ignored; the host passes keywords that only some models know. `return_dict=False` gives a tuple.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
+        """
+        refuse_tap_keywords(kwargs)
+        tap, every = self.taps()[0], self.config.hidden_taps(output_hidden_states)
+        read, _ = self._read([tap, *every], pixel_values, latents)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=read[tap],
+            pooler_output=read[tap].mean(1),
+            hidden_states=tuple(read[each] for each in every) or None,
+        )

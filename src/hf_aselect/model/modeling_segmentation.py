@@ -1,0 +1,171 @@
+"""Dense models: a diffusion transformer as a backbone of the host's heads, and under a segmentation decoder."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
+from transformers.utils.generic import can_return_tuple
+
+from .checks import check_floats
+from .configuration_aselect import ASelectConfig
+from .heads import LinearDecoder, UperNetDecoder, enlarge, token_map
+from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
+
+
+class DiTBackbone(BackboneMixin, DiTModel):
+    """A diffusion transformer as a backbone: one map a stage, all from one pass, at the configuration's timestep.
+
+    Stages are named as the host's: `stem` is what the first block reads, `stage1` the first block, and so on.
+    `config.out_features` or `config.out_indices` say which are returned, by default the last block; the block that a
+    timestep was chosen for is `out_indices=[config.block_index() + 1]`. Massive channels are found at that block
+    alone; `config.zeroed_channels` takes those of the others by tap. Each map is `config.feature` of its block, the
+    stem's its tokens. UperNet, Mask2Former, DPT and the like stand on it, by `backbone_config=`.
+
+    Args:
+        config: The configuration.
+    """
+
+    has_attentions = False
+
+    def __init__(self, config: ASelectConfig) -> None:
+        config.check_stages()
+        super().__init__(config)
+        self.num_features = [config.hidden_size, *[config.feature_size] * config.num_hidden_layers]
+
+    def taps(self) -> list[tuple[int, str]]:
+        """Return the (block, feature) pairs that are read."""
+        return self.config.stage_taps()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput:
+        """Return one map, (B, D, rows, columns), of each stage asked for; see `config.reshape_hidden_states`.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            output_hidden_states: Whether to return the map of every stage in `hidden_states`, too; runs all blocks.
+            kwargs: `return_dict=False` gives a tuple; others are ignored, as the host passes keywords that only some
+                models know.
+
+        Raises:
+            ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
+        """
+        refuse_tap_keywords(kwargs)
+        taps, every = self.taps(), self.config.hidden_taps(output_hidden_states)
+        maps = self.extract_maps(pixel_values, [*taps, *every])
+        if not self.config.reshape_hidden_states:
+            maps = {tap: _sequence(each) for tap, each in maps.items()}
+        return BackboneOutput(
+            feature_maps=tuple(maps[tap] for tap in taps),  # type: ignore[arg-type]
+            hidden_states=tuple(maps[tap] for tap in every) if every else None,
+        )
+
+
+def _sequence(each: Tensor) -> Tensor:
+    """Return a map, (B, D, rows, columns), as tokens behind their mean, (B, 1 + N, D)."""
+    tokens = each.flatten(2).transpose(1, 2)
+    return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+
+
+class DiTForSemanticSegmentation(ASelectPreTrainedModel):
+    """A diffusion transformer with a decoder that tells the class of every pixel.
+
+    Args:
+        config: The configuration; `decoder` says which: "linear" reads the configuration's block, "upernet" the four
+            of `config.out_indices`.
+    """
+
+    task: ClassVar[str] = "image-segmentation"
+    # The loss is a mean over its batch: Trainer is to divide it where gradients are accumulated.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ASelectConfig) -> None:
+        super().__init__(config)
+        self.backbone = DiTBackbone(config) if config.decoder == "upernet" else DiTModel(config)
+        num_labels = int(config.num_labels or 0)
+        self.decoder: LinearDecoder | UperNetDecoder
+        if config.decoder == "linear":
+            self.decoder = LinearDecoder(config.feature_size, num_labels)
+        else:
+            self.decoder = UperNetDecoder(
+                config.feature_size, num_labels, config.decoder_hidden_size, config.auxiliary_hidden_size
+            )
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SemanticSegmenterOutput:
+        """Return logits of every pixel, (B, K, H, W), and the loss where labels are given.
+
+        Args:
+            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            labels: Class of each pixel in [0, K), (B, H, W), of any integer dtype;
+                `config.semantic_loss_ignore_index` is left out of the loss.
+            output_hidden_states: Whether to return what the first block reads and each block's output in
+                `hidden_states`, too, (B, N, D) each; runs all blocks.
+            kwargs: Ignored, as the host passes keywords that only some models know. `return_dict=False` gives a tuple.
+
+        Raises:
+            ValueError: If pictures or labels do not fit the model or each other, a label is outside the classes, the
+                timestep is not chosen yet, or a timestep or tap is named here.
+        """
+        refuse_tap_keywords(kwargs)
+        if labels is not None:
+            check_floats("pixel_values", pixel_values)
+            self._check_labels(labels, pixel_values)
+        taps, every = self.backbone.taps(), self.config.hidden_taps(output_hidden_states)
+        read, (rows, columns) = self._read([*taps, *every], pixel_values)
+        logits, auxiliary = self.decoder([token_map(read[tap], rows, columns) for tap in taps])
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        logits = enlarge(logits, size)
+        loss = None
+        if labels is not None:
+            labels = labels.to(logits.device).long()
+            loss = self._loss(logits, labels)
+            if auxiliary is not None:
+                loss = loss + self.config.auxiliary_loss_weight * self._loss(enlarge(auxiliary, size), labels)
+        return SemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(read[each] for each in every) or None,
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the pixels that have a class; 0 where none has, as a crop may have none."""
+        ignored = self.config.semantic_loss_ignore_index
+        total = cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
+        mean: Tensor = total / (labels != ignored).sum().clamp_min(1)
+        return mean
+
+    def _check_labels(self, labels: Tensor, pixel_values: Tensor) -> None:
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+        expected = (len(pixel_values), *pixel_values.shape[-2:])
+        if labels.shape != expected or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"`labels` must be class indices of shape {tuple(expected)}, one a pixel, got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}. `ASelectImageProcessor` makes them from `segmentation_maps=`."
+            )
+        if torch.compiler.is_compiling():
+            return
+        num_labels, ignored = int(self.config.num_labels or 0), self.config.semantic_loss_ignore_index
+        labels = labels.long()  # comparing small integers with a larger number is an error
+        outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignored)]
+        if outside.numel():
+            raise ValueError(
+                f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels of no class, got "
+                f"{outside.unique().tolist()[:5]}. Load the model with `num_labels=` the number of classes, and "
+                "`semantic_loss_ignore_index=` what the masks have for no class."
+            )

@@ -1,0 +1,1 @@
+"""The selection of the timestep: criteria, what they measure, and the record of a selection."""

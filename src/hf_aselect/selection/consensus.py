@@ -1,0 +1,232 @@
+"""How much of what a transformer's features agree on can be read linearly from one of them.
+
+Every timestep and tap is a view of the same pictures. What many views share is the pictures' content; what only one
+shows is noise, or detail of no use. Here the shared part is the leading principal components of the means of all
+reference features together, each centred, standardised and weighted equally; a feature scores by the share of their
+variance that a ridge regression predicts from its pooled tokens, for pictures that it was not fitted to. Pooled are
+the tokens' mean and, for a reader that sees more than that, their standard deviation, too.
+"""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+NUM_COMPONENTS = 20
+# Sketches keep inner products to about 1 / sqrt(size).
+MAX_FEATURES = 192
+# So many pictures at a timestep are summed up: their features have come to the size of the moments.
+NUM_KEPT = 2**14
+# Strengths of the ridge as shares of the mean eigenvalue of the standardised features' covariance.
+STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 1))
+NO_DIFFERENCE = (
+    "The pictures do not differ, or the first of them do not, and a timestep is chosen by what differs. Give others, "
+    "or in another order."
+)
+# In float64 at once.
+NUM_TOGETHER = 2**11
+Key = tuple[int, int, str]  # timestep, block, feature
+Item = TypeVar("Item")
+
+
+class ConsensusSums:
+    """Features and shared targets of the pictures; of features of many pictures only their second moments, by fold.
+
+    A picture is kept as `num_targets` numbers and, up to `NUM_KEPT` of them, at most 192 a timestep: thousands of
+    pictures take less memory than their moments.
+
+    Args:
+        num_folds: Picture `index % num_folds` is predicted from the pictures of the other folds.
+        num_targets: Size of the sketch of all reference features.
+        num_read: How many of the pooled statistics are predicted from, counted from the first, which is the mean.
+    """
+
+    def __init__(self, num_folds: int, num_targets: int, num_read: int = 1) -> None:
+        self.num_folds, self.num_targets, self.num_read = num_folds, num_targets, num_read
+        self.scales: dict[Key, tuple[Tensor, Tensor, float]] = {}
+        self.targets: dict[int, Tensor] = {}  # by picture, (num_targets,): what timesteps read later are held against
+        self.features: dict[int, list[tuple[list[int], Tensor]]] = {}  # by timestep: which pictures, (B, d)
+        self.num_kept: dict[int, int] = {}  # how many these are
+        # Of pictures before those: sums of feature × feature and feature × target.
+        self.summed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def calibrate(self, pooled: dict[Key, Tensor]) -> None:
+        """Take mean, spread and weight of each reference feature from some pictures' statistics, (n, S, D)."""
+        for key, values in pooled.items():
+            mean, spread = values.mean(0), values.std(0, correction=0)  # (S, D)
+            # Less than that is the rounding of a feature which is the same for all pictures.
+            rounding = 1e-5 * mean.abs().mean(-1, keepdim=True)
+            still = bool(spread[0].mean() <= rounding[0])
+            # A channel that is constant here could be anything elsewhere: it counts as far as the others vary.
+            spread = spread.maximum(1e-3 * spread.mean(-1, keepdim=True)).maximum(rounding) + 1e-12
+            standard = ((values - mean) / spread)[:, 0]
+            weight = 0.0 if still else 1 / float((standard @ standard.T).norm()) ** 0.5
+            self.scales[key] = mean, spread, weight
+
+    def add_targets(self, indices: list[int], reference: dict[Key, Tensor]) -> None:
+        """Sketch the means of reference features, (B, S, D) each, of some pictures into their targets."""
+        total = torch.zeros(len(indices), self.num_targets)
+        for number, (key, (mean, spread, weight)) in enumerate(sorted(self.scales.items())):
+            standard = ((reference[key] - mean) / spread)[:, 0] * weight
+            total += standard @ _sketch(standard.shape[1], self.num_targets, number)
+        # Copies: a row of the batch would keep all of it.
+        self.targets.update(zip(indices, map(Tensor.clone, total), strict=True))
+
+    def add(self, timestep: int, indices: list[int], pooled: Tensor, like: Key) -> None:
+        """Add the statistics, (B, S, D), of pictures whose targets are known.
+
+        Args:
+            timestep: Where they were read.
+            indices: Which pictures they are of.
+            pooled: Statistics of their tokens, (B, S, D).
+            like: Reference feature whose mean and spread are near enough: they only set the scale.
+        """
+        mean, spread, _ = self.scales[like]
+        standard = ((pooled - mean) / spread)[:, : self.num_read].flatten(1)
+        if standard.shape[1] > MAX_FEATURES:
+            standard = standard @ _sketch(standard.shape[1], MAX_FEATURES, -1)
+        self.features.setdefault(timestep, []).append((indices, standard))
+        self.num_kept[timestep] = self.num_kept.get(timestep, 0) + len(indices)
+        if self.num_kept[timestep] >= NUM_KEPT:
+            self.summed[timestep] = self.products(timestep)
+            self.features[timestep], self.num_kept[timestep] = [], 0
+
+    def products(self, timestep: int, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return sums over pictures by fold, (1, feature) × (1, feature) and (1, feature) × target, float64.
+
+        Args:
+            timestep: Where the features, d numbers a picture, were read.
+            directions: What turns (1, target) into the k shared ones, (1 + m, k). Default: (1, target) itself.
+
+        Returns:
+            Sums of (F, 1 + d, 1 + d) and of (F, 1 + d, k). A small ridge needs float64.
+        """
+        left = right = None
+        if timestep in self.summed:
+            left, right = self.summed[timestep]
+            left, right = left.clone(), right.clone() if directions is None else right @ directions
+        kept = self.features[timestep]
+        largest = max((len(values) for _, values in kept), default=1)
+        for batches in _parts(kept, max(1, NUM_TOGETHER // largest)):
+            indices = [index for named, _ in batches for index in named]
+            features = _with_ones(torch.cat([values for _, values in batches])).double()
+            targets = self._targets(indices)
+            targets = targets if directions is None else targets @ directions
+            if left is None or right is None:
+                left = features.new_zeros(self.num_folds, features.shape[1], features.shape[1])
+                right = features.new_zeros(self.num_folds, features.shape[1], targets.shape[1])
+            self._accumulate(left, indices, features, features)
+            self._accumulate(right, indices, features, targets)
+        if left is None or right is None:
+            raise KeyError(timestep)
+        return left, right
+
+    def target_moments(self) -> Tensor:
+        """Return the sum over pictures of (1, target) × (1, target), (1 + m, 1 + m), float64."""
+        sums = torch.zeros(1 + self.num_targets, 1 + self.num_targets, dtype=torch.float64)
+        for indices in _parts(list(self.targets)):
+            targets = self._targets(indices)
+            sums += targets.T @ targets
+        return sums
+
+    def variance(self, directions: Tensor) -> Tensor:
+        """Return by fold the sum over pictures of the squared shared targets, (F,), float64.
+
+        Args:
+            directions: What `leading_directions` made of the target moments, (1 + m, k).
+        """
+        sums = torch.zeros(self.num_folds, dtype=torch.float64)
+        for indices in _parts(list(self.targets)):
+            squares = (self._targets(indices) @ directions).square().sum(1)
+            sums.index_add_(0, torch.tensor(indices) % self.num_folds, squares)
+        return sums
+
+    def _targets(self, indices: list[int]) -> Tensor:
+        """Return (1, target) of some pictures, (n, 1 + m), float64."""
+        return _with_ones(torch.stack([self.targets[index] for index in indices])).double()
+
+    def _accumulate(self, sums: Tensor, indices: list[int], left: Tensor, right: Tensor) -> None:
+        folds = torch.tensor(indices) % self.num_folds
+        for fold in folds.unique().tolist():
+            sums[fold] += left[folds == fold].T @ right[folds == fold]
+
+
+def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
+    """Return by fold the squared error of predicting the shared targets, and their variance, (F, 2), float64.
+
+    They are NaN where a sum is not finite.
+
+    Args:
+        left: Sums over pictures of (1, feature) × (1, feature), (F, 1 + d, 1 + d), by fold.
+        right: The same of (1, feature) × shared target, (F, 1 + d, k).
+        variance: Sum of the squared shared targets, (F,).
+    """
+    if not (left.isfinite().all() and right.isfinite().all()):
+        # Some decompositions raise at NaN and some return it.
+        return torch.full((len(left), 2), torch.nan, dtype=torch.float64)
+    size = left.shape[1]
+    count = float(left[:, 0, 0].sum())
+    others, others_right = left.sum(0) - left, right.sum(0) - right
+    scale = float(_centred(left.sum(0)).diagonal().mean())
+    penalty = torch.eye(size, dtype=torch.float64)
+    penalty[0, 0] = 0
+    tiny = 1e-9 * (count + scale) * torch.eye(size, dtype=torch.float64)
+    errors = []
+    for strength in STRENGTHS:
+        try:
+            # Not `solve`: the pivots of its LU can be wrong, or without end, on two threads of some CPUs.
+            factor = torch.linalg.cholesky(others + strength * scale * penalty + tiny)
+            weights = torch.cholesky_solve(others_right, factor)
+        except RuntimeError as error:  # a matrix that is singular
+            raise ValueError(NO_DIFFERENCE) from error
+        errors.append(variance - 2 * (weights * right).sum((1, 2)) + (weights * (left @ weights)).sum((1, 2)))
+    best = min(errors, key=lambda error: float(error.sum()))
+    return torch.stack([best, variance], dim=-1)
+
+
+def leading_directions(target_moments: Tensor) -> Tensor:
+    """Return what turns (1, u) into the leading whitened principal components of the targets, (1 + m, k).
+
+    It is NaN where a moment is not finite.
+
+    Raises:
+        ValueError: If the targets are the same for all pictures, or there is only one.
+    """
+    if not target_moments.isfinite().all():
+        return torch.full((len(target_moments), 1), torch.nan, dtype=torch.float64)
+    count = float(target_moments[0, 0])
+    if count < 2:
+        raise ValueError("One picture is too few: a timestep is chosen by what differs from picture to picture.")
+    mean = target_moments[0, 1:] / count
+    values, vectors = torch.linalg.eigh(_centred(target_moments))
+    # One reference alone adds some hundredths.
+    if values[-1] <= 1e-9 * count:
+        raise ValueError(NO_DIFFERENCE)
+    # Fewer pictures have fewer directions.
+    kept = min(NUM_COMPONENTS, max(1, int((values > 1e-6 * values[-1]).sum()) // 2))
+    directions = vectors[:, -kept:] / values[-kept:].clamp_min(1e-12).sqrt()
+    return torch.cat([-(mean @ directions)[None], directions])
+
+
+def _parts(items: list[Item], size: int = NUM_TOGETHER) -> Iterator[list[Item]]:
+    """Yield a list in parts."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _centred(moments: Tensor) -> Tensor:
+    """Return the centred second moments, (d, d), of moments with a leading 1, (1 + d, 1 + d)."""
+    centred: Tensor = moments[1:, 1:] - torch.outer(moments[1:, 0], moments[0, 1:]) / moments[0, 0]
+    return centred
+
+
+def _with_ones(values: Tensor) -> Tensor:
+    return torch.cat([values.new_ones(len(values), 1), values], dim=1)
+
+
+def _sketch(rows: int, columns: int, number: int) -> Tensor:
+    """Return a random projection, (rows, columns), that keeps inner products in the mean: the same each time."""
+    generator = torch.Generator().manual_seed(1_000_003 + number)
+    projection: Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
+    return projection

@@ -1,0 +1,64 @@
+"""Models whose weights are spread over processes, and values that processes share."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..model.denoiser import is_sharded
+
+
+def is_partitioned(module: Any) -> bool:
+    """Return whether DeepSpeed's ZeRO 3 took a module's weights apart: they look empty until they are gathered."""
+    return any(hasattr(value, "ds_id") for value in getattr(module, "parameters", list)())
+
+
+@contextmanager
+def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[None]:
+    """Let methods of a module gather its weights for a while, as calling it does; they must not call each other.
+
+    What DeepSpeed's ZeRO 3 took apart is whole meanwhile: before training nothing gathers it where it is called.
+    FSDP2 leaves the weights of the outermost module gathered for the backward pass. Without one, `then_shard` gives
+    them back: an optimizer that is made meanwhile would be of weights that are thrown away.
+    """
+    if is_partitioned(module):
+        gathered: Any = importlib.import_module("deepspeed").zero.GatheredParameters
+        with gathered(list(module.parameters())):
+            yield
+        return
+    if not is_sharded(module):
+        yield
+        return
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    before = {name: vars(module)[name] for name in names if name in vars(module)}
+    for name in names:
+        register_fsdp_forward_method(module, name)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(module, name)
+        vars(module).update(before)
+        if then_shard:
+            module.reshard()
+
+
+def process() -> tuple[int, int]:
+    """Return the rank of this process and how many there are."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the value of each process, in the order of their ranks."""
+    world = process()[1]
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return values

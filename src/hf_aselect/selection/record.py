@@ -1,0 +1,216 @@
+"""The record of a choice of the timestep: everything needed to repeat, to judge and to plot it."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..model.checks import NUM_TIMESTEPS
+from ..model.configuration_aselect import ASelectConfig
+from ..model.layouts import FEATURES
+from ..plots import plot_timestep_curve, plot_timestep_heat_map
+
+
+@dataclass(frozen=True)
+class TimestepSelection:
+    """Which timestep was chosen, from what, and how sure the choice is.
+
+    Args:
+        timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
+        timesteps: The timesteps that were read, rising.
+        scores: The criterion at each of them.
+        smoothed: The same, each averaged with its neighbours: what the choice was made by, unless fewer than half of
+            the resamples choose near the highest. Then it is the highest near where most of them choose.
+        intervals: 95 % bootstrap interval (over groups of pictures) of each score.
+        log_snr: 2·ln(alpha / sigma) at each of them.
+        confidence: Share of bootstrap resamples of the pictures that choose this timestep or one within 1.5 of it in
+            log-SNR (a neighbour in the default grid), in [0, 1].
+        criterion: Name of the criterion.
+        settings: Its settings, by name.
+        options: What else the choice depends on: `timesteps` (None where they were read from coarse to fine),
+            `max_images`, `confidence` (the wanted one) and `batch_size` of `select_timestep`, `noise_seed` and
+            `num_noise_draws` of the configuration.
+        block: Block at which features were read, counted from the first.
+        feature: Feature that was read there.
+        num_images: Pictures that were looked at.
+        pictures: "given", or "generated" by the transformer itself.
+        stopped_by: Why no more pictures were looked at: "confidence" (the wanted one was reached), "max_images", or
+            "all pictures".
+        num_forwards: Passes of a picture through the backbone, those that generated pictures included.
+        seconds: Time it took.
+        seed: Seed of the sampled or generated pictures, of the bootstrap and, for "hfr" and "signal_hfr", of the
+            noise; the other criteria read features with the model's own noise.
+        warnings: What speaks against trusting the choice, and what to do about it.
+        massive_channels: Channels of the chosen tap that dwarf all others in every token, and were set to zero: found
+            by this choice, or by an earlier one; None where they were not looked for.
+        table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
+    """
+
+    timestep: int
+    timesteps: list[int]
+    scores: list[float]
+    smoothed: list[float]
+    intervals: list[list[float]]
+    log_snr: list[float]
+    confidence: float
+    criterion: str
+    settings: dict[str, Any]
+    options: dict[str, Any]
+    block: int
+    feature: str
+    num_images: int
+    pictures: str
+    stopped_by: str
+    num_forwards: int
+    seconds: float
+    seed: int
+    warnings: list[str]
+    massive_channels: list[int] | None = None
+    table: list[dict[str, Any]] | None = None
+
+    def is_of(self, config: ASelectConfig) -> bool:
+        """Return whether this is how the timestep of a configuration was chosen, at its tap."""
+        return (self.timestep, self.block, self.feature) == (config.timestep, config.block_index(), config.feature)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain numbers, strings and lists, fit for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "TimestepSelection":
+        """Return the record that `to_dict` wrote.
+
+        Raises:
+            ValueError: If a field is missing, unknown, or of another kind than `to_dict` writes.
+        """
+        if not isinstance(record, dict):
+            raise ValueError(f"Not a record of a selection, which is a dictionary, got {type(record).__name__}.")
+        known = cls.__dataclass_fields__
+        missing = {name for name, field in known.items() if field.default is MISSING} - record.keys()
+        if missing or record.keys() - known.keys():
+            raise ValueError(
+                f"Not a record of a selection: missing {sorted(missing)}, "
+                f"unknown {sorted(map(str, record.keys() - known.keys()))}."
+            )
+        wrong = [name for name, is_right in _FIELDS.items() if name in record and not is_right(record[name])]
+        if wrong:
+            raise ValueError(f"Not a record of a selection: {', '.join(wrong)} are not what it has there.")
+        count = len(record["timesteps"])
+        uneven = [name for name in ("scores", "smoothed", "intervals", "log_snr") if len(record[name]) != count]
+        if uneven or record["timestep"] not in record["timesteps"]:
+            why = f"{', '.join(uneven)} are not as many as its timesteps" if uneven else "its timestep was not read"
+            raise ValueError(f"Not a record of a selection: {why}.")
+        return cls(**record)
+
+    def plot(
+        self,
+        path: str | os.PathLike[str],
+        accuracies: Sequence[float] | None = None,
+        accuracy_log_snr: Sequence[float] | None = None,
+        accuracy_name: str = "accuracy",
+    ) -> list[Path]:
+        """Draw the criterion over the timestep, with intervals and the choice, as a PNG.
+
+        Where several taps were compared, a heat map of all of them is written beside it, as `NAME_heat_map.png`.
+
+        Args:
+            path: File to write.
+            accuracies: Accuracy of a probe at each timestep, in [0, 1], to be drawn beside the criterion.
+            accuracy_log_snr: Where the probe was tried at other timesteps, their log-SNR.
+            accuracy_name: What the accuracies are, as "mean IoU".
+
+        Returns:
+            The files written.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        written = [Path(path)]
+        plot_timestep_curve(
+            path,
+            self.timesteps,
+            self.scores,
+            self.log_snr,
+            self.timestep,
+            intervals=self.intervals,
+            smoothed=self.smoothed,
+            criterion=self.criterion,
+            accuracies=accuracies,
+            accuracy_log_snr=accuracy_log_snr,
+            accuracy_name=accuracy_name,
+        )
+        if self.table is not None:
+            written.append(written[0].with_name(f"{written[0].stem}_heat_map.png"))
+            plot_timestep_heat_map(
+                written[1],
+                self.timesteps,
+                self.log_snr,
+                [_tap_name(row["block"], row["feature"]) for row in self.table],
+                [row["smoothed"] for row in self.table],
+                _tap_name(self.block, self.feature),
+                self.timestep,
+                self.criterion,
+            )
+        return written
+
+
+def _tap_name(block: int, feature: str) -> str:
+    return f"block {block}, {feature}"
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_timestep(value: Any) -> bool:
+    return _is_integer(value) and value < NUM_TIMESTEPS
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_dictionary(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def is_list(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(map(check, value))
+
+    return is_list
+
+
+# What the fields of a record are: it comes from files.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "timestep": _is_timestep,
+    "timesteps": _is_list_of(_is_timestep),
+    "scores": _is_list_of(_is_number),
+    "smoothed": _is_list_of(_is_number),
+    "intervals": _is_list_of(_is_interval),
+    "log_snr": _is_list_of(_is_number),
+    "confidence": _is_number,
+    "criterion": _is_word,
+    "settings": _is_dictionary,
+    "options": _is_dictionary,
+    "block": _is_integer,
+    "feature": lambda value: value in FEATURES,
+    "num_images": _is_integer,
+    "pictures": _is_word,
+    "stopped_by": _is_word,
+    "num_forwards": _is_integer,
+    "seconds": _is_number,
+    "seed": _is_integer,
+    "warnings": _is_list_of(_is_word),
+    "massive_channels": lambda value: value is None or _is_list_of(_is_integer)(value),
+    "table": lambda value: value is None or _is_list_of(_is_dictionary)(value),
+}

@@ -1,0 +1,1 @@
+"""What Trainer is given: callback, cached features and metrics."""

@@ -1,0 +1,386 @@
+"""What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
+
+import importlib
+import logging
+import os
+import random
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..hub.push import write_model_card
+from ..model.modeling_aselect import ASelectPreTrainedModel
+from ..selection.record import TimestepSelection
+from ..selection.select import select_timestep
+
+logger = logging.getLogger(__name__)
+RECORD = "aselect/selection"  # of a choice, in the trainer's history
+
+
+class ASelectCallback(TrainerCallback):
+    """Chooses the timestep where none is chosen, and writes the model card and the curve into the output folder.
+
+    A model whose timestep is still "auto" when training begins reads it off training pictures, once, the same in all
+    processes: the first ones of a stream, some from all over a set of known size, which may be sorted.
+    `from_pretrained` chooses at once; `model.config.timestep = "auto"` leaves the choice to the callback. While the
+    backbone is fine-tuned the choice can be looked at again: how far it goes from the timestep of the beginning is the
+    drift. Choices, also one that was made before, go to the trainer's history, and to TensorBoard and trackio where
+    the trainer reports to them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and
+    at the end of training, by the main process only.
+
+    Args:
+        dataset: Name of the dataset, for the card; left out of it if None.
+        base_model: Where the DiT comes from, for the card. Default: the id on the Hub that it was loaded from, if any.
+        license: Licence of the trained model, for the card. Default: that of the weights, where it is known.
+        max_images: Look at so many training pictures at the most.
+        criterion: As in `select_timestep`; "probe" reads the labels, too.
+        reselect_epochs: Choose again after every so many epochs while the backbone is trained; None: never.
+        follow: Whether the model is read at the new choice from then on; else it is only reported.
+        options: Further arguments of `select_timestep`, by name.
+
+    Raises:
+        ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
+            values in the rows, or, while the backbone is trained, another tap is to be chosen or `reselect_epochs` is
+            given with a stream.
+    """
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        *,
+        max_images: int = 256,
+        criterion: Any = "consensus",
+        reselect_epochs: int | None = None,
+        follow: bool = False,
+        **options: Any,
+    ) -> None:
+        for name, value in (("max_images", max_images), ("reselect_epochs", reselect_epochs)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
+        self.dataset = dataset
+        self.base_model = base_model
+        self.license = license
+        self.max_images = max_images
+        self.criterion = criterion
+        self.reselect_epochs = reselect_epochs
+        self.follow = follow
+        self.options = options
+        self.metrics_by_step: dict[int, dict[str, float]] = {}
+        self.selections: list[tuple[float, TimestepSelection]] = []  # epoch, choice
+        self.first_timestep: int | None = None  # what drift is counted from
+        self.final_step: int | None = None  # whose weights the model has once the training is over
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Choose the timestep where none is chosen; a training that goes on keeps its choice and its figures."""
+        model, dataloader = _unwrapped(kwargs["model"]), kwargs["train_dataloader"]
+        if args.push_to_hub and model.include_code is None:
+            # `Trainer` pushes what it copies out of its checkpoints.
+            model.include_code = True
+        self.metrics_by_step = {
+            int(row["step"]): row for row in state.log_history if any(name.startswith("eval_") for name in row)
+        }
+        self._check_reselection(model, dataloader)
+        history: list[dict[str, Any]] = [row for row in state.log_history if RECORD in row]
+        self.selections = [(row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history]
+        self.first_timestep, self.final_step = None, None
+        if history:
+            self.first_timestep = history[0]["aselect/timestep"] - history[0]["aselect/drift"]
+        if self.selections and (model.config.timestep == "auto" or self.follow):
+            # A training that goes on: its choice was made on the weights that it began with.
+            model.apply_selection(self.selections[-1 if self.follow else 0][1])
+        if model.config.timestep == "auto":
+            selection = self._select(model, dataloader)
+            model.apply_selection(selection)
+            self._report(args, state, selection)
+        elif self.first_timestep is None:
+            self.first_timestep = int(model.config.timestep)
+            if model.config.selection and model.config.is_selection_in_use():  # `from_pretrained` chose
+                self._report(args, state, TimestepSelection.from_dict(model.config.selection))
+        # A checkpoint of an epoch's last step is written before the epoch's end.
+        if self._is_due(model, state) and round(state.epoch or 0) not in [round(each) for each, _ in self.selections]:
+            self._select_again(args, state, model, dataloader)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Choose again, where that was asked for and the backbone is trained."""
+        model = _unwrapped(kwargs["model"])
+        if self._is_due(model, state):
+            self._select_again(args, state, model, kwargs["train_dataloader"])
+
+    def _is_due(self, model: ASelectPreTrainedModel, state: TrainerState) -> bool:
+        """Return whether it is the end of an epoch after which to choose again."""
+        if self.reselect_epochs is None or model.config.freeze_backbone:
+            return False
+        epoch = round(state.epoch or 0)
+        is_whole = epoch > 0 and abs((state.epoch or 0) - epoch) < 1e-3
+        return is_whole and epoch % self.reselect_epochs == 0
+
+    def _select_again(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: ASelectPreTrainedModel,
+        dataloader: Any,
+    ) -> None:
+        selection = self._select(model, dataloader)
+        if self.follow:
+            model.apply_selection(selection)
+        self._report(args, state, selection)
+
+    def _check_reselection(self, model: ASelectPreTrainedModel, dataloader: Any) -> None:
+        """Refuse what cannot be done while the backbone is trained."""
+        if model.config.freeze_backbone:
+            return
+        follows = self.reselect_epochs is not None and self.follow
+        if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
+            raise ValueError(
+                "The optimizer has the weights up to the configuration's tap, so no other can be chosen here "
+                "while the backbone is trained. Choose before (`select_timestep` and `apply_selection`)."
+            )
+        if self.reselect_epochs is not None and _is_stream(dataloader.dataset):
+            raise ValueError(
+                "`reselect_epochs` counts passes over a training set of known size, and a stream has none. Leave it "
+                "out, or train on a set that is not streamed."
+            )
+
+    def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:
+        """Return the choice on training pictures; no random state is touched."""
+        needs_labels = getattr(self.criterion, "name", self.criterion) in ("probe", "patch_probe")
+        # Devices draw nothing here, and torch warns of forking those of several.
+        with torch.random.fork_rng(devices=[]):
+            states = random.getstate(), np.random.get_state()
+            rows = _first_rows(dataloader.dataset, self.max_images)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+        if not rows or "pixel_values" not in rows[0]:
+            raise ValueError(
+                "The timestep is still 'auto', and the training set has no `pixel_values` to choose it from, only "
+                f"{', '.join(rows[0]) if rows else 'no rows'}. Choose it before (`select_timestep`)."
+            )
+        pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
+        if needs_labels:
+            given["labels"] = [_label(row) for row in rows]
+        return select_timestep(model, pixels, **given)
+
+    def _report(self, args: TrainingArguments, state: TrainerState, selection: TimestepSelection) -> None:
+        """Write a choice to the trainer's history, and to the trackers that it reports to."""
+        epoch = round(state.epoch or 0.0, 4)
+        self.selections.append((epoch, selection))
+        if self.first_timestep is None:
+            self.first_timestep = selection.timestep
+        facts = {
+            "aselect/timestep": selection.timestep,
+            "aselect/confidence": selection.confidence,
+            "aselect/drift": selection.timestep - self.first_timestep,
+        }
+        history: list[dict[str, Any]] = state.log_history
+        history.append({**facts, RECORD: selection.to_dict(), "epoch": epoch, "step": state.global_step})
+        if not state.is_world_process_zero:
+            return
+        trackers = args.report_to or ()
+        if "tensorboard" in trackers:
+            _write_tensorboard(args, state, facts, selection)
+        if "trackio" in trackers:
+            _write_trackio(state, facts, selection)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Write card and curve with the newest figure; evaluations of other sets than Trainer's own do not count."""
+        metrics = kwargs.get("metrics") or {}
+        step = state.global_step if self.final_step is None else self.final_step
+        if any(name.startswith("eval_") for name in metrics):
+            self.metrics_by_step[step] = metrics
+        self._write(args, state, kwargs["model"], step)
+
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Put the model's code beside it, and keep the card.
+
+        `Trainer` copies weights and configuration out of a checkpoint, and not the code that the configuration names.
+        Between this and the last upload it writes a draft of its own over the card, and asks nobody.
+        """
+        path = Path(str(args.output_dir)) / "README.md"
+        trained = kwargs["model"]
+        # An adapter of peft's has none.
+        if state.is_world_process_zero and _unwrapped(trained) is trained and trained._auto_class is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            custom_object_save(trained, str(args.output_dir))
+        if not state.is_world_process_zero or not path.is_file():
+            return
+        # Whoever trains has imported it; whoever does not need not wait for it.
+        trainer_module: Any = importlib.import_module("transformers.trainer")
+        text, drafts = path.read_text(encoding="utf-8"), trainer_module.TrainingSummary
+
+        class Card:
+            """Stands in for the maker of drafts, once."""
+
+            @staticmethod
+            def from_trainer(trainer: Any, **facts: Any) -> Any:
+                trainer_module.TrainingSummary = drafts
+                draft = drafts.from_trainer(trainer, **facts)
+                if trainer.model is trained:
+                    card: Any = ModelCard(text)
+                    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(facts.get("tags") or [])]))
+                    draft.to_model_card = lambda: str(card)
+                return draft
+
+        trainer_module.TrainingSummary = Card
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Write card and curve: of the best step where its weights are loaded at the end, else of the last."""
+        best = state.best_global_step if args.load_best_model_at_end else None
+        self.final_step = best or state.global_step
+        self._write(args, state, kwargs["model"], self.final_step)
+
+    def _write(self, args: TrainingArguments, state: TrainerState, trained: Any, step: int) -> None:
+        if not state.is_world_process_zero:
+            return
+        model = _unwrapped(trained)
+        training: dict[str, object] = {
+            "epochs": round(state.epoch or 0, 2),
+            "steps": step,
+            "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning rate": args.learning_rate,
+            "seed": args.seed,
+        }
+        if len(self.selections) > 1:
+            training["timestep chosen at epoch"] = ", ".join(
+                f"{epoch:g}: {selection.timestep}" for epoch, selection in self.selections
+            )
+        model.card_facts = dict(
+            accuracy=self.metrics_by_step.get(step, {}).get("eval_accuracy"),
+            mean_iou=self.metrics_by_step.get(step, {}).get("eval_mean_iou"),
+            dataset=self.dataset,
+            base_model=self.base_model,
+            license=self.license,
+            training=training if step else None,
+        )
+        # Around it may be peft's, which the card is to tell of, in what accelerate puts around.
+        while not hasattr(trained, "get_base_model") and trained is not model:
+            trained = trained.module
+        name = args.hub_model_id if args.push_to_hub else None
+        where = {"repo_id": name, "model_name": name.rpartition("/")[2]} if name and "/" in name else {}
+        write_model_card(trained, str(args.output_dir), **{**model.card_facts, **where})
+
+
+def _unwrapped(model: Any) -> Any:
+    """Return our model under what accelerate and peft put around it."""
+    while not isinstance(model, ASelectPreTrainedModel):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        if inner is None:
+            raise ValueError(f"ASelectCallback is for the models of hf_aselect, got {type(model).__name__}.")
+        model = inner
+    return model
+
+
+def _is_stream(dataset: Any) -> bool:
+    """Return whether the rows of a training set come one after the other, and cannot be asked for."""
+    is_numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return isinstance(dataset, torch.utils.data.IterableDataset) or not is_numbered
+
+
+def _first_rows(dataset: Any, num: int) -> list[Any]:
+    """Return the first rows of a stream; of a training set of known size some from all over, as it may be sorted.
+
+    Processes may each have a stream of their own: all get the rows of the first.
+    """
+    if not _is_stream(dataset):
+        return [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // num))[:num]]
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(islice(iter(dataset), num))
+    rows: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            rows = [list(islice(iter(dataset), num))]
+        except Exception as error:  # the others wait for it
+            rows = [error]
+    distributed.broadcast_object_list(rows)
+    if isinstance(rows[0], Exception):
+        raise rows[0]
+    found: list[Any] = rows[0]
+    return found
+
+
+def _label(row: Any) -> Any:
+    """Return the label of a row by one of the names that the host knows."""
+    for name in ("labels", "label", "label_ids"):
+        if name in row:
+            value = row[name]
+            return value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
+    raise ValueError(f"The criterion needs labels, and the training set has none, only {', '.join(row)}.")
+
+
+def _write_tensorboard(
+    args: TrainingArguments, state: TrainerState, facts: dict[str, float], selection: TimestepSelection
+) -> None:
+    """Write a choice beside what the host writes: a curve over the timestep, and the figures."""
+    try:
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:  # the host takes either
+        tensorboard = importlib.import_module("tensorboardX")
+
+    # As the host reads it.
+    given = os.getenv("TENSORBOARD_LOGGING_DIR")
+    folder = os.path.expanduser(given) if given else os.path.join(str(args.output_dir), "runs", "aselect")
+    with tensorboard.SummaryWriter(log_dir=folder) as writer:
+        for name, value in facts.items():
+            writer.add_scalar(name, value, state.global_step)
+        for timestep, score in zip(selection.timesteps, selection.scores, strict=True):
+            writer.add_scalar(f"aselect/curve at step {state.global_step}", score, timestep)
+
+
+def _write_trackio(state: TrainerState, facts: dict[str, float], selection: TimestepSelection) -> None:
+    """Write a choice into the run that the host began: the figures, and the curve as a picture."""
+    import trackio
+
+    # Beside each of the host's own figures, too: what one is drawn over.
+    logged: dict[str, Any] = {**facts, "train/global_step": state.global_step}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            (path, *_) = selection.plot(os.path.join(folder, "timestep_curve.png"))
+        except ImportError:
+            logger.warning("Without matplotlib, trackio gets no curve of the choice.")
+        else:
+            with Image.open(path) as curve:
+                curve.load()
+            logged["aselect/curve"] = trackio.Image(curve)
+    trackio.log(logged)
