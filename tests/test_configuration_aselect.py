@@ -56,7 +56,7 @@ def test_a_keyword_beside_a_saved_configuration_is_checked(tmp_path):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_each_field_is_read_somewhere(name):
-    sources = [path.read_text() for path in PACKAGE.glob("*.py")]
+    sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
     reads = rf"(config|self)\.{name}\b"
     # The host reads this one.
     assert name == "initializer_range" or any(re.search(reads, source) for source in sources)
@@ -110,3 +110,19 @@ def test_a_misspelt_keyword_is_refused_on_loading(tmp_path):
 def test_a_transformer_without_its_sizes_is_refused():
     with pytest.raises(ValueError, match="`transformer` lacks sample_size: give the whole configuration"):
         ASelectConfig(transformer={name: value for name, value in DIT_XL_2.items() if name != "sample_size"})
+
+
+@pytest.mark.parametrize("found", [2, "1", True, 0, None])
+def test_records_of_a_later_format_ask_for_an_upgrade(model, found):
+    folded = model.fold().config.to_dict()
+    assert folded["folded_layout"]["format"] == 1
+    for field, record in (("folded_layout", folded["folded_layout"]), ("selection", {"timestep": 5})):
+        message = rf"`{field}` has format '{found}', and this version of hf_aselect reads formats up to 1"
+        with pytest.raises((ValueError, StrictDataclassError), match=message):
+            ASelectConfig.from_dict({**folded, field: {**record, "format": found}})
+
+
+def test_records_without_a_format_are_of_the_first(model):
+    folded = model.fold().config.to_dict()
+    del folded["folded_layout"]["format"]
+    assert ASelectConfig.from_dict(folded).folding == model.fold().config.folding

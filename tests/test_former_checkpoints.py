@@ -1,7 +1,7 @@
 """What the first layout of 0.1.0, one flat package of 46 modules, saved and pushed is loaded still.
 
-`former_checkpoints.json` holds what that code wrote: configurations, the names and shapes of all weights, and the first
-values that the models gave. The weights themselves are made of their names, then and now.
+`former_checkpoints.json` holds what that code wrote: configurations, the names and shapes of all weights, and the
+first values that the models gave. The weights themselves are made of their names, then and now.
 """
 
 import json

@@ -232,6 +232,18 @@ def refuse_other_than_weights(name: str, dtype: str | torch.dtype) -> None:
 
 
 MAX_PIXEL_VALUE = 10.0
+# What torch and transformers leave out of a loss.
+IGNORED_LABEL = -100
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return whether the values of a tensor may be looked at: where they lie in this machine's memory.
+
+    An accelerator would be waited for, a graph that is compiled cannot branch on values, and kinds of tensors beyond
+    torch's own (sharded, traced, without data) may have none. There the image processor, `cache_features` and
+    `select_timestep` have looked at them before, on the CPU.
+    """
+    return type(values) in (Tensor, nn.Parameter) and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_floats(name: str, values: Any) -> None:
@@ -279,11 +291,9 @@ def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
             f"Height and width of `latents` must be at most {limit * side}, where the position table of this "
             f"transformer ends, got {height}×{width}."
         )
-    if torch.compiler.is_compiling():
-        return
-    if not len(latents):
+    if not torch.compiler.is_compiling() and not len(latents):
         raise ValueError("`latents` are an empty batch; give those of one picture or more.")
-    if not bool(latents.isfinite().all()):
+    if is_readable(latents) and not bool(latents.isfinite().all()):
         raise ValueError("`latents` hold NaN or infinite values.")
 
 
@@ -318,11 +328,10 @@ def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
             f"`ASelectImageProcessor.from_model_config(model.config)`, which resizes to "
             f"{'×'.join(map(str, config.image_height_width))}."
         )
-    # A compiled graph cannot branch on values.
-    if torch.compiler.is_compiling():
-        return
-    if not len(pixel_values):
+    if not torch.compiler.is_compiling() and not len(pixel_values):
         raise ValueError("`pixel_values` are an empty batch; give one picture or more.")
+    if not is_readable(pixel_values):
+        return
     largest = float(pixel_values.detach().abs().max())
     if not math.isfinite(largest):
         raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
@@ -340,6 +349,136 @@ HEADS = ("head", "decoder")
 
 class MismatchedSizesError(ValueError, RuntimeError):
     """A head of other shapes than the configuration says; the host's own is a `RuntimeError`, which some catch."""
+
+
+def checked_features(features: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Return tokens, (B, N, D), that were read before; a linear head takes their means, (B, D), too.
+
+    Args:
+        features: What was given as features.
+        config: Of the classifier.
+
+    Raises:
+        ValueError: If type, shape or values are wrong.
+    """
+    check_floats("features", features)
+    width = config.feature_size
+    if features.ndim == 2 and config.head == "linear":
+        features = features[:, None]  # the head takes the mean, which this is
+    if features.ndim == 2:
+        raise ValueError(
+            f"An attention head reads tokens, (B, N, {width}), got their means, {tuple(features.shape)}. Cache them "
+            "with what='tokens', or train a head='linear'."
+        )
+    if features.ndim != 3 or features.shape[-1] != width:
+        raise ValueError(f"`features` must be tokens of shape (B, N, {width}), got {tuple(features.shape)}.")
+    if not torch.compiler.is_compiling() and not features.numel():
+        raise ValueError(f"`features` are empty, {tuple(features.shape)}. Cache them again.")
+    if is_readable(features) and not bool(features.isfinite().all()):
+        raise ValueError("`features` hold NaN or infinite values. Cache them again.")
+    return features
+
+
+def checked_labels(labels: Tensor, count: int, config: PreTrainedConfig) -> Tensor:
+    """Return the labels of a classifier: class indices, (B,), int64; targets or rows of 0 and 1, (B, K), as they are.
+
+    Args:
+        labels: What was given as labels.
+        count: Number of images, B.
+        config: Of the classifier; `problem_type` and `num_labels` say what the labels must be.
+
+    Raises:
+        ValueError: If type, shape or values are wrong.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+    if torch.compiler.is_compiling():
+        return labels
+    num_labels = int(config.num_labels or 0)
+    if labels.is_meta or labels.layout != torch.strided or labels.is_complex():
+        raise ValueError(f"`labels` must be a dense tensor of numbers, got {labels.layout}, {labels.dtype}.")
+    if labels.is_floating_point() and is_readable(labels) and not bool(labels.isfinite().all()):
+        raise ValueError("`labels` hold NaN or infinite values.")
+    problem = config.problem_type or ("regression" if num_labels == 1 else None)
+    is_table = problem is None and labels.numel() != count and labels.shape == (count, num_labels)
+    if problem == "multi_label_classification" or (is_table and labels.is_floating_point()):
+        return _checked_rows(labels, (count, num_labels))
+    if problem == "regression":
+        shapes = ((count,), (count, 1)) if num_labels == 1 else ((count, num_labels),)
+        if tuple(labels.shape) not in shapes:
+            raise ValueError(
+                f"`labels` of a regression must have shape {' or '.join(map(str, shapes))}, got {tuple(labels.shape)}."
+            )
+        return labels.to(torch.promote_types(labels.dtype, torch.float32))
+    return _checked_indices(labels, count, num_labels)
+
+
+def _checked_rows(labels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return rows of several classes an image, of 0 and 1."""
+    is_wrong = is_readable(labels) and not bool(((labels >= 0) & (labels <= 1)).all())
+    if labels.shape != shape or is_wrong:
+        largest = f" of values up to {float(labels.abs().max()):g}" if is_readable(labels) and labels.numel() else ""
+        raise ValueError(
+            f"`labels` of several classes a picture must be of 0 and 1, {shape}, got {tuple(labels.shape)}{largest}."
+        )
+    return labels.to(torch.promote_types(labels.dtype, torch.float32))
+
+
+def _checked_indices(labels: Tensor, count: int, num_labels: int) -> Tensor:
+    """Return class indices, one an image."""
+    if labels.ndim == 0 or labels.numel() != count:
+        raise ValueError(
+            f"`labels` must be one for each of {count} pictures, got shape {tuple(labels.shape)}. Of several "
+            "classes a picture, load the model with `problem_type='multi_label_classification'`."
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        # transformers would take them for another kind of problem, from then on.
+        raise ValueError(f"`labels` must be class indices, integers in [0, {num_labels}), got {labels.dtype}.")
+    labels = labels.long()
+    if outside := _outside(labels, num_labels, IGNORED_LABEL):
+        raise ValueError(
+            f"Labels must be class indices in [0, {num_labels}), got {outside}. "
+            f"Load the model with `num_labels=` the number of classes of the dataset."
+        )
+    return labels
+
+
+def check_masks(labels: Tensor, pixel_values: Tensor, config: PreTrainedConfig) -> None:
+    """Refuse masks that are not of these images, or name classes that a segmenter does not have.
+
+    Args:
+        labels: What was given as labels, to be (B, H, W) of any integer dtype.
+        pixel_values: The images, (B, C, H, W).
+        config: Of the segmenter.
+
+    Raises:
+        ValueError: If type, shape or values are wrong.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+    expected = (len(pixel_values), *pixel_values.shape[-2:])
+    if labels.shape != expected or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"`labels` must be class indices of shape {tuple(expected)}, one a pixel, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}. `ASelectImageProcessor` makes them from `segmentation_maps=`."
+        )
+    num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
+    if outside := _outside(labels, num_labels, ignored):
+        raise ValueError(
+            f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels of no class, got "
+            f"{outside}. Load the model with `num_labels=` the number of classes, and "
+            "`semantic_loss_ignore_index=` what the masks have for no class."
+        )
+
+
+def _outside(labels: Tensor, num_labels: int, ignored: int) -> list[int]:
+    """Return the first of the labels that are neither classes nor ignored, as far as they may be looked at."""
+    if not is_readable(labels):
+        return []
+    labels = labels.long()  # comparing small integers with a larger number is an error
+    outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignored)]
+    found: list[int] = outside.unique()[:5].tolist()
+    return found
 
 
 def is_of_diffusers(source: str | os.PathLike[str]) -> bool:

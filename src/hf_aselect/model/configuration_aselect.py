@@ -21,6 +21,7 @@ from .layouts import (
     Tap,
     TransformerLayout,
     check_feature,
+    check_format,
     layout_of,
     parse_tap_key,
     tap_key,
@@ -455,6 +456,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def folding(self) -> FoldedLayout | None:
         """What a folded transformer is built of; None where it is not folded."""
         return None if self.folded_layout is None else FoldedLayout.from_dict(self.folded_layout)
+
+    def validate_selection(self) -> None:
+        """Refuse the record of a selection that a later version wrote in another way."""
+        if self.selection is not None:
+            check_format("selection", self.selection)
 
     def validate_folding(self) -> None:
         """Refuse a timestep or sizes other than those that a model was folded at."""

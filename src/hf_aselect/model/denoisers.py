@@ -474,7 +474,9 @@ class Lumina2Denoiser(Denoiser):
         prompt = self.prompt_embeds.expand(size, -1, -1)
         condition, context = transformer.time_caption_embed(noised_latents, 1 - timesteps / 1000, prompt)
         mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-        patches, text_rotary, picture_rotary, rotary, _, _ = transformer.rope_embedder(noised_latents, mask)
+        # It counts the mask in Python: of one on the CPU, so that an accelerator is not waited for.
+        counted = torch.ones(prompt.shape[:2], dtype=torch.long, device="cpu")
+        patches, text_rotary, picture_rotary, rotary, _, _ = transformer.rope_embedder(noised_latents, counted)
         hidden_states = transformer.x_embedder(patches)
         for layer in transformer.context_refiner:
             context = layer(context, mask, text_rotary)

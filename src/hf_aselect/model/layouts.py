@@ -15,6 +15,24 @@ BEFORE_ATTENTION = ("normed", *PROJECTIONS)
 MASSIVE_FEATURES = ("hidden", "normed", "attention")
 
 
+# Of the records in a configuration, `selection` and `folded_layout`. Those without a number are of the first.
+FORMAT = 1
+
+
+def check_format(name: str, record: dict[str, Any]) -> None:
+    """Refuse a record that a later version wrote in another way.
+
+    Raises:
+        ValueError: If its `format` is above `FORMAT`, or no number.
+    """
+    found = record.get("format", FORMAT)
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise ValueError(
+            f"`{name}` has format {str(found)[:100]!r}, and this version of hf_aselect reads formats up to {FORMAT}. "
+            "Upgrade it: pip install -U hf_aselect."
+        )
+
+
 def tap_key(block: int, feature: str) -> str:
     """Return what a tap is called in a configuration, as "9.query"."""
     return f"{block}.{feature}"
@@ -346,6 +364,8 @@ class FoldedLayout:
         """
         if not isinstance(values, dict):
             raise ValueError(f"`folded_layout` must be a dictionary, got {type(values).__name__}.")
+        check_format("folded_layout", values)
+        values = {name: value for name, value in values.items() if name != "format"}
         names = {field.name for field in fields(cls)}
         if unknown := sorted(map(str, values.keys() - names)):
             raise ValueError(f"`folded_layout` has no {', '.join(unknown)}; hf_aselect wrote another version of it.")
@@ -359,7 +379,8 @@ class FoldedLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in JSON's types."""
-        return {name: list(value) if name in _LISTS else value for name, value in asdict(self).items()}
+        values = {name: list(value) if name in _LISTS else value for name, value in asdict(self).items()}
+        return {"format": FORMAT, **values}
 
     @property
     def tapped(self) -> list[Tap]:

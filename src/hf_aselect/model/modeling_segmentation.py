@@ -9,7 +9,7 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.utils.generic import can_return_tuple
 
-from .checks import check_floats
+from .checks import check_floats, check_masks
 from .configuration_aselect import ASelectConfig
 from .heads import LinearDecoder, UperNetDecoder, enlarge, token_map
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
@@ -124,7 +124,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         refuse_tap_keywords(kwargs)
         if labels is not None:
             check_floats("pixel_values", pixel_values)
-            self._check_labels(labels, pixel_values)
+            check_masks(labels, pixel_values, self.config)
         taps, every = self.backbone.taps(), self.config.hidden_taps(output_hidden_states)
         read, (rows, columns) = self._read([*taps, *every], pixel_values)
         logits, auxiliary = self.decoder([token_map(read[tap], rows, columns) for tap in taps])
@@ -148,24 +148,3 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         total = cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
         mean: Tensor = total / (labels != ignored).sum().clamp_min(1)
         return mean
-
-    def _check_labels(self, labels: Tensor, pixel_values: Tensor) -> None:
-        if not isinstance(labels, Tensor):
-            raise ValueError(f"`labels` must be a tensor, got {type(labels).__name__}.")
-        expected = (len(pixel_values), *pixel_values.shape[-2:])
-        if labels.shape != expected or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(
-                f"`labels` must be class indices of shape {tuple(expected)}, one a pixel, got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}. `ASelectImageProcessor` makes them from `segmentation_maps=`."
-            )
-        if torch.compiler.is_compiling():
-            return
-        num_labels, ignored = int(self.config.num_labels or 0), self.config.semantic_loss_ignore_index
-        labels = labels.long()  # comparing small integers with a larger number is an error
-        outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignored)]
-        if outside.numel():
-            raise ValueError(
-                f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels of no class, got "
-                f"{outside.unique().tolist()[:5]}. Load the model with `num_labels=` the number of classes, and "
-                "`semantic_loss_ignore_index=` what the masks have for no class."
-            )
