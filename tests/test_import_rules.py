@@ -36,6 +36,8 @@ WINGS = {
     "__init__": "the public names, and their registration with the Auto classes",
 }
 ORDER = list(WINGS)
+GUIDE = ROOT / "CONTRIBUTING.md"
+MARK, END = "<!-- Written by `python tests/test_import_rules.py`. -->\n", "<!-- Until here. -->\n"
 
 # Saving a model with its code copies these and all that they import to the Hub.
 HUB_ROOTS = ("modeling_classification", "modeling_segmentation", "image_processing_aselect")
@@ -103,6 +105,29 @@ def hub_modules() -> list[str]:
 def path_of(module: str) -> Path:
     """Return the file of a module, by its name below the package."""
     return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def architecture() -> str:
+    """Return the table of CONTRIBUTING.md: each wing, what it owns, and its modules."""
+    rows = ["| wing | owns | modules |", "| --- | --- | --- |"]
+    for wing, owns in WINGS.items():
+        inside = [
+            path.stem for path in MODULES if wing_of(name_of(path)) == wing and path.stem not in (wing, "__init__")
+        ]
+        rows.append(f"| `{wing}` | {owns} | {', '.join(f'`{name}`' for name in inside)} |")
+    return "\n".join(rows) + "\n"
+
+
+def guide_with_architecture() -> str:
+    """Return CONTRIBUTING.md with today's table between its marks."""
+    text = GUIDE.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(MARK)
+    _, end, after = rest.partition(END)
+    return f"{before}{mark}{architecture()}{end}{after}"
+
+
+def test_the_contributing_guide_shows_the_wings():
+    assert GUIDE.read_text(encoding="utf-8") == guide_with_architecture(), "run python tests/test_import_rules.py"
 
 
 def test_every_module_is_in_a_wing_and_every_wing_has_a_module():
@@ -176,3 +201,7 @@ def test_examples_use_public_names_only(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_aselect":
             assert node.attr in public, f"{path.name}: {node.attr} is not in `hf_aselect.__all__`"
+
+
+if __name__ == "__main__":
+    GUIDE.write_text(guide_with_architecture(), encoding="utf-8")
