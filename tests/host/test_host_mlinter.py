@@ -6,7 +6,7 @@ import pytest
 
 mlinter = pytest.importorskip("mlinter", reason="transformers-mlinter is not here: pip install '.[dev]'")
 
-SOURCE = Path(__file__).parents[2] / "src" / "hf_aselect"
+SOURCE = Path(__file__).parents[2] / "src" / "hf_aselect" / "model"
 FILES = sorted(
     path for kind in ("configuration", "image_processing", "modeling") for path in SOURCE.glob(f"{kind}_*.py")
 )
