@@ -203,7 +203,7 @@ class ASelectImageProcessor(PilBackend):
             found: list[Any] = post_process(self, outputs, target_sizes, return_segmentation_scores)
             return found
         sizes = [(int(height), int(width)) for height, width in target_sizes]
-        middles = [self._middle_of(height, width) for height, width in sizes]
+        middles = [_middle_seen(self, height, width) for height, width in sizes]
         found = post_process(self, outputs, [middle[2:] for middle in middles], return_segmentation_scores)
         for index, (size, middle) in enumerate(zip(sizes, middles, strict=True)):
             if middle[2:] == size:
@@ -218,14 +218,6 @@ class ASelectImageProcessor(PilBackend):
             else:
                 found[index] = _continued(found[index], size, middle)
         return found
-
-    def _middle_of(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return top, left, height and width of what the model sees of a picture."""
-        rows, columns = int(self.size["height"]), int(self.size["width"])
-        if self.do_resize:
-            return _middle(height, width, rows, columns)
-        # Of a smaller picture it is larger, filled up with black.
-        return (height - rows) // 2, (width - columns) // 2, rows, columns
 
     def process_image(  # type: ignore[override]
         self,
@@ -328,17 +320,7 @@ class ASelectImageProcessor(PilBackend):
         size: SizeDict,
         **kwargs: Any,
     ) -> BatchFeature:
-        height, width = size.height or 0, size.width or 0
-        if (do_resize or do_center_crop) and not (height and width):
-            raise ValueError(f"`size` must be an integer or have `height` and `width`, got {dict(size)}.")
-        if (do_resize or do_center_crop) and min(height, width) < 1:
-            raise ValueError(f"`size` must be 1 or more, got {height}×{width}.")
-        if height * width > _MAX_PIXELS:
-            raise ValueError(f"`size` must be at most {_MAX_PIXELS} pixels in all, got {height}×{width}.")
-        for name in ("image_mean", "image_std", "rescale_factor"):
-            values = np.asarray(kwargs.get(name) if kwargs.get(name) is not None else 1.0, dtype=float)
-            if not np.isfinite(values).all() or (name == "image_std" and not values.all()):
-                raise ValueError(f"`{name}` must be finite{' and not 0' * (name == 'image_std')}, got {kwargs[name]}.")
+        _check_settings(size, do_resize or do_center_crop, kwargs)
         if do_center_crop:
             crop = _crop_to_shape if do_resize else self.center_crop
             images = [crop(image, size) for image in images]
@@ -352,6 +334,21 @@ class ASelectImageProcessor(PilBackend):
     ) -> None:
         # The host asks for a `crop_size` of its own; ours is `size`.
         super()._validate_preprocess_kwargs(**kwargs)
+
+
+def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> None:
+    """Refuse a size or numbers of a call with which no image can be made."""
+    height, width = size.height or 0, size.width or 0
+    if is_sized and not (height and width):
+        raise ValueError(f"`size` must be an integer or have `height` and `width`, got {dict(size)}.")
+    if is_sized and min(height, width) < 1:
+        raise ValueError(f"`size` must be 1 or more, got {height}×{width}.")
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"`size` must be at most {_MAX_PIXELS} pixels in all, got {height}×{width}.")
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        values = np.asarray(kwargs.get(name) if kwargs.get(name) is not None else 1.0, dtype=float)
+        if not np.isfinite(values).all() or (name == "image_std" and not values.all()):
+            raise ValueError(f"`{name}` must be finite{' and not 0' * (name == 'image_std')}, got {kwargs[name]}.")
 
 
 def _as_list(segmentation_maps: Any) -> list[Any]:
@@ -478,6 +475,15 @@ def _crop_to_shape(image: NDArray[Any], size: SizeDict) -> NDArray[Any]:
     rows, columns = int(size.height), int(size.width)  # type: ignore[arg-type]
     top, left, height, width = _middle(image.shape[-2], image.shape[-1], rows, columns)
     return image[:, top : top + height, left : left + width]
+
+
+def _middle_seen(processor: ASelectImageProcessor, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of what the model sees of an image that is cropped."""
+    rows, columns = int(processor.size["height"]), int(processor.size["width"])
+    if processor.do_resize:
+        return _middle(height, width, rows, columns)
+    # Of a smaller image it is larger, filled up with black.
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
 def _middle(height: int, width: int, rows: int, columns: int) -> tuple[int, int, int, int]:

@@ -238,18 +238,16 @@ class TokenReader(PreTrainedModel):
     def generate_latents(self, num_images: int, num_steps: int = 20, batch_size: int = 32, seed: int = 0) -> Tensor:
         """Return clean latents that the diffusion model makes itself, of random classes if any, for want of images.
 
-        They are what `encode` would return for such images, of `config.image_size`. A class-conditional model is
-        sampled with a guidance of 2: 2 · `num_images` · `num_steps` passes of an image through the whole transformer,
-        by DDIM, or by Euler's method where it was trained by flow matching. One that knows one class only, or is
-        conditioned on a text and so given the empty prompt, needs half of that and has no guidance. `seed` alone says
-        what comes out, beyond rounding; the same images come first in a larger set. No global random state is
-        touched, and each module keeps its mode.
+        They are what `encode` would return for such images of `config.image_size`. Classes are sampled with a guidance
+        of 2: 2 · `num_images` · `num_steps` passes of an image through the whole transformer, by DDIM, or Euler's
+        method for flow matching. One class, or a text (then empty), needs half of that and has no guidance. `seed`
+        alone says what comes out, beyond rounding; the same images come first in a larger set.
 
         Args:
             num_images: How many, at least 1.
             num_steps: Timesteps on the way from noise, a divisor of 1000.
             batch_size: Images at once, at least 1; the transformer sees twice as many.
-            seed: Seed of classes and starting noise.
+            seed: Seed of classes and starting noise; no global random state is touched.
 
         Returns:
             Latents, (n, C, h, w), float32, on the CPU; in pixel space clamped to [-1, 1].
