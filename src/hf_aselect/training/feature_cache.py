@@ -162,8 +162,9 @@ def _check_labels(dataset: datasets.Dataset, kept: list[str]) -> None:
         least = pc.min(pc.if_else(pc.equal(labels, NO_LABEL), 0, labels)).as_py()
         if least is not None and least < 0:
             raise ValueError(
-                f"`dataset` has the label {least} in the column {name!r}; classes are integers from 0 on, and {NO_LABEL} "
-                "stands for none. Leave such rows out (`dataset.filter`), or the column (`dataset.remove_columns`)."
+                f"`dataset` has the label {least} in the column {name!r}; classes are integers from 0 on, and "
+                f"{NO_LABEL} stands for none. Leave such rows out (`dataset.filter`), or the column "
+                "(`dataset.remove_columns`)."
             )
 
 
