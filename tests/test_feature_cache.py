@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -24,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_aselect import DiTForImageClassification, DiTModel, cache_features
 from hf_aselect.model.image_processing_aselect import ASelectImageProcessor
-from hf_aselect.training import cached_features, feature_cache
+from hf_aselect.training import cached_features, feature_parts
 
 NUM_PICTURES = 10
 
@@ -50,8 +51,8 @@ def data():
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Parts of three rows, so that ten pictures make several."""
-    monkeypatch.setattr(feature_cache, "MIN_PARTS", 4)
-    monkeypatch.setattr(feature_cache, "MIN_PART_ROWS", 3)
+    monkeypatch.setattr(feature_parts, "MIN_PARTS", 4)
+    monkeypatch.setattr(feature_parts, "MIN_PART_ROWS", 3)
 
 
 def pixel_values(model, data):
@@ -321,20 +322,21 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from hf_aselect import DiTModel, cache_features
-from hf_aselect.training import feature_cache
+from hf_aselect.training import feature_parts
+from hf_aselect.training.feature_reader import FeatureReader
 from test_feature_cache import make_dataset
-feature_cache.MIN_PARTS, feature_cache.MIN_PART_ROWS = 4, 3
+feature_parts.MIN_PARTS, feature_parts.MIN_PART_ROWS = 4, 3
 model = DiTModel.from_pretrained(sys.argv[2], timestep=50)
 if len(sys.argv) > 4:
-    read = feature_cache._read
-    def slow(job, rows):
+    read = FeatureReader.read
+    def slow(self, rows):
         print("row", rows[0], flush=True)
         # gloo writes to the same stdout, from both processes at once and into the middle of a line.
         with Path(sys.argv[3] + f".read-by-{os.getpid()}").open("a") as read_by:
             print(rows[0], file=read_by)
         time.sleep(0.2)
-        return read(job, rows)
-    feature_cache._read = slow
+        return read(self, rows)
+    FeatureReader.read = slow
 cached = cache_features(model, make_dataset(), sys.argv[3], batch_size=1)
 print("length", len(cached), flush=True)
 """
@@ -396,7 +398,7 @@ def test_two_that_know_nothing_of_each_other_do_no_harm(model, data, pixel_folde
 
 def test_a_disk_too_small_is_refused_before_anything_is_computed(model, data, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    monkeypatch.setattr(feature_parts.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
     monkeypatch.setattr(DiTModel, "extract_features", lambda *_: pytest.fail("the model was run"))
     with pytest.raises(OSError, match=r"The cache needs 0\.0 MB, but .* has 0\.0 MB left"):
         cache_features(model, data, tmp_path)
@@ -457,10 +459,62 @@ def test_wrong_data_are_refused(model, data, tmp_path, pictures):
         cache_features(model, data, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [ClassLabel(num_classes=4), Value("int32")])
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_negative_labels_are_rejected_before_anything_is_computed(model, data, tmp_path, kind, name):
+    # `datasets` writes no -100 in a column of class labels.
+    none = 0 if isinstance(kind, ClassLabel) else -100
+    labels = [-1, none, *range(4), *range(4)]
+    rows = data.remove_columns("label").add_column(name, labels).cast_column(name, kind)
+    with pytest.raises(ValueError, match=rf"`dataset` has the label -1 in the column '{name}'.*`dataset.filter`"):
+        cache_features(model, rows, tmp_path)
+    assert not list(tmp_path.iterdir())
+    # Rows that were left out do not count, and -100 stands for no class.
+    cached = cache_features(model, rows.select(range(1, NUM_PICTURES)), tmp_path)
+    assert cached[name][:].tolist() == labels[1:]
+
+
+def test_labels_that_are_no_integers_are_kept_as_they_are(model, data, tmp_path):
+    rows = data.rename_column("label", "labels").add_column("label", [-0.5] * NUM_PICTURES)
+    masks = [[[-1, 0], [1, 2]]] * NUM_PICTURES
+    rows = rows.remove_columns("labels").add_column("labels", masks)
+    rows = rows.cast_column("labels", datasets.Array2D((2, 2), "int64"))
+    cached = cache_features(model, rows, tmp_path)
+    assert cached["label"][:].tolist() == [-0.5] * NUM_PICTURES and cached["labels"][:].tolist() == masks
+
+
 def test_train_mode_and_gradients_are_as_before(classifier, data, tmp_path):
     classifier.train()
     cache_features(classifier, data, tmp_path)
     assert classifier.training and classifier.head.training and not classifier.backbone.denoiser.training
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_other_processes_read_it_by_its_name(model, data, tmp_path, start):
+    cached = cache_features(model, data, tmp_path).remove_columns("name")
+    with multiprocessing.get_context(start).Pool(1) as pool:
+        kind, rows = pool.apply(read_rows, (cached, [7, 0]))
+    assert kind == "hf_aselect.training.cached_features.CachedFeatures"
+    assert all(np.array_equal(row["features"], cached["features"][key]) for row, key in zip(rows, [7, 0], strict=True))
+
+
+def read_rows(cached, keys):
+    """The class of a dataset, and some rows as numpy's, in whichever process."""
+    rows = [{name: value.numpy() for name, value in row.items()} for row in cached.__getitems__(keys)]
+    return f"{type(cached).__module__}.{type(cached).__qualname__}", rows
+
+
+def test_it_stays_what_it_is_where_no_rows_are_taken(model, data, tmp_path):
+    cached = cache_features(model, data, tmp_path)
+    changed = cached.with_format("numpy"), cached.rename_column("label", "labels"), cached.remove_columns("name")
+    for each in (*changed, cached.select_columns("label"), copy.deepcopy(cached)):
+        assert type(each) is cached_features.CachedFeatures
+
+
+def test_without_datasets_it_is_said_what_to_install():
+    code = "import sys; sys.modules['datasets'] = None; import hf_aselect; hf_aselect.cache_features"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: `cache_features` needs datasets: pip install 'hf_aselect[train]'" in done.stderr
 
 
 def test_reading_is_fast_enough_for_a_head(model, tmp_path):
@@ -514,15 +568,16 @@ import os, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 from hf_aselect import DiTModel, cache_features
-from hf_aselect.training import feature_cache
+from hf_aselect.training import feature_parts
+from hf_aselect.training.feature_reader import FeatureReader
 from test_feature_cache import make_dataset
-feature_cache.MIN_PARTS, feature_cache.MIN_PART_ROWS = 4, 3
-read = feature_cache._read
-def broken(job, rows):
+feature_parts.MIN_PARTS, feature_parts.MIN_PART_ROWS = 4, 3
+read = FeatureReader.read
+def broken(self, rows):
     if os.environ["RANK"] == "1":
         raise ValueError("Picture 3 of the dataset cannot be read")
-    return read(job, rows)
-feature_cache._read = broken
+    return read(self, rows)
+FeatureReader.read = broken
 try:
     cache_features(DiTModel.from_pretrained(sys.argv[2], timestep=50), make_dataset(), sys.argv[3])
 except (RuntimeError, ValueError) as error:
@@ -547,7 +602,7 @@ def test_the_need_counts_what_lies_beside_the_features(model, pictures, tmp_path
     rows = {"image": pictures, "caption": ["x" * 5000] * len(pictures)}
     data = Dataset.from_dict(rows, features=Features(image=datasets.Image(), caption=datasets.Value("string")))
     asked = []
-    monkeypatch.setattr(feature_cache, "_check_space", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(feature_parts, "_check_space", lambda _, needed: asked.append(needed))
     cached = cache_features(model, data, tmp_path, what="pooled", num_views=8)
     size = sum(path.stat().st_size for path in Path(cached.cache_files[0]["filename"]).parent.glob("*.arrow"))
     assert 0.98 * size <= asked[0] <= 1.3 * size  # what is left open is that much and a megabyte

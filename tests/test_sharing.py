@@ -321,6 +321,48 @@ def test_the_trainer_pushes_all_of_it_with_our_card(hub, pixel_folder, tmp_path,
     # While it trains, too: whoever takes one of those commits has the code that its configuration names.
     commits = [set(files) for files in hub.repos["model", "me/trained"].commits.values()]
     assert all("modeling_classification.py" in files for files in commits if "model.safetensors" in files)
+    for files in hub.repos["model", "me/trained"].commits.values():
+        assert "_README.md" not in files
+        if "model.safetensors" in files:
+            assert "AutoModelForImageClassification" in json.loads(hub.blobs[files["config.json"]])["auto_map"]
+            assert ModelCard(hub.blobs[files["README.md"]].decode()).data.library_name == "transformers"
+    assert sorted(path.name for path in (tmp_path / "out").glob("*README*")) == ["README.md"]
+    hub.repos.pop(("model", "me/trained"))
+
+
+STOPPED = """
+steps, training_step = iter(range(2)), trainer.training_step
+trainer.training_step = lambda *given: (next(steps), training_step(*given))[1]
+with contextlib.suppress(StopIteration):
+    trainer.train()
+assert trainer.state.global_step == 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ("push_to_hub=True", "push_to_hub=False"),
+        # Trainer trains another model than the one that its callbacks are given.
+        ("    model, args, train", "    None, args, model_init=lambda: copy.deepcopy(model), train"),
+        # The training stops in its third step, and what there is is pushed.
+        ("trainer.train()", STOPPED),
+    ],
+    ids=["on request", "model_init", "interrupted"],
+)
+def test_what_the_trainer_is_told_to_push_is_whole(hub, pixel_folder, tmp_path, given, changed):
+    assert given in TRAIN
+    code = "import contextlib, copy\n" + TRAIN.replace(given, changed)
+    code = code.replace("trainer.push_to_hub", "trainer.evaluate()\ntrainer.push_to_hub")
+    python(code, pixel_folder, tmp_path / "out", "end", hub=hub, home=tmp_path / "home")
+    paths = hub.paths("model", "me/trained")
+    assert {"model.safetensors", "preprocessor_config.json", "modeling_classification.py"} <= set(paths)
+    assert "AutoModelForImageClassification" in read_config(hub, "me/trained")["auto_map"]
+    processor = json.loads(hub.bytes_of("model", "me/trained", "preprocessor_config.json"))
+    assert processor["auto_map"] == {"AutoImageProcessor": "image_processing_aselect.ASelectImageProcessor"}
+    card = ModelCard(hub.bytes_of("model", "me/trained", "README.md").decode())
+    assert "## The timestep" in card.text and "generated automatically" not in card.text
+    assert "mine" in card.data.tags and card.data.library_name == "transformers"
     hub.repos.pop(("model", "me/trained"))
 
 
@@ -441,7 +483,8 @@ if sys.argv[1] == "push":
         learning_rate=0.1, push_to_hub=True, hub_model_id="me/adapter")
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[ASelectCallback(dataset="noise")])
     trainer.train()
-    trainer.push_to_hub()
+    trainer.push_to_hub(tags="mine")
+    assert "create_or_update_model_card" not in vars(model)
 else:
     model = peft.PeftModel.from_pretrained(base, "me/adapter")
 torch.save((outputs(model), type(base).__module__), sys.argv[3])
@@ -458,6 +501,7 @@ def test_an_adapter_is_pushed_alone_and_loaded_by_strangers(hub, pushed, tmp_pat
     card = ModelCard(hub.bytes_of("model", "me/adapter", "README.md").decode())
     assert (card.data.library_name, card.data.base_model) == ("peft", "me/classifier")
     assert card.data.base_model_relation == "adapter" and card.data.datasets == ["noise"]
+    assert {"mine", "hf_aselect", "lora"} <= set(card.data.tags) and "generated automatically" not in card.text
     expected, _ = torch.load(tmp_path / "owner.pt")
     assert not torch.equal(expected, torch.load(pushed / "classifier.pt"))
     options = {"hub": hub, "token": None}

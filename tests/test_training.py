@@ -17,7 +17,8 @@ from transformers.utils import is_accelerate_available
 
 from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, select_timestep
 from hf_aselect.hub.push import write_model_card
-from hf_aselect.training import callback as training
+from hf_aselect.training import trackers
+from hf_aselect.training.kept_card import keep_card, restore_card
 from hf_aselect.training.metrics import compute_accuracy
 
 
@@ -75,6 +76,22 @@ def test_the_card_of_a_chosen_by_hand_timestep_has_no_curve(trainer, tmp_path):
     assert "| timestep | 7 |" in card
     assert "Chosen by" not in card
     assert not (tmp_path / "out" / "timestep_curve.png").exists()
+
+
+def test_a_push_that_fails_leaves_the_card_for_the_next(trainer, tmp_path):
+    """Between the beginning of a push and Trainer's draft the card says that it is peft's; a later push sees to it."""
+    trainer.train()
+    folder = tmp_path / "out"
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    keep_card(trainer.model, folder)
+    assert ModelCard.load(folder / "README.md").data.library_name == "peft"
+    assert not restore_card(folder)
+    keep_card(trainer.model, folder)
+    trainer.create_model_card(tags="mine")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers" and card.data.tags[-2:] == ["mine", "generated_from_trainer"]
+    assert card.text == ModelCard(before).text
+    assert not (folder / "_README.md").exists()
 
 
 def test_other_processes_write_nothing(trainer, tmp_path):
@@ -373,7 +390,7 @@ def test_without_matplotlib_trackio_gets_the_figures(pixel_folder, pixels, tmp_p
     logged = []
     monkeypatch.setattr(TimestepSelection, "plot", plot)
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(log=logged.append))
-    training._write_trackio(TrainerState(global_step=7), {"aselect/drift": 3}, selection)
+    trackers._write_trackio(TrainerState(global_step=7), {"aselect/drift": 3}, selection)
     assert logged == [{"aselect/drift": 3, "train/global_step": 7}]
     assert "Without matplotlib, trackio gets no curve" in caplog.text
 

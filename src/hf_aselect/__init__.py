@@ -25,7 +25,6 @@ from .plots import plot_confusion_matrix
 from .selection.record import TimestepSelection
 from .selection.select import select_timestep
 from .training.callback import ASelectCallback
-from .training.feature_cache import cache_features
 
 __version__ = "0.1.0"
 
@@ -87,9 +86,21 @@ DiTBackbone.register_for_auto_class("AutoBackbone")
 
 
 def __getattr__(name: str) -> Any:
-    """Import the metrics on their first use: they need `evaluate`, which takes a second and which not all install."""
-    if name in ("Accuracy", "MeanIoU"):
-        from .training.metrics import Accuracy, MeanIoU
+    """Import on its first use what needs `datasets` or `evaluate`, which take a second and which not all install.
 
-        return Accuracy if name == "Accuracy" else MeanIoU
+    Raises:
+        AttributeError: If there is no such name.
+        ImportError: If a library is not installed.
+    """
+    try:
+        if name == "cache_features":
+            from .training.feature_cache import cache_features
+
+            return cache_features
+        if name in ("Accuracy", "MeanIoU"):
+            from .training.metrics import Accuracy, MeanIoU
+
+            return Accuracy if name == "Accuracy" else MeanIoU
+    except ModuleNotFoundError as error:
+        raise ImportError(f"`{name}` needs {error.name}: pip install 'hf_aselect[train]'") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -387,6 +387,12 @@ class ShareableModel(TokenReader):
             commit["commit_message"] = commit_message or "Upload model"
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit, **where)
 
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Put the card of `ASelectCallback` back over a draft that `Trainer` wrote; nothing without the package."""
+        kept_card = package("training.kept_card")
+        if kept_card is not None:
+            kept_card.restore_card(output_dir)
+
 
 def save_image_processor(model: Any, folder: str | os.PathLike[str], include_code: bool = True) -> None:
     """Write the image processor of a model beside it; nothing for a model of latents that are no images.

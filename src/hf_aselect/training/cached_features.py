@@ -5,12 +5,12 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import DatasetCard, HfApi
 from torch import Tensor
 
@@ -73,9 +73,6 @@ class _Column:
 
 def _shape(kind: Any) -> tuple[int, ...] | None:
     """Return the shape of a column's rows, None where they are not numbers."""
-    # Only now: `datasets` takes long to import.
-    from datasets import ClassLabel, Value
-
     if isinstance(kind, ClassLabel):
         return ()
     if isinstance(kind, Value):
@@ -110,48 +107,47 @@ def _plain_columns(dataset: Any) -> dict[str, _Column]:
     return known[2]
 
 
-@cache
-def cached_features_class() -> type:
-    """Return the class of what `cache_features` returns; made late, as `datasets` is imported late."""
-    from datasets import Dataset
+class CachedFeatures(Dataset):  # type: ignore[misc]
+    """Features of pictures. Pushed to the Hub they have a card that says what they were made from."""
 
-    class CachedFeatures(Dataset):  # type: ignore[misc]
-        """Features of pictures. Pushed to the Hub they have a card that says what they were made from."""
+    @classmethod
+    def of(cls, dataset: Dataset) -> "CachedFeatures":
+        """Return a finished cache in torch format."""
+        cached = cls(
+            dataset.data,
+            info=dataset.info,
+            split=dataset.split,
+            indices_table=dataset._indices,
+            fingerprint=dataset._fingerprint,
+        )
+        cached.set_format("torch")
+        return cached
 
-        def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-            """Return the rows of a batch, as a `DataLoader` asks for them.
+    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
+        """Return the rows of a batch, as a `DataLoader` asks for them.
 
-            The same as `datasets` returns. Numbers are taken where they lie; it would make a tensor of each row.
-            """
-            columns = _plain_columns(self)
-            if not columns or not keys or min(keys) < 0 or max(keys) >= len(self):
-                rows: list[dict[str, Any]] = super().__getitems__(keys)
-                return rows
-            values = [column.rows(keys) for column in columns.values()]
-            return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+        The same as `datasets` returns. Numbers are taken where they lie; it would make a tensor of each row.
+        """
+        columns = _plain_columns(self)
+        if not columns or not keys or min(keys) < 0 or max(keys) >= len(self):
+            rows: list[dict[str, Any]] = super().__getitems__(keys)
+            return rows
+        values = [column.rows(keys) for column in columns.values()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
-        def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-            """Upload as `datasets.Dataset.push_to_hub` does, then the card, with the fingerprint; see there."""
-            commit: Any = super().push_to_hub(repo_id, *args, **kwargs)
-            if not self.info.description.startswith(DESCRIPTION):
-                return commit  # made of several, or of others: what it says would not hold for all
-            revision = commit.pr_revision or kwargs.get("revision")
-            api = HfApi(token=kwargs.get("token"))
-            where = {"repo_id": commit.repo_url.repo_id, "repo_type": "dataset", "revision": revision}
-            path = api.hf_hub_download(filename="README.md", **where)
-            card = _dataset_card(Path(path).read_text(encoding="utf-8"), repo_id, self.info.description)
-            api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **where)
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload as `datasets.Dataset.push_to_hub` does, then the card, with the fingerprint; see there."""
+        commit: Any = super().push_to_hub(repo_id, *args, **kwargs)
+        if not self.info.description.startswith(DESCRIPTION):
+            # Made of several, or of others: what it says would not hold for all.
             return commit
-
-    # As if it stood in this module: other processes find it by its name.
-    CachedFeatures.__qualname__ = "CachedFeatures"
-    return CachedFeatures
-
-
-def __getattr__(name: str) -> Any:
-    if name == "CachedFeatures":
-        return cached_features_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        revision = commit.pr_revision or kwargs.get("revision")
+        api = HfApi(token=kwargs.get("token"))
+        where = {"repo_id": commit.repo_url.repo_id, "repo_type": "dataset", "revision": revision}
+        path = api.hf_hub_download(filename="README.md", **where)
+        card = _dataset_card(Path(path).read_text(encoding="utf-8"), repo_id, self.info.description)
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **where)
+        return commit
 
 
 def _dataset_card(text: str, repo_id: str, description: str) -> str:

@@ -1,18 +1,9 @@
 """What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
 
-import importlib
-import logging
-import os
-import random
-import tempfile
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from huggingface_hub import ModelCard
-from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -20,9 +11,12 @@ from ..hub.push import write_model_card
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.record import TimestepSelection
 from ..selection.select import select_timestep
+from .kept_card import keep_card
+from .trackers import report_selection
+from .training_rows import first_rows, is_stream, label_of
 
-logger = logging.getLogger(__name__)
-RECORD = "aselect/selection"  # of a choice, in the trainer's history
+# Of a choice, in the trainer's history.
+RECORD = "aselect/selection"
 
 
 class ASelectCallback(TrainerCallback):
@@ -92,15 +86,8 @@ class ASelectCallback(TrainerCallback):
         if args.push_to_hub and model.include_code is None:
             # `Trainer` pushes what it copies out of its checkpoints.
             model.include_code = True
-        self.metrics_by_step = {
-            int(row["step"]): row for row in state.log_history if any(name.startswith("eval_") for name in row)
-        }
         self._check_reselection(model, dataloader)
-        history: list[dict[str, Any]] = [row for row in state.log_history if RECORD in row]
-        self.selections = [(row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history]
-        self.first_timestep, self.final_step = None, None
-        if history:
-            self.first_timestep = history[0]["aselect/timestep"] - history[0]["aselect/drift"]
+        self._read_history(state)
         if self.selections and (model.config.timestep == "auto" or self.follow):
             # A training that goes on: its choice was made on the weights that it began with.
             model.apply_selection(self.selections[-1 if self.follow else 0][1])
@@ -110,11 +97,23 @@ class ASelectCallback(TrainerCallback):
             self._report(args, state, selection)
         elif self.first_timestep is None:
             self.first_timestep = int(model.config.timestep)
-            if model.config.selection and model.config.is_selection_in_use():  # `from_pretrained` chose
+            # `from_pretrained` chose.
+            if model.config.selection and model.config.is_selection_in_use():
                 self._report(args, state, TimestepSelection.from_dict(model.config.selection))
         # A checkpoint of an epoch's last step is written before the epoch's end.
         if self._is_due(model, state) and round(state.epoch or 0) not in [round(each) for each, _ in self.selections]:
             self._select_again(args, state, model, dataloader)
+
+    def _read_history(self, state: TrainerState) -> None:
+        """Take the figures and choices of a training that goes on from the trainer's history."""
+        self.metrics_by_step = {
+            int(row["step"]): row for row in state.log_history if any(name.startswith("eval_") for name in row)
+        }
+        history: list[dict[str, Any]] = [row for row in state.log_history if RECORD in row]
+        self.selections = [(row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history]
+        self.first_timestep, self.final_step = None, None
+        if history:
+            self.first_timestep = history[0]["aselect/timestep"] - history[0]["aselect/drift"]
 
     def on_epoch_end(
         self,
@@ -158,7 +157,7 @@ class ASelectCallback(TrainerCallback):
                 "The optimizer has the weights up to the configuration's tap, so no other can be chosen here "
                 "while the backbone is trained. Choose before (`select_timestep` and `apply_selection`)."
             )
-        if self.reselect_epochs is not None and _is_stream(dataloader.dataset):
+        if self.reselect_epochs is not None and is_stream(dataloader.dataset):
             raise ValueError(
                 "`reselect_epochs` counts passes over a training set of known size, and a stream has none. Leave it "
                 "out, or train on a set that is not streamed."
@@ -167,12 +166,7 @@ class ASelectCallback(TrainerCallback):
     def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:
         """Return the choice on training pictures; no random state is touched."""
         needs_labels = getattr(self.criterion, "name", self.criterion) in ("probe", "patch_probe")
-        # Devices draw nothing here, and torch warns of forking those of several.
-        with torch.random.fork_rng(devices=[]):
-            states = random.getstate(), np.random.get_state()
-            rows = _first_rows(dataloader.dataset, self.max_images)
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        rows = first_rows(dataloader.dataset, self.max_images)
         if not rows or "pixel_values" not in rows[0]:
             raise ValueError(
                 "The timestep is still 'auto', and the training set has no `pixel_values` to choose it from, only "
@@ -181,7 +175,7 @@ class ASelectCallback(TrainerCallback):
         pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
         given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
         if needs_labels:
-            given["labels"] = [_label(row) for row in rows]
+            given["labels"] = [label_of(row) for row in rows]
         return select_timestep(model, pixels, **given)
 
     def _report(self, args: TrainingArguments, state: TrainerState, selection: TimestepSelection) -> None:
@@ -197,13 +191,8 @@ class ASelectCallback(TrainerCallback):
         }
         history: list[dict[str, Any]] = state.log_history
         history.append({**facts, RECORD: selection.to_dict(), "epoch": epoch, "step": state.global_step})
-        if not state.is_world_process_zero:
-            return
-        trackers = args.report_to or ()
-        if "tensorboard" in trackers:
-            _write_tensorboard(args, state, facts, selection)
-        if "trackio" in trackers:
-            _write_trackio(state, facts, selection)
+        if state.is_world_process_zero:
+            report_selection(args, state, facts, selection)
 
     def on_evaluate(
         self,
@@ -217,7 +206,7 @@ class ASelectCallback(TrainerCallback):
         step = state.global_step if self.final_step is None else self.final_step
         if any(name.startswith("eval_") for name in metrics):
             self.metrics_by_step[step] = metrics
-        self._write(args, state, kwargs["model"], step)
+        self._write_card(args, state, kwargs["model"], step)
 
     def on_push_begin(
         self,
@@ -228,35 +217,20 @@ class ASelectCallback(TrainerCallback):
     ) -> None:
         """Put the model's code beside it, and keep the card.
 
-        `Trainer` copies weights and configuration out of a checkpoint, and not the code that the configuration names.
-        Between this and the last upload it writes a draft of its own over the card, and asks nobody.
+        Out of a checkpoint `Trainer` copies weights and configuration, and not the code that the configuration names;
+        the card it pushes as it is. Any other push begins with a draft of its own in the place of the card.
         """
-        path = Path(str(args.output_dir)) / "README.md"
-        trained = kwargs["model"]
-        # An adapter of peft's has none.
-        if state.is_world_process_zero and _unwrapped(trained) is trained and trained._auto_class is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            custom_object_save(trained, str(args.output_dir))
-        if not state.is_world_process_zero or not path.is_file():
+        if not state.is_world_process_zero:
             return
-        # Whoever trains has imported it; whoever does not need not wait for it.
-        trainer_module: Any = importlib.import_module("transformers.trainer")
-        text, drafts = path.read_text(encoding="utf-8"), trainer_module.TrainingSummary
-
-        class Card:
-            """Stands in for the maker of drafts, once."""
-
-            @staticmethod
-            def from_trainer(trainer: Any, **facts: Any) -> Any:
-                trainer_module.TrainingSummary = drafts
-                draft = drafts.from_trainer(trainer, **facts)
-                if trainer.model is trained:
-                    card: Any = ModelCard(text)
-                    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(facts.get("tags") or [])]))
-                    draft.to_model_card = lambda: str(card)
-                return draft
-
-        trainer_module.TrainingSummary = Card
+        trained, folder = kwargs["model"], Path(str(args.output_dir))
+        # An adapter of peft's has none.
+        if _unwrapped(trained) is trained and trained._auto_class is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            custom_object_save(trained, str(folder))
+        # A checkpoint at the end of a process's time is not announced.
+        is_of_checkpoint = control.should_save or (args.enable_jit_checkpoint and self.final_step is None)
+        if not is_of_checkpoint:
+            keep_card(_with_adapter(trained), folder)
 
     def on_train_end(
         self,
@@ -268,37 +242,41 @@ class ASelectCallback(TrainerCallback):
         """Write card and curve: of the best step where its weights are loaded at the end, else of the last."""
         best = state.best_global_step if args.load_best_model_at_end else None
         self.final_step = best or state.global_step
-        self._write(args, state, kwargs["model"], self.final_step)
+        self._write_card(args, state, kwargs["model"], self.final_step)
 
-    def _write(self, args: TrainingArguments, state: TrainerState, trained: Any, step: int) -> None:
+    def _write_card(self, args: TrainingArguments, state: TrainerState, trained: Any, step: int) -> None:
+        """Write card and curve of the weights of a step, by the main process only."""
         if not state.is_world_process_zero:
             return
-        model = _unwrapped(trained)
-        training: dict[str, object] = {
-            "epochs": round(state.epoch or 0, 2),
-            "steps": step,
-            "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "learning rate": args.learning_rate,
-            "seed": args.seed,
-        }
-        if len(self.selections) > 1:
-            training["timestep chosen at epoch"] = ", ".join(
-                f"{epoch:g}: {selection.timestep}" for epoch, selection in self.selections
-            )
+        model, metrics = _unwrapped(trained), self.metrics_by_step.get(step, {})
         model.card_facts = dict(
-            accuracy=self.metrics_by_step.get(step, {}).get("eval_accuracy"),
-            mean_iou=self.metrics_by_step.get(step, {}).get("eval_mean_iou"),
+            accuracy=metrics.get("eval_accuracy"),
+            mean_iou=metrics.get("eval_mean_iou"),
             dataset=self.dataset,
             base_model=self.base_model,
             license=self.license,
-            training=training if step else None,
+            training=_facts_of_training(args, state, step, self.selections) if step else None,
         )
-        # Around it may be peft's, which the card is to tell of, in what accelerate puts around.
-        while not hasattr(trained, "get_base_model") and trained is not model:
-            trained = trained.module
         name = args.hub_model_id if args.push_to_hub else None
         where = {"repo_id": name, "model_name": name.rpartition("/")[2]} if name and "/" in name else {}
-        write_model_card(trained, str(args.output_dir), **{**model.card_facts, **where})
+        write_model_card(_with_adapter(trained), str(args.output_dir), **{**model.card_facts, **where})
+
+
+def _facts_of_training(
+    args: TrainingArguments, state: TrainerState, step: int, selections: list[tuple[float, TimestepSelection]]
+) -> dict[str, object]:
+    """Return the rows of the card's table on the training."""
+    facts: dict[str, object] = {
+        "epochs": round(state.epoch or 0, 2),
+        "steps": step,
+        "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning rate": args.learning_rate,
+        "seed": args.seed,
+    }
+    if len(selections) > 1:
+        timesteps = [f"{epoch:g}: {selection.timestep}" for epoch, selection in selections]
+        facts["timestep chosen at epoch"] = ", ".join(timesteps)
+    return facts
 
 
 def _unwrapped(model: Any) -> Any:
@@ -311,76 +289,8 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
-def _is_stream(dataset: Any) -> bool:
-    """Return whether the rows of a training set come one after the other, and cannot be asked for."""
-    is_numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    return isinstance(dataset, torch.utils.data.IterableDataset) or not is_numbered
-
-
-def _first_rows(dataset: Any, num: int) -> list[Any]:
-    """Return the first rows of a stream; of a training set of known size some from all over, as it may be sorted.
-
-    Processes may each have a stream of their own: all get the rows of the first.
-    """
-    if not _is_stream(dataset):
-        return [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // num))[:num]]
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return list(islice(iter(dataset), num))
-    rows: list[Any] = [None]
-    if distributed.get_rank() == 0:
-        try:
-            rows = [list(islice(iter(dataset), num))]
-        except Exception as error:  # the others wait for it
-            rows = [error]
-    distributed.broadcast_object_list(rows)
-    if isinstance(rows[0], Exception):
-        raise rows[0]
-    found: list[Any] = rows[0]
-    return found
-
-
-def _label(row: Any) -> Any:
-    """Return the label of a row by one of the names that the host knows."""
-    for name in ("labels", "label", "label_ids"):
-        if name in row:
-            value = row[name]
-            return value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
-    raise ValueError(f"The criterion needs labels, and the training set has none, only {', '.join(row)}.")
-
-
-def _write_tensorboard(
-    args: TrainingArguments, state: TrainerState, facts: dict[str, float], selection: TimestepSelection
-) -> None:
-    """Write a choice beside what the host writes: a curve over the timestep, and the figures."""
-    try:
-        tensorboard = importlib.import_module("torch.utils.tensorboard")
-    except ImportError:  # the host takes either
-        tensorboard = importlib.import_module("tensorboardX")
-
-    # As the host reads it.
-    given = os.getenv("TENSORBOARD_LOGGING_DIR")
-    folder = os.path.expanduser(given) if given else os.path.join(str(args.output_dir), "runs", "aselect")
-    with tensorboard.SummaryWriter(log_dir=folder) as writer:
-        for name, value in facts.items():
-            writer.add_scalar(name, value, state.global_step)
-        for timestep, score in zip(selection.timesteps, selection.scores, strict=True):
-            writer.add_scalar(f"aselect/curve at step {state.global_step}", score, timestep)
-
-
-def _write_trackio(state: TrainerState, facts: dict[str, float], selection: TimestepSelection) -> None:
-    """Write a choice into the run that the host began: the figures, and the curve as a picture."""
-    import trackio
-
-    # Beside each of the host's own figures, too: what one is drawn over.
-    logged: dict[str, Any] = {**facts, "train/global_step": state.global_step}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            (path, *_) = selection.plot(os.path.join(folder, "timestep_curve.png"))
-        except ImportError:
-            logger.warning("Without matplotlib, trackio gets no curve of the choice.")
-        else:
-            with Image.open(path) as curve:
-                curve.load()
-            logged["aselect/curve"] = trackio.Image(curve)
-    trackio.log(logged)
+def _with_adapter(trained: Any) -> Any:
+    """Return our model, or peft's around it, under what accelerate puts around."""
+    while not hasattr(trained, "get_base_model") and not isinstance(trained, ASelectPreTrainedModel):
+        trained = trained.module
+    return trained
