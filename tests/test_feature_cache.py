@@ -459,19 +459,28 @@ def test_wrong_data_are_refused(model, data, tmp_path, pictures):
         cache_features(model, data, tmp_path)
 
 
-@pytest.mark.parametrize("kind", [ClassLabel(num_classes=4), Value("int32")])
+@pytest.mark.parametrize("kind", [ClassLabel(num_classes=6), Value("int64")], ids=["ClassLabel", "int64"])
 @pytest.mark.parametrize("name", ["label", "labels"])
-def test_negative_labels_are_rejected_before_anything_is_computed(model, data, tmp_path, kind, name):
-    # `datasets` writes no -100 in a column of class labels.
-    none = 0 if isinstance(kind, ClassLabel) else -100
-    labels = [-1, none, *range(4), *range(4)]
+@pytest.mark.parametrize("wrong", [-2, 4])
+def test_labels_beyond_the_classes_are_rejected_before_anything_is_computed(
+    classifier, data, tmp_path, kind, name, wrong
+):
+    # What stands for no class: `datasets` writes no -100 in a column of class labels.
+    none = -1 if isinstance(kind, ClassLabel) else -100
+    if isinstance(kind, ClassLabel) and wrong == -2:
+        pytest.skip("`datasets` has no such class label")
+    labels = [wrong, none, *range(4), *range(4)]
     rows = data.remove_columns("label").add_column(name, labels).cast_column(name, kind)
-    with pytest.raises(ValueError, match=rf"`dataset` has the label -1 in the column '{name}'.*`dataset.filter`"):
-        cache_features(model, rows, tmp_path)
-    assert not list(tmp_path.iterdir())
-    # Rows that were left out do not count, and -100 stands for no class.
-    cached = cache_features(model, rows.select(range(1, NUM_PICTURES)), tmp_path)
+    with pytest.raises(ValueError, match=rf"`dataset` has the label {wrong} in the column '{name}'.*`dataset.filter`"):
+        cache_features(classifier, rows, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    cached = cache_features(classifier, rows.select(range(1, len(rows))), tmp_path / "cache")
     assert cached[name][:].tolist() == labels[1:]
+
+
+def test_labels_of_a_model_without_classes_are_kept_as_they_are(model, data, tmp_path):
+    rows = data.remove_columns("label").add_column("label", [-7] * NUM_PICTURES)
+    assert cache_features(model, rows, tmp_path)["label"][:].tolist() == [-7] * NUM_PICTURES
 
 
 def test_labels_that_are_no_integers_are_kept_as_they_are(model, data, tmp_path):

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from datasets.fingerprint import Hasher
 
+from ..model.checks import IGNORED_LABEL
 from ..model.layouts import tap_key
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.distribution import called_by
@@ -22,8 +23,6 @@ from .feature_reader import DTYPES, WHAT, FeatureReader
 from .views import Augment, Views
 
 _MAX_VIEWS = 10_000
-# Label of a row without a class, which torch's losses leave out.
-NO_LABEL = -100
 
 
 def cache_features(
@@ -82,7 +81,7 @@ def cache_features(
     column = _image_column(dataset, image_column)
     refuse_addresses(dataset)
     kept = _kept_columns(dataset, column)
-    _check_labels(dataset, kept)
+    _check_labels(model, dataset, kept)
     plain = dataset.with_format(None)
     reader = FeatureReader(model, Views(plain, column, num_views, augment, seed), what, dtype)
     parts = FeatureParts(reader, plain, kept, batch_size)
@@ -152,19 +151,26 @@ def _has_images(kind: Any) -> bool:
     return isinstance(kind, datasets.Image)
 
 
-def _check_labels(dataset: datasets.Dataset, kept: list[str]) -> None:
-    """Raise for labels that are no classes, which training would report after all features are computed."""
+def _check_labels(model: ASelectPreTrainedModel, dataset: datasets.Dataset, kept: list[str]) -> None:
+    """Raise for labels that are none of a classifier's classes: training would, after all features are computed."""
+    config = model.config
+    is_classifier = model.task == "image-classification" and int(config.num_labels or 0) > 1
+    if not is_classifier or config.problem_type not in (None, "single_label_classification"):
+        return
     for name in [each for each in ("label", "labels") if each in kept]:
         kind = dataset.features[name]
         if not isinstance(kind, (datasets.ClassLabel, datasets.Value)) or "int" not in kind.dtype:
             continue
+        # `datasets` writes -1 in a column of class labels where there is none, as in unlabelled test sets.
+        none = -1 if isinstance(kind, datasets.ClassLabel) else IGNORED_LABEL
         labels = dataset.with_format("arrow").select_columns(name)[:][name]
-        least = pc.min(pc.if_else(pc.equal(labels, NO_LABEL), 0, labels)).as_py()
-        if least is not None and least < 0:
+        ends = pc.min_max(pc.if_else(pc.equal(labels, none), 0, labels)).as_py()
+        outside = [label for label in ends.values() if label is not None and not 0 <= label < config.num_labels]
+        if outside:
             raise ValueError(
-                f"`dataset` has the label {least} in the column {name!r}; classes are integers from 0 on, and "
-                f"{NO_LABEL} stands for none. Leave such rows out (`dataset.filter`), or the column "
-                "(`dataset.remove_columns`)."
+                f"`dataset` has the label {outside[0]} in the column {name!r}; the model's classes are integers in "
+                f"[0, {config.num_labels}). Load the model with `num_labels=` the number of classes, leave such rows out "
+                "(`dataset.filter`), or the column (`dataset.remove_columns`)."
             )
 
 
