@@ -169,8 +169,8 @@ def _check_labels(model: ASelectPreTrainedModel, dataset: datasets.Dataset, kept
         if outside:
             raise ValueError(
                 f"`dataset` has the label {outside[0]} in the column {name!r}; the model's classes are integers in "
-                f"[0, {config.num_labels}). Load the model with `num_labels=` the number of classes, leave such rows out "
-                "(`dataset.filter`), or the column (`dataset.remove_columns`)."
+                f"[0, {config.num_labels}). Load the model with `num_labels=` the number of classes, leave such rows "
+                "out (`dataset.filter`), or the column (`dataset.remove_columns`)."
             )
 
 
