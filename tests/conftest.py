@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import importlib.util
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ if torch.distributed.is_initialized():
 def example(name):
     """The module of an example, by its path below `examples/`."""
     path = Path(__file__).parents[1] / "examples" / name
+    # A script finds those beside it, as when it is run.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

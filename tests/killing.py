@@ -80,7 +80,8 @@ set_seed(0)
 args = TrainingArguments(str(target), max_steps=8, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
     per_device_train_batch_size=4)
 trainer = Trainer(model(5), args, train_dataset=rows)
-# The newest one that is whole, as in examples/train_image_classification.py: this file is written last.
+# The newest one that is whole, as in examples/image_classification/train_image_classification.py: this file is written
+# last.
 whole = {int(path.parent.name.split("-")[1]): path.parent for path in target.glob("checkpoint-*/trainer_state.json")}
 trainer.train(resume_from_checkpoint=str(whole[max(whole)]) if whole else None)
 trainer.save_model(str(target / "final"))

@@ -22,6 +22,7 @@ from PIL import Image as PILImage
 from hf_aselect import DiTForImageClassification
 
 ROOT = Path(__file__).parents[1]
+IMAGE_CLASSIFICATION = ROOT / "examples" / "image_classification"
 CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 ENVIRONMENT = {
     **os.environ,
@@ -45,7 +46,7 @@ from hf_aselect import ASelectCallback, DiTForImageClassification
 
 folder, output = Path(sys.argv[1]), Path(sys.argv[2])
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-BATCH, NUM_ROWS, EXAMPLES = {BATCH}, {NUM_ROWS}, {str(ROOT / "examples")!r}
+BATCH, NUM_ROWS, EXAMPLES = {BATCH}, {NUM_ROWS}, {str(IMAGE_CLASSIFICATION)!r}
 generator = torch.Generator().manual_seed(0)
 PIXELS = torch.rand(NUM_ROWS, 3, 8, 8, generator=generator) * 2 - 1
 ROWS = [{{"pixel_values": PIXELS[index], "labels": index % 4}} for index in range(NUM_ROWS)]
@@ -346,9 +347,9 @@ assert not torch.distributed.is_initialized(), "the script left its group open"
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("train_image_classification_no_trainer.py", []),
+        ("image_classification/train_image_classification_no_trainer.py", []),
         pytest.param(
-            "train_image_classification.py",
+            "image_classification/train_image_classification.py",
             ["--use_cpu", "True", "--report_to", "none", "--lr_scheduler_type", "constant"],
             marks=pytest.mark.slow,
         ),
@@ -379,7 +380,7 @@ def test_a_script_learns_the_same_on_two_processes(pixel_folder, tmp_path, scrip
 def test_pretraining_on_two_processes_goes_on_where_both_were_killed(tmp_path):
     write_pictures(tmp_path / "train.parquet")
     (tmp_path / "closing.py").write_text(CLOSING)
-    words = [*TORCHRUN, str(tmp_path / "closing.py"), str(ROOT / "examples" / "pretrain_dit.py")]
+    words = [*TORCHRUN, str(tmp_path / "closing.py"), str(ROOT / "examples" / "pretraining" / "pretrain_dit.py")]
     words += ["--train_file", str(tmp_path / "train.parquet")]
     words += ["--image_size", "8", "--num_layers", "1", "--num_attention_heads", "1", "--attention_head_dim", "16"]
     words += ["--batch_size", "4", "--num_pictures", "80", "--warmup_steps", "2", "--optim", "muon"]
@@ -438,7 +439,7 @@ def test_under_deepspeed_both_scripts_choose_learn_and_save_one_whole_model(pixe
     rates = {"train_image_classification": "1e-3", "train_image_classification_no_trainer": "1e-2"}
     found = {}
     for name, options in zip(rates, (of_trainer, of_loop), strict=True):
-        words = [str(tmp_path / "closing.py"), str(ROOT / "examples" / f"{name}.py"), "--timestep", "auto", *sizes]
+        words = [str(tmp_path / "closing.py"), str(IMAGE_CLASSIFICATION / f"{name}.py"), "--timestep", "auto", *sizes]
         words += ["--model_name_or_path", str(pixel_folder), "--train_file", str(tmp_path / "train.parquet")]
         words += ["--validation_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / name)]
         words += ["--num_train_epochs", "2", "--per_device_train_batch_size", str(BATCH // 2), *options]

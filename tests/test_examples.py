@@ -68,7 +68,9 @@ PRETRAIN = (
 @pytest.fixture(scope="module")
 def pretrained(parquet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dit")
-    run("pretrain_dit.py", "--train_file", parquet, "--output_dir", folder, "--num_pictures", 48, *PRETRAIN)
+    run(
+        "pretraining/pretrain_dit.py", "--train_file", parquet, "--output_dir", folder, "--num_pictures", 48, *PRETRAIN
+    )
     return folder
 
 
@@ -87,12 +89,12 @@ def test_pretraining_is_in_half_precision_where_the_processor_computes_in_it(mon
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
-    assert example("pretrain_dit.py").default_precision() == precision
+    assert example("pretraining/pretrain_dit.py").default_precision() == precision
 
 
 def test_pretraining_keeps_the_stages_asked_for(parquet, pretrained, tmp_path):
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN)
-    run("pretrain_dit.py", *arguments, "--stages", 16, 20)
+    run("pretraining/pretrain_dit.py", *arguments, "--stages", 16, 20)
     weights = "transformer/diffusion_pytorch_model.safetensors"
     stages = [(tmp_path / name / weights).read_bytes() for name in ("stage-16", "stage-20")]
     assert stages[0] != stages[1]
@@ -105,7 +107,7 @@ def test_pretraining_needs_no_labels(parquet, tmp_path):
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 16, *PRETRAIN)
     options = ("--label_column", "none", "--min_crop", 0.5, "--beta_schedule", "squaredcos_cap_v2")
     options += ("--prediction_type", "v_prediction")
-    run("pretrain_dit.py", *arguments, *options)
+    run("pretraining/pretrain_dit.py", *arguments, *options)
     model = DiTModel.from_pretrained(tmp_path, timestep=5)
     assert model.config.transformer["num_embeds_ada_norm"] == 1
     assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
@@ -115,7 +117,7 @@ def test_pretraining_needs_no_labels(parquet, tmp_path):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_pretraining_learns_the_noise_or_the_velocity(prediction_type):
-    step = example("pretrain_dit.py").training_step
+    step = example("pretraining/pretrain_dit.py").training_step
     pixels, scheduler = torch.full((64, 1, 2, 2), 0.5), DDPMScheduler(prediction_type=prediction_type)
 
     def velocity(noised, timestep, class_labels):
@@ -130,7 +132,7 @@ def test_pretraining_learns_the_noise_or_the_velocity(prediction_type):
 
 
 def test_without_labels_the_samples_are_of_no_class(tmp_path):
-    script = example("pretrain_dit.py")
+    script = example("pretraining/pretrain_dit.py")
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 1, "sample_size": 8}
     model = DiTTransformer2DModel(**sizes, patch_size=2, num_embeds_ada_norm=1).eval()
     for name, value in (("plain", 0.0), ("nan", float("nan"))):
@@ -150,30 +152,36 @@ def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
 def test_pretraining_goes_on_where_it_was_killed(optim, parquet, pretrained, tmp_path):
     """A run that is killed after its first checkpoint and started again ends with the weights of one that was not."""
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN, "--optim", optim)
-    command = [sys.executable, str(EXAMPLES / "pretrain_dit.py"), *map(str, arguments), "--checkpoint_minutes", "0"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "pretraining/pretrain_dit.py"),
+        *map(str, arguments),
+        "--checkpoint_minutes",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         assert json.loads(process.stdout.readline())["step"] == 1
         while not (tmp_path / "checkpoint").exists():
             time.sleep(0.01)
         process.kill()
-    run("pretrain_dit.py", *arguments)
+    run("pretraining/pretrain_dit.py", *arguments)
     weights = "transformer/diffusion_pytorch_model.safetensors"
     if optim == "adamw":
         assert (tmp_path / weights).read_bytes() == (pretrained / weights).read_bytes()
-        other = [sys.executable, str(EXAMPLES / "pretrain_dit.py"), *map(str, arguments)]
+        other = [sys.executable, str(EXAMPLES / "pretraining/pretrain_dit.py"), *map(str, arguments)]
         other += ["--prediction_type", "v_prediction", "--seed", "7"]
         done = subprocess.run(other, capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode and "prediction_type 'epsilon', now 'v_prediction'; seed 0, now 7" in done.stderr
         assert DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.prediction_type == "epsilon"
         return
     whole = tmp_path / "whole"
-    run("pretrain_dit.py", *arguments, "--output_dir", whole)
+    run("pretraining/pretrain_dit.py", *arguments, "--output_dir", whole)
     assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
     assert (tmp_path / weights).read_bytes() != (pretrained / weights).read_bytes()
 
 
 def test_pictures_are_known_wherever_they_lie_and_by_more_than_their_number(parquet, tmp_path):
-    digest = example("pretrain_dit.py").digest
+    digest = example("pretraining/pretrain_dit.py").digest
     rows = Dataset.from_parquet(str(parquet))
     rows.to_parquet(tmp_path / "moved.parquet")
     known = digest(rows, "picture")
@@ -182,7 +190,9 @@ def test_pictures_are_known_wherever_they_lie_and_by_more_than_their_number(parq
     assert digest(rows.select(range(len(rows) - 1, -1, -1)), "picture") != known
 
 
-@pytest.mark.parametrize(("script", "num_matrices"), [("pretrain_dit.py", 2 * 6), ("benchmarks/pretrain_unet.py", 93)])
+@pytest.mark.parametrize(
+    ("script", "num_matrices"), [("pretraining/pretrain_dit.py", 2 * 6), ("pretraining/pretrain_unet.py", 93)]
+)
 def test_muon_moves_the_matrices_in_the_blocks_and_convolutions_as_such(script, num_matrices, parquet, tmp_path):
     module = example(script)
     words = ["--train_file", parquet, "--output_dir", tmp_path, *PRETRAIN, "--warmup_steps", 0, "--optim", "muon"]
@@ -199,7 +209,7 @@ def test_muon_moves_the_matrices_in_the_blocks_and_convolutions_as_such(script, 
         training.optimize(batch)
     moved = {name for name in weights if not torch.equal(before[name], weights[name])}
     assert moved >= set(training.matrices) and len(moved) > len(training.matrices)
-    if script == "pretrain_dit.py":
+    if script == "pretraining/pretrain_dit.py":
         # Decay alone moves by a thousandth; each of Muon's steps is as long as one of AdamW's.
         length = {name: (weights[name] - before[name]).square().mean().sqrt() for name in training.matrices}
         assert all(1e-4 < value < 1e-3 for value in length.values()), length
@@ -207,7 +217,7 @@ def test_muon_moves_the_matrices_in_the_blocks_and_convolutions_as_such(script, 
 
 def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretrained, tmp_path):
     run(
-        "train_image_classification.py",
+        "image_classification/train_image_classification.py",
         *("--model_name_or_path", pretrained, "--train_file", parquet, "--validation_file", parquet),
         *("--image_column", "picture", "--label_column", "class", "--timestep", "auto", "--block", "-1"),
         *("--feature", "hidden", "--head", "linear", "--output_dir", tmp_path, "--max_steps", 30),
@@ -223,7 +233,13 @@ def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretr
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"] == 1.0
 
 
-@pytest.mark.parametrize("script", ["train_image_classification.py", "train_image_classification_no_trainer.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "image_classification/train_image_classification.py",
+        "image_classification/train_image_classification_no_trainer.py",
+    ],
+)
 def test_a_validation_split_may_have_its_classes_in_another_order(script, tmp_path):
     for split, names in (("train", ["dark", "bright"]), ("validation", ["bright", "dark"])):
         rows = {
@@ -238,7 +254,11 @@ def test_a_validation_split_may_have_its_classes_in_another_order(script, tmp_pa
     )
     args.class_names, args.seed = None, 0
     module = example(script)
-    loaded = module.load_splits(args, 0) if script == "train_image_classification.py" else module.load_splits(args)
+    loaded = (
+        module.load_splits(args, 0)
+        if script == "image_classification/train_image_classification.py"
+        else module.load_splits(args)
+    )
     train, held_out = loaded.values() if isinstance(loaded, dict) else loaded
     assert train["label"][:] == held_out["label"][:] == [0, 1]
 
@@ -253,7 +273,7 @@ def test_classes_named_by_strings_are_those_of_the_training_split(pretrained, tm
             tmp_path / f"{split}.parquet"
         )
     run(
-        "train_image_classification.py",
+        "image_classification/train_image_classification.py",
         *("--model_name_or_path", pretrained, "--train_file", tmp_path / "train.parquet", "--validation_file"),
         *(tmp_path / "test.parquet", "--head", "linear", "--feature", "hidden", "--block", "-1", "--max_steps", 40),
         *("--learning_rate", "0.05", "--report_to", "none", "--use_cpu", "--output_dir", tmp_path / "out"),
@@ -271,7 +291,7 @@ def test_training_on_a_folder_of_pictures(pretrained, tmp_path):
         for number in range(10):
             PILImage.new("L", (9, 9), 200 * index + number).save(tmp_path / "data" / name / f"{number}.png")
     run(
-        "train_image_classification.py",
+        "image_classification/train_image_classification.py",
         *("--model_name_or_path", pretrained, "--train_dir", tmp_path / "data", "--timestep", 5, "--head", "linear"),
         *("--output_dir", tmp_path / "out", "--max_steps", 1, "--report_to", "none", "--use_cpu"),
     )
@@ -292,7 +312,7 @@ def test_training_a_segmenter_ends_with_everything_in_its_folder(pretrained, tmp
     data = Dataset.from_dict({"image": pictures, "annotation": masks})
     data.cast_column("image", Image()).cast_column("annotation", Image()).to_parquet(tmp_path / "data.parquet")
     run(
-        "train_semantic_segmentation.py",
+        "semantic_segmentation/train_semantic_segmentation.py",
         *("--model_name_or_path", pretrained, "--train_file", tmp_path / "data.parquet"),
         *("--validation_file", tmp_path / "data.parquet", "--class_names", "dark, bright", "--timestep", 5),
         *("--feature", "hidden", "--block", "-1", "--output_dir", tmp_path / "out", "--max_steps", 40),
@@ -362,7 +382,7 @@ def test_the_classification_benchmark_fills_its_table_and_goes_on(parquet, pretr
     names = {"picture": "image", "class": "label"}
     Dataset.from_parquet(str(parquet)).rename_columns(names).to_parquet(tmp_path / "pictures.parquet")
     run(
-        "benchmarks/pretrain_unet.py",
+        "pretraining/pretrain_unet.py",
         *("--train_file", parquet, "--output_dir", tmp_path / "unet", "--num_pictures", 16, *PRETRAIN),
         *("--optim", "muon"),
     )
@@ -394,7 +414,7 @@ def test_fashion_mnist_becomes_parquet(tmp_path):
     for prefix in ("train", "t10k"):
         (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pictures))
         (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
-    run("fashion_mnist_to_parquet.py", tmp_path, tmp_path / "out", "--num_test", 2)
+    run("pretraining/fashion_mnist_to_parquet.py", tmp_path, tmp_path / "out", "--num_test", 2)
     train, test = (Dataset.from_parquet(str(tmp_path / "out" / f"{name}.parquet")) for name in ("train", "test"))
     assert (train["label"][:], test["label"][:]) == ([9, 0, 3], [9, 0])
     assert train[0]["image"].size == (28, 28)
@@ -406,7 +426,7 @@ def test_a_trained_model_is_written_as_onnx(pretrained, tmp_path):
     model = DiTForImageClassification.from_pretrained(pretrained, timestep=50, num_labels=2, head="linear")
     model.save_pretrained(tmp_path / "model")
     output = tmp_path / "out" / "model.onnx"
-    said = run("export_onnx.py", "--model_name_or_path", tmp_path / "model", "--output", output)
+    said = run("features/export_onnx.py", "--model_name_or_path", tmp_path / "model", "--output", output)
     assert "within" in said
     assert [path.name for path in output.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(output)
@@ -418,7 +438,7 @@ def test_the_linear_probe_picks_a_learning_rate_and_saves_what_it_measured(pretr
     output = tmp_path / "probe"
     words = ["--model_name_or_path", pretrained, "--train_file", parquet, "--test_file", parquet]
     words += ["--image_column=picture", "--label_column=class", "--timestep=50", "--output_dir", output]
-    said = run("linear_probe.py", *words, "--num_train_epochs=20", "--learning_rates", 1e-9, 1e-2)
+    said = run("image_classification/linear_probe.py", *words, "--num_train_epochs=20", "--learning_rates", 1e-9, 1e-2)
     result = json.loads((output / "results.json").read_text())
     assert result["learning_rate"] == 0.01 and "learning rate 0.01: validation accuracy" in said
     assert result["test_accuracy"] >= 0.9  # dark and bright pictures
@@ -430,7 +450,7 @@ def test_the_linear_probe_picks_a_learning_rate_and_saves_what_it_measured(pretr
     assert (predicted == torch.tensor(rows["class"][:])).float().mean() == pytest.approx(result["test_accuracy"])
     # A model that has a timestep is read there.
     words = ["--model_name_or_path", output, *words[2:-3], "--output_dir", tmp_path / "again"]
-    run("linear_probe.py", *words, "--num_train_epochs=1")
+    run("image_classification/linear_probe.py", *words, "--num_train_epochs=1")
     assert json.loads((tmp_path / "again" / "results.json").read_text())["timestep"] == 50
 
 
@@ -440,7 +460,7 @@ def test_accelerates_own_loop_trains_and_saves(pretrained, parquet, tmp_path, ca
     words += ["--image_column=picture", "--label_column=class", "--head=linear"]
     words += ["--learning_rate=0.1", "--checkpointing_steps=epoch"]
     words += ["--cache_dir", tmp_path / "cache"] if cached else ["--with_tracking", "--report_to=tensorboard"]
-    script = "train_image_classification_no_trainer.py"
+    script = "image_classification/train_image_classification_no_trainer.py"
     run(script, *words, "--timestep=50", "--num_train_epochs=8")
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"] >= 0.75
     model = DiTForImageClassification.from_pretrained(tmp_path / "out")

@@ -20,6 +20,9 @@ PACKAGE = ROOT / "src" / "hf_aselect"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Benchmarks measure what is inside.
 EXAMPLES = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "benchmarks" not in path.parts]
+# The only modules of the package that an example may name: what several training scripts share, their splits and their
+# options, has its home there. It is no part of `hf_aselect.__all__`, because only scripts have a use for it.
+OF_SCRIPTS = ("hf_aselect.training.config_arguments", "hf_aselect.training.splits")
 
 # Each wing, or module beside the wings, imports from those before it; what it owns stands in CONTRIBUTING.md, too.
 WINGS = {
@@ -195,7 +198,10 @@ def test_the_hub_finds_the_same_imports_as_python(module):
 def test_examples_use_public_names_only(path):
     public = {*hf_aselect.__all__, "__version__"}
     for found in imports(path):
-        assert not found.module.startswith("hf_aselect."), f"{path.name}: import from `hf_aselect` itself"
+        is_of_package = found.module.startswith("hf_aselect.") and found.module not in OF_SCRIPTS
+        assert not is_of_package, f"{path.name}: import from `hf_aselect` itself"
+        if found.module in OF_SCRIPTS:
+            assert not [name for name in found.names if name.startswith("_")], f"{path.name}: takes a private name"
         if found.module == "hf_aselect":
             assert set(found.names) <= public, f"{path.name}: {set(found.names) - public} not in `hf_aselect.__all__`"
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel
 
-TRAIN = example("train_image_classification.py")
+TRAIN = example("image_classification/train_image_classification.py")
 SIZES = ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--head_num_layers", "1"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft's

@@ -25,7 +25,7 @@ from transformers import TrainerState
 
 from hf_aselect import ASelectImageProcessor, DiTModel
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "image_classification"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 NUM_STEPS = 24
 
@@ -130,7 +130,7 @@ def test_what_goes_on_at_the_end_of_an_epoch_ends_with_the_same_weights(words_of
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
-    last_checkpoint = example("train_image_classification.py").last_checkpoint
+    last_checkpoint = example("image_classification/train_image_classification.py").last_checkpoint
     for step, text in ((4, json.dumps({"global_step": 4})), (8, '{"global_step": 8'), (12, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -144,7 +144,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
 
 
 def test_a_checkpoint_that_lacks_another_process_share_is_passed_over(tmp_path, monkeypatch, caplog):
-    last_checkpoint = example("train_image_classification.py").last_checkpoint
+    last_checkpoint = example("image_classification/train_image_classification.py").last_checkpoint
     for step, files in ((4, "01"), (8, "0")):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_lacks_another_process_share_is_passed_over(tmp_path, 
 
 
 def test_a_checkpoint_of_one_process_or_of_weights_alone_is_whole_for_several(tmp_path, monkeypatch):
-    last_checkpoint = example("train_image_classification.py").last_checkpoint
+    last_checkpoint = example("image_classification/train_image_classification.py").last_checkpoint
     monkeypatch.setenv("WORLD_SIZE", "2")
     for step, file in ((4, "rng_state.pth"), (8, "model.safetensors")):
         folder = tmp_path / f"checkpoint-{step}"
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_one_process_or_of_weights_alone_is_whole_for_several(tm
 
 def test_workers_that_persist_hear_of_the_epoch(parquet):
     """Each epoch has crops of its own, whoever makes them."""
-    module = example("train_image_classification.py")
+    module = example("image_classification/train_image_classification.py")
     args = SimpleNamespace(image_column="image", label_column="label", crop_share=0.5)
     pictures = module.Pictures(Dataset.from_parquet(str(parquet)), ASelectImageProcessor(size=8), args, seed=0)
     loader = DataLoader(pictures, batch_size=48, num_workers=1, persistent_workers=True)
@@ -189,7 +189,7 @@ def test_workers_that_persist_hear_of_the_epoch(parquet):
 
 def test_the_sampler_of_several_processes_is_told_the_epoch_in_the_middle_of_it():
     """Under what accelerate makes of a loader that is shared, and of one that goes on in an epoch."""
-    module = example("train_image_classification.py")
+    module = example("image_classification/train_image_classification.py")
     sampler = SeedableRandomSampler(range(16), data_seed=0)
     shared = BatchSamplerShard(torch.utils.data.BatchSampler(sampler, 2, False), num_processes=2, process_index=0)
     skipping = SkipBatchSampler(shared, skip_batches=1)
@@ -201,7 +201,7 @@ def test_the_sampler_of_several_processes_is_told_the_epoch_in_the_middle_of_it(
 
 
 def test_a_folder_that_was_being_replaced_when_a_run_died_is_put_back(tmp_path, monkeypatch):
-    module = example("pretrain_dit.py")
+    module = example("pretraining/pretrain_dit.py")
     target, rename = tmp_path / "checkpoint", os.replace
 
     def killed(source, destination):

@@ -369,7 +369,7 @@ def test_what_the_trainer_is_told_to_push_is_whole(hub, pixel_folder, tmp_path, 
 def test_the_example_pushes_a_folder_and_keeps_what_its_card_says(hub, classifier, tmp_path):
     classifier.save_pretrained(tmp_path / "saved")
     write_model_card(classifier, tmp_path / "saved", dataset="noise", accuracy=0.75, license="mit")
-    script = str(Path(__file__).parents[1] / "examples" / "push_to_hub.py")
+    script = str(Path(__file__).parents[1] / "examples" / "sharing" / "push_to_hub.py")
     words = ["--model_name_or_path", str(tmp_path / "saved"), "--repo_id", "me/example", "--license", "apache-2.0"]
     done = subprocess.run(
         [sys.executable, script, *words], capture_output=True, text=True, env=environment(hub, tmp_path / "home")
@@ -385,7 +385,8 @@ def test_accelerates_own_loop_learns_a_folder_of_pictures_and_pushes(hub, pixel_
         folder = tmp_path / "pictures" / ("dark", "bright")[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (200 * (index % 2), 40, index)).save(folder / f"{index}.png")
-    script = str(Path(__file__).parents[1] / "examples" / "train_image_classification_no_trainer.py")
+    examples = Path(__file__).parents[1] / "examples"
+    script = str(examples / "image_classification" / "train_image_classification_no_trainer.py")
     words = ["--model_name_or_path", str(pixel_folder), "--train_dir", str(tmp_path / "pictures"), "--timestep", "5"]
     words += ["--output_dir", str(tmp_path / "out"), "--head", "linear", "--max_train_steps", "3", "--push_to_hub"]
     words += ["--hub_model_id", "me/looped", "--hub_private_repo"]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import example
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
 
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification
 
-TRAIN = example("train_image_classification.py")
+TRAIN = example("image_classification/train_image_classification.py")
 NUM_PICTURES = 48
 
 
@@ -149,7 +149,7 @@ def test_a_stream_without_a_validation_split_is_refused(train, parquet):
 def test_a_stream_that_is_read_again_is_cropped_as_before_and_anew_in_the_next_epoch(parquet):
     args = SimpleNamespace(image_column="image", label_column="label", crop_share=0.5)
 
-    rows = TRAIN.load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
+    rows = load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
     stream = TRAIN.as_pixels(rows, ASelectImageProcessor(size=8), args, seed=0)
     next(iter(stream))  # looked at before, as a choice of the timestep does
 

@@ -3,9 +3,9 @@
     recipe="--train_file cifar10/train.parquet --label_column none --beta_schedule squaredcos_cap_v2
         --prediction_type v_prediction --optim muon --learning_rate 2e-3"
     export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
-    torchrun --standalone --nproc_per_node 2 examples/pretrain_dit.py $recipe --output_dir dit-cifar10-velocity \
-        --batch_size 32 --num_pictures 1320000
-    python examples/benchmarks/pretrain_unet.py $recipe --output_dir unet-cifar10-velocity \
+    torchrun --standalone --nproc_per_node 2 examples/pretraining/pretrain_dit.py $recipe \
+        --output_dir dit-cifar10-velocity --batch_size 32 --num_pictures 1320000
+    python examples/pretraining/pretrain_unet.py $recipe --output_dir unet-cifar10-velocity \
         --batch_size 64 --num_pictures 254000
     python examples/benchmarks/cifar10.py --dit dit-cifar10-velocity --unet unet-cifar10-velocity \
         --train_file cifar10/train.parquet --test_file cifar10/test.parquet --output_dir cifar10-benchmark
@@ -64,8 +64,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-EXAMPLES = Path(__file__).parents[1]
-sys.path.insert(0, str(EXAMPLES))
+CLASSIFICATION, PRETRAINING = (Path(__file__).parents[1] / name for name in ("image_classification", "pretraining"))
+sys.path += [str(CLASSIFICATION), str(PRETRAINING)]
 
 import linear_probe  # noqa: E402
 from pretrain_dit import default_precision  # noqa: E402
@@ -271,7 +271,7 @@ class Benchmark:
             words += ["--resume_from_checkpoint", "latest"]
         except ValueError:
             pass  # none is whole
-        subprocess.run([sys.executable, str(EXAMPLES / "train_image_classification.py"), *words], check=True)
+        subprocess.run([sys.executable, str(CLASSIFICATION / "train_image_classification.py"), *words], check=True)
         return float(json.loads((folder / "eval_results.json").read_text())["eval_accuracy"])
 
     def pixels(self) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 r"""Write a classifier or segmenter as ONNX, folded and with a free batch, and compare it with torch.
 
-    python examples/export_onnx.py --model_name_or_path fashion-classifier --output fashion-classifier.onnx
+    python examples/features/export_onnx.py --model_name_or_path fashion-classifier --output fashion-classifier.onnx
 
 What is exported takes `pixel_values`, (B, C, H, W) in [-1, 1], as `ASelectImageProcessor` makes them, of the size
 that the model was saved with, and gives `logits`. It needs the `export` extra. The file appears only if onnxruntime's

@@ -2,7 +2,7 @@ r"""Train a classifier on a diffusion transformer with the plain `Trainer`, on a
 
 On the pictures that ship in the package, from a checkout of the repository (a minute or two on two CPU cores):
 
-    python examples/train_image_classification.py \
+    python examples/image_classification/train_image_classification.py \
         --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep auto \
         --train_file src/hf_aselect/assets/fashion_mnist/train.parquet \
         --validation_file src/hf_aselect/assets/fashion_mnist/test.parquet \
@@ -41,15 +41,14 @@ import os
 import random
 import re
 import sys
-import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -68,11 +67,18 @@ from transformers.trainer_callback import ExportableState
 from hf_aselect import (
     Accuracy,
     ASelectCallback,
-    ASelectConfig,
     ASelectImageProcessor,
     DiTForImageClassification,
     plot_confusion_matrix,
 )
+from hf_aselect.training.config_arguments import (
+    ConfigArguments,
+    given_fields,
+    needs_timestep,
+    resumed_fields,
+    write_config,
+)
+from hf_aselect.training.splits import read_splits, train_and_validation
 
 
 @dataclass
@@ -180,30 +186,6 @@ def parse(words: list[str]) -> tuple[DataArguments, Any, TrainingArguments]:
     return args
 
 
-def int_or_word(value: str) -> int | str:
-    """Return the integer that a word spells, else the word."""
-    return int(value) if value.lstrip("-").isdigit() else value
-
-
-# Fields of the configuration that are one word on a command line; the rest are records of diffusers and of ours.
-RECORDS = (
-    *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes"),
-    *("folded", "folded_layout"),
-)
-OPTIONS = {
-    name: int_or_word if kind not in (bool, float) else kind
-    for name, kind in ASelectConfig.__annotations__.items()
-    if not name.startswith("_") and name not in RECORDS
-}
-ConfigArguments = make_dataclass(
-    "ConfigArguments",
-    [
-        (name, kind, field(default=None, metadata={"help": "Field of ASelectConfig."}))
-        for name, kind in OPTIONS.items()
-    ],
-)
-
-
 def streams(splits: IterableDatasetDict, args: DataArguments) -> IterableDatasetDict:
     """Return the `train` and `validation` streams, once they tell their classes."""
     held_out = splits.get("validation", splits.get("test"))
@@ -219,34 +201,17 @@ def streams(splits: IterableDatasetDict, args: DataArguments) -> IterableDataset
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """Return the `train` and `validation` splits: `test` stands in for `validation`, else a tenth of train does."""
-    sources = [args.dataset_name, args.train_dir, args.train_file]
-    if sum(source is not None for source in sources) != 1:
-        raise ValueError("Give exactly one of --dataset_name, --train_dir and --train_file.")
-    if args.dataset_name:
-        splits = load_dataset(args.dataset_name, streaming=args.streaming)
-    elif args.train_dir:
-        splits = load_dataset("imagefolder", data_dir=args.train_dir, streaming=args.streaming)
-    else:
-        files = {"train": args.train_file, "validation": args.validation_file}
-        kind = "webdataset" if args.train_file.endswith(".tar") else "parquet"
-        # One by one: together they would all be taken to have the classes of the first, in its order.
-        given = {
-            name: load_dataset(kind, data_files=path, split="train", streaming=args.streaming)
-            for name, path in files.items()
-            if path
-        }
-        splits = IterableDatasetDict(given) if args.streaming else DatasetDict(given)
-    if "train" not in splits:
-        raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
-    train = splits["train"]
-    columns = train.column_names or list(next(iter(train)))  # some streams only tell by their rows
-    for column in (args.image_column, args.label_column):
-        if column not in columns:
-            raise ValueError(f"The dataset has no column {column!r}, only {columns}.")
+    splits = read_splits(
+        dataset_name=args.dataset_name,
+        train_dir=args.train_dir,
+        train_file=args.train_file,
+        validation_file=args.validation_file,
+        columns=(args.image_column, args.label_column),
+        streaming=args.streaming,
+    )
     if args.class_names:
         classes = ClassLabel(names=args.class_names.split(","))
         splits = type(splits)({name: split.cast_column(args.label_column, classes) for name, split in splits.items()})
-        train = splits["train"]
     if args.streaming:
         if args.held_out_share:
             raise ValueError(
@@ -254,18 +219,8 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDataset
                 "last weights; without the latter the evaluation split tells which are best."
             )
         return streams(splits, args)
-    if not isinstance(train.features[args.label_column], ClassLabel):
-        train = train.class_encode_column(args.label_column)
-    held_out = splits.get("validation", splits.get("test"))
-    if held_out is None:
-        return DatasetDict(
-            zip(
-                ("train", "validation"),
-                train.train_test_split(0.1, seed=seed, stratify_by_column=args.label_column).values(),
-                strict=True,
-            )
-        )
-    return DatasetDict(train=train, validation=with_classes_of(train, held_out, args.label_column))
+    both = train_and_validation(splits, seed, args.label_column)
+    return DatasetDict(zip(("train", "validation"), both, strict=True))
 
 
 def divided(train: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
@@ -278,24 +233,6 @@ def divided(train: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, Da
             f"--held_out_share, or 0 to evaluate epochs on the evaluation split. ({error})"
         ) from error
     return parts["train"], parts["test"]
-
-
-def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
-    """Return another split with the class indices of the training split: each split alone may lack some classes."""
-    classes = train.features[column]
-    if other.features[column] == classes:
-        return other
-    known = set(classes.names)
-    kind = other.features[column]
-    spell = kind.int2str if isinstance(kind, ClassLabel) else str
-    names = [spell(value) for value in other[column]]
-    if unknown := sorted(set(names) - known):
-        raise ValueError(
-            f"The evaluation split has {len(unknown)} classes that the training split lacks, among them "
-            f"{unknown[:3]}; those of the training split are {classes.names[:10]}."
-        )
-    indices = [classes.str2int(name) for name in names]
-    return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -411,37 +348,6 @@ class EpochCallback(TrainerCallback, ExportableState):
             sampler = getattr(sampler, "sampler", None) or getattr(sampler, "batch_sampler", None)
         if sampler is not None:
             sampler.set_epoch(epoch)
-
-
-def needs_timestep(source: str, given: dict[str, Any]) -> bool:
-    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
-    if "timestep" in given:
-        return bool(given["timestep"] == "auto")
-    try:
-        saved, _ = ASelectConfig.get_config_dict(source)
-    except OSError:
-        saved = {}  # a folder of diffusers has no configuration of ours
-    return bool(saved.get("timestep", "auto") == "auto")
-
-
-# Another choice would not fit the head that was trained so far.
-CHOICE = ("timestep", "block", "feature", "zeroed_channels", "selection")
-
-
-def chosen_before(*folders: str) -> dict[str, Any]:
-    """Return the choice that an interrupted training went by, from the first folder that holds a configuration."""
-    for folder in folders:
-        if Path(folder, "config.json").is_file():
-            config = ASelectConfig.from_pretrained(folder)
-            return {name: getattr(config, name) for name in CHOICE}
-    return {}
-
-
-def write_config(config: ASelectConfig, folder: Path) -> None:
-    """Write a configuration, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        config.save_pretrained(unfinished)
-        os.replace(Path(unfinished) / "config.json", folder / "config.json")
 
 
 def trained_layers(model: DiTForImageClassification) -> Iterable[str]:
@@ -598,18 +504,14 @@ def main() -> None:
     if args.held_out_share:
         trained_on, evaluated_on = divided(splits["train"], args, training_args.seed)
 
-    given = {name: value for name, value in asdict(config_args).items() if value is not None}
+    given = given_fields(config_args)
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == "latest":
         checkpoint = last_checkpoint(training_args.output_dir)
     if checkpoint:
         logging.info("Going on from %s.", checkpoint)
         # Of adapters a checkpoint has no configuration.
-        before = chosen_before(checkpoint, training_args.output_dir)
-        for name in ("timestep", "block", "feature"):
-            if before and given.get(name, "auto") not in ("auto", before[name]):
-                raise ValueError(f"The training began at {name} {before[name]}, got --{name} {given[name]}.")
-        given |= before
+        given = resumed_fields(given, checkpoint, training_args.output_dir)
     else:
         check_unused(training_args.output_dir)
     calibration = None

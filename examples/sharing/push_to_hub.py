@@ -1,7 +1,7 @@
 r"""Share a saved model on the Hub, with its card, curve, image processor and code.
 
     hf auth login
-    python examples/push_to_hub.py --model_name_or_path fashion-classifier --repo_id me/fashion-classifier
+    python examples/sharing/push_to_hub.py --model_name_or_path fashion-classifier --repo_id me/fashion-classifier
 
 What the model's card says of results, data, training and licence is kept; `--accuracy`, `--dataset` and `--license`
 say it anew. A repository that is there is updated by one commit. `HF_ENDPOINT` names another Hub.

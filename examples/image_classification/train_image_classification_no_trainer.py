@@ -2,7 +2,7 @@ r"""Train a classifier on a diffusion transformer with accelerate's own loop, fo
 
 On the pictures that ship in the package, from a checkout of the repository (a minute or two on two CPU cores):
 
-    accelerate launch examples/train_image_classification_no_trainer.py \
+    accelerate launch examples/image_classification/train_image_classification_no_trainer.py \
         --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep auto \
         --train_file src/hf_aselect/assets/fashion_mnist/train.parquet \
         --validation_file src/hf_aselect/assets/fashion_mnist/test.parquet \
@@ -24,21 +24,21 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import SchedulerType, default_data_collator, get_scheduler
 
-from hf_aselect import Accuracy, ASelectConfig, ASelectImageProcessor, DiTForImageClassification, cache_features
+from hf_aselect import Accuracy, ASelectImageProcessor, DiTForImageClassification, cache_features
+from hf_aselect.training.config_arguments import needs_timestep, resumed_fields, write_config
+from hf_aselect.training.splits import read_splits, train_and_validation
 
 logger = logging.getLogger("train_image_classification_no_trainer")
-CHOICE = ("timestep", "block", "feature", "zeroed_channels", "selection")
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,60 +87,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
-    """Return another split with the class indices of the training split: each split alone may lack some classes."""
-    classes = train.features[column]
-    if other.features[column] == classes:
-        return other
-    known = set(classes.names)
-    kind = other.features[column]
-    spell = kind.int2str if isinstance(kind, ClassLabel) else str
-    names = [spell(value) for value in other[column]]
-    if unknown := sorted(set(names) - known):
-        raise ValueError(
-            f"The evaluation split has {len(unknown)} classes that the training split lacks, among them "
-            f"{unknown[:3]}; those of the training split are {classes.names[:10]}."
-        )
-    indices = [classes.str2int(name) for name in names]
-    return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)
-
-
 def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Return training and validation split, with class indices."""
-    if args.dataset_name:
-        splits = load_dataset(args.dataset_name)
-        if "train" not in splits:
-            raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
-    elif args.train_dir:
-        splits = load_dataset("imagefolder", data_dir=args.train_dir)
-    else:
-        files = {"train": args.train_file, "validation": args.validation_file}
-        # One by one: together they would all be taken to have the classes of the first, in its order.
-        splits = {
-            name: load_dataset("parquet", data_files=path, split="train") for name, path in files.items() if path
-        }
-    train = splits["train"]
-    for column in (args.image_column, args.label_column):
-        if column not in train.column_names:
-            raise ValueError(f"The dataset has no column {column!r}, only {train.column_names}.")
-    if not isinstance(train.features[args.label_column], ClassLabel):
-        train = train.class_encode_column(args.label_column)
-    held_out = splits.get("validation", splits.get("test"))
-    if held_out is None:
-        parts = train.train_test_split(0.1, seed=args.seed, stratify_by_column=args.label_column)
-        return parts["train"], parts["test"]
-    return train, with_classes_of(train, held_out, args.label_column)
-
-
-def needs_timestep(args: argparse.Namespace) -> bool:
-    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
-    if args.timestep is not None:
-        return bool(args.timestep == "auto")
-    try:
-        saved, _ = ASelectConfig.get_config_dict(args.model_name_or_path)
-    except OSError:
-        saved = {}  # a folder of diffusers has no configuration of ours
-    return bool(saved.get("timestep", "auto") == "auto")
+    splits = read_splits(
+        dataset_name=args.dataset_name,
+        train_dir=args.train_dir,
+        train_file=args.train_file,
+        validation_file=args.validation_file,
+        columns=(args.image_column, args.label_column),
+    )
+    return train_and_validation(splits, args.seed, args.label_column)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -203,20 +159,16 @@ def main() -> None:
             f"{args.output_dir!r} has checkpoints of an earlier training, the last of them {found[-1].name!r}. Go on "
             "from it by `--resume_from_checkpoint latest`, name another --output_dir, or delete them."
         )
-    choice: dict[str, Any] = {} if args.timestep is None else {"timestep": args.timestep}
+    given: dict[str, Any] = {} if args.timestep is None else {"timestep": args.timestep}
+    if checkpoint is not None:
+        given = resumed_fields(given, checkpoint.parent)
     calibration = None
-    if checkpoint is not None and (checkpoint.parent / "config.json").is_file():
-        # Another choice would not fit the head that was trained so far.
-        config = ASelectConfig.from_pretrained(checkpoint.parent)
-        choice = {name: getattr(config, name) for name in CHOICE}
-        if args.timestep not in (None, "auto", config.timestep):
-            raise ValueError(f"The training began at timestep {config.timestep}, got --timestep {args.timestep}.")
-    elif needs_timestep(args):
+    if needs_timestep(args.model_name_or_path, given):
         calibration = train.shuffle(args.seed)[: args.num_calibration_images][args.image_column]
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
         calibration_images=calibration,
-        **choice,
+        **given,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         head=args.head,
@@ -228,9 +180,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         # The state of a checkpoint has no configuration, and a training that goes on needs the choice.
-        with tempfile.TemporaryDirectory(dir=output) as unfinished:
-            model.config.save_pretrained(unfinished)
-            os.replace(Path(unfinished) / "config.json", output / "config.json")
+        write_config(model.config, output)
 
     def transform(batch: dict[str, list]) -> dict[str, Any]:
         pixels = processor(batch[args.image_column], return_tensors="pt").pixel_values

@@ -4,8 +4,8 @@ Fashion-MNIST (MIT licence, https://github.com/zalandoresearch/fashion-mnist) co
 `apt-get install dataset-fashion-mnist` puts them in /usr/share/datasets/fashion-mnist. The other scripts of this
 folder read parquet, so this is the first step of training the embedded DiT again:
 
-    python examples/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist fashion-mnist
-    python examples/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist sample \
+    python examples/pretraining/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist fashion-mnist
+    python examples/pretraining/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist sample \
         --num_train 4000 --num_test 2000
 
 The second command makes the sample that ships in the package: the first pictures of each split, so its test pictures

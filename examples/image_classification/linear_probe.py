@@ -2,7 +2,8 @@ r"""Linear probe with a sweep of learning rates, all heads at once on one pass o
 
 On the pictures that ship in the package, from a checkout of the repository (half a minute on two CPU cores):
 
-    python examples/linear_probe.py --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep 35 \
+    python examples/image_classification/linear_probe.py \
+        --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep 35 \
         --train_file src/hf_aselect/assets/fashion_mnist/train.parquet \
         --test_file src/hf_aselect/assets/fashion_mnist/test.parquet --output_dir fashion-probe
 
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
 from torch import Tensor, nn
 from transformers import HfArgumentParser, set_seed
 
-from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, cache_features
+from hf_aselect import ASelectImageProcessor, DiTForImageClassification, cache_features
+from hf_aselect.training.config_arguments import int_or_word, needs_timestep
+from hf_aselect.training.splits import read_splits, train_and_validation
 
 
 @dataclass
@@ -100,30 +102,6 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor) -> list[float]:
     return [float(value) for value in (heads(features).argmax(-1) == labels).double().mean(1)]
 
 
-def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
-    """Return another split with the class indices of the training split: each split alone may lack some classes."""
-    classes = train.features[column]
-    if other.features[column] == classes:
-        return other
-    known = set(classes.names)
-    kind = other.features[column]
-    spell = kind.int2str if isinstance(kind, ClassLabel) else str
-    names = [spell(value) for value in other[column]]
-    if unknown := sorted(set(names) - known):
-        raise ValueError(
-            f"The evaluation split has {len(unknown)} classes that the training split lacks, among them "
-            f"{unknown[:3]}; those of the training split are {classes.names[:10]}."
-        )
-    indices = [classes.str2int(name) for name in names]
-    return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)
-
-
-def pictures(path: str, args: ProbeArguments) -> Dataset:
-    """Return a parquet file's pictures and labels."""
-    rows = load_dataset("parquet", data_files=path, split="train")
-    return rows.select_columns([args.image_column, args.label_column])
-
-
 def normed(features: Tensor) -> Tensor:
     """Return what the linear layer of a new `LinearHead` reads of means, (B, D)."""
     return nn.functional.layer_norm(features, features.shape[1:])
@@ -140,31 +118,19 @@ def save(model: DiTForImageClassification, heads: Heads, mean: Tensor, spread: T
     ASelectImageProcessor.from_model_config(model.config).save_pretrained(folder)
 
 
-def needs_timestep(args: ProbeArguments) -> bool:
-    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
-    if args.timestep is not None:
-        return args.timestep == "auto"
-    try:
-        saved, _ = ASelectConfig.get_config_dict(args.model_name_or_path)
-    except OSError:
-        return True  # a folder of diffusers has no configuration of ours
-    return bool(saved.get("timestep", "auto") == "auto")
-
-
 def main() -> None:
     (args,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
-    train, test = pictures(args.train_file, args), pictures(args.test_file, args)
-    if not isinstance(train.features[args.label_column], ClassLabel):
-        train = train.class_encode_column(args.label_column)
-    test = with_classes_of(train, test, args.label_column)
+    columns = [args.image_column, args.label_column]
+    splits = read_splits(train_file=args.train_file, validation_file=args.test_file, columns=columns)
+    train, test = train_and_validation(splits.select_columns(columns), args.seed, args.label_column)
     if len(train) < 10:
         raise ValueError(f"A tenth of the training pictures picks the learning rate; got {len(train)} of them.")
     names = train.features[args.label_column].names
-    is_open = needs_timestep(args)
-    given = {name: value for name, value in (("block", args.block), ("feature", args.feature)) if value is not None}
-    if args.timestep is not None:
-        given["timestep"] = "auto" if is_open else int(args.timestep)
+    given = {name: getattr(args, name) for name in ("timestep", "block", "feature") if getattr(args, name) is not None}
+    if "timestep" in given:
+        given["timestep"] = int_or_word(given["timestep"])
+    is_open = needs_timestep(args.model_name_or_path, given)
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
         calibration_images=train.shuffle(args.seed)[:256][args.image_column] if is_open else None,

@@ -1,6 +1,6 @@
 r"""Train a segmenter on a diffusion transformer with the plain `Trainer`, on any `datasets` source with masks.
 
-    python examples/train_semantic_segmentation.py \
+    python examples/semantic_segmentation/train_semantic_segmentation.py \
         --model_name_or_path path/to/a/dit --timestep auto --decoder upernet \
         --train_file camvid/train.parquet --validation_file camvid/test.parquet \
         --class_names sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist \
@@ -15,18 +15,20 @@ counts pixels there.
 """
 
 import logging
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
-from hf_aselect import ASelectCallback, ASelectConfig, ASelectImageProcessor, DiTForSemanticSegmentation, MeanIoU
+from hf_aselect import ASelectCallback, ASelectImageProcessor, DiTForSemanticSegmentation, MeanIoU
+from hf_aselect.training.config_arguments import ConfigArguments, given_fields, needs_timestep
+from hf_aselect.training.splits import read_splits, train_and_validation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,50 +50,17 @@ class DataArguments:
     num_overlays: int = field(default=4, metadata={"help": "Pictures in overlays.png."})
 
 
-def int_or_word(value: str) -> int | str:
-    """Return the integer that a word spells, else the word."""
-    return int(value) if value.lstrip("-").isdigit() else value
-
-
-# Fields of the configuration that are one word on a command line; the rest are records of diffusers and of ours.
-RECORDS = (
-    *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes"),
-    *("folded", "folded_layout"),
-)
-OPTIONS = {
-    name: int_or_word if kind not in (bool, float) else kind
-    for name, kind in ASelectConfig.__annotations__.items()
-    if not name.startswith("_") and name not in RECORDS
-}
-ConfigArguments = make_dataclass(
-    "ConfigArguments",
-    [
-        (name, kind, field(default=None, metadata={"help": "Field of ASelectConfig."}))
-        for name, kind in OPTIONS.items()
-    ],
-)
-
-
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     """Return the `train` and `validation` splits: `test` stands in for `validation`, else a tenth of train does."""
     if (args.dataset_name is None) == (args.train_file is None):
         raise ValueError("Give exactly one of --dataset_name and --train_file.")
-    if args.dataset_name:
-        splits = load_dataset(args.dataset_name)
-    else:
-        files = {"train": args.train_file, "validation": args.validation_file}
-        splits = load_dataset("parquet", data_files={name: path for name, path in files.items() if path})
-    if "train" not in splits:
-        raise ValueError(f"The dataset has no train split, only {sorted(splits)}.")
-    for column in (args.image_column, args.annotation_column):
-        if column not in splits["train"].column_names:
-            raise ValueError(f"The dataset has no column {column!r}, only {splits['train'].column_names}.")
-    held_out = splits.get("validation", splits.get("test"))
-    if held_out is None:
-        return DatasetDict(
-            zip(("train", "validation"), splits["train"].train_test_split(0.1, seed=seed).values(), strict=True)
-        )
-    return DatasetDict(train=splits["train"], validation=held_out)
+    splits = read_splits(
+        dataset_name=args.dataset_name,
+        train_file=args.train_file,
+        validation_file=args.validation_file,
+        columns=(args.image_column, args.annotation_column),
+    )
+    return DatasetDict(zip(("train", "validation"), train_and_validation(splits, seed), strict=True))
 
 
 def random_crop_and_flip(image: Image.Image, mask: Image.Image, min_crop: float) -> tuple[Image.Image, Image.Image]:
@@ -117,17 +86,6 @@ def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArgument
         return dict(processor(images, masks, do_center_crop=augment, return_tensors="pt"))
 
     return split.with_transform(transform)
-
-
-def needs_timestep(source: str, given: dict[str, Any]) -> bool:
-    """Return whether the timestep is to be chosen: "auto" is asked for, or none was chosen before."""
-    if "timestep" in given:
-        return bool(given["timestep"] == "auto")
-    try:
-        saved, _ = ASelectConfig.get_config_dict(source)
-    except OSError:
-        saved = {}  # a folder of diffusers has no configuration of ours
-    return bool(saved.get("timestep", "auto") == "auto")
 
 
 @torch.no_grad()
@@ -165,7 +123,7 @@ def main() -> None:
     splits = load_splits(args, training_args.seed)
     names = [name.strip() for name in args.class_names.split(",")]
 
-    given = {name: value for name, value in asdict(config_args).items() if value is not None}
+    given = given_fields(config_args)
     calibration = splits["train"].shuffle(training_args.seed)
     calibration = calibration[: args.num_calibration_images][args.image_column]
     model = DiTForSemanticSegmentation.from_pretrained(

@@ -4,14 +4,18 @@ The result is a folder with `transformer/` and `scheduler/`, which `DiTModel.fro
 of the package was made by these two commands (about an hour on two CPU cores that compute in bf16 and have nothing
 else to do):
 
-    python examples/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist fashion-mnist
-    python examples/pretrain_dit.py --train_file fashion-mnist/train.parquet --output_dir dit-fashion-mnist \
-        --image_size 28 --patch_size 4 --num_channels 1 --num_pictures 921600 --label_dropout 0.5 --save_dtype float16
+    python examples/pretraining/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist fashion-mnist
+    python examples/pretraining/pretrain_dit.py --train_file fashion-mnist/train.parquet \
+        --output_dir dit-fashion-mnist --image_size 28 --patch_size 4 --num_channels 1 --num_pictures 921600 \
+        --label_dropout 0.5 --save_dtype float16
 
-A run that was stopped goes on from its last checkpoint when the same command is given again. Several processes:
-`accelerate launch --num_processes 2 examples/pretrain_dit.py ...`, and on CPU cores `OMP_NUM_THREADS=1
-ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 examples/pretrain_dit.py ...`; `--batch_size` is then
-the batch of each process.
+A run that was stopped resumes from its last checkpoint when the same command is given again. On several processes
+`--batch_size` is the batch of each of them:
+
+    accelerate launch --num_processes 2 examples/pretraining/pretrain_dit.py ...
+    # on CPU cores
+    OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 \
+        examples/pretraining/pretrain_dit.py ...
 """
 
 import copy
@@ -29,7 +33,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, is_bf16_available, set_seed
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
@@ -38,6 +42,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+
+from hf_aselect.training.splits import read_splits
 
 
 @dataclass
@@ -109,14 +115,7 @@ def default_precision() -> str:
 
 def load_pictures(args: PretrainingArguments) -> Dataset:
     """Return the training split of the one source that was named."""
-    sources = [args.dataset_name, args.train_dir, args.train_file]
-    if sum(source is not None for source in sources) != 1:
-        raise ValueError("Give exactly one of --dataset_name, --train_dir and --train_file.")
-    if args.dataset_name:
-        return load_dataset(args.dataset_name, split="train")
-    if args.train_dir:
-        return load_dataset("imagefolder", data_dir=args.train_dir, split="train")
-    return load_dataset("parquet", data_files=args.train_file, split="train")
+    return read_splits(dataset_name=args.dataset_name, train_dir=args.train_dir, train_file=args.train_file)["train"]
 
 
 def digest(dataset: Dataset, image_column: str) -> str:

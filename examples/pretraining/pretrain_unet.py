@@ -1,6 +1,6 @@
 """Pretrain diffusers' `UNet2DModel` as `pretrain_dit.py` does a DiT: what diffusion features were before DiT.
 
-    python examples/benchmarks/pretrain_unet.py --train_file cifar10/train.parquet --output_dir unet-cifar10 \
+    python examples/pretraining/pretrain_unet.py --train_file cifar10/train.parquet --output_dir unet-cifar10 \
         --num_pictures 254000 --optim muon --learning_rate 2e-3 --batch_size 64
 
 Data, noise, loss, optimizer, averaged weights and checkpoints are that script's, and so are all options; those of the
@@ -8,16 +8,10 @@ transformer's sizes have no meaning here. The UNet has 5.6 million weights in th
 with attention in the two smaller ones. What is written has `unet/` in place of `transformer/`.
 """
 
-import sys
-from pathlib import Path
-
 from diffusers import UNet2DModel
+from pretrain_dit import Pretraining, PretrainingArguments
 from torch import nn
 from transformers import HfArgumentParser
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from pretrain_dit import Pretraining, PretrainingArguments
 
 
 class UNetPretraining(Pretraining):

@@ -1,0 +1,78 @@
+r"""Select the timestep at which to read a diffusion transformer, and plot the criterion over all timesteps.
+
+On the images that the package ships, from the root of the repository (seconds on two CPU cores):
+
+    python examples/selection/select_timestep.py --model_name_or_path src/hf_aselect/assets/fashion_mnist \
+        --images src/hf_aselect/assets/fashion_mnist/train.parquet --output_dir report
+
+`--output_dir` ends with `selection.json`, the whole record, and `timestep_curve.png`. With labels, for example
+`--criterion probe --label_column label --block auto --feature auto`, blocks and features are compared, too, and drawn
+as a heat map. `model.apply_selection(selection)` makes a model use what was selected.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from transformers import HfArgumentParser
+
+from hf_aselect import DiTModel, select_timestep
+
+
+@dataclass
+class SelectionArguments:
+    """The model, the images, and how to select."""
+
+    model_name_or_path: str = field(metadata={"help": "An hf_aselect checkpoint, or what diffusers saved."})
+    images: str = field(metadata={"help": "Folder of images, parquet file, or dataset of the Hub."})
+    output_dir: str = field(metadata={"help": "Folder for the record and the plot."})
+    criterion: str = field(default="consensus", metadata={"help": "consensus, signal_hfr, hfr, probe or patch_probe."})
+    head: str = field(default="attention", metadata={"help": "Head to select for: attention or linear."})
+    block: str | None = field(default=None, metadata={"help": "Block to read (the model's), or auto with a probe."})
+    feature: str | None = field(default=None, metadata={"help": "Feature to read (the model's), or auto."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with class indices or masks."})
+    max_images: int = field(default=256, metadata={"help": "Images to look at, at most."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sample, the bootstrap and the noise."})
+
+
+def load_images(source: str, split: str) -> Dataset:
+    """Return a dataset with an image column from a folder, a parquet file or the Hub."""
+    if Path(source).is_dir():
+        return load_dataset("imagefolder", data_dir=source, split=split)
+    if source.endswith(".parquet"):
+        return load_dataset("parquet", data_files=source, split="train")
+    return load_dataset(source, split=split)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(SelectionArguments).parse_args_into_dataclasses()
+    rows = load_images(args.images, args.split)
+    tap = {name: getattr(args, name) for name in ("block", "feature") if getattr(args, name) is not None}
+    if tap.get("block", "auto") != "auto":
+        tap["block"] = int(tap["block"])
+    # Any integer will do here: it only keeps `from_pretrained` from selecting a timestep itself.
+    model = DiTModel.from_pretrained(args.model_name_or_path, timestep=0, head=args.head)
+    selection = select_timestep(
+        model,
+        rows.select_columns([args.image_column]),
+        criterion=args.criterion,
+        labels=None if args.label_column is None else rows[args.label_column][:],
+        max_images=args.max_images,
+        seed=args.seed,
+        **tap,
+    )
+    for warning in selection.warnings:
+        print(f"Warning: {warning}")
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
+    plots = selection.plot(output / "timestep_curve.png")
+    where = f"{selection.feature} of block {selection.block}, confidence {selection.confidence:.2f}"
+    print(f"Timestep {selection.timestep} for {where}. Saved {', '.join(map(str, plots))}.")
+
+
+if __name__ == "__main__":
+    main()

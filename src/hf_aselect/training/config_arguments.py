@@ -1,0 +1,95 @@
+"""The fields of `ASelectConfig` on the command line of a training script, and the configuration in its folder."""
+
+import os
+import tempfile
+from dataclasses import asdict, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from ..model.configuration_aselect import ASelectConfig
+
+# Another selection would not fit the head that was trained so far.
+SELECTED = ("timestep", "block", "feature", "zeroed_channels", "selection")
+# Fields that are no single word on a command line: records of diffusers and of this package.
+_RECORDS = (
+    *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes"),
+    *("folded", "folded_layout"),
+)
+
+
+def int_or_word(value: str) -> int | str:
+    """Return the integer that a word spells, else the word."""
+    return int(value) if value.lstrip("-").isdigit() else value
+
+
+# One option for each field, for `HfArgumentParser`; None where it is not given.
+ConfigArguments = make_dataclass(
+    "ConfigArguments",
+    [
+        (
+            name,
+            kind if kind in (bool, float) else int_or_word,
+            field(default=None, metadata={"help": "Field of ASelectConfig."}),
+        )
+        for name, kind in ASelectConfig.__annotations__.items()
+        if not name.startswith("_") and name not in _RECORDS
+    ],
+)
+
+
+def given_fields(arguments: Any) -> dict[str, Any]:
+    """Return the fields that were given, of `ConfigArguments`, by name."""
+    return {name: value for name, value in asdict(arguments).items() if value is not None}
+
+
+def needs_timestep(source: str, given: dict[str, Any]) -> bool:
+    """Return whether a timestep is to be selected: "auto" was given, or nothing was and the source has none.
+
+    Args:
+        source: An hf_aselect checkpoint, or what diffusers saved: folder or id on the Hub.
+        given: Fields that were given, by name.
+    """
+    if "timestep" in given:
+        return bool(given["timestep"] == "auto")
+    try:
+        saved, _ = ASelectConfig.get_config_dict(source)
+    except OSError:
+        # A folder of diffusers has no `config.json` at its top.
+        return True
+    return bool(saved.get("timestep", "auto") == "auto")
+
+
+def resumed_fields(given: dict[str, Any], *folders: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the given fields with the selection of the training that is resumed in place of a new one.
+
+    Args:
+        given: Fields that were given, by name.
+        folders: Where the configuration of that training may be; the first that has one is read. If none has, `given`
+            is returned.
+
+    Raises:
+        ValueError: If another timestep, block or feature is given than the training began with.
+    """
+    for folder in folders:
+        if Path(folder, "config.json").is_file():
+            config = ASelectConfig.from_pretrained(folder)
+            break
+    else:
+        return given
+    for name in ("timestep", "block", "feature"):
+        before = getattr(config, name)
+        if given.get(name, "auto") not in ("auto", before):
+            raise ValueError(f"The training began at {name} {before}, got --{name} {given[name]}.")
+    return given | {name: getattr(config, name) for name in SELECTED}
+
+
+def write_config(config: ASelectConfig, folder: str | os.PathLike[str]) -> None:
+    """Write `config.json` into a folder, whole or not at all; a training that is resumed needs its selection.
+
+    Args:
+        config: Configuration to write.
+        folder: An existing folder.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        config.save_pretrained(unfinished)
+        os.replace(Path(unfinished) / "config.json", Path(folder) / "config.json")
