@@ -1,15 +1,25 @@
 """`hf-aselect COMMAND`, called as from a shell, on a tiny real transformer."""
 
+import importlib.metadata
 import json
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 
+import hf_aselect
 from hf_aselect import DiTForImageClassification, DiTModel, TimestepSelection, cli
 from hf_aselect.cli import main
 from hf_aselect.hub.push import write_model_card
+
+# Seconds to import, and not needed to print a few lines. accelerate and peft are not among them: transformers itself
+# imports them.
+HEAVY = ("datasets", "diffusers", "evaluate", "matplotlib", "sklearn")
 
 
 @pytest.fixture
@@ -271,3 +281,70 @@ def test_card_says_in_one_line_what_is_wrong(described, words, complaint, capsys
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and complaint in error
     assert (described / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"hf_aselect {hf_aselect.__version__}\n"
+
+
+def test_env_prints_what_belongs_in_a_bug_report(monkeypatch, capsys):
+    def version(name):
+        if name == "datasets":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return f"1.2.{len(name)}"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["env"]) == 0
+    rows = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["hf_aselect"] == hf_aselect.__version__
+    assert rows["Python"] == platform.python_version() and rows["platform"] == platform.platform()
+    assert rows["torch"] == "1.2.5" and rows["huggingface_hub"] == "1.2.15"
+    assert rows["datasets"] == "not installed"
+    assert rows["CPUs"] == str(os.cpu_count())
+    assert {"transformers", "diffusers", "accelerate", "peft", "safetensors", "numpy"} <= rows.keys()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, False, "cuda (2 × NVIDIA H200)"), (False, True, "mps"), (False, False, "none")],
+)
+def test_env_names_the_accelerator(monkeypatch, capsys, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert main(["env"]) == 0
+    assert f"- accelerator: {expected}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["env"]])
+def test_what_only_prints_imports_nothing_heavy(words):
+    code = f"""
+import sys
+from hf_aselect.cli import main
+try:
+    main({words!r})
+except SystemExit:
+    pass
+print("loaded:", *(name for name in {HEAVY} if name in sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "stream", "message"),
+    [
+        (["--help"], 0, "stdout", "usage: hf-aselect [-h] [--version] COMMAND ..."),
+        (["env"], 0, "stdout", f"- hf_aselect: {hf_aselect.__version__}"),
+        (["card", "no-such-folder"], 1, "stderr", "hf-aselect: error: 'no-such-folder' is no folder"),
+        (["no-such-command"], 2, "stderr", "usage: hf-aselect [-h] [--version] COMMAND ..."),
+    ],
+)
+def test_the_module_runs_as_the_command(words, code, stream, message):
+    result = subprocess.run([sys.executable, "-m", "hf_aselect", *words], capture_output=True, text=True, check=False)
+    assert result.returncode == code
+    assert getattr(result, stream).startswith(message)

@@ -9,7 +9,9 @@ from transformers import AutoModelForImageClassification
 
 from hf_aselect import cli
 from hf_aselect.demo import classification as demo
-from hf_aselect.demo.classification import DemoSettings, format_table, load_embedded_split, run_demo
+from hf_aselect.demo.classification import DemoSettings, run_demo
+from hf_aselect.demo.sample import load_embedded_split
+from hf_aselect.demo.tables import format_table
 
 SMALL = DemoSettings(num_train=200, num_test=100, num_calibration=16, num_probe=100, num_views=2, num_epochs=1)
 

@@ -10,17 +10,15 @@ from transformers import AutoModelForSemanticSegmentation
 
 from hf_aselect import ASelectImageProcessor, cli
 from hf_aselect.demo import segmentation as demo_segmentation
-from hf_aselect.demo.classification import load_embedded_split
+from hf_aselect.demo.sample import load_embedded_split
+from hf_aselect.demo.scenes import DARK, NUM_ITEMS, compose_scenes
 from hf_aselect.demo.segmentation import (
-    DARK,
-    NUM_ITEMS,
     PatchProbes,
     SegmentationDemoSettings,
     check_segmenter_reloaded,
-    compose_scenes,
-    format_segmentation_table,
     run_segmentation_demo,
 )
+from hf_aselect.demo.tables import format_segmentation_table
 
 SMALL = SegmentationDemoSettings(num_train=16, num_test=8, num_calibration=8, num_probe=8, num_epochs=1)
 

@@ -1,5 +1,7 @@
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +263,15 @@ def test_a_model_of_latents_has_no_image_processor_on_its_card():
     card = render_card(CardFacts(model_name="Latents", timestep=5, has_processor=False))
     assert "AutoImageProcessor" not in card and "pipeline(" not in card
     assert card.count("AutoModelForImageClassification.from_pretrained(folder") == 2
+
+
+def test_a_wheel_has_the_template_and_all_else_that_is_no_code():
+    root = Path(__file__).parents[1]
+    package = root / "src" / "hf_aselect"
+    setup = ConfigParser()
+    setup.read(root / "setup.cfg", encoding="utf-8")
+    patterns = setup["options.package_data"]["hf_aselect"].split()
+    files = [path.relative_to(package) for path in package.rglob("*") if path.is_file()]
+    data = [path.as_posix() for path in files if path.suffix not in (".py", ".pyc")]
+    assert "hub/card_template.md" in data
+    assert [name for name in data if not any(fnmatch(name, pattern) for pattern in patterns)] == []

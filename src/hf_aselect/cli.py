@@ -1,8 +1,11 @@
 """The command line: `hf-aselect COMMAND`."""
 
 import argparse
+import importlib.metadata
 import json
 import math
+import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +15,19 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError  # of a disk that is full, among others
 from transformers.utils import logging
 
+# What a bug report names beside hf_aselect and Python.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0; 1 with a line on stderr that says what went wrong; 130 after Ctrl-C.
@@ -19,8 +35,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Words of the command line; those of the process if None.
     """
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except StrictDataclassError as error:
+        # It says where the check stands; its cause says what is wrong.
+        print(f"hf-aselect: error: {_one_line(error.__cause__ or error)}", file=sys.stderr)
+        return 1
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        print(f"hf-aselect: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-aselect: interrupted; what was there before is as it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; each sets `run`, which takes the parsed arguments."""
     parser = argparse.ArgumentParser(prog="hf-aselect", description="Diffusion transformers as vision models.")
+    parser.add_argument("--version", action="version", version=f"hf_aselect {_own_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_select, _add_convert, _add_fold, _add_card, _add_env):
+        add(commands)
+    return parser
+
+
+def _own_version() -> str:
+    """Return the version of the code that runs, which need not be the installed one."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the words of an error in one line."""
+    return " ".join(str(error).split())
+
+
+def _given(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return those arguments that were given, by name."""
+    return {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+
+
+def _gigabytes(word: str) -> float:
+    """Return a size that was typed."""
+    try:
+        size = float(word)
+    except ValueError:
+        size = 0.0
+    if not 1e-9 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {word!r}")
+    return size
+
+
+def _block(word: str) -> int | str:
+    """Return an integer, or "auto", that was typed."""
+    try:
+        return word if word == "auto" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or auto, got {word!r}") from None
+
+
+def _class_of(config: Any) -> Any:
+    """Return the class of the model that a configuration was saved with; None if it is none of hf_aselect."""
+    # They take seconds to import, which `--help` should not.
+    from .model.modeling_aselect import DiTModel
+    from .model.modeling_classification import DiTForImageClassification
+    from .model.modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
+
+    kinds: tuple[Any, ...] = DiTModel, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation
+    return {kind.__name__: kind for kind in kinds}.get((config.architectures or [""])[0])
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train, compare and save a classifier on the embedded DiT, in a few minutes and without network",
@@ -37,28 +123,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the head's training (%(default)s)")
     demo.set_defaults(run=_demo)
-    _add_select(commands)
-    _add_convert(commands)
-    _add_fold(commands)
-    _add_card(commands)
-    parsed = parser.parse_args(arguments)
+
+
+def _demo(parsed: argparse.Namespace) -> None:
     try:
-        parsed.run(parsed)
-    except StrictDataclassError as error:
-        # It says where the check stands; its cause says what is wrong.
-        print(f"hf-aselect: error: {_one_line(error.__cause__ or error)}", file=sys.stderr)
-        return 1
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        print(f"hf-aselect: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("hf-aselect: interrupted; what was there before is as it was", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        # It needs the packages of the `train` extra, and they take seconds to import.
+        from .demo.classification import DemoSettings, run_demo
+        from .demo.segmentation import SegmentationDemoSettings, run_segmentation_demo
+        from .demo.tables import format_segmentation_table, format_table
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[train]'") from error
+    # transformers reports the head's new weights, which is what the demo is for.
+    logging.set_verbosity_error()
+    if parsed.task == "segmentation":
+        results = run_segmentation_demo(parsed.output, SegmentationDemoSettings(seed=parsed.seed))
+        table, figure = format_segmentation_table(results), "overlays.png"
+        auto_class = "AutoModelForSemanticSegmentation"
+    else:
+        results = run_demo(parsed.output, DemoSettings(seed=parsed.seed))
+        table, figure = format_table(results), "predictions.png"
+        auto_class = "AutoModelForImageClassification"
+    print(f"\n{table}\n")
+    print(f"Saved {parsed.output}/model, results.json, timestep_curve.png and {figure}.")
+    print(f"Reloaded through {auto_class} and pipeline: the predictions are equal.")
 
 
 def _add_select(commands: Any) -> None:
@@ -94,6 +181,113 @@ def _add_select(commands: Any) -> None:
     select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
     select.add_argument("--output", metavar="DIR", help="folder for selection.json and pictures of the curve")
     select.set_defaults(run=_select)
+
+
+def _select(parsed: argparse.Namespace) -> None:
+    # They take seconds to import, which `--help` should not.
+    from .model.modeling_aselect import DiTModel
+    from .selection.select import select_timestep
+
+    logging.set_verbosity_error()
+    names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
+    images, labels = _images_and_labels(parsed)
+    given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names), **labels}
+    # Any timestep will do here: it only keeps loading from choosing one.
+    model = DiTModel.from_pretrained(parsed.source, timestep=0, **_given(parsed, "head"))
+    selection = select_timestep(model, images, **given)
+    _print_curve(selection)
+    if selection.table:
+        _print_taps(selection)
+    print(
+        f"Timestep {selection.timestep} for {selection.feature} of block {selection.block}, confidence "
+        f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} pictures in "
+        f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
+    )
+    if parsed.output is not None:
+        written = _write_selection(selection, Path(parsed.output))
+        print(f"Saved {', '.join(str(path) for path in written)}.")
+
+
+def _images_and_labels(parsed: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the images to select on, None if none are given, and their labels as a keyword, if any are asked for.
+
+    Raises:
+        ValueError: If the images cannot be read or lack a column, or labels are asked for without images.
+    """
+    images = None if parsed.images is None else _load_images(parsed.images, parsed.split)
+    labels = {}
+    if parsed.label_column is not None:
+        if images is None:
+            raise ValueError("`--label-column` needs `--images`: generated pictures have no labels.")
+        labels = {"labels": _column(images, parsed.label_column)[parsed.label_column][:]}
+    if images is not None and parsed.image_column is not None:
+        images = _column(images, parsed.image_column)
+    return images, labels
+
+
+def _load_images(source: str, split: str) -> Any:
+    """Return a dataset of pictures from a folder, a parquet file or the Hub."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ModuleNotFoundError as error:
+        raise ImportError("Reading pictures needs datasets: pip install 'hf_aselect[train]'") from error
+    path = Path(source)
+    if path.suffix == ".parquet" and not path.exists():
+        raise ValueError(f"There is no file {source!r}.")
+    try:
+        if path.is_dir():
+            return load_dataset("imagefolder", data_dir=source, split="train")
+        if path.suffix == ".parquet":
+            return load_dataset("parquet", data_files=source, split="train")
+        return load_dataset(source, split=split)
+    except (DatasetsError, ValueError) as error:
+        # It says that something is wrong with the data; its cause says what.
+        raise ValueError(f"{source!r} cannot be read as pictures: {error.__cause__ or error}") from error
+
+
+def _column(rows: Any, name: str) -> Any:
+    """Return the rows with one column alone."""
+    if name not in rows.column_names:
+        raise ValueError(f"The pictures have no column {name!r}, only {', '.join(rows.column_names)}.")
+    return rows.select_columns([name])
+
+
+def _print_curve(selection: Any) -> None:
+    """Print the score of each timestep, in the order of the timesteps."""
+    print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  mean of neighbours")
+    columns = selection.timesteps, selection.log_snr, selection.scores, selection.intervals, selection.smoothed
+    for timestep, level, score, (low, high), mean in zip(*columns, strict=True):
+        mark = "  <- chosen" if timestep == selection.timestep else ""
+        print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}  {mean:.4f}{mark}")
+    print()
+
+
+def _print_taps(selection: Any) -> None:
+    """Print the best timestep of each tap that was compared, the best tap first."""
+    print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  mean of neighbours")
+    rows = []
+    for tap in selection.table or []:
+        is_chosen = (tap["block"], tap["feature"]) == (selection.block, selection.feature)
+        means = tap["smoothed"]
+        # What was chosen need not be the highest of its tap, where few of the resamples chose that.
+        place = selection.timesteps.index(selection.timestep) if is_chosen else means.index(max(means))
+        rows.append((means[place], not is_chosen, tap["block"], tap["feature"], selection.timesteps[place]))
+    for mean, is_other, block, feature, timestep in sorted(rows, key=lambda row: (-row[0], row[1])):
+        print(f"{block:>5} {feature:<9} {timestep:>13}  {mean:.4f}{'' if is_other else '  <- chosen'}")
+    print()
+
+
+def _write_selection(selection: Any, output: Path) -> list[Path]:
+    """Write the record of a selection and its figures into a folder, and return their paths."""
+    # It takes seconds to import, which `--help` should not.
+    from .checkpoints.atomic import whole_files
+
+    # The heat map of an earlier selection would seem to be of this one.
+    with whole_files(output, r"timestep_curve(_heat_map)?\.png") as unfinished:
+        (unfinished / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
+        figures = selection.plot(unfinished / "timestep_curve.png")
+    return [output / name for name in ("selection.json", *(path.name for path in figures))]
 
 
 def _add_convert(commands: Any) -> None:
@@ -137,14 +331,13 @@ def _convert(parsed: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     names = ("dtype", "variant", "revision", "subfolder", "token", "cache_dir", "timestep_embedding", "image_size")
-    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     made = convert_diffusers(
         parsed.source,
         parsed.output,
         local_files_only=parsed.local_files_only,
         without=tuple(parsed.without),
         max_shard_size=int(parsed.max_shard_size * 1e9),
-        **given,
+        **_given(parsed, *names),
     )
     rows = {
         "transformer": made.transformer_bytes,
@@ -188,33 +381,12 @@ def _fold(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
     from .checkpoints.atomic import checked_output, whole_folder
     from .checkpoints.convert import checked_dtype
-    from .checkpoints.diffusers import find_diffusers
-    from .checkpoints.hub_files import HubOptions
     from .hub.push import write_model_card
-    from .model.configuration_aselect import ASelectConfig
-    from .model.modeling_aselect import DiTModel, save_image_processor
-    from .model.modeling_classification import DiTForImageClassification
-    from .model.modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
+    from .model.modeling_aselect import save_image_processor
 
     logging.set_verbosity_error()
     target, dtype = checked_output(parsed.output), checked_dtype(parsed.dtype)
-    names = ("timestep", "block", "feature")
-    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
-    kinds = DiTModel, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation
-    kind: Any = DiTModel
-    hub = {name: getattr(parsed, name) for name in ("revision", "token") if getattr(parsed, name) is not None}
-    is_ours = find_diffusers(parsed.source, HubOptions(**hub)) is None
-    if is_ours:
-        config = ASelectConfig.from_pretrained(parsed.source, **hub)
-        kind = {each.__name__: each for each in kinds}.get((config.architectures or [""])[0], DiTModel)
-    if "timestep" not in given and (not is_ours or config.timestep == "auto"):
-        raise ValueError(
-            f"No timestep is chosen in {parsed.source!r} yet. Name one by `--timestep`, as one that `hf-aselect "
-            "select` found on your pictures, or pass `--timestep auto` to choose it on pictures that the transformer "
-            "makes."
-        )
-    kept = "auto" if is_ours else "float32"
-    model = kind.from_pretrained(parsed.source, dtype=dtype or kept, **hub, **given)
+    model = _load_to_fold(parsed, dtype)
     folded = model.fold()
     with whole_folder(target) as unfinished:
         folded.save_pretrained(unfinished)
@@ -226,6 +398,32 @@ def _fold(parsed: argparse.Namespace) -> None:
         f"Saved {parsed.output}: {after / 1e6:.1f} M parameters of {before / 1e6:.1f} M, {size / 1e6:.1f} MB; reads "
         f"{', '.join(folded.config.folding.taps)} at timestep {folded.config.timestep}."
     )
+
+
+def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
+    """Return the model to fold, of the class that it was saved as; of diffusers' files a `DiTModel`.
+
+    Raises:
+        ValueError: If it has no timestep, and none is given.
+    """
+    # They take seconds to import, which `--help` should not.
+    from .checkpoints.diffusers import find_diffusers
+    from .checkpoints.hub_files import HubOptions
+    from .model.configuration_aselect import ASelectConfig
+    from .model.modeling_aselect import DiTModel
+
+    given, hub = _given(parsed, "timestep", "block", "feature"), _given(parsed, "revision", "token")
+    kind, kept, has_timestep = DiTModel, "float32", False
+    if find_diffusers(parsed.source, HubOptions(**hub)) is None:
+        config = ASelectConfig.from_pretrained(parsed.source, **hub)
+        kind, kept, has_timestep = _class_of(config) or DiTModel, "auto", config.timestep != "auto"
+    if "timestep" not in given and not has_timestep:
+        raise ValueError(
+            f"No timestep is chosen in {parsed.source!r} yet. Name one by `--timestep`, as one that `hf-aselect "
+            "select` found on your pictures, or pass `--timestep auto` to choose it on pictures that the transformer "
+            "makes."
+        )
+    return kind.from_pretrained(parsed.source, dtype=dtype or kept, **hub, **given)
 
 
 def _add_card(commands: Any) -> None:
@@ -253,35 +451,19 @@ def _add_card(commands: Any) -> None:
 
 def _card(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from .hub.card import facts_of_card
     from .hub.push import write_card_of
     from .model.configuration_aselect import ASelectConfig
-    from .model.modeling_aselect import DiTModel
-    from .model.modeling_classification import DiTForImageClassification
-    from .model.modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
 
     logging.set_verbosity_error()
     is_folder = Path(parsed.model).is_dir()
     if parsed.output is None and not is_folder:
         raise ValueError(f"{parsed.model!r} is no folder: say by `--output` where its card is to be written.")
-    hub = {name: getattr(parsed, name) for name in ("revision", "token") if getattr(parsed, name) is not None}
-    config = ASelectConfig.from_pretrained(parsed.model, **hub)
-    kinds = DiTModel, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation
-    kind: Any = {each.__name__: each for each in kinds}.get((config.architectures or [""])[0])
+    config = ASelectConfig.from_pretrained(parsed.model, **_given(parsed, "revision", "token"))
+    kind = _class_of(config)
     if config.model_type != ASelectConfig.model_type or kind is None:
         raise ValueError(f"{parsed.model!r} holds no model of ours, but {config.architectures or 'none'}.")
-    card: Path | None = Path(parsed.model) / "README.md"
-    if not is_folder:
-        try:
-            card = Path(hf_hub_download(parsed.model, "README.md", **hub))
-        except EntryNotFoundError:
-            card = None
-    facts = facts_of_card(card) if card is not None and card.is_file() else {}
-    names = ("dataset", "accuracy", "mean_iou", "license", "limits", "command")
-    facts |= {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    facts = _facts_before(parsed, is_folder)
+    facts |= _given(parsed, "dataset", "accuracy", "mean_iou", "license", "limits", "command")
     facts |= {"model_name": parsed.name} if parsed.name else {}
     if not is_folder:
         facts.setdefault("model_name", parsed.model.rpartition("/")[2])
@@ -291,132 +473,59 @@ def _card(parsed: argparse.Namespace) -> None:
     print(f"Saved {output / 'README.md'}.")
 
 
-def _select(parsed: argparse.Namespace) -> None:
+def _facts_before(parsed: argparse.Namespace, is_folder: bool) -> dict[str, Any]:
+    """Return the facts of the card that the model has, in its folder or on the Hub; none if it has no card."""
     # They take seconds to import, which `--help` should not.
-    from .checkpoints.atomic import whole_files
-    from .model.modeling_aselect import DiTModel
-    from .selection.select import select_timestep
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    logging.set_verbosity_error()
-    names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
-    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
-    images = None if parsed.images is None else _load_images(parsed.images, parsed.split)
-    if parsed.label_column is not None:
-        if images is None:
-            raise ValueError("`--label-column` needs `--images`: generated pictures have no labels.")
-        given = {"criterion": "probe", **given, "labels": _column(images, parsed.label_column)[parsed.label_column][:]}
-    if images is not None and parsed.image_column is not None:
-        images = _column(images, parsed.image_column)
-    # Any timestep will do here: it only keeps loading from choosing one.
-    head = {} if parsed.head is None else {"head": parsed.head}
-    model = DiTModel.from_pretrained(parsed.source, timestep=0, **head)
-    selection = select_timestep(model, images, **given)
-    print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  mean of neighbours")
-    for timestep, level, score, (low, high), mean in zip(
-        selection.timesteps,
-        selection.log_snr,
-        selection.scores,
-        selection.intervals,
-        selection.smoothed,
-        strict=True,
-    ):
-        mark = "  <- chosen" if timestep == selection.timestep else ""
-        print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}  {mean:.4f}{mark}")
-    print()
-    if selection.table:
-        _print_taps(selection)
-    print(
-        f"Timestep {selection.timestep} for {selection.feature} of block {selection.block}, confidence "
-        f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} pictures in "
-        f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
+    from .hub.card import facts_of_card
+
+    card = Path(parsed.model) / "README.md"
+    if not is_folder:
+        try:
+            card = Path(hf_hub_download(parsed.model, "README.md", **_given(parsed, "revision", "token")))
+        except EntryNotFoundError:
+            return {}
+    return facts_of_card(card) if card.is_file() else {}
+
+
+def _add_env(commands: Any) -> None:
+    env = commands.add_parser(
+        "env",
+        help="print the versions and the hardware, for a bug report",
+        description="Print what belongs in a bug report: the versions of hf_aselect, of Python and of the libraries "
+        "it works with, the platform, the accelerator and the number of CPUs.",
     )
-    if parsed.output is not None:
-        # The heat map of an earlier choice would seem to be of this one.
-        with whole_files(parsed.output, r"timestep_curve(_heat_map)?\.png") as unfinished:
-            (unfinished / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
-            pictures = selection.plot(unfinished / "timestep_curve.png")
-        written = [Path(parsed.output) / name for name in ("selection.json", *(path.name for path in pictures))]
-        print(f"Saved {', '.join(str(path) for path in written)}.")
+    env.set_defaults(run=_env)
 
 
-def _print_taps(selection: Any) -> None:
-    """Print the best timestep of each tap that was compared, the best tap first."""
-    print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  mean of neighbours")
-    rows = []
-    for tap in selection.table or []:
-        is_chosen = (tap["block"], tap["feature"]) == (selection.block, selection.feature)
-        means = tap["smoothed"]
-        # What was chosen need not be the highest of its tap, where few of the resamples chose that.
-        place = selection.timesteps.index(selection.timestep) if is_chosen else means.index(max(means))
-        rows.append((means[place], not is_chosen, tap["block"], tap["feature"], selection.timesteps[place]))
-    for mean, is_other, block, feature, timestep in sorted(rows, key=lambda row: (-row[0], row[1])):
-        print(f"{block:>5} {feature:<9} {timestep:>13}  {mean:.4f}{'' if is_other else '  <- chosen'}")
-    print()
+def _env(_: argparse.Namespace) -> None:
+    rows = {
+        "hf_aselect": _own_version(),
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _installed_version(name) for name in LIBRARIES},
+        "accelerator": _accelerator(),
+        "CPUs": os.cpu_count(),
+    }
+    for name, value in rows.items():
+        print(f"- {name}: {value}")
 
 
-def _gigabytes(word: str) -> float:
+def _installed_version(name: str) -> str:
+    """Return the version of a library, by its metadata: importing all of them would take seconds."""
     try:
-        size = float(word)
-    except ValueError:
-        size = 0.0
-    if not 1e-9 <= size < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {word!r}")
-    return size
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
-def _block(word: str) -> int | str:
-    try:
-        return word if word == "auto" else int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer or auto, got {word!r}") from None
+def _accelerator() -> str:
+    """Return the accelerator that torch sees: "cuda" or "mps", with its name where it has one, or "none"."""
+    # It takes seconds to import, which `--help` should not.
+    import torch
 
-
-def _load_images(source: str, split: str) -> Any:
-    """Return a dataset of pictures from a folder, a parquet file or the Hub."""
-    try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-    except ModuleNotFoundError as error:
-        raise ImportError("Reading pictures needs datasets: pip install 'hf_aselect[train]'") from error
-    path = Path(source)
-    if path.suffix == ".parquet" and not path.exists():
-        raise ValueError(f"There is no file {source!r}.")
-    try:
-        if path.is_dir():
-            return load_dataset("imagefolder", data_dir=source, split="train")
-        if path.suffix == ".parquet":
-            return load_dataset("parquet", data_files=source, split="train")
-        return load_dataset(source, split=split)
-    except (DatasetsError, ValueError) as error:
-        # It says that something is wrong with the data; its cause says what.
-        raise ValueError(f"{source!r} cannot be read as pictures: {error.__cause__ or error}") from error
-
-
-def _column(rows: Any, name: str) -> Any:
-    """Return the rows with one column alone."""
-    if name not in rows.column_names:
-        raise ValueError(f"The pictures have no column {name!r}, only {', '.join(rows.column_names)}.")
-    return rows.select_columns([name])
-
-
-def _demo(parsed: argparse.Namespace) -> None:
-    try:
-        # It needs the packages of the `train` extra, and they take seconds to import.
-        from .demo.classification import DemoSettings, format_table, run_demo
-        from .demo.segmentation import SegmentationDemoSettings, format_segmentation_table, run_segmentation_demo
-    except ModuleNotFoundError as error:
-        raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[train]'") from error
-    logging.set_verbosity_error()  # the host reports the head's new weights, which is what the demo is for
-    if parsed.task == "segmentation":
-        table = format_segmentation_table(
-            run_segmentation_demo(parsed.output, SegmentationDemoSettings(seed=parsed.seed))
-        )
-        picture, auto_class = "overlays.png", "AutoModelForSemanticSegmentation"
-    else:
-        table = format_table(run_demo(parsed.output, DemoSettings(seed=parsed.seed)))
-        picture, auto_class = "predictions.png", "AutoModelForImageClassification"
-    print()
-    print(table)
-    print()
-    print(f"Saved {parsed.output}/model, results.json, timestep_curve.png and {picture}.")
-    print(f"Reloaded through {auto_class} and pipeline: the predictions are equal.")
+    if torch.cuda.is_available():
+        return f"cuda ({torch.cuda.device_count()} × {torch.cuda.get_device_name(0)})"
+    return "mps" if torch.backends.mps.is_available() else "none"

@@ -1,9 +1,10 @@
-"""What diffusers saved, as a folder of ours: written in shards, whole or not at all."""
+"""What diffusers saved, converted to an hf_aselect checkpoint: written in shards, whole or not at all."""
 
 import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,9 @@ def convert_diffusers(
     shard_bytes = _bytes_of(max_shard_size)
     wanted = checked_dtype(dtype)
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
-    folder = _source_folder(source, find_diffusers(source, options, without, prompt_embeds is not None))
+    folder = find_diffusers(source, options, without, prompt_embeds is not None)
+    if folder is None:
+        raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
     if target.is_relative_to(folder.resolve()):
         raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
     if not Path(source).exists():
@@ -119,21 +122,21 @@ def convert_diffusers(
         **fields,
     )
     with whole_folder(target) as unfinished:
-        shapes: dict[str, torch.Size] = {}
-        sizes, dtypes = _write_weights(weights, unfinished, wanted, shard_bytes, shapes)
-        _check_fit(config, shapes, source)
+        written = _write_weights(weights, unfinished, wanted, shard_bytes)
+        _check_fit(config, written, source)
         config.architectures = ["DiTModel"]
-        config.dtype = wanted or max(dtypes, key=lambda kind: dtypes[kind])
+        config.dtype = wanted or _main_dtype(written)
         config.save_pretrained(unfinished)
-        if config.num_channels in (1, 3):  # latents without a VAE are no pictures
+        # Latents without a VAE are no images.
+        if config.num_channels in (1, 3):
             ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
         decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS)
         text_bytes = sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS)
     return Conversion(
         output=Path(output),
-        num_parameters=sum(count for count, _ in sizes.values()),
-        transformer_bytes=sizes["denoiser"][1],
-        vae_encoder_bytes=sizes["vae"][1],
+        num_parameters=sum(value.numel() for value in written.values()),
+        transformer_bytes=sum(value.nbytes for name, value in written.items() if not _is_of_vae(name)),
+        vae_encoder_bytes=sum(value.nbytes for name, value in written.items() if _is_of_vae(name)),
         vae_decoder_bytes=decoder_bytes,
         text_encoder_bytes=text_bytes,
         seconds=round(time.monotonic() - started, 3),
@@ -141,19 +144,16 @@ def convert_diffusers(
 
 
 def _bytes_of(size: int | str) -> int:
-    """Return the bytes of a size, as 200 or "5GB"."""
+    """Return the bytes of a size, as 200 or "5GB".
+
+    Raises:
+        ValueError: If it is no size, or less than a byte.
+    """
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B", size.strip(), re.IGNORECASE)):
         size = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
     if not isinstance(size, int | float) or not 1 <= size < float("inf"):
         raise ValueError(f"`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got {size!r}.")
     return int(size)
-
-
-def _source_folder(source: str | os.PathLike[str], folder: Path | None) -> Path:
-    """Return the folder of the checkpoint to convert; refuse one of ours."""
-    if folder is None:
-        raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
-    return folder
 
 
 def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -169,11 +169,94 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
 
 
-def _check_fit(config: ASelectConfig, shapes: dict[str, torch.Size], source: str | os.PathLike[str]) -> None:
-    """Refuse weights that do not fit their configuration, as loading would."""
+class _ShardWriter:
+    """Writes weights into the files of a folder, each file as it fills, and their index where there are several.
+
+    Args:
+        folder: The folder.
+        max_bytes: Size of a file at most, unless one tensor is larger.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._shard: dict[str, Tensor] = {}
+        self._shard_bytes = 0
+        self._total_bytes = 0
+        # The number of each tensor's file, from 1.
+        self._numbers: dict[str, int] = {}
+        self._num_files = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take a tensor, which is written with its file."""
+        if self._shard and self._shard_bytes + value.nbytes > self.max_bytes:
+            self._write_shard()
+        self._shard[name] = value.contiguous()
+        self._numbers[name] = self._num_files + 1
+        self._shard_bytes += value.nbytes
+        self._total_bytes += value.nbytes
+
+    def finish(self) -> None:
+        """Write what was taken and not written yet, and name the files as transformers does."""
+        if self._shard:
+            self._write_shard()
+        if self._num_files == 1:
+            os.replace(self._unnumbered(1), self.folder / "model.safetensors")
+            return
+        count = self._num_files
+        files = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+        for number, name in files.items():
+            os.replace(self._unnumbered(number), self.folder / name)
+        index = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": {name: files[number] for name, number in sorted(self._numbers.items())},
+        }
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    def _write_shard(self) -> None:
+        self._num_files += 1
+        save_file(self._shard, self._unnumbered(self._num_files), metadata={"format": "pt"})
+        self._shard, self._shard_bytes = {}, 0
+
+    def _unnumbered(self, number: int) -> Path:
+        """Return where a file lies until it is known how many there are."""
+        return self.folder / f"shard-{number}.safetensors"
+
+
+def _write_weights(
+    weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None, max_shard_size: int
+) -> dict[str, Tensor]:
+    """Write weights in shards, each as it fills.
+
+    Returns:
+        What was written, by name, as tensors without data.
+    """
+    writer = _ShardWriter(folder, max_shard_size)
+    written = {}
+    for name, value in weights:
+        # Encoders overflow in float16, and bfloat16 has too few digits for what little noise leaves of the latents.
+        kind = torch.float32 if _is_of_vae(name) else dtype
+        value = value.to(kind or value.dtype).clone() if value.is_floating_point() else value.clone()
+        written[name] = torch.empty_like(value, device="meta")
+        writer.add(name, value)
+    writer.finish()
+    return written
+
+
+def _is_of_vae(name: str) -> bool:
+    """Return whether a weight of a name is the VAE encoder's, and not the denoiser's."""
+    return name.startswith("vae.")
+
+
+def _check_fit(config: ASelectConfig, written: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Check that the weights fit their configuration, as loading would.
+
+    Raises:
+        ValueError: If they do not.
+    """
     expected = expected_shapes(config)
-    written = {name: shape for name, shape in shapes.items() if name.removeprefix("denoiser.") not in _PROMPT}
-    broken = {name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name)}
+    shapes = {name: value.shape for name, value in written.items() if name.removeprefix("denoiser.") not in _PROMPT}
+    broken = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
     if broken:
         raise ValueError(
             f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors are missing or of "
@@ -181,62 +264,13 @@ def _check_fit(config: ASelectConfig, shapes: dict[str, torch.Size], source: str
         )
 
 
-def _write_weights(
-    weights: Iterator[tuple[str, Tensor]],
-    folder: Path,
-    dtype: torch.dtype | None,
-    max_shard_size: int,
-    shapes: dict[str, torch.Size],
-) -> tuple[dict[str, tuple[int, int]], dict[torch.dtype, int]]:
-    """Write weights in shards, each as it fills, and note their shapes.
-
-    Returns:
-        Parameters and bytes of each part, and the values of each dtype in the transformer.
-    """
-    sizes = {"denoiser": (0, 0), "vae": (0, 0)}
-    dtypes: dict[torch.dtype, int] = {}
-    shard: dict[str, Tensor] = {}
-    places: dict[str, int] = {}
-    filled = count = 0
-
-    def flush() -> None:
-        nonlocal shard, filled, count
-        if shard:
-            count += 1
-            save_file(shard, folder / _unnumbered(count), metadata={"format": "pt"})
-            shard, filled = {}, 0
-
-    for name, value in weights:
-        part = name.split(".")[0]
-        # Encoders overflow in float16, and bfloat16 has too few digits for what little noise leaves of the latents.
-        kind = torch.float32 if part == "vae" else dtype
-        value = value.to(kind or value.dtype).clone() if value.is_floating_point() else value.clone()
-        if shard and filled + value.nbytes > max_shard_size:
-            flush()
-        shard[name] = value.contiguous()
-        places[name] = count + 1
-        shapes[name] = value.shape
-        filled += value.nbytes
-        sizes[part] = sizes[part][0] + value.numel(), sizes[part][1] + value.nbytes
-        if part == "denoiser":
-            dtypes[value.dtype] = dtypes.get(value.dtype, 0) + value.numel()
-    flush()
-    if count == 1:
-        os.replace(folder / _unnumbered(1), folder / "model.safetensors")
-        return sizes, dtypes
-    files = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
-    for number, name in files.items():
-        os.replace(folder / _unnumbered(number), folder / name)
-    index = {
-        "metadata": {"total_size": sum(size for _, size in sizes.values())},
-        "weight_map": {name: files[number] for name, number in sorted(places.items())},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    return sizes, dtypes
-
-
-def _unnumbered(number: int) -> str:
-    return f"shard-{number}.safetensors"
+def _main_dtype(written: dict[str, Tensor]) -> torch.dtype:
+    """Return the dtype of most values of the denoiser."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, value in written.items():
+        if not _is_of_vae(name):
+            counts[value.dtype] += value.numel()
+    return counts.most_common(1)[0][0]
 
 
 def _dropped_bytes(folder: Path, variant: str | None, kept: tuple[str, ...] = ()) -> int:

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ _ORIGINAL_DIT = {
     "out_channels": 8,
     "num_embeds_ada_norm": 1000,
 }
+# How diffusers before 0.17 named the attention of a VAE; it renames them on loading, too.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def find_diffusers(
@@ -41,7 +43,7 @@ def find_diffusers(
     without: str | Iterable[str] = (),
     has_prompt: bool = False,
 ) -> Path | None:
-    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
+    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for an hf_aselect checkpoint.
 
     Args:
         source: Local folder, or id on the Hub.
@@ -50,8 +52,8 @@ def find_diffusers(
         has_prompt: Whether the empty prompt's embeddings are given, so that nothing of the text side is fetched.
 
     Raises:
-        ValueError: As `diffusers_files.locate`.
-        OSError: As `diffusers_files.locate`.
+        ValueError: As `hub_files.locate`.
+        OSError: As `hub_files.locate`.
     """
 
     def needed_text(transformer: dict[str, Any]) -> tuple[str, ...]:
@@ -96,115 +98,44 @@ def load_diffusers(
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
     is_bare = not (folder / "transformer").is_dir()
-    transformer = _read_transformer(folder if is_bare else folder / "transformer")
+    transformer_folder = folder if is_bare else folder / "transformer"
+    transformer = _read_transformer(transformer_folder)
     name = transformer["_class_name"]
-    needed = () if prompt_embeds is not None else text_parts(name, names_of(without))
-    check_parts(folder, ("transformer", "scheduler", "vae", *needed))
-    parts: dict[str, Any] = {"transformer": transformer, "scheduler": dict(DDPM_LINEAR)}
-    if not is_bare:
-        if not (folder / "scheduler" / SCHEDULER_CONFIG).is_file():
-            raise ValueError(
-                f"{str(folder)!r} has transformer/ but no scheduler/{SCHEDULER_CONFIG}: the noise levels of the "
-                "timesteps are unknown. Save the scheduler that the transformer was trained with beside it."
-            )
-        parts["scheduler"] = read_json(folder / "scheduler" / SCHEDULER_CONFIG)
-    elif name != "DiTTransformer2DModel" and "scheduler" not in fields:
-        raise ValueError(
-            f"{str(folder)!r} is a {name} alone: the noise levels of its timesteps are unknown. Load the whole "
-            "pipeline, or pass `scheduler=`, the configuration of the scheduler that it was trained with "
-            "(`dict(scheduler.config)`, with `_class_name`)."
-        )
-    transformer_files = weight_files(folder if is_bare else folder / "transformer", variant)
-    vae_files: list[Path] = []
+    text = () if prompt_embeds is not None else text_parts(name, names_of(without))
+    check_parts(folder, ("transformer", "scheduler", "vae", *text))
+    scheduler = _default_scheduler(folder, transformer, fields) if is_bare else _read_scheduler(folder)
+    parts: dict[str, Any] = {"transformer": transformer, "scheduler": scheduler}
+    files: dict[str, list[Path]] = {"transformer": weight_files(transformer_folder, variant), "vae": []}
     if not is_bare and (folder / "vae").is_dir():
         parts["vae"] = read_json(folder / "vae" / CONFIG)
-        vae_files = weight_files(folder / "vae", variant, fall_back=True)
-    parts["timestep_embedding"] = _default_embedding(parts, fields)
-    for part in parts.values():  # where it was loaded from before is nobody's business
-        if isinstance(part, dict):
-            part.pop("_name_or_path", None)
-    config = ASelectConfig(**{**parts, **fields})
-    NoiseSchedule.from_config(config.scheduler or {})  # refuses schedulers that are not supported
-    if config.vae is None and config.num_channels not in (1, 3):
-        logger.warning(
-            "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "
-            "the whole pipeline for pictures.",
-            name,
-            config.num_channels,
-        )
+        files["vae"] = weight_files(folder / "vae", variant, fall_back=True)
+    config = _config_of(parts, fields)
+    if config.vae is None:
+        files["vae"] = []
     # What cannot be built is said so before text encoders are loaded, which takes minutes.
     expected = expected_shapes(config)
-    embeddings: dict[str, Tensor] = {}
-    if config.layout.needs_prompt:
-        if prompt_embeds is None:
-            embeddings = encode_empty_prompt(
-                folder, transformer, dtype=dtype, variant=variant, without=names_of(without)
-            )
-        else:
-            embeddings = checked_embeddings(prompt_embeds, name, dtype)
-        config.prompt_shapes = {part: list(value.shape) for part, value in embeddings.items()}
-        with torch.device("meta"):
-            build_denoiser(config)  # refuses embeddings of other widths
-    elif prompt_embeds is not None or names_of(without):
-        given = "`prompt_embeds` are" if prompt_embeds is not None else f"{', '.join(names_of(without))} is"
-        raise ValueError(f"{given} given, but a {name} is not conditioned on a text.")
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        left_over = []
-        for key, value in iterate_weights(transformer_files):
-            if f"denoiser.transformer.{key}" in expected:
-                refuse_other_than_weights(key, value.dtype)
-                yield f"denoiser.transformer.{key}", value
-            else:
-                left_over.append(key)
-        for key, value in embeddings.items():
-            yield f"denoiser.{key}", value
-        for key, value in iterate_weights(vae_files if config.vae is not None else []):
-            if key.startswith(VAE_ENCODER_KEYS):
-                if f"vae.{_renamed(key)}" in expected:
-                    refuse_other_than_weights(key, value.dtype)
-                    yield f"vae.{_renamed(key)}", value
-                else:
-                    left_over.append(f"vae/{key}")
-        if left_over:
-            logger.warning(
-                "%d tensors of %s have no place in a %s and are left out, as diffusers does: %s.",
-                len(left_over),
-                folder.name,
-                name,
-                ", ".join(left_over[:4]),
-            )
-
-    return config, weights()
+    if not config.layout.needs_prompt:
+        _check_no_prompt(name, prompt_embeds, names_of(without))
+        embeddings = {}
+    elif prompt_embeds is None:
+        embeddings = encode_empty_prompt(folder, transformer, dtype=dtype, variant=variant, without=names_of(without))
+        _note_prompt(config, embeddings)
+    else:
+        embeddings = checked_embeddings(prompt_embeds, name, dtype)
+        _note_prompt(config, embeddings)
+    return config, _weights(files, embeddings, expected, folder.name, name)
 
 
-# How diffusers before 0.17 named the attention of a VAE; it renames them on loading, too.
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _renamed(key: str) -> str:
-    """Return today's name of a VAE's tensor."""
-    return re.sub(
-        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
-        lambda found: f"{found[1]}{_OLD_ATTENTION[found[2]]}.",
-        key,
-    )
-
-
-def expected_shapes(config: ASelectConfig) -> dict[str, torch.Size]:
-    """Return the shape of every weight of a configuration, but for the empty prompt's embeddings, by name.
+def _read_transformer(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a transformer, with today's name of its class.
 
     Raises:
-        ValueError: If the transformer or VAE cannot be built.
+        ValueError: If it is missing or broken, or the class is not supported.
     """
-    with torch.device("meta"):
-        parts = {"denoiser": build_denoiser(config, with_prompt=False), "vae": build_vae_encoder(config)}
-    return {
-        f"{part}.{name}": value.shape
-        for part, module in parts.items()
-        if module is not None
-        for name, value in module.state_dict().items()
-    }
+    config = read_json(folder / CONFIG)
+    config["_class_name"] = _class_name(config)
+    check_family(config["_class_name"])
+    return config
 
 
 def _class_name(config: dict[str, Any]) -> str | None:
@@ -220,10 +151,56 @@ def _class_name(config: dict[str, Any]) -> str | None:
     return renamed.get(str(config.get("norm_type")), name)
 
 
-def _read_transformer(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
-    config["_class_name"] = _class_name(config)
-    check_family(config["_class_name"])
+def _read_scheduler(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a pipeline's scheduler.
+
+    Raises:
+        ValueError: If it is missing or broken.
+    """
+    path = folder / "scheduler" / SCHEDULER_CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"{str(folder)!r} has transformer/ but no scheduler/{SCHEDULER_CONFIG}: the noise levels of the "
+            "timesteps are unknown. Save the scheduler that the transformer was trained with beside it."
+        )
+    return read_json(path)
+
+
+def _default_scheduler(folder: Path, transformer: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the scheduler of a transformer that lies alone: DiT's own.
+
+    Raises:
+        ValueError: If the transformer is of another family, and the fields name no scheduler either.
+    """
+    name = transformer["_class_name"]
+    if name != "DiTTransformer2DModel" and "scheduler" not in fields:
+        raise ValueError(
+            f"{str(folder)!r} is a {name} alone: the noise levels of its timesteps are unknown. Load the whole "
+            "pipeline, or pass `scheduler=`, the configuration of the scheduler that it was trained with "
+            "(`dict(scheduler.config)`, with `_class_name`)."
+        )
+    return dict(DDPM_LINEAR)
+
+
+def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
+    """Return the configuration of what was read, unless a field takes its place.
+
+    Raises:
+        ValueError: If a field is unknown or out of range, or the scheduler is not supported.
+    """
+    # Where a part was loaded from before is nobody's business.
+    for part in parts.values():
+        part.pop("_name_or_path", None)
+    config = ASelectConfig(**{**parts, "timestep_embedding": _default_embedding(parts, fields), **fields})
+    # Rejects schedulers that are not supported.
+    NoiseSchedule.from_config(config.scheduler or {})
+    if config.vae is None and config.num_channels not in (1, 3):
+        logger.warning(
+            "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "
+            "the whole pipeline for pictures.",
+            parts["transformer"]["_class_name"],
+            config.num_channels,
+        )
     return config
 
 
@@ -242,3 +219,91 @@ def _default_embedding(parts: dict[str, Any], fields: dict[str, Any]) -> str:
         logger.info("A DiT-XL/2 with a learned variance: taken for the weights of facebookresearch/DiT.")
         return "original"
     return "diffusers"
+
+
+def expected_shapes(config: ASelectConfig) -> dict[str, torch.Size]:
+    """Return the shape of every weight of a configuration, but for the empty prompt's embeddings, by name.
+
+    Raises:
+        ValueError: If the transformer or VAE cannot be built.
+    """
+    with torch.device("meta"):
+        parts = {"denoiser": build_denoiser(config, with_prompt=False), "vae": build_vae_encoder(config)}
+    return {
+        f"{part}.{name}": value.shape
+        for part, module in parts.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
+
+
+def _check_no_prompt(name: str, prompt_embeds: Mapping[str, Tensor] | None, without: tuple[str, ...]) -> None:
+    """Check that nothing of a text is given for a transformer that is not conditioned on one.
+
+    Raises:
+        ValueError: If something is.
+    """
+    if prompt_embeds is not None or without:
+        given = "`prompt_embeds` are" if prompt_embeds is not None else f"{', '.join(without)} is"
+        raise ValueError(f"{given} given, but a {name} is not conditioned on a text.")
+
+
+def _note_prompt(config: ASelectConfig, embeddings: dict[str, Tensor]) -> None:
+    """Put the shapes of the empty prompt's embeddings into the configuration.
+
+    Raises:
+        ValueError: If one is missing, or of another width than the transformer's.
+    """
+    config.prompt_shapes = {part: list(value.shape) for part, value in embeddings.items()}
+    with torch.device("meta"):
+        build_denoiser(config)
+
+
+def _weights(
+    files: dict[str, list[Path]], embeddings: dict[str, Tensor], expected: Container[str], source: str, kind: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights by the names that `DiTModel` gives them, one after the other.
+
+    Args:
+        files: Those of the transformer and of the VAE.
+        embeddings: The empty prompt's.
+        expected: Names that the model has a place for; tensors of other names are left out, with a warning.
+        source: What they are read from, for that warning.
+        kind: The transformer's class, for it.
+    """
+    left_over = []
+    for key, value in iterate_weights(files["transformer"]):
+        name = f"denoiser.transformer.{key}"
+        if name in expected:
+            refuse_other_than_weights(key, value.dtype)
+            yield name, value
+        else:
+            left_over.append(key)
+    for key, value in embeddings.items():
+        yield f"denoiser.{key}", value
+    for key, value in iterate_weights(files["vae"]):
+        if not key.startswith(VAE_ENCODER_KEYS):
+            continue
+        name = f"vae.{_renamed(key)}"
+        if name in expected:
+            refuse_other_than_weights(key, value.dtype)
+            yield name, value
+        else:
+            left_over.append(f"vae/{key}")
+    if left_over:
+        logger.warning(
+            "%d tensors of %s have no place in a %s and are left out, as diffusers does: %s.",
+            len(left_over),
+            source,
+            kind,
+            ", ".join(left_over[:4]),
+        )
+
+
+def _renamed(key: str) -> str:
+    """Return today's name of a VAE's tensor."""
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
+        lambda found: f"{found[1]}{_OLD_ATTENTION[found[2]]}.",
+        key,
+    )

@@ -48,6 +48,10 @@ _ENCODERS: dict[str, tuple[str, Encode]] = {
 }
 # What diffusers puts zeros in the place of.
 _OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
+_UNREADABLE = (
+    "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save the "
+    "pipeline again; tokenizers of T5 and Gemma may need `pip install sentencepiece protobuf`."
+)
 
 
 def text_parts(transformer: str, without: Iterable[str] = ()) -> tuple[str, ...]:
@@ -102,59 +106,48 @@ def encode_empty_prompt(
         ValueError: If a part is missing, broken or pickled, needs a package that is not installed, or cannot be done
             without; or if embeddings are NaN or infinite.
     """
-    wanted = text_parts(transformer["_class_name"], without)
-    # diffusers and transformers' models take seconds to import, and only a conversion needs them.
+    kind = transformer["_class_name"]
+    wanted = text_parts(kind, without)
+    # diffusers takes seconds to import, and only a conversion needs it.
     try:
         import diffusers
     except ImportError as error:
-        raise ImportError(f"A {transformer['_class_name']} needs diffusers: pip install diffusers") from error
-    import transformers
+        raise ImportError(f"A {kind} needs diffusers: pip install diffusers") from error
 
-    name, encode = _ENCODERS[transformer["_class_name"]]
-    present = [part for part in wanted if (Path(folder) / part).is_dir()]
+    folder = Path(folder)
+    present = [part for part in wanted if (folder / part).is_dir()]
     if not any(part.startswith("text_encoder") for part in present):
         raise ValueError(
-            f"{str(folder)!r} has no text encoder, and a {transformer['_class_name']} is conditioned on a text. Load "
+            f"{str(folder)!r} has no text encoder, and a {kind} is conditioned on a text. Load "
             "the whole pipeline, or pass `prompt_embeds=`, the empty prompt's embeddings by name."
         )
     with torch.device("meta"):
         # Some pipelines ask it for sizes.
-        stand_in = getattr(diffusers, transformer["_class_name"]).from_config(transformer)
+        stand_in = getattr(diffusers, kind).from_config(transformer)
+    name, encode = _ENCODERS[kind]
     pipeline_class = getattr(diffusers, name)
     known = inspect.signature(pipeline_class.__init__).parameters
-    parts: dict[str, Any] = {part: None for part in TEXT_PARTS if part in known and part not in present}
-    index = read_json(Path(folder) / MODEL_INDEX)
+    index = read_json(folder / MODEL_INDEX)
     _refuse_other_code(folder, index, known)
+    absent = {part: None for part in TEXT_PARTS if part in known and part not in present}
     computed_in = torch.bfloat16 if dtype == torch.float16 else dtype
-    for part in present:
-        if part.startswith("text_encoder"):
-            tokenizer = part.replace("text_encoder", "tokenizer")
-            if tokenizer not in present or not _is_named(index.get(part)):
-                raise ValueError(
-                    f"{str(folder)!r} has {part}/, but no {tokenizer}/, or its {MODEL_INDEX} does not say what {part} "
-                    "is. Download or save the pipeline again, or pass `prompt_embeds=`."
-                )
-            own = Path(folder) / part
-            files = weight_files(own, variant, fall_back=True)  # refuses pickles, which diffusers would load
-            kind = variant if variant and any(variant in path.name for path in files) else None
-            parts[part] = _loaded(getattr(transformers, index[part][1], None), own, kind, computed_in)
+    encoders = {
+        part: _load_encoder(folder, part, index, present, variant, computed_in)
+        for part in present
+        if part.startswith("text_encoder")
+    }
     try:
         pipeline = pipeline_class.from_pretrained(
-            folder, transformer=stand_in, vae=None, scheduler=None, local_files_only=True, **parts
+            folder, transformer=stand_in, vae=None, scheduler=None, local_files_only=True, **absent, **encoders
         )
         embeddings = encode(pipeline, transformer)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_UNREADABLE.format(folder=str(folder), error=error)}") from error
-    return checked_embeddings(embeddings, transformer["_class_name"], dtype)
-
-
-def _is_named(component: Any) -> bool:
-    """Return whether a part's entry in the index of a pipeline names library and class."""
-    return isinstance(component, list) and len(component) == 2 and all(isinstance(name, str) for name in component)
+        raise ValueError(_UNREADABLE.format(folder=str(folder), error=error)) from error
+    return checked_embeddings(embeddings, kind, dtype)
 
 
 def _refuse_other_code(folder: str | os.PathLike[str], index: dict[str, Any], known: Iterable[str]) -> None:
-    """Refuse an index that has diffusers import more than itself and transformers.
+    """Reject an index that has diffusers import more than itself and transformers.
 
     diffusers imports whatever module an index names for a part, and looks for code in the pipeline's folder.
 
@@ -174,13 +167,41 @@ def _refuse_other_code(folder: str | os.PathLike[str], index: dict[str, Any], kn
             )
 
 
-_UNREADABLE = (
-    "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save the "
-    "pipeline again; tokenizers of T5 and Gemma may need `pip install sentencepiece protobuf`."
-)
+def _is_named(component: Any) -> bool:
+    """Return whether a part's entry in the index of a pipeline names library and class."""
+    return isinstance(component, list) and len(component) == 2 and all(isinstance(name, str) for name in component)
 
 
-def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+def _load_encoder(
+    folder: Path, part: str, index: dict[str, Any], present: list[str], variant: str | None, dtype: torch.dtype
+) -> Any:
+    """Return a text encoder of a pipeline, in the variant where there are weights of it.
+
+    Raises:
+        ValueError: If it has no tokenizer beside it, is not in the index, pickled, broken or incomplete.
+    """
+    # Its models take seconds to import, and only a conversion needs them.
+    import transformers
+
+    tokenizer = part.replace("text_encoder", "tokenizer")
+    if tokenizer not in present or not _is_named(index.get(part)):
+        raise ValueError(
+            f"{str(folder)!r} has {part}/, but no {tokenizer}/, or its {MODEL_INDEX} does not say what {part} "
+            "is. Download or save the pipeline again, or pass `prompt_embeds=`."
+        )
+    # Rejects pickles, which diffusers would load.
+    files = weight_files(folder / part, variant, fall_back=True)
+    has_variant = variant is not None and any(variant in path.name for path in files)
+    kind = getattr(transformers, index[part][1], None)
+    return _load_whole(kind, folder / part, variant if has_variant else None, dtype)
+
+
+def _load_whole(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """Return a model of transformers from a folder that has all of its weights.
+
+    Raises:
+        ValueError: If it cannot be loaded, or a weight is missing.
+    """
     try:
         model, info = kind.from_pretrained(
             folder,
@@ -194,7 +215,7 @@ def _loaded(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) ->
     except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(_UNREADABLE.format(folder=str(folder), error=error)) from error
     if missing := sorted(info["missing_keys"]):
-        # The host gives them new weights, and the embeddings would be random.
+        # transformers gives them new weights, and the embeddings would be random.
         lacking = f"{len(missing)} of its weights are missing, among them {missing[:3]}"
         raise ValueError(_UNREADABLE.format(folder=str(folder), error=lacking))
     return model

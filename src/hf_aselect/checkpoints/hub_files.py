@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from ..model.checks import PickledWeightsError, read_json
-from .weight_files import _PICKLES, CONFIG, MODEL_INDEX, _is_listed, _weights_of, refuse_pickles
+from .weight_files import CONFIG, MODEL_INDEX, PICKLES, is_listed, refuse_pickles, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,11 @@ def locate(
     options: HubOptions,
     text_parts: Callable[[dict[str, Any]], Iterable[str]],
 ) -> Path | None:
-    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for a checkpoint of ours.
+    """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for an hf_aselect checkpoint.
 
     Args:
         source: Local folder, or id on the Hub.
-        model_type: What the `config.json` of a checkpoint of ours names as its `model_type`.
+        model_type: What the `config.json` of an hf_aselect checkpoint names as its `model_type`.
         options: How to fetch.
         text_parts: Which folders of a pipeline that encode a text are to be fetched, by the configuration of its
             transformer; raises `ValueError` for a transformer that is not supported. Asked before any weights are
@@ -118,7 +118,7 @@ def locate(
 
 
 def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str) -> bool:
-    """Return whether a local folder holds a transformer of diffusers, rather than a checkpoint of ours."""
+    """Return whether a local folder holds a transformer of diffusers, rather than an hf_aselect checkpoint."""
     if (folder / "transformer").is_dir():
         return True  # what else lies beside it is nobody's weights
     refuse_pickles(folder)
@@ -140,61 +140,80 @@ def _fetch(
     options: HubOptions,
     text_parts: Callable[[dict[str, Any]], Iterable[str]],
 ) -> Path | None:
-    """Return the folder of a diffusers checkpoint of the Hub, with the files that are needed; None for one of ours."""
+    """Return the folder of a diffusers checkpoint of the Hub, with the needed files; None for one of hf_aselect."""
     prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
+    path, found, options = _fetch_entry(repo_id, prefix, model_type, options)
+    if "_class_name" not in found:
+        return None
+    transformer, index = found, None
+    if path.name == MODEL_INDEX:
+        transformer, index = _fetch_transformer_config(repo_id, prefix, found, options), found
+    wanted_text = tuple(text_parts(transformer))
     # The cache alone knows nothing of what the Hub would say: a file that is not in it may be there.
     is_offline = options.local_files_only or constants.HF_HUB_OFFLINE
-    how = options.of_a_download()
-    for name in (MODEL_INDEX, CONFIG):
-        try:
-            path = Path(hf_hub_download(repo_id, prefix + name, **how))
-        except LocalEntryNotFoundError:
-            if name == CONFIG:
-                raise
-            # A Hub that did not answer is not waited for a second time.
-            is_offline, how["local_files_only"] = True, True
-            continue
-        except EntryNotFoundError:
-            continue
-        found = read_json(path)
-        if "_class_name" in found:
-            break
-        if found.get("model_type") == model_type:
-            return None
-        if name == CONFIG:
-            raise ValueError(
-                f"{repo_id!r} is a checkpoint of {found.get('model_type') or 'another kind'}; expected one of "
-                "hf_aselect, a pipeline of diffusers with a transformer, or a transformer of diffusers."
-            )
-    else:
-        raise ValueError(
-            f"{repo_id!r} has neither {MODEL_INDEX} nor {CONFIG} in "
-            f"{options.subfolder or 'its first folder'}: it is no checkpoint in diffusers' layout. Where the original "
-            "weights are in one repository, diffusers' are often in another, whose name ends in '-diffusers'; a part "
-            "of a repository is named by `subfolder=`."
-        )
-    if name == MODEL_INDEX:
-        if not _is_listed(found, "transformer"):
-            raise ValueError(
-                f"{repo_id!r} is a {found['_class_name']}, which has no `transformer`: features are read from "
-                "diffusion transformers only."
-            )
-        found_transformer = read_json(Path(hf_hub_download(repo_id, prefix + TRANSFORMER_CONFIG, **how)))
-    else:
-        found_transformer = found
-    wanted_text = tuple(text_parts(found_transformer))
     files = [] if is_offline else _files_of(repo_id, options)
     if not files:
         return path.parent
     inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
     try:
-        needed = needed_files(inside, found if name == MODEL_INDEX else None, options.variant, wanted_text)
+        needed = needed_files(inside, index, options.variant, wanted_text)
     except PickledWeightsError as error:
         raise ValueError(f"{error}{_safetensors_elsewhere(repo_id, options)}") from error
     logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
-    wanted = [prefix + file for file in needed]
-    wanted += [f"{prefix}README.md", "README.md"]  # they say the licence
+    # The cards say the licence.
+    wanted = [*(prefix + file for file in needed), f"{prefix}README.md", "README.md"]
     return Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
+
+
+def _fetch_entry(
+    repo_id: str, prefix: str, model_type: str, options: HubOptions
+) -> tuple[Path, dict[str, Any], HubOptions]:
+    """Fetch the file that says what a repository holds: the index of a pipeline, or the configuration of a model.
+
+    Returns:
+        Its path, what it says, and how to fetch the rest: a Hub that did not answer is not waited for a second time.
+
+    Raises:
+        ValueError: If there is no such file, or it is of a model that cannot be loaded.
+    """
+    for name in (MODEL_INDEX, CONFIG):
+        try:
+            path = Path(hf_hub_download(repo_id, prefix + name, **options.of_a_download()))
+        except LocalEntryNotFoundError:
+            if name == CONFIG:
+                raise
+            options = replace(options, local_files_only=True)
+            continue
+        except EntryNotFoundError:
+            continue
+        found = read_json(path)
+        if "_class_name" in found or found.get("model_type") == model_type:
+            return path, found, options
+        if name == CONFIG:
+            raise ValueError(
+                f"{repo_id!r} is a checkpoint of {found.get('model_type') or 'another kind'}; expected one of "
+                "hf_aselect, a pipeline of diffusers with a transformer, or a transformer of diffusers."
+            )
+    raise ValueError(
+        f"{repo_id!r} has neither {MODEL_INDEX} nor {CONFIG} in "
+        f"{options.subfolder or 'its first folder'}: it is no checkpoint in diffusers' layout. Where the original "
+        "weights are in one repository, diffusers' are often in another, whose name ends in '-diffusers'; a part "
+        "of a repository is named by `subfolder=`."
+    )
+
+
+def _fetch_transformer_config(repo_id: str, prefix: str, index: dict[str, Any], options: HubOptions) -> dict[str, Any]:
+    """Return the configuration of a pipeline's transformer.
+
+    Raises:
+        ValueError: If the pipeline has none.
+    """
+    if not is_listed(index, "transformer"):
+        raise ValueError(
+            f"{repo_id!r} is a {index['_class_name']}, which has no `transformer`: features are read from "
+            "diffusion transformers only."
+        )
+    return read_json(Path(hf_hub_download(repo_id, prefix + TRANSFORMER_CONFIG, **options.of_a_download())))
 
 
 def _files_of(repo_id: str, options: HubOptions) -> list[str]:
@@ -236,14 +255,14 @@ def needed_files(
         ValueError: If the transformer has no safetensors, or none of the variant.
     """
     if model_index is None:
-        return [CONFIG, *_weights_of("", files, variant)]
+        return [CONFIG, *weights_of("", files, variant)]
     needed = [MODEL_INDEX, *(file for file in files if file.startswith("scheduler/"))]
-    parts = [part for part in ("transformer", "vae", *text_parts) if _is_listed(model_index, part)]
+    parts = [part for part in ("transformer", "vae", *text_parts) if is_listed(model_index, part)]
     for part in parts:
         inside = [file for file in files if file.startswith(f"{part}/")]
-        needed += [file for file in inside if ".safetensors" not in file and not file.endswith(_PICKLES)]
+        needed += [file for file in inside if ".safetensors" not in file and not file.endswith(PICKLES)]
         if not part.startswith("tokenizer"):
-            needed += _weights_of(part, inside, variant, fall_back=part != "transformer")
+            needed += weights_of(part, inside, variant, fall_back=part != "transformer")
     # Notes and weights of other frameworks have no use here; the pickles' index ends as their files do not.
     useless = (".md", ".msgpack", ".h5", ".onnx", ".onnx_data", ".bin.index.json")
     return sorted({file for file in needed if not file.endswith(useless)})

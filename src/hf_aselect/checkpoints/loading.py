@@ -1,4 +1,4 @@
-"""What `from_pretrained` takes from diffusers' files, and what it refuses of what was loaded."""
+"""What `from_pretrained` takes from diffusers' files."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,9 @@ from .empty_prompt import TEXT_PARTS
 from .hub_files import HubOptions
 from .licenses import license_on_card
 
-# Keywords that name a value of the configuration but are no field of ours.
-HOST_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
-# What diffusers' files tell, and where they come from.
+# Keywords that name a value of the configuration but are a field of transformers.
+CLASS_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
+# What diffusers' files say, and where they come from.
 TOLD_BY_FILES = {"transformer", "vae", "scheduler", "prompt_shapes", "folded", "folded_layout"}
 TOLD_BY_FILES |= {"base_model", "base_license", "out_features", "out_indices"}
 TOLD_BY_CONFIG = (OWN_FIELDS - TOLD_BY_FILES) | {"id2label", "label2id", "problem_type"}
@@ -59,49 +59,74 @@ def take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -
 def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Put the configuration and weights that diffusers saved in a folder into the keywords of `from_pretrained`.
 
-    Of a configuration that is given, as an adapter's, the fields are taken that the files do not tell.
+    Of a configuration that is given, as an adapter's, the fields are taken that the files do not say.
+
+    Raises:
+        ValueError: If the configuration is folded, of another transformer or none of ours, a text encoder is given,
+            or as `load_diffusers`.
     """
-    config = kwargs.pop("config", None)
-    if config is not None and not (isinstance(config, ASelectConfig) and not config.folded):
+    given = kwargs.pop("config", None)
+    if given is not None:
+        _take_config(given, kwargs)
+    if encoders := [name for name, value in text.items() if name != "prompt_embeds" and value is not None]:
         raise ValueError(
-            "`config=` must be an ASelectConfig that is not folded where diffusers saved the model, whose files say "
-            f"what it is, got {type(config).__name__}. Or give fields as keywords (`timestep=`, `block=`, ...)."
+            f"{', '.join(encoders)} can only be None, which does without it; another text encoder cannot be given. "
+            "Pass `prompt_embeds=`, the empty prompt's embeddings by name."
         )
-    if config is not None:
-        if {"num_labels", "id2label"} & set(kwargs):
-            raise ValueError("Give `num_labels` and `id2label`, or a `config=` that names the classes, not both.")
-        told = {name: getattr(config, name) for name in TOLD_BY_CONFIG}
-        kwargs |= {name: value for name, value in told.items() if name not in kwargs}
-    if given := [name for name, value in text.items() if name != "prompt_embeds" and value is not None]:
-        raise ValueError(
-            f"{', '.join(given)} can only be None, which does without it; another text encoder cannot be given. Pass "
-            "`prompt_embeds=`, the empty prompt's embeddings by name."
-        )
-    options = {name: kwargs.pop(name, None) for name in HUB_OPTIONS}
+    variant = {name: kwargs.pop(name, None) for name in HUB_OPTIONS}["variant"]
     kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
-    own_fields = OWN_FIELDS | HOST_FIELDS
-    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own_fields}
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS | CLASS_FIELDS}
     fields.setdefault("name_or_path", str(source))
-    if not os.path.exists(source):  # an id on the Hub; the path of a machine is nobody's business
+    if not os.path.exists(source):
+        # An id on the Hub; the path of a machine is nobody's business.
         fields.setdefault("base_model", str(source))
     fields.setdefault("base_license", license_on_card(folder))
     kwargs["config"], weights = load_diffusers(
         folder,
-        variant=options["variant"],
-        # "auto" is what the weights are in, which is known when they are read.
-        dtype=kwargs["dtype"]
-        if isinstance(kwargs["dtype"], torch.dtype)
-        else DTYPES.get(str(kwargs["dtype"]), torch.float32),
+        variant=variant,
+        dtype=_prompt_dtype(kwargs["dtype"]),
         without=tuple(name for name in text if name != "prompt_embeds"),
         prompt_embeds=text.get("prompt_embeds"),
         **fields,
     )
-    if config is not None and _of_transformer(config) != _of_transformer(kwargs["config"]):
-        raise ValueError(
-            f"`config=` is of another transformer than {str(source)!r}: {short(_of_transformer(config))} in place of "
-            f"{short(_of_transformer(kwargs['config']))}."
-        )
+    if given is not None:
+        _check_same_transformer(given, kwargs["config"], source)
     kwargs["state_dict"] = dict(weights)
+
+
+def _take_config(config: Any, kwargs: dict[str, Any]) -> None:
+    """Put into the keywords what a given configuration says and the files do not, unless it is there.
+
+    Raises:
+        ValueError: If it is no configuration of ours, folded, or the keywords name classes as well.
+    """
+    if not isinstance(config, ASelectConfig) or config.folded:
+        raise ValueError(
+            "`config=` must be an ASelectConfig that is not folded where diffusers saved the model, whose files say "
+            f"what it is, got {type(config).__name__}. Or give fields as keywords (`timestep=`, `block=`, ...)."
+        )
+    if {"num_labels", "id2label"} & set(kwargs):
+        raise ValueError("Give `num_labels` and `id2label`, or a `config=` that names the classes, not both.")
+    for name in TOLD_BY_CONFIG - kwargs.keys():
+        kwargs[name] = getattr(config, name)
+
+
+def _prompt_dtype(dtype: Any) -> torch.dtype:
+    """Return the dtype of the empty prompt's embeddings; "auto" is what the weights are in, which is not known yet."""
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
+
+
+def _check_same_transformer(given: ASelectConfig, found: ASelectConfig, source: str | os.PathLike[str]) -> None:
+    """Check that a given configuration is of the transformer that was found.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if _of_transformer(given) != _of_transformer(found):
+        raise ValueError(
+            f"`config=` is of another transformer than {str(source)!r}: {short(_of_transformer(given))} in place of "
+            f"{short(_of_transformer(found))}."
+        )
 
 
 def _of_transformer(config: ASelectConfig) -> dict[str, Any]:

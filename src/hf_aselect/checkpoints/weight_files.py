@@ -19,22 +19,33 @@ MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 # What diffusers and transformers call their weights, without and with a variant, whole and in shards.
 _STEMS = "(?:diffusion_pytorch_model|model)"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAPPED_BYTES = 2**27
 # What the safetensors library takes at the most: whoever says more wants the memory, not the names.
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def _is_listed(model_index: dict[str, Any], part: str) -> bool:
+def is_listed(model_index: dict[str, Any], part: str) -> bool:
     """Return whether a pipeline has a part: its index then names library and class, else nulls or nothing."""
     named = model_index.get(part)
     return isinstance(named, list) and bool(named) and bool(named[0])
 
 
-def _weights_of(
+def weights_of(
     part: str, files: Iterable[str], variant: str | None, fall_back: bool = False, where: str = "the repository"
 ) -> list[str]:
-    """Return the files of a part's weights, in the variant asked for."""
+    """Return which files hold the weights of a part: shards and their index, or one file.
+
+    Args:
+        part: Folder of the part; "" for a bare model.
+        files: Names of all files.
+        variant: The variant of the weights.
+        fall_back: Whether those without a variant do where there are none of it.
+        where: What the files are of, for an error.
+
+    Raises:
+        ValueError: If there are none.
+    """
     prefix = f"{part}/" if part else ""
     where = f"{part}/ of {where}" if part else where
     names = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
@@ -75,7 +86,7 @@ def weight_files(folder: Path, variant: str | None = None, fall_back: bool = Fal
     """
     refuse_pickles(folder)
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    names = _weights_of("", there, variant, fall_back, where=str(folder))
+    names = weights_of("", there, variant, fall_back, where=str(folder))
     indices = [name for name in names if name.endswith(".json")]
     if indices:
         return shards_of(folder / indices[0])
@@ -98,7 +109,7 @@ def check_parts(folder: Path, wanted: Iterable[str]) -> None:
     if not (folder / MODEL_INDEX).is_file():
         return
     index = read_json(folder / MODEL_INDEX)
-    listed = [part for part in wanted if _is_listed(index, part)]
+    listed = [part for part in wanted if is_listed(index, part)]
     missing = [part for part in listed if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if missing:
         is_text = all(part.startswith(("text_encoder", "tokenizer")) for part in missing)
@@ -178,7 +189,7 @@ def refuse_pickled_names(where: str, names: Iterable[str]) -> None:
         PickledWeightsError: If they are.
     """
     names = list(names)
-    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if any("model" in name for name in pickles) and not any(name.endswith(".safetensors") for name in names):
         raise PickledWeightsError(
             f"{where!r} has only pickled weights ({', '.join(pickles)}), which are never unpickled, as "

@@ -1,16 +1,11 @@
 """The main job from end to end on the embedded DiT: choose the timestep, train a head, compare, save, reload."""
 
-import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import torch
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
@@ -22,7 +17,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     Trainer,
-    TrainingArguments,
     default_data_collator,
     pipeline,
     set_seed,
@@ -37,9 +31,19 @@ from ..selection.probe import ridge_probe_accuracy
 from ..selection.record import TimestepSelection
 from ..selection.select import select_timestep
 from ..training.metrics import compute_accuracy
+from .results import (
+    Stopwatch,
+    choice_of,
+    probe_baselines,
+    probe_figures,
+    save_curve,
+    training_facts,
+    write_json,
+)
+from .sample import EMBEDDED, load_embedded_split
+from .training import demo_arguments
 
 BATCH_SIZE = 50  # pictures in one forward pass without gradients: small ones stay in a CPU's cache
-EMBEDDED = Path(__file__).parents[1] / "assets" / "fashion_mnist"
 
 
 @dataclass(frozen=True)
@@ -64,37 +68,6 @@ class DemoSettings:
     num_probe: int = 2000
     num_views: int = 16
     num_epochs: int = 2
-
-
-@dataclass
-class Stopwatch:
-    """Seconds of each named part of a run."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the time spent in the `with` block to the part `name`."""
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
-
-
-def load_embedded_split(split: str, size: int) -> Dataset:
-    """Return the first `size` pictures of the embedded sample of Fashion-MNIST, columns `image` and `label`.
-
-    Args:
-        split: "train" (4,000 pictures) or "test" (2,000).
-        size: Number of pictures.
-
-    Raises:
-        ValueError: If the sample has no so many pictures.
-    """
-    # Not through `load_dataset`, which would copy the sample into a cache.
-    dataset = Dataset(pyarrow.parquet.read_table(EMBEDDED / f"{split}.parquet"))
-    if not 1 <= size <= len(dataset):
-        raise ValueError(f"The embedded {split} sample has {len(dataset)} pictures, asked for {size}.")
-    return dataset.select(range(size))
 
 
 def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = None) -> dict[str, Any]:
@@ -137,9 +110,8 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
         trainer = train_head(model, processor, pixels, labels, output / "model", settings)
         attention_head = trainer.evaluate()["eval_accuracy"]
     results = collect_results([selection, for_probe], grid, probed, attention_head, raw_pixels, watch, settings)
-    predicted = predict(model, pixels["test"])
-    save_everything(model, trainer, for_probe, probed, results, output)
-    save_predictions(test, predicted, output / "predictions.png")
+    save_classifier(model, trainer, for_probe, results, output)
+    save_predictions(test, predict(model, pixels["test"]), output / "predictions.png")
     write_json(output / "results.json", results)
     check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
     return results
@@ -251,23 +223,16 @@ def train_head(
 ) -> Trainer:
     """Train the classifier's head with the plain Trainer and return the trainer."""
     test_rows = [{"pixel_values": p, "labels": y} for p, y in zip(pixels["test"], labels["test"], strict=True)]
-    arguments = TrainingArguments(
-        output_dir=str(output),
+    arguments = demo_arguments(
+        output,
         num_train_epochs=settings.num_epochs,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=BATCH_SIZE,
         learning_rate=1e-3,
-        lr_scheduler_type="cosine",
         warmup_steps=50,
-        weight_decay=2.0,  # 4,000 pictures: less, and the head learns them by heart
+        # 4,000 pictures: with less, the head learns them by heart.
+        weight_decay=2.0,
         seed=settings.seed,
-        save_strategy="no",
-        logging_strategy="epoch",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=True,  # what is compared with the reloaded model bit by bit must be computed on the same device
-        disable_tqdm=False,
     )
     trainer = Trainer(
         model=model,
@@ -312,70 +277,6 @@ def collect_results(
     }
 
 
-def choice_of(selection: TimestepSelection, grid: list[int], probed: list[float]) -> dict[str, Any]:
-    """Return what a demo's results say of the choice and of the exhaustive search beside it."""
-    return {
-        "timestep": selection.timestep,
-        "log_snr": selection.log_snr[selection.timesteps.index(selection.timestep)],
-        "timesteps": grid,
-        "best_timestep": grid[int(np.argmax(probed))],
-        "worst_timestep": grid[int(np.argmin(probed))],
-    }
-
-
-def probe_figures(selection: TimestepSelection, grid: list[int], probed: list[float]) -> dict[str, float]:
-    """Return the probe's figure at the chosen timestep and at those that it is compared with, by name."""
-    return {
-        "selected": probed[grid.index(selection.timestep)],
-        "zero": probed[grid.index(0)],
-        "random_mean": float(np.mean(probed)),
-        "worst": min(probed),
-        "best": max(probed),
-    }
-
-
-Row = tuple[str, str, float, float]  # who, of what features, how well, in how many seconds
-
-
-def probe_rows(results: dict[str, Any], figures: dict[str, float], timestep: int, select: float) -> list[Row]:
-    """Return a table's rows of the probe, at the timesteps of `probe_figures`: one was chosen in `select` seconds."""
-    search = results["seconds"]["exhaustive_search"]
-    each = search / len(results["timesteps"])
-    return [
-        ("linear probe", f"t = {timestep}, chosen without labels", figures["selected"], select + each),
-        ("linear probe", "t = 0", figures["zero"], each),
-        ("linear probe", "random t (mean over the grid)", figures["random_mean"], each),
-        ("linear probe", f"worst t = {results['worst_timestep']}", figures["worst"], each),
-        ("linear probe", f"best t = {results['best_timestep']}, exhaustive search", figures["best"], search),
-    ]
-
-
-def format_rows(results: dict[str, Any], who: str, what: str, rows: list[Row], notes: list[str]) -> str:
-    """Return a demo's table: the choice, then a row for each way, then notes."""
-    select = results["seconds"]["select_timestep"]
-    lines = [f"Chosen timestep: {results['timestep']} (log-SNR {results['log_snr']:.2f}), in {select:.1f} s", ""]
-    lines.append(f"{who:<20} {'features':<36} {what:>13} {'seconds':>8}")
-    lines += [f"{name:<20} {where:<36} {share:>13.1%} {spent:>8.1f}" for name, where, share, spent in rows]
-    return "\n".join([*lines, "", *notes])
-
-
-def format_table(results: dict[str, Any]) -> str:
-    """Return the demo's table: accuracies, timesteps and seconds."""
-    accuracy, seconds = results["accuracy"], results["seconds"]
-    chosen = f"t = {results['timestep']}, chosen without labels"
-    rows = [
-        ("attention head", chosen, accuracy["attention_head"], seconds["attention_head"]),
-        *probe_rows(results, accuracy, results["probe_timestep"], seconds["select_for_probe"]),
-        ("logistic regression", "raw pixels", accuracy["raw_pixels"], seconds["raw_pixels"]),
-    ]
-    notes = [
-        f"Trained on {results['num_train']} pictures, the linear probes on {results['num_probe']}; "
-        f"tested on {results['num_test']}.",
-        f"The attention head sees {results['num_views']} views of each, mirrored or shifted; the others only itself.",
-    ]
-    return format_rows(results, "classifier", "test accuracy", rows, notes)
-
-
 @torch.no_grad()
 def predict(model: DiTForImageClassification, pixels: Tensor) -> list[int]:
     """Return the most likely class of each picture, (n,)."""
@@ -384,18 +285,16 @@ def predict(model: DiTForImageClassification, pixels: Tensor) -> list[int]:
     return classes
 
 
-def save_everything(
+def save_classifier(
     model: DiTForImageClassification,
     trainer: Trainer,
     for_probe: TimestepSelection,
-    probed: list[float],
     results: dict[str, Any],
     output: Path,
 ) -> None:
     """Write model, processor, card and the curve, which is that of the probe's choice beside the probe's accuracy."""
     trainer.save_model()
-    levels = model.noise_schedule.log_snr(torch.tensor(results["timesteps"])).tolist()
-    for_probe.plot(output / "timestep_curve.png", accuracies=probed, accuracy_log_snr=levels)
+    save_curve(for_probe, model, results["timesteps"], results["probe_accuracies"], output)
     accuracy = results["accuracy"]
     write_model_card(
         model,
@@ -405,11 +304,7 @@ def save_everything(
         dataset="fashion_mnist",
         accuracy=accuracy["attention_head"],
         baselines={
-            "linear probe at the timestep chosen for it": accuracy["selected"],
-            "linear probe at t = 0": accuracy["zero"],
-            "linear probe at a random t (mean over the grid)": accuracy["random_mean"],
-            "linear probe at the worst t": accuracy["worst"],
-            "linear probe at the best t (exhaustive search)": accuracy["best"],
+            **probe_baselines("linear probe", "the timestep chosen for it", accuracy),
             "logistic regression on raw pixels": accuracy["raw_pixels"],
         },
         training={
@@ -418,9 +313,7 @@ def save_everything(
             "views of each training picture": results["num_views"],
             "test pictures": results["num_test"],
             "epochs over all views": results["num_epochs"],
-            "batch size": trainer.args.train_batch_size,
-            "learning rate": trainer.args.learning_rate,
-            "seed": results["seed"],
+            **training_facts(trainer, results),
         },
         command=f"hf-aselect demo --seed {results['seed']}",
     )
@@ -457,10 +350,3 @@ def check_reloaded(model: DiTForImageClassification, pixels: Tensor, pictures: l
     names = model.config.id2label or {}
     if found != [names[index] for index in expected]:
         raise RuntimeError(f"The pipeline on {str(folder)!r} gives other labels than the trained model.")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file: first under a temporary name, so that it is never half there."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

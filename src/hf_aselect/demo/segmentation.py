@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     Trainer,
-    TrainingArguments,
     default_data_collator,
     pipeline,
     set_seed,
@@ -30,23 +28,20 @@ from ..selection.images import CalibrationPictures
 from ..selection.probe import ridge_probe_predictions
 from ..selection.record import TimestepSelection
 from ..training.metrics import MeanIoU
-from .classification import (
-    EMBEDDED,
+from .results import (
     Stopwatch,
     choice_of,
-    format_rows,
-    load_embedded_split,
+    probe_baselines,
     probe_figures,
-    probe_rows,
+    save_curve,
+    training_facts,
     write_json,
 )
+from .sample import EMBEDDED
+from .scenes import SIDE, compose_scenes
+from .training import demo_arguments
 
-SIDE = 56  # pixels of a scene: two pictures of the sample a side
-NUM_ITEMS = 2  # in a scene
 BATCH_SIZE = 25
-BACKGROUND = "background"
-# The sample's pictures are black around the item, but for compression's specks.
-DARK = 8
 
 
 @dataclass(frozen=True)
@@ -69,40 +64,6 @@ class SegmentationDemoSettings:
     num_calibration: int = 256
     num_probe: int = 200
     num_epochs: int = 5
-
-
-def compose_scenes(split: str, count: int) -> tuple[Dataset, list[str]]:
-    """Return scenes of two items of the embedded sample each, with masks, and the classes' names.
-
-    Items lie at random places, the later ones over the earlier ones. A scene is no photograph, and items of a clothes
-    shop on black are far easier to tell from what is behind them than anything in one.
-
-    Args:
-        split: "train" or "test" of the sample; scenes of one have no item of the other.
-        count: Scenes.
-
-    Returns:
-        Columns `image`, grey, 56 × 56, and `annotation`, class indices of that size: the sample's ten classes, and 10
-        for the background. The same for the same arguments.
-    """
-    generator = np.random.default_rng([0, split == "test"])
-    rows = load_embedded_split(split, 4000 if split == "train" else 2000)
-    items = [np.asarray(picture) for picture in rows["image"][:]]
-    labels = rows["label"][:]
-    names = [*rows.features["label"].names, BACKGROUND]
-    images, masks = [], []
-    for _ in range(count):
-        scene = np.zeros((SIDE, SIDE), dtype=np.uint8)
-        mask = np.full((SIDE, SIDE), len(names) - 1, dtype=np.uint8)
-        for chosen in generator.integers(len(items), size=NUM_ITEMS):
-            item = items[chosen]
-            top, left = generator.integers(SIDE - item.shape[0] + 1, size=2)
-            here = np.s_[top : top + item.shape[0], left : left + item.shape[1]]
-            scene[here] = np.where(item > DARK, item, scene[here])
-            mask[here] = np.where(item > DARK, labels[chosen], mask[here])
-        images.append(Image.fromarray(scene))
-        masks.append(Image.fromarray(mask))
-    return Dataset.from_dict({"image": images, "annotation": masks}), names
 
 
 def run_segmentation_demo(
@@ -147,27 +108,15 @@ def run_segmentation_demo(
     with watch.measure("upernet"):
         trainer = train_segmenter(model, processor, batches, names, output / "model", settings)
         upernet = trainer.evaluate()["eval_mean_iou"]
-    results = {
-        **choice_of(selection, grid, probed),
-        "mean_iou": {
-            "upernet": upernet,
-            **probe_figures(selection, grid, probed),
-            "random_weights": untrained,
-            "colours": colours,
-        },
-        "probe_mean_ious": probed,
-        "seconds": watch.seconds,
-        "seed": settings.seed,
-        "num_train": settings.num_train,
-        "num_probe": settings.num_probe,
-        "num_test": settings.num_test,
-        "num_epochs": settings.num_epochs,
+    figures = {
+        "upernet": upernet,
+        **probe_figures(selection, grid, probed),
+        "random_weights": untrained,
+        "colours": colours,
     }
+    results = collect_segmentation_results(selection, grid, probed, figures, watch, settings)
     save_segmenter(model, trainer, selection, results, output)
-    pixels, masks = batches["test"]["pixel_values"][:6], batches["test"]["labels"][:6]
-    guesses = predict_masks(model, pixels)
-    pictures = [(picture[0].numpy() + 1) / 2 for picture in pixels]
-    plot_overlays(output / "overlays.png", pictures, list(masks.numpy()), list(guesses.numpy()), names)
+    save_overlays(model, batches["test"], names, output / "overlays.png")
     write_json(output / "results.json", results)
     check_segmenter_reloaded(model, batches["test"]["pixel_values"][:50], test["image"][:8], output / "model")
     return results
@@ -264,43 +213,29 @@ def train_segmenter(
     settings: SegmentationDemoSettings,
 ) -> Trainer:
     """Train UperNet with the plain Trainer and return the trainer."""
-    rows = {
-        split: [
-            {"pixel_values": picture, "labels": mask}
-            for picture, mask in zip(batch["pixel_values"], batch["labels"], strict=True)
-        ]
-        for split, batch in batches.items()
-    }
     metric = MeanIoU(len(names), model.config.semantic_loss_ignore_index)
 
     def compute_metrics(prediction: Any, compute_result: bool) -> dict[str, float]:
         metric.add_batch(predictions=prediction.predictions.cpu(), references=prediction.label_ids.cpu())
         return {"mean_iou": metric.compute()["mean_iou"]} if compute_result else {}
 
-    arguments = TrainingArguments(
-        output_dir=str(output),
+    arguments = demo_arguments(
+        output,
         num_train_epochs=settings.num_epochs,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=BATCH_SIZE,
         learning_rate=2e-3,
-        lr_scheduler_type="cosine",
         warmup_steps=20,
         weight_decay=0.01,
         seed=settings.seed,
-        save_strategy="no",
-        logging_strategy="epoch",
-        report_to="none",
-        remove_unused_columns=False,
-        batch_eval_metrics=True,  # masks are counted batch by batch
-        dataloader_pin_memory=False,
-        use_cpu=True,  # what is compared with the reloaded model bit by bit must be computed on the same device
-        disable_tqdm=False,
+        # Masks are counted batch by batch.
+        batch_eval_metrics=True,
     )
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=rows["train"],
-        eval_dataset=rows["test"],
+        train_dataset=rows_of(batches["train"]),
+        eval_dataset=rows_of(batches["test"]),
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=compute_metrics,  # type: ignore[arg-type]  # with `batch_eval_metrics` it has two arguments
@@ -308,6 +243,34 @@ def train_segmenter(
     )
     trainer.train()
     return trainer
+
+
+def rows_of(batch: Any) -> list[dict[str, Tensor]]:
+    """Return the images and masks of a batch as rows of Trainer's."""
+    pairs = zip(batch["pixel_values"], batch["labels"], strict=True)
+    return [{"pixel_values": image, "labels": mask} for image, mask in pairs]
+
+
+def collect_segmentation_results(
+    selection: TimestepSelection,
+    grid: list[int],
+    probed: list[float],
+    figures: dict[str, float],
+    watch: Stopwatch,
+    settings: SegmentationDemoSettings,
+) -> dict[str, Any]:
+    """Return the results as they are written to `results.json`."""
+    return {
+        **choice_of(selection, grid, probed),
+        "mean_iou": figures,
+        "probe_mean_ious": probed,
+        "seconds": watch.seconds,
+        "seed": settings.seed,
+        "num_train": settings.num_train,
+        "num_probe": settings.num_probe,
+        "num_test": settings.num_test,
+        "num_epochs": settings.num_epochs,
+    }
 
 
 @torch.no_grad()
@@ -327,27 +290,18 @@ def save_segmenter(
 ) -> None:
     """Write model, processor, card and the curve."""
     trainer.save_model()
-    levels = model.noise_schedule.log_snr(torch.tensor(results["timesteps"])).tolist()
-    selection.plot(
-        output / "timestep_curve.png",
-        accuracies=results["probe_mean_ious"],
-        accuracy_log_snr=levels,
-        accuracy_name="mean IoU",
-    )
+    save_curve(selection, model, results["timesteps"], results["probe_mean_ious"], output, accuracy_name="mean IoU")
     figures = results["mean_iou"]
     write_model_card(
         model,
         output / "model",
         model_name="Segmenter of composed Fashion-MNIST scenes on hf_aselect's embedded DiT",
         license="apache-2.0",
-        dataset="fashion_mnist",  # an id of the Hub; the name says that scenes are composed
+        # An id of the Hub; the name says that scenes are composed.
+        dataset="fashion_mnist",
         mean_iou=figures["upernet"],
         baselines={
-            "linear probe of tokens at the chosen timestep": figures["selected"],
-            "linear probe of tokens at t = 0": figures["zero"],
-            "linear probe of tokens at a random t (mean over the grid)": figures["random_mean"],
-            "linear probe of tokens at the worst t": figures["worst"],
-            "linear probe of tokens at the best t (exhaustive search)": figures["best"],
+            **probe_baselines("linear probe of tokens", "the chosen timestep", figures),
             "linear probe of tokens of random weights": figures["random_weights"],
             "grey level of a pixel": figures["colours"],
         },
@@ -356,30 +310,19 @@ def save_segmenter(
             "training scenes of the linear probes": results["num_probe"],
             "test scenes": results["num_test"],
             "epochs": results["num_epochs"],
-            "batch size": trainer.args.train_batch_size,
-            "learning rate": trainer.args.learning_rate,
-            "seed": results["seed"],
+            **training_facts(trainer, results),
         },
         command=f"hf-aselect demo --task segmentation --seed {results['seed']}",
         limits="Scenes are composed of pictures of single clothes on black, which says little of photographs.",
     )
 
 
-def format_segmentation_table(results: dict[str, Any]) -> str:
-    """Return the demo's table: mean intersection over union, timesteps and seconds."""
-    figures, seconds = results["mean_iou"], results["seconds"]
-    chosen = f"t = {results['timestep']}"
-    rows = [
-        ("UperNet", f"{chosen}, chosen without labels", figures["upernet"], seconds["upernet"]),
-        *probe_rows(results, figures, results["timestep"], seconds["select_timestep"]),
-        ("linear probe", f"{chosen}, random weights", figures["random_weights"], seconds["random_weights"]),
-        ("most frequent class", "grey level of a pixel", figures["colours"], seconds["colours"]),
-    ]
-    notes = [
-        f"Scenes are composed of two pictures of the sample each; trained on {results['num_train']}, the linear",
-        f"probes on the tokens of {results['num_probe']}; tested on {results['num_test']}, of other pictures.",
-    ]
-    return format_rows(results, "segmenter", "test mean IoU", rows, notes)
+def save_overlays(model: DiTForSemanticSegmentation, batch: Any, names: list[str], path: Path) -> None:
+    """Draw the first six scenes of a batch with their true and predicted masks."""
+    pixels, masks = batch["pixel_values"][:6], batch["labels"][:6]
+    guesses = predict_masks(model, pixels)
+    scenes = [(scene[0].numpy() + 1) / 2 for scene in pixels]
+    plot_overlays(path, scenes, list(masks.numpy()), list(guesses.numpy()), names)
 
 
 def check_segmenter_reloaded(

@@ -35,11 +35,51 @@ KEPT = (
 )
 # Of a front matter, and of the letters of a licence's name.
 _MAX_VALUES = 10_000
-# What nobody wrote: cards of ours, and drafts of the host's.
+# What nobody wrote: cards of hf_aselect, and drafts of transformers.
 _MADE_BY_MACHINE = re.compile(r"^hf_aselect:|\[More Information Needed\]|generated automatically", re.MULTILINE)
-_KINDS = {"baselines": "figures by name", "training": "facts by name", "tags": "a list of tags", "dataset": "a name"}
+# Facts that are read from front matters, too: what each must be, and how that is said.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "baselines": (Mapping, "figures by name"),
+    "training": (Mapping, "facts by name"),
+    "tags": ((list, tuple), "a list of tags"),
+    "dataset": (str, "a name"),
+}
 YOURS = "<!-- What follows is yours: it stays when this card is written again. -->"
 Figure = float | Sequence[float]
+_UNLABELLED = ", without labels or training."
+_HOW = {
+    "consensus": "Chosen by how much of what the transformer's features agree on can be read from these" + _UNLABELLED,
+    "hfr": "Chosen by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
+    + _UNLABELLED,
+    "signal_hfr": "Chosen by the share of high spatial frequencies in what the features of two noise draws agree on"
+    + _UNLABELLED,
+    "probe": "Chosen by the accuracy of a linear probe, with labels.",
+    "patch_probe": "Chosen by the accuracy of a linear probe of patches, with masks.",
+}
+_STOPPED_BY = {
+    "confidence": "no more were looked at, as that was sure enough",
+    "max_images": "no more were allowed",
+    "all pictures": "there were no more",
+}
+
+
+class Task(NamedTuple):
+    """What a model does, the Auto class that loads it, and what its pipeline is called."""
+
+    does: str
+    auto: str
+    verb: str | None
+
+
+_TASKS = {
+    "image-classification": Task(
+        "with a head that classifies pictures", "AutoModelForImageClassification", "classify"
+    ),
+    "image-segmentation": Task(
+        "with a decoder that tells the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
+    ),
+    "image-feature-extraction": Task("as a vision model, whose output is tokens", "AutoModel", None),
+}
 
 
 @dataclass(frozen=True)
@@ -121,28 +161,20 @@ class CardFacts:
     tags: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what would make a wrong card.
+        """Check the facts, and make figures plain numbers of Python: the front matter holds no others.
 
         Raises:
-            ValueError: If the task is unknown, or a share is not in [0, 1].
+            ValueError: If the task is unknown, a fact is of another kind, or a share is not in [0, 1].
         """
         if self.task not in _TASKS:
             raise ValueError(f"`task` must be one of {', '.join(_TASKS)}, got {self.task!r}.")
-        for name, kind in (("baselines", Mapping), ("training", Mapping), ("tags", (list, tuple)), ("dataset", str)):
+        for name, (kind, what) in _KINDS.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise ValueError(f"`{name}` must be {_KINDS[name]}, got {value!r}.")
-        figures = {"accuracy": self.accuracy, "mean_iou": self.mean_iou, **(self.baselines or {})}
-        for name, value in figures.items():
-            if value is None:
-                continue
-            try:
-                runs = () if isinstance(value, str) else _runs(value)
-            except (TypeError, ValueError):
-                runs = ()
-            if not (runs and all(0 <= share <= 1 for share in runs)):
-                raise ValueError(f"{name!r} must be a share in [0, 1], or one for each run, got {value!r}.")
-        # As numbers of Python's: the front matter holds no others.
+                raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+        for name, value in {"accuracy": self.accuracy, "mean_iou": self.mean_iou, **(self.baselines or {})}.items():
+            if value is not None:
+                _check_figure(name, value)
         for name in ("accuracy", "mean_iou"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _plain_figure(getattr(self, name)))
@@ -209,7 +241,7 @@ def own_words(text: str) -> str:
 
 
 def refuse_unknown_facts(facts: Mapping[str, Any]) -> None:
-    """Refuse names that are no fields of `CardFacts`.
+    """Reject names that are no fields of `CardFacts`.
 
     Raises:
         ValueError: If there are such.
@@ -294,6 +326,20 @@ def _license(facts: CardFacts) -> tuple[str | None, str | None]:
     return facts.license, facts.license_name
 
 
+def _check_figure(name: str, value: Any) -> None:
+    """Check that a figure is a share, or one for each run.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        runs = () if isinstance(value, str) else _runs(value)
+    except (TypeError, ValueError):
+        runs = ()
+    if not (runs and all(0 <= share <= 1 for share in runs)):
+        raise ValueError(f"{name!r} must be a share in [0, 1], or one for each run, got {value!r}.")
+
+
 def _runs(value: Figure) -> tuple[float, ...]:
     """Return the figures of all runs as Python's, of what numpy and torch made as well."""
     try:
@@ -303,12 +349,10 @@ def _runs(value: Figure) -> tuple[float, ...]:
 
 
 def _plain_figure(value: Figure) -> Figure:
+    """Return a figure as a number of Python; of several runs, or a list of one, as a list."""
     runs = _runs(value)
-    return (
-        runs[0]
-        if len(runs) == 1 and getattr(value, "ndim", 0) == 0 and not isinstance(value, (list, tuple))
-        else list(runs)
-    )
+    is_one = len(runs) == 1 and getattr(value, "ndim", 0) == 0 and not isinstance(value, (list, tuple))
+    return runs[0] if is_one else list(runs)
 
 
 def _metric(facts: CardFacts) -> tuple[str, Figure | None]:
@@ -318,23 +362,11 @@ def _metric(facts: CardFacts) -> tuple[str, Figure | None]:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
+    """Return the front matter."""
     identifier, name = _license(facts)
-    results = None
-    metric, value = _metric(facts)
-    if value is not None and facts.dataset is not None:
-        results = [
-            EvalResult(
-                task_type=facts.task,
-                dataset_type=facts.dataset,
-                dataset_name=facts.dataset,
-                metric_type=metric,
-                metric_value=round(mean(_runs(value)), 4),
-            )
-        ]
-    given = {each.name: getattr(facts, each.name) for each in fields(facts) if each.name in KEPT}
+    results = _results(facts)
     is_on_the_hub = facts.adapter_of is not None and "/" in facts.adapter_of
     is_trained = facts.base_model is not None and _TASKS[facts.task].verb is not None
-    kept = {name: _plain(value) for name, value in given.items() if value is not None and (name != "tags" or value)}
     return ModelCardData(
         library_name="peft" if facts.adapter_of else "transformers",
         pipeline_tag=facts.task,
@@ -345,11 +377,32 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         # A head on it is a training of it; features alone are it.
         base_model_relation="adapter" if facts.adapter_of else "finetune" if is_trained else None,
         datasets=[facts.dataset] if facts.dataset else None,
-        metrics=[metric] if results else None,
+        metrics=[_metric(facts)[0]] if results else None,
         model_name=facts.model_name,
         eval_results=results,
-        hf_aselect=kept,
+        hf_aselect=_kept(facts),
     )
+
+
+def _results(facts: CardFacts) -> list[EvalResult] | None:
+    """Return the figure of the model's task as the Hub has it; None unless it and its dataset are known."""
+    metric, value = _metric(facts)
+    if value is None or facts.dataset is None:
+        return None
+    result = EvalResult(
+        task_type=facts.task,
+        dataset_type=facts.dataset,
+        dataset_name=facts.dataset,
+        metric_type=metric,
+        metric_value=round(mean(_runs(value)), 4),
+    )
+    return [result]
+
+
+def _kept(facts: CardFacts) -> dict[str, Any]:
+    """Return what the front matter keeps, so that the card can be written again."""
+    given = {each.name: getattr(facts, each.name) for each in fields(facts) if each.name in KEPT}
+    return {name: _plain(value) for name, value in given.items() if value is not None and (name != "tags" or value)}
 
 
 def _plain(value: Any) -> Any:
@@ -367,14 +420,18 @@ def _known(rows: Mapping[str, object]) -> dict[str, str]:
 
 
 def _one_line(text: object) -> str:
+    """Return a text with single spaces in place of line ends and the like."""
     return " ".join(str(text).split())
 
 
 def _cell(value: object) -> str:
+    """Return a value as a cell of a table can hold it."""
     return _one_line(value).replace("|", "\\|")
 
 
 def _choice_rows(facts: CardFacts) -> dict[str, object]:
+    """Return the rows of the table of the timestep; a value that is not known is None."""
+
     def rounded(value: float | None, digits: int) -> str | None:
         return None if value is None else f"{value:.{digits}f}"
 
@@ -396,10 +453,11 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
 
 
 def _how(facts: CardFacts) -> str:
+    """Return the sentence on how the timestep was selected."""
+    if facts.criterion is None:
+        return "Features are read here:"
     # A criterion of the user's own is named in the table.
-    return (
-        "Features are read here:" if facts.criterion is None else _HOW.get(facts.criterion, "Chosen by a criterion:")
-    )
+    return _HOW.get(facts.criterion, "Chosen by a criterion:")
 
 
 def _result_rows(figures: Mapping[str, Figure]) -> dict[str, str]:
@@ -410,39 +468,3 @@ def _result_rows(figures: Mapping[str, Figure]) -> dict[str, str]:
         spread = f" ({min(runs):.1%} to {max(runs):.1%}, {len(runs)} runs)" if len(runs) > 1 else ""
         rows[_cell(name)] = f"{mean(runs):.1%}{spread}"
     return rows
-
-
-_UNLABELLED = ", without labels or training."
-_HOW = {
-    "consensus": "Chosen by how much of what the transformer's features agree on can be read from these" + _UNLABELLED,
-    "hfr": "Chosen by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
-    + _UNLABELLED,
-    "signal_hfr": "Chosen by the share of high spatial frequencies in what the features of two noise draws agree on"
-    + _UNLABELLED,
-    "probe": "Chosen by the accuracy of a linear probe, with labels.",
-    "patch_probe": "Chosen by the accuracy of a linear probe of patches, with masks.",
-}
-_STOPPED_BY = {
-    "confidence": "no more were looked at, as that was sure enough",
-    "max_images": "no more were allowed",
-    "all pictures": "there were no more",
-}
-
-
-class Task(NamedTuple):
-    """What a model does, the Auto class that loads it, and what its pipeline is called."""
-
-    does: str
-    auto: str
-    verb: str | None
-
-
-_TASKS = {
-    "image-classification": Task(
-        "with a head that classifies pictures", "AutoModelForImageClassification", "classify"
-    ),
-    "image-segmentation": Task(
-        "with a decoder that tells the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
-    ),
-    "image-feature-extraction": Task("as a vision model, whose output is tokens", "AutoModel", None),
-}

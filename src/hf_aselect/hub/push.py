@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,9 +19,6 @@ from .card import YOURS, CardFacts, own_words, refuse_unknown_facts, write_card
 
 logger = logging.getLogger(__name__)
 
-PUSH_OPTIONS = (
-    *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"),
-)
 CURVE, HEAT_MAP = "timestep_curve.png", "timestep_curve_heat_map.png"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # The code of a pushed model.
@@ -40,20 +37,37 @@ FORMER_CODE = (
 # fmt: on
 
 
+@dataclass(frozen=True)
+class Commit:
+    """How a push becomes a commit; each as `push_to_hub` takes it.
+
+    Args:
+        token: Token of the Hub; None or True: the one that is stored.
+        revision: Branch, made if it is missing. Default: the main one.
+        create_pr: Whether to propose it as a pull request.
+        commit_message: What was done. Default: "Upload model".
+        commit_description: More on it.
+    """
+
+    token: bool | str | None = field(default=None, repr=False)
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    commit_description: str | None = None
+
+
+COMMIT_OPTIONS = tuple(each.name for each in fields(Commit))
+# What a push takes beside the facts of its card.
+PUSH_OPTIONS = ("repo_id", "private", "tags", *COMMIT_OPTIONS)
+
+
 def save_and_push(
     model: Any, folder: str | os.PathLike[str], *args: Any, include_code: bool | None = None, **kwargs: Any
-) -> None:
+) -> Any:
     """Save a model into a folder and upload that; see its `save_pretrained`."""
-    options = (*PUSH_OPTIONS, *CardFacts.__dataclass_fields__)
-    given = {name: kwargs.pop(name) for name in options if name in kwargs}
-    # First: wrong facts and a wrong token are to be known before gigabytes are written.
-    name = given.pop("repo_id", None) or Path(folder).resolve().name
-    facts = {name: value for name, value in given.items() if name not in PUSH_OPTIONS}
-    CardFacts(**{"model_name": name, **model.card_facts, **facts})
-    repo_id = create_repository(name, given.get("token"), given.pop("private", None))
-    saved = model._save(folder, *args, include_code=include_code is not False, **kwargs)
-    if kwargs.get("is_main_process", True):
-        _publish(model, repo_id, folder, saved, **given)
+    given = {name: kwargs.pop(name) for name in (*PUSH_OPTIONS, *CardFacts.__dataclass_fields__) if name in kwargs}
+    repo_id = given.pop("repo_id", None) or Path(folder).resolve().name
+    return _push(model, folder, repo_id, given, *args, include_code=include_code is not False, **kwargs)
 
 
 def push_model(model: Any, repo_id: str, private: bool | None, max_shard_size: int | str, **given: Any) -> Any:
@@ -68,39 +82,48 @@ def push_model(model: Any, repo_id: str, private: bool | None, max_shard_size: i
 
     Returns:
         The Hub's `CommitInfo`.
+
+    Raises:
+        ValueError: If a fact is unknown or wrong, or the token cannot be one, before anything is made on the Hub.
+    """
+    refuse_unknown_facts({name: value for name, value in given.items() if name not in PUSH_OPTIONS})
+    with TemporaryDirectory() as folder:
+        given["private"] = private
+        return _push(model, folder, repo_id, given, max_shard_size=max_shard_size, include_code=True)
+
+
+def _push(
+    model: Any, folder: str | os.PathLike[str], repo_id: str, given: dict[str, Any], *args: Any, **saving: Any
+) -> Any:
+    """Save a model into a folder with image processor, card and curve, and upload what was written.
+
+    Args:
+        model: The model.
+        folder: The folder; what else lies in it stays where it is.
+        repo_id: Repository, made if it is missing.
+        given: Options of the push, and facts of the card.
+        args: Passed on to the model's `_save`.
+        saving: Passed on to it.
+
+    Returns:
+        The Hub's `CommitInfo`; None in a process that is not the main one.
     """
     facts = {name: value for name, value in given.items() if name not in PUSH_OPTIONS}
-    refuse_unknown_facts(facts)
-    CardFacts(**{"model_name": repo_id, **model.card_facts, **facts})  # before anything is made on the Hub
-    repo_id = create_repository(repo_id, given["token"], private)
-    with TemporaryDirectory() as folder:
-        model._save(folder, max_shard_size=max_shard_size, include_code=True)
-        return _publish(model, repo_id, folder, _files_of(folder), **given)
-
-
-def _publish(
-    model: Any,
-    repo_id: str,
-    folder: str | os.PathLike[str],
-    saved: Iterable[str],
-    tags: Sequence[str] | str = (),
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    **facts: Any,
-) -> Any:
-    """Write image processor, card and curve beside a saved model, and upload that and what was saved."""
-    name = repo_id.rpartition("/")[2]
-    known = {**model.card_facts, "model_name": name, "tags": (tags,) if isinstance(tags, str) else tuple(tags)}
-    keep_own_words(repo_id, folder, token, revision)
+    commit = Commit(**{name: value for name, value in given.items() if name in COMMIT_OPTIONS})
+    # First: wrong facts and a wrong token are to be known before gigabytes are written.
+    CardFacts(**{"model_name": repo_id, **model.card_facts, **facts})
+    repo_id = create_repository(repo_id, commit.token, given.get("private"))
+    saved = model._save(folder, *args, **saving)
+    if not saving.get("is_main_process", True):
+        return None
+    keep_own_words(repo_id, folder, commit)
     before = _files_of(folder)
     save_image_processor(model, folder)
-    write_model_card(model, folder, **{**known, **facts, "repo_id": repo_id})
+    tags = given.get("tags", ())
+    known = {"model_name": repo_id.rpartition("/")[2], "tags": (tags,) if isinstance(tags, str) else tuple(tags)}
+    write_model_card(model, folder, **{**model.card_facts, **known, **facts, "repo_id": repo_id})
     written = [name for name, when in _files_of(folder).items() if before.get(name) != when]
-    files = sorted({*saved, *written})
-    return upload(repo_id, folder, files, token, revision, create_pr, commit_message, commit_description)
+    return upload(repo_id, folder, sorted({*saved, *written}), commit)
 
 
 def create_repository(repo_id: str, token: Any, private: bool | None) -> str:
@@ -116,41 +139,28 @@ def create_repository(repo_id: str, token: Any, private: bool | None) -> str:
     return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
 
 
-def upload(
-    repo_id: str,
-    folder: str | os.PathLike[str],
-    files: Sequence[str],
-    token: Any,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-) -> Any:
+def upload(repo_id: str, folder: str | os.PathLike[str], files: Sequence[str], commit: Commit) -> Any:
     """Upload a saved model as one commit, which appears when all of it is there; what it no longer has is deleted.
 
     Args:
         repo_id: The repository.
         folder: Where the saved model is.
         files: Names of its files; what else lies in the folder is left alone.
-        token: Token of the Hub; None or True: the one that is stored.
-        revision: Branch, made if it is missing. Default: the main one.
-        create_pr: Whether to propose it as a pull request.
-        commit_message: What was done. Default: "Upload model".
-        commit_description: More on it.
+        commit: Where it goes, and what is said of it.
 
     Returns:
         The Hub's `CommitInfo`.
     """
-    api = HfApi(token=token)
-    if revision is not None and not revision.startswith("refs/pr/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    api = HfApi(token=commit.token)
+    if commit.revision is not None and not commit.revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=commit.revision, exist_ok=True)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=Path(folder),
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message or "Upload model",
-        commit_description=commit_description,
+        revision=commit.revision,
+        create_pr=commit.create_pr,
+        commit_message=commit.commit_message or "Upload model",
+        commit_description=commit.commit_description,
         allow_patterns=list(files),
         ignore_patterns=["*/*"],
         # What an earlier push may have left and this one may not have; no file that is the user's own.
@@ -159,35 +169,60 @@ def upload(
 
 
 def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -> None:
-    """Write a model's card (README.md) into a folder, with the curve of its timestep's choice where it was chosen.
+    """Write a model's card (README.md) into a folder, with the curve of its timestep's selection, if it has one.
 
     Args:
         model: The model, or peft's around it; its configuration tells timestep, tap and selection.
         folder: Folder for the files; made if it is missing.
         facts: Fields of `CardFacts` that the configuration does not tell.
+
+    Raises:
+        ValueError: If a fact is unknown or wrong.
     """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         base, model = next(iter(model.peft_config.values())).base_model_name_or_path, model.get_base_model()
         # The path of a machine is nobody's business.
         facts = {"adapter_of": Path(base).resolve().name if os.path.exists(base) else base, **facts}
-        # An adapter is saved without: timestep, tap and classes are part of it, and the card's code reads them.
-        os.makedirs(folder, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as unfinished:
-            model.config.save_pretrained(unfinished)
-            os.replace(os.path.join(unfinished, "config.json"), os.path.join(folder, "config.json"))
+        _write_config(model.config, folder)
     write_card_of(model.config, type(model), folder, **facts)
 
 
-def write_card_of(
-    config: ASelectConfig,
-    kind: Any,
-    folder: str | os.PathLike[str],
-    **facts: Any,
-) -> None:
-    """Do the same by the configuration and the class of a model, whose weights are then not needed."""
+def _write_config(config: ASelectConfig, folder: str | os.PathLike[str]) -> None:
+    """Write the configuration beside an adapter, which peft saves without.
+
+    Timestep, tap and classes are part of the adapter, and the card's code reads them.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as unfinished:
+        config.save_pretrained(unfinished)
+        os.replace(os.path.join(unfinished, "config.json"), os.path.join(folder, "config.json"))
+
+
+def write_card_of(config: ASelectConfig, kind: Any, folder: str | os.PathLike[str], **facts: Any) -> None:
+    """Do the same by the configuration and the class of a model, whose weights are then not needed.
+
+    Raises:
+        ValueError: If a fact is unknown or wrong, before anything is written.
+    """
     folder = Path(folder)
-    known: dict[str, Any] = {
-        "model_name": folder.resolve().name,
+    record = TimestepSelection.from_dict(config.selection) if config.selection else None
+    # After a timestep set by hand the record tells of another one.
+    if record is not None and not record.is_of(config):
+        record = None
+    known = {"model_name": folder.resolve().name, **_facts_of_model(config, kind), **_facts_of_selection(record)}
+    refuse_unknown_facts(facts)
+    card = CardFacts(**{**known, **{name: value for name, value in facts.items() if value is not None}})
+    folder.mkdir(parents=True, exist_ok=True)
+    if record is None:
+        _remove_curve(folder)
+    elif _draw_curve(record, folder):
+        card = replace(card, figure=CURVE)
+    write_card(card, folder)
+
+
+def _facts_of_model(config: ASelectConfig, kind: Any) -> dict[str, Any]:
+    """Return the facts that a configuration and the model's class tell."""
+    return {
         "task": kind.task,
         "auto_class": kind._auto_class,
         "timestep": None if config.timestep == "auto" else config.timestep,
@@ -200,44 +235,41 @@ def write_card_of(
         "has_processor": config.num_channels in (1, 3),
         "needs_diffusers": not config.folded or config.vae is not None,
     }
-    record = TimestepSelection.from_dict(config.selection) if config.selection else None
-    # After a timestep set by hand the record tells of another one.
-    if record is not None and record.is_of(config):
-        chosen = record.timesteps.index(record.timestep)
-        known |= {
-            "criterion": record.criterion,
-            "log_snr": record.log_snr[chosen],
-            "num_images": record.num_images,
-            "pictures": record.pictures,
-            "seconds": record.seconds,
-            "confidence": record.confidence,
-            "stopped_by": record.stopped_by,
-            "score": record.scores[chosen],
-            "interval": record.intervals[chosen],
-            "warnings": record.warnings,
-        }
-    refuse_unknown_facts(facts)
-    told = CardFacts(**{**known, **{name: value for name, value in facts.items() if value is not None}})
-    # Only now: what is wrong is said before anything is there.
-    folder.mkdir(parents=True, exist_ok=True)
-    if "criterion" in known:
-        try:
-            record.plot(folder / CURVE)  # type: ignore[union-attr]
-            told = replace(told, figure=CURVE)
-        except ImportError as error:
-            logger.warning("The card has no curve: %s", error)
-    elif (folder / "README.md").is_file() and f"]({CURVE})" in (folder / "README.md").read_text(encoding="utf-8"):
-        for name in (CURVE, HEAT_MAP):  # of the earlier card, and of another choice
+
+
+def _facts_of_selection(record: TimestepSelection | None) -> dict[str, Any]:
+    """Return the facts that the record of a selection tells; none if there is no record."""
+    if record is None:
+        return {}
+    selected = record.timesteps.index(record.timestep)
+    names = ("criterion", "num_images", "pictures", "seconds", "confidence", "stopped_by", "warnings")
+    return {
+        **{name: getattr(record, name) for name in names},
+        "log_snr": record.log_snr[selected],
+        "score": record.scores[selected],
+        "interval": record.intervals[selected],
+    }
+
+
+def _draw_curve(record: TimestepSelection, folder: Path) -> bool:
+    """Draw the curve of a selection beside its card; return whether it could be drawn."""
+    try:
+        record.plot(folder / CURVE)
+    except ImportError as error:
+        logger.warning("The card has no curve: %s", error)
+        return False
+    return True
+
+
+def _remove_curve(folder: Path) -> None:
+    """Remove the curve that an earlier card shows, of a selection that no longer holds."""
+    card = folder / "README.md"
+    if card.is_file() and f"]({CURVE})" in card.read_text(encoding="utf-8"):
+        for name in (CURVE, HEAT_MAP):
             (folder / name).unlink(missing_ok=True)
-    write_card(told, folder)
 
 
-def keep_own_words(
-    repo_id: str,
-    folder: str | os.PathLike[str],
-    token: Any,
-    revision: str | None,
-) -> None:
+def keep_own_words(repo_id: str, folder: str | os.PathLike[str], commit: Commit) -> None:
     """Put what a reader wrote on the repository's card into that of a folder, unless it has such words already.
 
     Raises:
@@ -247,10 +279,11 @@ def keep_own_words(
     here = path.read_text(encoding="utf-8") if path.exists() else ""
     if own_words(here):
         return
-    for place in dict.fromkeys((revision, None)):  # a new branch begins as the main one is
+    # A new branch begins as the main one is.
+    for place in dict.fromkeys((commit.revision, None)):
         try:
             with TemporaryDirectory() as cache:
-                found = hf_hub_download(repo_id, "README.md", revision=place, token=token, cache_dir=cache)
+                found = hf_hub_download(repo_id, "README.md", revision=place, token=commit.token, cache_dir=cache)
                 words = own_words(Path(found).read_text(encoding="utf-8"))
         except RevisionNotFoundError:
             continue
