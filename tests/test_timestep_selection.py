@@ -200,6 +200,32 @@ def test_a_record_of_something_else_is_refused():
         TimestepSelection.from_dict({"colour": "red"})
 
 
+@pytest.fixture
+def record(model, pixels):
+    return select_timestep(model, pixels, timesteps=GRID, criterion="hfr").to_dict()
+
+
+def test_a_record_has_the_number_of_its_format(record):
+    assert record["format"] == 1
+    without = {name: value for name, value in record.items() if name != "format"}
+    assert TimestepSelection.from_dict(without) == TimestepSelection.from_dict(record)
+    assert "format" not in without, "what was given is left alone"
+
+
+def test_a_record_of_a_newer_format_asks_for_an_upgrade(record):
+    # Its fields may be others: the format is looked at first.
+    for newer in ({**record, "format": 2}, {"format": 7, "curves": []}):
+        words = rf"has format {newer['format']}, and the installed hf_aselect reads formats up to 1\. Upgrade it: pip"
+        with pytest.raises(ValueError, match=words + r" install -U hf_aselect"):
+            TimestepSelection.from_dict(newer)
+
+
+@pytest.mark.parametrize("number", ["1", 1.0, True, None, 0, -1, [1]])
+def test_a_format_that_is_no_number_of_one_is_rejected(record, number):
+    with pytest.raises(ValueError, match="Not a record of a selection: its `format` must be an integer from 1 on"):
+        TimestepSelection.from_dict({**record, "format": number})
+
+
 def test_the_intervals_hold_the_scores(model, pixels):
     selection = select_timestep(model, pixels, timesteps=GRID, criterion="hfr")
     for score, (low, high) in zip(selection.scores, selection.intervals, strict=True):
