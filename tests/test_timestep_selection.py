@@ -21,7 +21,7 @@ from hf_aselect import (
     select_timestep,
 )
 from hf_aselect.model.configuration_aselect import DDPM_LINEAR
-from hf_aselect.selection import sweep
+from hf_aselect.selection import accumulators
 from hf_aselect.selection.criteria import HFR, Consensus, SignalHFR
 from hf_aselect.selection.curve import bootstrap
 
@@ -836,8 +836,8 @@ def select_in_process(rank, port, folder, queue):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     if rank:
         # Another machine may find the components with other signs.
-        found = sweep.leading_directions
-        sweep.leading_directions = lambda moments: -found(moments)
+        found = accumulators.leading_directions
+        accumulators.leading_directions = lambda moments: -found(moments)
     queue.put((rank, select_in_all_ways(folder)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
