@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model.denoiser import eval_mode, is_sharded
-from .criteria import CLASSES, Criterion, labels_wanted
+from .criteria import Criterion, labels_wanted
 from .curve import TimestepCurve
 from .distribution import called_by
 from .generation import count_forwards
@@ -211,7 +211,7 @@ def _few_images_warnings(sweep: Sweep, is_generated: bool) -> list[str]:
     remedy = "Give more pictures"
     if is_generated:
         remedy = "Give pictures, or raise `max_images`"
-    elif labels_wanted(criterion) != CLASSES:
+    elif sweep.request.labels is None:
         remedy += ", or none: the transformer then makes its own"
     needed = f"{criterion.name!r} needs {criterion.min_images} or more, however sure it seems"
     return [f"it rests on {count} picture{'s' * (count > 1)}, and {needed}. {remedy}."]
