@@ -227,11 +227,12 @@ def test_pictures_count_alike_in_the_search_whatever_the_batch(pixel_folder, pix
     model = DiTModel.from_pretrained(pixel_folder, timestep=5, block=1, feature="hidden")
     found = []
     monkeypatch.setattr(
-        "hf_aselect.selection.sweep.massive_channels", lambda shares: found.append(torch.stack(shares)) or []
+        "hf_aselect.selection.massive_channels.massive_channels",
+        lambda shares: found.append(torch.stack(shares)) or [],
     )
     # Each picture has a share of its own.
     monkeypatch.setattr(
-        "hf_aselect.selection.sweep.outlier_share",
+        "hf_aselect.selection.massive_channels.outlier_share",
         lambda tokens: tokens.float().std(dim=-2).flatten(0, 1).double().mean(0),
     )
     for batch_size in (7, 3):

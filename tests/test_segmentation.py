@@ -245,6 +245,13 @@ def test_the_probe_of_patches_finds_the_timestep_that_tells_their_class():
     assert record.scores[2] > 0.8 > sorted(record.scores)[-2] + 0.15
 
 
+def test_few_images_with_masks_are_not_advised_to_be_none():
+    images, masks = halves(8)
+    record = select_timestep(TellingModel(), images, criterion="probe", labels=list(masks), timesteps=[0, 300])
+    (few,) = [text for text in record.warnings if text.startswith("it rests on 8 pictures")]
+    assert few.endswith("however sure it seems. Give more pictures.")
+
+
 def test_masks_of_a_dataset_are_cut_and_resized_with_its_pictures(deep_folder):
     model = DiTModel.from_pretrained(deep_folder, timestep=50)
     pictures, masks = halves(12)

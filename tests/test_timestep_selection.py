@@ -21,7 +21,7 @@ from hf_aselect import (
     select_timestep,
 )
 from hf_aselect.model.configuration_aselect import DDPM_LINEAR
-from hf_aselect.selection import sweep
+from hf_aselect.selection import accumulators
 from hf_aselect.selection.criteria import HFR, Consensus, SignalHFR
 from hf_aselect.selection.curve import bootstrap
 
@@ -198,6 +198,32 @@ def test_the_record_says_what_the_choice_depends_on(model, pixels):
 def test_a_record_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"Not a record of a selection: missing .*'timestep'.*unknown .'colour'"):
         TimestepSelection.from_dict({"colour": "red"})
+
+
+@pytest.fixture
+def record(model, pixels):
+    return select_timestep(model, pixels, timesteps=GRID, criterion="hfr").to_dict()
+
+
+def test_a_record_has_the_number_of_its_format(record):
+    assert record["format"] == 1
+    without = {name: value for name, value in record.items() if name != "format"}
+    assert TimestepSelection.from_dict(without) == TimestepSelection.from_dict(record)
+    assert "format" not in without, "what was given is left alone"
+
+
+def test_a_record_of_a_newer_format_asks_for_an_upgrade(record):
+    # Its fields may be others: the format is looked at first.
+    for newer in ({**record, "format": 2}, {"format": 7, "curves": []}):
+        words = rf"has format {newer['format']}, and the installed hf_aselect reads formats up to 1\. Upgrade it: pip"
+        with pytest.raises(ValueError, match=words + r" install -U hf_aselect"):
+            TimestepSelection.from_dict(newer)
+
+
+@pytest.mark.parametrize("number", ["1", 1.0, True, None, 0, -1, [1]])
+def test_a_format_that_is_no_number_of_one_is_rejected(record, number):
+    with pytest.raises(ValueError, match="Not a record of a selection: its `format` must be an integer from 1 on"):
+        TimestepSelection.from_dict({**record, "format": number})
 
 
 def test_the_intervals_hold_the_scores(model, pixels):
@@ -810,8 +836,8 @@ def select_in_process(rank, port, folder, queue):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     if rank:
         # Another machine may find the components with other signs.
-        found = sweep.leading_directions
-        sweep.leading_directions = lambda moments: -found(moments)
+        found = accumulators.leading_directions
+        accumulators.leading_directions = lambda moments: -found(moments)
     queue.put((rank, select_in_all_ways(folder)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

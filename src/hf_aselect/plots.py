@@ -50,42 +50,53 @@ def plot_timestep_curve(
         ImportError: If matplotlib is missing.
     """
     accuracy_log_snr = log_snr if accuracy_log_snr is None else accuracy_log_snr
-    for name, values, expected in (
-        ("scores", scores, len(timesteps)),
-        ("log_snr", log_snr, len(timesteps)),
-        ("intervals", intervals, len(timesteps)),
-        ("smoothed", smoothed, len(timesteps)),
-        ("accuracies", accuracies, len(accuracy_log_snr)),
-    ):
-        if values is not None and len(values) != expected:
-            raise ValueError(f"`{name}` must have one entry for each of {expected} timesteps, got {len(values)}.")
+    of_curve = {"scores": scores, "log_snr": log_snr, "intervals": intervals, "smoothed": smoothed}
+    for name, values in of_curve.items():
+        _check_length(name, values, len(timesteps))
+    _check_length("accuracies", accuracies, len(accuracy_log_snr))
     if chosen not in timesteps:
         raise ValueError(f"The chosen timestep {chosen} is none of those in the curve: {list(timesteps)}.")
     figure = _new_figure(8, 4.8)
     axes = figure.add_subplot()
     positions = [-value for value in log_snr]
-    if intervals is not None:
-        low, high = zip(*intervals, strict=True)
-        axes.fill_between(positions, low, high, color=BLUE, alpha=0.2, linewidth=0)
     label = criterion if accuracies is None else f"{criterion} (left)"
-    lines = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=label)
-    if smoothed is not None:
-        lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="mean of neighbours")
+    lines = _draw_scores(axes, positions, scores, intervals, smoothed, label)
     axes.set_ylabel(f"{criterion}, 95 % interval" if intervals is not None else criterion)
     if accuracies is not None:
-        right = axes.twinx()
-        shares = [100 * accuracy for accuracy in accuracies]
-        own = [-value for value in accuracy_log_snr]
-        lines += right.plot(
-            own, shares, color=ORANGE, marker="s", markersize=4, linestyle="--", label=f"probe {accuracy_name} (right)"
-        )
-        right.set_ylabel(f"test {accuracy_name} of a linear probe, %")
+        lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
     mark = positions[list(timesteps).index(chosen)]
     lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"chosen: t = {chosen}"))
     _label_timesteps(axes, timesteps, log_snr, positions)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
     _save(figure, path)
+
+
+def _draw_scores(
+    axes: Any,
+    positions: Sequence[float],
+    scores: Sequence[float],
+    intervals: Sequence[Sequence[float]] | None,
+    smoothed: Sequence[float] | None,
+    label: str,
+) -> list[Any]:
+    """Draw scores, and where given their intervals and their means with their neighbours; return the lines."""
+    if intervals is not None:
+        low, high = zip(*intervals, strict=True)
+        axes.fill_between(positions, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    lines: list[Any] = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=label)
+    if smoothed is not None:
+        lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="mean of neighbours")
+    return lines
+
+
+def _draw_accuracies(axes: Any, positions: Sequence[float], accuracies: Sequence[float], name: str) -> list[Any]:
+    """Draw accuracies, in [0, 1], in per cent; return the lines."""
+    shares = [100 * accuracy for accuracy in accuracies]
+    style = {"color": ORANGE, "marker": "s", "markersize": 4, "linestyle": "--"}
+    lines: list[Any] = axes.plot(positions, shares, label=f"probe {name} (right)", **style)
+    axes.set_ylabel(f"test {name} of a linear probe, %")
+    return lines
 
 
 def plot_timestep_heat_map(
@@ -119,12 +130,9 @@ def plot_timestep_heat_map(
     """
     if len(values) != len(taps):
         raise ValueError(f"`values` must have one row for each of {len(taps)} taps, got {len(values)}.")
-    for name, row in (
-        ("log_snr", log_snr),
-        *((f"values of {tap}", row) for tap, row in zip(taps, values, strict=True)),
-    ):
-        if len(row) != len(timesteps):
-            raise ValueError(f"`{name}` must have one entry for each of {len(timesteps)} timesteps, got {len(row)}.")
+    _check_length("log_snr", log_snr, len(timesteps))
+    for tap, row in zip(taps, values, strict=True):
+        _check_length(f"values of {tap}", row, len(timesteps))
     if chosen_tap not in taps:
         raise ValueError(f"The chosen tap {chosen_tap!r} is none of those in the heat map: {list(taps)}.")
     if chosen_timestep not in timesteps:
@@ -132,27 +140,11 @@ def plot_timestep_heat_map(
     figure = _new_figure(8, 1.9 + 0.27 * len(taps))
     axes = figure.add_subplot()
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
-    picture = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest")
-    figure.colorbar(picture, ax=axes, label=label, pad=0.02)
-    best = [max(range(len(row)), key=row.__getitem__) for row in values]
-    # White with a black rim is seen on any colour of the map.
-    (dots,) = axes.plot(
-        best,
-        range(len(taps)),
-        linestyle="none",
-        marker="o",
-        markersize=4.5,
-        markerfacecolor="white",
-        markeredgecolor="black",
-        label="best timestep of each tap",
-    )
-    across, down = list(timesteps).index(chosen_timestep), list(taps).index(chosen_tap)
-    outline = ([across + x for x in (-0.5, 0.5, 0.5, -0.5, -0.5)], [down + y for y in (-0.5, -0.5, 0.5, 0.5, -0.5)])
-    for color, width in (("black", 5), ("white", 2)):
-        axes.plot(*outline, color=color, linewidth=width, clip_on=False)
-    square = {"marker": "s", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
-    chosen = f"chosen: {chosen_tap}, t = {chosen_timestep}"
-    (box,) = axes.plot([], [], linestyle="none", markeredgewidth=2, label=chosen, **square)
+    image = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label=label, pad=0.02)
+    dots = _mark_best(axes, values)
+    place = list(timesteps).index(chosen_timestep), list(taps).index(chosen_tap)
+    box = _mark_cell(axes, *place, f"chosen: {chosen_tap}, t = {chosen_timestep}")
     # Lines must not widen what the map takes up.
     axes.set_xlim(-0.5, len(timesteps) - 0.5)
     axes.set_ylim(len(taps) - 0.5, -0.5)
@@ -160,6 +152,25 @@ def plot_timestep_heat_map(
     _label_timesteps(axes, timesteps, log_snr, range(len(timesteps)))
     figure.legend(handles=[box, dots], loc="outside upper center", ncols=2, frameon=False)
     _save(figure, path)
+
+
+def _mark_best(axes: Any, values: Sequence[Sequence[float]]) -> Any:
+    """Mark the largest value of each row of a heat map, of equal ones the first; return the marks for a legend."""
+    best = [max(range(len(row)), key=row.__getitem__) for row in values]
+    # White with a black rim is seen on any colour of the map.
+    style = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white", "markeredgecolor": "black"}
+    (dots,) = axes.plot(best, range(len(values)), linestyle="none", label="best timestep of each tap", **style)
+    return dots
+
+
+def _mark_cell(axes: Any, across: int, down: int, label: str) -> Any:
+    """Outline a cell of a heat map in white and black; return a mark for a legend."""
+    outline = ([across + x for x in (-0.5, 0.5, 0.5, -0.5, -0.5)], [down + y for y in (-0.5, -0.5, 0.5, 0.5, -0.5)])
+    for color, width in (("black", 5), ("white", 2)):
+        axes.plot(*outline, color=color, linewidth=width, clip_on=False)
+    square = {"marker": "s", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
+    (box,) = axes.plot([], [], linestyle="none", markeredgewidth=2, label=label, **square)
+    return box
 
 
 def plot_predictions(
@@ -190,17 +201,21 @@ def plot_predictions(
     rows = math.ceil(len(images) / columns)
     figure = _new_figure(1.45 * columns, 1.8 * rows)
     for index, (image, true, predicted) in enumerate(zip(images, true_names, predicted_names, strict=True)):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(image, cmap="gray" if image.mode in ("L", "1") else None)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        if true == predicted:
-            axes.set_title(f"✓ {true}", fontsize=8)
-            continue
-        axes.set_title(f"✗ {predicted}\ntrue: {true}", fontsize=8, color=ORANGE)
-        for spine in axes.spines.values():
-            spine.set(color=ORANGE, linewidth=3)
+        _draw_prediction(figure.add_subplot(rows, columns, index + 1), image, true, predicted)
     _save(figure, path)
+
+
+def _draw_prediction(axes: Any, image: Any, true: str, predicted: str) -> None:
+    """Draw one image with its names; a frame and a cross where they differ."""
+    axes.imshow(image, cmap="gray" if image.mode in ("L", "1") else None)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if true == predicted:
+        axes.set_title(f"✓ {true}", fontsize=8)
+        return
+    axes.set_title(f"✗ {predicted}\ntrue: {true}", fontsize=8, color=ORANGE)
+    for spine in axes.spines.values():
+        spine.set(color=ORANGE, linewidth=3)
 
 
 def plot_confusion_matrix(
@@ -241,35 +256,43 @@ def plot_confusion_matrix(
     accuracies = counts.diagonal() / np.maximum(sizes, 1)
     found = np.flatnonzero(sizes)
     order = found[np.argsort(accuracies[found], kind="stable")][:max_classes]
-    shares = counts[np.ix_(order, order)] / sizes[order, None]
-    shown = [names[index] if len(names[index]) <= 24 else f"{names[index][:23]}…" for index in order]
     side = 1.2 + 0.36 * len(order)
     figure = _new_figure(max(7.0, side + 4.0), max(3.2, side))
     left, right = figure.subplots(1, 2, width_ratios=(max(2.5, side), 2.5))
-    # Brightness rises evenly with the value, in grey and for the colour-blind, too.
-    left.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    left.set_xticks(range(len(order)), shown, rotation=90)
-    left.set_yticks(range(len(order)), shown)
-    left.set_xlabel("taken for")
-    left.set_ylabel("class")
-    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-        share = shares[row, column]
-        colour = "black" if share > 0.5 else "white"
-        left.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    right.barh(range(len(order)), accuracies[order], color=BLUE)
-    for row, index in enumerate(order):
-        right.text(1.03, row, f"{100 * accuracies[index]:.1f} % of {sizes[index]}", va="center", fontsize=7)
-    right.set_yticks([])
-    right.set_ylim(len(order) - 0.5, -0.5)
-    right.set_xlim(0, 1.6)
-    right.set_xticks([0, 0.5, 1], ["0", "50", "100"])
-    right.set_xlabel("accuracy of the class, %")
-    mean = accuracies[found].mean()
-    right.axvline(mean, color="black", linestyle=":")
-    right.set_title(f"dotted: mean of the classes, {100 * mean:.1f} %", fontsize=8)
+    _draw_shares(left, counts[np.ix_(order, order)] / sizes[order, None], [names[index] for index in order])
+    _draw_class_accuracies(right, accuracies[order], sizes[order], accuracies[found].mean())
     dropped = f"; the worst {len(order)} of {len(found)} classes" if len(order) < len(found) else ""
     figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} pictures right{dropped}", fontsize=10)
     _save(figure, path)
+
+
+def _draw_shares(axes: Any, shares: Any, names: Sequence[str]) -> None:
+    """Draw a confusion matrix in shares of its rows, (k, k), in [0, 1], those from half a per cent on in numbers."""
+    # Brightness rises evenly with the value, in grey and for the colour-blind, too.
+    axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    axes.set_xticks(range(len(shown)), shown, rotation=90)
+    axes.set_yticks(range(len(shown)), shown)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+        share = shares[row, column]
+        colour = "black" if share > 0.5 else "white"
+        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _draw_class_accuracies(axes: Any, accuracies: Any, sizes: Any, mean: float) -> None:
+    """Draw the accuracy of each class, (k,), in [0, 1], its number of images, (k,), and the mean of all classes."""
+    axes.barh(range(len(accuracies)), accuracies, color=BLUE)
+    for row, (accuracy, size) in enumerate(zip(accuracies, sizes, strict=True)):
+        axes.text(1.03, row, f"{100 * accuracy:.1f} % of {size}", va="center", fontsize=7)
+    axes.set_yticks([])
+    axes.set_ylim(len(accuracies) - 0.5, -0.5)
+    axes.set_xlim(0, 1.6)
+    axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+    axes.set_xlabel("accuracy of the class, %")
+    axes.axvline(mean, color="black", linestyle=":")
+    axes.set_title(f"dotted: mean of the classes, {100 * mean:.1f} %", fontsize=8)
 
 
 def plot_overlays(
@@ -299,30 +322,45 @@ def plot_overlays(
         )
     height, width = images[0].shape[:2]
     figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)
-    try:
-        from matplotlib import colormaps
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError(_NO_MATPLOTLIB) from error
-    # Twenty colours, the strong ones first; black is no class.
-    strong = [*range(0, 20, 2), *range(1, 20, 2)]
-    colours = np.array([colormaps["tab20"](strong[index % 20])[:3] for index in range(len(names))])
-
-    def coloured(mask: Any) -> Any:
-        known = (mask >= 0) & (mask < len(names))
-        return np.where(known[..., None], colours[np.where(known, mask, 0)], 0.0)
-
+    colours = _class_colours(len(names))
     titles = ("picture", "truth (black: no class)", "prediction")
-    for row, (image, truth, guess) in enumerate(zip(images, truths, predictions, strict=True)):
-        for column, shown in enumerate((image, coloured(np.asarray(truth)), coloured(np.asarray(guess)))):
+    for row, (image, *masks) in enumerate(zip(images, truths, predictions, strict=True)):
+        for column, shown in enumerate((image, *(_coloured(np.asarray(mask), colours) for mask in masks))):
             axes = figure.add_subplot(len(images), 3, 3 * row + column + 1)
             axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.axis("off")
             if not row:
                 axes.set_title(titles[column])
-    patches = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(handles=_patches(colours, names), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def _class_colours(count: int) -> Any:
+    """Return a colour for each class, (K, 3), in [0, 1]: twenty, the strong ones first, again and again."""
+    # It takes a second to import, and only reports need it.
+    from matplotlib import colormaps
+
+    strong = [*range(0, 20, 2), *range(1, 20, 2)]
+    return np.array([colormaps["tab20"](strong[index % 20])[:3] for index in range(count)])
+
+
+def _coloured(mask: Any, colours: Any) -> Any:
+    """Return a mask of class indices, (H, W), in the colours of the classes, (H, W, 3); black is no class."""
+    known = (mask >= 0) & (mask < len(colours))
+    return np.where(known[..., None], colours[np.where(known, mask, 0)], 0.0)
+
+
+def _patches(colours: Any, names: Sequence[str]) -> list[Any]:
+    """Return what a legend shows of each class."""
+    # It takes a second to import, and only reports need it.
+    from matplotlib.patches import Patch
+
+    return [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+
+
+def _check_length(name: str, values: Sequence[Any] | None, expected: int) -> None:
+    if values is not None and len(values) != expected:
+        raise ValueError(f"`{name}` must have one entry for each of {expected} timesteps, got {len(values)}.")
 
 
 def _new_figure(width: float, height: float) -> Any:

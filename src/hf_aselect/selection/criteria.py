@@ -6,6 +6,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..model.configuration_aselect import ASelectConfig
+from .accumulators import Accumulator, ConsensusAccumulator, Context, PatchLabels, ProbeAccumulator, SumAccumulator
 from .consensus import NUM_COMPONENTS
 from .probe import held_out_hits, leave_one_out_hits
 from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
@@ -16,13 +18,20 @@ NUM_FOLDS = 8
 # linear one sees is the mean.
 POOLINGS = {"mean": 1, "mean_std": 2}
 POOLING_OF_HEAD = {"linear": "mean", "attention": "mean_std"}
+# Labels: the class index of each image, or its mask.
+CLASSES, MASKS = "classes", "masks"
 
 
 class Criterion(Protocol):
     """A score for each timestep, the largest wins.
 
-    The numbers that `measure` returns are added up over pictures, so a criterion is a function of sums. The two kinds
-    below that learn are not: of `Probe` and `Consensus` what `measure` returns is kept, and fitted by picture.
+    The numbers that `measure` returns are added up over images, so a criterion is a function of sums. One that is not,
+    as `Probe` and `Consensus`, has a method `accumulator` more, which takes a `Context` and returns what gathers its
+    sums in another way. It may also have
+
+    - `labels_wanted`, what its accumulator needs as the context's labels: `CLASSES` or `MASKS`;
+    - `suited_to`, which takes the model's configuration and whether masks are given, and returns the criterion with
+      the settings that suit these.
     """
 
     name: ClassVar[str]
@@ -43,6 +52,28 @@ class Criterion(Protocol):
     def score(self, sums: Tensor) -> Tensor:
         """Return scores, (...), of sums over pictures, (..., S)."""
         ...
+
+
+def accumulator_of(criterion: Criterion, context: Context) -> Accumulator:
+    """Return what gathers a criterion's sums: its own accumulator, or the sum of what it measures."""
+    if not hasattr(criterion, "accumulator"):
+        return SumAccumulator(criterion.measure, context)
+    made: Accumulator = criterion.accumulator(context)
+    return made
+
+
+def labels_wanted(criterion: Criterion) -> str | None:
+    """Return which labels a criterion needs, `CLASSES` or `MASKS`; None where it needs none."""
+    wanted: str | None = getattr(criterion, "labels_wanted", None)
+    return wanted
+
+
+def suited(criterion: Criterion, config: ASelectConfig, has_masks: bool) -> Criterion:
+    """Return a criterion with the settings that suit a model's configuration and its labels."""
+    if not hasattr(criterion, "suited_to"):
+        return criterion
+    made: Criterion = criterion.suited_to(config, has_masks)
+    return made
 
 
 @dataclass(frozen=True)
@@ -132,9 +163,19 @@ class Probe:
     """
 
     name: ClassVar[str] = "probe"
+    labels_wanted: ClassVar[str] = CLASSES
     num_draws: ClassVar[int] = 0
     first_round: ClassVar[int] = 2**30  # all: its accuracy depends on how many pictures it learns from
     min_images: ClassVar[int] = 32
+
+    def suited_to(self, config: ASelectConfig, has_masks: bool) -> "Probe":
+        """Return the probe of patches where masks are given."""
+        return PatchProbe() if has_masks and type(self) is Probe else self
+
+    def accumulator(self, context: Context) -> Accumulator:
+        """Return what keeps the tokens and is fitted to all images."""
+        labels = torch.tensor(context.labels)
+        return ProbeAccumulator(self.measure, self.hits, lambda indices, grid: labels[indices], context)
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return the mean token of each picture, (B, D), over the noise draws."""
@@ -170,6 +211,7 @@ class PatchProbe(Probe):
     """
 
     name: ClassVar[str] = "patch_probe"
+    labels_wanted: ClassVar[str] = MASKS
     min_images: ClassVar[int] = 16
 
     num_patches: int = 16
@@ -178,6 +220,10 @@ class PatchProbe(Probe):
         """Refuse numbers out of range."""
         if self.num_patches < 1:
             raise ValueError(f"`num_patches` of 'patch_probe' must be at least 1, got {self.num_patches}.")
+
+    def accumulator(self, context: Context) -> Accumulator:
+        """Return what keeps the patches' tokens and is fitted to those of other images."""
+        return ProbeAccumulator(self.measure, self.hits, PatchLabels(self.places, context), context)
 
     def places(self, num_tokens: int) -> Tensor:
         """Return which tokens are read: the same at random each time, (S,)."""
@@ -251,6 +297,14 @@ class Consensus:
     def for_head(self, head: str) -> "Consensus":
         """Return this with the pooling that suits a head, "linear" or "attention", where none was named."""
         return self if self.pooling else replace(self, pooling=POOLING_OF_HEAD[head])
+
+    def suited_to(self, config: ASelectConfig, has_masks: bool) -> "Consensus":
+        """Return this with the pooling that suits the model's head, where none was named."""
+        return self.for_head(config.head)
+
+    def accumulator(self, context: Context) -> Accumulator:
+        """Return what holds the tap against the features of all timesteps and several blocks."""
+        return ConsensusAccumulator(self.measure, self.num_targets, self.num_read, context)
 
     @property
     def num_read(self) -> int:

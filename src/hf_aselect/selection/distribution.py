@@ -3,9 +3,11 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..model.denoiser import is_sharded
 
@@ -46,8 +48,37 @@ def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[No
             module.reshard()
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which images of a set this process reads, every `world`-th from `rank` on, and how to gather what all found.
+
+    Args:
+        rank: Which share this is, in [0, `world`).
+        world: How many processes share the images; 1 where each process reads all of them.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_model(cls, model: Any) -> "Share":
+        """Return the share of this process in reading a model: all images if the model's weights are sharded.
+
+        The processes gather sharded weights together, so each of them has to make the same passes.
+        """
+        return cls() if is_sharded(model) or is_partitioned(model) else cls(*process())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of each process that has a share of the images, in the order of their ranks."""
+        return [value] if self.world == 1 else gather_objects(value)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes that have a share of the images."""
+        return torch.stack(self.gather(values)).sum(0)
+
+
 def process() -> tuple[int, int]:
-    """Return the rank of this process and how many there are."""
+    """Return the rank of this process and how many there are: 0 and 1 where torch.distributed is not initialized."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -55,7 +86,11 @@ def process() -> tuple[int, int]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the value of each process, in the order of their ranks."""
+    """Return the value of each process, in the order of their ranks. All processes have to call it.
+
+    Args:
+        value: Anything that pickle takes; tensors on the CPU.
+    """
     world = process()[1]
     if world == 1:
         return [value]

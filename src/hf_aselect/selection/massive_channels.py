@@ -1,9 +1,13 @@
-"""Channels that dwarf all others in every token: pure functions."""
+"""Channels that dwarf all others in every token: which tokens show them, and where they are looked for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from ..model.configuration_aselect import ASelectConfig
+from ..model.layouts import MASSIVE_FEATURES, Tap
+from .reader import Batch
 
 # A channel is massive where it exceeds the token's median magnitude so many times, in so large a share of tokens.
 # Normal values never do so; the embedded DiT, which has no such channels, comes to 15 times, published ones to
@@ -38,3 +42,36 @@ def massive_channels(shares: Sequence[Tensor]) -> list[int]:
     massive = torch.stack([share >= SHARE for share in shares]).double().mean(0) >= 0.5
     indices: list[int] = massive.nonzero().flatten().tolist()
     return indices
+
+
+def given_channels(config: ASelectConfig, taps: Sequence[Tap]) -> dict[Tap, list[int] | None]:
+    """Return the channels to set to zero by tap; None where they have to be found."""
+    given: dict[Tap, list[int] | None] = {}
+    for tap in taps:
+        known = config.channels_at(*tap)
+        is_asked_for = config.zeroed_channels == "auto" or tap[1] in MASSIVE_FEATURES
+        given[tap] = known if known is not None or is_asked_for else []
+    return given
+
+
+def find_massive_channels(batches: Iterable[Batch], taps: Sequence[Tap]) -> dict[Tap, list[int] | None]:
+    """Return the massive channels of each tap in some images; None if there are no images.
+
+    Args:
+        batches: The images, at the timesteps to look at.
+        taps: The taps.
+    """
+    sums: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in taps}
+    count = 0
+    for batch in batches:
+        count += len(batch.indices)
+        for timestep, tokens in batch.read(list(taps)):
+            for tap in taps:
+                # The last batch may have fewer images: it counts for as many.
+                share = len(batch.indices) * outlier_share(tokens[tap])
+                before = sums[tap].get(timestep)
+                sums[tap][timestep] = share if before is None else before + share
+    return {
+        tap: massive_channels([total / count for total in by_timestep.values()]) if by_timestep else None
+        for tap, by_timestep in sums.items()
+    }

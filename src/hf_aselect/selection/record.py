@@ -11,6 +11,9 @@ from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import FEATURES
 from ..plots import plot_timestep_curve, plot_timestep_heat_map
 
+# Number of the format of a record. It rises when a reader of former records would misread new ones.
+FORMAT = 1
+
 
 @dataclass(frozen=True)
 class TimestepSelection:
@@ -74,34 +77,24 @@ class TimestepSelection:
         return (self.timestep, self.block, self.feature) == (config.timestep, config.block_index(), config.feature)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain numbers, strings and lists, fit for JSON."""
-        return asdict(self)
+        """Return the record as plain numbers, strings and lists, fit for JSON, with the number of its `format`."""
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "TimestepSelection":
-        """Return the record that `to_dict` wrote.
+        """Return the record that `to_dict` wrote; one without a `format` is of the first.
 
         Raises:
-            ValueError: If a field is missing, unknown, or of another kind than `to_dict` writes.
+            ValueError: If its format is newer than this version reads, or a field is missing, unknown, or of another
+                kind than `to_dict` writes.
         """
         if not isinstance(record, dict):
             raise ValueError(f"Not a record of a selection, which is a dictionary, got {type(record).__name__}.")
-        known = cls.__dataclass_fields__
-        missing = {name for name, field in known.items() if field.default is MISSING} - record.keys()
-        if missing or record.keys() - known.keys():
-            raise ValueError(
-                f"Not a record of a selection: missing {sorted(missing)}, "
-                f"unknown {sorted(map(str, record.keys() - known.keys()))}."
-            )
-        wrong = [name for name, is_right in _FIELDS.items() if name in record and not is_right(record[name])]
-        if wrong:
-            raise ValueError(f"Not a record of a selection: {', '.join(wrong)} are not what it has there.")
-        count = len(record["timesteps"])
-        uneven = [name for name in ("scores", "smoothed", "intervals", "log_snr") if len(record[name]) != count]
-        if uneven or record["timestep"] not in record["timesteps"]:
-            why = f"{', '.join(uneven)} are not as many as its timesteps" if uneven else "its timestep was not read"
-            raise ValueError(f"Not a record of a selection: {why}.")
-        return cls(**record)
+        _check_format(record.get("format", 1))
+        fields = {name: value for name, value in record.items() if name != "format"}
+        _check_names(fields)
+        _check_values(fields)
+        return cls(**fields)
 
     def plot(
         self,
@@ -126,7 +119,6 @@ class TimestepSelection:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        written = [Path(path)]
         plot_timestep_curve(
             path,
             self.timesteps,
@@ -140,19 +132,52 @@ class TimestepSelection:
             accuracy_log_snr=accuracy_log_snr,
             accuracy_name=accuracy_name,
         )
-        if self.table is not None:
-            written.append(written[0].with_name(f"{written[0].stem}_heat_map.png"))
-            plot_timestep_heat_map(
-                written[1],
-                self.timesteps,
-                self.log_snr,
-                [_tap_name(row["block"], row["feature"]) for row in self.table],
-                [row["smoothed"] for row in self.table],
-                _tap_name(self.block, self.feature),
-                self.timestep,
-                self.criterion,
-            )
-        return written
+        curve = Path(path)
+        if self.table is None:
+            return [curve]
+        heat_map = curve.with_name(f"{curve.stem}_heat_map.png")
+        plot_timestep_heat_map(
+            heat_map,
+            self.timesteps,
+            self.log_snr,
+            [_tap_name(row["block"], row["feature"]) for row in self.table],
+            [row["smoothed"] for row in self.table],
+            _tap_name(self.block, self.feature),
+            self.timestep,
+            self.criterion,
+        )
+        return [curve, heat_map]
+
+
+def _check_format(number: Any) -> None:
+    if not _is_integer(number) or number < 1:
+        raise ValueError(f"Not a record of a selection: its `format` must be an integer from 1 on, got {number!r}.")
+    if number > FORMAT:
+        raise ValueError(
+            f"This record of a selection has format {number}, and the installed hf_aselect reads formats up to "
+            f"{FORMAT}. Upgrade it: pip install -U hf_aselect"
+        )
+
+
+def _check_names(record: dict[str, Any]) -> None:
+    known = TimestepSelection.__dataclass_fields__
+    missing = {name for name, field in known.items() if field.default is MISSING} - record.keys()
+    if missing or record.keys() - known.keys():
+        raise ValueError(
+            f"Not a record of a selection: missing {sorted(missing)}, "
+            f"unknown {sorted(map(str, record.keys() - known.keys()))}."
+        )
+
+
+def _check_values(record: dict[str, Any]) -> None:
+    wrong = [name for name, is_right in _FIELDS.items() if name in record and not is_right(record[name])]
+    if wrong:
+        raise ValueError(f"Not a record of a selection: {', '.join(wrong)} are not what it has there.")
+    count = len(record["timesteps"])
+    uneven = [name for name in ("scores", "smoothed", "intervals", "log_snr") if len(record[name]) != count]
+    if uneven or record["timestep"] not in record["timesteps"]:
+        why = f"{', '.join(uneven)} are not as many as its timesteps" if uneven else "its timestep was not read"
+        raise ValueError(f"Not a record of a selection: {why}.")
 
 
 def _tap_name(block: int, feature: str) -> str:

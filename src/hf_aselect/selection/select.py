@@ -1,30 +1,26 @@
 """Choosing the timestep by a criterion of the features."""
 
 import logging
-import operator
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
-from itertools import product
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 
-from ..model.checks import check_timestep
-from ..model.configuration_aselect import ASelectConfig
 from ..model.denoiser import eval_mode, is_sharded
-from ..model.layouts import Tap
-from .criteria import CRITERIA, Consensus, Criterion, PatchProbe, Probe
+from .criteria import Criterion, labels_wanted
 from .curve import TimestepCurve
 from .distribution import called_by
+from .generation import count_forwards
 from .images import CalibrationPictures
+from .reader import ReadableModel
 from .record import TimestepSelection
-from .sweep import AUTO_FEATURES, ReadableModel, Sweep
+from .request import Request, checked_request
+from .sweep import Sweep
 
 logger = logging.getLogger(__name__)
-NUM_GENERATED = 64
-COARSE_STEP = 3
 
 
 def select_timestep(
@@ -96,6 +92,29 @@ def select_timestep(
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
     """
     started = time.monotonic()
+    _check_model(model, images)
+    request = checked_request(
+        model,
+        images,
+        criterion=criterion,
+        timesteps=timesteps,
+        labels=labels,
+        block=block,
+        feature=feature,
+        max_images=max_images,
+        confidence=confidence,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
+        sweep = _sweep_of_generated(model, request) if images is None else _sweep_of_given(model, images, request)
+        curve, stopped_by = sweep.run()
+    selection = _record(sweep, curve, stopped_by, images is None, started)
+    _report(selection, len(request.grid))
+    return selection
+
+
+def _check_model(model: ReadableModel, images: Any) -> None:
     if model.config.folded:
         raise ValueError(
             f"This model was folded at timestep {model.config.timestep}, which is in its weights: there is nothing to "
@@ -103,73 +122,111 @@ def select_timestep(
         )
     if images is None and is_sharded(model):
         raise ValueError("A model that FSDP2 shards makes no pictures of its own: give some as `images`.")
-    criterion = _checked_criterion(criterion, labels)
-    masks = _masks(labels, images)
-    if masks is not None and type(criterion) is Probe:
-        criterion = PatchProbe()
-    if isinstance(criterion, Consensus):
-        criterion = criterion.for_head(model.config.head)
-    if isinstance(criterion, PatchProbe) and masks is None:
-        raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each picture.")
-    _check_numbers(max_images, batch_size, confidence, seed)
-    taps = _checked_taps(model.config, block, feature, several=isinstance(criterion, Probe))
-    grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
-    search = Sweep(model, criterion, taps, grid, batch_size, seed)
-    if masks is not None:
-        search.masks = masks
-    elif labels is not None:
-        search.labels = _checked_labels(labels, images)
-    with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
-        if images is None:
-            max_images = min(max_images, NUM_GENERATED)
-            latents = search.generate(max_images)
-            pictures = CalibrationPictures(latents.clamp(-1, 1), model.config, max_images, seed)
-        else:
-            pictures = CalibrationPictures(images, model.config, max_images, seed)
-        wanted = list(grid) if timesteps is not None else sorted({*grid[::COARSE_STEP], grid[-1]})
-        stopped_by = search.run(pictures, wanted, max_images, confidence)
-    curve = search.curve()
-    best_tap, best = curve.best
-    selection = TimestepSelection(
+
+
+def _sweep_of_given(model: ReadableModel, images: Any, request: Request) -> Sweep:
+    return Sweep(model, CalibrationPictures(images, model.config, request.max_images, request.seed), request)
+
+
+def _sweep_of_generated(model: Any, request: Request) -> Sweep:
+    """Return a sweep over images that the model makes itself, and count what these cost."""
+    count = request.max_images
+    num_forwards = count_forwards(model, count)
+    logger.info(
+        "No pictures to choose a timestep from are given: the transformer makes %d, in %d passes.", count, num_forwards
+    )
+    # Every process makes all of them.
+    latents: Tensor = model.generate_latents(count, batch_size=request.batch_size, seed=request.seed)
+    latents = latents.to(model.device)
+    sweep = _sweep_of_given(model, latents.clamp(-1, 1), request)
+    sweep.reader.latents = dict(enumerate(latents))
+    sweep.reader.num_forwards = num_forwards
+    return sweep
+
+
+def _record(
+    sweep: Sweep, curve: TimestepCurve, stopped_by: str, is_generated: bool, started: float
+) -> TimestepSelection:
+    """Return the record of a sweep that ended."""
+    request, model = sweep.request, sweep.reader.model
+    tap, best = curve.best
+    block, feature = request.taps[tap]
+    warnings = _few_images_warnings(sweep, is_generated)
+    warnings += curve.warnings(request.confidence, _remedies(sweep, is_generated))
+    return TimestepSelection(
         timestep=curve.timesteps[best],
         timesteps=curve.timesteps,
-        scores=curve.scores[best_tap].tolist(),
-        smoothed=curve.smoothed[best_tap].tolist(),
-        intervals=curve.intervals[best_tap].tolist(),
+        scores=curve.scores[tap].tolist(),
+        smoothed=curve.smoothed[tap].tolist(),
+        intervals=curve.intervals[tap].tolist(),
         log_snr=model.noise_schedule.log_snr(torch.tensor(curve.timesteps)).tolist(),
         confidence=curve.confidence,
-        criterion=criterion.name,
-        settings=asdict(criterion) if is_dataclass(criterion) and not isinstance(criterion, type) else {},
-        options={
-            "timesteps": None if timesteps is None else list(grid),
-            "max_images": max_images,
-            "confidence": confidence,
-            "batch_size": batch_size,
-            "noise_seed": model.config.noise_seed,
-            "num_noise_draws": model.config.num_noise_draws,
-        },
-        block=taps[best_tap][0],
-        feature=taps[best_tap][1],
-        num_images=search.num_images,
-        pictures="generated" if images is None else "given",
+        criterion=request.criterion.name,
+        settings=_settings(request.criterion),
+        options=_options(model, request),
+        block=block,
+        feature=feature,
+        num_images=sweep.num_images,
+        pictures="generated" if is_generated else "given",
         stopped_by=stopped_by,
-        num_forwards=search.num_forwards,
+        num_forwards=sweep.num_forwards(),
         seconds=round(time.monotonic() - started, 3),
-        seed=seed,
-        warnings=search.warnings() + curve.warnings(confidence, _remedies(search, max_images)),
-        massive_channels=search.massive_channels(taps[best_tap]),
-        table=_table(taps, curve) if len(taps) > 1 else None,
+        seed=request.seed,
+        warnings=warnings,
+        massive_channels=sweep.massive_channels(request.taps[tap]),
+        table=_table(request, curve) if len(request.taps) > 1 else None,
     )
-    _report(selection, len(grid))
-    return selection
 
 
-def _table(taps: list[Tap], curve: TimestepCurve) -> list[dict[str, Any]]:
+def _settings(criterion: Criterion) -> dict[str, Any]:
+    """Return a criterion's settings by name, for the record."""
+    return asdict(criterion) if is_dataclass(criterion) and not isinstance(criterion, type) else {}
+
+
+def _options(model: ReadableModel, request: Request) -> dict[str, Any]:
+    """Return what else the selection depends on, for the record."""
+    return {
+        "timesteps": list(request.grid) if request.is_grid_given else None,
+        "max_images": request.max_images,
+        "confidence": request.confidence,
+        "batch_size": request.batch_size,
+        "noise_seed": model.config.noise_seed,
+        "num_noise_draws": model.config.num_noise_draws,
+    }
+
+
+def _table(request: Request, curve: TimestepCurve) -> list[dict[str, Any]]:
     """Return the scores of each tap, for the record."""
     return [
         {"block": at, "feature": name, "scores": scores.tolist(), "smoothed": smoothed.tolist()}
-        for (at, name), scores, smoothed in zip(taps, curve.scores, curve.smoothed, strict=True)
+        for (at, name), scores, smoothed in zip(request.taps, curve.scores, curve.smoothed, strict=True)
     ]
+
+
+def _few_images_warnings(sweep: Sweep, is_generated: bool) -> list[str]:
+    """Return what speaks against trusting any selection from so few images."""
+    criterion, count = sweep.request.criterion, sweep.num_images
+    if count >= criterion.min_images:
+        return []
+    remedy = "Give more pictures"
+    if is_generated:
+        remedy = "Give pictures, or raise `max_images`"
+    elif sweep.request.labels is None:
+        remedy += ", or none: the transformer then makes its own"
+    needed = f"{criterion.name!r} needs {criterion.min_images} or more, however sure it seems"
+    return [f"it rests on {count} picture{'s' * (count > 1)}, and {needed}. {remedy}."]
+
+
+def _remedies(sweep: Sweep, is_generated: bool) -> tuple[str, str]:
+    """Return what gives more images, and what labels would decide."""
+    if is_generated:
+        more = "pictures of your own"
+    elif sweep.num_images >= sweep.request.max_images:
+        more = "more pictures (`max_images`)"
+    else:
+        more = "more pictures"
+    has_labels = labels_wanted(sweep.request.criterion) is not None
+    return more, "more labelled pictures" if has_labels else "`criterion='probe'` with a few labels"
 
 
 def _report(selection: TimestepSelection, grid_size: int) -> None:
@@ -188,140 +245,3 @@ def _report(selection: TimestepSelection, grid_size: int) -> None:
     )
     for warning in selection.warnings:
         logger.warning("The choice of timestep %d: %s", selection.timestep, warning)
-
-
-def _remedies(search: Sweep, max_images: int) -> tuple[str, str]:
-    """Return what gives more pictures, and what labels would decide."""
-    if search.generated:
-        more = "pictures of your own"
-    elif search.num_images >= max_images:
-        more = "more pictures (`max_images`)"
-    else:
-        more = "more pictures"
-    labelled = isinstance(search.criterion, Probe)
-    return more, "more labelled pictures" if labelled else "`criterion='probe'` with a few labels"
-
-
-def _check_numbers(max_images: int, batch_size: int, confidence: float, seed: int) -> None:
-    for name, value in (("max_images", max_images), ("batch_size", batch_size), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"`{name}` must be an integer, got {value!r}.")
-    if not isinstance(confidence, int | float):
-        raise ValueError(f"`confidence` must be a number in [0, 1], got {confidence!r}.")
-    if max_images < 1 or batch_size < 1:
-        raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
-    if not 0 <= confidence <= 1:
-        raise ValueError(f"`confidence` must be in [0, 1], got {confidence}.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}.")
-
-
-def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:
-    if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
-        criterion = CRITERIA[criterion]
-    needed = ("name", "num_draws", "first_round", "min_images", "measure", "score")
-    if isinstance(criterion, type) or not all(hasattr(criterion, name) for name in needed):
-        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, or such an object, got {criterion!r}.")
-    if isinstance(criterion, Probe) != (labels is not None):
-        raise ValueError(
-            "`criterion='probe'` needs `labels`, the class index of each picture or the name of their column."
-            if labels is None
-            else f"`labels` are given, but {criterion.name!r} uses none; did you mean `criterion='probe'`?"
-        )
-    return criterion
-
-
-def _masks(labels: Any, images: Any) -> Any:
-    """Return masks by picture where the labels are masks, else None.
-
-    Raises:
-        ValueError: If there are not as many masks as pictures.
-    """
-    if isinstance(labels, str):
-        is_there = hasattr(images, "__len__") and labels in getattr(images, "column_names", [])
-        labels = images[labels] if is_there and len(images) else None
-    if labels is None or not hasattr(labels, "__len__") or not len(labels):
-        return None
-    if not isinstance(labels[0], Image.Image) and getattr(labels[0], "ndim", 0) != 2:
-        return None
-    if not hasattr(images, "__len__") or len(images) != len(labels):
-        raise ValueError(
-            f"There must be a mask for each picture, got {len(labels)} masks for "
-            f"{len(images) if hasattr(images, '__len__') else 'a stream of'} pictures."
-        )
-    return labels
-
-
-def _checked_labels(labels: Any, images: Any) -> list[int]:
-    """Return the class index of each picture."""
-    if not hasattr(images, "__len__"):
-        raise ValueError(
-            "`labels` need a set of pictures whose size is known, got "
-            f"{'none' if images is None else type(images).__name__}. Of a stream, take a part first: "
-            "`datasets.Dataset.from_list(list(stream.take(1000)))`."
-        )
-    if isinstance(labels, str):
-        columns = getattr(images, "column_names", [])
-        if labels not in columns:
-            raise ValueError(
-                f"`labels` names the column {labels!r}, but the pictures have "
-                f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
-            )
-        labels = images[labels][:]
-    if not hasattr(labels, "__len__"):
-        raise ValueError(f"`labels` must be a list of class indices, one a picture, got {type(labels).__name__}.")
-    if len(labels) != len(images):
-        raise ValueError(f"`labels` must name the class of each of {len(images)} pictures, got {len(labels)} labels.")
-    try:
-        indices = [operator.index(label) for label in labels]
-    except TypeError as error:
-        raise ValueError(f"`labels` must be class indices, integers from 0 on: {error}.") from error
-    if min(indices, default=0) < 0 or len(set(indices)) < 2:
-        raise ValueError(f"`labels` must be class indices from 0 on, of two classes or more, got {set(indices)}.")
-    return indices
-
-
-def _checked_taps(
-    config: ASelectConfig, block: int | str | Sequence[int] | None, feature: str | Sequence[str] | None, several: bool
-) -> list[Tap]:
-    if block == "auto":
-        blocks = list(range(0, config.num_hidden_layers, 3))
-    elif block is None or isinstance(block, int):
-        blocks = [config.block_index(block)]
-    elif isinstance(block, Sequence) and not isinstance(block, str):
-        blocks = [config.block_index(each) for each in block]
-    else:
-        raise ValueError(f"`block` must be an integer, several of them, or 'auto', got {block!r}.")
-    if feature == "auto":
-        features = list(AUTO_FEATURES)
-    else:
-        if not (feature is None or isinstance(feature, Sequence)):
-            raise ValueError(f"`feature` must be a name, several of them, or 'auto', got {feature!r}.")
-        features = [config.feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
-    taps = list(product(blocks, features))
-    for tap in taps:
-        config.check_tap(*tap)
-    if len(taps) > 1 and not several:
-        raise ValueError(
-            "Several blocks or features can only be compared by `criterion='probe'`: the scores of the other criteria "
-            f"say nothing across taps. Name one block and one feature, got {len(taps)} taps."
-        )
-    if not taps:
-        raise ValueError("Name at least one block and one feature.")
-    return taps
-
-
-def _checked_grid(timesteps: Sequence[int]) -> list[int]:
-    if not hasattr(timesteps, "__len__"):
-        raise ValueError(f"`timesteps` must be a list of integers in [0, 1000), got {timesteps!r}.")
-    if not len(timesteps):
-        raise ValueError("`timesteps` must name at least one timestep, got none.")
-    for timestep in timesteps:
-        if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):
-            check_timestep(timestep)
-    grid = sorted({operator.index(timestep) for timestep in timesteps})  # of numpy and torch, too
-    for timestep in (grid[0], grid[-1]):
-        check_timestep(timestep)
-    return grid

@@ -1,0 +1,263 @@
+"""What criteria gather while images are read: sums by timestep and group of images, over all processes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..model.configuration_aselect import ASelectConfig
+from ..model.layouts import Tap
+from .consensus import ConsensusSums, Key, leading_directions, unexplained
+from .distribution import Share
+from .images import CalibrationPictures
+from .reader import Batch
+
+# Images are summed in so many groups, and the bootstrap draws groups: sums are all it needs of the images.
+NUM_GROUPS = 16
+# Scale and weight of a consensus' reference features come from the first so many images.
+NUM_CALIBRATION = 32
+AUTO_FEATURES = ("hidden", "query", "key", "value")
+
+
+class Measure(Protocol):
+    """`Criterion.measure`."""
+
+    def __call__(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return numbers of each image, (B, ...), of tokens, (K, B, N, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an accumulator may need to know of the selection that it serves.
+
+    Args:
+        taps: The taps that are scored, A of them.
+        config: Configuration of the model.
+        images: The images.
+        labels: The class index of each image, or its mask, by index; None where there are no labels.
+        share: Which images this process reads, and how to gather what all read.
+    """
+
+    taps: list[Tap]
+    config: ASelectConfig
+    images: CalibrationPictures
+    labels: Any
+    share: Share
+
+
+class Accumulator(ABC):
+    """Gathers what a criterion measures, batch by batch, and makes sums of it."""
+
+    # All processes read so many images together before each reads its share of the others.
+    num_calibration: ClassVar[int] = 0
+
+    def calibrate(self, batches: Sequence[Batch], own: list[int]) -> None:
+        """Learn what all processes have to share from the first images, and add this process's own of them.
+
+        It is called once, before anything else, if `num_calibration` is not 0.
+
+        Args:
+            batches: The first images, at the timesteps to be read; the same in every process.
+            own: Indices of those that are this process's share.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def add(self, batch: Batch) -> None:
+        """Add some images of this process's share at some timesteps.
+
+        Images come again at timesteps that they were not read at yet.
+        """
+
+    @abstractmethod
+    def sums(self, timesteps: list[int]) -> dict[int, Tensor]:
+        """Return sums over the images of all processes, by timestep, (A, `NUM_GROUPS`, S), float64.
+
+        An image is in group `index % NUM_GROUPS`. All processes call it together, with timesteps at which all images
+        so far were read.
+        """
+
+
+class SumAccumulator(Accumulator):
+    """Adds up numbers measured of each image.
+
+    Args:
+        measure: Returns the numbers, (B, S), float64, of tokens, (K, B, N, D).
+        context: The selection.
+    """
+
+    def __init__(self, measure: Measure, context: Context) -> None:
+        self.measure, self.taps, self.share = measure, context.taps, context.share
+        self.own: dict[int, Tensor] = {}  # by timestep, (A, G, S)
+
+    def add(self, batch: Batch) -> None:
+        """Measure some images, and add the numbers to the sums of their groups."""
+        for timestep, tokens in batch.read(self.taps):
+            values = torch.stack([self.measure(tokens[tap], *batch.grid) for tap in self.taps])
+            if timestep not in self.own:
+                self.own[timestep] = values.new_zeros(len(self.taps), NUM_GROUPS, values.shape[-1])
+            self.own[timestep].index_add_(1, torch.tensor(batch.indices) % NUM_GROUPS, values)
+
+    def sums(self, timesteps: list[int]) -> dict[int, Tensor]:
+        """Return the sums of all processes, added in the order of their ranks."""
+        total: dict[int, Tensor] = {}
+        for part in self.share.gather({t: self.own[t] for t in timesteps if t in self.own}):
+            for timestep, sums in part.items():
+                total[timestep] = total[timestep] + sums if timestep in total else sums
+        return total
+
+
+class ProbeAccumulator(Accumulator):
+    """Keeps what was measured of each image, and counts on how many of them a probe of all is right.
+
+    Args:
+        measure: Returns the features to keep, (B, ...), of tokens, (K, B, N, D).
+        hits: Returns right answers and answers of each image, (n, 2), float64, of features and labels.
+        labels: Returns the labels, (n, ...), of images by their indices, with rows and columns of the token grid.
+        context: The selection.
+    """
+
+    def __init__(
+        self,
+        measure: Measure,
+        hits: Callable[[Tensor, Tensor], Tensor],
+        labels: Callable[[list[int], tuple[int, int]], Tensor],
+        context: Context,
+    ) -> None:
+        self.measure, self.hits, self.labels = measure, hits, labels
+        self.taps, self.share = context.taps, context.share
+        self.grid = (0, 0)
+        self.pooled: dict[int, list[tuple[list[int], list[Tensor]]]] = {}  # by timestep: indices, features by tap
+
+    def add(self, batch: Batch) -> None:
+        """Keep the features of some images."""
+        self.grid = batch.grid
+        for timestep, tokens in batch.read(self.taps):
+            measured = [self.measure(tokens[tap], *batch.grid) for tap in self.taps]
+            self.pooled.setdefault(timestep, []).append((batch.indices, measured))
+
+    def sums(self, timesteps: list[int]) -> dict[int, Tensor]:
+        """Return right answers and answers; every process fits the probe to the images of all."""
+        parts = self.share.gather({t: self.pooled[t] for t in timesteps if t in self.pooled})
+        # A process may have had no images.
+        self.grid = max(self.share.gather(self.grid))
+        return {t: self._sums_of_hits([batch for part in parts for batch in part.get(t, [])]) for t in timesteps}
+
+    def _sums_of_hits(self, batches: list[tuple[list[int], list[Tensor]]]) -> Tensor:
+        """Return right answers and answers at one timestep, (A, G, 2)."""
+        indices = torch.tensor([index for named, _ in batches for index in named])
+        order = indices.argsort()
+        labels = self.labels(indices[order].tolist(), self.grid)
+        # Taps may differ in width.
+        pooled = [torch.cat([values[tap] for _, values in batches])[order] for tap in range(len(self.taps))]
+        hits = torch.stack([self.hits(each, labels) for each in pooled])  # (A, n, 2)
+        sums = hits.new_zeros(len(self.taps), NUM_GROUPS, 2)
+        return sums.index_add_(1, indices[order] % NUM_GROUPS, hits)
+
+
+class PatchLabels:
+    """The classes of some patches of each image, by its mask.
+
+    Args:
+        places: Returns which tokens are read, (S,), of how many.
+        context: The selection; its labels are masks.
+    """
+
+    def __init__(self, places: Callable[[int], Tensor], context: Context) -> None:
+        self.places, self.images, self.masks = places, context.images, context.labels
+        self.ignored = context.config.semantic_loss_ignore_index
+        self.known: dict[int, Tensor] = {}  # by image, (N,)
+
+    def __call__(self, indices: list[int], grid: tuple[int, int]) -> Tensor:
+        """Return the classes, (n, S), of images on a token grid; -1 for patches of none."""
+        for index in indices:
+            if index not in self.known:
+                self.known[index] = self.images.patch_labels(index, self.masks[index], *grid, self.ignored)
+        places = self.places(grid[0] * grid[1])
+        return torch.stack([self.known[index][places] for index in indices])
+
+
+class ConsensusAccumulator(Accumulator):
+    """Holds one tap's features at each timestep against what those of all timesteps and several blocks agree on.
+
+    Args:
+        measure: Returns statistics of the tokens of each image, (B, S, D), float32.
+        num_targets: Size of the sketch of all reference features.
+        num_read: How many of the statistics are predicted from, counted from the first.
+        context: The selection, of a single tap.
+    """
+
+    num_calibration = NUM_CALIBRATION
+
+    def __init__(self, measure: Measure, num_targets: int, num_read: int, context: Context) -> None:
+        (self.tap,) = context.taps
+        self.measure, self.share = measure, context.share
+        self.taps = list(dict.fromkeys([self.tap, *_reference_taps(context.config)]))
+        self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read)
+
+    def calibrate(self, batches: Sequence[Batch], own: list[int]) -> None:
+        """Take the scales of the reference features, and add this process's own images.
+
+        One process's scales are used by all: the last bits may differ from machine to machine.
+        """
+        read = [index for batch in batches for index in batch.indices]
+        measured = [self._measured(batch, self.taps) for batch in batches]
+        together = {key: torch.cat([each.pop(key) for each in measured]) for key in list(measured[0])}
+        self.kept.calibrate(together)
+        self.kept.scales = self.share.gather(self.kept.scales)[0]
+        if own:
+            places = [read.index(index) for index in own]
+            mine = {key: values[places] for key, values in together.items()}
+            self.kept.add_targets(own, mine)
+            self._add(own, mine, batches[0].timesteps)
+
+    def add(self, batch: Batch) -> None:
+        """Add the features of some images; and their targets, unless these are known."""
+        if all(index in self.kept.targets for index in batch.indices):
+            # Timesteps that are read later, next to the best, have no share in the targets.
+            self._add(batch.indices, self._measured(batch, [self.tap]), batch.timesteps)
+            return
+        measured = self._measured(batch, self.taps)
+        self.kept.add_targets(batch.indices, measured)
+        self._add(batch.indices, measured, batch.timesteps)
+
+    def sums(self, timesteps: list[int]) -> dict[int, Tensor]:
+        """Return squared errors and variance of the shared targets."""
+        # Of one process: another machine may find them with other signs.
+        directions = self.share.gather(leading_directions(self.share.total(self.kept.target_moments())))[0]
+        variance = self.share.total(self.kept.variance(directions))
+        # One timestep after the other: some megabytes each.
+        return {timestep: self._unexplained(timestep, directions, variance)[None] for timestep in timesteps}
+
+    def _unexplained(self, timestep: int, directions: Tensor, variance: Tensor) -> Tensor:
+        """Return the squared error at a timestep and the variance, (G, 2)."""
+        own = self.kept.products(timestep, directions) if timestep in self.kept.features else None
+        parts = [part for part in self.share.gather(own) if part is not None]
+        left, right = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+        return unexplained(left, right, variance)
+
+    def _measured(self, batch: Batch, taps: list[Tap]) -> dict[Key, Tensor]:
+        """Return the statistics of the images of a batch, (B, S, D), at each timestep and tap."""
+        return {
+            (timestep, *tap): self.measure(tokens[tap], *batch.grid)
+            for timestep, tokens in batch.read(taps)
+            for tap in taps
+        }
+
+    def _add(self, indices: list[int], measured: dict[Key, Tensor], timesteps: list[int]) -> None:
+        """Add the features of images whose targets are known."""
+        calibrated = sorted({timestep for timestep, _, _ in self.kept.scales})
+        for timestep in timesteps:
+            near = min(calibrated, key=lambda known: abs(known - timestep))
+            self.kept.add(timestep, indices, measured[(timestep, *self.tap)], (near, *self.tap))
+
+
+def _reference_taps(config: ASelectConfig) -> list[Tap]:
+    """Return the taps whose agreement a consensus is: four features of three blocks, from 0 to 6/8 of the depth."""
+    blocks = sorted({share * config.num_hidden_layers // 8 for share in (0, 3, 6)})
+    return list(product(blocks, AUTO_FEATURES))

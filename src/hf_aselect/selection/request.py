@@ -1,0 +1,219 @@
+"""What a selection is asked for: the arguments of `select_timestep`, checked."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from PIL import Image
+
+from ..model.checks import check_timestep
+from ..model.configuration_aselect import ASelectConfig
+from ..model.layouts import Tap
+from .accumulators import AUTO_FEATURES
+from .criteria import CRITERIA, MASKS, Criterion, labels_wanted, suited
+from .reader import ReadableModel
+
+# So many images the transformer makes itself at most.
+NUM_GENERATED = 64
+COARSE_STEP = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to select a timestep by, where, and how surely.
+
+    Args:
+        criterion: The criterion, with the settings that suit the model.
+        taps: Taps to compare, at least one.
+        grid: Timesteps that may be read, rising integers in [0, 1000).
+        is_grid_given: Whether all of them are read, rather than from coarse to fine.
+        labels: Class index of each image, or its mask, by index; None where there are no labels.
+        max_images: Images at most, at least 1.
+        confidence: The confidence to reach, in [0, 1].
+        batch_size: Noised images in one forward pass, at least 1.
+        seed: Seed in [0, 2**63).
+    """
+
+    criterion: Criterion
+    taps: list[Tap]
+    grid: list[int]
+    is_grid_given: bool
+    labels: Any
+    max_images: int
+    confidence: float
+    batch_size: int
+    seed: int
+
+    @property
+    def first_timesteps(self) -> list[int]:
+        """The timesteps to read before any neighbour of the best, rising."""
+        return list(self.grid) if self.is_grid_given else sorted({*self.grid[::COARSE_STEP], self.grid[-1]})
+
+
+def checked_request(
+    model: ReadableModel,
+    images: Any,
+    *,
+    criterion: str | Criterion,
+    timesteps: Sequence[int] | None,
+    labels: Sequence[int] | str | None,
+    block: int | str | Sequence[int] | None,
+    feature: str | Sequence[str] | None,
+    max_images: int,
+    confidence: float,
+    batch_size: int,
+    seed: int,
+) -> Request:
+    """Return what `select_timestep` is asked for; see there.
+
+    Raises:
+        ValueError: If an argument is not what `select_timestep` takes.
+    """
+    criterion = _checked_criterion(criterion, labels)
+    masks = _masks(labels, images)
+    criterion = suited(criterion, model.config, masks is not None)
+    if labels_wanted(criterion) == MASKS and masks is None:
+        raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each picture.")
+    _check_numbers(max_images, batch_size, confidence, seed)
+    taps = _checked_taps(model.config, block, feature, several=labels_wanted(criterion) is not None)
+    grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
+    if masks is None and labels is not None:
+        labels = _checked_labels(labels, images)
+    return Request(
+        criterion,
+        taps,
+        grid,
+        timesteps is not None,
+        labels if masks is None else masks,
+        min(max_images, NUM_GENERATED) if images is None else max_images,
+        confidence,
+        batch_size,
+        seed,
+    )
+
+
+def _check_numbers(max_images: int, batch_size: int, confidence: float, seed: int) -> None:
+    for name, value in (("max_images", max_images), ("batch_size", batch_size), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+    if not isinstance(confidence, int | float):
+        raise ValueError(f"`confidence` must be a number in [0, 1], got {confidence!r}.")
+    if max_images < 1 or batch_size < 1:
+        raise ValueError(f"`max_images` and `batch_size` must be at least 1, got {max_images} and {batch_size}.")
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"`confidence` must be in [0, 1], got {confidence}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}.")
+
+
+def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+        criterion = CRITERIA[criterion]
+    needed = ("name", "num_draws", "first_round", "min_images", "measure", "score")
+    if isinstance(criterion, type) or not all(hasattr(criterion, name) for name in needed):
+        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, or such an object, got {criterion!r}.")
+    if (labels_wanted(criterion) is None) == (labels is not None):
+        raise ValueError(
+            "`criterion='probe'` needs `labels`, the class index of each picture or the name of their column."
+            if labels is None
+            else f"`labels` are given, but {criterion.name!r} uses none; did you mean `criterion='probe'`?"
+        )
+    return criterion
+
+
+def _masks(labels: Any, images: Any) -> Any:
+    """Return masks by picture where the labels are masks, else None.
+
+    Raises:
+        ValueError: If there are not as many masks as pictures.
+    """
+    if isinstance(labels, str):
+        is_there = hasattr(images, "__len__") and labels in getattr(images, "column_names", [])
+        labels = images[labels] if is_there and len(images) else None
+    if labels is None or not hasattr(labels, "__len__") or not len(labels):
+        return None
+    if not isinstance(labels[0], Image.Image) and getattr(labels[0], "ndim", 0) != 2:
+        return None
+    if not hasattr(images, "__len__") or len(images) != len(labels):
+        raise ValueError(
+            f"There must be a mask for each picture, got {len(labels)} masks for "
+            f"{len(images) if hasattr(images, '__len__') else 'a stream of'} pictures."
+        )
+    return labels
+
+
+def _checked_labels(labels: Any, images: Any) -> list[int]:
+    """Return the class index of each picture."""
+    if not hasattr(images, "__len__"):
+        raise ValueError(
+            "`labels` need a set of pictures whose size is known, got "
+            f"{'none' if images is None else type(images).__name__}. Of a stream, take a part first: "
+            "`datasets.Dataset.from_list(list(stream.take(1000)))`."
+        )
+    if isinstance(labels, str):
+        columns = getattr(images, "column_names", [])
+        if labels not in columns:
+            raise ValueError(
+                f"`labels` names the column {labels!r}, but the pictures have "
+                f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
+            )
+        labels = images[labels][:]
+    if not hasattr(labels, "__len__"):
+        raise ValueError(f"`labels` must be a list of class indices, one a picture, got {type(labels).__name__}.")
+    if len(labels) != len(images):
+        raise ValueError(f"`labels` must name the class of each of {len(images)} pictures, got {len(labels)} labels.")
+    try:
+        indices = [operator.index(label) for label in labels]
+    except TypeError as error:
+        raise ValueError(f"`labels` must be class indices, integers from 0 on: {error}.") from error
+    if min(indices, default=0) < 0 or len(set(indices)) < 2:
+        raise ValueError(f"`labels` must be class indices from 0 on, of two classes or more, got {set(indices)}.")
+    return indices
+
+
+def _checked_taps(
+    config: ASelectConfig, block: int | str | Sequence[int] | None, feature: str | Sequence[str] | None, several: bool
+) -> list[Tap]:
+    if block == "auto":
+        blocks = list(range(0, config.num_hidden_layers, 3))
+    elif block is None or isinstance(block, int):
+        blocks = [config.block_index(block)]
+    elif isinstance(block, Sequence) and not isinstance(block, str):
+        blocks = [config.block_index(each) for each in block]
+    else:
+        raise ValueError(f"`block` must be an integer, several of them, or 'auto', got {block!r}.")
+    if feature == "auto":
+        features = list(AUTO_FEATURES)
+    else:
+        if not (feature is None or isinstance(feature, Sequence)):
+            raise ValueError(f"`feature` must be a name, several of them, or 'auto', got {feature!r}.")
+        features = [config.feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
+    taps = list(product(blocks, features))
+    for tap in taps:
+        config.check_tap(*tap)
+    if len(taps) > 1 and not several:
+        raise ValueError(
+            "Several blocks or features can only be compared by `criterion='probe'`: the scores of the other criteria "
+            f"say nothing across taps. Name one block and one feature, got {len(taps)} taps."
+        )
+    if not taps:
+        raise ValueError("Name at least one block and one feature.")
+    return taps
+
+
+def _checked_grid(timesteps: Sequence[int]) -> list[int]:
+    if not hasattr(timesteps, "__len__"):
+        raise ValueError(f"`timesteps` must be a list of integers in [0, 1000), got {timesteps!r}.")
+    if not len(timesteps):
+        raise ValueError("`timesteps` must name at least one timestep, got none.")
+    for timestep in timesteps:
+        if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):
+            check_timestep(timestep)
+    grid = sorted({operator.index(timestep) for timestep in timesteps})  # of numpy and torch, too
+    for timestep in (grid[0], grid[-1]):
+        check_timestep(timestep)
+    return grid
