@@ -37,12 +37,11 @@ from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import AttentionHead, token_map
 from .image_processing_aselect import ASelectImageProcessor
-from .layouts import MASSIVE_FEATURES, Tap, tap_key
+from .layouts import MASSIVE_FEATURES, Tap
 from .noise_schedule import NoiseSchedule, fixed_noise
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 2**15  # in one forward pass of a choice that loading makes
 MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
@@ -537,11 +536,7 @@ class ASelectPreTrainedModel(ShareableModel):
         """Select the timestep if it is "auto"; forget a record that no longer fits."""
         config = self.config
         if config.timestep == "auto":
-            select = package("selection.select", "Selecting a timestep (`timestep='auto'`)")
-            height, width = (side // config.patch_pixels for side in config.image_height_width)
-            # As many tokens at once as 32 images of 512 pixels have: large images would not fit many a machine.
-            batch_size = max(1, min(32, MAX_TOKENS // (height * width)))
-            self.apply_selection(select.select_timestep(self, calibration_images, batch_size=batch_size))
+            package("selection.apply", "Selecting a timestep (`timestep='auto'`)").settle(self, calibration_images)
             return
         if config.zeroed_channels == "auto":
             raise ValueError(
@@ -585,32 +580,9 @@ class ASelectPreTrainedModel(ShareableModel):
         Raises:
             ValueError: If it is none, or there is a head, and the tokens of the selection are of another width than
                 those it reads.
+            ImportError: If the package is not installed.
         """
-        # By name: the package's record serves a model whose code was loaded from the Hub, too.
-        if type(selection).__name__ != "TimestepSelection":
-            raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
-        config, base = self.config, self._base()
-        width = config.width_of(selection.feature)
-        if self is not base and width != config.feature_size:
-            raise ValueError(
-                f"The head reads tokens of {config.feature_size} channels, but {selection.feature!r} has {width}. "
-                f"Load the model with `feature={selection.feature!r}, block={selection.block}, "
-                f"timestep={selection.timestep}`."
-            )
-        own = config.block_index(), config.feature
-        is_another_tap = (selection.block, selection.feature) != own
-        if is_another_tap and isinstance(config.zeroed_channels, list):
-            config.zeroed_channels = {tap_key(*own): config.zeroed_channels}  # they stay where they are
-        if is_another_tap:  # else the block stays as it was written, perhaps counted from the end
-            config.block, config.feature = selection.block, selection.feature
-        config.timestep, config.selection = selection.timestep, selection.to_dict()
-        if selection.massive_channels is not None:
-            known = config.zeroed_channels if isinstance(config.zeroed_channels, dict) else {}
-            found = {tap_key(selection.block, selection.feature): selection.massive_channels}
-            config.zeroed_channels = {**known, **found}
-        if is_another_tap and not config.freeze_backbone:
-            base.denoiser.requires_grad_(True)
-            base.freeze()  # other blocks come after the tap
+        package("selection.apply", "Applying a selection").apply_selection(self, selection)
 
     def fold(self) -> Self:
         """Return a new, smaller model of the same class with equal outputs, at this timestep and tap alone.
