@@ -389,7 +389,7 @@ def _fold(parsed: argparse.Namespace) -> None:
     model = _load_to_fold(parsed, dtype)
     folded = model.fold()
     with whole_folder(target) as unfinished:
-        folded.save_pretrained(unfinished)
+        folded.save_pretrained(unfinished, include_code=True)  # its card says so
         save_image_processor(folded, unfinished)
         write_model_card(folded, unfinished, model_name=target.name)
     before, after = (sum(one.numel() for one in each.parameters()) for each in (model, folded))

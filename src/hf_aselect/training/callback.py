@@ -223,10 +223,7 @@ class ASelectCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         trained, folder = kwargs["model"], Path(str(args.output_dir))
-        # An adapter of peft's has none.
-        if _unwrapped(trained) is trained and trained._auto_class is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            custom_object_save(trained, str(folder))
+        _write_code(trained, folder)
         # A checkpoint at the end of a process's time is not announced.
         is_of_checkpoint = control.should_save or (args.enable_jit_checkpoint and self.final_step is None)
         if not is_of_checkpoint:
@@ -260,6 +257,15 @@ class ASelectCallback(TrainerCallback):
         name = args.hub_model_id if args.push_to_hub else None
         where = {"repo_id": name, "model_name": name.rpartition("/")[2]} if name and "/" in name else {}
         write_model_card(_with_adapter(trained), str(args.output_dir), **{**model.card_facts, **where})
+        # The card says that it is there, and `save_model` writes it again where it is.
+        _write_code(trained, Path(str(args.output_dir)))
+
+
+def _write_code(trained: Any, folder: Path) -> None:
+    """Write the code of a model into a folder; an adapter of peft's has none."""
+    if _unwrapped(trained) is trained and trained._auto_class is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        custom_object_save(trained, str(folder))
 
 
 def _facts_of_training(
