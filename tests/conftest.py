@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import gc
 import importlib.util
 import logging
+import re
 import socketserver
 import subprocess
 import sys
@@ -24,6 +25,10 @@ import pytest
 
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
+# The families of `pipelines.py` but for two, which stand for all in a quick run.
+MATRIX = {"sit", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_dev", "sana", "lumina2"}
+# Fixtures that start processes or a server, or train by whole scripts.
+PROCESS_FIXTURES = {"forking", "hub", "outcome", "pages", "summary", "train"}
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2}
 
 
@@ -44,6 +49,21 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark what is known by its parameters and fixtures, and leave out what is off unless `-m` names it."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in MATRIX for value in given):
+            item.add_marker("family")
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+    if not {"slow", "gpu"} & set(re.findall(r"\w+", config.option.markexpr)):
+        off = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("gpu")}
+        items[:] = [item for item in items if item not in off]
+        config.hook.pytest_deselected(items=list(off))
 
 
 def pytest_configure():

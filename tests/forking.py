@@ -19,8 +19,11 @@ gc.disable()
 import atexit, json, os, signal, sys, time, traceback
 import numpy, torch, transformers, datasets, peft, accelerate
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
-import hf_aselect, hf_aselect.training.metrics
-from transformers import Trainer
+from transformers import Trainer, dynamic_module_utils
+if len(sys.argv) > 1:
+    sys.modules["hf_aselect"] = None
+else:
+    import hf_aselect, hf_aselect.training.metrics
 import huggingface_hub.constants as constants
 # What was imported is never looked through again, and stays in memory that the children share.
 gc.freeze()
@@ -30,11 +33,12 @@ def run(task):
     os.environ.update(task["environment"])
     for name in task["without"]:
         os.environ.pop(name, None)
-    # The client reads it when it is imported.
+    # The client and transformers read it when they are imported.
     if "HF_HOME" in os.environ:
         constants.HF_HOME = os.environ["HF_HOME"]
         constants.HF_HUB_CACHE = os.path.join(constants.HF_HOME, "hub")
         constants.HF_TOKEN_PATH = os.path.join(constants.HF_HOME, "token")
+        dynamic_module_utils.HF_MODULES_CACHE = os.path.join(constants.HF_HOME, "modules")
     numpy.random.seed()
     sys.argv = ["-c", *task["words"]]
     try:
@@ -122,10 +126,15 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    @property
+    def said(self):
+        """All that it has said so far."""
+        output = Path(self.folder.name) / "output"
+        return output.read_text(encoding="utf-8") if output.exists() else ""
+
     def wait(self):
         """Return its exit status, the first that is not 0 of several processes, and all that it says."""
-        code = json.loads(self.server.stdout.readline())
-        said = (Path(self.folder.name) / "output").read_text(encoding="utf-8")
+        code, said = json.loads(self.server.stdout.readline()), self.said
         self.folder.cleanup()
         return code, said
 
@@ -135,12 +144,13 @@ class Forking:
 
     Args:
         environment: Its environment.
+        without_us: Whether it can not import it, but all other libraries.
     """
 
-    def __init__(self, environment):
+    def __init__(self, environment, without_us=False):
         self.environment = environment
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
+            [sys.executable, "-c", SERVER, *["without"] * without_us],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

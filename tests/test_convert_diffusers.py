@@ -529,6 +529,7 @@ def test_a_missing_subfolder_is_said_so(latent_folder):
         DiTModel.from_pretrained(latent_folder, subfolder="two", timestep=5)
 
 
+@pytest.mark.process
 def test_a_conversion_that_is_killed_never_looks_finished(latent_folder, tmp_path):
     script = f"""
 import os

@@ -22,6 +22,8 @@ from hf_aselect.demo.segmentation import (
     run_segmentation_demo,
 )
 
+pytestmark = pytest.mark.process
+
 SMALL = SegmentationDemoSettings(num_train=16, num_test=8, num_calibration=8, num_probe=8, num_epochs=1)
 
 

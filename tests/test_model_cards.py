@@ -230,6 +230,7 @@ def test_a_sources_card_says_its_licence_and_what_to_expect(name):
         assert heading in text
 
 
+@pytest.mark.process
 def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
     cards = ROOT / "model_cards"
     for name in SOURCES:
@@ -367,6 +368,7 @@ def test_the_classifiers_head_beats_what_it_is_compared_with(demos):
         assert figures["selected"] > max(figures["zero"], figures["random_mean"], figures["worst"])
 
 
+@pytest.mark.process
 def test_the_code_of_the_classifiers_card_runs(demos, tmp_path, monkeypatch):
     """On the embedded DiT with a head that is not trained: the weights of the card's model are not in git."""
     config = ASelectConfig(**demos[0]["config"])

@@ -439,6 +439,7 @@ def test_accumulated_gradients_are_those_of_one_batch(pixel_folder, pixels, tmp_
     torch.testing.assert_close(weights[0], weights[1])
 
 
+@pytest.mark.process
 def test_a_compiled_model_learns_the_same(pixel_folder, pixels, tmp_path):
     losses = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
