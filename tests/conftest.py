@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import gc
 import importlib.util
 import logging
@@ -27,8 +28,8 @@ NUM_CLASSES = 5
 NUM_BLOCKS = 3
 # The families of `pipelines.py` but for two, which stand for all in a quick run.
 MATRIX = {"sit", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_dev", "sana", "lumina2"}
-# Fixtures that start processes or a server, or train by whole scripts.
-PROCESS_FIXTURES = {"forking", "hub", "outcome", "pages", "summary", "train"}
+# Fixtures that start processes or a server, or are whole runs.
+PROCESS_FIXTURES = {"finished", "forking", "hub", "outcome", "pages", "summary", "train"}
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2}
 
 
@@ -193,23 +194,39 @@ def latent_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def model(pixel_folder):
-    """A DiT in pixel space, read at timestep 50."""
+@pytest.fixture(scope="session")
+def loaded_model(pixel_folder):
     from hf_aselect import DiTModel
 
     return DiTModel.from_pretrained(pixel_folder, timestep=50)
 
 
 @pytest.fixture
-def classifier(pixel_folder):
-    """A classifier of 4 classes on it, with a small attention head that is not trained."""
+def model(loaded_model):
+    """A DiT in pixel space, read at timestep 50."""
+    return copy.deepcopy(loaded_model)
+
+
+@pytest.fixture(scope="session")
+def loaded_classifier(pixel_folder):
+    """The classifier, and the random numbers that come after it was made."""
     import torch
 
     from hf_aselect import DiTForImageClassification
 
     torch.manual_seed(1)
-    return DiTForImageClassification.from_pretrained(pixel_folder, timestep=50, num_labels=4, **HEAD)
+    model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=50, num_labels=4, **HEAD)
+    return model, torch.random.get_rng_state()
+
+
+@pytest.fixture
+def classifier(loaded_classifier):
+    """A classifier of 4 classes on it, with a small attention head that is not trained."""
+    import torch
+
+    model, numbers = loaded_classifier
+    torch.random.set_rng_state(numbers)
+    return copy.deepcopy(model)
 
 
 @pytest.fixture

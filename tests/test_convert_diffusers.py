@@ -949,6 +949,7 @@ READING_COST = example("benchmarks/reading_cost.py")
 PARAMETERS = {"facebook/DiT-XL-2-256": 749.8, "stabilityai/stable-diffusion-3-medium-diffusers": 2028.3}
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", READING_COST.SOURCES)
 def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
     class_name = READING_COST.SOURCES[name][0]
@@ -1015,6 +1016,7 @@ def written_out(outside, block, depth, not_last=()):
     }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("source", "published"),
     [

@@ -120,6 +120,7 @@ def test_a_model_conditioned_on_the_size_reads_that_size_alone(load):
         folded(pictures(folded, (32, 64)))
 
 
+@pytest.mark.family
 def test_several_taps_of_one_pass_are_folded_together(load):
     for name in ("dit", "sd35", "flux", "sana", "lumina2"):
         backbone = load(name, DiTBackbone, out_indices=[0, 1, 2], feature="attention")
@@ -375,6 +376,7 @@ def test_gradient_checkpointing_changes_nothing(load, name):
             torch.testing.assert_close(value.grad, expected[name], msg=name)
 
 
+@pytest.mark.process
 def test_compiled_without_graph_breaks(classifier, pixels):
     classifier.config.timestep = TIMESTEP
     folded = classifier.fold()

@@ -188,6 +188,7 @@ def card(name):
     return (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_code_of_a_sources_card_runs(name, tmp_path, pictures):
     source, build = SOURCES[name]
@@ -246,6 +247,7 @@ def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
         assert (tmp_path / name / "README.md").read_text(encoding="utf-8") == card(name), name
 
 
+@pytest.mark.family
 def test_the_parameters_in_the_figures_are_those_of_diffusers_classes():
     reading_cost = example("benchmarks/reading_cost.py")
     figures = json.loads((ROOT / "model_cards" / "reading_cost.json").read_text(encoding="utf-8"))
