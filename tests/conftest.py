@@ -1,4 +1,8 @@
-"""Tiny real diffusers models, made once: nothing is downloaded."""
+"""Tiny real diffusers models, made once: nothing is downloaded.
+
+torch, diffusers, transformers and the package are imported inside what uses them: a file that needs none of them, or
+few, is done in seconds.
+"""
 
 import os
 
@@ -8,22 +12,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
+import gc
 import importlib.util
 import logging
+import re
+import socketserver
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
-from PIL import Image
-from torch import nn
-from transformers import Trainer, TrainingArguments
-
-from hf_aselect import DiTForImageClassification, DiTModel
 
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
+# The families of `pipelines.py` but for two, which stand for all in a quick run.
+MATRIX = {"sit", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_dev", "sana", "lumina2"}
+# Fixtures that start processes or a server, or are whole runs.
+PROCESS_FIXTURES = {"finished", "forking", "hub", "outcome", "pages", "summary", "train"}
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2}
 
 
@@ -47,6 +53,56 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark what is known by its parameters and fixtures, and leave out what is off unless `-m` names it."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in MATRIX for value in given):
+            item.add_marker("family")
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+    if not {"slow", "gpu"} & set(re.findall(r"\w+", config.option.markexpr)):
+        off = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("gpu")}
+        items[:] = [item for item in items if item not in off]
+        config.hook.pytest_deselected(items=list(off))
+
+
+def pytest_configure():
+    # Imports make millions of objects, none of them to be collected: looking through them takes a second.
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
+    # Its summary imports all of hypothesis, to find that there is nothing to say.
+    plugins = session.config.pluginmanager
+    if "hypothesis" not in sys.modules and plugins.has_plugin("hypothesispytest"):
+        plugins.unregister(name="hypothesispytest")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """What starts Python or a server costs seconds: only a test that is marked `process` may, with its fixtures."""
+    if item.get_closest_marker("process") or item.path.parent != Path(__file__).parent:
+        return (yield)
+    start, listen = subprocess.Popen.__init__, socketserver.TCPServer.__init__
+
+    def guarded_start(self, args, *others, **options):
+        assert args[0] != sys.executable, "A test that starts Python is to be marked `process`."
+        return start(self, args, *others, **options)
+
+    def guarded_listen(*_args, **_options):
+        raise AssertionError("A test that starts a server is to be marked `process`.")
+
+    subprocess.Popen.__init__, socketserver.TCPServer.__init__ = guarded_start, guarded_listen
+    try:
+        return (yield)
+    finally:
+        subprocess.Popen.__init__, socketserver.TCPServer.__init__ = start, listen
 
 
 class DeprecationHandler(logging.Handler):
@@ -75,6 +131,9 @@ def no_deprecations():
 
 def build_transformer(num_channels=3, num_layers=NUM_BLOCKS):
     """A DiT of 3 blocks, 16 wide, 8 × 8 latents, every weight of which matters."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -86,11 +145,14 @@ def build_transformer(num_channels=3, num_layers=NUM_BLOCKS):
         num_embeds_ada_norm=NUM_CLASSES,
     )
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
 
 def build_vae():
+    import torch
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
     return AutoencoderKL(
         in_channels=3,
@@ -107,6 +169,8 @@ def build_vae():
 @pytest.fixture(scope="session")
 def pixel_folder(tmp_path_factory):
     """transformer/ and scheduler/ of a DiT on RGB pictures of 8 × 8."""
+    from diffusers import DDPMScheduler
+
     folder = tmp_path_factory.mktemp("pixel")
     build_transformer().save_pretrained(folder / "transformer")
     DDPMScheduler().save_pretrained(folder / "scheduler")
@@ -124,6 +188,8 @@ def bare_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def latent_folder(tmp_path_factory):
     """transformer/, scheduler/ and vae/ of a DiT on latents of pictures of 16 × 16."""
+    from diffusers import DDPMScheduler
+
     folder = tmp_path_factory.mktemp("latent")
     build_transformer(num_channels=4).save_pretrained(folder / "transformer")
     build_vae().save_pretrained(folder / "vae")
@@ -131,28 +197,55 @@ def latent_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def model(pixel_folder):
-    """A DiT in pixel space, read at timestep 50."""
+@pytest.fixture(scope="session")
+def loaded_model(pixel_folder):
+    from hf_aselect import DiTModel
+
     return DiTModel.from_pretrained(pixel_folder, timestep=50)
 
 
 @pytest.fixture
-def classifier(pixel_folder):
-    """A classifier of 4 classes on it, with a small attention head that is not trained."""
+def model(loaded_model):
+    """A DiT in pixel space, read at timestep 50."""
+    return copy.deepcopy(loaded_model)
+
+
+@pytest.fixture(scope="session")
+def loaded_classifier(pixel_folder):
+    """The classifier, and the random numbers that come after it was made."""
+    import torch
+
+    from hf_aselect import DiTForImageClassification
+
     torch.manual_seed(1)
-    return DiTForImageClassification.from_pretrained(pixel_folder, timestep=50, num_labels=4, **HEAD)
+    model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=50, num_labels=4, **HEAD)
+    return model, torch.random.get_rng_state()
+
+
+@pytest.fixture
+def classifier(loaded_classifier):
+    """A classifier of 4 classes on it, with a small attention head that is not trained."""
+    import torch
+
+    model, numbers = loaded_classifier
+    torch.random.set_rng_state(numbers)
+    return copy.deepcopy(model)
 
 
 @pytest.fixture
 def pixels():
     """Seven RGB pictures of 8 × 8 in [-1, 1]."""
+    import torch
+
     return torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
 @pytest.fixture
 def pictures():
     """Six PIL pictures of 12 × 10."""
+    import torch
+    from PIL import Image
+
     generator = torch.Generator().manual_seed(3)
     values = torch.randint(0, 256, (6, 10, 12, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(value.numpy()) for value in values]
@@ -160,6 +253,8 @@ def pictures():
 
 def take_one_step(model, rows, batch_size, folder):
     """Let Trainer take one step of SGD on all rows, whose gradients it adds up over batches."""
+    from transformers import Trainer, TrainingArguments
+
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=batch_size,

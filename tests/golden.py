@@ -6,6 +6,7 @@ writes `tests/golden.json` anew. A test compares; another one wants the file's c
 reason for the change.
 """
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 
-from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
+from hf_aselect import ASelectImageProcessor, DiTModel, TimestepSelection, select_timestep
 from hf_aselect.hub.push import write_model_card
 from hf_aselect.model.layouts import FEATURES
 
@@ -25,15 +26,34 @@ EMBEDDED = files("hf_aselect") / "assets" / "fashion_mnist"
 TIMESTEPS = (0, 35, 253, 999)
 
 
-def values() -> dict[str, Any]:
-    """Return scores, the choice, checksums of tokens, and the card, as they are now."""
-    pictures = load_dataset("parquet", data_files=str(EMBEDDED / "train.parquet"), split="train")[:128]["image"]
+@functools.cache
+def sample() -> list[Any]:
+    """Return pictures."""
+    return load_dataset("parquet", data_files=str(EMBEDDED / "train.parquet"), split="train")[:128]["image"]
+
+
+@functools.cache
+def selection(criterion: str) -> TimestepSelection:
+    """Return what a criterion chooses now."""
     model = DiTModel.from_pretrained(EMBEDDED, timestep=0)
-    pixels = ASelectImageProcessor.from_model_config(model.config)(pictures[:8], return_tensors="pt").pixel_values
-    selections = {
-        name: select_timestep(model, pictures, criterion=name, max_images=128)
-        for name in ("consensus", "hfr", "signal_hfr")
+    return select_timestep(model, sample(), criterion=criterion, max_images=128)
+
+
+def scores(criterion: str) -> dict[str, Any]:
+    """Return the choice by a criterion and its scores, as they are now."""
+    found = selection(criterion)
+    return {
+        "timestep": found.timestep,
+        "timesteps": found.timesteps,
+        "scores": [round(score, 5) for score in found.scores],
+        "confidence": found.confidence,
     }
+
+
+def reading() -> dict[str, Any]:
+    """Return checksums of tokens, and the card, as they are now."""
+    model = DiTModel.from_pretrained(EMBEDDED, timestep=0)
+    pixels = ASelectImageProcessor.from_model_config(model.config)(sample()[:8], return_tensors="pt").pixel_values
     with torch.no_grad():
         tokens = {
             f"t = {timestep}, {feature} of block {block}": _sums(
@@ -43,26 +63,13 @@ def values() -> dict[str, Any]:
             for block in (0, 3, 7)
             for feature in FEATURES
         }
-        model.apply_selection(selections["consensus"])
+        model.apply_selection(selection("consensus"))
         folded = _sums(model.fold()(pixels).last_hidden_state)
     model.config.selection = {**model.config.selection, "seconds": 1.0}
     with tempfile.TemporaryDirectory() as folder:
         write_model_card(model, folder, model_name="embedded")
         card = (Path(folder) / "README.md").read_text(encoding="utf-8")
-    return {
-        "selections": {
-            name: {
-                "timestep": each.timestep,
-                "timesteps": each.timesteps,
-                "scores": [round(score, 5) for score in each.scores],
-                "confidence": each.confidence,
-            }
-            for name, each in selections.items()
-        },
-        "tokens": tokens,
-        "folded tokens": folded,
-        "card": card,
-    }
+    return {"tokens": tokens, "folded tokens": folded, "card": card}
 
 
 def _sums(tokens: torch.Tensor) -> list[float]:
@@ -78,5 +85,6 @@ def checksum() -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(json.dumps(values(), indent=1) + "\n", encoding="utf-8")
+    found = {"selections": {name: scores(name) for name in ("consensus", "hfr", "signal_hfr")}, **reading()}
+    PATH.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"Saved {PATH}. Say in CHANGELOG.md why: golden values {checksum()}.")

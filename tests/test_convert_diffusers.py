@@ -529,6 +529,7 @@ def test_a_missing_subfolder_is_said_so(latent_folder):
         DiTModel.from_pretrained(latent_folder, subfolder="two", timestep=5)
 
 
+@pytest.mark.process
 def test_a_conversion_that_is_killed_never_looks_finished(latent_folder, tmp_path):
     script = f"""
 import os
@@ -948,6 +949,7 @@ READING_COST = example("benchmarks/reading_cost.py")
 PARAMETERS = {"facebook/DiT-XL-2-256": 749.8, "stabilityai/stable-diffusion-3-medium-diffusers": 2028.3}
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", READING_COST.SOURCES)
 def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
     class_name = READING_COST.SOURCES[name][0]
@@ -1014,6 +1016,7 @@ def written_out(outside, block, depth, not_last=()):
     }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("source", "published"),
     [

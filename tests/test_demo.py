@@ -13,7 +13,7 @@ from hf_aselect.demo.classification import DemoSettings, run_demo
 from hf_aselect.demo.sample import load_embedded_split
 from hf_aselect.demo.tables import format_table
 
-SMALL = DemoSettings(num_train=200, num_test=100, num_calibration=16, num_probe=100, num_views=2, num_epochs=1)
+SMALL = DemoSettings(num_train=100, num_test=50, num_calibration=16, num_probe=50, num_views=2, num_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def test_the_table_has_a_row_for_each_accuracy(finished):
         assert f"{share:.1%}" in table
 
 
+@pytest.mark.process
 def test_the_same_seed_gives_the_same_results(finished, tmp_path):
     again = run_demo(tmp_path, SMALL)
     assert {**again, "seconds": 0} == {**finished[1], "seconds": 0}

@@ -20,6 +20,8 @@ from hf_aselect.demo.segmentation import (
 )
 from hf_aselect.demo.tables import format_segmentation_table
 
+pytestmark = pytest.mark.process
+
 SMALL = SegmentationDemoSettings(num_train=16, num_test=8, num_calibration=8, num_probe=8, num_epochs=1)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import MATRIX
 from diffusers import FluxPipeline
 from huggingface_hub.errors import StrictDataclassError
 from pipelines import PIPELINES, WIDTH, flux_transformer, pixart_alpha, sana_transformer, sd3
@@ -14,8 +15,12 @@ from hf_aselect.model.layouts import FAMILY_NAMES, FEATURES
 TIMESTEP = 141
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}
 TEXT_FAMILIES = [name for name in PIPELINES if name not in ("dit", "sit")]
-# Options of the pipelines' own that take time: SiT's own conditioning is no default.
-OPTIONS = {"sit": {"timestep_embedding": "sit"}, "flux_dev": {"guidance": 3.5}}
+# SiT's own conditioning is no default, and FLUX's default is 1024 pixels.
+OPTIONS = {
+    "sit": {"timestep_embedding": "sit"},
+    "flux": {"image_size": 64},
+    "flux_dev": {"image_size": 64, "guidance": 3.5},
+}
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +198,7 @@ def test_latents_are_scaled_as_the_familys_pipeline_has_them(saved, loaded, name
 def test_a_classifier_selects_trains_saves_and_reloads(saved, name, tmp_path):
     # Without pictures: each family generates its own.
     options = {"num_labels": 3, "timestep": "auto", **HEAD, **OPTIONS.get(name, {})}
-    if name.startswith(("flux", "sd3")):
+    if name.startswith("sd3"):
         options["image_size"] = 64
     calibration = torch.rand(4, 3, 64, 64) * 2 - 1 if name != "sana" else None
     model = DiTForImageClassification.from_pretrained(saved(name)[1], calibration_images=calibration, **options)
@@ -254,6 +259,10 @@ def test_no_module_that_comes_after_the_tap_is_run(loaded, name):
         for handle in handles:
             handle.remove()
         assert handles and not ran, (block, feature)
+
+
+def test_the_matrix_of_families_is_all_but_two():
+    assert {"dit", "sd3"} | MATRIX == set(PIPELINES)
 
 
 def test_the_two_tables_of_families_name_the_same():

@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 from conftest import END_OF_PROCESSES
+from forking import offline
+
+pytestmark = pytest.mark.process
 
 CODE = """
 import json, os, sys
@@ -19,7 +22,7 @@ from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
 torch.set_num_threads(int(sys.argv[2]))
 rank = int(os.environ.get("RANK", 0))
 folder = files("hf_aselect") / "assets" / "fashion_mnist"
-pictures = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")[:64]["image"]
+pictures = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")[:32]["image"]
 model = DiTModel.from_pretrained(folder, timestep=35, block=5, feature="hidden")
 processor = ASelectImageProcessor.from_model_config(model.config)
 pixels = processor(pictures, return_tensors="pt").pixel_values
@@ -27,7 +30,7 @@ with torch.no_grad():
     tokens = {
         size: torch.cat([model(batch).last_hidden_state for batch in pixels.split(size)]) for size in (1, 7, 32)
     }
-selections = [select_timestep(model, pictures, max_images=64, batch_size=size) for size in (7, 32)]
+selections = [select_timestep(model, pictures, max_images=32, batch_size=size) for size in (7, 32)]
 found = {"tokens": tokens, "selections": [each.to_dict() for each in selections]}
 torch.save(found, f"{sys.argv[1]}-{rank}.pt")
 """
@@ -37,24 +40,24 @@ torch.save(found, f"{sys.argv[1]}-{rank}.pt")
 def runs(tmp_path_factory):
     """What each run found, by its name: twice on one thread, once on two, and by two processes."""
     folder = tmp_path_factory.mktemp("runs")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python", sys.executable]
-    launches = {"first": ([], 1), "second": ([], 1), "threads": ([], 2), "processes": (torchrun, 1)}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["OMP_WAIT_POLICY"] = "passive"  # they share the processor
+    code = CODE + END_OF_PROCESSES
+    # One process has a memory and an order of sets of its own; the others are forks of one that has imported it all.
+    alone = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "first"), "1"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert alone.returncode == 0, alone.stderr
     # Processes find each other, and share the pictures, where accelerate's state was made first.
-    started = [
-        subprocess.Popen(
-            [sys.executable, *launcher, "-c", prelude + CODE + END_OF_PROCESSES, str(folder / name), str(threads)],
-            env={**environment, "OMP_NUM_THREADS": str(threads)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, (launcher, threads) in launches.items()
-        for prelude in ["from accelerate import PartialState; PartialState()\n" if launcher else ""]
-    ]
-    for process in started:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    shared = "from accelerate import PartialState; PartialState()\n" + code
+    for name, script, threads, world in (
+        ("second", code, 1, 1),
+        ("threads", code, 2, 1),
+        ("processes", shared, 1, 2),
+    ):
+        status, said = offline().run(script, folder / name, threads, world=world)
+        assert status == 0, said
     names = [path.stem for path in folder.iterdir()]
     assert sorted(names) == ["first-0", "processes-0", "processes-1", "second-0", "threads-0"]
     return {name: torch.load(folder / f"{name}.pt") for name in names}

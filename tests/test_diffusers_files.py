@@ -257,6 +257,7 @@ def convert_by_command(tmp_path, **variables):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "variables",
     [

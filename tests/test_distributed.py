@@ -17,6 +17,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin, merge_fsdp_weights
 from conftest import END_OF_PROCESSES
+from forking import SCRIPT, offline
 from PIL import Image as PILImage
 
 from hf_aselect import DiTForImageClassification
@@ -31,11 +32,12 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "ACCELERATE_USE_CPU": "true",
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 # accelerate's name for it is `--multi_gpu`, whatever the devices are.
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 BATCH = 8
 NUM_ROWS = 24
+
+pytestmark = pytest.mark.process
 
 PREAMBLE = f"""
 import hashlib, json, os, sys
@@ -228,13 +230,11 @@ note("prepared", losses=losses, chosen=[each.scores for each in chosen], timeste
 )
 
 
-def launch(script, folder, output, launcher=(sys.executable,)):
+def launch(script, folder, output, world=1):
     path = output / "script.py"
     path.write_text(script + END_OF_PROCESSES)
-    done = subprocess.run(
-        [*launcher, str(path), str(folder), str(output)], capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = offline().run(SCRIPT, path, folder, output, world=world)
+    assert code == 0, said[-3000:]
 
 
 def notes(output, name, world):
@@ -246,7 +246,7 @@ def trained(pixel_folder, tmp_path_factory):
     """What one process and two processes note of the same trainings."""
     output = tmp_path_factory.mktemp("trained")
     launch(TRAINER, pixel_folder, output)
-    launch(TRAINER, pixel_folder, output, TORCHRUN)
+    launch(TRAINER, pixel_folder, output, world=2)
     return output
 
 
@@ -272,7 +272,7 @@ def test_a_stream_is_shared_without_a_row_read_twice(pixel_folder, tmp_path):
     for shard in range(4):
         rows = list(range(shard * 6, shard * 6 + 6))
         datasets.Dataset.from_dict({"number": rows}).to_parquet(tmp_path / f"shard-{shard}.parquet")
-    launch(STREAM, pixel_folder, tmp_path, TORCHRUN)
+    launch(STREAM, pixel_folder, tmp_path, world=2)
     for dispatch in (True, False):
         shares = [each["rows"] for each in notes(tmp_path, f"stream-{dispatch}", 2)]
         assert [len(share) for share in shares] == [NUM_ROWS // 2] * 2
@@ -288,7 +288,7 @@ def test_a_stream_is_shared_without_a_row_read_twice(pixel_folder, tmp_path):
 def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_checkpoint(pixel_folder, tmp_path):
     """FSDP2. The block that is read is not called as a whole: its shards must be gathered all the same."""
     launch(SHARDED, pixel_folder, tmp_path)
-    launch(SHARDED, pixel_folder, tmp_path, TORCHRUN)
+    launch(SHARDED, pixel_folder, tmp_path, world=2)
     (alone,), both = notes(tmp_path, "sharded", 1), notes(tmp_path, "sharded", 2)
     assert both[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert max(each["local"] for each in both) <= 0.6 * alone["local"]
@@ -302,7 +302,7 @@ def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_chec
 
 def test_sharded_by_accelerate_it_chooses_and_learns_the_same(pixel_folder, tmp_path):
     launch(PREPARED, pixel_folder, tmp_path)
-    launch(PREPARED, pixel_folder, tmp_path, TORCHRUN)
+    launch(PREPARED, pixel_folder, tmp_path, world=2)
     (alone,), both = notes(tmp_path, "prepared", 1), notes(tmp_path, "prepared", 2)
     for each in both:
         assert each["losses"] == pytest.approx(alone["losses"], abs=1e-5)
@@ -360,14 +360,18 @@ def test_a_script_learns_the_same_on_two_processes(pixel_folder, tmp_path, scrip
     write_pictures(tmp_path / "train.parquet")
     (tmp_path / "closing.py").write_text(CLOSING)
     both = [*LAUNCHER, str(tmp_path / "closing.py")]
-    for name, launcher, batch in (("alone", [sys.executable], BATCH), ("both", both, BATCH // 2)):
+    for name, batch in (("alone", BATCH), ("both", BATCH // 2)):
         words = [str(ROOT / "examples" / script), *options, "--timestep", "auto"]
         words += ["--model_name_or_path", str(pixel_folder), "--train_file", str(tmp_path / "train.parquet")]
         words += ["--validation_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / name)]
         words += ["--head_hidden_size", "16", "--head_num_attention_heads", "2", "--num_train_epochs", "2"]
         words += ["--per_device_train_batch_size", str(batch), "--learning_rate", "1e-2"]
-        done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stderr[-3000:]
+        if name == "alone":
+            code, said = offline().run(SCRIPT, *words)
+        else:
+            done = subprocess.run([*both, *words], capture_output=True, text=True, env=ENVIRONMENT)
+            code, said = done.returncode, done.stderr
+        assert code == 0, said[-3000:]
     alone, both = (DiTForImageClassification.from_pretrained(tmp_path / name) for name in ("alone", "both"))
     assert alone.config.timestep == both.config.timestep
     assert alone.config.selection["scores"] == pytest.approx(both.config.selection["scores"])
@@ -380,7 +384,8 @@ def test_a_script_learns_the_same_on_two_processes(pixel_folder, tmp_path, scrip
 def test_pretraining_on_two_processes_goes_on_where_both_were_killed(tmp_path):
     write_pictures(tmp_path / "train.parquet")
     (tmp_path / "closing.py").write_text(CLOSING)
-    words = [*TORCHRUN, str(tmp_path / "closing.py"), str(ROOT / "examples" / "pretraining" / "pretrain_dit.py")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    words = [*torchrun, str(tmp_path / "closing.py"), str(ROOT / "examples" / "pretraining" / "pretrain_dit.py")]
     words += ["--train_file", str(tmp_path / "train.parquet")]
     words += ["--image_size", "8", "--num_layers", "1", "--num_attention_heads", "1", "--attention_head_dim", "16"]
     words += ["--batch_size", "4", "--num_pictures", "80", "--warmup_steps", "2", "--optim", "muon"]

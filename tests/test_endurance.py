@@ -9,6 +9,8 @@ import torch
 
 from hf_aselect import DiTForImageClassification, DiTModel
 
+pytestmark = pytest.mark.process
+
 STATUS = Path("/proc/self/statm")
 
 

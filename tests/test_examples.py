@@ -1,4 +1,7 @@
-"""The example scripts, each run as a user runs it: as a process, on few pictures."""
+"""The example scripts, each run as a user runs it: as a process, on few pictures.
+
+The process is a fork of one that has imported the libraries, unless it is to be `alone`.
+"""
 
 import ast
 import gzip
@@ -16,6 +19,7 @@ import torch
 from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from forking import SCRIPT, offline
 from PIL import Image as PILImage
 from pipelines import pixart_sigma
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,12 +29,18 @@ from hf_aselect import ASelectImageProcessor, DiTForImageClassification, DiTForS
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
+pytestmark = pytest.mark.process
 
-def run(script, *arguments):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+
+def run(script, *arguments, alone=False):
+    if alone:
+        command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        code, said = done.returncode, done.stdout + done.stderr
+    else:
+        code, said = offline().run(SCRIPT, EXAMPLES / script, *arguments)
+    assert code == 0, said[-3000:]
+    return said
 
 
 @pytest.mark.parametrize(
@@ -68,9 +78,8 @@ PRETRAIN = (
 @pytest.fixture(scope="module")
 def pretrained(parquet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dit")
-    run(
-        "pretraining/pretrain_dit.py", "--train_file", parquet, "--output_dir", folder, "--num_pictures", 48, *PRETRAIN
-    )
+    words = ("--train_file", parquet, "--output_dir", folder, "--num_pictures", 48, *PRETRAIN)
+    run("pretraining/pretrain_dit.py", *words, alone=True)
     return folder
 
 
@@ -152,26 +161,22 @@ def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
 def test_pretraining_goes_on_where_it_was_killed(optim, parquet, pretrained, tmp_path):
     """A run that is killed after its first checkpoint and started again ends with the weights of one that was not."""
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN, "--optim", optim)
-    command = [
-        sys.executable,
-        str(EXAMPLES / "pretraining/pretrain_dit.py"),
-        *map(str, arguments),
-        "--checkpoint_minutes",
-        "0",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
-        assert json.loads(process.stdout.readline())["step"] == 1
-        while not (tmp_path / "checkpoint").exists():
-            time.sleep(0.01)
-        process.kill()
+    running = offline().start(
+        SCRIPT, EXAMPLES / "pretraining/pretrain_dit.py", *arguments, "--checkpoint_minutes", "0"
+    )
+    while not (tmp_path / "checkpoint").exists():
+        assert not running.has_ended
+        time.sleep(0.01)
+    running.kill()
+    _, said = running.wait()
+    assert json.loads(said[said.index("{") :].splitlines()[0])["step"] == 1
     run("pretraining/pretrain_dit.py", *arguments)
     weights = "transformer/diffusion_pytorch_model.safetensors"
     if optim == "adamw":
         assert (tmp_path / weights).read_bytes() == (pretrained / weights).read_bytes()
-        other = [sys.executable, str(EXAMPLES / "pretraining/pretrain_dit.py"), *map(str, arguments)]
-        other += ["--prediction_type", "v_prediction", "--seed", "7"]
-        done = subprocess.run(other, capture_output=True, text=True, env=ENVIRONMENT)
-        assert done.returncode and "prediction_type 'epsilon', now 'v_prediction'; seed 0, now 7" in done.stderr
+        other = ("--prediction_type", "v_prediction", "--seed", "7")
+        code, said = offline().run(SCRIPT, EXAMPLES / "pretraining/pretrain_dit.py", *arguments, *other)
+        assert code and "prediction_type 'epsilon', now 'v_prediction'; seed 0, now 7" in said
         assert DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.prediction_type == "epsilon"
         return
     whole = tmp_path / "whole"

@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from forking import Forking
+from forking import Forking, offline
 from killing import OPERATIONS, PREAMBLE, TOKEN, environment_of, kill_often, left_overs, state_of
 from safetensors import SafetensorError
 from writable_hub import WritableHub, serve
@@ -16,6 +14,8 @@ from writable_hub import WritableHub, serve
 from hf_aselect import DiTForImageClassification, DiTModel
 from hf_aselect.checkpoints.atomic import whole_files, whole_folder
 from hf_aselect.cli import main
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,7 @@ from hf_aselect.checkpoints.atomic import whole_files, whole_folder
 with whole_folder(Path(sys.argv[1]) / "a*"), whole_files(Path(sys.argv[1]) / "b"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
-    assert done.returncode == -signal.SIGKILL
+    assert offline().run(code, tmp_path)[0] == -signal.SIGKILL
     assert len(left_overs(tmp_path)) == 2
     stranger = tmp_path / ".a*.incomplete-elsewhere-1-00"  # of another machine: it may be at work
     stranger.mkdir()
@@ -183,8 +182,7 @@ os.replace = move
 model.save_pretrained(sys.argv[1])
 """
     classifier.save_pretrained(tmp_path, max_shard_size="20KB")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
-    assert done.returncode == -signal.SIGKILL
+    assert offline().run(code, tmp_path)[0] == -signal.SIGKILL
     assert json.loads((tmp_path / "config.json").read_text())["timestep"] == 7
     assert not (tmp_path / "model.safetensors").exists()  # of the old state and the new one
     again = DiTForImageClassification.from_pretrained(tmp_path)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import END_OF_PROCESSES
 from datasets import ClassLabel, Dataset, Features, Value
+from forking import offline
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import Trainer, TrainingArguments
@@ -342,24 +343,18 @@ print("length", len(cached), flush=True)
 """
 
 
-def run_script(pixel_folder, cache, *words, launch=()):
-    command = [sys.executable, *launch, "-c", SCRIPT] if not launch else [*launch]
-    return subprocess.Popen(
-        [*command, os.path.dirname(__file__), str(pixel_folder), str(cache), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_script(code, pixel_folder, cache, *words, world=1):
+    return offline().start(code, os.path.dirname(__file__), pixel_folder, cache, *words, world=world)
 
 
+@pytest.mark.process
 def test_killed_in_the_middle_it_goes_on(model, data, pixel_folder, tmp_path):
-    process = run_script(pixel_folder, tmp_path / "cache", "slow")
-    for line in process.stdout:
-        if line.startswith("row 7"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    running = start_script(SCRIPT, pixel_folder, tmp_path / "cache", "slow")
+    while "row 7" not in running.said:
+        assert not running.has_ended, running.said[-2000:]
+        time.sleep(0.01)
+    running.kill()
+    assert running.wait()[0] == -signal.SIGKILL
     (folder,) = (tmp_path / "cache").iterdir()
     assert {path.name[:10] for path in folder.glob("data-*")} == {"data-00000", "data-00001"}
     cached = cache_features(model, data, tmp_path / "cache")
@@ -369,13 +364,11 @@ def test_killed_in_the_middle_it_goes_on(model, data, pixel_folder, tmp_path):
     assert not list((tmp_path / "cache").glob("*/.*"))
 
 
+@pytest.mark.process
 def test_two_processes_share_the_work(model, data, pixel_folder, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT + END_OF_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    launch += ["--standalone", str(tmp_path / "script.py")]
-    process = run_script(pixel_folder, tmp_path / "cache", "told", launch=launch)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-2000:]
+    running = start_script(SCRIPT + END_OF_PROCESSES, pixel_folder, tmp_path / "cache", "told", world=2)
+    code, said = running.wait()
+    assert code == 0, said[-2000:]
     shares = [list(map(int, path.read_text().split())) for path in tmp_path.glob("cache.read-by-*")]
     assert sorted(map(len, shares)) == [4, 6]  # parts of 3, 3, 3 and 1
     assert sorted(shares[0] + shares[1]) == list(range(NUM_PICTURES))
@@ -385,12 +378,13 @@ def test_two_processes_share_the_work(model, data, pixel_folder, tmp_path):
     torch.testing.assert_close(shared, alone["features"][:], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.process
 def test_two_that_know_nothing_of_each_other_do_no_harm(model, data, pixel_folder, tmp_path):
-    both = [run_script(pixel_folder, tmp_path / "cache", "slow") for _ in range(2)]
-    for process in both:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err[-2000:]
-        assert out.splitlines()[-1] == f"length {NUM_PICTURES}"
+    stranger = "import os\nfor name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):\n    del os.environ[name]\n"
+    running = start_script(stranger + SCRIPT, pixel_folder, tmp_path / "cache", "slow", world=2)
+    code, said = running.wait()
+    assert code == 0, said[-2000:]
+    assert said.splitlines().count(f"length {NUM_PICTURES}") == 2
     assert len(folders(tmp_path / "cache")) == 1
     cached, alone = (cache_features(model, data, tmp_path / name) for name in ("cache", "alone"))
     torch.testing.assert_close(cached["features"][:], alone["features"][:], rtol=1e-3, atol=1e-3)
@@ -595,12 +589,10 @@ except (RuntimeError, ValueError) as error:
 """
 
 
+@pytest.mark.process
 def test_a_process_that_fails_keeps_no_other_waiting(pixel_folder, tmp_path):
-    (tmp_path / "script.py").write_text(FAILING + END_OF_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    process = run_script(pixel_folder, tmp_path / "cache", launch=[*launch, str(tmp_path / "script.py")])
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err[-2000:]
+    code, said = start_script(FAILING + END_OF_PROCESSES, pixel_folder, tmp_path / "cache", world=2).wait()
+    assert code == 0, said[-2000:]
     said = [(tmp_path / f"cache-{rank}").read_text() for rank in (0, 1)]
     assert said[1] == "ValueError: Picture 3 of the dataset cannot be read"
     assert said[0].startswith("RuntimeError: Another process failed (ValueError: Picture 3 of the dataset cannot")

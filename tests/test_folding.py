@@ -120,6 +120,7 @@ def test_a_model_conditioned_on_the_size_reads_that_size_alone(load):
         folded(pictures(folded, (32, 64)))
 
 
+@pytest.mark.family
 def test_several_taps_of_one_pass_are_folded_together(load):
     for name in ("dit", "sd35", "flux", "sana", "lumina2"):
         backbone = load(name, DiTBackbone, out_indices=[0, 1, 2], feature="attention")
@@ -236,6 +237,7 @@ def test_a_head_of_the_host_stands_on_a_folded_backbone(tmp_path):
     assert head.eval()(pictures(backbone, num=1)).logits.shape == (1, 3, 8, 8)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("tap", [(-1, "query"), (0, "query"), (-1, "attention"), (-1, "hidden")])
 def test_what_is_left_is_plain_and_all_of_it_is_used(load, tap):
     for name in PIPELINES:
@@ -258,6 +260,7 @@ def test_a_frozen_backbone_stays_frozen(classifier):
     assert all(value.requires_grad for value in folded.head.parameters())
 
 
+@pytest.mark.family
 def test_saved_and_loaded_it_is_the_same(load, tmp_path):
     for name in ("dit", "sd3", "pixart_sigma", "flux", "sana", "lumina2"):
         folded = load(name, DiTForImageClassification, **HEAD).fold()
@@ -266,6 +269,7 @@ def test_saved_and_loaded_it_is_the_same(load, tmp_path):
         assert_same(again, folded)
 
 
+@pytest.mark.process
 def test_without_a_vae_it_loads_without_diffusers(classifier, tmp_path):
     classifier.config.timestep = TIMESTEP
     classifier.fold().save_pretrained(tmp_path)
@@ -372,6 +376,7 @@ def test_gradient_checkpointing_changes_nothing(load, name):
             torch.testing.assert_close(value.grad, expected[name], msg=name)
 
 
+@pytest.mark.process
 def test_compiled_without_graph_breaks(classifier, pixels):
     classifier.config.timestep = TIMESTEP
     folded = classifier.fold()
@@ -430,6 +435,7 @@ def test_tokens_without_a_positive_query_get_nothing_of_linear_attention():
     assert not mixed[:, 0].any() and mixed[:, 1].any()
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch's exporter, of its own trees
 def test_exported_with_a_free_batch(classifier, pixels, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the `export` extra is not installed")
@@ -606,6 +612,7 @@ def test_noise_draws_are_averaged(load):
     assert distance(tokens, expected) <= 1e-5
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_folded_in_half_precision(load, dtype):
     """Folding rounds once: it is no further from float32 than the half-precision model that it was made from."""

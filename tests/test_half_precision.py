@@ -40,6 +40,7 @@ def test_tokens_change_by_rounding_alone(exact, sample, dtype):
             assert float((tokens.float() - expected).norm() / expected.norm()) <= BOUNDS[dtype], timestep
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_the_chosen_timestep_moves_by_a_step_at_the_most(exact, chosen, sample, dtype):
     half = DiTModel.from_pretrained(EMBEDDED, timestep=35, dtype=dtype)

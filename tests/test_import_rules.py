@@ -4,8 +4,8 @@ The sources of the checkout are read, not the installed package, so that the exa
 """
 
 import ast
+import functools
 import sys
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -66,16 +66,19 @@ def is_optional(statement: ast.stmt) -> bool:
     )
 
 
-def imports(path: Path) -> Iterator[Import]:
-    """Yield each import statement anywhere in the file."""
+@functools.cache
+def imports(path: Path) -> list[Import]:
+    """Return each import statement anywhere in the file."""
+    found = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     optional = {id(node) for part in ast.walk(tree) if is_optional(part) for node in ast.walk(part)}
     for node in ast.walk(tree):
         at_top, is_in_try = node in tree.body, id(node) in optional
         if isinstance(node, ast.ImportFrom):
-            yield Import(node.level, node.module or "", tuple(a.name for a in node.names), at_top, is_in_try)
+            found.append(Import(node.level, node.module or "", tuple(a.name for a in node.names), at_top, is_in_try))
         elif isinstance(node, ast.Import):
-            yield from (Import(0, alias.name, (), at_top, is_in_try) for alias in node.names)
+            found.extend(Import(0, alias.name, (), at_top, is_in_try) for alias in node.names)
+    return found
 
 
 def name_of(path: Path) -> str:

@@ -188,6 +188,7 @@ def card(name):
     return (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_code_of_a_sources_card_runs(name, tmp_path, pictures):
     source, build = SOURCES[name]
@@ -230,6 +231,7 @@ def test_a_sources_card_says_its_licence_and_what_to_expect(name):
         assert heading in text
 
 
+@pytest.mark.process
 def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
     cards = ROOT / "model_cards"
     for name in SOURCES:
@@ -245,6 +247,7 @@ def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
         assert (tmp_path / name / "README.md").read_text(encoding="utf-8") == card(name), name
 
 
+@pytest.mark.family
 def test_the_parameters_in_the_figures_are_those_of_diffusers_classes():
     reading_cost = example("benchmarks/reading_cost.py")
     figures = json.loads((ROOT / "model_cards" / "reading_cost.json").read_text(encoding="utf-8"))
@@ -367,6 +370,7 @@ def test_the_classifiers_head_beats_what_it_is_compared_with(demos):
         assert figures["selected"] > max(figures["zero"], figures["random_mean"], figures["worst"])
 
 
+@pytest.mark.process
 def test_the_code_of_the_classifiers_card_runs(demos, tmp_path, monkeypatch):
     """On the embedded DiT with a head that is not trained: the weights of the card's model are not in git."""
     config = ASelectConfig(**demos[0]["config"])

@@ -52,6 +52,7 @@ def test_the_version_is_the_installed_one():
     assert hf_aselect.__version__ == importlib.metadata.version("hf_aselect")
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_nothing_heavy():
     code = f"import sys, hf_aselect; print(*(name for name in {HEAVY} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

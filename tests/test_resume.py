@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
 from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
+from forking import SCRIPT, offline
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -26,8 +25,9 @@ from transformers import TrainerState
 from hf_aselect import ASelectImageProcessor, DiTModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "image_classification"
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 NUM_STEPS = 24
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +68,21 @@ def noisy_folder(pixel_folder, tmp_path_factory):
     return folder
 
 
-def finish(words, **options):
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+def finish(words):
+    code, said = offline().run(SCRIPT, *words)
+    assert code == 0, said[-3000:]
+    return said
 
 
 def kill_when(words, is_time):
     """Start a training, and kill it when something is there."""
-    process = subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-    )
+    running = offline().start(SCRIPT, *words)
     deadline = time.monotonic() + 120
-    while not is_time() and process.poll() is None and time.monotonic() < deadline:
+    while not is_time() and not running.has_ended and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(random.random() * 0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return process.returncode
+    running.kill()
+    return running.wait()[0]
 
 
 @pytest.mark.parametrize(
@@ -120,8 +117,8 @@ def test_what_goes_on_at_the_end_of_an_epoch_ends_with_the_same_weights(words_of
     finish(words)
     weights = (tmp_path / "model.safetensors").read_bytes()
     # Another training there would leave checkpoints of two.
-    again = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT)
-    assert again.returncode and "of an earlier training" in again.stderr
+    code, said = offline().run(SCRIPT, *words)
+    assert code and "of an earlier training" in said
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     shutil.rmtree(tmp_path / "checkpoint-13", ignore_errors=True)
     log = finish([*words, "--resume_from_checkpoint", "latest"])

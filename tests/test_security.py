@@ -271,6 +271,7 @@ print("WATCHED", json.dumps([codes, sorted(seen)]))
 """
 
 
+@pytest.mark.process
 def test_files_are_written_in_the_folder_that_was_named_alone(pixel_folder, classifier, pictures, tmp_path):
     for name in ("here", "home", "temporary", "named", "pictures"):
         (tmp_path / name).mkdir()

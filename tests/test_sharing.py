@@ -19,6 +19,8 @@ from writable_hub import WritableHub, serve
 from hf_aselect import ASelectImageProcessor
 from hf_aselect.hub.push import write_model_card
 
+pytestmark = pytest.mark.process
+
 TOKEN = "hf_goodgoodgoodgoodgood"
 KINDS = {
     "classifier": "DiTForImageClassification",
@@ -91,9 +93,11 @@ def environment(hub, home, token=TOKEN):
 def python(code, *words, hub, home, token=TOKEN, without=(), fails=False, alone=False):
     """Run code in a process of its own, where some packages cannot be imported; return what it says.
 
-    Where all packages can be, it is a fork of one that has imported them, unless it is to be `alone`.
+    Where all packages can be, or all but ours, it is a fork of one that has imported them, unless it is to be `alone`.
     """
-    if without or alone:
+    if tuple(without) == ("hf_aselect",):
+        status, said = hub.stranger.run(code, *words, environment=environment(hub, home, token))
+    elif without or alone:
         blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in without)
         command = [sys.executable, "-c", blocked + code, *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(hub, home, token))
@@ -107,9 +111,11 @@ def python(code, *words, hub, home, token=TOKEN, without=(), fails=False, alone=
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     with serve(WritableHub({TOKEN: "me", "hf_other": "other"})) as served:
-        served.forking = Forking(environment(served, tmp_path_factory.mktemp("home"), None))
+        given = environment(served, tmp_path_factory.mktemp("home"), None)
+        served.forking, served.stranger = Forking(given), Forking(given, without_us=True)
         yield served
         served.forking.close()
+        served.stranger.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from PIL import Image as PILImage
 
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification
 
+pytestmark = pytest.mark.process
+
 TRAIN = example("image_classification/train_image_classification.py")
 NUM_PICTURES = 48
 

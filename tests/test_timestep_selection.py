@@ -128,7 +128,7 @@ def test_the_plain_criterion_needs_one_draw():
 
 @pytest.mark.parametrize("criterion", ["hfr", "signal_hfr", "consensus", Consensus("mean_std", 512)])
 def test_the_batch_size_changes_nothing_beyond_rounding(model, criterion):
-    options = {"criterion": criterion, "max_images": 60}
+    options = {"criterion": criterion, "max_images": 40, "timesteps": GRID}
     alone, together = (
         select_timestep(model, pictures_of_three_channels(), batch_size=size, **options) for size in (1, 64)
     )
@@ -806,7 +806,7 @@ class WithoutNoise:
 def test_the_timestep_that_tells_most_of_what_all_agree_on_is_found(best):
     model = SharingModel(best)
     model.noise_schedule = WithoutNoise()
-    selection = select_timestep(model, pictures(256), criterion="consensus")
+    selection = select_timestep(model, pictures(64), criterion="consensus")
     places = [selection.timesteps.index(t) for t in (selection.timestep, best)]
     assert abs(places[0] - places[1]) <= 1
     assert selection.confidence > 0.5
@@ -847,6 +847,7 @@ def pictures_of_three_channels(count=90):
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 2 - 1
 
 
+@pytest.mark.process
 def test_two_processes_choose_what_one_does(pixel_folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

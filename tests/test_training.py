@@ -15,11 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import BitsAndBytesConfig, Trainer, TrainerState, TrainingArguments
 from transformers.utils import is_accelerate_available
 
-from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, select_timestep
+from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, plots, select_timestep
 from hf_aselect.hub.push import write_model_card
 from hf_aselect.training import trackers
 from hf_aselect.training.kept_card import keep_card, restore_card
 from hf_aselect.training.metrics import compute_accuracy
+
+
+@pytest.fixture(autouse=True)
+def small_figures(monkeypatch):
+    monkeypatch.setattr(plots, "DPI", 60)
 
 
 @pytest.fixture
@@ -115,6 +120,7 @@ def test_an_evaluation_of_another_set_leaves_the_accuracy(trainer, tmp_path):
     assert card.data.eval_results[0].metric_value == round(accuracy, 4)
 
 
+@pytest.mark.process
 def test_the_card_tells_of_the_weights_that_are_loaded_at_the_end(trainer, tmp_path):
     """Three steps are evaluated; the first is the best, and its weights are the ones that remain."""
     accuracies = iter([0.5, 0.25, 0.25])
@@ -235,6 +241,7 @@ def test_the_drift_is_told_while_the_backbone_is_trained(pixel_folder, pixels, t
     assert "timestep chosen at epoch" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.process
 def test_the_drift_is_counted_from_the_timestep_of_the_beginning(pixel_folder, pixels, tmp_path):
     model = unresolved(pixel_folder, freeze_backbone=False)
     model.config.timestep = 123
@@ -245,6 +252,7 @@ def test_the_drift_is_counted_from_the_timestep_of_the_beginning(pixel_folder, p
     assert len(rows) == 2
 
 
+@pytest.mark.process
 def test_what_was_due_when_a_training_ended_is_chosen_when_it_goes_on(pixel_folder, pixels, tmp_path):
     """A checkpoint of an epoch's last step is written before the callback hears of the epoch's end."""
     rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels[:4])]
@@ -285,6 +293,7 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(self.rows)
 
 
+@pytest.mark.process
 def test_a_stream_of_known_length_is_read_from_its_start(pixel_folder, pixels, tmp_path):
     rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels)]
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
@@ -335,6 +344,7 @@ def test_a_choice_that_was_made_before_is_reported(trainer, tmp_path):
     assert len(events.Scalars("aselect/curve at step 0")) == len(config.selection["timesteps"])
 
 
+@pytest.mark.process
 def test_the_accuracy_of_before_a_training_went_on_is_kept(trainer, tmp_path):
     """The best weights are of a step that another process evaluated."""
     trainer.args.eval_strategy = trainer.args.save_strategy = "steps"
@@ -361,6 +371,7 @@ def test_tensorboards_folder_is_the_hosts(pixel_folder, pixels, tmp_path, monkey
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.process
 def test_trackio_has_the_choice(pixel_folder, pixels, tmp_path, monkeypatch):
     # Read when it is imported, and this is the first to do so.
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
@@ -409,6 +420,7 @@ def test_wrong_numbers_are_refused(options):
         ASelectCallback(**options)
 
 
+@pytest.mark.process
 def test_a_training_that_goes_on_keeps_its_choice(pixel_folder, pixels, tmp_path):
     """The weights that a fine-tuning goes on with are others than those that were chosen for."""
     model, again = (unresolved(pixel_folder, freeze_backbone=False) for _ in range(2))
@@ -456,6 +468,7 @@ def test_accumulated_gradients_are_those_of_one_batch(pixel_folder, pixels, tmp_
     torch.testing.assert_close(weights[0], weights[1])
 
 
+@pytest.mark.process
 def test_a_compiled_model_learns_the_same(pixel_folder, pixels, tmp_path):
     losses = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):

@@ -66,7 +66,7 @@ def main() -> int:
         print(subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout)
         print(f"{args.which}: {', '.join(names)}", flush=True)
         return subprocess.run(
-            [python, "-m", "pytest", "--no-cov", "-q", "--numprocesses", "2", "--dist", "loadfile", *args.tests],
+            [python, "-m", "pytest", "-q", "--numprocesses", "2", "--dist", "loadfile", *args.tests],
             cwd=ROOT,
             check=False,
         ).returncode

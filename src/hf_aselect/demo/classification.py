@@ -293,7 +293,7 @@ def save_classifier(
     output: Path,
 ) -> None:
     """Write model, processor, card and the curve, which is that of the probe's choice beside the probe's accuracy."""
-    trainer.model.include_code = True  # the card says that it is there
+    model.include_code = True  # the card says that it is there
     trainer.save_model()
     save_curve(for_probe, model, results["timesteps"], results["probe_accuracies"], output)
     accuracy = results["accuracy"]

@@ -289,7 +289,7 @@ def save_segmenter(
     output: Path,
 ) -> None:
     """Write model, processor, card and the curve."""
-    trainer.model.include_code = True  # the card says that it is there
+    model.include_code = True  # the card says that it is there
     trainer.save_model()
     save_curve(selection, model, results["timesteps"], results["probe_mean_ious"], output, accuracy_name="mean IoU")
     figures = results["mean_iou"]
