@@ -62,6 +62,8 @@ def pytest_collection_modifyitems(config, items):
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value in MATRIX for value in given):
             item.add_marker("family")
+        if "sd3_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker("family")
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
     if not {"slow", "gpu"} & set(re.findall(r"\w+", config.option.markexpr)):

@@ -269,6 +269,7 @@ def test_the_two_tables_of_families_name_the_same():
     assert tuple(FAMILIES) == FAMILY_NAMES
 
 
+@pytest.mark.family
 def test_keys_of_lumina_are_narrower_than_its_queries(loaded):
     model = loaded("lumina2")
     tokens = model._read_taps(torch.randn(1, 16, 8, 8), torch.tensor([5]), [(1, "query"), (1, "key"), (1, "value")])
@@ -301,6 +302,7 @@ def test_flux_has_no_attention_where_it_is_projected_with_the_mlp(loaded):
         ASelectConfig(**{**model.config.to_dict(), "block": -1, "feature": "attention"})
 
 
+@pytest.mark.family
 def test_the_guidance_changes_what_a_distilled_transformer_sees_and_no_other(saved):
     pixel_values = torch.rand(1, 3, 64, 64)
     for name, changes in (("flux_dev", True), ("flux", False)):
@@ -391,6 +393,7 @@ def test_half_precision_keeps_the_vae_and_changes_tokens_little(saved, loaded, n
     )  # bfloat16 has 3 digits, and there are some dozen layers
 
 
+@pytest.mark.family
 def test_sd3_does_without_t5_as_diffusers_does(tmp_path):
     pipe = sd3(t5_too=False)
     pipe.save_pretrained(tmp_path / "without")
@@ -414,6 +417,7 @@ def test_a_configuration_is_built_as_it_says():
     assert len(build_denoiser(config).blocks) == config.num_hidden_layers == 3
 
 
+@pytest.mark.family
 def test_loading_chooses_a_timestep_in_batches_that_large_pictures_allow(saved):
     sizes = {}
     for image_size in (64, 1024):

@@ -1,3 +1,4 @@
+import copy
 from itertools import product
 from pathlib import Path
 
@@ -72,21 +73,28 @@ def test_zeroing_leaves_the_given_tokens_alone():
     assert zero_channels(values, []) is values
 
 
-@pytest.fixture
-def dominated(pixel_folder, tmp_path):
+@pytest.fixture(scope="module")
+def dominated(pixel_folder, tmp_path_factory):
     """A DiT whose block 1 adds a constant of 1000 to channel 3, as large transformers do."""
     model = DiTModel.from_pretrained(pixel_folder, timestep=5)
     with torch.no_grad():
         feed_forward = model.denoiser.transformer.transformer_blocks[0].ff.net[2]
         nn.init.zeros_(feed_forward.weight[3])
         feed_forward.bias[3] = 1e4
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    folder = tmp_path_factory.mktemp("dominated")
+    model.save_pretrained(folder)
+    return folder
+
+
+LOADED = {}
 
 
 def load(folder, pixels, **fields):
+    """The model whose timestep is chosen from `pixels`, the same each time: chosen once, and copied."""
     fields = {"timestep": "auto", "block": 1, "feature": "hidden", **fields}
-    return DiTModel.from_pretrained(folder, calibration_images=pixels, **fields)
+    if str(fields) not in LOADED:
+        LOADED[str(fields)] = DiTModel.from_pretrained(folder, calibration_images=pixels, **fields)
+    return copy.deepcopy(LOADED[str(fields)])
 
 
 def test_massive_channels_are_found_with_the_timestep_recorded_and_zeroed(dominated, pixels, tmp_path):

@@ -358,6 +358,7 @@ def trains_two_steps(model, **inputs):
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
+@pytest.mark.family
 def test_mask2former_of_the_host_stands_on_a_dit(deep_folder):
     # Its pixel decoder wants four scales; the grid of a plain transformer has one, which it takes as well.
     backbone = DiTBackbone.from_pretrained(deep_folder, timestep=50, out_indices=[2, 4, 6, 7], image_size=32)
@@ -385,6 +386,7 @@ def test_mask2former_of_the_host_stands_on_a_dit(deep_folder):
     )
 
 
+@pytest.mark.family
 def test_dpt_of_the_host_stands_on_a_dit(deep_folder):
     backbone = DiTBackbone.from_pretrained(
         deep_folder, timestep=50, out_indices=[2, 4, 6, 7], reshape_hidden_states=False

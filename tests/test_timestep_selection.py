@@ -802,7 +802,9 @@ class WithoutNoise:
         return latents
 
 
-@pytest.mark.parametrize("best", [0, 103, 353])
+@pytest.mark.parametrize(
+    "best", [pytest.param(0, marks=pytest.mark.process), 103, pytest.param(353, marks=pytest.mark.process)]
+)
 def test_the_timestep_that_tells_most_of_what_all_agree_on_is_found(best):
     model = SharingModel(best)
     model.noise_schedule = WithoutNoise()

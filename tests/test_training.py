@@ -214,6 +214,7 @@ def test_the_probe_reads_the_labels_of_the_rows(pixel_folder, pixels, tmp_path):
     assert model.config.selection["criterion"] == "probe"
 
 
+@pytest.mark.process
 def test_choosing_leaves_the_random_numbers_of_training_alone(pixel_folder, pixels, tmp_path):
     losses, models = [], [unresolved(pixel_folder), unresolved(pixel_folder)]
     models[1].head.load_state_dict(models[0].head.state_dict())
@@ -314,6 +315,7 @@ def test_a_frozen_backbone_has_no_drift(pixel_folder, pixels, tmp_path):
     assert len(callback.selections) == 1
 
 
+@pytest.mark.process
 def test_following_the_drift_reads_at_the_new_choice(pixel_folder, pixels, tmp_path):
     model = unresolved(pixel_folder, freeze_backbone=False)
     callback = ASelectCallback(max_images=4, reselect_epochs=1, follow=True)
@@ -361,6 +363,7 @@ def test_the_accuracy_of_before_a_training_went_on_is_kept(trainer, tmp_path):
     assert ModelCard.load(tmp_path / "out" / "README.md").data.eval_results[0].metric_value == 0.9
 
 
+@pytest.mark.process
 def test_tensorboards_folder_is_the_hosts(pixel_folder, pixels, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "~/logs")
