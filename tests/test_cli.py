@@ -320,6 +320,7 @@ def test_env_names_the_accelerator(monkeypatch, capsys, cuda, mps, expected):
     assert f"- accelerator: {expected}\n" in capsys.readouterr().out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["env"]])
 def test_what_only_prints_imports_nothing_heavy(words):
     code = f"""
@@ -335,6 +336,7 @@ print("loaded:", *(name for name in {HEAVY} if name in sys.modules))
     assert result.stdout.splitlines()[-1] == "loaded:"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "code", "stream", "message"),
     [

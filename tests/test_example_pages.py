@@ -124,6 +124,7 @@ def test_selecting_a_timestep_leaves_a_record_and_a_plot(
     assert (tmp_path / "report" / "timestep_curve.png").is_file()
 
 
+@pytest.mark.process
 def test_a_script_is_found_from_another_folder(tmp_path):
     script = EXAMPLES / "selection" / "select_timestep.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path)

@@ -492,6 +492,7 @@ def test_train_mode_and_gradients_are_as_before(classifier, data, tmp_path):
     assert classifier.training and classifier.head.training and not classifier.backbone.denoiser.training
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_other_processes_read_it_by_its_name(model, data, tmp_path, start):
     cached = cache_features(model, data, tmp_path).remove_columns("name")
@@ -514,6 +515,7 @@ def test_it_stays_what_it_is_where_no_rows_are_taken(model, data, tmp_path):
         assert type(each) is cached_features.CachedFeatures
 
 
+@pytest.mark.process
 def test_without_datasets_it_is_said_what_to_install():
     code = "import sys; sys.modules['datasets'] = None; import hf_aselect; hf_aselect.cache_features"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
