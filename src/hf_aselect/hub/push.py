@@ -118,7 +118,7 @@ def _push(
         return None
     keep_own_words(repo_id, folder, commit)
     before = _files_of(folder)
-    save_image_processor(model, folder)
+    save_image_processor(model, folder, include_code=saving["include_code"])
     tags = given.get("tags", ())
     known = {"model_name": repo_id.rpartition("/")[2], "tags": (tags,) if isinstance(tags, str) else tuple(tags)}
     write_model_card(model, folder, **{**model.card_facts, **known, **facts, "repo_id": repo_id})
