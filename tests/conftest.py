@@ -24,6 +24,21 @@ from pathlib import Path
 
 import pytest
 
+# Begun first, so that no process is left alone with one of them in the end. They are named by what takes longest.
+LONGEST = [
+    *(
+        "sharing",
+        "folding",
+        "examples",
+        "distributed",
+        "training",
+        "faults",
+        "determinism",
+        "denoisers",
+        "convert_diffusers",
+    ),
+    *("timestep_selection", "model_cards", "diffusers_files", "demo", "half_precision", "golden", "segmentation"),
+]
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
 # The families of `pipelines.py` but for two, which stand for all in a quick run.
@@ -70,9 +85,13 @@ def pytest_collection_modifyitems(config, items):
         off = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("gpu")}
         items[:] = [item for item in items if item not in off]
         config.hook.pytest_deselected(items=list(off))
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-def pytest_configure():
+def pytest_configure(config):
+    # The files are in the order in which pytest-xdist is to begin them; it would sort them by their number of tests.
+    config.option.loadscopereorder = False
     # Imports make millions of objects, none of them to be collected: looking through them takes a second.
     gc.disable()
 

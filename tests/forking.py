@@ -25,6 +25,8 @@ if len(sys.argv) > 1:
 else:
     import hf_aselect, hf_aselect.training.metrics
 import huggingface_hub.constants as constants
+# Five seconds after each stream's end, lest its threads outlive the process.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 # What was imported is never looked through again, and stays in memory that the children share.
 gc.freeze()
 gc.enable()

@@ -22,7 +22,7 @@ from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
 torch.set_num_threads(int(sys.argv[2]))
 rank = int(os.environ.get("RANK", 0))
 folder = files("hf_aselect") / "assets" / "fashion_mnist"
-pictures = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")[:32]["image"]
+pictures = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")[:64]["image"]
 model = DiTModel.from_pretrained(folder, timestep=35, block=5, feature="hidden")
 processor = ASelectImageProcessor.from_model_config(model.config)
 pixels = processor(pictures, return_tensors="pt").pixel_values
@@ -30,7 +30,7 @@ with torch.no_grad():
     tokens = {
         size: torch.cat([model(batch).last_hidden_state for batch in pixels.split(size)]) for size in (1, 7, 32)
     }
-selections = [select_timestep(model, pictures, max_images=32, batch_size=size) for size in (7, 32)]
+selections = [select_timestep(model, pictures, max_images=64, batch_size=size) for size in (7, 32)]
 found = {"tokens": tokens, "selections": [each.to_dict() for each in selections]}
 torch.save(found, f"{sys.argv[1]}-{rank}.pt")
 """

@@ -409,9 +409,7 @@ def test_every_family_is_compiled_and_exported_with_a_free_batch(load, name, tmp
         expected = reading(latents)
         assert distance(torch.compile(reading, fullgraph=True, backend="eager")(latents), expected) <= 1e-6
         program = torch.export.export(reading, (latents,), dynamic_shapes=batch)
-        torch.onnx.export(
-            reading, (latents,), tmp_path / "model.onnx", input_names=["latents"], dynamic_shapes=batch, dynamo=True
-        )
+        torch.onnx.export(program, (latents,), tmp_path / "model.onnx", input_names=["latents"], dynamo=True)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for size in (1, 3):
         with torch.no_grad():

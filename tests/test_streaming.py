@@ -8,6 +8,7 @@ import sys
 import tarfile
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from hf_aselect import ASelectImageProcessor, DiTForImageClassification
 
 pytestmark = pytest.mark.process
 
+# Five seconds after each stream's end, lest its threads outlive the process.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 TRAIN = example("image_classification/train_image_classification.py")
 NUM_PICTURES = 48
 

@@ -126,7 +126,10 @@ def test_the_plain_criterion_needs_one_draw():
     assert select_timestep(StubModel(100), pictures(10), timesteps=GRID, criterion="hfr").num_forwards == 10 * 5
 
 
-@pytest.mark.parametrize("criterion", ["hfr", "signal_hfr", "consensus", Consensus("mean_std", 512)])
+@pytest.mark.parametrize(
+    "criterion",
+    ["hfr", "signal_hfr", "consensus", pytest.param(Consensus("mean_std", 512), marks=pytest.mark.process)],
+)
 def test_the_batch_size_changes_nothing_beyond_rounding(model, criterion):
     options = {"criterion": criterion, "max_images": 40, "timesteps": GRID}
     alone, together = (
