@@ -25,20 +25,13 @@ from pathlib import Path
 import pytest
 
 # Begun first, so that no process is left alone with one of them in the end. They are named by what takes longest.
-LONGEST = [
-    *(
-        "sharing",
-        "folding",
-        "examples",
-        "distributed",
-        "training",
-        "faults",
-        "determinism",
-        "denoisers",
-        "convert_diffusers",
-    ),
-    *("timestep_selection", "model_cards", "diffusers_files", "demo", "half_precision", "golden", "segmentation"),
-]
+# fmt: off
+LONGEST = (
+    "sharing", "without_package", "folding", "examples", "distributed", "streaming", "resume", "training", "faults",
+    "feature_cache", "determinism", "denoisers", "convert_diffusers", "timestep_selection", "model_cards",
+    "diffusers_files", "demo", "half_precision", "golden", "segmentation",
+)
+# fmt: on
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
 # The families of `pipelines.py` but for two, which stand for all in a quick run.
