@@ -106,7 +106,7 @@ def pytest_runtest_protocol(item):
     start, listen = subprocess.Popen.__init__, socketserver.TCPServer.__init__
 
     def guarded_start(self, args, *others, **options):
-        assert args[0] != sys.executable, "A test that starts Python is to be marked `process`."
+        assert str(args[0]) != sys.executable, "A test that starts Python is to be marked `process`."
         return start(self, args, *others, **options)
 
     def guarded_listen(*_args, **_options):

@@ -30,7 +30,8 @@ with torch.no_grad():
     tokens = {
         size: torch.cat([model(batch).last_hidden_state for batch in pixels.split(size)]) for size in (1, 7, 32)
     }
-selections = [select_timestep(model, pictures, max_images=64, batch_size=size) for size in (7, 32)]
+options = {"timesteps": model.noise_schedule.even_timesteps()[::5], "max_images": 64}
+selections = [select_timestep(model, pictures, batch_size=size, **options) for size in (7, 32)]
 found = {"tokens": tokens, "selections": [each.to_dict() for each in selections]}
 torch.save(found, f"{sys.argv[1]}-{rank}.pt")
 """

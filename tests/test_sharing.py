@@ -6,12 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from forking import Forking
+from forking import SCRIPT, Forking
 from huggingface_hub import ModelCard
 from PIL import Image
 from writable_hub import WritableHub, serve
@@ -90,14 +89,14 @@ def environment(hub, home, token=TOKEN):
     return given | ({"HF_TOKEN": token} if token else {})
 
 
-def python(code, *words, hub, home, token=TOKEN, without=(), fails=False, alone=False):
+def python(code, *words, hub, home, token=TOKEN, without=(), fails=False):
     """Run code in a process of its own, where some packages cannot be imported; return what it says.
 
-    Where all packages can be, or all but ours, it is a fork of one that has imported them, unless it is to be `alone`.
+    Where all packages can be, or all but ours, it is a fork of one that has imported them.
     """
     if tuple(without) == ("hf_aselect",):
         status, said = hub.stranger.run(code, *words, environment=environment(hub, home, token))
-    elif without or alone:
+    elif without:
         blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in without)
         command = [sys.executable, "-c", blocked + code, *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(hub, home, token))
@@ -187,9 +186,9 @@ print(getattr(model.push_to_hub(sys.argv[2], **eval(sys.argv[4])), "pr_url", Non
 
 @pytest.fixture
 def push(hub, pixel_folder, tmp_path):
-    def run(repo_id, timestep=5, fails=False, token=TOKEN, alone=False, **options):
+    def run(repo_id, timestep=5, fails=False, token=TOKEN, **options):
         words = (pixel_folder, repo_id, timestep, repr(options))
-        return python(AGAIN, *words, hub=hub, home=tmp_path / "home", token=token, fails=fails, alone=alone)
+        return python(AGAIN, *words, hub=hub, home=tmp_path / "home", token=token, fails=fails)
 
     return run
 
@@ -265,9 +264,12 @@ def test_an_upload_that_breaks_leaves_the_last_commit(hub, push):
     assert read_config(hub, "me/broken")["timestep"] == 5
 
 
-def test_two_may_push_at_once(hub, push):
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda timestep: push("me/twice", timestep=timestep, alone=True), (5, 6)))
+def test_two_may_push_at_once(hub, pixel_folder, tmp_path):
+    """Two processes that know nothing of each other."""
+    begin = "import os, sys\nsys.argv[3] = 5 + int(os.environ.pop('RANK'))\ndel os.environ['WORLD_SIZE']\n"
+    words, given = (pixel_folder, "me/twice", 0, "{}"), environment(hub, tmp_path / "home")
+    status, said = hub.forking.run(begin + AGAIN, *words, environment=given, world=2)
+    assert status == 0, said[-3000:]
     assert read_config(hub, "me/twice")["timestep"] in (5, 6)
     assert len(hub.repos["model", "me/twice"].messages) == 2
 
@@ -377,11 +379,8 @@ def test_the_example_pushes_a_folder_and_keeps_what_its_card_says(hub, classifie
     write_model_card(classifier, tmp_path / "saved", dataset="noise", accuracy=0.75, license="mit")
     script = str(Path(__file__).parents[1] / "examples" / "sharing" / "push_to_hub.py")
     words = ["--model_name_or_path", str(tmp_path / "saved"), "--repo_id", "me/example", "--license", "apache-2.0"]
-    done = subprocess.run(
-        [sys.executable, script, *words], capture_output=True, text=True, env=environment(hub, tmp_path / "home")
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"Pushed: {hub.endpoint}/me/example/commit/" in done.stdout
+    said = python(SCRIPT, script, *words, hub=hub, home=tmp_path / "home")
+    assert f"Pushed: {hub.endpoint}/me/example/commit/" in said
     card = ModelCard(hub.bytes_of("model", "me/example", "README.md").decode())
     assert (card.data.license, card.data.eval_results[0].metric_value) == ("apache-2.0", 0.75)
 
@@ -396,10 +395,7 @@ def test_accelerates_own_loop_learns_a_folder_of_pictures_and_pushes(hub, pixel_
     words = ["--model_name_or_path", str(pixel_folder), "--train_dir", str(tmp_path / "pictures"), "--timestep", "5"]
     words += ["--output_dir", str(tmp_path / "out"), "--head", "linear", "--max_train_steps", "3", "--push_to_hub"]
     words += ["--hub_model_id", "me/looped", "--hub_private_repo"]
-    done = subprocess.run(
-        [sys.executable, script, *words], capture_output=True, text=True, env=environment(hub, tmp_path / "home")
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    python(SCRIPT, script, *words, hub=hub, home=tmp_path / "home")
     accuracy = json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"]
     card = ModelCard(hub.bytes_of("model", "me/looped", "README.md").decode())
     assert f"accuracy: {accuracy}" in str(card)
