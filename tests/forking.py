@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 # Reads a line of JSON, forks, runs the code in the children, and answers with a line of JSON for each of both.
@@ -134,9 +135,15 @@ class Running:
         output = Path(self.folder.name) / "output"
         return output.read_text(encoding="utf-8") if output.exists() else ""
 
-    def wait(self):
-        """Return its exit status, the first that is not 0 of several processes, and all that it says."""
+    def wait(self, limit=300):
+        """Return its exit status, the first that is not 0 of several processes, and all that it says.
+
+        What has not ended after some seconds is killed: it waits for something that does not come.
+        """
+        timer = threading.Timer(limit, self.kill)
+        timer.start()
         code, said = json.loads(self.server.stdout.readline()), self.said
+        timer.cancel()
         self.folder.cleanup()
         return code, said
 

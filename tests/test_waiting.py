@@ -81,14 +81,16 @@ def load(folder, kind, **fields):
     return kind.from_pretrained(folder, timestep=141, image_size=32, num_labels=3, **sizes, **fields)
 
 
-def steps(model, labels=None, train=False):
-    """One step of inference, or of training, in which nothing may be asked."""
+def check_step(model, labels=None, train=False):
+    """Take one step of inference, or of training, in which nothing may be asked; return what comes out."""
     pixel_values = on_device(images(model))
     given = {} if labels is None else {"labels": on_device(labels)}
     with NoWaiting():
         found = model.train(train)(pixel_values, **given)
         if train:
             found.loss.backward()
+    first = found[0][0] if isinstance(found[0], tuple) else found[0]
+    assert isinstance(first, OnDevice), "what comes out is no longer known to be on the device"
     return found
 
 
@@ -96,7 +98,7 @@ def steps(model, labels=None, train=False):
 @pytest.mark.parametrize("family", PIPELINES)
 def test_tokens_of_every_family(pipelines, family):
     model = load(pipelines(family), DiTModel, block=1, zeroed_channels=[3], feature="hidden")
-    assert isinstance(steps(model).last_hidden_state, OnDevice), "else nothing was looked at"
+    check_step(model)
 
 
 @pytest.mark.parametrize("folded", [False, True], ids=["whole", "folded"])
@@ -112,8 +114,8 @@ def test_a_classifier_and_its_loss(request, what, frozen, head, folded):
     model = model.fold() if folded else model
     labels = torch.tensor([2, -100])
     expected = model(images(model), labels=labels).loss
-    assert torch.equal(torch.Tensor(steps(model, labels).loss), expected)
-    steps(model, labels, train=True)
+    assert torch.equal(torch.Tensor(check_step(model, labels).loss), expected)
+    check_step(model, labels, train=True)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +130,15 @@ def test_the_losses_of_other_problems(pixel_folder, problem, labels):
     model = DiTForImageClassification.from_pretrained(
         pixel_folder, timestep=50, num_labels=3, head="linear", problem_type=problem
     )
-    steps(model, labels, train=True)
+    check_step(model, labels, train=True)
 
 
 def test_cached_features_of_a_classifier(classifier, pixels):
     features = classifier.extract_features(pixels)
+    labels = on_device(torch.zeros(len(pixels), dtype=torch.long))
     with NoWaiting():
-        classifier(latents=on_device(pixels))
-        classifier(features=on_device(features), labels=on_device(torch.zeros(len(pixels), dtype=torch.long)))
+        assert isinstance(classifier(latents=on_device(pixels)).logits, OnDevice)
+        assert isinstance(classifier(features=on_device(features), labels=labels).loss, OnDevice)
 
 
 @pytest.mark.parametrize("resampled", [False, True])
@@ -152,13 +155,13 @@ def test_a_segmenter_and_its_loss(latent_folder, pixel_folder, decoder, resample
     )  # fmt: skip
     labels = torch.zeros(2, *model.config.image_height_width, dtype=torch.uint8)
     labels[0] = 255
-    steps(model, labels)
-    steps(model, labels, train=True)
+    check_step(model, labels)
+    check_step(model, labels, train=True)
 
 
 def test_a_backbone(latent_folder):
     model = DiTBackbone.from_pretrained(latent_folder, timestep=50, out_indices=[0, 2])
-    steps(model)
+    check_step(model)
 
 
 @pytest.mark.parametrize(
