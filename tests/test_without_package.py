@@ -3,10 +3,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
+from forking import Forking
 from pipelines import PIPELINES
 from writable_hub import WritableHub, serve
 
@@ -120,17 +119,21 @@ def environment(hub, home):
 
 
 def python(code, *words, hub, home, has_package=False):
-    blocked = "" if has_package else "import sys\nsys.modules['hf_aselect'] = None\n"
-    command = [sys.executable, "-c", blocked + OUTPUTS + code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(hub, home))
-    assert not done.returncode, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    """Run code in a fork of a process that has imported all it needs, with the package or where that cannot be."""
+    forking = hub.owner if has_package else hub.stranger
+    status, said = forking.run(OUTPUTS + code, *words, environment=environment(hub, home))
+    assert not status, said[-3000:]
+    return said
 
 
 @pytest.fixture(scope="module")
-def hub():
+def hub(tmp_path_factory):
     with serve(WritableHub({TOKEN: "me"})) as served:
+        given = environment(served, tmp_path_factory.mktemp("home"))
+        served.owner, served.stranger = Forking(given), Forking(given, without_us=True)
         yield served
+        served.owner.close()
+        served.stranger.close()
 
 
 @pytest.fixture(scope="module")
