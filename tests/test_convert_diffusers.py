@@ -467,6 +467,7 @@ def test_a_conversion_to_half_precision_keeps_the_vae_in_float32(sd3_folder, tmp
     assert kinds == {torch.float32}
 
 
+@pytest.mark.family
 def test_a_variant_is_read_where_there_is_one(tmp_path):
     pipe = dit()
     pipe.save_pretrained(tmp_path / "both")
@@ -705,6 +706,7 @@ def test_text_encoders_compute_where_they_do_not_overflow(sd3_folder, tmp_path, 
     assert kinds == [computed] * 2
 
 
+@pytest.mark.family
 def test_a_variant_is_read_of_text_encoders_where_they_have_it(tmp_path):
     pipe = sd3(t5_too=False)
     pipe.save_pretrained(tmp_path / "in")

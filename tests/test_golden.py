@@ -17,9 +17,8 @@ def expected():
     return json.loads(golden.PATH.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "name", ["consensus", *(pytest.param(name, marks=pytest.mark.process) for name in ("hfr", "signal_hfr"))]
-)
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["consensus", "hfr", "signal_hfr"])
 def test_the_choice_and_its_scores(expected, name):
     now, then = golden.scores(name), expected["selections"][name]
     assert (now["timestep"], now["timesteps"]) == (then["timestep"], then["timesteps"])

@@ -330,6 +330,7 @@ def test_a_classifier_takes_what_was_found(dominated, pixels):
     assert bool(model(pixels).logits.isfinite().all())
 
 
+@pytest.mark.process
 def test_the_embedded_dit_has_none_by_a_margin():
     """What tells the rule's factor from what a small transformer does without massive channels."""
     assets = Path(hf_aselect.__file__).parent / "assets" / "fashion_mnist"

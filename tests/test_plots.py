@@ -129,6 +129,7 @@ def test_a_sheet_without_a_name_for_each_picture_is_refused(tmp_path, pictures, 
 MASKS = [np.array([[0, 1], [2, 255]]), np.array([[1, 1], [0, 0]])]
 
 
+@pytest.mark.process
 def test_overlays_show_pictures_masks_and_predictions(tmp_path):
     pictures = [np.zeros((2, 2)), np.ones((2, 2, 3))]
     plot_overlays(tmp_path / "o.png", pictures, MASKS, MASKS[::-1], ["sky", "road", "car"])

@@ -309,6 +309,7 @@ def test_files_are_written_in_the_folder_that_was_named_alone(pixel_folder, clas
     assert sorted(path.name for path in named.iterdir()) == ["card", "converted", "folded", "report"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", sorted(parsers()))
 def test_a_parser_refuses_what_it_does_not_take(name):
     found = fuzz(name, executions=200, seconds=5, seed=1)

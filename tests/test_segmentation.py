@@ -652,6 +652,7 @@ def test_the_metric_equals_scikit_learns_confusion_matrix(seed):
     assert found["absent_classes"] == []
 
 
+@pytest.mark.process
 def test_counts_add_up_over_batches(tmp_path):
     truth, guess = masks(0), masks(1)
     metric = MeanIoU(num_labels=5)
