@@ -43,6 +43,7 @@ from transformers import HfArgumentParser
 from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
 from hf_aselect.model.heads import AttentionHead
 from hf_aselect.selection.criteria import HFR, Consensus, Criterion, SignalHFR
+from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
 
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
@@ -51,11 +52,19 @@ FORMER = "consensus of means, 128 numbers"
 CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus("mean", 128)}
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
+# The same attention head on tokens that are standardised by channel alone, as before standardisation by position.
+PLAIN = "attention, by channel"
 OWN = ", own pictures"
-GUESSES = (0, 50, 100, 150, 261)
+GUESSES = (0, 50, 100, 150, 261, 300)
 MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
 NUM_HALVES = 20
+OF_THE_SEARCH = (
+    *("train_file", "test_file", "annotation_column", "ignore_index", "num_train", "num_test", "attention_features"),
+    *("plain_features", "num_attention_train", "num_measured"),
+)
+BATCH_SIZE = 50  # of an attention head's training
+NUM_STEPS = 180
 COLUMNS = (
     *("criterion", "mean", "worst", "inside pairs, mean", "inside taps, mean", "to the maximum, mean", "worst"),
     *("attention head, mean", "worst", "rank correlation", "forward passes", "seconds"),
@@ -85,16 +94,23 @@ class BenchmarkArguments:
     num_train: int = field(default=3000, metadata={"help": "Pictures that a ridge classifier is fitted to."})
     num_test: int = field(default=6000, metadata={"help": "Pictures that it is tried on."})
     attention_features: list[str] = field(
-        default_factory=lambda: list(FEATURES),
+        default_factory=lambda: ["hidden", "query"],
         metadata={"help": "Features that an attention head is trained on, too; 'none' for no such head."},
     )
-    num_attention_train: int = field(default=2000, metadata={"help": "Pictures that the head is trained on."})
+    plain_features: list[str] = field(
+        default_factory=lambda: ["query"],
+        metadata={"help": "Those of them that it is also trained on without the mean of each position taken out."},
+    )
+    num_attention_train: int = field(default=1500, metadata={"help": "Pictures that the head is trained on."})
     num_timesteps: int = field(default=20, metadata={"help": "Timesteps of the exhaustive search."})
     num_measured: int = field(default=256, metadata={"help": "Pictures for RankMe, alpha-ReQ and LiDAR."})
     batch_size: int = field(default=64, metadata={"help": "Pictures in one forward pass."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of the selections."})
     own_pictures: bool = field(
         default=True, metadata={"help": "Also select on pictures that the DiT makes itself, which takes longest."}
+    )
+    search_only: bool = field(
+        default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
     )
     summarize: bool = field(default=False, metadata={"help": "Only write the table over all pairs."})
 
@@ -114,9 +130,10 @@ class Pair:
         schedule = self.model.noise_schedule
         # The grid of a selection is within that of the search, so that every choice has its accuracy.
         self.grid = sorted({*schedule.even_timesteps(args.num_timesteps), *schedule.even_timesteps(), *GUESSES})
-        blocks = range(0, self.model.config.num_hidden_layers, 3)
+        blocks = sorted({share * self.model.config.num_hidden_layers // 8 for share in (0, 3, 6)})
         self.taps: list[Tap] = [(block, feature) for block in blocks for feature in FEATURES]
-        self.attention_taps = [tap for tap in self.taps if tap[1] in args.attention_features and self.per_picture]
+        self.attention_taps = [tap for tap in self.taps if tap[1] in args.attention_features]
+        self.plain_taps = [tap for tap in self.attention_taps if tap[1] in args.plain_features]
         self.labels = [self.read_labels(rows) for rows in (self.train, self.test)]
 
     @property
@@ -170,8 +187,8 @@ class Pair:
         path = Path(self.args.output_dir) / f"{self.args.name}.search.npz"
         # A search of other pictures or taps is another search.
         weights = sum(float(values.double().abs().sum()) for values in self.model.state_dict().values())
-        unimportant = dict.fromkeys(("seeds", "own_pictures", "summarize", "output_dir"))
-        settings = {**asdict(self.args), **unimportant, "grid": self.grid, "weights": weights}
+        given = {name: value for name, value in asdict(self.args).items() if name in OF_THE_SEARCH}
+        settings = {**given, "taps": self.taps, "grid": self.grid, "weights": weights}
         done: dict[str, np.ndarray] = {"settings": np.array(json.dumps(settings))}
         if path.exists():
             with np.load(path) as stored:
@@ -190,6 +207,7 @@ class Pair:
 
         hits = {("ridge", tap): stacked("ridge", tap) for tap in self.taps}
         hits |= {("attention", tap): stacked("attention", tap) for tap in self.attention_taps}
+        hits |= {(PLAIN, tap): stacked(PLAIN, tap) for tap in self.plain_taps}
         measures = {name: {tap: stacked(name, tap).tolist() for tap in self.taps} for name in MEASURES}
         # The median: other work on the machine may slow down some of them.
         seconds = float(np.median([done[f"{timestep}/seconds"] for timestep in self.grid])) * len(self.grid)
@@ -207,9 +225,14 @@ class Pair:
             place = f"{tap[0]}/{tap[1]}"
             parts = [part[tap] for part in tokens]
             found[f"ridge/{place}"] = ridge_hits(parts[0], self.labels[0], parts[1], self.labels[1])
-            if tap in self.attention_taps:
+            ways = {"attention": tap in self.attention_taps, PLAIN: tap in self.plain_taps}
+            for truth in (truth for truth, is_wanted in ways.items() if is_wanted):
                 part = slice(self.args.num_attention_train)
-                found[f"attention/{place}"] = head_hits(parts[0][part], self.labels[0][part], parts[1], self.labels[1])
+                standardized = standardize(*parts, per_position=truth != PLAIN)
+                found[f"{truth}/{place}"] = head_hits(
+                    standardized[0][part], self.labels[0][part], standardized[1], self.labels[1]
+                )
+            found[f"share/{place}"] = np.array(moments_of(parts[0]).share_between_images)
         # What the measures cost is no part of an exhaustive search.
         found["seconds"] = np.array(time.monotonic() - started)
         views = [self.tokens(measured, timestep, noise) for noise in draws]
@@ -354,28 +377,65 @@ def ridge_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_label
     return (right & known).sum(1) / known.sum(1)
 
 
+def moments_of(tokens: Tensor) -> TokenMoments:
+    """Return the moments of the first images' tokens: as many as a selection looks at."""
+    moments = TokenMoments.from_origin(tokens[0])
+    for part in tokens[:256].split(64):
+        moments.add(part)
+    return moments
+
+
+def standardize(train: Tensor, test: Tensor, per_position: bool) -> tuple[Tensor, Tensor]:
+    """Return tokens, (n, N, D), standardised as a model does it, or by channel alone."""
+    if per_position:
+        scale, shift = scale_and_shift(moments_of(train))
+    else:
+        deviation, mean = torch.std_mean(train, dim=(0, 1))
+        scale, shift = 1 / deviation, -mean / deviation
+    return train * scale + shift, test * scale + shift
+
+
+class DenseHead(AttentionHead):
+    """The attention head's block with a classifier of each token, for labels per patch."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits, (B, K, N), of tokens, (B, N, D)."""
+        logits: Tensor = self.classifier(self.blocks[0](self.input_projection(tokens)))
+        return logits.transpose(1, 2)
+
+
 def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray) -> np.ndarray:
-    """Return for each test picture whether a small attention head, trained for 8 epochs, is right about it."""
-    deviation, mean = torch.std_mean(train, dim=(0, 1))
+    """Return for each test picture whether a small attention head, trained for 6 epochs, is right about it.
+
+    With labels per patch, (n, N), each token is classified and the share of the labelled ones that the head is right
+    about is returned.
+    """
+    kind = AttentionHead if train_labels.ndim == 1 else DenseHead
+    known = torch.from_numpy(test_labels != UNLABELLED)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head = AttentionHead(train.shape[-1], int(train_labels.max()) + 1, 64, 1, 8, 4)
+        num_classes = int(train_labels[train_labels != UNLABELLED].max()) + 1
+        head = kind(train.shape[-1], num_classes, 64, 1, 8, 4)
         for weight in head.parameters():
             if weight.ndim == 2:
                 nn.init.xavier_uniform_(weight)
         optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.05)
-        steps = 8 * -(-len(train) // 100)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        # As many steps from few images as from many.
+        size = min(BATCH_SIZE, -(-len(train) // 4))
+        epochs = max(6, -(-NUM_STEPS // -(-len(train) // size)))
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * -(-len(train) // size))
         labels = torch.from_numpy(train_labels)
-        for _ in range(8):
-            for chosen in torch.randperm(len(train)).split(100):
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(train)).split(size):
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(head((train[chosen] - mean) / deviation), labels[chosen]).backward()
+                logits = head(train[chosen])
+                nn.functional.cross_entropy(logits, labels[chosen], ignore_index=UNLABELLED).backward()
                 optimizer.step()
                 scheduler.step()
     with torch.no_grad():
-        predictions = torch.cat([head((part - mean) / deviation).argmax(1) for part in test.split(500)])
-    return (predictions.numpy() == test_labels).astype(np.float64)
+        predictions = torch.cat([head(part).argmax(1) for part in test.split(500)])
+    right = ((predictions == torch.from_numpy(test_labels)) & known).reshape(len(test), -1).sum(1)
+    return (right / known.reshape(len(test), -1).sum(1)).double().numpy()
 
 
 def loss(hits: np.ndarray, place: int) -> float:
@@ -654,7 +714,11 @@ def main() -> None:
     if not args.summarize:
         if None in (args.name, args.model_name_or_path, args.train_file, args.test_file):
             raise ValueError("Give --name, --model_name_or_path, --train_file and --test_file, or --summarize alone.")
-        write(output / f"{args.name}.json", json.dumps(Pair(args).run(), indent=1))
+        pair = Pair(args)
+        if args.search_only:
+            pair.exhaustive_search()
+            return
+        write(output / f"{args.name}.json", json.dumps(pair.run(), indent=1))
     table = summarize(output)
     write(output / "table.md", table)
     print(table)

@@ -1,4 +1,4 @@
-r"""Pretrain a small class-conditional DiT in pixel space on any image dataset.
+r"""Pretrain a small class-conditional DiT on any image dataset, in pixel space or on the latents of a VAE.
 
 The result is a folder with `transformer/` and `scheduler/`, which `DiTModel.from_pretrained` reads. The embedded DiT
 of the package was made by these two commands (about an hour on two CPU cores that compute in bf16 and have nothing
@@ -8,6 +8,10 @@ else to do):
     python examples/pretraining/pretrain_dit.py --train_file fashion-mnist/train.parquet \
         --output_dir dit-fashion-mnist --image_size 28 --patch_size 4 --num_channels 1 --num_pictures 921600 \
         --label_dropout 0.5 --save_dtype float16
+
+`--prediction_type flow_matching` learns the velocity from the image to the noise along straight lines, as Stable
+Diffusion 3 does, with logit-normal timesteps and `--shift`. `--vae_name_or_path` names an `AutoencoderKL` (such as
+`pretrain_vae.py` trains): the DiT then learns its latents, and the output folder gets a copy in `vae/`.
 
 A run that was stopped resumes from its last checkpoint when the same command is given again. On several processes
 `--batch_size` is the batch of each of them:
@@ -34,10 +38,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, is_bf16_available, set_seed
 from datasets import Dataset
-from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -80,8 +90,19 @@ class PretrainingArguments:
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = field(
         default="linear", metadata={"help": "Schedule of the noise; in the second fewer timesteps are mere noise."}
     )
-    prediction_type: Literal["epsilon", "v_prediction"] = field(
-        default="epsilon", metadata={"help": "What is learnt: the noise, or the velocity between picture and noise."}
+    prediction_type: Literal["epsilon", "v_prediction", "flow_matching"] = field(
+        default="epsilon",
+        metadata={
+            "help": "What is learned: the noise, the velocity of DDPM's schedule, or that of flow matching along "
+            "straight lines, which has no `beta_schedule`."
+        },
+    )
+    shift: float = field(
+        default=1.0, metadata={"help": "Flow matching: moves timesteps toward noise, in training and sampling."}
+    )
+    vae_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "`AutoencoderKL` whose latents are learned; sizes of images are those before it."},
     )
     label_dropout: float = field(default=0.1, metadata={"help": "Share of pictures shown with the null label."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged weights, which are saved."})
@@ -160,14 +181,25 @@ def picture_order(num_pictures: int, args: PretrainingArguments, num_processes: 
     return [order[i * args.batch_size : (i + 1) * args.batch_size].tolist() for i in range(num_batches)]
 
 
-def build_transformer(args: PretrainingArguments, num_classes: int) -> DiTTransformer2DModel:
+def build_scheduler(args: PretrainingArguments) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
+    """Return the scheduler that adds the noise, and that is saved."""
+    if args.prediction_type == "flow_matching":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=args.shift)
+    return DDPMScheduler(
+        num_train_timesteps=1000, beta_schedule=args.beta_schedule, prediction_type=args.prediction_type
+    )
+
+
+def build_transformer(
+    args: PretrainingArguments, num_classes: int, in_channels: int, sample_size: int
+) -> DiTTransformer2DModel:
     """Return a DiT initialised as in the DiT paper: each block is the identity, the output is 0."""
     model = DiTTransformer2DModel(
         num_attention_heads=args.num_attention_heads,
         attention_head_dim=args.attention_head_dim,
-        in_channels=args.num_channels,
+        in_channels=in_channels,
         num_layers=args.num_layers,
-        sample_size=args.image_size,
+        sample_size=sample_size,
         patch_size=args.patch_size,
         num_embeds_ada_norm=num_classes,
     )
@@ -195,9 +227,15 @@ def set_train_mode(model: nn.Module) -> None:
 
 @torch.no_grad()
 def sample_grid(
-    model: nn.Module, scheduler: DDPMScheduler, path: Path, null_label: int, seed: int, rows: int = 8
+    model: nn.Module,
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
+    path: Path,
+    null_label: int,
+    seed: int,
+    rows: int = 8,
+    vae: AutoencoderKL | None = None,
 ) -> None:
-    """Draw `rows` pictures of up to 10 classes (DDIM, 50 steps, guidance 2) and save them as one PNG."""
+    """Draw `rows` images of up to 10 classes (DDIM or Euler, 50 steps, guidance 2) and save them as one PNG."""
     config = model.config
     columns = min(10, null_label)
     labels = torch.arange(columns).repeat(rows).to(model.device)
@@ -205,8 +243,11 @@ def sample_grid(
         labels = torch.full_like(labels, null_label)  # trained without labels, it knows no class
     shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
     pictures = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    # From the last timestep on, where there is only noise, and without clipping, which breaks guidance.
-    sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
+    if isinstance(scheduler, DDPMScheduler):
+        # From the last timestep on, where there is only noise, and without clipping, which breaks guidance.
+        sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
+    else:
+        sampler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
     sampler.set_timesteps(50)
     for t in sampler.timesteps:
         both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
@@ -214,9 +255,11 @@ def sample_grid(
         prediction = model(torch.cat([pictures, pictures]), timestep=timesteps, class_labels=both_labels).sample
         with_label, without_label = prediction.chunk(2)
         pictures = sampler.step(without_label + 2.0 * (with_label - without_label), t, pictures).prev_sample
+    if vae is not None:
+        pictures = vae.decode(pictures / vae.config.scaling_factor).sample
     grid = pictures.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     array = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    picture = Image.fromarray(array.squeeze(-1) if config.in_channels == 1 else array)
+    picture = Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
     picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path)
 
 
@@ -253,17 +296,29 @@ def restore(target: Path) -> None:
 
 
 def training_step(
-    model: nn.Module, scheduler: DDPMScheduler, batch: dict[str, Tensor], args: PretrainingArguments, null_label: int
+    model: nn.Module,
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
+    batch: dict[str, Tensor],
+    args: PretrainingArguments,
+    null_label: int,
 ) -> Tensor:
-    """Return the mean squared error of the predicted noise or velocity at uniformly drawn timesteps."""
-    pixels, labels = batch["pixels"], batch["labels"]
-    noise = torch.randn_like(pixels)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(pixels),), device=pixels.device)
+    """Return the mean squared error of the predicted noise or velocity at randomly drawn timesteps."""
+    latents, labels = batch["pixels"], batch["labels"]
+    noise = torch.randn_like(latents)
+    if isinstance(scheduler, DDPMScheduler):
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        noised = scheduler.add_noise(latents, noise, timesteps)
+        is_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    else:
+        # As Stable Diffusion 3 (arXiv 2403.03206): more often in the middle, then moved toward noise.
+        drawn = compute_density_for_timestep_sampling("logit_normal", len(latents), 0.0, 1.0, device=latents.device)
+        sigmas = args.shift * drawn / (1 + (args.shift - 1) * drawn)
+        timesteps = scheduler.config.num_train_timesteps * sigmas
+        sigmas = sigmas.view(-1, 1, 1, 1)
+        noised, target = (1 - sigmas) * latents + sigmas * noise, noise - latents
     dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
-    noised = scheduler.add_noise(pixels, noise, timesteps)
     prediction = model(noised, timestep=timesteps, class_labels=labels.masked_fill(dropped, null_label)).sample
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(pixels, noise, timesteps) if is_velocity else noise
     return nn.functional.mse_loss(prediction.float(), target)
 
 
@@ -290,9 +345,8 @@ class Pretraining:
         self.batches = picture_order(len(self.dataset), args, accelerator.num_processes)
         self.batch_size = args.batch_size * accelerator.num_processes
         self.num_steps = len(self.batches) // accelerator.num_processes
-        self.scheduler = DDPMScheduler(
-            num_train_timesteps=1000, beta_schedule=args.beta_schedule, prediction_type=args.prediction_type
-        )
+        self.scheduler = build_scheduler(args)
+        self.vae = self.load_vae()
         set_seed(args.seed)
         model = self.build()
         self.ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
@@ -310,6 +364,8 @@ class Pretraining:
             self.optimizers.append(optimizer)
             self.lr_schedulers.append(lr_scheduler)
         self.ema.to(accelerator.device)
+        if self.vae is not None:
+            self.vae.to(accelerator.device)
         accelerator.register_for_checkpointing(self.ema)
         self.checkpoint = self.output / "checkpoint"
         self.log: list[dict] = []
@@ -344,7 +400,25 @@ class Pretraining:
 
     def build(self) -> nn.Module:
         """Return the model with new weights."""
-        return build_transformer(self.args, self.num_classes)
+        if self.vae is None:
+            return build_transformer(self.args, self.num_classes, self.args.num_channels, self.args.image_size)
+        latents = self.encode(torch.zeros(1, self.args.num_channels, self.args.image_size, self.args.image_size))
+        return build_transformer(self.args, self.num_classes, latents.shape[1], latents.shape[2])
+
+    def load_vae(self) -> AutoencoderKL | None:
+        """Return the frozen VAE, if one was named, from a folder or repository of its own or from a pipeline's."""
+        source = self.args.vae_name_or_path
+        if source is None:
+            return None
+        subfolder = "vae" if (Path(source) / "vae").is_dir() else None
+        return AutoencoderKL.from_pretrained(source, subfolder=subfolder).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the VAE's latents of images, the posterior's mean, or the images if there is no VAE."""
+        if self.vae is None:
+            return pixels
+        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """Return AdamW, and Muon before it, if that is asked for.
@@ -401,7 +475,7 @@ class Pretraining:
     def optimize(self, batch: dict[str, Tensor]) -> float:
         """Take one step and return its loss."""
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-        loss = training_step(self.model, self.scheduler, batch, self.args, self.num_classes)
+        loss = self.loss(batch)
         self.accelerator.backward(loss)
         weights = dict(self.model.named_parameters())
         for name, matrix in self.matrices.items():
@@ -414,6 +488,11 @@ class Pretraining:
         self.ema.step(self.model.parameters())
         self.step += 1
         return loss.item()
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch."""
+        batch = {**batch, "pixels": self.encode(batch["pixels"])}
+        return training_step(self.model, self.scheduler, batch, self.args, self.num_classes)
 
     def write_checkpoint(self, loss: float, seconds: float) -> None:
         """Write what a later run goes on from, and the averaged weights with samples of theirs."""
@@ -442,6 +521,14 @@ class Pretraining:
             if main and done - self.batch_size < stage <= done:
                 self.write_averaged_model(self.output / f"stage-{stage}")
 
+    def write_samples(self, model: nn.Module, path: Path) -> None:
+        """Draw what the model makes."""
+        sample_grid(model, self.scheduler, path, self.num_classes, self.args.seed, vae=self.vae)
+
+    def parts(self, model: Any) -> dict[str, Any]:
+        """Return what is saved, by folder."""
+        return {self.part: model, "scheduler": self.scheduler} | ({"vae": self.vae} if self.vae is not None else {})
+
     def write_averaged_model(self, output: Path | None = None) -> None:
         """Write `transformer/`, `scheduler/`, a grid of samples and the log to `output`, else to the run's folder."""
         output = output or self.output
@@ -449,9 +536,9 @@ class Pretraining:
         # A copy, not a new model: drawing new weights would change the random numbers of the steps that follow.
         averaged = copy.deepcopy(self.accelerator.unwrap_model(self.model)).eval()
         self.ema.copy_to(averaged.parameters())
-        sample_grid(averaged, self.scheduler, output / "samples.png", self.num_classes, self.args.seed)
+        self.write_samples(averaged, output / "samples.png")
         averaged.to(getattr(torch, self.args.save_dtype))
-        for name, part in ((self.part, averaged), ("scheduler", self.scheduler)):
+        for name, part in self.parts(averaged).items():
             part.save_pretrained(incomplete(output / name))
             complete(output / name)
         log = {"arguments": vars(self.args), "log": self.log}
