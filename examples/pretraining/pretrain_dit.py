@@ -74,7 +74,7 @@ class PretrainingArguments:
         metadata={"help": "Least side of a random square crop, as a share of the short side; 1: the middle, always."},
     )
     num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for RGB."})
-    patch_size: int = field(default=4, metadata={"help": "Side of a token in pixels."})
+    patch_size: int = field(default=4, metadata={"help": "Side of a token in pixels, or in latents of a VAE."})
     num_layers: int = field(default=8, metadata={"help": "Transformer blocks."})
     num_attention_heads: int = field(default=2, metadata={"help": "Attention heads."})
     attention_head_dim: int = field(default=64, metadata={"help": "Width of a head."})
@@ -119,8 +119,11 @@ class PretrainingArguments:
     seed: int = field(default=0, metadata={"help": "Seed of weights, order of pictures, noise and samples."})
 
 
-# Where things lie and how they are written; pictures are known by a digest, and may have been moved.
-CHANGEABLE = ("output_dir", "dataset_name", "train_dir", "train_file", "stages", "save_dtype", "checkpoint_minutes")
+# Where things lie and how they are written; images and VAE are known by digests, and may have been moved.
+CHANGEABLE = (
+    *("output_dir", "dataset_name", "train_dir", "train_file", "vae_name_or_path"),
+    *("stages", "save_dtype", "checkpoint_minutes"),
+)
 
 
 def default_precision() -> str:
@@ -144,6 +147,16 @@ def digest(dataset: Dataset, image_column: str) -> str:
     found = hashlib.sha256(str(len(dataset)).encode())
     for picture in dataset.select(np.linspace(0, len(dataset) - 1, 16).astype(int))[image_column]:
         found.update(np.asarray(picture).tobytes())
+    return found.hexdigest()[:16]
+
+
+def vae_digest(vae: AutoencoderKL | None) -> str | None:
+    """Return a digest of a VAE's weights and of how its latents are scaled."""
+    if vae is None:
+        return None
+    found = hashlib.sha256(f"{vae.config.scaling_factor} {vae.config.shift_factor}".encode())
+    for weight in vae.state_dict().values():
+        found.update(weight.cpu().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -256,7 +269,7 @@ def sample_grid(
         with_label, without_label = prediction.chunk(2)
         pictures = sampler.step(without_label + 2.0 * (with_label - without_label), t, pictures).prev_sample
     if vae is not None:
-        pictures = vae.decode(pictures / vae.config.scaling_factor).sample
+        pictures = vae.decode(pictures / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
     grid = pictures.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     array = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
     picture = Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
@@ -313,7 +326,7 @@ def training_step(
     else:
         # As Stable Diffusion 3 (arXiv 2403.03206): more often in the middle, then moved toward noise.
         drawn = compute_density_for_timestep_sampling("logit_normal", len(latents), 0.0, 1.0, device=latents.device)
-        sigmas = args.shift * drawn / (1 + (args.shift - 1) * drawn)
+        sigmas = scheduler.shift * drawn / (1 + (scheduler.shift - 1) * drawn)
         timesteps = scheduler.config.num_train_timesteps * sigmas
         sigmas = sigmas.view(-1, 1, 1, 1)
         noised, target = (1 - sigmas) * latents + sigmas * noise, noise - latents
@@ -334,6 +347,9 @@ class Pretraining:
 
     def __init__(self, args: PretrainingArguments) -> None:
         self.args, self.output = args, Path(args.output_dir)
+        self.check_arguments()
+        self.vae = self.load_vae()
+        self.check_image_size()
         self.output.mkdir(parents=True, exist_ok=True)
         args.mixed_precision = args.mixed_precision or default_precision()
         self.accelerator = accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -346,7 +362,6 @@ class Pretraining:
         self.batch_size = args.batch_size * accelerator.num_processes
         self.num_steps = len(self.batches) // accelerator.num_processes
         self.scheduler = build_scheduler(args)
-        self.vae = self.load_vae()
         set_seed(args.seed)
         model = self.build()
         self.ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
@@ -378,11 +393,48 @@ class Pretraining:
             self.log = json.loads((self.checkpoint / "log.json").read_text())
         self.step = self.log[-1]["step"] if self.log else 0
 
+    def check_arguments(self) -> None:
+        """Refuse options that do not go together, before anything is read or written."""
+        args, is_flow_matching = self.args, self.args.prediction_type == "flow_matching"
+        if not 1e-6 <= args.shift <= 1e6:  # what `DiTModel.from_pretrained` takes
+            raise ValueError(f"--shift must be above 0, in [1e-6, 1e6], got {args.shift}. 1 moves nothing.")
+        if args.shift != 1 and not is_flow_matching:
+            raise ValueError(
+                f"--shift is of flow matching, got {args.shift} with --prediction_type {args.prediction_type}. Leave "
+                "it out, or give --prediction_type flow_matching."
+            )
+        if args.beta_schedule != "linear" and is_flow_matching:
+            raise ValueError(
+                f"Flow matching has no betas, got --beta_schedule {args.beta_schedule}. Leave it out; --shift moves "
+                "timesteps toward noise."
+            )
+
+    def check_image_size(self) -> None:
+        """Refuse sides of images that leave a rest."""
+        size, multiple = self.args.image_size, self.multiple()
+        if size < 1 or size % multiple:
+            raise ValueError(
+                f"--image_size must be a multiple of {multiple} for this model and --patch_size, got {size}. "
+                f"{max(size, 1) + -max(size, 1) % multiple} would do."
+            )
+
+    def multiple(self) -> int:
+        """Return what the side of the images must be a multiple of: the pixels along a token's."""
+        if self.vae is None:
+            return self.args.patch_size
+        return self.args.patch_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def recipe(self) -> dict[str, Any]:
         """Return what must not change on the way: a run that goes on is to end as one that was never stopped."""
         given = {name: value for name, value in vars(self.args).items() if name not in CHANGEABLE}
         pictures = digest(self.dataset, self.args.image_column)
-        return {**given, "digest of the pictures": pictures, "processes": self.accelerator.num_processes}
+        processes = self.accelerator.num_processes
+        return {
+            **given,
+            "digest of the pictures": pictures,
+            "digest of the VAE": vae_digest(self.vae),
+            "processes": processes,
+        }
 
     def check_recipe(self) -> None:
         """Refuse to go on from the checkpoint of another run."""
@@ -390,7 +442,9 @@ class Pretraining:
         before = json.loads(path.read_text()) if path.exists() else {}  # older ones do not tell
         now = self.recipe()
         other = [
-            f"{name} {value!r}, now {now.get(name)!r}" for name, value in before.items() if now.get(name) != value
+            f"{name} {value!r}, now {now.get(name)!r}"
+            for name, value in before.items()
+            if name not in CHANGEABLE and now.get(name) != value
         ]
         if other:
             raise ValueError(
@@ -406,19 +460,40 @@ class Pretraining:
         return build_transformer(self.args, self.num_classes, latents.shape[1], latents.shape[2])
 
     def load_vae(self) -> AutoencoderKL | None:
-        """Return the frozen VAE, if one was named, from a folder or repository of its own or from a pipeline's."""
+        """Return the frozen VAE, if one was named: a repository or folder of its own, or a folder with `vae/`.
+
+        Raises:
+            ValueError: If there is none, or its images have other channels than those that it is to be given.
+        """
         source = self.args.vae_name_or_path
         if source is None:
             return None
         subfolder = "vae" if (Path(source) / "vae").is_dir() else None
-        return AutoencoderKL.from_pretrained(source, subfolder=subfolder).requires_grad_(False).eval()
+        wanted = "--vae_name_or_path must be a repository or folder of an `AutoencoderKL`, or have it in vae/"
+        try:
+            kind = AutoencoderKL.load_config(source, subfolder=subfolder)["_class_name"]
+        except OSError as e:
+            raise ValueError(f"{wanted}, got {source!r}. pretrain_vae.py trains one.") from e
+        if kind != "AutoencoderKL":
+            raise ValueError(f"{wanted}, got {source!r} with an `{kind}`. pretrain_vae.py trains one.")
+        vae = AutoencoderKL.from_pretrained(source, subfolder=subfolder)
+        if vae.config.in_channels != self.args.num_channels:
+            raise ValueError(
+                f"--num_channels must be that of the VAE's images, {vae.config.in_channels}, got "
+                f"{self.args.num_channels}. Latents have channels of their own."
+            )
+        return vae.requires_grad_(False).eval()
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return the VAE's latents of images, the posterior's mean, or the images if there is no VAE."""
+        """Return the VAE's latents of images, the posterior's mean, or the images if there is no VAE.
+
+        They are what `DiTModel.encode` returns.
+        """
         if self.vae is None:
             return pixels
-        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+        latents = self.vae.encode(pixels).latent_dist.mean
+        return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """Return AdamW, and Muon before it, if that is asked for.

@@ -4,8 +4,9 @@
         --num_pictures 254000 --optim muon --learning_rate 2e-3 --batch_size 64
 
 Data, noise, loss, optimizer, averaged weights and checkpoints are that script's, and so are all options; those of the
-transformer's sizes have no meaning here. The UNet has 5.6 million weights in three stages of 64, 96 and 128 channels,
-with attention in the two smaller ones. What is written has `unet/` in place of `transformer/`.
+transformer's sizes have no meaning here, and those of flow matching and of a VAE are refused. The UNet has 5.6 million
+weights in three stages of 64, 96 and 128 channels, with attention in the two smaller ones. What is written has `unet/`
+in place of `transformer/`.
 """
 
 from diffusers import UNet2DModel
@@ -19,6 +20,24 @@ class UNetPretraining(Pretraining):
 
     part = "unet"
     hidden = r"blocks?\..*(conv\w*|to_\w+|to_out\.0)\.weight"
+
+    def check_arguments(self) -> None:
+        """Refuse what is for `pretrain_dit.py` alone."""
+        super().check_arguments()
+        if self.args.prediction_type == "flow_matching":
+            raise ValueError(
+                "pretrain_unet.py learns DDPM's noise or velocity, got --prediction_type flow_matching. Give epsilon "
+                "or v_prediction, or use pretrain_dit.py."
+            )
+        if self.args.vae_name_or_path is not None:
+            raise ValueError(
+                f"pretrain_unet.py learns pixels, got --vae_name_or_path {self.args.vae_name_or_path}. Leave it out, "
+                "or use pretrain_dit.py."
+            )
+
+    def multiple(self) -> int:
+        """Return what the side of the images must be a multiple of: it is halved twice."""
+        return 4
 
     def build(self) -> nn.Module:
         """Return the UNet with new weights; its last class is the null label."""
