@@ -6,17 +6,19 @@ r"""Pretrain a small `AutoencoderKL` (four times smaller, 4 channels), for a DiT
         --vae_name_or_path vae-cifar10 --patch_size 1 --num_pictures 160000 --label_dropout 0.5
 
 Data, optimizer, averaged weights and checkpoints are those of `pretrain_dit.py`, and so are all options; those of the
-transformer and of the noise have no meaning here. The loss is the squared error of the reconstruction, with a little of
-the KL divergence from the normal distribution; there is no perceptual or adversarial loss, so images come out soft.
+transformer and of the noise have no meaning here. The loss is the squared error of the reconstruction, with a little
+of the KL divergence from the normal distribution; there is no perceptual or adversarial loss, so images come out soft.
 `scaling_factor` is set so that latents have a deviation of 1. `samples.png` shows images above their reconstructions.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from pretrain_dit import Pretraining, PretrainingArguments, to_tensors
 from torch import Tensor, nn
@@ -25,15 +27,48 @@ from transformers import HfArgumentParser
 KL_WEIGHT = 1e-3  # of the mean over latents, against the mean over pixels
 
 
+class Reconstruction(nn.Module):
+    """An autoencoder whose pass returns all that the loss needs: processes share the gradients of a pass alone.
+
+    Args:
+        autoencoder: What is trained.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images made of drawn latents, (B, C, H, W), and the mean divergence of the latents, ()."""
+        moments = self.autoencoder.encode(images).latent_dist.parameters
+        # In float32: the divergence is a small difference of large numbers.
+        posterior = DiagonalGaussianDistribution(moments.float())
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return self.autoencoder.decode(posterior.sample()).sample, divergence
+
+
 class VAEPretraining(Pretraining):
     """The same run with an autoencoder."""
 
     part = "vae"
-    hidden = r"(?!)"  # nothing for Muon
+    hidden = r"blocks?\..*conv\w*\.weight"
+
+    def check_arguments(self) -> None:
+        """Refuse a second autoencoder."""
+        super().check_arguments()
+        if self.args.vae_name_or_path is not None:
+            raise ValueError(
+                f"pretrain_vae.py trains a VAE of its own, got --vae_name_or_path {self.args.vae_name_or_path}. Leave "
+                "it out, or use pretrain_dit.py."
+            )
+
+    def multiple(self) -> int:
+        """Return what the side of the images must be a multiple of: it is halved twice."""
+        return 4
 
     def build(self) -> nn.Module:
         """Return the autoencoder with new weights."""
-        return AutoencoderKL(
+        autoencoder = AutoencoderKL(
             in_channels=self.args.num_channels,
             out_channels=self.args.num_channels,
             down_block_types=("DownEncoderBlock2D",) * 3,
@@ -45,32 +80,35 @@ class VAEPretraining(Pretraining):
             sample_size=self.args.image_size,
             mid_block_add_attention=False,
         )
+        return Reconstruction(autoencoder)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the error of the reconstruction and the weighted divergence."""
-        model = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():
-            posterior = model.encode(batch["pixels"]).latent_dist
-            decoded = model.decode(posterior.sample()).sample
-        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        decoded, divergence = self.model(batch["pixels"])
         return nn.functional.mse_loss(decoded.float(), batch["pixels"]) + KL_WEIGHT * divergence
 
     def images(self, num: int) -> Tensor:
-        """Return the first images of the training split, (n, C, H, W)."""
-        return torch.stack(to_tensors(self.dataset[:num], self.args)["pixels"])
+        """Return images from all over the training split, which may be sorted by class, (n, C, H, W)."""
+        num = min(num, len(self.dataset))
+        rows = self.dataset[np.linspace(0, len(self.dataset) - 1, num).astype(int)]
+        # The middle, not a random crop: looking must not draw the random numbers of the steps that follow.
+        return torch.stack(to_tensors(rows, dataclasses.replace(self.args, min_crop=1.0))["pixels"])
 
     def parts(self, model: Any) -> dict[str, Any]:
         """Return the autoencoder, with the factor that gives its latents a deviation of 1."""
+        autoencoder = model.float().autoencoder
         with torch.no_grad():
-            latents = model.float().encode(self.images(256).to(model.device)).latent_dist.mean
-        model.register_to_config(scaling_factor=1 / float(latents.std()))
-        return {self.part: model.to(getattr(torch, self.args.save_dtype))}
+            latents = autoencoder.encode(self.images(256).to(autoencoder.device)).latent_dist.mean
+        autoencoder.register_to_config(scaling_factor=1 / float(latents.std()))
+        model.to(getattr(torch, self.args.save_dtype))
+        return {self.part: autoencoder}
 
     @torch.no_grad()
     def write_samples(self, model: Any, path: Path) -> None:
         """Draw ten images above their reconstructions."""
-        images = self.images(10).to(model.device)
-        decoded = model.decode(model.encode(images).latent_dist.mean).sample
+        autoencoder = model.autoencoder
+        images = self.images(10).to(autoencoder.device)
+        decoded = autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
         grid = torch.stack([images, decoded]).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
         array = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
         drawn = Image.fromarray(np.squeeze(array, -1) if array.shape[-1] == 1 else array)
