@@ -34,13 +34,19 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32, help="Side of the images in pixels.")
     parser.add_argument("--num_train", type=int, default=1000, help="Images to train on; the rest are for testing.")
     args = parser.parse_args()
-    args.target.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
+    if args.image_size < 8:
+        parser.error(f"--image_size must be at least 8, that of scikit-learn's images, got {args.image_size}")
+    if not 0 < args.num_train < len(digits.images):
+        parser.error(f"--num_train must be in [1, {len(digits.images) - 1}], got {args.num_train}")
+    args.target.mkdir(parents=True, exist_ok=True)
     images = [enlarge(values, args.image_size) for values in digits.images]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
     for split, part in (("train", slice(args.num_train)), ("test", slice(args.num_train, None))):
         rows = {"image": images[part], "label": digits.target[part]}
-        Dataset.from_dict(rows, features=features).to_parquet(args.target / f"{split}.parquet")
+        path = args.target / f"{split}.parquet"
+        Dataset.from_dict(rows, features=features).to_parquet(path)
+        print(f"{path}: {len(rows['label'])} images")
 
 
 if __name__ == "__main__":
