@@ -7,6 +7,8 @@ import ast
 import gzip
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +20,11 @@ import pytest
 import torch
 from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from forking import SCRIPT, offline
 from PIL import Image as PILImage
 from pipelines import pixart_sigma
+from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
@@ -73,6 +76,26 @@ PRETRAIN = (
     *("--num_attention_heads=1", "--attention_head_dim=16", "--batch_size=8", "--warmup_steps=2"),
     "--mixed_precision=no",
 )
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def prepare(script, *words):
+    """The run that a script's command line asks for, in this process."""
+    module = example(script)
+    (args,) = module.HfArgumentParser(module.PretrainingArguments).parse_args_into_dataclasses(list(map(str, words)))
+    name = {"pretrain_unet": "UNetPretraining", "pretrain_vae": "VAEPretraining"}.get(Path(script).stem, "Pretraining")
+    return getattr(module, name)(args)
+
+
+def kill_after_the_first_checkpoint(script, output, *arguments):
+    """Start a run that writes a checkpoint after each step, and kill it after the first."""
+    running = offline().start(SCRIPT, EXAMPLES / script, *arguments, "--checkpoint_minutes", "0")
+    while not (output / "checkpoint").exists():
+        assert not running.has_ended
+        time.sleep(0.01)
+    running.kill()
+    _, said = running.wait()
+    assert json.loads(said[said.index("{") :].splitlines()[0])["step"] == 1
 
 
 @pytest.fixture(scope="module")
@@ -161,15 +184,7 @@ def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
 def test_pretraining_goes_on_where_it_was_killed(optim, parquet, pretrained, tmp_path):
     """A run that is killed after its first checkpoint and started again ends with the weights of one that was not."""
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN, "--optim", optim)
-    running = offline().start(
-        SCRIPT, EXAMPLES / "pretraining/pretrain_dit.py", *arguments, "--checkpoint_minutes", "0"
-    )
-    while not (tmp_path / "checkpoint").exists():
-        assert not running.has_ended
-        time.sleep(0.01)
-    running.kill()
-    _, said = running.wait()
-    assert json.loads(said[said.index("{") :].splitlines()[0])["step"] == 1
+    kill_after_the_first_checkpoint("pretraining/pretrain_dit.py", tmp_path, *arguments)
     run("pretraining/pretrain_dit.py", *arguments)
     weights = "transformer/diffusion_pytorch_model.safetensors"
     if optim == "adamw":
@@ -196,13 +211,16 @@ def test_pictures_are_known_wherever_they_lie_and_by_more_than_their_number(parq
 
 
 @pytest.mark.parametrize(
-    ("script", "num_matrices"), [("pretraining/pretrain_dit.py", 2 * 6), ("pretraining/pretrain_unet.py", 93)]
+    ("script", "num_matrices"),
+    [
+        ("pretraining/pretrain_dit.py", 2 * 6),
+        ("pretraining/pretrain_unet.py", 93),
+        ("pretraining/pretrain_vae.py", 32),
+    ],
 )
 def test_muon_moves_the_matrices_in_the_blocks_and_convolutions_as_such(script, num_matrices, parquet, tmp_path):
-    module = example(script)
     words = ["--train_file", parquet, "--output_dir", tmp_path, *PRETRAIN, "--warmup_steps", 0, "--optim", "muon"]
-    (args,) = module.HfArgumentParser(module.PretrainingArguments).parse_args_into_dataclasses(list(map(str, words)))
-    training = getattr(module, "UNetPretraining", module.Pretraining)(args)
+    training = prepare(script, *words)
     weights = dict(training.model.named_parameters())
     assert len(training.matrices) == num_matrices
     for name, matrix in training.matrices.items():
@@ -218,6 +236,200 @@ def test_muon_moves_the_matrices_in_the_blocks_and_convolutions_as_such(script, 
         # Decay alone moves by a thousandth; each of Muon's steps is as long as one of AdamW's.
         length = {name: (weights[name] - before[name]).square().mean().sqrt() for name in training.matrices}
         assert all(1e-4 < value < 1e-3 for value in length.values()), length
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_learns_the_velocity_from_image_to_noise_along_a_straight_line(shift):
+    step = example("pretraining/pretrain_dit.py").training_step
+    images, seen = torch.randn(4096, 1, 2, 2, generator=torch.Generator().manual_seed(1)), []
+
+    def velocity(noised, timestep, class_labels):
+        seen.append(timestep)
+        return SimpleNamespace(sample=(noised - images) / (timestep.view(-1, 1, 1, 1) / 1000))
+
+    batch = {"pixels": images, "labels": torch.zeros(4096, dtype=torch.long)}
+    torch.manual_seed(0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    assert step(velocity, scheduler, batch, SimpleNamespace(label_dropout=0.5), 1) < 1e-6
+    (timesteps,) = seen
+    assert timesteps.min() > 0 and timesteps.max() < 1000
+    # Logit-normal, and the shift multiplies the odds: three standard errors of 4096 draws.
+    odds = torch.logit(timesteps.double() / 1000) - np.log(shift)
+    assert abs(odds.mean()) < 3 / 64 and abs(odds.std() - 1) < 3 / 90
+
+
+FLOW_MATCHING = (*PRETRAIN, "--prediction_type", "flow_matching", "--shift", 3, "--num_pictures", 48)
+
+
+@pytest.fixture(scope="module")
+def flow_matched(parquet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow")
+    run("pretraining/pretrain_dit.py", "--train_file", parquet, "--output_dir", folder, *FLOW_MATCHING)
+    return folder
+
+
+def test_flow_matching_ends_with_a_dit_that_loads_and_generates(flow_matched):
+    model = DiTModel.from_pretrained(flow_matched, timestep=300)
+    assert (model.config.scheduler["_class_name"], model.config.scheduler["shift"]) == (
+        "FlowMatchEulerDiscreteScheduler",
+        3,
+    )
+    torch.testing.assert_close(model.noise_schedule.sigmas, torch.arange(1000).double() / 1000)
+    torch.testing.assert_close(model.noise_schedule.alphas, 1 - model.noise_schedule.sigmas)
+    generated = model.generate_latents(2, num_steps=10)
+    assert generated.shape == (2, 1, 8, 8) and generated.isfinite().all()
+
+
+def test_flow_matching_goes_on_where_it_was_killed(parquet, flow_matched, tmp_path):
+    arguments = ("--train_file", parquet, "--output_dir", tmp_path, *FLOW_MATCHING)
+    kill_after_the_first_checkpoint("pretraining/pretrain_dit.py", tmp_path, *arguments)
+    run("pretraining/pretrain_dit.py", *arguments)
+    assert (tmp_path / "transformer" / WEIGHTS).read_bytes() == (flow_matched / "transformer" / WEIGHTS).read_bytes()
+
+
+VAE = (*PRETRAIN, "--label_column", "none", "--min_crop", 0.5, "--num_pictures", 48)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_folder(parquet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    run("pretraining/pretrain_vae.py", "--train_file", parquet, "--output_dir", folder, *VAE, "--stages", 16)
+    return folder
+
+
+def normalized_images(parquet):
+    """All images as they are given to a model, (40, 1, 8, 8)."""
+    values = np.stack([np.asarray(image, dtype=np.float32) for image in Dataset.from_parquet(str(parquet))["picture"]])
+    return torch.from_numpy(values)[:, None] / 127.5 - 1
+
+
+def test_the_scaling_factor_of_a_trained_vae_gives_latents_a_deviation_of_one(parquet, autoencoder_folder):
+    vae = AutoencoderKL.from_pretrained(autoencoder_folder, subfolder="vae").eval()
+    with torch.no_grad():
+        latents = vae.encode(normalized_images(parquet)).latent_dist.mean * vae.config.scaling_factor
+    assert latents.shape == (40, 4, 2, 2)
+    assert abs(latents.std() - 1) < 0.05
+
+
+def test_a_trained_vae_draws_images_above_their_reconstructions(parquet, autoencoder_folder):
+    with PILImage.open(autoencoder_folder / "samples.png") as samples:
+        assert samples.size == (3 * 10 * 8, 3 * 2 * 8)
+        first = np.asarray(samples.resize((10 * 8, 2 * 8), PILImage.Resampling.NEAREST))[:8, :8]
+    assert np.array_equal(first, np.asarray(Dataset.from_parquet(str(parquet))[0]["picture"]))
+
+
+def test_the_training_of_a_vae_goes_on_where_it_was_killed(parquet, autoencoder_folder, tmp_path):
+    """The run that was not killed kept a stage: to measure and draw it took none of the numbers of random crops."""
+    arguments = ("--train_file", parquet, "--output_dir", tmp_path, *VAE)
+    kill_after_the_first_checkpoint("pretraining/pretrain_vae.py", tmp_path, *arguments)
+    run("pretraining/pretrain_vae.py", *arguments)
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "vae" / name).read_bytes() == (autoencoder_folder / "vae" / name).read_bytes()
+
+
+def test_the_loss_of_a_vae_is_of_a_pass_of_the_prepared_model(parquet, tmp_path):
+    """Of several processes, that pass alone shares the gradients."""
+    training = prepare("pretraining/pretrain_vae.py", "--train_file", parquet, "--output_dir", tmp_path, *VAE)
+    passes = []
+    training.model.register_forward_hook(lambda *_: passes.append(1))
+    training.loss({"pixels": normalized_images(parquet)[:4]}).backward()
+    assert passes == [1]
+    assert all(weight.grad is not None for weight in training.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def latents_of(parquet, autoencoder_folder, tmp_path_factory):
+    """The arguments of a run on latents that are shifted and scaled; it has ended."""
+    folder = tmp_path_factory.mktemp("latents")
+    vae = AutoencoderKL.from_pretrained(autoencoder_folder, subfolder="vae")
+    vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
+    vae.save_pretrained(folder / "shifted")
+    words = ("--train_file", parquet, "--output_dir", folder / "dit", *FLOW_MATCHING, "--label_column", "none")
+    words += ("--vae_name_or_path", folder / "shifted", "--patch_size", 1, "--num_pictures", 16)
+    run("pretraining/pretrain_dit.py", *words)
+    return words
+
+
+def given(words, option):
+    return words[len(words) - 1 - words[::-1].index(option) + 1]
+
+
+def test_a_dit_on_latents_reads_those_that_it_learned(parquet, latents_of):
+    folder = given(latents_of, "--output_dir")
+    assert (folder / "vae" / WEIGHTS).is_file()
+    model = DiTModel.from_pretrained(folder, timestep=300)
+    assert (model.config.image_size, model.config.num_channels) == (8, 1)
+    images, training = normalized_images(parquet), prepare("pretraining/pretrain_dit.py", *latents_of)
+    latents = training.encode(images)
+    torch.testing.assert_close(model.encode(images), latents)
+    plain = training.vae.encode(images).latent_dist.mean
+    torch.testing.assert_close(latents, (plain - 0.25) * 2)
+    generated = model.generate_latents(2, num_steps=10)
+    assert generated.shape == (2, 4, 2, 2) and generated.isfinite().all()
+
+
+def test_samples_of_latents_are_decoded_as_images_were_encoded(latents_of, tmp_path):
+    training = prepare("pretraining/pretrain_dit.py", *latents_of, "--output_dir", tmp_path)
+    training.write_samples(training.model, tmp_path / "samples.png")  # a new model's velocity is 0: noise stays noise
+    noise = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    decoded = training.vae.decode(noise / 2 + 0.25).sample.clamp(-1, 1)
+    with PILImage.open(tmp_path / "samples.png") as samples:
+        drawn = np.asarray(samples.resize((8, 8 * 8), PILImage.Resampling.NEAREST))
+    # Rounding may fall on either side.
+    assert np.abs(drawn - (decoded.numpy().reshape(64, 8) + 1) * 127.5).max() < 0.51
+
+
+def test_a_run_on_latents_goes_on_with_a_vae_that_was_moved_but_not_with_another(latents_of, tmp_path):
+    training = prepare("pretraining/pretrain_dit.py", *latents_of)
+    assert training.step == training.num_steps
+    moved = tmp_path / "moved"
+    shutil.copytree(given(latents_of, "--vae_name_or_path"), moved)
+    words = (*latents_of, "--vae_name_or_path", moved)
+    assert prepare("pretraining/pretrain_dit.py", *words).step == training.num_steps
+    vae = AutoencoderKL.from_pretrained(moved)
+    vae.encoder.conv_in.bias.data[0] += 1
+    vae.save_pretrained(moved)
+    with pytest.raises(ValueError, match="holds a run with digest of the VAE"):
+        prepare("pretraining/pretrain_dit.py", *words)
+
+
+REFUSED = [
+    ("dit", ("--shift", 3), r"--shift is of flow matching, got 3.0 with --prediction_type epsilon. Leave it out"),
+    ("dit", ("--prediction_type", "flow_matching", "--shift", 0), r"--shift must be above 0, .* got 0.0"),
+    ("dit", ("--prediction_type", "flow_matching", "--shift", "nan"), r"--shift must be above 0, .* got nan"),
+    (
+        "dit",
+        ("--prediction_type", "flow_matching", "--beta_schedule", "squaredcos_cap_v2"),
+        r"has no betas, got --beta_schedule squaredcos_cap_v2. Leave it out",
+    ),
+    ("dit", ("--image_size", 10), r"--image_size must be a multiple of 4 for .* got 10. 12 would do"),
+    ("dit", ("--vae_name_or_path", "VAE"), r"--image_size must be a multiple of 16 for .* got 8. 16 would do"),
+    ("dit", ("--vae_name_or_path", "VAE", "--num_channels", 3), r"--num_channels must be .* 1, got 3"),
+    (
+        "dit",
+        ("--vae_name_or_path", "NOTHING"),
+        r"must be a repository or folder of an `AutoencoderKL`.* got '.*nothing'",
+    ),
+    ("dit", ("--vae_name_or_path", "DIT"), r"got '.*transformer' with an `DiTTransformer2DModel`"),
+    ("unet", ("--prediction_type", "flow_matching"), r"got --prediction_type flow_matching. Give epsilon or v_pred"),
+    ("unet", ("--vae_name_or_path", "VAE"), r"pretrain_unet.py learns pixels, got --vae_name_or_path"),
+    ("unet", ("--image_size", 6), r"--image_size must be a multiple of 4 for .* got 6. 8 would do"),
+    ("vae", ("--vae_name_or_path", "VAE"), r"trains a VAE of its own, got --vae_name_or_path"),
+    ("vae", ("--image_size", 6, "--patch_size", 2), r"--image_size must be a multiple of 4 for .* got 6. 8 would do"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "said"), REFUSED)
+def test_pretraining_refuses_what_does_not_go_together(
+    script, words, said, parquet, pretrained, autoencoder_folder, tmp_path
+):
+    folders = {"VAE": autoencoder_folder, "NOTHING": tmp_path / "nothing", "DIT": pretrained / "transformer"}
+    (tmp_path / "nothing").mkdir()
+    words = [folders.get(word, word) for word in words]
+    arguments = ("--train_file", parquet, "--output_dir", tmp_path / "out", *PRETRAIN, *words)
+    with pytest.raises(ValueError, match=said):
+        prepare(f"pretraining/pretrain_{script}.py", *arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretrained, tmp_path):
@@ -423,6 +635,34 @@ def test_fashion_mnist_becomes_parquet(tmp_path):
     train, test = (Dataset.from_parquet(str(tmp_path / "out" / f"{name}.parquet")) for name in ("train", "test"))
     assert (train["label"][:], test["label"][:]) == ([9, 0, 3], [9, 0])
     assert train[0]["image"].size == (28, 28)
+
+
+def test_digits_become_parquet(tmp_path):
+    said = run("pretraining/digits_to_parquet.py", tmp_path, "--image_size", 16)
+    assert f"{tmp_path / 'test.parquet'}: 797 images" in said
+    train, test = (Dataset.from_parquet(str(tmp_path / f"{name}.parquet")) for name in ("train", "test"))
+    assert (len(train), len(test)) == (1000, 797)
+    digits = load_digits()
+    assert train["label"][:] + test["label"][:] == digits.target.tolist()
+    assert train.features["label"].names == list("0123456789")
+    image = np.asarray(train[0]["image"])
+    assert image.shape == (16, 16) and image.dtype == np.uint8
+    # A black frame, and inside the same digit.
+    assert image[:2].max() == image[-2:].max() == image[:, :2].max() == image[:, -2:].max() == 0
+    inside = np.asarray(PILImage.fromarray(image[2:-2, 2:-2]).resize((8, 8), PILImage.Resampling.BOX))
+    assert np.corrcoef(inside.ravel(), digits.images[0].ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--image_size", 7, "at least 8, .*got 7"), ("--num_train", 1797, r"in \[1, 1796\], got 1797")],
+)
+def test_digits_are_not_made_smaller_and_some_are_left_to_test(option, value, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["digits_to_parquet.py", str(tmp_path / "out"), option, str(value)])
+    with pytest.raises(SystemExit):
+        example("pretraining/digits_to_parquet.py").main()
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
