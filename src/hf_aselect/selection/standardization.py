@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A channel that hardly varies here could be anything elsewhere: it counts as varying by this share of the mean channel.
+# A channel that hardly varies here could be anything elsewhere: it counts as varying by this share of the mean one.
 LEAST_SHARE = 1e-3
 
 
