@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from hf_aselect import select_timestep
+from hf_aselect import NoiseSchedule, select_timestep
 from hf_aselect.selection.accumulators import NUM_GROUPS, Accumulator, Context, PatchLabels, SumAccumulator
 from hf_aselect.selection.criteria import (
     CLASSES,
@@ -24,10 +24,11 @@ from hf_aselect.selection.distribution import Share
 from hf_aselect.selection.reader import Batch
 
 TAPS = [(0, "key"), (1, "hidden")]
+DDPM = {"_class_name": "DDPMScheduler"}
 
 
 def context(labels=None, taps=TAPS, images=None, config=None):
-    return Context(taps, config, images, labels, Share())
+    return Context(taps, config, NoiseSchedule.from_config(DDPM), images, labels, Share())
 
 
 def batch(indices, timesteps, width=3):

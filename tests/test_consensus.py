@@ -11,6 +11,10 @@ from hf_aselect.selection.criteria import Consensus
 NUM_PICTURES, NUM_FOLDS, NUM_TARGETS = 320, 8, 128
 
 
+def at(timestep):
+    return timestep, 0, "hidden"
+
+
 def views(noise, width=48, count=NUM_PICTURES):
     """Features of 5 views of 40 hidden numbers of each picture, each with noise of its own."""
     generator = torch.Generator().manual_seed(0)
@@ -32,13 +36,13 @@ def filled(pooled, batch_size=16, num_read=1, num_targets=NUM_TARGETS):
         indices = list(range(start, min(start + batch_size, count)))
         sums.add_targets(indices, {key: values[indices] for key, values in pooled.items()})
         for key, values in pooled.items():
-            sums.add(key[0], indices, values[indices], key)
+            sums.add(key, indices, values[indices], key)
     return sums
 
 
 def r_squared(sums, timestep):
     directions = leading_directions(sums.target_moments())
-    error, variance = unexplained(*sums.products(timestep, directions), sums.variance(directions)).sum(0)
+    error, variance = unexplained(*sums.products(at(timestep), directions), sums.variance(directions)).sum(0)
     return float(1 - error / variance)
 
 
@@ -52,7 +56,7 @@ def test_a_view_of_something_else_tells_nothing():
     pooled = views([0.1] * 5)
     sums = filled(pooled)
     other = torch.randn(NUM_PICTURES, 1, 48, generator=torch.Generator().manual_seed(9))
-    sums.add(7, list(range(NUM_PICTURES)), other, (0, 0, "hidden"))
+    sums.add(at(7), list(range(NUM_PICTURES)), other, (0, 0, "hidden"))
     assert r_squared(sums, 7) < 0.05 < 0.2 < r_squared(sums, 0)
 
 
@@ -93,21 +97,21 @@ def test_scale_and_order_of_channels_make_no_difference():
 
 def test_wide_features_are_sketched_and_still_told_apart():
     sums = filled(views([4.0, 1.0, 0.1, 1.0, 8.0], width=400))
-    assert [part.shape for part in sums.products(0)] == [(NUM_FOLDS, 193, 193), (NUM_FOLDS, 193, 1 + NUM_TARGETS)]
+    assert [part.shape for part in sums.products(at(0))] == [(NUM_FOLDS, 193, 193), (NUM_FOLDS, 193, 1 + NUM_TARGETS)]
     scores = [r_squared(sums, timestep) for timestep in range(5)]
     assert scores[4] == min(scores)
 
 
 def kept_bytes(sums, timestep):
-    summed = sum(part.nbytes for part in sums.summed.get(timestep, ()))
+    summed = sum(part.nbytes for part in sums.summed.get(at(timestep), ()))
     # The storage: a view of a batch would keep all of it.
-    return summed + sum(values.untyped_storage().nbytes() for _, values in sums.features[timestep])
+    return summed + sum(values.untyped_storage().nbytes() for _, values in sums.features[at(timestep)])
 
 
 def test_few_pictures_take_less_than_their_moments():
     sums = filled(views([1.0] * 5, width=400, count=64))
     assert all(kept_bytes(sums, timestep) == 64 * 192 * 4 for timestep in range(5))
-    assert sum(part.nbytes for part in sums.products(0)) / 20 > 64 * 192 * 4
+    assert sum(part.nbytes for part in sums.products(at(0))) / 20 > 64 * 192 * 4
 
 
 def test_what_is_kept_does_not_grow_with_many_pictures(monkeypatch):
@@ -116,7 +120,7 @@ def test_what_is_kept_does_not_grow_with_many_pictures(monkeypatch):
     monkeypatch.setattr(consensus, "NUM_KEPT", 100)
     few, many = filled({key: values[:320] for key, values in pooled.items()}), filled(pooled)
     for timestep in range(5):
-        moments = sum(part.nbytes for part in few.products(timestep))
+        moments = sum(part.nbytes for part in few.products(at(timestep)))
         assert moments <= kept_bytes(few, timestep) < moments + 100 * 48 * 4
         assert moments <= kept_bytes(many, timestep) < moments + 100 * 48 * 4
         assert r_squared(many, timestep) == pytest.approx(r_squared(whole, timestep), abs=1e-9)
@@ -181,7 +185,7 @@ def test_a_reference_that_is_the_same_for_the_first_pictures_has_no_share(roundi
     indices = list(range(NUM_PICTURES))
     sums.add_targets(indices, with_still)
     for key, values in with_still.items():
-        sums.add(key[0], indices, values, key)
+        sums.add(key, indices, values, key)
     scores = [r_squared(sums, timestep) for timestep in range(6)]
     assert scores[:5] == pytest.approx([r_squared(filled(pooled), timestep) for timestep in range(5)], abs=0.05)
     assert scores[5] < 0.05
@@ -198,3 +202,20 @@ def test_pictures_without_a_difference_are_refused(count, words):
 def test_a_projection_that_is_too_small_is_refused(num_targets):
     with pytest.raises(ValueError, match="`num_targets` of 'consensus' must be an integer from 20 on, got"):
         Consensus(num_targets=num_targets)
+
+
+def test_features_of_timesteps_that_are_no_references_have_no_share_in_the_targets():
+    """They get a scale alone, which those read there need."""
+    pooled = views([1.0, 0.5, 1.0, 2.0, 1.0])
+    some = ConsensusSums(NUM_FOLDS, NUM_TARGETS)
+    some.calibrate(pooled, references=[1, 2])
+    few = ConsensusSums(NUM_FOLDS, NUM_TARGETS)
+    few.calibrate({key: values for key, values in pooled.items() if key[0] in (1, 2)})
+    assert [some.scales[at(timestep)][2] > 0 for timestep in range(5)] == [False, True, True, False, False]
+    some.add_targets([0, 1], {key: values[:2] for key, values in pooled.items()})
+    other = {key: values[:2] * (1.0 if key[0] in (1, 2) else 100.0) for key, values in pooled.items()}
+    again = ConsensusSums(NUM_FOLDS, NUM_TARGETS)
+    again.calibrate(pooled, references=[1, 2])
+    again.add_targets([0, 1], other)
+    assert torch.equal(again.targets[0], some.targets[0])
+    assert torch.equal(some.scales[at(2)][0], few.scales[at(2)][0])

@@ -29,8 +29,9 @@ FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSchedu
 # alpha is 0 at the last timestep of zero-terminal-SNR schedules; sigma at the first one of
 # flow matching: this keeps the log-SNR finite, hence valid in JSON.
 MIN_POWER = 1e-20
-# A grid of timesteps goes no further: beyond, the picture or the noise has a millionth of the other's power.
-MAX_LOG_SNR = 14.0
+# A grid of timesteps goes no further: beyond, noise is finer than the steps of 8-bit images, or hides all of them.
+# DDPM's linear schedule runs from 9.2 to -10.1.
+MAX_LOG_SNR = 10.2
 
 
 class NoiseSchedule:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
+from ..model.noise_schedule import NoiseSchedule
 from .consensus import ConsensusSums, Key, leading_directions, unexplained
 from .distribution import Share
 from .images import CalibrationPictures
@@ -21,6 +22,9 @@ NUM_GROUPS = 16
 # Scale and weight of a consensus' reference features come from the first so many images.
 NUM_CALIBRATION = 32
 AUTO_FEATURES = ("hidden", "query", "key", "value")
+# Timesteps with a log-SNR outside are no references of a consensus. There features show the image itself or the little
+# that noise leaves of it, and agree on that: the more of them a grid has, the more extreme the selected timestep.
+REFERENCE_LOG_SNR = (-5.5, 8.0)
 
 
 class Measure(Protocol):
@@ -38,6 +42,7 @@ class Context:
     Args:
         taps: The taps that are scored, A of them.
         config: Configuration of the model.
+        schedule: Its noise schedule.
         images: The images.
         labels: The class index of each image, or its mask, by index; None where there are no labels.
         share: Which images this process reads, and how to gather what all read.
@@ -45,6 +50,7 @@ class Context:
 
     taps: list[Tap]
     config: ASelectConfig
+    schedule: NoiseSchedule
     images: CalibrationPictures
     labels: Any
     share: Share
@@ -183,21 +189,23 @@ class PatchLabels:
 
 
 class ConsensusAccumulator(Accumulator):
-    """Holds one tap's features at each timestep against what those of all timesteps and several blocks agree on.
+    """Holds features at each timestep and tap against what those of several timesteps and blocks agree on.
+
+    Taps are comparable: all are held against the same targets, and of wide ones as many numbers are read.
 
     Args:
         measure: Returns statistics of the tokens of each image, (B, S, D), float32.
         num_targets: Size of the sketch of all reference features.
         num_read: How many of the statistics are predicted from, counted from the first.
-        context: The selection, of a single tap.
+        context: The selection.
     """
 
     num_calibration = NUM_CALIBRATION
 
     def __init__(self, measure: Measure, num_targets: int, num_read: int, context: Context) -> None:
-        (self.tap,) = context.taps
-        self.measure, self.share = measure, context.share
-        self.taps = list(dict.fromkeys([self.tap, *_reference_taps(context.config)]))
+        self.measure, self.share, self.schedule = measure, context.share, context.schedule
+        self.own_taps = context.taps
+        self.taps = list(dict.fromkeys([*self.own_taps, *_reference_taps(context.config)]))
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read)
 
     def calibrate(self, batches: Sequence[Batch], own: list[int]) -> None:
@@ -208,7 +216,7 @@ class ConsensusAccumulator(Accumulator):
         read = [index for batch in batches for index in batch.indices]
         measured = [self._measured(batch, self.taps) for batch in batches]
         together = {key: torch.cat([each.pop(key) for each in measured]) for key in list(measured[0])}
-        self.kept.calibrate(together)
+        self.kept.calibrate(together, self._references(batches[0].timesteps))
         self.kept.scales = self.share.gather(self.kept.scales)[0]
         if own:
             places = [read.index(index) for index in own]
@@ -220,7 +228,7 @@ class ConsensusAccumulator(Accumulator):
         """Add the features of some images; and their targets, unless these are known."""
         if all(index in self.kept.targets for index in batch.indices):
             # Timesteps that are read later, next to the best, have no share in the targets.
-            self._add(batch.indices, self._measured(batch, [self.tap]), batch.timesteps)
+            self._add(batch.indices, self._measured(batch, self.own_taps), batch.timesteps)
             return
         measured = self._measured(batch, self.taps)
         self.kept.add_targets(batch.indices, measured)
@@ -231,12 +239,22 @@ class ConsensusAccumulator(Accumulator):
         # Of one process: another machine may find them with other signs.
         directions = self.share.gather(leading_directions(self.share.total(self.kept.target_moments())))[0]
         variance = self.share.total(self.kept.variance(directions))
-        # One timestep after the other: some megabytes each.
-        return {timestep: self._unexplained(timestep, directions, variance)[None] for timestep in timesteps}
+        # One timestep and tap after the other: some megabytes each.
+        return {
+            timestep: torch.stack([self._unexplained((timestep, *tap), directions, variance) for tap in self.own_taps])
+            for timestep in timesteps
+        }
 
-    def _unexplained(self, timestep: int, directions: Tensor, variance: Tensor) -> Tensor:
-        """Return the squared error at a timestep and the variance, (G, 2)."""
-        own = self.kept.products(timestep, directions) if timestep in self.kept.features else None
+    def _references(self, timesteps: list[int]) -> list[int]:
+        """Return the timesteps whose features are references: all, if none has a log-SNR within the range."""
+        low, high = REFERENCE_LOG_SNR
+        log_snr = self.schedule.log_snr(torch.tensor(timesteps)).tolist()
+        within = [timestep for timestep, ratio in zip(timesteps, log_snr, strict=True) if low <= ratio <= high]
+        return within or timesteps
+
+    def _unexplained(self, key: Key, directions: Tensor, variance: Tensor) -> Tensor:
+        """Return the squared error at a timestep and tap, and the variance, (G, 2)."""
+        own = self.kept.products(key, directions) if key in self.kept.features else None
         parts = [part for part in self.share.gather(own) if part is not None]
         left, right = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
         return unexplained(left, right, variance)
@@ -254,7 +272,8 @@ class ConsensusAccumulator(Accumulator):
         calibrated = sorted({timestep for timestep, _, _ in self.kept.scales})
         for timestep in timesteps:
             near = min(calibrated, key=lambda known: abs(known - timestep))
-            self.kept.add(timestep, indices, measured[(timestep, *self.tap)], (near, *self.tap))
+            for tap in self.own_taps:
+                self.kept.add((timestep, *tap), indices, measured[(timestep, *tap)], (near, *tap))
 
 
 def _reference_taps(config: ASelectConfig) -> list[Tap]:

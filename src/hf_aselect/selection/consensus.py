@@ -7,7 +7,7 @@ variance that a ridge regression predicts from its pooled tokens, for pictures t
 the tokens' mean and, for a reader that sees more than that, their standard deviation, too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 import torch
@@ -45,19 +45,24 @@ class ConsensusSums:
     def __init__(self, num_folds: int, num_targets: int, num_read: int = 1) -> None:
         self.num_folds, self.num_targets, self.num_read = num_folds, num_targets, num_read
         self.scales: dict[Key, tuple[Tensor, Tensor, float]] = {}
-        self.targets: dict[int, Tensor] = {}  # by picture, (num_targets,): what timesteps read later are held against
-        self.features: dict[int, list[tuple[list[int], Tensor]]] = {}  # by timestep: which pictures, (B, d)
-        self.num_kept: dict[int, int] = {}  # how many these are
-        # Of pictures before those: sums of feature × feature and feature × target.
-        self.summed: dict[int, tuple[Tensor, Tensor]] = {}
+        self.targets: dict[int, Tensor] = {}  # by image, (num_targets,): what timesteps read later are held against
+        self.features: dict[Key, list[tuple[list[int], Tensor]]] = {}  # which images, (B, d)
+        self.num_kept: dict[Key, int] = {}  # how many these are
+        # Of images before those: sums of feature × feature and feature × target.
+        self.summed: dict[Key, tuple[Tensor, Tensor]] = {}
 
-    def calibrate(self, pooled: dict[Key, Tensor]) -> None:
-        """Take mean, spread and weight of each reference feature from some pictures' statistics, (n, S, D)."""
+    def calibrate(self, pooled: dict[Key, Tensor], references: Collection[int] | None = None) -> None:
+        """Take mean, spread and weight of each feature from some images' statistics, (n, S, D).
+
+        Args:
+            pooled: The statistics, by timestep, block and feature.
+            references: Timesteps whose features are references; those of others have no weight. Default: all.
+        """
         for key, values in pooled.items():
             mean, spread = values.mean(0), values.std(0, correction=0)  # (S, D)
             # Less than that is the rounding of a feature which is the same for all pictures.
             rounding = 1e-5 * mean.abs().mean(-1, keepdim=True)
-            still = bool(spread[0].mean() <= rounding[0])
+            still = bool(spread[0].mean() <= rounding[0]) or not (references is None or key[0] in references)
             # A channel that is constant here could be anything elsewhere: it counts as far as the others vary.
             spread = spread.maximum(1e-3 * spread.mean(-1, keepdim=True)).maximum(rounding) + 1e-12
             standard = ((values - mean) / spread)[:, 0]
@@ -68,17 +73,19 @@ class ConsensusSums:
         """Sketch the means of reference features, (B, S, D) each, of some pictures into their targets."""
         total = torch.zeros(len(indices), self.num_targets)
         for number, (key, (mean, spread, weight)) in enumerate(sorted(self.scales.items())):
+            if weight == 0:
+                continue
             standard = ((reference[key] - mean) / spread)[:, 0] * weight
             total += standard @ _sketch(standard.shape[1], self.num_targets, number)
         # Copies: a row of the batch would keep all of it.
         self.targets.update(zip(indices, map(Tensor.clone, total), strict=True))
 
-    def add(self, timestep: int, indices: list[int], pooled: Tensor, like: Key) -> None:
-        """Add the statistics, (B, S, D), of pictures whose targets are known.
+    def add(self, key: Key, indices: list[int], pooled: Tensor, like: Key) -> None:
+        """Add the statistics, (B, S, D), of images whose targets are known.
 
         Args:
-            timestep: Where they were read.
-            indices: Which pictures they are of.
+            key: Where they were read: timestep, block and feature.
+            indices: Which images they are of.
             pooled: Statistics of their tokens, (B, S, D).
             like: Reference feature whose mean and spread are near enough: they only set the scale.
         """
@@ -86,27 +93,27 @@ class ConsensusSums:
         standard = ((pooled - mean) / spread)[:, : self.num_read].flatten(1)
         if standard.shape[1] > MAX_FEATURES:
             standard = standard @ _sketch(standard.shape[1], MAX_FEATURES, -1)
-        self.features.setdefault(timestep, []).append((indices, standard))
-        self.num_kept[timestep] = self.num_kept.get(timestep, 0) + len(indices)
-        if self.num_kept[timestep] >= NUM_KEPT:
-            self.summed[timestep] = self.products(timestep)
-            self.features[timestep], self.num_kept[timestep] = [], 0
+        self.features.setdefault(key, []).append((indices, standard))
+        self.num_kept[key] = self.num_kept.get(key, 0) + len(indices)
+        if self.num_kept[key] >= NUM_KEPT:
+            self.summed[key] = self.products(key)
+            self.features[key], self.num_kept[key] = [], 0
 
-    def products(self, timestep: int, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return sums over pictures by fold, (1, feature) × (1, feature) and (1, feature) × target, float64.
+    def products(self, key: Key, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return sums over images by fold, (1, feature) × (1, feature) and (1, feature) × target, float64.
 
         Args:
-            timestep: Where the features, d numbers a picture, were read.
+            key: Where the features, d numbers an image, were read: timestep, block and feature.
             directions: What turns (1, target) into the k shared ones, (1 + m, k). Default: (1, target) itself.
 
         Returns:
             Sums of (F, 1 + d, 1 + d) and of (F, 1 + d, k). A small ridge needs float64.
         """
         left = right = None
-        if timestep in self.summed:
-            left, right = self.summed[timestep]
+        if key in self.summed:
+            left, right = self.summed[key]
             left, right = left.clone(), right.clone() if directions is None else right @ directions
-        kept = self.features[timestep]
+        kept = self.features[key]
         largest = max((len(values) for _, values in kept), default=1)
         for batches in _parts(kept, max(1, NUM_TOGETHER // largest)):
             indices = [index for named, _ in batches for index in named]
@@ -119,7 +126,7 @@ class ConsensusSums:
             self._accumulate(left, indices, features, features)
             self._accumulate(right, indices, features, targets)
         if left is None or right is None:
-            raise KeyError(timestep)
+            raise KeyError(key)
         return left, right
 
     def target_moments(self) -> Tensor:

@@ -30,6 +30,7 @@ class Criterion(Protocol):
     sums in another way. It may also have
 
     - `labels_wanted`, what its accumulator needs as the context's labels: `CLASSES` or `MASKS`;
+    - `compares_taps`, whether its scores can be compared across blocks and features (default: if it needs labels);
     - `suited_to`, which takes the model's configuration and whether masks are given, and returns the criterion with
       the settings that suit these.
     """
@@ -66,6 +67,11 @@ def labels_wanted(criterion: Criterion) -> str | None:
     """Return which labels a criterion needs, `CLASSES` or `MASKS`; None where it needs none."""
     wanted: str | None = getattr(criterion, "labels_wanted", None)
     return wanted
+
+
+def compares_taps(criterion: Criterion) -> bool:
+    """Return whether a criterion's scores can be compared across blocks and features."""
+    return bool(getattr(criterion, "compares_taps", labels_wanted(criterion) is not None))
 
 
 def suited(criterion: Criterion, config: ASelectConfig, has_masks: bool) -> Criterion:
@@ -254,13 +260,14 @@ class PatchProbe(Probe):
 
 @dataclass(frozen=True)
 class Consensus:
-    """How much of what the features of all timesteps and several blocks agree on can be read from this one. Ours.
+    """How much of what the features of several timesteps and blocks agree on can be read from this one. Ours.
 
     The share of variance (R²) of the 20 leading principal components of all reference features that a ridge regression
     predicts from pooled tokens, cross-validated: a linear probe whose labels are the transformer's own. See
     `consensus`. The references are `hidden`, `query`, `key` and `value` of the first block and of those at 3/8 and 6/8
-    of the depth, and the tap itself, at the timesteps of the coarse grid (or at the given ones); so a pass goes to 6/8
-    of the depth even for an earlier tap.
+    of the depth, and the tap itself, at those timesteps of the coarse grid (or of the given ones) whose log-SNR lies
+    in [-5.5, 8]; so a pass goes to 6/8 of the depth even for an earlier tap. Several taps are held against the same
+    targets, so that their scores can be compared.
 
     Args:
         pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",
@@ -276,6 +283,7 @@ class Consensus:
     """
 
     name: ClassVar[str] = "consensus"
+    compares_taps: ClassVar[bool] = True
     num_draws: ClassVar[int] = 0
     first_round: ClassVar[int] = 128
     min_images: ClassVar[int] = 32

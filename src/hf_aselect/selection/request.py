@@ -12,7 +12,7 @@ from ..model.checks import check_timestep
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
 from .accumulators import AUTO_FEATURES
-from .criteria import CRITERIA, MASKS, Criterion, labels_wanted, suited
+from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, suited
 from .reader import ReadableModel
 
 # So many images the transformer makes itself at most.
@@ -77,7 +77,7 @@ def checked_request(
     if labels_wanted(criterion) == MASKS and masks is None:
         raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each picture.")
     _check_numbers(max_images, batch_size, confidence, seed)
-    taps = _checked_taps(model.config, block, feature, several=labels_wanted(criterion) is not None)
+    taps = _checked_taps(model.config, block, feature, several=compares_taps(criterion))
     grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
     if masks is None and labels is not None:
         labels = _checked_labels(labels, images)
@@ -197,8 +197,8 @@ def _checked_taps(
         config.check_tap(*tap)
     if len(taps) > 1 and not several:
         raise ValueError(
-            "Several blocks or features can only be compared by `criterion='probe'`: the scores of the other criteria "
-            f"say nothing across taps. Name one block and one feature, got {len(taps)} taps."
+            "Several blocks or features can only be compared by 'consensus', 'probe' or 'patch_probe': scores of the "
+            f"other criteria say nothing across taps. Name one block and one feature, got {len(taps)} taps."
         )
     if not taps:
         raise ValueError("Name at least one block and one feature.")

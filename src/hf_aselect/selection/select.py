@@ -71,9 +71,10 @@ def select_timestep(
             fine on `model.noise_schedule.even_timesteps()`.
         labels: For "probe": class index of each picture in `images`; or, for dense tasks, its mask, one class index a
             pixel: the probe then classifies patches ("patch_probe"). Or the name of a column with either.
-        block: Block to read at in place of the configuration's; for "probe" also several, or "auto" for every third.
-        feature: Feature to read in place of the configuration's; for "probe" also several, or "auto" for `hidden`,
-            `query`, `key` and `value`.
+        block: Block to read at in place of the configuration's; several, or "auto" for every third, to select the
+            block, too, by "consensus", "probe" or "patch_probe".
+        feature: Feature to read in place of the configuration's; several, or "auto" for `hidden`, `query`, `key` and
+            `value`, to select the feature, too, in the same way.
         max_images: Look at so many pictures at the most; a larger set is sampled. Of its own pictures the transformer
             makes 64 at the most: each costs as many passes as a sampler has steps.
         confidence: Look at no more pictures once the choice is as sure as this, in [0, 1].
