@@ -6,8 +6,8 @@ r"""Pretrain a small `AutoencoderKL` (four times smaller, 4 channels), for a DiT
         --vae_name_or_path vae-cifar10 --patch_size 1 --num_pictures 160000 --label_dropout 0.5
 
 Data, optimizer, averaged weights and checkpoints are those of `pretrain_dit.py`, and so are all options; those of the
-transformer and of the noise have no meaning here. The loss is the squared error of the reconstruction, with a little of
-the KL divergence from the normal distribution; there is no perceptual or adversarial loss, so images come out soft.
+transformer and of the noise have no meaning here. The loss is the squared error of the reconstruction, with a little
+of the KL divergence from the normal distribution; there is no perceptual or adversarial loss, so images come out soft.
 `scaling_factor` is set so that latents have a deviation of 1. `samples.png` shows images above their reconstructions.
 """
 
