@@ -10,6 +10,7 @@ from hf_aselect.training.config_arguments import (
     ConfigArguments,
     given_fields,
     int_or_word,
+    needs_images,
     needs_timestep,
     resumed_fields,
     write_config,
@@ -81,6 +82,16 @@ def test_a_timestep_is_needed_where_none_is_given_or_saved(pixel_folder, tmp_pat
     assert needs_timestep(str(pixel_folder), {}) and not needs_timestep(str(pixel_folder), {"timestep": 5})
     ASelectConfig(timestep=50).save_pretrained(tmp_path)
     assert not needs_timestep(str(tmp_path), {}) and needs_timestep(str(tmp_path), {"timestep": "auto"})
+
+
+def test_images_are_of_use_to_a_new_head(pixel_folder, bare_folder, tmp_path):
+    for folder in (str(pixel_folder), str(bare_folder)):
+        assert needs_images(folder, {"timestep": 5})
+        assert not needs_images(folder, {"timestep": 5, "standardize_features": False})
+    ASelectConfig(timestep=50, architectures=["DiTModel"]).save_pretrained(tmp_path)
+    assert needs_images(str(tmp_path), {})
+    ASelectConfig(timestep=50, architectures=["DiTForImageClassification"]).save_pretrained(tmp_path)
+    assert not needs_images(str(tmp_path), {}) and needs_images(str(tmp_path), {"timestep": "auto"})
 
 
 def test_a_training_resumes_with_its_selection(tmp_path):

@@ -119,11 +119,12 @@ def test_a_ratio_of_two_small_numbers_is_not_chosen(seed):
 def test_the_number_of_forward_passes_is_counted():
     model = StubModel(100)
     selection = select_timestep(model, pictures(10), timesteps=GRID, criterion="signal_hfr")
-    assert selection.num_forwards == model.num_forwards == 10 * 5 * 2
+    # The images are read once more at the selected timestep.
+    assert selection.num_forwards == model.num_forwards == 10 * 5 * 2 + 10
 
 
 def test_the_plain_criterion_needs_one_draw():
-    assert select_timestep(StubModel(100), pictures(10), timesteps=GRID, criterion="hfr").num_forwards == 10 * 5
+    assert select_timestep(StubModel(100), pictures(10), timesteps=GRID, criterion="hfr").num_forwards == 10 * 5 + 10
 
 
 @pytest.mark.parametrize(
@@ -635,7 +636,7 @@ def test_the_probe_finds_timestep_block_and_feature_in_one_pass(labelled, tmp_pa
     assert (selection.timestep, selection.block, selection.feature) == (300, 3, "key")
     assert selection.confidence > 0.95
     assert selection.scores[GRID.index(300)] > 0.9 > sorted(selection.scores)[-2]
-    assert selection.num_forwards == model.num_forwards == 60 * len(GRID)
+    assert selection.num_forwards == model.num_forwards == 60 * len(GRID) + 60
     assert [(row["block"], row["feature"]) for row in selection.table] == [
         (block, feature) for block in (0, 3, 6) for feature in ("hidden", "query", "key", "value")
     ]
@@ -718,7 +719,7 @@ def test_a_criterion_may_have_settings_of_its_own(model, pixels):
 def test_signal_hfr_may_have_more_draws(model, pixels):
     record = select_timestep(model, pixels, criterion=SignalHFR(num_draws=4), timesteps=GRID)
     assert record.settings["num_draws"] == 4
-    assert record.num_forwards == 4 * len(pixels) * len(GRID)
+    assert record.num_forwards == 4 * len(pixels) * len(GRID) + len(pixels)
     with pytest.raises(ValueError, match="`num_draws` of 'signal_hfr' must be 2 or more, got 1"):
         SignalHFR(num_draws=1)
 
@@ -736,8 +737,8 @@ def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
     assert (selection.pictures, selection.num_images) == ("generated", 4)
     assert any("Give pictures, or raise `max_images`" in text for text in selection.warnings)
     assert not any("makes its own" in text for text in selection.warnings)
-    # 4 pictures, 20 steps with and without a class, and 5 timesteps.
-    assert selection.num_forwards == 4 * 20 * 2 + 4 * 5
+    # 4 pictures, 20 steps with and without a class, 5 timesteps, and once more at the selected one.
+    assert selection.num_forwards == 4 * 20 * 2 + 4 * 5 + 4
     latent = DiTModel.from_pretrained(latent_folder, timestep=5)
     assert select_timestep(latent, timesteps=GRID, max_images=4).pictures == "generated"
 
@@ -754,7 +755,7 @@ def test_a_stream_is_read_until_there_is_no_more(model, pictures, available, rea
     stream = as_rows((pictures * 20)[:available]).to_iterable_dataset()
     found = select_timestep(model, stream, max_images=100, criterion=Unsure(), timesteps=[0, 400, 800])
     assert (found.num_images, found.stopped_by) == (read, reason)
-    assert found.num_forwards == 3 * read
+    assert found.num_forwards == 3 * read + read
 
 
 def test_a_stream_gives_what_a_list_gives(model, pictures):

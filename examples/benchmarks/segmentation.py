@@ -40,7 +40,7 @@ from hf_aselect import (
     MeanIoU,
     select_timestep,
 )
-from hf_aselect.model.heads import enlarge
+from hf_aselect.model.modeling_segmentation import enlarge
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

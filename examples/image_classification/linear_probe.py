@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser, set_seed
 
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification, cache_features
-from hf_aselect.training.config_arguments import int_or_word, needs_timestep
+from hf_aselect.training.config_arguments import int_or_word, needs_images
 from hf_aselect.training.splits import read_splits, train_and_validation
 
 
@@ -102,9 +102,11 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor) -> list[float]:
     return [float(value) for value in (heads(features).argmax(-1) == labels).double().mean(1)]
 
 
-def normed(features: Tensor) -> Tensor:
+@torch.no_grad()
+def normed(model: DiTForImageClassification, features: Tensor) -> Tensor:
     """Return what the linear layer of a new `LinearHead` reads of means, (B, D)."""
-    return nn.functional.layer_norm(features, features.shape[1:])
+    standardized = model.head.standardization(features)
+    return nn.functional.layer_norm(standardized, standardized.shape[1:])
 
 
 @torch.no_grad()
@@ -130,10 +132,10 @@ def main() -> None:
     given = {name: getattr(args, name) for name in ("timestep", "block", "feature") if getattr(args, name) is not None}
     if "timestep" in given:
         given["timestep"] = int_or_word(given["timestep"])
-    is_open = needs_timestep(args.model_name_or_path, given)
+    has_use = needs_images(args.model_name_or_path, given)
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
-        calibration_images=train.shuffle(args.seed)[:256][args.image_column] if is_open else None,
+        calibration_images=train.shuffle(args.seed)[:256][args.image_column] if has_use else None,
         head="linear",
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
@@ -142,9 +144,9 @@ def main() -> None:
     output = Path(args.output_dir)
     options = {"what": "pooled", "image_column": args.image_column, "dtype": "float32"}
     cached = cache_features(model, train, output / "features", num_views=args.num_views, seed=args.seed, **options)
-    features, labels = normed(cached["features"][:]), cached[args.label_column][:]
+    features, labels = normed(model, cached["features"][:]), cached[args.label_column][:]
     cached = cache_features(model, test, output / "features", **options)
-    test_features, test_labels = normed(cached["features"][:]), cached[args.label_column][:]
+    test_features, test_labels = normed(model, cached["features"][:]), cached[args.label_column][:]
 
     # All views of a picture are on the same side.
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))[: len(train) // 10]

@@ -74,7 +74,7 @@ from hf_aselect import (
 from hf_aselect.training.config_arguments import (
     ConfigArguments,
     given_fields,
-    needs_timestep,
+    needs_images,
     resumed_fields,
     write_config,
 )
@@ -98,7 +98,7 @@ class DataArguments:
         default=None, metadata={"help": "Names of the classes, by commas, where the data do not tell."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read the pictures as they come, and keep none."})
-    num_calibration_images: int = field(default=256, metadata={"help": "Training pictures for `--timestep auto`."})
+    num_calibration_images: int = field(default=256, metadata={"help": "Training images for timestep and new head."})
     recipe: str | None = field(default=None, metadata={"help": "A named set of arguments, see above."})
     crop_share: float = field(
         default=1.0,
@@ -515,7 +515,7 @@ def main() -> None:
     else:
         check_unused(training_args.output_dir)
     calibration = None
-    if needs_timestep(args.model_name_or_path, given):
+    if needs_images(args.model_name_or_path, given):
         sample = islice(trained_on.shuffle(training_args.seed), args.num_calibration_images)
         calibration = [row[args.image_column] for row in sample]
     model = DiTForImageClassification.from_pretrained(

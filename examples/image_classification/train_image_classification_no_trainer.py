@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from transformers import SchedulerType, default_data_collator, get_scheduler
 
 from hf_aselect import Accuracy, ASelectImageProcessor, DiTForImageClassification, cache_features
-from hf_aselect.training.config_arguments import needs_timestep, resumed_fields, write_config
+from hf_aselect.training.config_arguments import needs_images, resumed_fields, write_config
 from hf_aselect.training.splits import read_splits, train_and_validation
 
 logger = logging.getLogger("train_image_classification_no_trainer")
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--timestep", type=lambda word: word if word == "auto" else int(word), help="a timestep, or auto (the model's)"
     )
-    parser.add_argument("--num_calibration_images", type=int, default=256, help="for `--timestep auto` (%(default)s)")
+    parser.add_argument("--num_calibration_images", type=int, default=256, help="for timestep and head (%(default)s)")
     parser.add_argument("--head", default="attention", choices=("attention", "linear"))
     parser.add_argument("--head_hidden_size", type=int, default=800)
     parser.add_argument("--head_num_layers", type=int, default=2)
@@ -163,7 +163,7 @@ def main() -> None:
     if checkpoint is not None:
         given = resumed_fields(given, checkpoint.parent)
     calibration = None
-    if needs_timestep(args.model_name_or_path, given):
+    if needs_images(args.model_name_or_path, given):
         calibration = train.shuffle(args.seed)[: args.num_calibration_images][args.image_column]
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,

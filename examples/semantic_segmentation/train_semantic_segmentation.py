@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_aselect import ASelectCallback, ASelectImageProcessor, DiTForSemanticSegmentation, MeanIoU
-from hf_aselect.training.config_arguments import ConfigArguments, given_fields, needs_timestep
+from hf_aselect.training.config_arguments import ConfigArguments, given_fields, needs_images
 from hf_aselect.training.splits import read_splits, train_and_validation
 
 matplotlib.use("Agg")
@@ -45,7 +45,7 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Parquet file of the evaluation split."})
     image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
     annotation_column: str = field(default="annotation", metadata={"help": "Column with the masks."})
-    num_calibration_images: int = field(default=256, metadata={"help": "Training pictures for `--timestep auto`."})
+    num_calibration_images: int = field(default=256, metadata={"help": "Training images for timestep and new head."})
     min_crop: float = field(default=0.5, metadata={"help": "Least side of a random crop, as a share of the whole."})
     num_overlays: int = field(default=4, metadata={"help": "Pictures in overlays.png."})
 
@@ -128,7 +128,7 @@ def main() -> None:
     calibration = calibration[: args.num_calibration_images][args.image_column]
     model = DiTForSemanticSegmentation.from_pretrained(
         args.model_name_or_path,
-        calibration_images=calibration if needs_timestep(args.model_name_or_path, given) else None,
+        calibration_images=calibration if needs_images(args.model_name_or_path, given) else None,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         **given,

@@ -595,8 +595,9 @@ def _check_head_is_whole(
 def _renew(model: PreTrainedModel, part: str) -> None:
     """Initialise a head anew: some of its tensors may have been those of another kind of head, by the same names."""
     head: nn.Module = getattr(model, part)
-    for tensor in (*head.parameters(), *head.buffers()):
-        tensor._is_hf_initialized = False  # type: ignore[attr-defined]  # the host's mark of what was loaded
+    for name, tensor in (*head.named_parameters(), *head.named_buffers()):
+        # transformers' mark of what was loaded. The statistics of the tokens are the same for another head.
+        tensor._is_hf_initialized = "standardization." in name  # type: ignore[attr-defined]
     head.apply(model._init_weights)
 
 

@@ -56,21 +56,9 @@ _MAX_TOKENS = 2**20
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
 _WRITTEN_BY_TRANSFORMERS = {
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "quantization_config",
-    "stage_names",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "use_cache",
+    *("_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map"),
+    *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions"),
+    *("quantization_config", "stage_names", "tie_word_embeddings", "torch_dtype", "use_cache"),
 }
 
 
@@ -115,6 +103,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         head_num_layers: Transformer blocks of the attention head.
         head_num_attention_heads: Attention heads in each of them.
         head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
+        standardize_features: Whether a new head (or decoder) standardizes the tokens by their mean and spread over the
+            images that the timestep is selected from, or those given to `model.standardize`. It does not in a
+            checkpoint from before this field.
+        standardized_grid: Rows and columns of the token grid of those statistics, which are among the head's weights;
+            None where there are none. Written by the package.
         decoder: Segmentation decoder: "linear" (batch norm and a classifier of each token of `block`) or "upernet" (of
             four blocks, `out_indices`).
         decoder_hidden_size: Channels of UperNet.
@@ -164,6 +157,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     head_num_layers: int = 2
     head_num_attention_heads: int = 8
     head_mlp_ratio: int = 4
+    standardize_features: bool = True
+    standardized_grid: list[int] | None = None
     decoder: str = "linear"
     decoder_hidden_size: int = 512
     auxiliary_hidden_size: int = 256
@@ -287,11 +282,25 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         elif num_labels is not None and names is not None and len(names) != num_labels:
             # Another number of classes has other names.
             config_dict = {name: value for name, value in config_dict.items() if name not in ("id2label", "label2id")}
-        if kwargs.pop("return_unused_kwargs", False):
-            return super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
+        if "model_type" in config_dict:
+            # A checkpoint from before there was such a field.
+            config_dict = {"standardize_features": False, **config_dict}
+        is_unused_asked = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
+        if own_fields and config_dict.get("standardized_grid"):
+            saved = super().from_dict(dict(config_dict))
+            if config._what_is_read() != saved._what_is_read():
+                config.standardized_grid = None
+        if is_unused_asked:
+            return config, unused
         refuse_unknown_keywords({name for name in unused if not name.startswith("_")} - _WRITTEN_BY_TRANSFORMERS)
         return config
+
+    def _what_is_read(self) -> tuple[Any, ...]:
+        """Return what the statistics of tokens depend on, beside the weights."""
+        taps = self.stage_taps() if self.decoder == "upernet" else [(self.block_index(), self.feature)]
+        channels = [self.channels_at(*tap) for tap in taps]
+        return self.timestep, self.noise_seed, self.num_noise_draws, taps, channels, self.standardize_features
 
     @property
     def layout(self) -> TransformerLayout:
@@ -348,6 +357,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if isinstance(self.image_size, list):
             return self.image_size[0], self.image_size[1]
         return self.image_size, self.image_size  # type: ignore[return-value]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image of `image_size`."""
+        height, width = self.image_height_width
+        return height // self.patch_pixels, width // self.patch_pixels
 
     def block_index(self, block: int | None = None) -> int:
         """Return a block's index counted from the first; the config's own block if None is given.
@@ -548,6 +563,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`head_hidden_size` ({self.head_hidden_size}) must be a multiple of `head_num_attention_heads` "
                 f"({self.head_num_attention_heads})."
+            )
+
+    def validate_standardized_grid(self) -> None:
+        """Refuse statistics of a token grid that there cannot be."""
+        grid = [1, 1] if self.standardized_grid is None else self.standardized_grid
+        if len(grid) != 2 or bool in map(type, grid) or min(grid) < 1 or grid[0] * grid[1] > _MAX_TOKENS:
+            raise ValueError(
+                "`standardized_grid` must be None or two positive integers, rows and columns of a token grid of at "
+                f"most {_MAX_TOKENS} tokens, got {grid}."
             )
 
     def validate_decoder(self) -> None:

@@ -1,13 +1,85 @@
-"""Heads and decoders: tokens to logits, of an image or of every pixel."""
+"""Heads: tokens, standardized where their statistics are known, to logits of an image."""
 
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
+
+def without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what moves or casts a tensor as `fn` does, but does not round float32 to half precision."""
+
+    def moved_alone(values: Tensor) -> Tensor:
+        moved = fn(values)
+        is_cut = values.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16)
+        return values.to(moved.device) if is_cut else moved
+
+    return moved_alone
+
+
+class FeatureStandardization(nn.Module):
+    """Tokens times a scale plus a shift: what differs between images gets a mean square of 1 in each channel.
+
+    At large timesteps the fixed noise outweighs that by far. Without statistics the tokens stay as they are.
+
+    Args:
+        width: Width D of the tokens.
+        grid: Rows and columns of the token grid that the statistics are of; None where there are none yet.
+    """
+
+    scale: Tensor | None  # (D,), float32 in half precision, too
+    shift: Tensor | None  # (rows, columns, D)
+
+    def __init__(self, width: int, grid: Sequence[int] | None) -> None:
+        super().__init__()
+        self.register_buffer("scale", None if grid is None else torch.ones(width, dtype=torch.float32))
+        self.register_buffer("shift", None if grid is None else torch.zeros((*grid, width), dtype=torch.float32))
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Return standardized tokens, (B, N, D), or means of tokens, (B, D), in their own dtype.
+
+        Args:
+            tokens: What is standardized.
+            grid: Rows and columns of the tokens; None for those that the statistics are of.
+
+        Raises:
+            ValueError: If `grid` is None and there are not so many tokens.
+        """
+        if self.scale is None or self.shift is None:
+            return tokens
+        shift, own = self.shift.to(tokens.device), (self.shift.shape[0], self.shift.shape[1])
+        if tokens.ndim == 2:
+            shift = shift.mean((0, 1))[None, None]
+        elif (grid or own) != own:
+            shift = interpolate(shift.permute(2, 0, 1)[None], size=grid, mode="bilinear")[0].permute(1, 2, 0)
+        elif tokens.shape[1] != own[0] * own[1]:
+            raise ValueError(f"`features` have {tokens.shape[1]} tokens, the head's statistics {own[0]}×{own[1]}.")
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        return (wide * self.scale.to(tokens.device) + shift.flatten(0, 1)).to(tokens.dtype)
+
+    def mean(self, tokens: Tensor) -> Tensor:
+        """Return the mean of the standardized tokens, (B, D), of tokens, (B, N, D), of any grid."""
+        if self.scale is None:
+            return tokens.mean(1)
+        # Not rounded before it is standardized.
+        mean = tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        return self.forward(mean).to(tokens.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast as torch does, but stay in float32: rounded statistics do not fit the tokens."""
+        moved: Self = super()._apply(without_rounding(fn), recurse)
+        return moved
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load as torch does; statistics of another grid, or where there were none, come with their sizes."""
+        for name in ("scale", "shift"):
+            loaded, own = state_dict.get(prefix + name), getattr(self, name)
+            if loaded is not None and (own is None or own.shape != loaded.shape):
+                setattr(self, name, torch.empty_like(loaded, dtype=torch.float32))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LinearHead(nn.Module):
@@ -16,17 +88,19 @@ class LinearHead(nn.Module):
     Args:
         hidden_size: Width D of the tokens.
         num_labels: Number of classes K.
+        grid: Of `FeatureStandardization`.
     """
 
-    def __init__(self, hidden_size: int, num_labels: int) -> None:
+    def __init__(self, hidden_size: int, num_labels: int, grid: Sequence[int] | None = None) -> None:
         super().__init__()
+        self.standardization = FeatureStandardization(hidden_size, grid)
         # The tokens of different taps and timesteps differ in scale by orders of magnitude.
         self.norm = nn.LayerNorm(hidden_size)
         self.classifier = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits, (B, K), of tokens, (B, N, D)."""
-        logits: Tensor = self.classifier(self.norm(tokens.mean(1)))
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Return logits, (B, K), of tokens, (B, N, D), of any grid."""
+        logits: Tensor = self.classifier(self.norm(self.standardization.mean(tokens)))
         return logits
 
 
@@ -75,6 +149,7 @@ class AttentionHead(nn.Module):
         num_layers: Number of blocks.
         num_attention_heads: Attention heads in each.
         mlp_ratio: Width of their MLPs as a multiple of `hidden_size`.
+        grid: Of `FeatureStandardization`.
 
     Source: the head of the A-SelecT authors' published code (arXiv 2603.25758), 16,766,600 parameters at the defaults
     of `ASelectConfig` with 1536 in and 200 classes.
@@ -88,8 +163,10 @@ class AttentionHead(nn.Module):
         num_layers: int,
         num_attention_heads: int,
         mlp_ratio: int,
+        grid: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        self.standardization = FeatureStandardization(input_size, grid)
         self.input_projection = nn.Linear(input_size, hidden_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.blocks = nn.ModuleList(
@@ -97,9 +174,9 @@ class AttentionHead(nn.Module):
         )
         self.classifier = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits, (B, K), of tokens, (B, N, D)."""
-        hidden_states = self.input_projection(tokens)
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Return logits, (B, K), of tokens, (B, N, D), of rows and columns `grid`; see `FeatureStandardization`."""
+        hidden_states = self.input_projection(self.standardization(tokens, grid))
         class_tokens = self.class_token.expand(tokens.shape[0], -1, -1)
         hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
         last = len(self.blocks) - 1
@@ -108,100 +185,6 @@ class AttentionHead(nn.Module):
             hidden_states = block(hidden_states, num_outputs=1 if index == last else None)
         logits: Tensor = self.classifier(hidden_states[:, 0])
         return logits
-
-
-POOL_SCALES = (1, 2, 3, 6)
-
-
-class LinearDecoder(nn.Module):
-    """Batch norm and a linear classifier of each token; logits are enlarged to pixels.
-
-    Args:
-        width: Channels of the token map.
-        num_labels: Classes.
-
-    Source: the linear segmentation head of DINOv2, arXiv 2304.07193.
-    """
-
-    def __init__(self, width: int, num_labels: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(width)
-        self.classifier = nn.Conv2d(width, num_labels, kernel_size=1)
-
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, None]:
-        """Return logits of the token grid, (B, K, rows, columns), of the last map, (B, D, rows, columns)."""
-        return self.classifier(self.norm(maps[-1])), None
-
-
-class FeaturePyramid(nn.Module):
-    """Four maps of one resolution to four resolutions: 4, 2, 1 and 1/2 times that of the token grid.
-
-    Args:
-        width: Channels of each map.
-
-    Source: BEiT, arXiv 2106.08254, appendix; transformers' `BeitForSemanticSegmentation`.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.enlarge_4 = nn.Sequential(
-            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
-            nn.BatchNorm2d(width),
-            nn.GELU(),
-            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
-        )
-        self.enlarge_2 = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
-        # A grid of one row or column stays as it is.
-        self.halve = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the pyramid of four maps, (B, D, rows, columns) each, finest first."""
-        first, second, third, fourth = maps
-        return [self.enlarge_4(first), self.enlarge_2(second), third, self.halve(fourth)]
-
-
-class UperNetDecoder(nn.Module):
-    """transformers' own UperNet head on a feature pyramid, with its auxiliary head.
-
-    Args:
-        width: Channels of each of the four maps.
-        num_labels: Classes.
-        hidden_size: Channels of the head.
-        auxiliary_hidden_size: Channels of the auxiliary head; 0 for none.
-
-    Source: UperNet, arXiv 1807.10221; transformers, `models/upernet/modeling_upernet.py`.
-    """
-
-    def __init__(self, width: int, num_labels: int, hidden_size: int, auxiliary_hidden_size: int) -> None:
-        super().__init__()
-        config = SimpleNamespace(
-            pool_scales=POOL_SCALES,
-            hidden_size=hidden_size,
-            num_labels=num_labels,
-            auxiliary_in_channels=None,
-            auxiliary_channels=auxiliary_hidden_size,
-            auxiliary_num_convs=1,
-            auxiliary_concat_input=False,
-        )
-        self.pyramid = FeaturePyramid(width)
-        self.head = UperNetHead(config, in_channels=[width] * 4)
-        self.auxiliary_head = UperNetFCNHead(config, in_channels=[width] * 4) if auxiliary_hidden_size else None
-
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return logits, (B, K, 4 · rows, 4 · columns), and the auxiliary head's, (B, K, rows, columns), in training.
-
-        Args:
-            maps: Four maps, (B, D, rows, columns), shallow to deep.
-        """
-        pyramid = self.pyramid(maps)
-        auxiliary = self.auxiliary_head(pyramid) if self.auxiliary_head is not None and self.training else None
-        return self.head(pyramid), auxiliary
-
-
-def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return logits, (B, K, h, w), interpolated to (B, K, height, width)."""
-    enlarged: Tensor = interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    return enlarged
 
 
 def token_map(tokens: Tensor, rows: int, columns: int) -> Tensor:

@@ -35,7 +35,7 @@ from .checks import (
 from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
 from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
-from .heads import AttentionHead, token_map
+from .heads import AttentionHead, FeatureStandardization, token_map, without_rounding
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import MASSIVE_FEATURES, Tap
 from .noise_schedule import NoiseSchedule, fixed_noise
@@ -411,17 +411,9 @@ class ASelectPreTrainedModel(ShareableModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     _no_split_modules: set[str] | list[str] | None = [  # noqa: RUF012 - transformers' way
-        "AttentionHeadBlock",
-        "BasicTransformerBlock",
-        "FoldedBlock",
-        "FoldedLumina2Block",
-        "FoldedSanaBlock",
-        "FoldedSingleBlock",
-        "FluxSingleTransformerBlock",
-        "FluxTransformerBlock",
-        "JointTransformerBlock",
-        "Lumina2TransformerBlock",
-        "SanaTransformerBlock",
+        *("AttentionHeadBlock", "BasicTransformerBlock", "FoldedBlock", "FoldedLumina2Block", "FoldedSanaBlock"),
+        *("FoldedSingleBlock", "FluxSingleTransformerBlock", "FluxTransformerBlock", "JointTransformerBlock"),
+        *("Lumina2TransformerBlock", "SanaTransformerBlock"),
     ]
     supports_gradient_checkpointing = True
     # Of folded models; in the others diffusers runs its own kernels.
@@ -452,6 +444,9 @@ class ASelectPreTrainedModel(ShareableModel):
             # Positions of a folded model, the empty prompt: nothing until they are loaded.
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 init.zeros_(tensor)
+        if isinstance(module, FeatureStandardization) and module.scale is not None and module.shift is not None:
+            init.ones_(module.scale)
+            init.zeros_(module.shift)
         if isinstance(module, AttentionHead):
             init.zeros_(module.class_token)
             # As in ViT and DiT. With transformers' narrow normal distribution a small head learns slower.
@@ -482,8 +477,9 @@ class ASelectPreTrainedModel(ShareableModel):
                 empty prompt, which the pipeline's text encoders are loaded for, once. None to load nothing, but build
                 the model of `config=` from the weights in `state_dict=`; what is missing there is new.
             args: Passed on to transformers.
-            calibration_images: Images to select the timestep from, as in `select_timestep`. Without them the
-                transformer generates some, which takes a while for a large one.
+            calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
+                new head standardizes its features by them. Without them the transformer generates some for the
+                selection, which takes a while for a large one.
             kwargs: Fields of `ASelectConfig` (`timestep=`, `block=`, `num_labels=`, ...), or anything that
                 `PreTrainedModel.from_pretrained` takes (`revision=`, `token=`, `variant=`, ...). diffusers' weights
                 become float32 unless `dtype` says otherwise. With a text-conditioned pipeline also
@@ -496,10 +492,10 @@ class ASelectPreTrainedModel(ShareableModel):
         Raises:
             ValueError: If the folder is none of those, its files are broken, has only pickled weights, a part of the
                 backbone's weights is missing (but for `output_loading_info=True`, which returns what is), a field is
-                unknown or out of range, or `calibration_images` are given though the timestep is fixed.
+                unknown or out of range, or `calibration_images` are given and there is nothing to do with them.
             OSError: If a repository of the Hub is not found or may not be read, or the Hub cannot be reached.
-            ImportError: If diffusers saved the source, or the timestep is to be selected, and the package is not
-                installed.
+            ImportError: If diffusers saved the source, the timestep is to be selected or features are to be
+                standardized, and the package is not installed.
         """
         source = pretrained_model_name_or_path
         with_info = kwargs.pop("output_loading_info", False)
@@ -521,7 +517,7 @@ class ASelectPreTrainedModel(ShareableModel):
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
         model._base().freeze()  # transformers makes every loaded weight trainable
-        model._settle_timestep(calibration_images)
+        model._settle_timestep(calibration_images, info)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
@@ -532,9 +528,52 @@ class ASelectPreTrainedModel(ShareableModel):
             check_dtypes(checkpoint_files or (), model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
-    def _settle_timestep(self, calibration_images: Any) -> None:
-        """Select the timestep if it is "auto"; forget a record that no longer fits."""
+    def _standardizations(self) -> list[FeatureStandardization]:
+        """Return what standardizes the tokens of each tap that the head reads; empty without a head."""
+        return []
+
+    def _set_standardization(self, statistics: Sequence[tuple[Tensor, Tensor]] | None) -> None:
+        """Take the scale, (D,), and shift, (rows, columns, D), of each tap; None: leave tokens as they are."""
+        for number, each in enumerate(self._standardizations()):
+            taken = (None, None) if statistics is None else statistics[number]
+            # A copy: loading writes into what the model has.
+            each.scale, each.shift = (None if value is None else value.to(self.device, copy=True) for value in taken)
+        self.config.standardized_grid = None if statistics is None else list(statistics[0][1].shape[:2])
+
+    def standardize(self, images: Any, max_images: int = 256) -> None:
+        """Standardize the tokens that the head reads, at this timestep, by their mean and spread over images.
+
+        Applying a selection does the same. A head that is trained already has to be trained again.
+
+        Args:
+            images: As in `select_timestep`; a few dozen or more.
+            max_images: Look at so many at the most; a larger set is sampled.
+
+        Raises:
+            ValueError: If there is no head, `config.standardize_features` is False, the timestep is not selected yet,
+                the model is folded, there are fewer than two images, or they do not fit the model.
+            ImportError: If the package is not installed.
+        """
+        package("selection.apply", "Standardizing features").standardize(self, images, max_images)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load as torch does, with the statistics of tokens that an adapter of peft's brings along with its head."""
+        for key in [key for key in state_dict if ".standardization." in key and self._standardizations()]:
+            if key.endswith("shift"):
+                self.config.standardized_grid = list(state_dict[key].shape[:2])
+            # peft maps to its copy of the head what that has, and a new head has no statistics.
+            part, _, name = key.removeprefix(prefix).partition(".")
+            copies = f"{prefix}{part}.modules_to_save."
+            adapters = {other.removeprefix(copies).partition(".")[0] for other in state_dict if copies in other}
+            if name.startswith("standardization.") and len(adapters) == 1:
+                state_dict[f"{copies}{adapters.pop()}.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _settle_timestep(self, calibration_images: Any, info: dict[str, Any]) -> None:
+        """Select the timestep if it is "auto"; forget a record that no longer fits, and statistics of no head."""
         config = self.config
+        if not self._standardizations() or any(".standardization." in name for name in info["missing_keys"]):
+            self._set_standardization(None)
         if config.timestep == "auto":
             package("selection.apply", "Selecting a timestep (`timestep='auto'`)").settle(self, calibration_images)
             return
@@ -543,11 +582,9 @@ class ASelectPreTrainedModel(ShareableModel):
                 f"`zeroed_channels='auto'` are found with the timestep, which is fixed at {config.timestep}. Pass "
                 "`timestep='auto'`, or name the channels."
             )
-        if calibration_images is not None:
-            raise ValueError(
-                f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. "
-                "Pass `timestep='auto'` to choose it anew, or leave the pictures out."
-            )
+        settling = package("selection.apply", None if calibration_images is None else "Standardizing features")
+        if settling is not None:
+            settling.settle_standardization(self, calibration_images, info)
         if not config.is_selection_in_use():
             config.selection = None
         if unsaid := self._taps_of_unknown_channels():
@@ -572,7 +609,8 @@ class ASelectPreTrainedModel(ShareableModel):
         """Read at the timestep and tap of a selection from now on, as they were scored.
 
         Sets `timestep`, `block`, `feature` and `selection` of the configuration and, where massive channels were
-        looked for, those found there in `zeroed_channels`.
+        looked for, those found there in `zeroed_channels`. A head standardizes its features as the selection measured
+        them. A record that was saved has no statistics: then those of another timestep or tap are removed.
 
         Args:
             selection: What `select_timestep` returned, a `TimestepSelection`.
@@ -693,13 +731,7 @@ class DiTModel(ASelectPreTrainedModel):
         finally:
             self._modules["vae"] = vae
         if vae is not None:
-
-            def moved_alone(values: Tensor) -> Tensor:
-                moved = fn(values)
-                is_cut = values.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16)
-                return values.to(moved.device) if is_cut else moved
-
-            vae._apply(moved_alone)
+            vae._apply(without_rounding(fn))
         return self
 
     def taps(self) -> list[Tap]:

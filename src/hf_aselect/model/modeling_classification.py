@@ -8,7 +8,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .checks import IGNORED_LABEL, checked_features, checked_labels
 from .configuration_aselect import ASelectConfig
-from .heads import AttentionHead, LinearHead
+from .heads import AttentionHead, FeatureStandardization, LinearHead
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
 
 
@@ -29,7 +29,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         num_labels = int(config.num_labels or 0)
         self.head: LinearHead | AttentionHead
         if config.head == "linear":
-            self.head = LinearHead(config.feature_size, num_labels)
+            self.head = LinearHead(config.feature_size, num_labels, config.standardized_grid)
         else:
             self.head = AttentionHead(
                 config.feature_size,
@@ -38,8 +38,13 @@ class DiTForImageClassification(ASelectPreTrainedModel):
                 config.head_num_layers,
                 config.head_num_attention_heads,
                 config.head_mlp_ratio,
+                config.standardized_grid,
             )
         self.post_init()
+
+    def _standardizations(self) -> list[FeatureStandardization]:
+        """Return what standardizes the tokens that the head reads."""
+        return [self.head.standardization]
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -78,14 +83,15 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         refuse_tap_keywords(kwargs)
         if sum(given is not None for given in (pixel_values, features, latents)) != 1:
             raise ValueError("Give exactly one of `pixel_values`, `features` and `latents`.")
-        hidden_states = None
+        hidden_states, grid = None, self.config.token_grid
         if features is not None:
             tokens = checked_features(features, self.config).to(self.device, self.dtype)
         else:
             tap, every = self.backbone.taps()[0], self.config.hidden_taps(output_hidden_states)
-            read, _ = self._read([tap, *every], pixel_values, latents)
+            read, grid = self._read([tap, *every], pixel_values, latents)
             tokens, hidden_states = read[tap], tuple(read[each] for each in every) or None
-        logits = self.head(tokens)
+        # Cached tokens are of images of the configuration's size, or else of those that the head knows.
+        logits = self.head(tokens, grid if tokens.shape[1] == grid[0] * grid[1] else None)
         loss = None
         if labels is not None:
             labels = checked_labels(labels, len(tokens), self.config)

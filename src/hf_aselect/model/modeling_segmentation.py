@@ -1,18 +1,23 @@
 """Dense models: a diffusion transformer as a backbone of the host's heads, and under a segmentation decoder."""
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
+from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 from transformers.utils.generic import can_return_tuple
 
 from .checks import check_floats, check_masks
 from .configuration_aselect import ASelectConfig
-from .heads import LinearDecoder, UperNetDecoder, enlarge, token_map
+from .heads import FeatureStandardization, token_map
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
+
+POOL_SCALES = (1, 2, 3, 6)
 
 
 class DiTBackbone(BackboneMixin, DiTModel):
@@ -74,6 +79,108 @@ def _sequence(each: Tensor) -> Tensor:
     return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
 
 
+class LinearDecoder(nn.Module):
+    """Batch norm and a linear classifier of each token; logits are enlarged to pixels.
+
+    Args:
+        width: Channels of the token map.
+        num_labels: Classes.
+        grid: Of `FeatureStandardization`.
+
+    Source: the linear segmentation head of DINOv2, arXiv 2304.07193.
+    """
+
+    def __init__(self, width: int, num_labels: int, grid: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.standardization = nn.ModuleList([FeatureStandardization(width, grid)])
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Conv2d(width, num_labels, kernel_size=1)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, None]:
+        """Return logits of the token grid, (B, K, rows, columns), of the last map, (B, D, rows, columns)."""
+        return self.classifier(self.norm(maps[-1])), None
+
+
+class FeaturePyramid(nn.Module):
+    """Four maps of one resolution to four resolutions: 4, 2, 1 and 1/2 times that of the token grid.
+
+    Args:
+        width: Channels of each map.
+
+    Source: BEiT, arXiv 2106.08254, appendix; transformers' `BeitForSemanticSegmentation`.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enlarge_4 = nn.Sequential(
+            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+        )
+        self.enlarge_2 = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
+        # A grid of one row or column stays as it is.
+        self.halve = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the pyramid of four maps, (B, D, rows, columns) each, finest first."""
+        first, second, third, fourth = maps
+        return [self.enlarge_4(first), self.enlarge_2(second), third, self.halve(fourth)]
+
+
+class UperNetDecoder(nn.Module):
+    """transformers' own UperNet head on a feature pyramid, with its auxiliary head.
+
+    Args:
+        width: Channels of each of the four maps.
+        num_labels: Classes.
+        hidden_size: Channels of the head.
+        auxiliary_hidden_size: Channels of the auxiliary head; 0 for none.
+        grid: Of `FeatureStandardization`.
+
+    Source: UperNet, arXiv 1807.10221; transformers, `models/upernet/modeling_upernet.py`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_labels: int,
+        hidden_size: int,
+        auxiliary_hidden_size: int,
+        grid: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.standardization = nn.ModuleList(FeatureStandardization(width, grid) for _ in range(4))
+        config = SimpleNamespace(
+            pool_scales=POOL_SCALES,
+            hidden_size=hidden_size,
+            num_labels=num_labels,
+            auxiliary_in_channels=None,
+            auxiliary_channels=auxiliary_hidden_size,
+            auxiliary_num_convs=1,
+            auxiliary_concat_input=False,
+        )
+        self.pyramid = FeaturePyramid(width)
+        self.head = UperNetHead(config, in_channels=[width] * 4)
+        self.auxiliary_head = UperNetFCNHead(config, in_channels=[width] * 4) if auxiliary_hidden_size else None
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return logits, (B, K, 4 · rows, 4 · columns), and the auxiliary head's, (B, K, rows, columns), in training.
+
+        Args:
+            maps: Four maps, (B, D, rows, columns), shallow to deep.
+        """
+        pyramid = self.pyramid(maps)
+        auxiliary = self.auxiliary_head(pyramid) if self.auxiliary_head is not None and self.training else None
+        return self.head(pyramid), auxiliary
+
+
+def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return logits, (B, K, h, w), interpolated to (B, K, height, width)."""
+    enlarged: Tensor = interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    return enlarged
+
+
 class DiTForSemanticSegmentation(ASelectPreTrainedModel):
     """A diffusion transformer with a decoder that tells the class of every pixel.
 
@@ -92,12 +199,20 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         num_labels = int(config.num_labels or 0)
         self.decoder: LinearDecoder | UperNetDecoder
         if config.decoder == "linear":
-            self.decoder = LinearDecoder(config.feature_size, num_labels)
+            self.decoder = LinearDecoder(config.feature_size, num_labels, config.standardized_grid)
         else:
             self.decoder = UperNetDecoder(
-                config.feature_size, num_labels, config.decoder_hidden_size, config.auxiliary_hidden_size
+                config.feature_size,
+                num_labels,
+                config.decoder_hidden_size,
+                config.auxiliary_hidden_size,
+                config.standardized_grid,
             )
         self.post_init()
+
+    def _standardizations(self) -> list[FeatureStandardization]:
+        """Return what standardizes the tokens of each tap that the decoder reads."""
+        return list(self.decoder.standardization)  # type: ignore[arg-type]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -127,7 +242,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
             check_masks(labels, pixel_values, self.config)
         taps, every = self.backbone.taps(), self.config.hidden_taps(output_hidden_states)
         read, (rows, columns) = self._read([*taps, *every], pixel_values)
-        logits, auxiliary = self.decoder([token_map(read[tap], rows, columns) for tap in taps])
+        tokens = [each(read[tap], (rows, columns)) for each, tap in zip(self._standardizations(), taps, strict=True)]
+        logits, auxiliary = self.decoder([token_map(each, rows, columns) for each in tokens])
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         logits = enlarge(logits, size)
         loss = None

@@ -1,10 +1,21 @@
 """A model takes a selection over: timestep, tap, record and massive channels."""
 
+import logging
 from typing import Any
 
-from ..model.layouts import tap_key
+import torch
+
+from ..model.checks import HEADS, check_count
+from ..model.denoiser import eval_mode
+from ..model.layouts import Tap, tap_key
+from .distribution import Share, called_by
+from .images import CalibrationPictures
+from .reader import Reader
 from .record import TimestepSelection
 from .select import select_timestep
+from .standardization import read_moments, statistics_of
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2**15  # in one forward pass of a selection that loading makes
 
@@ -16,14 +27,92 @@ def settle(model: Any, images: Any) -> None:
         model: The model.
         images: As in `select_timestep`.
     """
-    height, width = (side // model.config.patch_pixels for side in model.config.image_height_width)
-    # As many tokens at once as 32 images of 512 pixels have: large images would not fit many a machine.
-    batch_size = max(1, min(32, MAX_TOKENS // (height * width)))
-    model.apply_selection(select_timestep(model, images, batch_size=batch_size))
+    model.apply_selection(select_timestep(model, images, batch_size=_batch_size(model.config)))
 
 
-def apply_selection(model: Any, selection: TimestepSelection) -> None:
-    """Let a model be read at the timestep and tap of a selection; see its `apply_selection`."""
+def _batch_size(config: Any) -> int:
+    """Return as many images as have so many tokens as 32 of 512 pixels: large ones would not fit many a machine."""
+    rows, columns = config.token_grid
+    count: int = MAX_TOKENS // (rows * columns)
+    return max(1, min(32, count))
+
+
+def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> None:
+    """Standardize what a head without statistics reads at a fixed timestep, or say why not.
+
+    Args:
+        model: A model that was just loaded.
+        images: Images to standardize by; None where there are none.
+        info: transformers' loading info.
+
+    Raises:
+        ValueError: If there are images and nothing to standardize by them.
+    """
+    config, why = model.config, None
+    is_new = any(name.partition(".")[0] in HEADS for name in info["missing_keys"])
+    # Of a head that is read elsewhere than it was trained the statistics are left over.
+    is_moved = any(".standardization." in name for name in info["unexpected_keys"])
+    if not model._standardizations():
+        why = f"a {type(model).__name__} has no head that standardizes its features"
+    elif not config.standardize_features:
+        why = "with `standardize_features=False` nothing else is done with them"
+    elif not (is_new or is_moved):
+        how = (
+            "with the statistics that it has" if config.standardized_grid else "on features that are not standardized"
+        )
+        why = f"the head was trained {how}"
+    if images is not None and why is not None:
+        raise ValueError(
+            f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
+            f"to select it anew, or leave the images out: {why}."
+        )
+    if images is not None:
+        model.standardize(images)
+    elif why is None and is_moved and not is_new:
+        logger.warning(
+            "The statistics that the head's features were standardized by are of another timestep or tap, and are "
+            "left out. Pass `calibration_images=`, or call `model.standardize(images)`, and train the head again."
+        )
+    elif why is None and config.standardized_grid is None:
+        logger.info(
+            "The features of the new head are not standardized, and at a large timestep it learns little from them as "
+            "they are. Pass `calibration_images=`, or call `model.standardize(images)`, before it is trained."
+        )
+
+
+def standardize(model: Any, images: Any, max_images: int) -> None:
+    """Standardize the features that a model's head reads, by images; see its `standardize`."""
+    config, heads = model.config, model._standardizations()
+    check_count("max_images", max_images)
+    if not heads:
+        raise ValueError(f"A {type(model).__name__} has no head: its tokens stay as they are.")
+    if not config.standardize_features:
+        raise ValueError("`config.standardize_features` is False: set it to True to standardize features.")
+    if config.folded:
+        raise ValueError(
+            "This model is folded. Standardize the features of the model it was folded from, and fold it."
+        )
+    timestep, taps = config.resolved_timestep(), model._base().taps()
+    pictures = CalibrationPictures(images, config, max_images, seed=0)
+    channels: dict[Tap, list[int] | None] = {tap: config.channels_at(*tap) for tap in taps}
+    reader = Reader(model, pictures, channels, 0, _batch_size(config), seed=0)
+    with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
+        moments, grid = read_moments(reader, taps, timestep, max_images, Share.of_model(model))
+    if (count := moments[taps[0]].count) < 2:
+        raise ValueError(f"Features are standardized by what differs between images: give at least 2, got {count}.")
+    statistics = statistics_of(config, moments, taps, grid)
+    model._set_standardization([statistics[tap] for tap in taps])
+
+
+def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kept: bool = False) -> None:
+    """Let a model be read at the timestep and tap of a selection; see its `apply_selection`.
+
+    Args:
+        model: The model.
+        selection: The selection.
+        are_statistics_kept: Whether the statistics that the model has are those of this selection, though it is not
+            read as it was selected yet: they came with the weights of a training that goes on.
+    """
     if not isinstance(selection, TimestepSelection):
         raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
     config, base = model.config, model._base()
@@ -34,7 +123,7 @@ def apply_selection(model: Any, selection: TimestepSelection) -> None:
             f"Load the model with `feature={selection.feature!r}, block={selection.block}, "
             f"timestep={selection.timestep}`."
         )
-    own = config.block_index(), config.feature
+    own, before = (config.block_index(), config.feature), (config.timestep, base.taps())
     is_another_tap = (selection.block, selection.feature) != own
     if is_another_tap and isinstance(config.zeroed_channels, list):
         config.zeroed_channels = {tap_key(*own): config.zeroed_channels}  # they stay where they are
@@ -48,3 +137,27 @@ def apply_selection(model: Any, selection: TimestepSelection) -> None:
     if is_another_tap and not config.freeze_backbone:
         base.denoiser.requires_grad_(True)
         base.freeze()  # other blocks come after the tap
+    if model._standardizations():
+        # What came with weights before there was a timestep is of the timestep that those were trained at.
+        is_elsewhere = before != (config.timestep, base.taps()) and before[0] != "auto" and not are_statistics_kept
+        _standardize_as(model, selection, is_elsewhere)
+
+
+def _standardize_as(model: Any, selection: TimestepSelection, is_elsewhere: bool) -> None:
+    """Standardize what a model's head reads as a selection measured it, if it did."""
+    config, found = model.config, selection.standardization or {}
+    statistics = [found[tap] for tap in model._base().taps() if tap in found]
+    if config.standardize_features and len(statistics) == len(model._standardizations()):
+        model._set_standardization(statistics)
+    elif config.standardized_grid is not None and is_elsewhere:
+        model._set_standardization(None)
+        logger.warning(
+            "The statistics that the head's features were standardized by are of another timestep or tap, and are "
+            "removed: this record of a selection brings none, like all that were saved. Call "
+            "`model.standardize(images)`, and train the head again."
+        )
+    elif config.standardized_grid is None and config.standardize_features:
+        logger.info(
+            "The head's features are not standardized: this record of a selection brings no statistics. Call "
+            "`model.standardize(images)` before the head is trained."
+        )

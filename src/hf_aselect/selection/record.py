@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..model.checks import NUM_TIMESTEPS
 from ..model.configuration_aselect import ASelectConfig
-from ..model.layouts import FEATURES
+from ..model.layouts import FEATURES, Tap
 from ..plots import plot_timestep_curve, plot_timestep_heat_map
 
 # Number of the format of a record. It rises when a reader of former records would misread new ones.
@@ -48,6 +50,11 @@ class TimestepSelection:
         massive_channels: Channels of the chosen tap that dwarf all others in every token, and were set to zero: found
             by this choice, or by an earlier one; None where they were not looked for.
         table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
+        share_between_images: Share of the variance of the selected tap's tokens, in [0, 1], that is between images,
+            read as the model reads them; the rest is between positions, and the same in all images. None where there
+            were fewer than two images, and in a record from before it was measured.
+        standardization: What standardizes the tokens of each tap that the model's head reads: scale, (D,), and shift,
+            (rows, columns, D), float32; for `apply_selection`. Not in the record. None where nothing is standardized.
     """
 
     timestep: int
@@ -71,6 +78,8 @@ class TimestepSelection:
     warnings: list[str]
     massive_channels: list[int] | None = None
     table: list[dict[str, Any]] | None = None
+    share_between_images: float | None = None
+    standardization: dict[Tap, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
 
     def is_of(self, config: ASelectConfig) -> bool:
         """Return whether this is how the timestep of a configuration was chosen, at its tap."""
@@ -78,7 +87,9 @@ class TimestepSelection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain numbers, strings and lists, fit for JSON, with the number of its `format`."""
-        return {"format": FORMAT, **asdict(self)}
+        values = asdict(replace(self, standardization=None))
+        del values["standardization"]
+        return {"format": FORMAT, **values}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "TimestepSelection":
@@ -160,8 +171,8 @@ def _check_format(number: Any) -> None:
 
 
 def _check_names(record: dict[str, Any]) -> None:
-    known = TimestepSelection.__dataclass_fields__
-    missing = {name for name, field in known.items() if field.default is MISSING} - record.keys()
+    known = {name: kind for name, kind in TimestepSelection.__dataclass_fields__.items() if kind.compare}
+    missing = {name for name, kind in known.items() if kind.default is MISSING} - record.keys()
     if missing or record.keys() - known.keys():
         raise ValueError(
             f"Not a record of a selection: missing {sorted(missing)}, "
@@ -238,4 +249,5 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "warnings": _is_list_of(_is_word),
     "massive_channels": lambda value: value is None or _is_list_of(_is_integer)(value),
     "table": lambda value: value is None or _is_list_of(_is_dictionary)(value),
+    "share_between_images": lambda value: value is None or _is_number(value),
 }

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .images import CalibrationPictures
 from .reader import ReadableModel
 from .record import TimestepSelection
 from .request import Request, checked_request
+from .standardization import measured
 from .sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ def select_timestep(
 
     Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
     others in every token are found on the first pictures and set to zero before anything is scored.
+
+    The images are then read once more at the selected timestep, as the model reads them: for what standardizes the
+    features of its head (`config.standardize_features`), and for the share of their variance that is between images.
 
     Nothing in the model changes; `model.apply_selection` takes the result.
 
@@ -110,7 +114,9 @@ def select_timestep(
     with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
         sweep = _sweep_of_generated(model, request) if images is None else _sweep_of_given(model, images, request)
         curve, stopped_by = sweep.run()
-    selection = _record(sweep, curve, stopped_by, images is None, started)
+        tap, best = curve.best
+        found = measured(sweep, request.taps[tap], curve.timesteps[best])
+    selection = replace(_record(sweep, curve, stopped_by, images is None, started), **found)
     _report(selection, len(request.grid))
     return selection
 

@@ -1,12 +1,21 @@
 """What standardises a tap's tokens: a scale for each channel and a shift for each position and channel."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..model.layouts import Tap
+from .distribution import Share
+from .massive_channels import given_channels
+from .reader import Reader
+from .sweep import Sweep, progress_bar
+
 # A channel that hardly varies here could be anything elsewhere: it counts as varying by this share of the mean one.
 LEAST_SHARE = 1e-3
+MAX_IMAGES = 256  # more would hardly change the statistics
 
 
 @dataclass
@@ -38,6 +47,17 @@ class TokenMoments:
         self.count += len(tokens)
         self.total += distance.sum(0)
         self.squares += distance.square().sum((0, 1))
+
+    @classmethod
+    def combined(cls, parts: Sequence["TokenMoments"]) -> "TokenMoments":
+        """Return the sums over the images of all parts, whatever their origins."""
+        whole = cls.from_origin(parts[0].origin)
+        for part in parts:
+            moved = part.origin - whole.origin
+            whole.count += part.count
+            whole.total += part.total + part.count * moved
+            whole.squares += part.squares + (2 * moved * part.total + part.count * moved.square()).sum(0)
+        return whole
 
     @property
     def position_means(self) -> Tensor:
@@ -99,3 +119,89 @@ def _floored(deviation: Tensor, means: Tensor) -> Tensor:
     floored = torch.maximum(deviation, LEAST_SHARE * deviation.mean()).maximum(rounding)
     # A feature that is 0 everywhere stays 0.
     return torch.where(floored > 0, floored, torch.ones_like(floored))
+
+
+# Of each tap: scale, (D,), and shift, (rows, columns, D), float32.
+Statistics = dict[Tap, tuple[Tensor, Tensor]]
+
+
+def measured(sweep: Sweep, tap: Tap, timestep: int) -> dict[str, Any]:
+    """Return what a record has of the images of a sweep, read once more at the tap and timestep that it selected.
+
+    All processes call it together, and count its passes among those of the sweep.
+    """
+    reader, own_noise = sweep.reader, _with_own_noise(sweep.reader)
+    num_images = min(sweep.num_images, MAX_IMAGES)
+    if num_images < 2:
+        return {}
+    config, taps = reader.model.config, taps_read(reader.model, tap)
+    own_noise.channels |= given_channels(config, [each for each in taps if each != tap])
+    moments, grid = read_moments(own_noise, list(dict.fromkeys([tap, *taps])), timestep, num_images, sweep.share)
+    reader.num_forwards += own_noise.num_forwards
+    is_standardized = bool(taps) and config.standardize_features
+    return {
+        "share_between_images": moments[tap].share_between_images,
+        "standardization": statistics_of(config, moments, taps, grid) if is_standardized else None,
+    }
+
+
+def taps_read(model: Any, tap: Tap) -> list[Tap]:
+    """Return the taps that a model's head reads once the tap is the configuration's; none without a head."""
+    # What only reads tokens has none.
+    heads: list[Any] = getattr(model, "_standardizations", list)()
+    if len(heads) < 2:
+        return [tap] * len(heads)
+    # Those of UperNet stay where they are; the stem has but one feature.
+    return [(block, tap[1] if block >= 0 else feature) for block, feature in model._base().taps()]
+
+
+def read_moments(
+    reader: Reader, taps: list[Tap], timestep: int, num_images: int, share: Share
+) -> tuple[dict[Tap, TokenMoments], tuple[int, int]]:
+    """Return the sums over images of each tap's tokens at a timestep, and the rows and columns of their grid.
+
+    Args:
+        reader: Reads with the model's own noise.
+        taps: The taps.
+        timestep: Integer in [0, 1000).
+        num_images: How many of the set's images.
+        share: Which of them this process reads; all processes get the same sums.
+
+    Raises:
+        ValueError: If there are no images, or tokens are NaN or infinite.
+    """
+    own: dict[Tap, TokenMoments] = {}
+    grid: tuple[int, int] | None = None
+    with progress_bar("Standardizing features") as reader.bar:
+        for batch in reader.batches(0, num_images, [timestep], share):
+            grid = batch.grid
+            for _, read in batch.read(taps):
+                for tap in taps:
+                    # The mean over noise draws. Not every accelerator has float64.
+                    tokens = read[tap].cpu().double().mean(0)  # (B, N, D)
+                    own.setdefault(tap, TokenMoments.from_origin(tokens[0])).add(tokens)
+    # A process may have no image, where there are fewer than processes.
+    parts = [part for part in share.gather((own, grid)) if part[0]]
+    if not parts:
+        raise ValueError("No images to standardize features by: the set is empty.")
+    moments = {tap: TokenMoments.combined([part[tap] for part, _ in parts]) for tap in taps}
+    if not all(bool(each.squares.isfinite().all()) for each in moments.values()):
+        raise ValueError("The model's features are NaN or infinite. Check its weights and the images.")
+    return moments, parts[0][1]
+
+
+def statistics_of(
+    config: Any, moments: dict[Tap, TokenMoments], taps: Sequence[Tap], grid: tuple[int, int]
+) -> Statistics:
+    """Return what standardizes the tokens of taps, of a token grid of some rows and columns."""
+    # With fresh noise in training nothing but the images is the same at a position.
+    per_position = not config.resample_noise_in_training
+    found = {tap: scale_and_shift(moments[tap], per_position) for tap in taps}
+    return {tap: (scale, shift.unflatten(0, grid)) for tap, (scale, shift) in found.items()}
+
+
+def _with_own_noise(reader: Reader) -> Reader:
+    """Return a reader of the same images that reads as the model does, from the latents that are there already."""
+    own = Reader(reader.model, reader.images, dict(reader.channels), 0, reader.batch_size, reader.seed)
+    own.latents, own.kept_bytes = reader.latents, reader.kept_bytes
+    return own

@@ -161,9 +161,9 @@ class Sweep:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Any]:
+def progress_bar(description: str = "Choosing the timestep") -> Iterator[Any]:
     """Show the passes of a selection, in the first process alone."""
     # Not `disable=False` in the first process: that would overrule TQDM_DISABLE.
     quiet = {"disable": True} if process()[0] else {}
-    with host_logging.tqdm(desc="Choosing the timestep", unit="pass", leave=False, **quiet) as bar:
+    with host_logging.tqdm(desc=description, unit="pass", leave=False, **quiet) as bar:
         yield bar

@@ -9,6 +9,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..hub.push import write_model_card
 from ..model.modeling_aselect import ASelectPreTrainedModel
+from ..selection.apply import apply_selection
 from ..selection.record import TimestepSelection
 from ..selection.select import select_timestep
 from .kept_card import keep_card
@@ -90,7 +91,7 @@ class ASelectCallback(TrainerCallback):
         self._read_history(state)
         if self.selections and (model.config.timestep == "auto" or self.follow):
             # A training that goes on: its choice was made on the weights that it began with.
-            model.apply_selection(self.selections[-1 if self.follow else 0][1])
+            apply_selection(model, self.selections[-1 if self.follow else 0][1], are_statistics_kept=True)
         if model.config.timestep == "auto":
             selection = self._select(model, dataloader)
             model.apply_selection(selection)

@@ -9,11 +9,11 @@ from typing import Any
 from ..model.configuration_aselect import ASelectConfig
 
 # Another selection would not fit the head that was trained so far.
-SELECTED = ("timestep", "block", "feature", "zeroed_channels", "selection")
+SELECTED = ("timestep", "block", "feature", "zeroed_channels", "selection", "standardize_features")
 # Fields that are no single word on a command line: records of diffusers and of this package.
 _RECORDS = (
     *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes"),
-    *("folded", "folded_layout"),
+    *("folded", "folded_layout", "standardized_grid"),
 )
 
 
@@ -57,6 +57,25 @@ def needs_timestep(source: str, given: dict[str, Any]) -> bool:
         # A folder of diffusers has no `config.json` at its top.
         return True
     return bool(saved.get("timestep", "auto") == "auto")
+
+
+def needs_images(source: str, given: dict[str, Any]) -> bool:
+    """Return whether calibration images are of use: to select a timestep, or to standardize what a new head reads.
+
+    Args:
+        source: An hf_aselect checkpoint, or what diffusers saved: folder or id on the Hub.
+        given: Fields that were given, by name.
+    """
+    if needs_timestep(source, given):
+        return True
+    try:
+        saved, _ = ASelectConfig.get_config_dict(source)
+    except OSError:
+        saved = {}
+    is_of_ours = "model_type" in saved
+    has_head = any("For" in name for name in saved.get("architectures") or ())
+    is_on = given.get("standardize_features", saved.get("standardize_features", not is_of_ours))
+    return bool(is_on) and not has_head
 
 
 def resumed_fields(given: dict[str, Any], *folders: str | os.PathLike[str]) -> dict[str, Any]:
