@@ -166,8 +166,9 @@ def test_flow_matching_noises_as_diffusers_does():
 def test_an_even_grid_of_flow_matching_spans_the_same_levels_on_both_sides():
     flow = NoiseSchedule.flow_matching()
     grid = flow.even_timesteps(20)
-    assert grid[0] <= 1
-    assert grid[-1] == 999
+    # 8-bit images have steps of 1/128: finer noise, at a smaller timestep, hides nothing of them.
+    assert grid[0] == 6
+    assert grid[-1] == 994
     levels = flow.log_snr(torch.tensor(grid))
     assert float(levels[0]) == pytest.approx(-float(levels[-1]), abs=0.1)
     middle = levels[3:-3].diff()

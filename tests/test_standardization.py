@@ -622,3 +622,24 @@ def test_a_frozen_or_trained_backbone_gets_its_gradients(pixel_folder):
     assert len(gradients[0]) > 20
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("standardize_features", [True, False])
+def test_a_timestep_at_which_images_look_alike_is_warned_of(pixel_folder, standardize_features, caplog):
+    model = DiTForImageClassification.from_pretrained(
+        pixel_folder, timestep=TIMESTEP, standardize_features=standardize_features, num_labels=4, **HEAD
+    )
+    with caplog.at_level(logging.WARNING):
+        selection = select_timestep(model, images(), timesteps=[998])
+    assert selection.share_between_images < 0.02
+    (warning,) = [text for text in selection.warnings if "of the variance" in text]
+    assert warning in caplog.text
+    assert f"{selection.share_between_images:.2%}" in warning
+    assert ("only in float32" in warning) == standardize_features
+    assert ("`standardize_features=True`" in warning) != standardize_features
+
+
+def test_a_timestep_at_which_images_differ_is_not_warned_of(loaded):
+    selection = select_timestep(loaded, images(), timesteps=[10])
+    assert selection.share_between_images > 0.02
+    assert not any("of the variance" in text for text in selection.warnings)

@@ -654,14 +654,29 @@ def test_the_probes_labels_may_be_a_column(model, pictures):
     )
 
 
+def test_a_tap_is_selected_without_labels(model, pixels):
+    """All taps are held against the same targets: each scores as it does alone."""
+    images = pixels.repeat(6, 1, 1, 1)[:36] + 0.3 * torch.randn(36, *pixels.shape[1:]).clamp(-2, 2)
+    images = images.clamp(-1, 1)
+    record = select_timestep(model, images, block="auto", feature="auto", timesteps=GRID)
+    taps = [(row["block"], row["feature"]) for row in record.table]
+    assert {feature for _, feature in taps} == {"hidden", "query", "key", "value"}
+    best = max(record.table, key=lambda row: max(row["smoothed"]))
+    assert (record.block, record.feature) == (best["block"], best["feature"])
+    assert record.scores == best["scores"]
+    for row in record.table:
+        alone = select_timestep(model, images, block=row["block"], feature=row["feature"], timesteps=GRID)
+        assert row["scores"] == pytest.approx(alone.scores, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"criterion": "probe"}, "needs `labels`"),
         ({"labels": [0] * 7}, "'consensus' uses none; did you mean `criterion='probe'`"),
-        ({"block": [0, 1]}, "can only be compared by `criterion='probe'`"),
+        ({"block": [0, 1], "criterion": "hfr"}, "can only be compared by 'consensus', 'probe' or 'patch_probe'"),
         ({"block": "all"}, "`block` must be an integer, several of them, or 'auto', got 'all'"),
-        ({"feature": ["query", "key"]}, "can only be compared by `criterion='probe'`"),
+        ({"feature": ["query", "key"], "criterion": "signal_hfr"}, "can only be compared by 'consensus', 'probe'"),
         ({"confidence": 2}, r"`confidence` must be in \[0, 1\], got 2"),
     ],
 )

@@ -23,10 +23,12 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,16 +42,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
+from hf_aselect import ASelectImageProcessor, DiTModel, TimestepSelection, select_timestep
+from hf_aselect.model import noise_schedule
 from hf_aselect.model.heads import AttentionHead
+from hf_aselect.selection import accumulators
 from hf_aselect.selection.criteria import HFR, Consensus, Criterion, SignalHFR
 from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
 
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
-# What the default was before it knew of heads, and with a smaller projection.
-FORMER = "consensus of means, 128 numbers"
-CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus("mean", 128)}
+# What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14.
+FORMER = "consensus of all timesteps"
+CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus()}
+TAPS = "tap and timestep: "
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
 # The same attention head on tokens that are standardised by channel alone, as before standardisation by position.
@@ -106,6 +111,9 @@ class BenchmarkArguments:
     num_measured: int = field(default=256, metadata={"help": "Pictures for RankMe, alpha-ReQ and LiDAR."})
     batch_size: int = field(default=64, metadata={"help": "Pictures in one forward pass."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of the selections."})
+    looked_at_once: bool = field(
+        default=False, metadata={"help": "Whether nothing was developed with this pair in sight."}
+    )
     own_pictures: bool = field(
         default=True, metadata={"help": "Also select on pictures that the DiT makes itself, which takes longest."}
     )
@@ -257,14 +265,16 @@ class Pair:
                 rows.append(self.row(name, tap, hits, timestep))
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
-            ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA]
-            ways += [(DEFAULT, truth) for truth in HEADS if (truth, tap) in hits]
+            ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA if name != FORMER]
+            ways += [(name, truth) for name in (FORMER, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
                 if name in ("signal_hfr", DEFAULT) and self.args.own_pictures:
                     rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], truth, generated=True))
             if self.per_picture:
                 rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
+        for truth in HEADS:
+            rows += self.tap_rows(truth, hits)
         return {
             "arguments": asdict(self.args),
             "timesteps": self.grid,
@@ -287,25 +297,65 @@ class Pair:
         images = None if generated else self.train.select_columns([self.args.image_column])
         # A segmenter has no such head.
         self.model.config.head = HEADS[truth] if truth and self.per_picture else self.head
-        record = select_timestep(
-            self.model,
-            images,
-            criterion=CRITERIA.get(name, name),
-            block=tap[0],
-            feature=tap[1],
-            labels=self.labels[0] if name == "probe" else None,
-            seed=seed,
-        )
-        places = [self.grid.index(timestep) for timestep in record.timesteps]
+        with as_before() if name == FORMER else nullcontext():
+            record = select_timestep(
+                self.model,
+                images,
+                criterion=CRITERIA.get(name, name),
+                block=tap[0],
+                feature=tap[1],
+                labels=self.labels[0] if name == "probe" else None,
+                seed=seed,
+            )
+        places = [self.nearest(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
         if name == "probe":
             name = f"probe, {record.num_images} labels"
         name += OWN if generated else ""
-        row = self.row(name, tap, hits, record.timestep, correlation, [truth] if truth else HEADS)
-        cost = {key: getattr(record, key) for key in ("num_images", "num_forwards", "seconds", "confidence")}
-        if generated:
+        timestep = self.grid[self.nearest(record.timestep)]
+        row = self.row(name, tap, hits, timestep, correlation, [truth] if truth else HEADS)
+        return {**row, **self.cost(record), "seed": seed}
+
+    def nearest(self, timestep: int) -> int:
+        """Return the place in the grid of a timestep: itself, but for one of a former grid."""
+        log_snr = self.model.noise_schedule.log_snr
+        return int((log_snr(torch.tensor(self.grid)) - log_snr(timestep)).abs().argmin())
+
+    def cost(self, record: TimestepSelection) -> dict[str, Any]:
+        """Return what a selection cost, and how sure it is."""
+        names = ("num_images", "num_forwards", "seconds", "confidence", "share_between_images")
+        cost = {name: getattr(record, name) for name in names}
+        if record.pictures == "generated":
             cost["seconds"] += self.saved_seconds
-        return {**row, **cost, "seed": seed}
+        return {**cost, "is_warned": bool(record.warnings)}
+
+    def tap_rows(self, truth: str, hits: Hits) -> list[dict[str, Any]]:
+        """Return what selecting the tap, too, loses against the best tap and timestep of the whole search.
+
+        Of all taps that have this truth: without labels, by the probe, and with the default tap.
+        """
+        taps = [tap for tap in self.taps if (truth, tap) in hits]
+        blocks, features = (list(dict.fromkeys(part)) for part in zip(*taps, strict=True))
+        every = np.concatenate([hits[truth, tap] for tap in taps])
+        config = self.model.config
+        config.head = HEADS[truth] if self.per_picture else self.head
+        images = self.train.select_columns([self.args.image_column])
+        default = {"block": [config.block_index()], "feature": [config.feature]}
+        search: dict[str, Any] = {"block": blocks, "feature": features}
+        ways: dict[str, dict[str, Any]] = {"consensus": search, "default tap": default}
+        if self.per_picture:
+            ways["probe"] = {**search, "criterion": "probe", "labels": self.labels[0]}
+        rows = []
+        for name, options in ways.items():
+            for seed in self.args.seeds:
+                record = select_timestep(self.model, images, seed=seed, **options)
+                tap = (record.block, record.feature)
+                place = taps.index(tap) * len(self.grid) + self.nearest(record.timestep)
+                found = {"criterion": TAPS + name, "truth": truth, "block": tap[0], "feature": tap[1], "seed": seed}
+                rows.append(
+                    {**found, "timestep": record.timestep, "tap_loss": loss(every, place), **self.cost(record)}
+                )
+        return rows
 
     def make_own_pictures_once(self) -> None:
         """Let the DiT keep the pictures that it makes: each tap asks for the same, and they take longest."""
@@ -351,6 +401,16 @@ class Pair:
         every = [self.row("random t", tap, hits, timestep) for timestep in self.grid]
         means = {name: float(np.mean([row[name] for row in every])) for name in every[0] if "loss" in name}
         return {**every[0], **means, "timestep": None}
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Let a consensus take all timesteps as references, and grids go further."""
+    names = ((accumulators, "REFERENCE_LOG_SNR", (-np.inf, np.inf)), (noise_schedule, "MAX_LOG_SNR", 14.0))
+    with ExitStack() as stack:
+        for module, name, value in names:
+            stack.enter_context(patch.object(module, name, value))
+        yield
 
 
 def sample(path: str, size: int) -> Dataset:
