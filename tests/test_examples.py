@@ -557,24 +557,31 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
     result = json.loads((tmp_path / "tiny.json").read_text())
     accuracies = [row["accuracies"] for row in result["accuracy"]]
     assert {(row["block"], row["feature"]) for row in result["accuracy"]} == {
-        (0, feature) for feature in ("hidden", "query", "key", "value")
+        (block, feature) for block in (0, 1) for feature in ("hidden", "query", "key", "value")
     }
     # Dark and bright are told apart where there is little noise.
     assert all(each[0] == 1.0 for each in accuracies)
     named = {row["criterion"] for row in result["rows"]}
-    former = "consensus of means, 128 numbers"
-    assert {"hfr", "signal_hfr", "consensus", former, "consensus, own pictures", "signal_hfr, own pictures"} <= named
+    former = "consensus of all timesteps"
+    assert {"hfr", "signal_hfr", "consensus", former, "consensus, own images", "signal_hfr, own images"} <= named
     assert {"probe, 40 labels", "RankMe", "LiDAR", "t = 0", "random t"} <= named
     assert all(row["loss"] == 0 for row in result["rows"] if row["criterion"] == "t = 0")
-    # It is made for each head, and answers for that one alone.
+    # It selects for each head, and answers for that one alone; the attention head is tried at half of the taps.
     own = [row for row in result["rows"] if row["criterion"] == "consensus"]
-    assert len([row for row in own if "loss" in row]) == len([row for row in own if "attention_loss" in row]) == 4
+    assert len([row for row in own if "loss" in row]) == 8
+    assert len([row for row in own if "attention_loss" in row]) == 4
     assert not [row for row in own if {"loss", "attention_loss"} <= row.keys()]
+    taps = [row for row in result["rows"] if "tap_loss" in row]
+    assert {(row["criterion"], row["truth"]) for row in taps} == {
+        (f"tap and timestep: {way}", truth)
+        for way in ("consensus", "default tap", "probe")
+        for truth in ("ridge", "attention")
+    }
     table = (tmp_path / "table.md").read_text()
-    assert "over 1 pairs (tiny)" in table
+    assert "over 1 pairs" in table
     assert "\n| consensus | 0." in table
-    assert f"| search, passes | {2 * 40 * len(result['timesteps'])} |" in table
-    assert "steps, " in table.split("Pictures that the DiT makes itself")[1].splitlines()[-1]
+    assert "| points lost, linear head, all pairs | mean ≤ 0.5, worst ≤ 3 | " in table
+    assert "\n| consensus, attention head | " in table.split("images that the DiT generates itself")[1]
     with PILImage.open(tmp_path / "tiny.png") as picture:
         assert picture.width > 800
 

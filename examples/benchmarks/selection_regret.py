@@ -5,18 +5,19 @@ r"""How much accuracy does a criterion lose against trying every timestep? One (
         --train_file src/hf_aselect/assets/fashion_mnist/train.parquet \
         --test_file src/hf_aselect/assets/fashion_mnist/test.parquet --output_dir regret
 
-The truth: a ridge classifier on mean-pooled tokens at every timestep of the grid, every third block and four features;
-and a small attention head on the tokens of some of these taps. With `--annotation_column` the labels are those of the
-patches (the most frequent class of each) and the classifier reads single tokens: segmentation.
-Against it: each criterion of `select_timestep`, also on pictures that the DiT makes itself, three measures of the
-self-supervised literature on the same features, and the guesses that people make. A consensus knows which head it
-chooses for, so it chooses for each and is held against that truth alone. `OUTPUT_DIR/NAME.json` holds
-everything; with `--summarize` alone the table over all pairs in OUTPUT_DIR is written to `table.md` and each pair is
+The truth: a ridge classifier on mean-pooled tokens at every timestep of the grid, three blocks (the first, and those
+at 3/8 and 6/8 of the depth) and four features; and a small attention head on the tokens of half of these taps, read
+with the model's own noise and standardised as a model with `standardize_features` does it. With `--annotation_column`
+the labels are those of the patches (the most frequent class of each) and both classify single tokens: segmentation.
+Against it: each criterion of `select_timestep`, also on images that the DiT generates itself, three measures of the
+self-supervised literature on the same features, fixed timesteps, and selections of the tap, too. A consensus knows
+which head it selects for, so it selects for each and is held against that truth alone. `OUTPUT_DIR/NAME.json` holds
+everything; with `--summarize` alone the tables over all pairs in OUTPUT_DIR are written to `table.md` and each pair is
 drawn. The search is kept in `OUTPUT_DIR/NAME.search.npz` timestep by timestep: a run that was stopped goes on there.
 
-Two losses are given. `loss`: the timestep that is best on one half of the test pictures against the chosen one, both
+Two losses are given. `loss`: the timestep that is best on one half of the test images against the selected one, both
 on the other half, over 20 random halves: what an exhaustive search really buys. `loss_to_maximum`: against the largest
-accuracy on all test pictures, which is lucky by as much as the largest of many noisy numbers is.
+accuracy on all test images, which is lucky by as much as the largest of many noisy numbers is.
 """
 
 import inspect
@@ -33,9 +34,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr
+from selection_tables import OWN, TAPS, Tap, summarize
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -54,12 +55,10 @@ DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
 # What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14.
 FORMER = "consensus of all timesteps"
 CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus()}
-TAPS = "tap and timestep: "
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
 # The same attention head on tokens that are standardised by channel alone, as before standardisation by position.
 PLAIN = "attention, by channel"
-OWN = ", own pictures"
 GUESSES = (0, 50, 100, 150, 261, 300)
 MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
@@ -68,16 +67,11 @@ OF_THE_SEARCH = (
     *("train_file", "test_file", "annotation_column", "ignore_index", "num_train", "num_test", "attention_features"),
     *("plain_features", "num_attention_train", "num_measured"),
 )
-BATCH_SIZE = 50  # of an attention head's training
+# Of an attention head's training: as many steps from few images as from many.
+BATCH_SIZE = 50
 NUM_STEPS = 180
-COLUMNS = (
-    *("criterion", "mean", "worst", "inside pairs, mean", "inside taps, mean", "to the maximum, mean", "worst"),
-    *("attention head, mean", "worst", "rank correlation", "forward passes", "seconds"),
-)
 UNLABELLED = 255
 
-Tap = tuple[int, str]
-Place = tuple[str, int, str]  # pair, block, feature
 Hits = dict[tuple[str, Tap], np.ndarray]
 
 
@@ -96,19 +90,19 @@ class BenchmarkArguments:
         default=None, metadata={"help": "Column with maps of class indices, 255 where there is none: segmentation."}
     )
     ignore_index: int = field(default=UNLABELLED, metadata={"help": "Class index that stands for no label."})
-    num_train: int = field(default=3000, metadata={"help": "Pictures that a ridge classifier is fitted to."})
-    num_test: int = field(default=6000, metadata={"help": "Pictures that it is tried on."})
+    num_train: int = field(default=1500, metadata={"help": "Pictures that a ridge classifier is fitted to."})
+    num_test: int = field(default=2500, metadata={"help": "Pictures that it is tried on."})
     attention_features: list[str] = field(
         default_factory=lambda: ["hidden", "query"],
         metadata={"help": "Features that an attention head is trained on, too; 'none' for no such head."},
     )
     plain_features: list[str] = field(
-        default_factory=lambda: ["query"],
+        default_factory=list,
         metadata={"help": "Those of them that it is also trained on without the mean of each position taken out."},
     )
     num_attention_train: int = field(default=1500, metadata={"help": "Pictures that the head is trained on."})
     num_timesteps: int = field(default=20, metadata={"help": "Timesteps of the exhaustive search."})
-    num_measured: int = field(default=256, metadata={"help": "Pictures for RankMe, alpha-ReQ and LiDAR."})
+    num_measured: int = field(default=128, metadata={"help": "Pictures for RankMe, alpha-ReQ and LiDAR."})
     batch_size: int = field(default=64, metadata={"help": "Pictures in one forward pass."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of the selections."})
     looked_at_once: bool = field(
@@ -480,7 +474,6 @@ def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels
             if weight.ndim == 2:
                 nn.init.xavier_uniform_(weight)
         optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.05)
-        # As many steps from few images as from many.
         size = min(BATCH_SIZE, -(-len(train) // 4))
         epochs = max(6, -(-NUM_STEPS // -(-len(train) // size)))
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * -(-len(train) // size))
@@ -543,228 +536,6 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def summarize(folder: Path) -> str:
-    """Return tables over the results in a folder: what each way of choosing loses, and what own pictures change."""
-    pairs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    if not pairs:
-        raise ValueError(f"There are no results in {str(folder)!r}; run the benchmark on some pairs first.")
-    for name, pair in pairs.items():
-        draw(pair, folder / f"{name}.png")
-    rows = [{**row, "pair": name, "search": pair["search"]} for name, pair in pairs.items() for row in pair["rows"]]
-    names = list(dict.fromkeys(row["criterion"] for row in rows))
-    names.sort(key=lambda name: float(mean_and_worst("loss", [row for row in rows if row["criterion"] == name])[0]))
-    inside = places_inside(pairs)
-    inside_pairs = [name for name, pair in pairs.items() if (name, *best_tap(pair)) in inside]
-    tables = (
-        overall_table(names, rows, inside, inside_pairs),
-        table_by_pair(names, rows, pairs, inside),
-        table_by_confidence(rows),
-        table_of_own_pictures(rows, pairs) if any(OWN in name for name in names) else [],
-    )
-    return "\n\n".join("\n".join(table) for table in tables if table) + "\n"
-
-
-def overall_table(
-    names: list[str], rows: list[dict[str, Any]], inside: set[Place], inside_pairs: list[str]
-) -> list[str]:
-    """Return a Markdown table of losses over all pairs and taps, by each truth, and of costs."""
-    pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    lines = [
-        f"Accuracy points lost over {len(pairs)} pairs ({', '.join(pairs)}) and all of their taps, each of which "
-        "counts once. Inside: a best timestep that is 1 point above t = 0 and above the noisy end of the grid, as on "
-        f"{len(inside)} taps, among them the best of all taps of {', '.join(inside_pairs) or 'no pair'}. "
-        "Passes are a share of the "
-        "exhaustive search's, the rank correlation is over the timesteps that were read.",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{' --- |' * len(COLUMNS)}",
-    ]
-    for name in names:
-        own = [row for row in rows if row["criterion"] == name]
-        peaked = [row for row in own if place_of(row) in inside]
-        # Two curves have no rank correlation where one of them is level.
-        correlations = [row["rank_correlation"] for row in own if row["rank_correlation"] is not None]
-        correlations = [value for value in correlations if np.isfinite(value)]
-        measured = [row for row in own if "num_forwards" in row]
-        # A search for this tap alone has as many passes as one for all of them, but fits fewer classifiers.
-        passes = sum(row["num_forwards"] for row in measured)
-        searched = sum(row["search"]["num_forwards"] for row in measured)
-        cells = [
-            name,
-            *mean_and_worst("loss", own),
-            mean_and_worst("loss", [row for row in own if row["pair"] in inside_pairs])[0],
-            mean_and_worst("loss", peaked)[0],
-            *mean_and_worst("loss_to_maximum", own),
-            *mean_and_worst("attention_loss", own),
-            f"{np.mean(correlations):.2f}" if correlations else "",
-            f"1/{searched / passes:.0f}" if measured else "",
-            f"{np.mean([row['seconds'] for row in measured]):.1f}" if measured else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def table_by_pair(
-    names: list[str], rows: list[dict[str, Any]], pairs: dict[str, dict[str, Any]], inside: set[Place]
-) -> list[str]:
-    """Return a Markdown table of mean and worst loss by pair, and on how many taps the best t lies inside."""
-    counts = [sum(place[0] == pair for place in inside) for pair in pairs]
-    totals = [sum(curve["truth"] == "ridge" for curve in pair["accuracy"]) for pair in pairs.values()]
-    lines = [
-        "Mean (worst) loss by pair.",
-        "",
-        f"| criterion | {' | '.join(pairs)} |",
-        f"| --- |{' --- |' * len(pairs)}",
-        f"| best inside | {' | '.join(f'{n} of {m} taps' for n, m in zip(counts, totals, strict=True))} |",
-        f"| best of all taps | {' | '.join(map(describe_best, pairs.values()))} |",
-        f"| search, passes | {' | '.join(str(pair['search']['num_forwards']) for pair in pairs.values())} |",
-        f"| search, seconds | {' | '.join(format(pair['search']['seconds'], '.0f') for pair in pairs.values())} |",
-    ]
-    for name in names:
-        cells = [name]
-        for pair in pairs:
-            losses = values_of("loss", [row for row in rows if row["pair"] == pair], name)
-            cells.append(f"{np.mean(losses):.2f} ({max(losses):.2f})" if losses else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def table_by_confidence(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a Markdown table of the losses of choices that were sure and of those that were not."""
-    lines = [
-        "Choices by the confidence that they came with: those below 0.95 are warned of.",
-        "",
-        "| criterion | 0.95 and more: choices | mean | worst | below: choices | mean | worst |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in dict.fromkeys(row["criterion"] for row in rows if "confidence" in row):
-        cells = [name]
-        for sure in (True, False):
-            of_them = [r for r in rows if r["criterion"] == name and (r["confidence"] >= 0.95) == sure]
-            losses = values_of("loss", of_them)
-            cells += [str(len(losses)), *((f"{np.mean(losses):.2f}", f"{max(losses):.2f}") if losses else ("", ""))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def table_of_own_pictures(rows: list[dict[str, Any]], pairs: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a Markdown table of what changes where the DiT makes the pictures itself."""
-    lines = [
-        "Pictures that the DiT makes itself against given ones (same criterion, tap and seed): how many steps of the "
-        "grid apart the choices are, and how many points more are lost.",
-        "",
-        f"| criterion | {' | '.join(pairs)} |",
-        f"| --- |{' --- |' * len(pairs)}",
-    ]
-    for name in dict.fromkeys(row["criterion"] for row in rows if row["criterion"].endswith(OWN)):
-        for key, truth in (("loss", ""), ("attention_loss", ", attention head")):
-            cells = []
-            for pair, result in pairs.items():
-                of_pair = [row for row in rows if row["pair"] == pair and "seed" in row and key in row]
-                given = {
-                    (place_of(row), row["seed"]): row for row in of_pair if row["criterion"] == name.removesuffix(OWN)
-                }
-                both = [(row, given[place_of(row), row["seed"]]) for row in of_pair if row["criterion"] == name]
-                place = result["timesteps"].index
-                steps = [abs(place(own["timestep"]) - place(real["timestep"])) for own, real in both]
-                more = [own[key] - real[key] for own, real in both]
-                cells.append(f"{np.mean(steps):.1f} steps, {np.mean(more):+.2f} points" if both else "")
-            lines.append(f"| {' | '.join([name.removesuffix(OWN) + truth, *cells])} |")
-    return lines
-
-
-def values_of(key: str, rows: list[dict[str, Any]], name: str | None = None) -> list[float]:
-    """Return a figure of the rows that have it, or of those of one way of choosing."""
-    return [row[key] for row in rows if key in row and name in (None, row["criterion"])]
-
-
-def place_of(row: dict[str, Any]) -> Place:
-    """Return the pair and tap that a row belongs to."""
-    return row["pair"], row["block"], row["feature"]
-
-
-def places_inside(pairs: dict[str, dict[str, Any]]) -> set[Place]:
-    """Return where the ridge classifier's best timestep is 1 point above both ends of the grid."""
-    inside = set()
-    for name, pair in pairs.items():
-        for curve in pair["accuracy"]:
-            values = curve["accuracies"]
-            if curve["truth"] == "ridge" and max(values) >= max(values[0], values[-1]) + 0.01:
-                inside.add((name, curve["block"], curve["feature"]))
-    return inside
-
-
-def curve_of(pair: dict[str, Any], tap: Tap) -> list[float]:
-    """Return the ridge classifier's accuracy at each timestep of a tap."""
-    curves = [each for each in pair["accuracy"] if each["truth"] == "ridge"]
-    found: list[float] = next(each["accuracies"] for each in curves if (each["block"], each["feature"]) == tap)
-    return found
-
-
-def best_tap(pair: dict[str, Any]) -> Tap:
-    """Return where the exhaustive search finds the ridge classifier's largest accuracy."""
-    best = max((each for each in pair["accuracy"] if each["truth"] == "ridge"), key=lambda e: max(e["accuracies"]))
-    return best["block"], best["feature"]
-
-
-def describe_best(pair: dict[str, Any]) -> str:
-    """Return the exhaustive search's best timestep, and how far it is above both ends of its tap's curve."""
-    values = 100 * np.array(curve_of(pair, best_tap(pair)))
-    best = int(values.argmax())
-    return f"t = {pair['timesteps'][best]}: {values[best] - values[0]:+.1f}, {values[best] - values[-1]:+.1f} points"
-
-
-def mean_and_worst(key: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return two cells of a table, empty where there is nothing; each tap counts once, however many seeds it has."""
-    by_place: dict[Place, list[float]] = {}
-    for row in rows:
-        if key in row:
-            by_place.setdefault(place_of(row), []).append(row[key])
-    if not by_place:
-        return "", ""
-    return f"{np.mean([np.mean(losses) for losses in by_place.values()]):.2f}", f"{max(values_of(key, rows)):.2f}"
-
-
-def draw(pair: dict[str, Any], path: Path) -> None:
-    """Draw the accuracy at each timestep, tap by tap, and where the default criterion's choices lie."""
-    curves = pair["accuracy"]
-    taps = list(dict.fromkeys((curve["block"], curve["feature"]) for curve in curves))
-    blocks, features = sorted({block for block, _ in taps}), list(dict.fromkeys(feature for _, feature in taps))
-    figure = Figure(figsize=(3 * len(features), 2.2 * len(blocks)), layout="constrained")
-    axes = figure.subplots(len(blocks), len(features), squeeze=False, sharex=True)
-    ratios = 10 * np.log10(np.e) * np.array(pair["log_snr"])  # decibels
-    styles = {
-        "ridge": ("#0072b2", "-", "o", "linear classifier"),
-        "attention": ("#d55e00", "--", "s", "attention head"),
-    }
-    for block, feature in taps:
-        axis = axes[blocks.index(block), features.index(feature)]
-        for curve in curves:
-            if (curve["block"], curve["feature"]) == (block, feature):
-                color, line, marker, label = styles[curve["truth"]]
-                accuracies = 100 * np.array(curve["accuracies"])
-                axis.plot(ratios, accuracies, color=color, linestyle=line, marker=marker, markersize=3, label=label)
-        chosen = [row for row in pair["rows"] if (row["block"], row["feature"]) == (block, feature)]
-        chosen = [row for row in chosen if row["criterion"] == DEFAULT]
-        for key, (color, _, _, label) in zip(("loss", "attention_loss"), styles.values(), strict=True):
-            for timestep in {row["timestep"] for row in chosen if key in row}:
-                place = ratios[pair["timesteps"].index(timestep)]
-                axis.axvline(place, color=color, linestyle=":", label=f"chosen for the {label}: t = {timestep}")
-        axis.set_title(f"block {block}, {feature}", fontsize=9)
-        axis.grid(alpha=0.3)
-    # From clean to noisy, as t runs.
-    axes[0, 0].invert_xaxis()
-    for axis in axes[:, 0]:
-        axis.set_ylabel("accuracy (%)")
-    for axis in axes[-1]:
-        axis.set_xlabel("signal-to-noise ratio (dB)")
-    # Not every tap has an attention head.
-    drawn = [pair for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
-    shown = {label.split(": t")[0]: handle for handle, label in drawn}
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown), fontsize=9)
-    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
