@@ -39,7 +39,7 @@ def batch(indices, timesteps, width=3):
             values = torch.tensor(indices).float().view(1, -1, 1, 1) + timestep
             yield timestep, {tap: values.expand(2, -1, 4, width + number) for number, tap in enumerate(taps)}
 
-    return Batch(indices, timesteps, (2, 2), read)
+    return Batch(indices, timesteps, (2, 2), torch.zeros(len(indices), 1, 4, 4), read)
 
 
 class Mean:

@@ -219,3 +219,54 @@ def test_features_of_timesteps_that_are_no_references_have_no_share_in_the_targe
     again.add_targets([0, 1], other)
     assert torch.equal(again.targets[0], some.targets[0])
     assert torch.equal(some.scales[at(2)][0], few.scales[at(2)][0])
+
+
+def photographs(count=64, aligned=0.0):
+    """Latents of images whose large shapes lie anywhere, or everywhere at the same place."""
+    generator = torch.Generator().manual_seed(3)
+    anywhere = torch.randn(count, 3, 8, 8, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    fixed = torch.randn(1, 3, 8, 8, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return (1 - aligned) ** 0.5 * anywhere + aligned**0.5 * fixed
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("count", [8, 32, 256])
+def test_alignment_is_the_share_of_the_mean_however_few_images(share, count):
+    assert consensus.alignment(photographs(count, share)) == pytest.approx(share, abs=0.12)
+
+
+def test_equal_images_are_aligned_and_level_ones_are_not():
+    assert consensus.alignment(photographs(1).expand(8, -1, -1, -1)) == pytest.approx(1.0)
+    assert consensus.alignment(torch.zeros(8, 3, 16, 16)) == 0.0
+
+
+def regions(pooled):
+    """Of each feature two regions: what all views share is in their difference, which the mean does not show."""
+    generator = torch.Generator().manual_seed(11)
+    content = 8 * torch.randn(NUM_PICTURES, 48, generator=generator)
+    return content, {
+        key: torch.cat([values + content[:, None], values - content[:, None]], dim=1) for key, values in pooled.items()
+    }
+
+
+def test_regions_count_in_the_targets_as_they_are_weighted():
+    pooled = views([1.0] * 5)
+    content, by_region = regions(pooled)
+    scores = []
+    for weight in (0.0, 1.0, 50.0):
+        sums = ConsensusSums(NUM_FOLDS, 512)
+        sums.calibrate(pooled, regions=by_region, region_weight=weight)
+        indices = list(range(NUM_PICTURES))
+        sums.add_targets(indices, pooled, by_region)
+        sums.scales[at(9)] = (content[:, None].mean(0), content[:, None].std(0), 0.0)
+        sums.add(at(9), indices, content[:, None], at(9))
+        scores.append(r_squared(sums, 9))
+    assert scores[0] < 0.05 < scores[1] < scores[2]
+
+
+def test_the_sketch_of_regions_keeps_inner_products():
+    values = torch.randn(40, 16 * 48, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(40, 512)
+    consensus._count_sketch(values, total, 0)
+    error = (total @ total.T - values @ values.T) / values.square().sum(1).mean()
+    assert float(error.square().mean().sqrt()) < 2 / 512**0.5

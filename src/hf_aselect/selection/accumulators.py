@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
 from ..model.noise_schedule import NoiseSchedule
-from .consensus import ConsensusSums, Key, leading_directions, unexplained
+from .consensus import ConsensusSums, Key, alignment, leading_directions, unexplained
 from .distribution import Share
 from .images import CalibrationPictures
 from .reader import Batch
@@ -193,20 +193,36 @@ class ConsensusAccumulator(Accumulator):
 
     Taps are comparable: all are held against the same targets, and of wide ones as many numbers are read.
 
+    Several taps are compared by what can be read from the mean of their tokens, and regions do not count: statistics
+    that a tap shares with few others would decide.
+
     Args:
         measure: Returns statistics of the tokens of each image, (B, S, D), float32.
+        measure_regions: Returns the means over regions of the image, (B, R, D), float32.
         num_targets: Size of the sketch of all reference features.
         num_read: How many of the statistics are predicted from, counted from the first.
+        region_weight: How much regions count in the targets of fully aligned images, see `consensus.alignment`.
         context: The selection.
     """
 
     num_calibration = NUM_CALIBRATION
 
-    def __init__(self, measure: Measure, num_targets: int, num_read: int, context: Context) -> None:
-        self.measure, self.share, self.schedule = measure, context.share, context.schedule
+    def __init__(
+        self,
+        measure: Measure,
+        measure_regions: Measure,
+        num_targets: int,
+        num_read: int,
+        region_weight: float,
+        context: Context,
+    ) -> None:
+        self.measure, self.measure_regions = measure, measure_regions
+        self.share, self.schedule = context.share, context.schedule
         self.own_taps = context.taps
         self.taps = list(dict.fromkeys([*self.own_taps, *_reference_taps(context.config)]))
-        self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read)
+        is_single = len(self.own_taps) == 1
+        self.region_weight = region_weight if is_single else 0.0
+        self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
 
     def calibrate(self, batches: Sequence[Batch], own: list[int]) -> None:
         """Take the scales of the reference features, and add this process's own images.
@@ -214,14 +230,22 @@ class ConsensusAccumulator(Accumulator):
         One process's scales are used by all: the last bits may differ from machine to machine.
         """
         read = [index for batch in batches for index in batch.indices]
-        measured = [self._measured(batch, self.taps) for batch in batches]
-        together = {key: torch.cat([each.pop(key) for each in measured]) for key in list(measured[0])}
-        self.kept.calibrate(together, self._references(batches[0].timesteps))
-        self.kept.scales = self.share.gather(self.kept.scales)[0]
+        self.region_weight *= alignment(torch.cat([batch.latents.float().cpu() for batch in batches]))
+        self.references = self._references(batches[0].timesteps)
+        measured = [self._measured_references(batch) for batch in batches]
+        pooled, regions = (
+            {key: torch.cat([each[part].pop(key) for each in measured]) for key in list(measured[0][part])}
+            for part in (0, 1)
+        )
+        self.kept.calibrate(pooled, self.references, regions, self.region_weight)
+        scales = (self.kept.scales, self.kept.region_scales, self.kept.region_factor)
+        self.kept.scales, self.kept.region_scales, self.kept.region_factor = self.share.gather(scales)[0]
         if own:
             places = [read.index(index) for index in own]
-            mine = {key: values[places] for key, values in together.items()}
-            self.kept.add_targets(own, mine)
+            mine, mine_by_region = (
+                {key: values[places] for key, values in part.items()} for part in (pooled, regions)
+            )
+            self.kept.add_targets(own, mine, mine_by_region)
             self._add(own, mine, batches[0].timesteps)
 
     def add(self, batch: Batch) -> None:
@@ -230,8 +254,8 @@ class ConsensusAccumulator(Accumulator):
             # Timesteps that are read later, next to the best, have no share in the targets.
             self._add(batch.indices, self._measured(batch, self.own_taps), batch.timesteps)
             return
-        measured = self._measured(batch, self.taps)
-        self.kept.add_targets(batch.indices, measured)
+        measured, regions = self._measured_references(batch)
+        self.kept.add_targets(batch.indices, measured, regions)
         self._add(batch.indices, measured, batch.timesteps)
 
     def sums(self, timesteps: list[int]) -> dict[int, Tensor]:
@@ -266,6 +290,17 @@ class ConsensusAccumulator(Accumulator):
             for timestep, tokens in batch.read(taps)
             for tap in taps
         }
+
+    def _measured_references(self, batch: Batch) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
+        """Return the statistics, (B, S, D), of all taps and, where regions count, their means, (B, R, D), too."""
+        pooled: dict[Key, Tensor] = {}
+        regions: dict[Key, Tensor] = {}
+        for timestep, tokens in batch.read(self.taps):
+            for tap in self.taps:
+                pooled[(timestep, *tap)] = self.measure(tokens[tap], *batch.grid)
+                if self.region_weight and timestep in self.references:
+                    regions[(timestep, *tap)] = self.measure_regions(tokens[tap], *batch.grid)
+        return pooled, regions
 
     def _add(self, indices: list[int], measured: dict[Key, Tensor], timesteps: list[int]) -> None:
         """Add the features of images whose targets are known."""

@@ -3,15 +3,20 @@
 Every timestep and tap is a view of the same pictures. What many views share is the pictures' content; what only one
 shows is noise, or detail of no use. Here the shared part is the leading principal components of the means of all
 reference features together, each centred, standardised and weighted equally; a feature scores by the share of their
-variance that a ridge regression predicts from its pooled tokens, for pictures that it was not fitted to. Pooled are
+variance that a ridge regression predicts from its pooled tokens, for images that it was not fitted to. Pooled are
 the tokens' mean and, for a reader that sees more than that, their standard deviation, too.
+
+Where images are aligned (faces, digits, products on a plain ground), what is where says what they show; where they
+are not (photographs of animals), it says little. The more they are aligned, the more the means over regions of the
+image count beside the mean over all of it: see `alignment`.
 """
 
 from collections.abc import Collection, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 NUM_COMPONENTS = 20
 # Sketches keep inner products to about 1 / sqrt(size).
@@ -44,34 +49,55 @@ class ConsensusSums:
 
     def __init__(self, num_folds: int, num_targets: int, num_read: int = 1) -> None:
         self.num_folds, self.num_targets, self.num_read = num_folds, num_targets, num_read
-        self.scales: dict[Key, tuple[Tensor, Tensor, float]] = {}
+        self.scales: dict[Key, Any] = {}  # mean and spread of the statistics, (S, D), and the weight of the mean
+        self.region_scales: dict[Key, Any] = {}  # the same of regions, (R, D)
+        self.region_factor = 0.0
         self.targets: dict[int, Tensor] = {}  # by image, (num_targets,): what timesteps read later are held against
         self.features: dict[Key, list[tuple[list[int], Tensor]]] = {}  # which images, (B, d)
         self.num_kept: dict[Key, int] = {}  # how many these are
         # Of images before those: sums of feature × feature and feature × target.
         self.summed: dict[Key, tuple[Tensor, Tensor]] = {}
 
-    def calibrate(self, pooled: dict[Key, Tensor], references: Collection[int] | None = None) -> None:
+    def calibrate(
+        self,
+        pooled: dict[Key, Tensor],
+        references: Collection[int] | None = None,
+        regions: dict[Key, Tensor] | None = None,
+        region_weight: float = 0.0,
+    ) -> None:
         """Take mean, spread and weight of each feature from some images' statistics, (n, S, D).
 
         Args:
             pooled: The statistics, by timestep, block and feature.
             references: Timesteps whose features are references; those of others have no weight. Default: all.
+            regions: Means over R regions of the image, (n, R, D), by timestep, block and feature.
+            region_weight: How much these count in the targets, against the means over the whole image.
         """
+        shared = [torch.zeros(1), torch.zeros(1)]
         for key, values in pooled.items():
-            mean, spread = values.mean(0), values.std(0, correction=0)  # (S, D)
-            # Less than that is the rounding of a feature which is the same for all pictures.
-            rounding = 1e-5 * mean.abs().mean(-1, keepdim=True)
-            still = bool(spread[0].mean() <= rounding[0]) or not (references is None or key[0] in references)
-            # A channel that is constant here could be anything elsewhere: it counts as far as the others vary.
-            spread = spread.maximum(1e-3 * spread.mean(-1, keepdim=True)).maximum(rounding) + 1e-12
-            standard = ((values - mean) / spread)[:, 0]
-            weight = 0.0 if still else 1 / float((standard @ standard.T).norm()) ** 0.5
-            self.scales[key] = mean, spread, weight
+            is_reference = references is None or key[0] in references
+            *self.scales[key], gram = _scales(values, slice(1), is_reference)
+            shared[0] = shared[0] + gram
+        for key, values in (regions or {}).items() if region_weight else ():
+            *self.region_scales[key], gram = _scales(values, slice(None), is_reference=True)
+            shared[1] = shared[1] + gram
+        if self.region_scales and float(shared[1].norm()):
+            self.region_factor = (region_weight * float(shared[0].norm() / shared[1].norm())) ** 0.5
 
-    def add_targets(self, indices: list[int], reference: dict[Key, Tensor]) -> None:
-        """Sketch the means of reference features, (B, S, D) each, of some pictures into their targets."""
+    def add_targets(
+        self, indices: list[int], reference: dict[Key, Tensor], regions: dict[Key, Tensor] | None = None
+    ) -> None:
+        """Sketch the means of reference features of some images into their targets.
+
+        Args:
+            indices: Which images.
+            reference: Their statistics, (B, S, D).
+            regions: Their means over regions, (B, R, D), if the calibration had such.
+        """
         total = torch.zeros(len(indices), self.num_targets)
+        for number, (key, (mean, spread, weight)) in enumerate(sorted(self.region_scales.items())):
+            values = (((regions or {})[key] - mean) / spread).flatten(1) * (weight * self.region_factor)
+            _count_sketch(values, total, number)
         for number, (key, (mean, spread, weight)) in enumerate(sorted(self.scales.items())):
             if weight == 0:
                 continue
@@ -159,6 +185,23 @@ class ConsensusSums:
             sums[fold] += left[folds == fold].T @ right[folds == fold]
 
 
+def alignment(latents: Tensor) -> float:
+    """Return how far images are aligned, in [0, 1]: their mean's share of the variance of what is coarse in them.
+
+    0.01 for the photographs of CIFAR-10, 0.36 for Fashion-MNIST's garments, 0.7 for digits.
+
+    Args:
+        latents: Clean latents of some images, (n, C, h, w).
+    """
+    coarse = adaptive_avg_pool2d(latents.float(), 8).flatten(2)  # (n, C, 64)
+    mean = coarse.mean(0)
+    within = coarse.var(0, correction=1).mean(1)  # between images, (C,)
+    # The mean of n images varies by a share of that on its own.
+    between = mean.var(1, correction=0) - within / len(coarse)
+    whole = (between.clamp_min(0) + within).mean()
+    return float(between.clamp_min(0).mean() / whole) if float(whole) else 0.0
+
+
 def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
     """Return by fold the squared error of predicting the shared targets, and their variance, (F, 2), float64.
 
@@ -230,6 +273,35 @@ def _centred(moments: Tensor) -> Tensor:
 
 def _with_ones(values: Tensor) -> Tensor:
     return torch.cat([values.new_ones(len(values), 1), values], dim=1)
+
+
+def _scales(values: Tensor, part: slice, is_reference: bool) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Return mean and spread, (S, D), of statistics, (n, S, D), the weight of a part of them, and what they agree on.
+
+    That is the Gram matrix, (n, n), of the standardised part, of norm 1; 0 for what is no reference.
+    """
+    mean, spread = values.mean(0), values.std(0, correction=0)
+    # Less than that is the rounding of a feature which is the same for all images.
+    rounding = 1e-5 * mean.abs().mean(-1, keepdim=True)
+    is_still = bool(spread[0].mean() <= rounding[0])
+    # A channel that is constant here could be anything elsewhere: it counts as far as the others vary.
+    spread = spread.maximum(1e-3 * spread.mean(-1, keepdim=True)).maximum(rounding) + 1e-12
+    standard = ((values - mean) / spread)[:, part].flatten(1)
+    gram = standard @ standard.T
+    if is_still or not is_reference:
+        return mean, spread, 0.0, torch.zeros_like(gram)
+    return mean, spread, 1 / float(gram.norm()) ** 0.5, gram / gram.norm()
+
+
+def _count_sketch(values: Tensor, total: Tensor, number: int) -> None:
+    """Add each column of values, (B, d), with a random sign to a random column of a total, (B, m).
+
+    It keeps inner products in the mean as a dense projection does, which for many regions would be a large one.
+    """
+    generator = torch.Generator().manual_seed(2_000_003 + number)
+    places = torch.randint(total.shape[1], (values.shape[1],), generator=generator)
+    signs = torch.randint(2, (values.shape[1],), generator=generator) * 2 - 1
+    total.index_add_(1, places, values * signs)
 
 
 def _sketch(rows: int, columns: int, number: int) -> Tensor:

@@ -5,7 +5,9 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
+from ..model.checks import is_finite_number
 from ..model.configuration_aselect import ASelectConfig
 from .accumulators import Accumulator, ConsensusAccumulator, Context, PatchLabels, ProbeAccumulator, SumAccumulator
 from .consensus import NUM_COMPONENTS
@@ -274,12 +276,15 @@ class Consensus:
             their mean and standard deviation, for heads that look at each token. At the first block the two can want
             opposite ends of the range. Default: by the model's `config.head`, which is "attention" for models that
             have no such head (tokens alone, segmenters) unless it is set.
+        region_weight: How much the means over 4 × 4 regions of the image count in the targets, against the mean over
+            all of it, where images are fully aligned; at least 0. It is multiplied by how far they are aligned, from
+            0.01 (photographs) to 0.7 (digits). With several taps regions do not count.
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
             holds is right to about 1 / sqrt(size), and it is kept for each picture; with 128 numbers more accuracy is
             lost.
 
     Raises:
-        ValueError: If `pooling` is neither, or `num_targets` is less than 20.
+        ValueError: If `pooling` is neither, `num_targets` is less than 20, or `region_weight` is negative.
     """
 
     name: ClassVar[str] = "consensus"
@@ -290,6 +295,7 @@ class Consensus:
 
     pooling: str | None = None
     num_targets: int = 512
+    region_weight: float = 0.15
 
     def __post_init__(self) -> None:
         """Refuse an unknown pooling, and a projection that holds fewer numbers than there are components."""
@@ -301,6 +307,8 @@ class Consensus:
             raise ValueError(
                 f"`num_targets` of 'consensus' must be an integer from {NUM_COMPONENTS} on, got {self.num_targets!r}."
             )
+        if not is_finite_number(self.region_weight) or self.region_weight < 0:
+            raise ValueError(f"`region_weight` of 'consensus' must be a number from 0 on, got {self.region_weight!r}.")
 
     def for_head(self, head: str) -> "Consensus":
         """Return this with the pooling that suits a head, "linear" or "attention", where none was named."""
@@ -312,7 +320,9 @@ class Consensus:
 
     def accumulator(self, context: Context) -> Accumulator:
         """Return what holds the tap against the features of all timesteps and several blocks."""
-        return ConsensusAccumulator(self.measure, self.num_targets, self.num_read, context)
+        return ConsensusAccumulator(
+            self.measure, self.measure_regions, self.num_targets, self.num_read, self.region_weight, context
+        )
 
     @property
     def num_read(self) -> int:
@@ -326,6 +336,11 @@ class Consensus:
         if self.num_read > 1:
             statistics.append(averaged.std(1, correction=0))
         return torch.stack(statistics, dim=1).cpu()
+
+    def measure_regions(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the mean token of each of up to 4 × 4 regions, averaged over the draws, (B, R, D), float32."""
+        grid = tokens.float().mean(0).transpose(1, 2).unflatten(2, (rows, columns))
+        return adaptive_avg_pool2d(grid, (min(rows, 4), min(columns, 4))).flatten(2).transpose(1, 2).cpu()
 
     def score(self, sums: Tensor) -> Tensor:
         """Return R², at most 1: 1 - squared error / variance, from their sums."""

@@ -48,6 +48,7 @@ class Batch:
         indices: Which images of the set.
         timesteps: Timesteps to read them at, integers in [0, 1000).
         grid: Rows and columns of their token grid.
+        latents: Their clean latents, (B, C, h, w).
         read: Takes taps, and yields each timestep with the tokens of all noise draws, (K, B, N, D), at each tap. Each
             call makes one pass for each image, timestep and draw.
     """
@@ -55,6 +56,7 @@ class Batch:
     indices: list[int]
     timesteps: list[int]
     grid: tuple[int, int]
+    latents: Tensor
     read: Callable[[list[Tap]], Iterator[tuple[int, dict[Tap, Tensor]]]]
 
 
@@ -98,7 +100,7 @@ class Reader:
         for indices, load in self.images.batches(start, stop, self.batch_size, share.rank, share.world):
             latents = self._encode(indices, load)
             grid = grid_of(latents, self.model.config.layout.patch_size)
-            yield Batch(indices, timesteps, grid, partial(self._tokens, latents, indices, timesteps))
+            yield Batch(indices, timesteps, grid, latents, partial(self._tokens, latents, indices, timesteps))
 
     def _encode(self, indices: list[int], load: Callable[[], Tensor]) -> Tensor:
         if all(index in self.latents for index in indices):
