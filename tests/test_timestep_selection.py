@@ -752,8 +752,8 @@ def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
     assert (selection.pictures, selection.num_images) == ("generated", 4)
     assert any("Give pictures, or raise `max_images`" in text for text in selection.warnings)
     assert not any("makes its own" in text for text in selection.warnings)
-    # 4 pictures, 20 steps with and without a class, 5 timesteps, and once more at the selected one.
-    assert selection.num_forwards == 4 * 20 * 2 + 4 * 5 + 4
+    # 4 images, 20 steps without guidance, 5 timesteps, and once more at the selected one.
+    assert selection.num_forwards == 4 * 20 + 4 * 5 + 4
     latent = DiTModel.from_pretrained(latent_folder, timestep=5)
     assert select_timestep(latent, timesteps=GRID, max_images=4).pictures == "generated"
 

@@ -234,12 +234,14 @@ class TokenReader(PreTrainedModel):
         check_latents(latents, self.config.layout)
         return latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
-    def generate_latents(self, num_images: int, num_steps: int = 20, batch_size: int = 32, seed: int = 0) -> Tensor:
+    def generate_latents(
+        self, num_images: int, num_steps: int = 20, batch_size: int = 32, seed: int = 0, guidance_scale: float = 2.0
+    ) -> Tensor:
         """Return clean latents that the diffusion model makes itself, of random classes if any, for want of images.
 
-        They are what `encode` would return for such images of `config.image_size`. Classes are sampled with a guidance
-        of 2: 2 · `num_images` · `num_steps` passes of an image through the whole transformer, by DDIM, or Euler's
-        method for flow matching. One class, or a text (then empty), needs half of that and has no guidance. `seed`
+        They are what `encode` would return for such images of `config.image_size`, sampled by DDIM, or Euler's method
+        for flow matching, with classifier-free guidance: 2 · `num_images` · `num_steps` passes of an image through the
+        whole transformer. One class, or a text (then empty), needs half of that and has no guidance. `seed`
         alone says what comes out, beyond rounding; the same images come first in a larger set.
 
         Args:
@@ -247,6 +249,7 @@ class TokenReader(PreTrainedModel):
             num_steps: Timesteps on the way from noise, a divisor of 1000.
             batch_size: Images at once, at least 1; the transformer sees twice as many.
             seed: Seed of classes and starting noise; no global random state is touched.
+            guidance_scale: At least 1: no guidance, half of the passes, and images of more variety but less sharp.
 
         Returns:
             Latents, (n, C, h, w), float32, on the CPU; in pixel space clamped to [-1, 1].
@@ -257,7 +260,7 @@ class TokenReader(PreTrainedModel):
             ImportError: If the package is not installed.
         """
         generation = package("selection.generation", "Generating images")
-        latents: Tensor = generation.generate_for(self, num_images, num_steps, batch_size, seed)
+        latents: Tensor = generation.generate_for(self, num_images, num_steps, batch_size, seed, guidance_scale)
         return latents
 
 

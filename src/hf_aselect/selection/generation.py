@@ -48,22 +48,31 @@ def build_sampler(config: ASelectConfig) -> Any:
     )
 
 
-def generate_for(model: Any, num_images: int, num_steps: int, batch_size: int, seed: int) -> Tensor:
+def generate_for(
+    model: Any, num_images: int, num_steps: int, batch_size: int, seed: int, guidance_scale: float
+) -> Tensor:
     """Return clean latents that a model makes itself; see its `generate_latents`."""
     config = model.config
     if config.folded:
         raise ValueError("A folded model has no layers to generate with. Use the model it was folded from.")
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     base, sampler = model._base(), build_sampler(config)
-    how = {"num_steps": num_steps, "batch_size": batch_size, "seed": seed}
-    latents = generate_latents(base.denoiser, sampler, (height, width), num_images, **how)
+    latents = generate_latents(
+        base.denoiser,
+        sampler,
+        (height, width),
+        num_images,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        seed=seed,
+    )
     return latents.clamp(-1, 1) if base.vae is None else latents
 
 
-def count_forwards(model: Any, num_images: int, num_steps: int = 20) -> int:
-    """Return how many passes of an image through the transformer a model's `generate_latents` makes."""
-    guided = 2 if model._base().denoiser.num_classes > 1 else 1
-    return guided * num_images * num_steps
+def count_forwards(num_images: int, num_steps: int = 20) -> int:
+    """Return how many passes of an image through the transformer a model's `generate_latents` makes, unguided."""
+    return num_images * num_steps
 
 
 @torch.no_grad()

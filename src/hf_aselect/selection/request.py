@@ -16,7 +16,7 @@ from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, 
 from .reader import ReadableModel
 
 # So many images the transformer makes itself at most.
-NUM_GENERATED = 64
+NUM_GENERATED = 128
 COARSE_STEP = 3
 
 
