@@ -48,46 +48,27 @@ def test_the_benchmarks_card_has_the_tables_of_its_results(summary):
 
 def test_the_readme_quotes_the_benchmark(summary):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, quoted = table_rows(readme, "chosen by")
-    full_head, full = table_rows(summary, "criterion")
+    head, quoted = table_rows(readme, "selected by")
+    full_head, full = table_rows(summary, "selected by")
     assert len(quoted) > 5
     for name, cells in quoted.items():
         assert cells == [full[name][full_head.index(column)] for column in head], name
-    worst = float(full["consensus"][full_head.index("attention head, mean") + 1])
-    assert f"{worst:.1f} points at worst by the attention head" in " ".join(readme.split())
-    assert "each of its 108 choices loses less than 2 points." in " ".join(readme.split())
-    losses = [
-        row["loss"]
-        for path in BENCHMARK.glob("*.json")
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
-        if row["criterion"] == "consensus" and "loss" in row
-    ]
-    assert len(losses) == 108 and max(losses) < 2
 
 
 def test_the_default_is_the_criterion_that_loses_least(summary):
-    """By both truths together: by the linear classifier alone another one is as good, and takes pure noise."""
-    head, full = table_rows(summary, "criterion")
+    """By both truths together: by the linear head alone another one is as good, and takes pure noise."""
+    head, full = table_rows(summary, "selected by")
     label_free = ("hfr", "signal_hfr", "consensus", "RankMe", "alpha-ReQ", "LiDAR")
-    columns = [head.index(name) for name in ("mean", "attention head, mean")]
+    columns = [head.index(f"{truth} head, mean") for truth in ("linear", "attention")]
     losses = {name: sum(float(full[name][column]) for column in columns) for name in label_free}
     default = inspect.signature(select_timestep).parameters["criterion"].default
     assert min(losses, key=losses.__getitem__) == default
 
 
 def test_the_default_reaches_its_bars(summary):
-    """Half a point on average by either head and three at worst; where the best lies inside, less than any guess."""
-    head, full = table_rows(summary, "criterion")
-    cells = dict(zip(head, full["consensus"], strict=False))  # of two columns of one name the last
-    worst = max(float(full["consensus"][head.index(column) + 1]) for column in ("mean", "attention head, mean"))
-    assert float(cells["mean"]) <= 0.5 and float(cells["attention head, mean"]) <= 0.5
-    assert worst <= 3
-    inside = head.index("inside pairs, mean")
-    guesses = [float(full[f"t = {timestep}"][inside]) for timestep in (0, 50, 100, 150, 261)]
-    assert float(full["consensus"][inside]) < min(guesses)
-    named = re.search(r"among them the best of all taps of (.*?)\. Passes", summary)[1].split(", ")
-    assert len(named) >= 2
-    assert int(cells["forward passes"].removeprefix("1/")) >= 100
+    _, bars = table_rows(summary, "what")
+    assert len(bars) >= 6
+    assert {what: cells[-1] for what, cells in bars.items()} == dict.fromkeys(bars, "yes")
 
 
 def test_the_cards_costs_are_the_measured_ones():

@@ -32,7 +32,7 @@ def summarize(folder: Path) -> str:
     for name, pair in pairs.items():
         draw(pair, folder / f"{name}.png")
     rows = [
-        {**row, "pair": name, "search": pair["search"], "once": pair["arguments"]["looked_at_once"]}
+        {**row, "pair": name, "search": pair["search"], "once": pair["arguments"].get("looked_at_once", False)}
         for name, pair in pairs.items()
         for row in pair["rows"]
     ]
@@ -77,7 +77,7 @@ def table_of_bars(rows: list[Row]) -> list[str]:
             text = f"{mine:.2f}; best guess, {best}: {means[best]:.2f}"
             found.append([f"mean points lost, {head}, against fixed timesteps", "less than each", text])
             found[-1].append(verdict(mine < means[best]))
-    silent = [row for row in default if row.get("attention_loss", 0) > 10 and not row["is_warned"]]
+    silent = [row for row in default if row.get("attention_loss", 0) > 10 and not row.get("is_warned")]
     found.append(["attention head loses more than 10 points without a warning", "never", str(len(silent))])
     found[-1].append(verdict(not silent))
     selected, fixed = (mean_and_worst("tap_loss", of(rows, TAPS + name))[0] for name in (DEFAULT, "default tap"))
@@ -107,7 +107,7 @@ def overall_table(rows: list[Row]) -> list[str]:
     once = list(dict.fromkeys(row["pair"] for row in rows if row["once"]))
     head = ["selected by"]
     for truth in LOSSES:
-        head += [f"{truth}, mean", "worst", "looked at once, mean", "worst"]
+        head += [f"{truth}, {what}" for what in ("mean", "worst", "once, mean", "once, worst")]
     head += ["rank correlation", "forward passes", "seconds"]
     found = []
     for name in ordered(rows):
