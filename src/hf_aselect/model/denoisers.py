@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from .configuration_aselect import ASelectConfig
 from .denoiser import Denoiser, Pass, grid_of, modulated_by_table
@@ -75,19 +74,6 @@ class DiTDenoiser(Denoiser):
         timesteps, labels = state.condition
         state.hidden_states = block(state.hidden_states, timestep=timesteps, class_labels=labels)
 
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w).
-
-        Source: diffusers, `models/transformers/dit_transformer_2d.py`, `forward`.
-        """
-        transformer, hidden_states = self.transformer, state.hidden_states
-        embedding = transformer.transformer_blocks[0].norm1.emb
-        condition = embedding(*state.condition, hidden_dtype=hidden_states.dtype)
-        shift, scale = transformer.proj_out_1(silu(condition)).chunk(2, dim=1)
-        hidden_states = transformer.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
-        prediction = self.unpatchify(transformer.proj_out_2(hidden_states), state)
-        return -prediction if self.timestep_embedding == "sit" else prediction
-
     def output_modules(self) -> list[nn.Module]:
         """Return the modules that are run after the last block."""
         return [self.transformer.proj_out_1, self.transformer.proj_out_2]
@@ -139,13 +125,6 @@ class PixArtDenoiser(Denoiser):
     def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.hidden_states = block(state.hidden_states, encoder_hidden_states=state.context, timestep=state.condition)
-
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        shift, scale = (transformer.scale_shift_table[None] + state.output_condition[:, None]).chunk(2, dim=1)
-        hidden_states = transformer.norm_out(state.hidden_states) * (1 + scale) + shift
-        return self.unpatchify(transformer.proj_out(hidden_states), state)
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""
@@ -203,11 +182,6 @@ class SD3Denoiser(Denoiser):
         state.context, state.hidden_states = block(
             hidden_states=state.hidden_states, encoder_hidden_states=state.context, temb=state.condition
         )
-
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        return self.unpatchify(transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition)), state)
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""
@@ -325,14 +299,6 @@ class FluxDenoiser(Denoiser):
             image_rotary_emb=state.rotary,
         )
 
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        patches = transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition))  # (B, N, 4C)
-        grid = patches.unflatten(-1, (-1, 2, 2)).unflatten(1, (state.rows, state.columns))
-        picture: Tensor = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        return picture
-
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""
         return [self.transformer.context_embedder]
@@ -411,14 +377,6 @@ class SanaDenoiser(Denoiser):
             height=state.rows,
             width=state.columns,
         )
-
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        hidden_states = transformer.norm_out(
-            state.hidden_states, state.output_condition, transformer.scale_shift_table
-        )
-        return self.unpatchify(transformer.proj_out(hidden_states), state)
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""
@@ -509,11 +467,6 @@ class Lumina2Denoiser(Denoiser):
     def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.hidden_states = block(state.hidden_states, None, state.rotary, state.condition)
-
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        patches = self.transformer.norm_out(self.tokens_of(state), state.condition)
-        return -self.unpatchify(patches, state)
 
     def output_modules(self) -> list[nn.Module]:
         """Return the modules that are run after the last block."""
