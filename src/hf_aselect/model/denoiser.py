@@ -71,6 +71,14 @@ class Denoiser(nn.Module, ABC):
     # that says how wide each is.
     prompt_fields: ClassVar[dict[str, str]] = {}
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
+    # What diffusers calls the module that makes tokens of latents, a block's self-attention, what only the text runs
+    # through before the first block, and what is run after the last.
+    patch_embedding_name: ClassVar[str] = "pos_embed"
+    attention_name: ClassVar[str] = "attn1"
+    text_input_names: ClassVar[tuple[str, ...]] = ()
+    output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    # Whether the former has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
+    has_position_table: ClassVar[bool] = False
 
     transformer: Any  # diffusers is imported when a denoiser is built, not here
     prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
@@ -119,7 +127,7 @@ class Denoiser(nn.Module, ABC):
     @property
     def patch_embedding(self) -> nn.Module:
         """The module that makes tokens of noised latents."""
-        module: nn.Module = self.transformer.pos_embed
+        module: nn.Module = getattr(self.transformer, self.patch_embedding_name)
         return module
 
     @property
@@ -146,7 +154,7 @@ class Denoiser(nn.Module, ABC):
     @property
     def position_embedding(self) -> nn.Module | None:
         """The module with a position table, in its buffer `pos_embed`, that checkpoints do not hold; None without."""
-        return None
+        return self.patch_embedding if self.has_position_table else None
 
     def position_table(self) -> Tensor:
         """Return a newly computed position table, (1, N, D), float32."""
@@ -182,11 +190,11 @@ class Denoiser(nn.Module, ABC):
 
     def output_modules(self) -> list[nn.Module]:
         """Return the modules that are run after the last block."""
-        return [self.transformer.norm_out, self.transformer.proj_out]
+        return [getattr(self.transformer, name) for name in self.output_names]
 
     def attention_of(self, block: Any) -> Any:
         """Return the block's self-attention, with `to_q`, `to_k`, `to_v`."""
-        return block.attn1
+        return getattr(block, self.attention_name)
 
     def tokens_of(self, state: Pass) -> Tensor:
         """Return the picture's tokens, (B, N, D)."""
@@ -257,7 +265,8 @@ class Denoiser(nn.Module, ABC):
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""
-        return []
+        modules = [getattr(self.transformer, name) for name in self.text_input_names]
+        return [module for module in modules if module is not None]
 
     def text_outputs(self, block: Any) -> list[nn.Module]:
         """Return the modules of a block that only the text of later blocks depends on."""
