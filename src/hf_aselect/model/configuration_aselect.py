@@ -244,8 +244,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Return all values; a read-out where there is one, and stages by their indices where not the default."""
         values: dict[str, Any] = super().to_dict()
         values.pop("stage_names", None)
-        if values["read_out"] is None:
-            del values["read_out"]
+        if values.get("read_out") is None:
+            values.pop("read_out", None)
         del values["out_features"]
         if values["out_indices"] == self._default_out_indices():
             del values["out_indices"]

@@ -152,13 +152,14 @@ class TokenReader(PreTrainedModel):
         num_noise_draws: int | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Return the tokens of images; where they are read is taken from the configuration where it is None.
+        """Return the tokens of images; what is None is taken from the configuration.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W).
             timestep: Integer in [0, 1000), 0 = least noise, or several.
             block: Block index, negative from the end; several, or "all".
-            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`, or several.
+            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`, or several. Where one of the three is
+                given, what is None is that of a `read_out`'s first entry.
             num_noise_draws: Fixed noise draws to average over.
             latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
 
