@@ -371,7 +371,7 @@ def test_a_few_steps_of_trainer_train_the_head_alone(folder, tmp_path, head):
 
 
 def test_what_comes_after_the_last_tap_of_any_timestep_is_frozen(folder):
-    listed = [[5, 4, "key"], [60, 1, "hidden"], [5, 0, "value"]]
+    listed = [[60, 1, "hidden"], [5, 4, "key"], [5, 0, "value"]]
     model = classifier(folder, read_out=listed, freeze_backbone=False).train()
     model(images(4), labels=torch.arange(4)).loss.backward()
     for name, value in model.named_parameters():
