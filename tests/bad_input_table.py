@@ -311,6 +311,37 @@ CASES = [
         STRICT,
     ),
     Case("configuration", "timestep True", configured(timestep=True), "'timestep'", STRICT),
+    Case(
+        "configuration", "no block", configured(block=[]), "`block` must name at least one block, got an empty", STRICT
+    ),
+    Case(
+        "configuration",
+        "auto among timesteps",
+        configured(timestep=[5, "auto"]),
+        "`timestep` may be 'auto' by itself, not in a list",
+        STRICT,
+    ),
+    Case("configuration", "a block twice", configured(block=[27, -1]), "`query` of block 27 is named twice", STRICT),
+    Case(
+        "configuration",
+        "a read-out without features",
+        configured(read_out=[[5, 1]]),
+        r"`read_out` must be a list of 1 to 4096 entries \[timestep, block, feature\], .* got \[\[5, 1\]\]",
+    ),
+    Case(
+        "configuration",
+        "a read-out beside blocks",
+        configured(read_out=[[5, 1, "key"]], block=[0, 1]),
+        r"`read_out` names what is read one by one, in place of .* got 5, \[0, 1\], 'key' beside it",
+        STRICT,
+    ),
+    Case(
+        "configuration",
+        "zeroed channels of several taps in one list",
+        configured(block=[0, 1], zeroed_channels=[3]),
+        "`zeroed_channels` must be lists by tap where several taps are read",
+        STRICT,
+    ),
     Case("configuration", "a misspelt field", configured(timestp=5), "no field `timestp` .did you mean `timestep`"),
     Case(
         "configuration",

@@ -8,6 +8,7 @@ from diffusers import DiTTransformer2DModel
 
 from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.model.layouts import FEATURES
+from hf_aselect.selection.prediction import predict
 
 TAPS = [(block, feature) for block in range(NUM_BLOCKS) for feature in FEATURES]
 SHAPES = {"square": (8, 8), "wide": (4, 12), "high": (10, 6)}
@@ -156,5 +157,5 @@ def test_the_family_that_contributors_are_shown_reads_as_ours_does():
     with torch.no_grad():
         for block, feature in TAPS:
             assert torch.equal(shown(noised, timesteps, block, feature), ours(noised, timesteps, block, feature))
-        assert shown.predict(noised, timesteps, torch.tensor([0, 1])).shape == (2, 3, 8, 8)
+        assert predict(shown, noised, timesteps, torch.tensor([0, 1])).shape == (2, 3, 8, 8)
     assert len(shown.unused_modules(1, "query")) == len(ours.unused_modules(1, "query"))

@@ -11,6 +11,7 @@ from hf_aselect import ASelectConfig, DiTBackbone, DiTForImageClassification, Di
 from hf_aselect.model.denoiser import grid_of
 from hf_aselect.model.denoisers import FAMILIES, build_denoiser
 from hf_aselect.model.layouts import FAMILY_NAMES, FEATURES
+from hf_aselect.selection.prediction import predict
 
 TIMESTEP = 141
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}
@@ -160,7 +161,7 @@ def test_tokens_equal_hooks_in_diffusers_own_call_at_every_tap(saved, loaded, na
         for block, feature in taps:
             close(together[block, feature], seen[block, feature])
             assert torch.equal(model._base().denoiser(noised, timesteps, block, feature), together[block, feature])
-        found = model.denoiser.predict(noised, timesteps, torch.full((2,), model.denoiser.num_classes))
+        found = predict(model.denoiser, noised, timesteps, torch.full((2,), model.denoiser.num_classes))
     close(found, prediction[:, : found.shape[1]])
 
 

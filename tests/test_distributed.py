@@ -57,7 +57,8 @@ ROWS = [{{"pixel_values": PIXELS[index], "labels": index % 4}} for index in rang
 def load(**fields):
     set_seed(0)
     sizes = {{"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}}
-    return DiTForImageClassification.from_pretrained(folder, timestep=5, num_labels=4, **sizes, **fields)
+    fields = {{"timestep": 5, "num_labels": 4, **sizes, **fields}}
+    return DiTForImageClassification.from_pretrained(folder, **fields)
 
 
 def note(name, **facts):
@@ -285,10 +286,16 @@ def test_a_stream_is_shared_without_a_row_read_twice(pixel_folder, tmp_path):
         assert sorted(each["rows"]) == sorted(alone["rows"])
 
 
-def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_checkpoint(pixel_folder, tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    ["freeze_backbone=False", "freeze_backbone=False, timestep=[5, 60], block=[1, 2], feature=['key', 'attention']"],
+    ids=["one tap", "several"],
+)
+def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_checkpoint(pixel_folder, tmp_path, fields):
     """FSDP2. The block that is read is not called as a whole: its shards must be gathered all the same."""
-    launch(SHARDED, pixel_folder, tmp_path)
-    launch(SHARDED, pixel_folder, tmp_path, world=2)
+    script = SHARDED.replace("freeze_backbone=False", f"{fields}, zeroed_channels=[]")
+    launch(script, pixel_folder, tmp_path)
+    launch(script, pixel_folder, tmp_path, world=2)
     (alone,), both = notes(tmp_path, "sharded", 1), notes(tmp_path, "sharded", 2)
     assert both[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert max(each["local"] for each in both) <= 0.6 * alone["local"]

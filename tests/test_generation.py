@@ -8,6 +8,7 @@ from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel
 from hf_aselect.model.configuration_aselect import DDPM_LINEAR
 from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.selection.generation import build_sampler, generate_latents
+from hf_aselect.selection.prediction import predict
 
 SIZE = (8, 8)
 
@@ -49,7 +50,7 @@ def test_the_prediction_is_that_of_diffusers(num_channels):
     timesteps, labels = torch.tensor([0, 10, 500, 999]), torch.tensor([0, 3, 4, NUM_CLASSES])
     with torch.no_grad():
         expected = transformer(noised, timestep=timesteps, class_labels=labels).sample
-        found = DiTDenoiser(transformer, "diffusers").predict(noised, timesteps, labels)
+        found = predict(DiTDenoiser(transformer, "diffusers"), noised, timesteps, labels)
     assert_near(found, expected)
 
 
@@ -58,7 +59,7 @@ def test_a_learned_variance_is_left_out():
     noised, timesteps, labels = torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.tensor([1, 2])
     with torch.no_grad():
         expected = transformer(noised, timestep=timesteps, class_labels=labels).sample
-        found = DiTDenoiser(transformer, "diffusers").predict(noised, timesteps, labels)
+        found = predict(DiTDenoiser(transformer, "diffusers"), noised, timesteps, labels)
     assert expected.shape == (2, 8, 8, 8)
     assert_near(found, expected[:, :4])
     sampled = generate_latents(DiTDenoiser(transformer, "diffusers"), build_sampler_of(), SIZE, 3, num_steps=4)
@@ -75,7 +76,7 @@ def test_a_grid_that_is_not_square_keeps_rows_and_columns_apart():
         wide, timesteps, labels = torch.randn(1, 3, 8, 8), torch.tensor([10]), torch.tensor([1])
         expected = transformer(wide, timestep=timesteps, class_labels=labels).sample[:, :, :4]
         transformer.pos_embed.pos_embed = None
-        found = DiTDenoiser(transformer, "diffusers").predict(wide[:, :, :4], timesteps, labels)
+        found = predict(DiTDenoiser(transformer, "diffusers"), wide[:, :, :4], timesteps, labels)
     assert_near(found, expected)
 
 

@@ -21,8 +21,7 @@ from hf_aselect import (
     select_timestep,
 )
 from hf_aselect.model.denoiser import zero_channels
-from hf_aselect.model.layouts import MASSIVE_FEATURES
-from hf_aselect.selection.massive_channels import FACTOR, SHARE, massive_channels, outlier_share
+from hf_aselect.selection.massive_channels import FACTOR, MASSIVE_FEATURES, SHARE, massive_channels, outlier_share
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -195,7 +195,7 @@ def test_a_process_without_images_has_the_statistics_of_the_others(standardized,
         pictures = CalibrationPictures(images(2), standardized.config, 2, seed=0)
         reader = Reader(standardized, pictures, {}, 0, 32, seed=0)
         with torch.no_grad():
-            return read_moments(reader, [(1, "query")], TIMESTEP, 2, share)
+            return read_moments(reader, [(TIMESTEP, 1, "query")], 2, share)
 
     gathered = []
 
@@ -211,7 +211,8 @@ def test_a_process_without_images_has_the_statistics_of_the_others(standardized,
     monkeypatch.setattr(Share, "gather", lambda self, value: gathered)
     found, also = read(Share(2, 3))
     assert also == grid == (4, 4)
-    for one, other in zip(*(scale_and_shift(each[1, "query"]) for each in (expected, found)), strict=True):
+    key = TIMESTEP, 1, "query"
+    for one, other in zip(*(scale_and_shift(each[key]) for each in (expected, found)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -395,14 +396,14 @@ def test_segmenters_standardize_each_tap(deep_folder, tmp_path, fields):
     model = DiTForSemanticSegmentation.from_pretrained(
         deep_folder, timestep="auto", calibration_images=images(), num_labels=3, **fields
     )
-    taps = model.backbone.taps()
-    assert len(buffers(model)) == 2 * len(taps) == (8 if fields else 2)
+    read_outs = model.backbone.read_outs()
+    assert len(buffers(model)) == 2 * len(read_outs) == (8 if fields else 2)
     with torch.no_grad():
-        read, grid = model._read(taps, images())
-        for each, tap in zip(model.decoder.standardization, taps, strict=True):
-            torch.testing.assert_close(between(each(read[tap], grid)), torch.ones(16), rtol=1e-3, atol=1e-3)
-        heads = zip(model.decoder.standardization, taps, strict=True)
-        found = model.decoder([token_map(each(read[tap], grid), *grid) for each, tap in heads])[0]
+        read, grid = model._read(read_outs, images())
+        for each, at in zip(model.decoder.standardization, read_outs, strict=True):
+            torch.testing.assert_close(between(each(read[at], grid)), torch.ones(16), rtol=1e-3, atol=1e-3)
+        heads = zip(model.decoder.standardization, read_outs, strict=True)
+        found = model.decoder([token_map(each(read[at], grid), *grid) for each, at in heads])[0]
     torch.testing.assert_close(logits(model, images()), enlarge(found, (8, 8)))
     model.save_pretrained(tmp_path)
     again = DiTForSemanticSegmentation.from_pretrained(tmp_path)
@@ -491,7 +492,7 @@ def test_models_do_not_share_the_statistics_of_a_selection(standardized, classif
     classifier.load_state_dict({name: value * 2 for name, value in classifier.state_dict().items()})
     own, others = buffers(standardized), buffers(classifier)
     assert len(own) == 2 and all(torch.equal(value * 2, others[name]) for name, value in own.items())
-    measured = record.standardization[1, "query"]
+    measured = record.standardization[TIMESTEP, 1, "query"]
     assert all(torch.equal(*pair) for pair in zip(measured, own.values(), strict=True))
 
 

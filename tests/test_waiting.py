@@ -118,6 +118,16 @@ def test_a_classifier_and_its_loss(request, what, frozen, head, folded):
     check_step(model, labels, train=True)
 
 
+@pytest.mark.parametrize("head", ["linear", "attention"])
+def test_a_classifier_that_reads_several(pixel_folder, head):
+    fields = {"timestep": [50, 5], "block": "all", "feature": ["hidden", "key"], "zeroed_channels": {"1.hidden": [3]}}
+    model = DiTForImageClassification.from_pretrained(
+        pixel_folder, num_labels=3, head=head, head_hidden_size=16, head_num_attention_heads=2, **fields
+    )
+    model.standardize(images(model, 4))
+    check_step(model, torch.tensor([2, -100]), train=True)
+
+
 @pytest.mark.parametrize(
     ("problem", "labels"),
     [

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser, set_seed
 
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification, cache_features
-from hf_aselect.training.config_arguments import int_or_word, needs_images
+from hf_aselect.training.config_arguments import int_or_word, needs_images, one_or_several
 from hf_aselect.training.splits import read_splits, train_and_validation
 
 
@@ -34,9 +34,13 @@ class ProbeArguments:
     train_file: str = field(metadata={"help": "Parquet file with pictures and labels."})
     test_file: str = field(metadata={"help": "Parquet file of the test pictures."})
     output_dir: str = field(metadata={"help": "Folder of the probe, and of the features in `features/`."})
-    timestep: str | None = field(default=None, metadata={"help": "Timestep, or auto (the model's; if none, auto)."})
-    block: int | None = field(default=None, metadata={"help": "Block to read at (the model's)."})
-    feature: str | None = field(default=None, metadata={"help": "Feature to read (the model's)."})
+    timestep: list[str] | None = field(
+        default=None, metadata={"help": "Timestep, several, or auto (the model's; if none, auto)."}
+    )
+    block: list[str] | None = field(
+        default=None, metadata={"help": "Block to read at, several, or all (the model's)."}
+    )
+    feature: list[str] | None = field(default=None, metadata={"help": "Feature to read, or several (the model's)."})
     image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices."})
     learning_rates: list[float] = field(
@@ -129,9 +133,8 @@ def main() -> None:
     if len(train) < 10:
         raise ValueError(f"A tenth of the training pictures picks the learning rate; got {len(train)} of them.")
     names = train.features[args.label_column].names
-    given = {name: getattr(args, name) for name in ("timestep", "block", "feature") if getattr(args, name) is not None}
-    if "timestep" in given:
-        given["timestep"] = int_or_word(given["timestep"])
+    words = {name: getattr(args, name) for name in ("timestep", "block", "feature") if getattr(args, name) is not None}
+    given = {name: one_or_several([int_or_word(word) for word in several]) for name, several in words.items()}
     has_use = needs_images(args.model_name_or_path, given)
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,

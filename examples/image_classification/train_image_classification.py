@@ -16,8 +16,9 @@ On the pictures that ship in the package, from a checkout of the repository (a m
   class alike, tells which epoch is best, and that one is evaluated, on whole pictures as the saved model sees them
   (theirs on the middle 8/9);
 - `linear_probe`: a linear head on frozen features (`linear_probe.py` tries several learning rates at once);
-- `fine_tune`: all weights up to the tap, with a learning rate that falls by a quarter from block to block;
-- `lora`: LoRA on query and value of the blocks up to the tap, and the head; only these are saved (the `peft` extra).
+- `fine_tune`: all weights up to the last tap, with a learning rate that falls by a quarter from block to block;
+- `lora`: LoRA on query and value of the blocks up to the last tap, and the head; only these are saved (the `peft`
+  extra).
 
 `--resume_from_checkpoint latest` goes on from the last whole checkpoint in `--output_dir`, at the timestep that was
 chosen then: on a CPU the weights that come out are bit for bit those of a training that was not interrupted.
@@ -32,7 +33,8 @@ its first epoch the weights that come out are the same, too.
 `--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json`, the card, `README.md`, and
 `confusion_matrix.png`, with the accuracy of each class.
 Every field of `ASelectConfig` is an option (`--timestep`, `--block`, `--feature`, `--head`, ...), and so is every one
-of `TrainingArguments`.
+of `TrainingArguments`. Of timestep, block and feature there may be several, which are read side by side:
+`--timestep 19 61 166 --block all --feature hidden`.
 """
 
 import json
@@ -351,10 +353,14 @@ class EpochCallback(TrainerCallback, ExportableState):
 
 
 def trained_layers(model: DiTForImageClassification) -> Iterable[str]:
-    """Yield the names of the layers that LoRA goes on: query and value of the blocks up to the tap."""
+    """Yield the names of the layers that LoRA goes on: query and value of the blocks up to the last tap."""
     denoiser = model.backbone.denoiser
-    ((block, feature),) = model.backbone.taps()
-    unused = {id(part) for module in denoiser.unused_modules(block, feature) for part in module.modules()}
+    unused = set.intersection(
+        *(
+            {id(part) for module in denoiser.unused_modules(*tap) for part in module.modules()}
+            for tap in model.backbone.taps()
+        )
+    )
     for name, module in model.named_modules():
         names = "to_q", "to_v", "query_key_value", "query_key_value_mlp"
         is_asked = name.rpartition(".")[2] in names and ".denoiser." in f".{name}"

@@ -35,7 +35,13 @@ from torch.utils.data import DataLoader
 from transformers import SchedulerType, default_data_collator, get_scheduler
 
 from hf_aselect import Accuracy, ASelectImageProcessor, DiTForImageClassification, cache_features
-from hf_aselect.training.config_arguments import needs_images, resumed_fields, write_config
+from hf_aselect.training.config_arguments import (
+    int_or_word,
+    needs_images,
+    one_or_several,
+    resumed_fields,
+    write_config,
+)
 from hf_aselect.training.splits import read_splits, train_and_validation
 
 logger = logging.getLogger("train_image_classification_no_trainer")
@@ -50,9 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--validation_file", help="parquet file of the validation split (a tenth of train)")
     parser.add_argument("--image_column", default="image", help="column with the pictures (%(default)s)")
     parser.add_argument("--label_column", default="label", help="column with the class indices (%(default)s)")
-    parser.add_argument(
-        "--timestep", type=lambda word: word if word == "auto" else int(word), help="a timestep, or auto (the model's)"
-    )
+    parser.add_argument("--timestep", type=int_or_word, nargs="+", help="a timestep, several, or auto (the model's)")
     parser.add_argument("--num_calibration_images", type=int, default=256, help="for timestep and head (%(default)s)")
     parser.add_argument("--head", default="attention", choices=("attention", "linear"))
     parser.add_argument("--head_hidden_size", type=int, default=800)
@@ -159,7 +163,7 @@ def main() -> None:
             f"{args.output_dir!r} has checkpoints of an earlier training, the last of them {found[-1].name!r}. Go on "
             "from it by `--resume_from_checkpoint latest`, name another --output_dir, or delete them."
         )
-    given: dict[str, Any] = {} if args.timestep is None else {"timestep": args.timestep}
+    given: dict[str, Any] = {} if args.timestep is None else {"timestep": one_or_several(args.timestep)}
     if checkpoint is not None:
         given = resumed_fields(given, checkpoint.parent)
     calibration = None

@@ -29,8 +29,10 @@ class SelectionArguments:
     output_dir: str = field(metadata={"help": "Folder for the record and the plot."})
     criterion: str = field(default="consensus", metadata={"help": "consensus, signal_hfr, hfr, probe or patch_probe."})
     head: str = field(default="attention", metadata={"help": "Head to select for: attention or linear."})
-    block: str | None = field(default=None, metadata={"help": "Block to read (the model's), or auto with a probe."})
-    feature: str | None = field(default=None, metadata={"help": "Feature to read (the model's), or auto."})
+    block: list[str] | None = field(default=None, metadata={"help": "Block to read (the model's), several, or auto."})
+    feature: list[str] | None = field(
+        default=None, metadata={"help": "Feature to read (the model's), several, or auto."}
+    )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column with class indices or masks."})
@@ -50,9 +52,11 @@ def load_images(source: str, split: str) -> Dataset:
 def main() -> None:
     (args,) = HfArgumentParser(SelectionArguments).parse_args_into_dataclasses()
     rows = load_images(args.images, args.split)
-    tap = {name: getattr(args, name) for name in ("block", "feature") if getattr(args, name) is not None}
-    if tap.get("block", "auto") != "auto":
-        tap["block"] = int(tap["block"])
+    taps = {}
+    if args.block is not None:
+        taps["block"] = "auto" if args.block == ["auto"] else [int(block) for block in args.block]
+    if args.feature is not None:
+        taps["feature"] = "auto" if args.feature == ["auto"] else args.feature
     # Any integer will do here: it only keeps `from_pretrained` from selecting a timestep itself.
     model = DiTModel.from_pretrained(args.model_name_or_path, timestep=0, head=args.head)
     selection = select_timestep(
@@ -62,7 +66,7 @@ def main() -> None:
         labels=None if args.label_column is None else rows[args.label_column][:],
         max_images=args.max_images,
         seed=args.seed,
-        **tap,
+        **taps,
     )
     for warning in selection.warnings:
         print(f"Warning: {warning}")

@@ -289,11 +289,12 @@ def principal_colours(seen: Seen, pixels: Tensor, timestep: int) -> np.ndarray:
         return scores / scores.std(0).clamp_min(1e-6)
 
     config = seen.model.config
-    tap = (config.block_index(), config.feature)
+    tap = block, feature = config.taps()[0]  # the first, of a model that reads several
     (own,) = seen.model.extract_maps(pixels, [tap])[tap].float().cpu()
     scores = reference = components(own.flatten(1).T)
     if timestep != config.timestep:
-        scores = components(seen.model.extract_features(pixels, timestep=timestep)[0].float().cpu())
+        found = seen.model.extract_features(pixels, timestep=timestep, block=block, feature=feature)
+        scores = components(found[0].float().cpu())
         left, _, right = torch.linalg.svd(scores.T @ reference)
         scores = scores @ (left @ right)
     low, high = torch.quantile(scores, 0.02, 0), torch.quantile(scores, 0.98, 0)
@@ -416,7 +417,8 @@ def build(seen: Seen) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 label = "Timestep: 0 is no noise, 999 noise alone"
-                at = gr.Slider(0, 999, config.timestep, step=1, label=label, visible=not config.folded)
+                start = config.resolved_timestep()
+                at = gr.Slider(0, 999, start, step=1, label=label, visible=not config.folded)
                 said = gr.Markdown(FIRST)
             with gr.Column():
                 tokens = gr.HTML()

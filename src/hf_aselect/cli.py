@@ -95,6 +95,11 @@ def _block(word: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be an integer or auto, got {word!r}") from None
 
 
+def _one_or_several(values: Sequence[Any] | None) -> Any:
+    """Return the values of an option that may be given again: one by itself, several as a list, None without."""
+    return values[0] if values is not None and len(values) == 1 else values
+
+
 def _class_of(config: Any) -> Any:
     """Return the class of the model that a configuration was saved with; None if it is none of hf_aselect."""
     # They take seconds to import, which `--help` should not.
@@ -170,8 +175,19 @@ def _add_select(commands: Any) -> None:
     )
     select.add_argument("--criterion", help="consensus (default), signal_hfr, hfr; with labels probe or patch_probe")
     select.add_argument("--head", help="what reads the features: attention or linear (default: as SOURCE has it)")
-    select.add_argument("--block", type=_block, help="block to read at, negative from the end; auto: the probe's best")
-    select.add_argument("--feature", help="hidden, normed, query, key, value or attention; auto: the probe's best")
+    select.add_argument(
+        "--block",
+        type=_block,
+        action="append",
+        help="block to read at, negative from the end (default: SOURCE's first); auto for every third, or given again "
+        "for several, to select the block, too",
+    )
+    select.add_argument(
+        "--feature",
+        action="append",
+        help="hidden, normed, query, key, value or attention (default: SOURCE's first); auto, or given again for "
+        "several, to select the feature, too",
+    )
     select.add_argument(
         "--timesteps", type=int, nargs="+", metavar="T", help="read these (default: a grid, from coarse to fine)"
     )
@@ -191,9 +207,10 @@ def _select(parsed: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
     images, labels = _images_and_labels(parsed)
+    parsed.block, parsed.feature = _one_or_several(parsed.block), _one_or_several(parsed.feature)
     given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names), **labels}
     # Any timestep will do here: it only keeps loading from choosing one.
-    model = DiTModel.from_pretrained(parsed.source, timestep=0, **_given(parsed, "head"))
+    model = DiTModel.from_pretrained(parsed.source, timestep=0, read_out=None, **_given(parsed, "head"))
     selection = select_timestep(model, images, **given)
     _print_curve(selection)
     if selection.table:
@@ -365,12 +382,17 @@ def _add_fold(commands: Any) -> None:
     fold.add_argument(
         "--timestep",
         type=_block,
+        action="append",
         metavar="T",
         help="timestep to fold at, in [0, 1000), or auto to choose one on pictures that the transformer makes itself "
         "(default: the one that SOURCE was saved with)",
     )
-    fold.add_argument("--block", type=int, help="block to read at, negative from the end (default: SOURCE's)")
-    fold.add_argument("--feature", help="hidden, normed, query, key, value or attention (default: SOURCE's)")
+    fold.add_argument(
+        "--block", type=int, action="append", help="block to read at, negative from the end (default: SOURCE's)"
+    )
+    fold.add_argument(
+        "--feature", action="append", help="hidden, normed, query, key, value or attention (default: SOURCE's)"
+    )
     fold.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or SOURCE's)")
     fold.add_argument("--revision", help="branch, tag or commit on the Hub")
     fold.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
@@ -412,7 +434,8 @@ def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
     from .model.configuration_aselect import ASelectConfig
     from .model.modeling_aselect import DiTModel
 
-    given, hub = _given(parsed, "timestep", "block", "feature"), _given(parsed, "revision", "token")
+    given = {name: _one_or_several(value) for name, value in _given(parsed, "timestep", "block", "feature").items()}
+    hub = _given(parsed, "revision", "token")
     kind, kept, has_timestep = DiTModel, "float32", False
     if find_diffusers(parsed.source, HubOptions(**hub)) is None:
         config = ASelectConfig.from_pretrained(parsed.source, **hub)

@@ -9,6 +9,7 @@ import torch
 from ..model.configuration_aselect import ASelectConfig
 from ..model.denoiser import Denoiser, eval_mode
 from ..model.layouts import FoldedLayout, Tap, tap_key
+from ..selection.placement import moved
 from .families import Fold, fold_dit, fold_flux, fold_lumina2, fold_pixart, fold_sana, fold_sd3
 from .layers import State
 
@@ -27,18 +28,25 @@ def fold_model(model: Any) -> Any:
     """Return a model's folded twin; see its `fold`.
 
     Raises:
-        ValueError: If it has no timestep, is folded already, or a part of it is not in memory; and as
-            `fold_denoiser`.
+        ValueError: If it has no timestep, reads several taps or timesteps, is folded already, or a part of it is not
+            in memory; and as `fold_denoiser`.
     """
     config = copy.deepcopy(model.config)
     config.resolved_timestep()
     if config.folded:
         raise ValueError("This model is folded already.")
+    if (count := len(config.read_outs())) > 1:
+        raise ValueError(
+            f"Folding is not implemented for models that read several taps or timesteps, and this one reads {count} "
+            "side by side. Name one `timestep`, `block` and `feature`, or use the model as it is."
+        )
+    # A list of one is one.
+    config = moved(config, config.resolved_timestep(), config.taps()[0])
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("A part of this model is not in memory. Load it without offloading, then fold it.")
     base = model._base()
     taps = list(dict.fromkeys(base.taps()))
-    if (config.block_index(), config.feature) not in taps:
+    if config.taps()[0] not in taps:
         taps = _move_tap(config, taps)
     layout, weights = fold_denoiser(base.denoiser, config, taps)
     if isinstance(config.zeroed_channels, dict):
@@ -56,10 +64,11 @@ def _move_tap(config: ASelectConfig, taps: list[Tap]) -> list[Tap]:
 
     A backbone or decoder reads other blocks than the configuration's, which would be kept for nothing.
     """
-    taps = taps + ([(0, config.feature)] if max(taps)[0] < 0 else [])
+    (own,) = config.taps()
+    taps = taps + ([(0, own[1])] if max(taps)[0] < 0 else [])
     if isinstance(config.zeroed_channels, list) and config.zeroed_channels:
         # They stay where they are.
-        config.zeroed_channels = {tap_key(config.block_index(), config.feature): config.zeroed_channels}
+        config.zeroed_channels = {tap_key(*own): config.zeroed_channels}
     config.block = max(taps)[0]
     return taps
 
@@ -104,7 +113,7 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     with eval_mode(denoiser):
         latents = torch.zeros(1, denoiser.num_channels, height, width, device=parameter.device, dtype=parameter.dtype)
-        timesteps = torch.full((1,), int(config.timestep), device=parameter.device)
+        timesteps = torch.full((1,), config.resolved_timestep(), device=parameter.device)
         start = denoiser.begin(latents, timesteps, None)
         layout, weights = _FAMILIES[name](denoiser, config, start, [tap_key(*tap) for tap in taps])
         # Each is rounded as it comes: in float64 all of them would take twice the model's memory.

@@ -89,9 +89,11 @@ class CardFacts:
     Args:
         model_name: Its name.
         repo_id: Its id on the Hub.
-        timestep: Timestep at which features are read, in [0, 1000).
-        block: Block at which they are read, counted from the first.
-        feature: Feature that is read there.
+        timestep: Timestep at which features are read, in [0, 1000); a list of several.
+        block: Block at which they are read, counted from the first; a list of several.
+        feature: Feature that is read there; a list of several.
+        channels: Channels of all taps and timesteps side by side, where there are several.
+        read_out: Timestep, block and feature of each of them, where not every combination is read.
         criterion: Criterion that chose the timestep.
         log_snr: 2·ln(alpha / sigma) at the timestep.
         num_images: Pictures that it was chosen from.
@@ -127,9 +129,11 @@ class CardFacts:
 
     model_name: str
     repo_id: str | None = None
-    timestep: int | None = None
-    block: int | None = None
-    feature: str | None = None
+    timestep: int | Sequence[int] | None = None
+    block: int | Sequence[int] | None = None
+    feature: str | Sequence[str] | None = None
+    channels: int | None = None
+    read_out: Sequence[tuple[Any, int, str]] | None = None
     criterion: str | None = None
     log_snr: float | None = None
     num_images: int | None = None
@@ -437,10 +441,11 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
 
     made = " that the transformer made itself" if facts.pictures == "generated" else ""
     return {
-        "timestep": facts.timestep,
+        "timestep": _listing(facts.timestep),
         "log-SNR": rounded(facts.log_snr, 2),
-        "block": facts.block,
-        "feature": facts.feature,
+        "block": _listing(facts.block),
+        "feature": _listing(facts.feature),
+        "channels": _side_by_side(facts),
         "criterion": facts.criterion,
         "pictures": None if facts.num_images is None else f"{facts.num_images}{made}",
         "confidence": rounded(facts.confidence, 2),
@@ -450,6 +455,25 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
         "seconds": rounded(facts.seconds, 1),
         "folded": "the timestep is in the weights: it is read here alone" if facts.folded else None,
     }
+
+
+def _listing(values: Any) -> str | None:
+    """Return one value or several as text, three whole numbers or more in a row by their ends."""
+    several = list(values) if isinstance(values, list | tuple) else [values]
+    if not several or several == [None]:
+        return None
+    is_row = len(several) > 2 and isinstance(several[0], int) and several == list(range(several[0], several[-1] + 1))
+    return f"{several[0]} to {several[-1]}" if is_row else ", ".join(map(str, several))
+
+
+def _side_by_side(facts: CardFacts) -> str | None:
+    """Return how several taps and timesteps are read together; None of a single one."""
+    if facts.channels is None:
+        return None
+    what = "every timestep, block and feature"
+    if facts.read_out is not None:
+        what = ", ".join(f"{feature} of block {block} at t = {at}" for at, block, feature in facts.read_out)
+    return f"{facts.channels:,}, side by side in this order: {what}"
 
 
 def _how(facts: CardFacts) -> str:

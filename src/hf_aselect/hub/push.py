@@ -225,9 +225,7 @@ def _facts_of_model(config: ASelectConfig, kind: Any) -> dict[str, Any]:
     return {
         "task": kind.task,
         "auto_class": kind._auto_class,
-        "timestep": None if config.timestep == "auto" else config.timestep,
-        "block": config.block_index(),
-        "feature": config.feature,
+        **_facts_of_read_out(config),
         "base_model": config.base_model,
         # By definition: that embedding is of no others' weights.
         "base_license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else config.base_license,
@@ -235,6 +233,18 @@ def _facts_of_model(config: ASelectConfig, kind: Any) -> dict[str, Any]:
         "has_processor": config.num_channels in (1, 3),
         "needs_diffusers": not config.folded or config.vae is not None,
     }
+
+
+def _facts_of_read_out(config: ASelectConfig) -> dict[str, Any]:
+    """Return the facts of what a configuration reads: one timestep, block and feature, or several side by side."""
+    read_outs = config.read_outs()
+    timesteps, blocks, features = (list(dict.fromkeys(each)) for each in zip(*read_outs, strict=True))
+    known = [] if timesteps == ["auto"] else timesteps
+    facts = {"timestep": known, "block": blocks, "feature": features}
+    if len(read_outs) == 1:
+        return {name: values[0] if values else None for name, values in facts.items()}
+    is_product = len(timesteps) * len(blocks) * len(features) == len(read_outs)
+    return {**facts, "channels": config.feature_size, "read_out": None if is_product else read_outs}
 
 
 def _facts_of_selection(record: TimestepSelection | None) -> dict[str, Any]:

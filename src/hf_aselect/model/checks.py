@@ -283,18 +283,23 @@ def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
             f"`latents` must have shape (B, {layout.num_channels}, h, w), got {tuple(latents.shape)}. "
             "`cache_features(..., what='latents')` and `encode` make them."
         )
-    height, width = latents.shape[-2:]
-    if height < side or width < side or height % side or width % side:
-        raise ValueError(f"Height and width of `latents` must be multiples of {side}, got {height}×{width}.")
-    if limit is not None and max(height, width) > limit * side:
-        raise ValueError(
-            f"Height and width of `latents` must be at most {limit * side}, where the position table of this "
-            f"transformer ends, got {height}×{width}."
-        )
+    _check_sides(latents, side, limit, "Height and width of `latents`")
     if not torch.compiler.is_compiling() and not len(latents):
         raise ValueError("`latents` are an empty batch; give those of one picture or more.")
     if is_readable(latents) and not bool(latents.isfinite().all()):
         raise ValueError("`latents` hold NaN or infinite values.")
+
+
+def _check_sides(images: Tensor, side: int, limit: int | None, what: str, unit: str = "", remedy: str = "") -> None:
+    """Refuse sides that are no multiples of a token's, or longer than `limit` tokens, where positions end."""
+    height, width = images.shape[-2:]
+    if limit is not None and max(height, width) > limit * side:
+        raise ValueError(
+            f"{what} must be at most {limit * side}{unit}, where the position table of this transformer ends, got "
+            f"{height}×{width}."
+        )
+    if height < side or width < side or height % side or width % side:
+        raise ValueError(f"{what} must be multiples of {side}{unit} (a token's side), got {height}×{width}.{remedy}")
 
 
 def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
@@ -310,24 +315,14 @@ def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
     check_floats("pixel_values", pixel_values)
     if pixel_values.ndim != 4:
         raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
-    num_channels, height, width = pixel_values.shape[1:]
-    if num_channels != config.num_channels:
+    if (num_channels := pixel_values.shape[1]) != config.num_channels:
         raise ValueError(
             f"The model takes pictures of {config.num_channels} channels, got {num_channels}. Use "
             f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."
         )
-    side, limit = config.patch_pixels, config.layout.max_grid
-    if limit is not None and max(height, width) > limit * side:
-        raise ValueError(
-            f"Height and width must be at most {limit * side} pixels, where the position table of this "
-            f"transformer ends, got {height}×{width}."
-        )
-    if height < side or width < side or height % side or width % side:
-        raise ValueError(
-            f"Height and width must be multiples of {side} pixels (a token's side), got {height}×{width}. Use "
-            f"`ASelectImageProcessor.from_model_config(model.config)`, which resizes to "
-            f"{'×'.join(map(str, config.image_height_width))}."
-        )
+    resizes_to = "×".join(map(str, config.image_height_width))
+    remedy = f" Use `ASelectImageProcessor.from_model_config(model.config)`, which resizes to {resizes_to}."
+    _check_sides(pixel_values, config.patch_pixels, config.layout.max_grid, "Height and width", " pixels", remedy)
     if not torch.compiler.is_compiling() and not len(pixel_values):
         raise ValueError("`pixel_values` are an empty batch; give one picture or more.")
     if not is_readable(pixel_values):

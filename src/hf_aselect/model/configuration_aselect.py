@@ -3,7 +3,7 @@
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,13 +16,16 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .checks import NUM_TIMESTEPS, VAE_LEVELS, check_classes, check_dtype, check_timestep, check_vae, short
 from .layouts import (
     MAX_LAYERS,
+    MAX_READ_OUTS,
     MAX_SIZE,
     FoldedLayout,
+    ReadOut,
     Tap,
     TransformerLayout,
     check_feature,
     check_format,
     layout_of,
+    listed,
     parse_tap_key,
     tap_key,
 )
@@ -53,6 +56,12 @@ DDPM_LINEAR = {
 # Nobody needs more; with more, building a model would take the machine's memory, or its time.
 _MAX_DRAWS = 1000
 _MAX_TOKENS = 2**20
+# What a read-out takes the place of, by default.
+_OF_READ_OUT = {"timestep": "auto", "block": None, "feature": "query"}
+_BESIDE_READ_OUT = (
+    "`read_out` names what is read one by one, in place of `timestep`, `block` and `feature`, got {} beside it. Leave "
+    "them out, or pass `read_out=None`."
+)
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
 _WRITTEN_BY_TRANSFORMERS = {
@@ -64,7 +73,7 @@ _WRITTEN_BY_TRANSFORMERS = {
 
 @strict
 class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of a diffusion transformer that is read at one timestep and one tap.
+    """Configuration of a diffusion transformer that is read at a timestep and a tap, or at several of them.
 
     Unknown keywords are refused, unlike in `PreTrainedConfig`. `hidden_size`, `num_hidden_layers`,
     `num_attention_heads` and `num_channels` are read off `transformer` and `vae` and cannot be set.
@@ -75,13 +84,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             in pixel space.
         scheduler: diffusers' configuration of a scheduler of the kind that the transformer was trained with, DDPM-like
             or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
-        timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise; "auto" as long as
-            none is chosen.
-        block: Block at which features are read, 0-based, negative from the end. Default: `3 * num_hidden_layers // 8`,
-            the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable Diffusion 3).
+        timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise, or a list of them;
+            "auto" as long as none is chosen.
+        block: Block at which features are read, 0-based, negative from the end; a list of them, or "all". Default:
+            `3 * num_hidden_layers // 8`, the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable
+            Diffusion 3).
         feature: What is read there: `hidden` (block output), `normed` (adaLN-modulated input of attention), `query`,
-            `key`, `value` (before the head split), `attention` (after the output projection, before the gate). FLUX's
-            blocks of one stream have no `attention`.
+            `key`, `value` (before the head split), `attention` (after the output projection, before the gate), or a
+            list of them. FLUX's blocks of one stream have no `attention`. Of several timesteps, blocks and features
+            each combination is read, and the tokens are concatenated along their channels: timesteps outermost, then
+            blocks, then features, each in the order given.
+        read_out: In place of those three a list of [timestep, block, feature], concatenated in this order; the three
+            are then those of its first entry.
         timestep_embedding: Of a `DiTTransformer2DModel`: "diffusers" for one that was trained with diffusers,
             "original" for weights of `facebookresearch/DiT` (the frequencies of diffusers' sinusoidal embedding differ
             a little from those), "sit" for weights of SiT, which is given 1 - t/1000. The other families have
@@ -141,9 +155,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     transformer: dict[str, Any] | None = None
     vae: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
-    timestep: int | str = "auto"
-    block: int | None = None
-    feature: str = "query"
+    # Lists of anything: our own checks say what is wrong with one.
+    timestep: int | list[Any] | str = "auto"
+    block: int | list[Any] | str | None = None
+    feature: str | list[Any] = "query"
+    read_out: list[Any] | None = None
     timestep_embedding: Literal["diffusers", "original", "sit"] = "diffusers"
     prompt_shapes: dict[str, list[int]] | None = None
     guidance: float = 1.0
@@ -192,6 +208,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
         layout = layout_of(self.transformer)
         check_vae(self.vae)
+        if self.read_out is not None:
+            self._take_read_out(self.read_out)
         if self.block is None:
             self.block = 3 * layout.num_layers // 8
         if self.image_size is None:
@@ -204,6 +222,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 
+    def _take_read_out(self, read_out: list[Any]) -> None:
+        """Let timestep, block and feature be those of the first entry of a read-out, where they are not given."""
+        are_entries = all(isinstance(each, list | tuple) and len(each) == 3 and each[0] != "auto" for each in read_out)
+        if not 1 <= len(read_out) <= MAX_READ_OUTS or not are_entries:
+            raise ValueError(
+                f"`read_out` must be a list of 1 to {MAX_READ_OUTS} entries [timestep, block, feature], with integers "
+                f"as timesteps, got {short(read_out)}."
+            )
+        for (name, default), value in zip(_OF_READ_OUT.items(), read_out[0], strict=True):
+            if getattr(self, name) == default:
+                setattr(self, name, value)
+
     def _default_out_indices(self) -> list[int]:
         """Return the stages that are read where none are named: the last, as the host's; or UperNet's four."""
         depth = len(self.stage_names) - 1
@@ -211,9 +241,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return [1 + share * depth // 8 for share in UPERNET_EIGHTHS] if is_deep_enough else [depth]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values; stages by their indices alone, and where they are not the default."""
+        """Return all values; a read-out where there is one, and stages by their indices where not the default."""
         values: dict[str, Any] = super().to_dict()
         values.pop("stage_names", None)
+        if values.get("read_out") is None:
+            values.pop("read_out", None)
         del values["out_features"]
         if values["out_indices"] == self._default_out_indices():
             del values["out_indices"]
@@ -285,6 +317,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if "model_type" in config_dict:
             # A checkpoint from before there was such a field.
             config_dict = {"standardize_features": False, **config_dict}
+        of_read_out = own_fields.keys() & _OF_READ_OUT
+        if own_fields.get("read_out") is not None:
+            # It takes their place, whatever was saved.
+            config_dict = {name: value for name, value in config_dict.items() if name not in _OF_READ_OUT}
+        elif of_read_out and config_dict.get("read_out") is not None and "read_out" not in own_fields:
+            raise ValueError(_BESIDE_READ_OUT.format(", ".join(sorted(of_read_out))))
         is_unused_asked = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
         if own_fields and config_dict.get("standardized_grid"):
@@ -298,9 +336,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _what_is_read(self) -> tuple[Any, ...]:
         """Return what the statistics of tokens depend on, beside the weights."""
-        taps = self.stage_taps() if self.decoder == "upernet" else [(self.block_index(), self.feature)]
-        channels = [self.channels_at(*tap) for tap in taps]
-        return self.timestep, self.noise_seed, self.num_noise_draws, taps, channels, self.standardize_features
+        stages = self.stage_read_outs() if self.decoder == "upernet" else [self.read_outs()]
+        channels = [self.channels_at(block, feature) for stage in stages for _, block, feature in stage]
+        return stages, self.noise_seed, self.num_noise_draws, channels, self.standardize_features
 
     @property
     def layout(self) -> TransformerLayout:
@@ -314,12 +352,14 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def feature_size(self) -> int:
-        """Width of the tokens that are read: `hidden_size`, but for keys and values that several heads share."""
-        return self.width_of(self.feature)
+        """Width of the tokens that are read, of all taps and timesteps together."""
+        return sum(self.widths_of(self.read_outs()))
 
-    def width_of(self, feature: str) -> int:
-        """Return the width of a feature's tokens."""
-        return self.layout.key_value_size if feature in ("key", "value") else self.hidden_size
+    def widths_of(self, read_outs: Iterable[ReadOut]) -> list[int]:
+        """Return the width of each one's tokens: `hidden_size`, but for keys and values that several heads share."""
+        layout = self.layout
+        narrow = "key", "value"
+        return [layout.key_value_size if feature in narrow else layout.hidden_size for _, _, feature in read_outs]
 
     @property
     def num_hidden_layers(self) -> int:
@@ -364,14 +404,74 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         height, width = self.image_height_width
         return height // self.patch_pixels, width // self.patch_pixels
 
+    def read_outs(self, timestep: Any = None, block: Any = None, feature: Any = None) -> list[ReadOut]:
+        """Return timestep, block and feature of all that is read, in the order in which it is concatenated.
+
+        Args:
+            timestep: One or several in place of the configuration's own; so are the other two.
+            block: Or "all".
+            feature: Where one of the three is given, a `read_out` is left aside, and only its first entry is asked.
+
+        Returns:
+            Each once, blocks counted from the first; the timestep is "auto" as long as none is selected.
+
+        Raises:
+            ValueError: If a value is out of range, none is named or something twice, or a field was set beside a
+                `read_out`.
+        """
+        own = [self.timestep, self.block, self.feature]
+        named: list[Any] = list(self.read_out or ())
+        if named and list(named[0]) != own:
+            raise ValueError(_BESIDE_READ_OUT.format(", ".join(map(repr, own))))
+        if not named or not timestep is block is feature is None:
+            given = zip((timestep, block, feature), own, ("timestep", "block", "feature"), strict=True)
+            timesteps, blocks, features = (
+                listed(name, mine if other is None else other) for other, mine, name in given
+            )
+            blocks = list(range(self.num_hidden_layers)) if blocks == ["all"] else blocks
+            if (count := len(timesteps) * len(blocks) * len(features)) > MAX_READ_OUTS:
+                raise ValueError(f"At most {MAX_READ_OUTS} taps and timesteps are read together, got {count}.")
+            named = [(t, b, f) for t in timesteps for b in blocks for f in features]
+        return self._checked_read_outs(named)
+
+    def _checked_read_outs(self, named: list[Any]) -> list[ReadOut]:
+        """Return what is read, blocks counted from the first; refuse what there is not, and what is named twice."""
+        folded_at = (self.folded_layout or {}).get("timestep")
+        for timestep, _, feature in named:
+            check_feature(feature)
+            if timestep != "auto":
+                check_timestep(timestep)
+            elif self.timestep != "auto":
+                raise ValueError("`timestep` may be 'auto' by itself, not in a list: name integers in [0, 1000).")
+            if folded_at not in (None, timestep):
+                raise ValueError(
+                    f"This model was folded at timestep {folded_at}, which is in its weights, and cannot be read at "
+                    f"{timestep!r}. Load the model it was folded from, and fold it there."
+                )
+        found = [(timestep, self.block_index(block), feature) for timestep, block, feature in named]
+        if len(set(found)) < len(found):
+            timestep, block, feature = next(each for each in found if found.count(each) > 1)
+            raise ValueError(
+                f"`{feature}` of block {block} is named twice at timestep {timestep}. Name each once; negative blocks "
+                "count from the end."
+            )
+        return found
+
+    def taps(self) -> list[Tap]:
+        """Return block and feature of each tap that is read, at whatever timesteps."""
+        return list(dict.fromkeys((block, feature) for _, block, feature in self.read_outs()))
+
     def block_index(self, block: int | None = None) -> int:
-        """Return a block's index counted from the first; the config's own block if None is given.
+        """Return a block's index counted from the first; of None the config's own block, the first of several.
 
         Raises:
             ValueError: If there is no such block.
         """
-        block = self.block if block is None else block
+        if block is None:
+            return self.read_outs()[0][1]
         depth = self.num_hidden_layers
+        if isinstance(block, str):
+            raise ValueError(f"`block` must be an integer, a list of integers or 'all', got {block!r}.")
         if isinstance(block, bool) or not isinstance(block, int) or not -depth <= block < depth:
             raise ValueError(
                 f"`block` must be in [{-depth}, {depth}) for a transformer of {depth} blocks, got {block!r}."
@@ -379,31 +479,30 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return block % depth
 
     def resolved_timestep(self) -> int:
-        """Return the timestep at which features are read.
+        """Return the timestep at which features are read, the first of several.
 
         Raises:
             ValueError: If it is still "auto".
         """
-        if isinstance(self.timestep, str):
-            raise ValueError(f"The timestep of this model is still {self.timestep!r}: {_HOW_TO_RESOLVE}.")
-        return self.timestep
+        timestep = self.read_outs()[0][0]
+        if isinstance(timestep, str):
+            raise ValueError(f"The timestep of this model is still {timestep!r}: {_HOW_TO_RESOLVE}.")
+        return timestep
+
+    def is_selected(self, timestep: Any, block: Any, feature: Any) -> bool:
+        """Return whether a timestep that was selected at a tap is the one that is read: at that tap, or at several."""
+        taps, timesteps = self.taps(), list(dict.fromkeys(each for each, _, _ in self.read_outs()))
+        return timesteps == [timestep] and (len(taps) > 1 or taps == [(block, feature)])
 
     def is_selection_in_use(self) -> bool:
-        """Return whether the record of a selection, if any, is of the timestep and tap that are read."""
+        """Return whether the record of a selection, if any, is of the timestep that is read, and of its tap."""
         record = self.selection
-        return record is None or (
-            (record.get("timestep"), record.get("block"), record.get("feature"))
-            == (self.timestep, self.block_index(), self.feature)
-        )
-
-    def validate_timestep(self) -> None:
-        """Refuse a timestep outside [0, 1000) that is not "auto"."""
-        if self.timestep != "auto":
-            check_timestep(self.timestep)
+        return record is None or self.is_selected(*(record.get(name) for name in ("timestep", "block", "feature")))
 
     def validate_tap(self) -> None:
-        """Refuse an unknown feature and a block that the transformer does not have."""
-        self.check_tap(self.block_index(), self.feature)
+        """Refuse what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
+        for _, block, feature in self.read_outs():
+            self.check_tap(block, feature)
 
     def channels_at(self, block: int, feature: str) -> list[int] | None:
         """Return the channels that are set to zero at a tap; None where nothing is said of it.
@@ -418,16 +517,26 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if isinstance(channels, list):
             if not channels:
                 return []  # none, anywhere
-            return channels if (block, feature) == (self.block_index(), self.feature) else None
+            return channels if [(block, feature)] == self.taps() else None
         return None
 
-    def stage_taps(self) -> list[Tap]:
-        """Return block and feature of the stages that a backbone returns; the stem is the hidden state of block -1."""
-        stages = [index % len(self.stage_names) for index in self.out_indices]
-        return [(stage - 1, self.feature if stage else "hidden") for stage in stages]
+    def stage_read_outs(self, stages: Iterable[int] | None = None) -> list[list[ReadOut]]:
+        """Return what a backbone reads at each stage: every timestep and feature of `read_outs`, at the stage's block.
 
-    def hidden_taps(self, output_hidden_states: bool | None) -> list[Tap]:
-        """Return the taps of what the first block reads and of each block's output, if they are asked for.
+        The stem is the hidden state of block -1, at every timestep.
+
+        Args:
+            stages: Indices of the stages. Default: `out_indices`.
+        """
+        asked = [index % len(self.stage_names) for index in (self.out_indices if stages is None else stages)]
+        every = self.read_outs()
+        return [
+            list(dict.fromkeys((t, stage - 1, feature if stage else "hidden") for t, _, feature in every))
+            for stage in asked
+        ]
+
+    def hidden_read_outs(self, output_hidden_states: bool | None) -> list[ReadOut]:
+        """Return what the first block reads and each block's output, if they are asked for, at the first timestep.
 
         Of a folded model these are those among them that it is read at.
 
@@ -436,9 +545,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         if not (self.output_hidden_states if output_hidden_states is None else output_hidden_states):
             return []
-        folded = self.folding
-        every = [(index, "hidden") for index in range(-1, self.num_hidden_layers)]
-        return every if folded is None else [tap for tap in every if tap_key(*tap) in folded.taps]
+        folded, timestep = self.folding, self.read_outs()[0][0]
+        blocks = range(-1, self.num_hidden_layers)
+        kept = [block for block in blocks if folded is None or tap_key(block, "hidden") in folded.taps]
+        return [(timestep, block, "hidden") for block in kept]
 
     def check_tap(self, block: int, feature: str) -> None:
         """Refuse a feature that there is not, or not at this block, counted from the first.
@@ -447,11 +557,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: If `feature` is unknown, or the block has none of that name, or there is no such block.
         """
         check_feature(feature)
+        layout = self.layout
         # What the first block reads counts as the output of a block before it.
         first = -1 if feature == "hidden" else 0
-        if isinstance(block, bool) or not isinstance(block, int) or not first <= block < self.num_hidden_layers:
+        if isinstance(block, bool) or not isinstance(block, int) or not first <= block < layout.num_layers:
             raise ValueError(
-                f"There is no `{feature}` of block {block!r}: this transformer has {self.num_hidden_layers} blocks, "
+                f"There is no `{feature}` of block {block!r}: this transformer has {layout.num_layers} blocks, "
                 f"counted from 0{', and -1 for what the first one reads' * (first < 0)}."
             )
         taps = None if self.folded_layout is None else self.folded_layout.get("taps", ())
@@ -460,7 +571,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"This model was folded to be read at {', '.join(taps)}, and has nothing else of what the "
                 f"transformer was, got {tap_key(block, feature)}. Load the model it was folded from."
             )
-        depth = self.layout.num_attention_outputs
+        depth = layout.num_attention_outputs
         if feature == "attention" and block >= depth:
             raise ValueError(
                 f"Block {block} has no `attention`: only the first {depth} blocks of this transformer project their "
@@ -487,11 +598,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if folded is None:
             return
-        if self.timestep != folded.timestep:
-            raise ValueError(
-                f"This model was folded at timestep {folded.timestep}, which is in its weights, and cannot be read at "
-                f"{self.timestep!r}. Load the model it was folded from, and fold it there."
-            )
+        self.read_outs()  # at its own timestep alone
         layout = self.layout
         for name in ("num_channels", "patch_size", "hidden_size", "num_attention_heads"):
             if getattr(folded, name) != getattr(layout, name):
@@ -527,8 +634,14 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         channels = self.zeroed_channels
         if channels is None or channels == "auto":
             return
-        by_tap = channels if isinstance(channels, dict) else {tap_key(self.block_index(), self.feature): channels}
-        for key, listed in by_tap.items():
+        taps = self.taps()
+        if isinstance(channels, list) and channels and len(taps) > 1:
+            raise ValueError(
+                "`zeroed_channels` must be lists by tap where several taps are read, as "
+                f"{{'{tap_key(*taps[0])}': [3, 71]}}, got {channels!r}."
+            )
+        by_tap = channels if isinstance(channels, dict) else {tap_key(*taps[0]): channels}
+        for key, indices in by_tap.items():
             try:
                 block, feature = parse_tap_key(key)
             except ValueError:
@@ -538,8 +651,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`zeroed_channels` by tap must have keys 'BLOCK.FEATURE', as '9.hidden', got {key!r}."
                 )
             self.check_tap(self.block_index(block), feature)
-            size = self.width_of(feature)
-            if isinstance(listed, str) or not all(0 <= channel < size for channel in listed):
+            (size,) = self.widths_of([(0, block, feature)])
+            if isinstance(indices, str) or not all(0 <= channel < size for channel in indices):
                 raise ValueError(
                     f"`zeroed_channels` must be 'auto' or integers in [0, {size}), the tokens' channels, or such "
                     f"lists by tap, got {channels!r}."
@@ -612,8 +725,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: If there is one.
         """
-        for block, feature in self.stage_taps():
-            self.check_tap(block, feature)
+        for stage in self.stage_read_outs():
+            for _, block, feature in stage:
+                self.check_tap(block, feature)
 
     def validate_host_fields(self) -> None:
         """Refuse values that the host takes as they are and trips over later."""

@@ -1,4 +1,4 @@
-"""What every family of diffusion transformers shares: read at taps of its blocks, or run to its end."""
+"""What every family of diffusion transformers shares: its blocks are run as far as they are read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -53,10 +53,10 @@ class BlockStep(GradientCheckpointingLayer):
 
 
 class Denoiser(nn.Module, ABC):
-    """A diffusion transformer that is read at one block, and run no further; or run to its end, to generate.
+    """A diffusion transformer that is read at taps of its blocks, and run no further than the last of them.
 
-    A family says how a pass begins, what a block's attention reads, how a block is run and how the prediction comes
-    out of the last; `read_taps`, `forward`, `predict` and `unused_modules` are the same for all.
+    A family says how a pass begins, what a block's attention reads and how a block is run; `read_taps`, `forward` and
+    `unused_modules` are the same for all.
 
     Args:
         transformer: A transformer of diffusers.
@@ -71,6 +71,14 @@ class Denoiser(nn.Module, ABC):
     # that says how wide each is.
     prompt_fields: ClassVar[dict[str, str]] = {}
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
+    # What diffusers calls the module that makes tokens of latents, a block's self-attention, what only the text runs
+    # through before the first block, and what is run after the last.
+    patch_embedding_name: ClassVar[str] = "pos_embed"
+    attention_name: ClassVar[str] = "attn1"
+    text_input_names: ClassVar[tuple[str, ...]] = ()
+    output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    # Whether the former has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
+    has_position_table: ClassVar[bool] = False
 
     transformer: Any  # diffusers is imported when a denoiser is built, not here
     prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
@@ -119,7 +127,7 @@ class Denoiser(nn.Module, ABC):
     @property
     def patch_embedding(self) -> nn.Module:
         """The module that makes tokens of noised latents."""
-        module: nn.Module = self.transformer.pos_embed
+        module: nn.Module = getattr(self.transformer, self.patch_embedding_name)
         return module
 
     @property
@@ -146,7 +154,7 @@ class Denoiser(nn.Module, ABC):
     @property
     def position_embedding(self) -> nn.Module | None:
         """The module with a position table, in its buffer `pos_embed`, that checkpoints do not hold; None without."""
-        return None
+        return self.patch_embedding if self.has_position_table else None
 
     def position_table(self) -> Tensor:
         """Return a newly computed position table, (1, N, D), float32."""
@@ -180,17 +188,13 @@ class Denoiser(nn.Module, ABC):
     def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
 
-    @abstractmethod
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w), from the state after the last block."""
-
     def output_modules(self) -> list[nn.Module]:
         """Return the modules that are run after the last block."""
-        return [self.transformer.norm_out, self.transformer.proj_out]
+        return [getattr(self.transformer, name) for name in self.output_names]
 
     def attention_of(self, block: Any) -> Any:
         """Return the block's self-attention, with `to_q`, `to_k`, `to_v`."""
-        return block.attn1
+        return getattr(block, self.attention_name)
 
     def tokens_of(self, state: Pass) -> Tensor:
         """Return the picture's tokens, (B, N, D)."""
@@ -243,27 +247,6 @@ class Denoiser(nn.Module, ABC):
             return
         state.hidden_states, state.context = step(state.hidden_states, state.context, state=state, advance=advance)
 
-    def predict(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """Return what the transformer predicts, running all of it: what its scheduler's `prediction_type` says.
-
-        For flow matching that is the velocity from the picture to the noise, whichever way the family itself points. A
-        learned variance, where there is one, is left out. Call it in eval mode: in train mode diffusers' DiT replaces
-        one label in ten by the null label, at random.
-
-        Args:
-            noised_latents: Noised latents, (B, C, h, w).
-            timesteps: Timesteps in [0, 1000], (B,).
-            labels: Class indices in [0, `num_classes`), or `num_classes` for the null label, (B,); of no use to a
-                text-conditioned transformer, which always has the empty prompt.
-
-        Returns:
-            The prediction, (B, C, h, w).
-        """
-        state = self.begin(noised_latents, timesteps, labels)
-        for block in self.blocks:
-            self.advance(state, block)
-        return self.finish(state)
-
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature).
 
@@ -282,7 +265,8 @@ class Denoiser(nn.Module, ABC):
 
     def text_inputs(self) -> list[nn.Module]:
         """Return the modules that only the text runs through before the first block."""
-        return []
+        modules = [getattr(self.transformer, name) for name in self.text_input_names]
+        return [module for module in modules if module is not None]
 
     def text_outputs(self, block: Any) -> list[nn.Module]:
         """Return the modules of a block that only the text of later blocks depends on."""
@@ -317,17 +301,6 @@ class Denoiser(nn.Module, ABC):
         projection = getattr(self.attention_of(block), _PROJECTIONS[feature])
         tokens: Tensor = projection(normed)
         return tokens
-
-    def unpatchify(self, patches: Tensor, state: Pass) -> Tensor:
-        """Return the picture, (B, C, h, w), of the tokens' patches, (B, N, p · p · C) with channels last.
-
-        Channels beyond those of the latents (a learned variance) are left out.
-        """
-        side = self.patch_size
-        grid = patches.unflatten(-1, (side, side, -1))[..., : self.num_channels]
-        grid = grid.unflatten(1, (state.rows, state.columns))  # (B, rows, columns, p, p, C)
-        picture: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return picture
 
 
 _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}

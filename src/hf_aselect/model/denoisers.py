@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from .configuration_aselect import ASelectConfig
 from .denoiser import Denoiser, Pass, grid_of, modulated_by_table
@@ -32,6 +31,8 @@ class DiTDenoiser(Denoiser):
     """
 
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers", "original", "sit")
+    has_position_table: ClassVar[bool] = True
+    output_names: ClassVar[tuple[str, ...]] = ("proj_out_1", "proj_out_2")
 
     def __init__(
         self,
@@ -48,12 +49,6 @@ class DiTDenoiser(Denoiser):
     def num_classes(self) -> int:
         """Classes that the DiT knows; as a label, this number is the null label."""
         return int(self.transformer.config.num_embeds_ada_norm)
-
-    @property
-    def position_embedding(self) -> nn.Module:
-        """The module that holds the position table, in its buffer `pos_embed`."""
-        module: nn.Module = self.transformer.pos_embed
-        return module
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
@@ -75,23 +70,6 @@ class DiTDenoiser(Denoiser):
         timesteps, labels = state.condition
         state.hidden_states = block(state.hidden_states, timestep=timesteps, class_labels=labels)
 
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w).
-
-        Source: diffusers, `models/transformers/dit_transformer_2d.py`, `forward`.
-        """
-        transformer, hidden_states = self.transformer, state.hidden_states
-        embedding = transformer.transformer_blocks[0].norm1.emb
-        condition = embedding(*state.condition, hidden_dtype=hidden_states.dtype)
-        shift, scale = transformer.proj_out_1(silu(condition)).chunk(2, dim=1)
-        hidden_states = transformer.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
-        prediction = self.unpatchify(transformer.proj_out_2(hidden_states), state)
-        return -prediction if self.timestep_embedding == "sit" else prediction
-
-    def output_modules(self) -> list[nn.Module]:
-        """Return the modules that are run after the last block."""
-        return [self.transformer.proj_out_1, self.transformer.proj_out_2]
-
 
 class PixArtDenoiser(Denoiser):
     """A DiT with cross-attention to a text; read with the empty prompt, whose padding is left out.
@@ -104,12 +82,8 @@ class PixArtDenoiser(Denoiser):
     """
 
     prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "caption_channels"}
-
-    @property
-    def position_embedding(self) -> nn.Module:
-        """The module that holds the position table, in its buffer `pos_embed`."""
-        module: nn.Module = self.transformer.pos_embed
-        return module
+    has_position_table: ClassVar[bool] = True
+    text_input_names: ClassVar[tuple[str, ...]] = ("caption_projection",)
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
@@ -140,18 +114,6 @@ class PixArtDenoiser(Denoiser):
         """Run a block, changing the state."""
         state.hidden_states = block(state.hidden_states, encoder_hidden_states=state.context, timestep=state.condition)
 
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        shift, scale = (transformer.scale_shift_table[None] + state.output_condition[:, None]).chunk(2, dim=1)
-        hidden_states = transformer.norm_out(state.hidden_states) * (1 + scale) + shift
-        return self.unpatchify(transformer.proj_out(hidden_states), state)
-
-    def text_inputs(self) -> list[nn.Module]:
-        """Return the modules that only the text runs through before the first block."""
-        projection = self.transformer.caption_projection
-        return [] if projection is None else [projection]
-
 
 class SD3Denoiser(Denoiser):
     """An MMDiT of two streams, picture and text, that attend to each other; read with the empty prompt.
@@ -167,6 +129,8 @@ class SD3Denoiser(Denoiser):
         "prompt_embeds": "joint_attention_dim",
         "pooled_prompt_embeds": "pooled_projection_dim",
     }
+    attention_name: ClassVar[str] = "attn"
+    text_input_names: ClassVar[tuple[str, ...]] = ("context_embedder",)
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
@@ -179,10 +143,6 @@ class SD3Denoiser(Denoiser):
             transformer.time_text_embed(timesteps, self.pooled_prompt_embeds.expand(size, -1)),
             context=transformer.context_embedder(self.prompt_embeds.expand(size, -1, -1)),
         )
-
-    def attention_of(self, block: Any) -> Any:
-        """Return the block's joint attention."""
-        return block.attn
 
     def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the joint attention reads of the picture, (B, N, D)."""
@@ -203,15 +163,6 @@ class SD3Denoiser(Denoiser):
         state.context, state.hidden_states = block(
             hidden_states=state.hidden_states, encoder_hidden_states=state.context, temb=state.condition
         )
-
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        return self.unpatchify(transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition)), state)
-
-    def text_inputs(self) -> list[nn.Module]:
-        """Return the modules that only the text runs through before the first block."""
-        return [self.transformer.context_embedder]
 
     def text_outputs(self, block: Any) -> list[nn.Module]:
         """Return the modules of a block that only the text of later blocks depends on."""
@@ -241,12 +192,9 @@ class FluxDenoiser(Denoiser):
         "prompt_embeds": "joint_attention_dim",
         "pooled_prompt_embeds": "pooled_projection_dim",
     }
-
-    @property
-    def patch_embedding(self) -> nn.Module:
-        """The module that makes tokens of noised latents."""
-        module: nn.Module = self.transformer.x_embedder
-        return module
+    patch_embedding_name: ClassVar[str] = "x_embedder"
+    attention_name: ClassVar[str] = "attn"
+    text_input_names: ClassVar[tuple[str, ...]] = ("context_embedder",)
 
     @property
     def num_channels(self) -> int:
@@ -288,10 +236,6 @@ class FluxDenoiser(Denoiser):
             rotary=transformer.pos_embed(places),
         )
 
-    def attention_of(self, block: Any) -> Any:
-        """Return the block's attention."""
-        return block.attn
-
     def norms_of(self, block: Any) -> list[nn.Module]:
         """Return the modules that `normed` runs."""
         return [block.norm1 if self.is_joint(block) else block.norm]
@@ -325,18 +269,6 @@ class FluxDenoiser(Denoiser):
             image_rotary_emb=state.rotary,
         )
 
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        patches = transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition))  # (B, N, 4C)
-        grid = patches.unflatten(-1, (-1, 2, 2)).unflatten(1, (state.rows, state.columns))
-        picture: Tensor = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        return picture
-
-    def text_inputs(self) -> list[nn.Module]:
-        """Return the modules that only the text runs through before the first block."""
-        return [self.transformer.context_embedder]
-
     def text_outputs(self, block: Any) -> list[nn.Module]:
         """Return the modules of a block that only the text of later blocks depends on."""
         return [block.attn.to_add_out, block.ff_context] if self.is_joint(block) else []
@@ -364,12 +296,8 @@ class SanaDenoiser(Denoiser):
     """
 
     prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "caption_channels"}
-
-    @property
-    def patch_embedding(self) -> nn.Module:
-        """The module that makes tokens of noised latents."""
-        module: nn.Module = self.transformer.patch_embed
-        return module
+    patch_embedding_name: ClassVar[str] = "patch_embed"
+    text_input_names: ClassVar[tuple[str, ...]] = ("caption_projection", "caption_norm")
 
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(transformer, *args, **options)
@@ -382,8 +310,7 @@ class SanaDenoiser(Denoiser):
     @property
     def position_embedding(self) -> nn.Module | None:
         """The module that holds the position table, in its buffer `pos_embed`; None where there is none."""
-        module: nn.Module = self.transformer.patch_embed
-        return None if self.transformer.config.interpolation_scale is None else module
+        return None if self.transformer.config.interpolation_scale is None else self.patch_embedding
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
@@ -412,18 +339,6 @@ class SanaDenoiser(Denoiser):
             width=state.columns,
         )
 
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        transformer = self.transformer
-        hidden_states = transformer.norm_out(
-            state.hidden_states, state.output_condition, transformer.scale_shift_table
-        )
-        return self.unpatchify(transformer.proj_out(hidden_states), state)
-
-    def text_inputs(self) -> list[nn.Module]:
-        """Return the modules that only the text runs through before the first block."""
-        return [self.transformer.caption_projection, self.transformer.caption_norm]
-
 
 class Lumina2Denoiser(Denoiser):
     """Lumina-Image 2.0: refiners of text and picture, then blocks of both in one line; read with the empty prompt.
@@ -441,12 +356,9 @@ class Lumina2Denoiser(Denoiser):
     """
 
     prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "cap_feat_dim"}
-
-    @property
-    def patch_embedding(self) -> nn.Module:
-        """The module that makes tokens of noised latents."""
-        module: nn.Module = self.transformer.x_embedder
-        return module
+    patch_embedding_name: ClassVar[str] = "x_embedder"
+    attention_name: ClassVar[str] = "attn"
+    output_names: ClassVar[tuple[str, ...]] = ("norm_out",)
 
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(transformer, *args, **options)
@@ -489,10 +401,6 @@ class Lumina2Denoiser(Denoiser):
         """Return the picture's tokens, (B, N, D): they come after the text's."""
         return state.hidden_states[:, -state.rows * state.columns :]
 
-    def attention_of(self, block: Any) -> Any:
-        """Return the block's attention."""
-        return block.attn
-
     def normed(self, state: Pass, block: Any) -> Tensor:
         """Return what the attention reads of the picture, (B, N, D)."""
         tokens: Tensor = block.norm1(self.tokens_of(state), state.condition)[0]
@@ -509,15 +417,6 @@ class Lumina2Denoiser(Denoiser):
     def advance(self, state: Pass, block: Any) -> None:
         """Run a block, changing the state."""
         state.hidden_states = block(state.hidden_states, None, state.rotary, state.condition)
-
-    def finish(self, state: Pass) -> Tensor:
-        """Return the prediction, (B, C, h, w)."""
-        patches = self.transformer.norm_out(self.tokens_of(state), state.condition)
-        return -self.unpatchify(patches, state)
-
-    def output_modules(self) -> list[nn.Module]:
-        """Return the modules that are run after the last block."""
-        return [self.transformer.norm_out]
 
     def is_joint(self, block: Any) -> bool:
         """Return whether the block's attention looks at the text, too."""

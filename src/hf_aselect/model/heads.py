@@ -23,10 +23,11 @@ def without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 class FeatureStandardization(nn.Module):
     """Tokens times a scale plus a shift: what differs between images gets a mean square of 1 in each channel.
 
-    At large timesteps the fixed noise outweighs that by far. Without statistics the tokens stay as they are.
+    At large timesteps the fixed noise outweighs that by far. Without statistics the tokens stay as they are. Of tokens
+    of several taps and timesteps, side by side, each channel has the statistics of its own.
 
     Args:
-        width: Width D of the tokens.
+        width: Width D of the tokens, of all taps and timesteps together.
         grid: Rows and columns of the token grid that the statistics are of; None where there are none yet.
     """
 
@@ -185,6 +186,11 @@ class AttentionHead(nn.Module):
             hidden_states = block(hidden_states, num_outputs=1 if index == last else None)
         logits: Tensor = self.classifier(hidden_states[:, 0])
         return logits
+
+
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Return tokens, (B, N, D) each, side by side along their channels; of one alone itself."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
 def token_map(tokens: Tensor, rows: int, columns: int) -> Tensor:

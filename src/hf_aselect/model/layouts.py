@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Tap = tuple[int, str]  # block, feature
+ReadOut = tuple[int | str, int, str]  # timestep, or "auto" as long as none is selected; block, feature
+# Nobody reads more; with more, building a model would take the machine's memory.
+MAX_READ_OUTS = 4096
 Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
 FEATURES: tuple[str, ...] = get_args(Feature)
 PROJECTIONS = ("query", "key", "value")
 # Those that are read before the block's attention is run.
 BEFORE_ATTENTION = ("normed", *PROJECTIONS)
-# Those of the residual stream, where a few channels may dwarf all others.
-MASSIVE_FEATURES = ("hidden", "normed", "attention")
 
 
 # Of the records in a configuration, `selection` and `folded_layout`. Those without a number are of the first.
@@ -49,6 +50,18 @@ def parse_tap_key(key: str) -> Tap:
     if found is None or found[2] not in FEATURES:
         raise ValueError(f"A tap must be named 'BLOCK.FEATURE', as '9.hidden', got {key!r}.")
     return int(found[1]), found[2]
+
+
+def listed(name: str, value: Any) -> list[Any]:
+    """Return what a field names as a list, of one value as of several.
+
+    Raises:
+        ValueError: If it is an empty list.
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise ValueError(f"`{name}` must name at least one {name}, got an empty list.")
+    return values
 
 
 def check_feature(feature: str) -> None:

@@ -1,4 +1,4 @@
-"""What all models share, and the one without a head: a diffusion transformer read at one timestep."""
+"""What all models share, and the one without a head: a diffusion transformer read at taps of its blocks."""
 
 import importlib
 import logging
@@ -35,9 +35,9 @@ from .checks import (
 from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
 from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
-from .heads import AttentionHead, FeatureStandardization, token_map, without_rounding
+from .heads import AttentionHead, FeatureStandardization, concatenated, token_map, without_rounding
 from .image_processing_aselect import ASelectImageProcessor
-from .layouts import MASSIVE_FEATURES, Tap
+from .layouts import ReadOut, Tap
 from .noise_schedule import NoiseSchedule, fixed_noise
 
 logger = logging.getLogger(__name__)
@@ -146,79 +146,84 @@ class TokenReader(PreTrainedModel):
     def extract_features(
         self,
         pixel_values: Tensor | None = None,
-        timestep: int | None = None,
-        block: int | None = None,
-        feature: str | None = None,
+        timestep: int | Sequence[int] | None = None,
+        block: int | Sequence[int] | str | None = None,
+        feature: str | Sequence[str] | None = None,
         num_noise_draws: int | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Return the tokens of images at a timestep and a tap; what is None is taken from the configuration.
+        """Return the tokens of images; what is None is taken from the configuration.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W).
-            timestep: Integer in [0, 1000), 0 = least noise.
-            block: Block index, negative from the end.
-            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`.
+            timestep: Integer in [0, 1000), 0 = least noise, or several.
+            block: Block index, negative from the end; several, or "all".
+            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`, or several. Where one of the three is
+                given, what is None is that of a `read_out`'s first entry.
             num_noise_draws: Fixed noise draws to average over.
             latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
 
         Returns:
-            Tokens in row-major order, (B, N, D).
+            Tokens in row-major order, (B, N, D): those of several taps and timesteps side by side along their
+            channels, in the order of `config.read_outs(timestep, block, feature)`, from one pass a timestep.
 
         Raises:
             ValueError: If the timestep is not chosen yet, an argument is out of range, or not exactly one of
                 `pixel_values` and `latents` is given.
         """
-        tap = self.config.block_index(block), self.config.feature if feature is None else feature
+        wanted = self.config.read_outs(timestep, block, feature)
         if num_noise_draws is not None:
             check_count("num_noise_draws", num_noise_draws)
-        return self._read([tap], pixel_values, latents, timestep, num_noise_draws)[0][tap]
+        return concatenated(list(self._read(wanted, pixel_values, latents, num_noise_draws)[0].values()))
 
     def extract_maps(self, pixel_values: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Return a map, (B, D, rows, columns), at each (block, feature) of `taps`, from one pass.
+        """Return a map, (B, D, rows, columns), at each (block, feature) of `taps`, from one pass a timestep.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W).
-            taps: Blocks, counted from the first, and features.
+            taps: Blocks, counted from the first, and features. Each is read at all timesteps of the configuration,
+                whose tokens lie side by side along the channels.
 
         Raises:
             ValueError: If the timestep is not chosen yet, the images do not fit, or there is no such tap.
         """
-        read, (rows, columns) = self._read(taps, pixel_values)
-        return {tap: token_map(tokens, rows, columns) for tap, tokens in read.items()}
+        timesteps = list(dict.fromkeys(timestep for timestep, _, _ in self.config.read_outs()))
+        read, grid = self._read([(timestep, *tap) for timestep in timesteps for tap in taps], pixel_values)
+        return {tap: token_map(concatenated([read[t, *tap] for t in timesteps]), *grid) for tap in taps}
 
     def _read(
         self,
-        taps: Sequence[Tap],
+        read_outs: Sequence[ReadOut],
         pixel_values: Tensor | None = None,
         latents: Tensor | None = None,
-        timestep: int | None = None,
         num_draws: int | None = None,
-    ) -> tuple[dict[Tap, Tensor], tuple[int, int]]:
-        """Return tokens, (B, N, D), at each (block, feature) of `taps`, from one pass, and their rows and columns."""
+    ) -> tuple[dict[ReadOut, Tensor], tuple[int, int]]:
+        """Return tokens, (B, N, D), of each of `read_outs`, from one pass a timestep, and their rows and columns."""
         config = self.config
-        timestep = config.resolved_timestep() if timestep is None else timestep
-        folded_at = None if config.folded_layout is None else config.folded_layout["timestep"]
-        if folded_at not in (None, timestep):
-            raise ValueError(
-                f"This model was folded at timestep {folded_at}, which is in its weights, and "
-                f"cannot be read at {timestep}. Load the model it was folded from."
-            )
-        for tap in taps:
-            config.check_tap(*tap)
-        clean, wanted = self._clean_latents(pixel_values, latents), list(dict.fromkeys(taps))
-        draws = []
-        for draw in range(num_draws or config.num_noise_draws):
-            if self.training and config.resample_noise_in_training:
-                noised = self.noise_schedule.add_noise(clean, torch.randn_like(clean), timestep)
-            else:
-                noised = self.add_noise(clean, timestep, draw)
-            timesteps = torch.full((clean.shape[0],), timestep, device=clean.device)
-            draws.append(self._read_taps(noised, timesteps, wanted))
-        # The mean of a single draw would round it in half precision.
-        tokens = {tap: torch.stack([read[tap] for read in draws]).mean(0) for tap in wanted} if draws[1:] else draws[0]
-        zeroed = {tap: zero_channels(tokens[tap], _zeroed_at(config, tap, tokens[tap].shape[-1])) for tap in wanted}
+        taps: dict[int, list[Tap]] = {}  # by timestep
+        for timestep, block, feature in dict.fromkeys(read_outs):
+            timestep = config.resolved_timestep() if isinstance(timestep, str) else timestep
+            config.check_tap(block, feature)
+            taps.setdefault(timestep, []).append((block, feature))
+        clean = self._clean_latents(pixel_values, latents)
+        draws = [self._read_draw(clean, taps, draw) for draw in range(num_draws or config.num_noise_draws)]
+        zeroed = {}
+        for each in dict.fromkeys(read_outs):
+            # The mean of a single draw would round it in half precision.
+            tokens = torch.stack([read[each] for read in draws]).mean(0) if draws[1:] else draws[0][each]
+            zeroed[each] = zero_channels(tokens, _zeroed_at(config, each, tokens.shape[-1]))
         return zeroed, grid_of(clean, config.layout.patch_size)
+
+    def _read_draw(self, clean: Tensor, taps: dict[int, list[Tap]], draw: int) -> dict[ReadOut, Tensor]:
+        """Return tokens of one draw of noise, which all timesteps share: of each the taps, from a pass to the last."""
+        is_fresh = self.training and self.config.resample_noise_in_training
+        noise = torch.randn_like(clean) if is_fresh else self._base().noise(tuple(clean.shape[1:]), draw)
+        found: dict[ReadOut, Tensor] = {}
+        for timestep, wanted in taps.items():
+            noised = self.noise_schedule.add_noise(clean, noise, timestep)
+            read = self._read_taps(noised, torch.full((clean.shape[0],), timestep, device=clean.device), wanted)
+            found.update({(timestep, *tap): tokens for tap, tokens in read.items()})
+        return found
 
     def _read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,)."""
@@ -532,11 +537,11 @@ class ASelectPreTrainedModel(ShareableModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def _standardizations(self) -> list[FeatureStandardization]:
-        """Return what standardizes the tokens of each tap that the head reads; empty without a head."""
+        """Return what standardizes each output of `stages`, as the head reads it; empty without a head."""
         return []
 
     def _set_standardization(self, statistics: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """Take the scale, (D,), and shift, (rows, columns, D), of each tap; None: leave tokens as they are."""
+        """Take the scale, (D,), and shift, (rows, columns, D), of each output; None: leave tokens as they are."""
         for number, each in enumerate(self._standardizations()):
             taken = (None, None) if statistics is None else statistics[number]
             # A copy: loading writes into what the model has.
@@ -585,42 +590,27 @@ class ASelectPreTrainedModel(ShareableModel):
                 f"`zeroed_channels='auto'` are found with the timestep, which is fixed at {config.timestep}. Pass "
                 "`timestep='auto'`, or name the channels."
             )
+        if not config.is_selection_in_use():
+            config.selection = None
         settling = package("selection.apply", None if calibration_images is None else "Standardizing features")
         if settling is not None:
             settling.settle_standardization(self, calibration_images, info)
-        if not config.is_selection_in_use():
-            config.selection = None
-        if unsaid := self._taps_of_unknown_channels():
-            logger.warning(
-                "Nothing is set to zero in %s, where a few channels may dwarf all others in large transformers. They "
-                "are found where the timestep is chosen (`timestep='auto'`, or `select_timestep` and "
-                "`apply_selection`); name them by `zeroed_channels=`, or pass `zeroed_channels=[]` if there are none.",
-                ", ".join(f"{feature} of block {block}" for block, feature in unsaid),
-            )
-
-    def _taps_of_unknown_channels(self) -> list[Tap]:
-        """Return the taps in the residual stream of which the configuration says nothing."""
-        if isinstance(self.config.zeroed_channels, list):
-            return []  # whoever wrote a list knows of them
-        return [
-            (block, feature)
-            for block, feature in self._base().taps()
-            if block >= 0 and feature in MASSIVE_FEATURES and self.config.channels_at(block, feature) is None
-        ]
+            settling.warn_of_unknown_channels(self)
 
     def apply_selection(self, selection: Any) -> None:
         """Read at the timestep and tap of a selection from now on, as they were scored.
 
         Sets `timestep`, `block`, `feature` and `selection` of the configuration and, where massive channels were
-        looked for, those found there in `zeroed_channels`. A head standardizes its features as the selection measured
-        them. A record that was saved has no statistics: then those of another timestep or tap are removed.
+        looked for, those found there in `zeroed_channels`. Of several timesteps the selected one takes the place; of
+        several taps all stay. A head standardizes its features as the selection measured them. A record that was saved
+        has no statistics: then those of another timestep or tap are removed.
 
         Args:
             selection: What `select_timestep` returned, a `TimestepSelection`.
 
         Raises:
-            ValueError: If it is none, or there is a head, and the tokens of the selection are of another width than
-                those it reads.
+            ValueError: If it is none, or there is a head, and the tokens that are read from then on are of another
+                width than those it reads.
             ImportError: If the package is not installed.
         """
         package("selection.apply", "Applying a selection").apply_selection(self, selection)
@@ -638,9 +628,9 @@ class ASelectPreTrainedModel(ShareableModel):
             The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the model is folded already, a layer is none that a plain
-                one could stand for (another kind of norm or activation), it holds adapters or quantized weights, or a
-                part of it is not in memory.
+            ValueError: If the timestep is not chosen yet, several taps or timesteps are read, the model is folded
+                already, a layer is none that a plain one could stand for (another kind of norm or activation), it
+                holds adapters or quantized weights, or a part of it is not in memory.
             ImportError: If the package is not installed.
         """
         folded: Self = package("folding.fold", "Folding").fold_model(self)
@@ -673,9 +663,9 @@ def _explained(source: Any) -> Iterator[None]:
         raise
 
 
-def _zeroed_at(config: ASelectConfig, tap: Tap, width: int) -> list[int]:
+def _zeroed_at(config: ASelectConfig, read_out: ReadOut, width: int) -> list[int]:
     """Return the channels that are set to zero at a tap; they may have been changed since they were checked."""
-    channels = config.channels_at(*tap) or []
+    channels = config.channels_at(*read_out[1:]) or []
     if config.zeroed_channels == "auto" or any(not 0 <= channel < width for channel in channels):
         raise ValueError(
             f"`zeroed_channels` must be integers in [0, {width}) once the timestep is chosen, got "
@@ -686,7 +676,7 @@ def _zeroed_at(config: ASelectConfig, tap: Tap, width: int) -> list[int]:
 
 def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
     """Refuse a timestep or tap in `forward`: it would be ignored, as the head was trained at the configuration's."""
-    if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "num_noise_draws"}):
+    if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "read_out", "num_noise_draws"}):
         raise ValueError(
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
@@ -694,7 +684,7 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
 
 
 class DiTModel(ASelectPreTrainedModel):
-    """A diffusion transformer (and VAE encoder) whose tokens at one timestep and tap are its output.
+    """A diffusion transformer (and VAE encoder) whose tokens at its taps and timesteps are its output.
 
     Args:
         config: The configuration.
@@ -737,9 +727,17 @@ class DiTModel(ASelectPreTrainedModel):
             vae._apply(without_rounding(fn))
         return self
 
+    def stages(self, config: ASelectConfig | None = None) -> list[list[ReadOut]]:
+        """Return what is concatenated to each of the outputs, of which there is one; as another `config` has it."""
+        return [(config or self.config).read_outs()]
+
+    def read_outs(self) -> list[ReadOut]:
+        """Return timestep, block and feature of all that is read, one output after the other."""
+        return [each for stage in self.stages() for each in stage]
+
     def taps(self) -> list[Tap]:
-        """Return the (block, feature) pairs that are read."""
-        return [(self.config.block_index(), self.config.feature)]
+        """Return the (block, feature) pairs that are read, at whatever timesteps."""
+        return list(dict.fromkeys((block, feature) for _, block, feature in self.read_outs()))
 
     def noise(self, shape: tuple[int, ...], draw: int = 0) -> Tensor:
         """Return the fixed noise of `config.noise_seed` for latents of a shape, (C, h, w), float32, on the CPU.
@@ -756,7 +754,7 @@ class DiTModel(ASelectPreTrainedModel):
         return self._noise[key]
 
     def freeze(self) -> None:
-        """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the tap."""
+        """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the last tap."""
         if self.config.freeze_backbone:
             self.denoiser.requires_grad_(False)
         else:
@@ -787,23 +785,26 @@ class DiTModel(ASelectPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Return the tokens of pictures, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
+        """Return the tokens of images, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
+
+        Those of several taps and timesteps lie side by side along the channels, in the order of `config.read_outs()`.
 
         Args:
-            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            pixel_values: Images in [-1, 1], (B, C, H, W).
             latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
             output_hidden_states: Whether to return what the first block reads and each block's output in
-                `hidden_states`, too, (B, N, D) each; runs all blocks.
+                `hidden_states`, too, (B, N, D) each, at the first timestep; runs all blocks.
             kwargs: Ignored; the host passes keywords that only some models know. `return_dict=False` gives a tuple.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
+            ValueError: If the timestep is not chosen yet, the images do not fit, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
-        tap, every = self.taps()[0], self.config.hidden_taps(output_hidden_states)
-        read, _ = self._read([tap, *every], pixel_values, latents)
+        own, every = self.config.read_outs(), self.config.hidden_read_outs(output_hidden_states)
+        read, _ = self._read([*own, *every], pixel_values, latents)
+        tokens = concatenated([read[each] for each in own])
         return BaseModelOutputWithPooling(
-            last_hidden_state=read[tap],
-            pooler_output=read[tap].mean(1),
+            last_hidden_state=tokens,
+            pooler_output=tokens.mean(1),
             hidden_states=tuple(read[each] for each in every) or None,
         )

@@ -8,7 +8,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .checks import IGNORED_LABEL, checked_features, checked_labels
 from .configuration_aselect import ASelectConfig
-from .heads import AttentionHead, FeatureStandardization, LinearHead
+from .heads import AttentionHead, FeatureStandardization, LinearHead, concatenated
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
 
 
@@ -69,10 +69,11 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             labels: Class indices in [0, K), (B,); -100 is left out of the loss. Or, as `config.problem_type` says,
                 regression targets or multi-label rows, (B, K).
             features: Tokens, (B, N, D), in place of `pixel_values`, as from `cache_features`; a linear head takes
-                their means, (B, D), too.
+                their means, (B, D), too. Those of several taps and timesteps lie side by side along the channels.
             latents: Clean latents, (B, C, h, w), in place of `pixel_values`, as from `encode`.
             output_hidden_states: Whether to return what the first block reads and each block's output in
-                `hidden_states`, too, (B, N, D) each; runs all blocks, and needs pictures or latents.
+                `hidden_states`, too, (B, N, D) each, at the first timestep; runs all blocks, and needs images or
+                latents.
             kwargs: Passed on to the loss. `return_dict=False` gives a tuple.
 
         Raises:
@@ -87,9 +88,10 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         if features is not None:
             tokens = checked_features(features, self.config).to(self.device, self.dtype)
         else:
-            tap, every = self.backbone.taps()[0], self.config.hidden_taps(output_hidden_states)
-            read, grid = self._read([tap, *every], pixel_values, latents)
-            tokens, hidden_states = read[tap], tuple(read[each] for each in every) or None
+            own, every = self.backbone.read_outs(), self.config.hidden_read_outs(output_hidden_states)
+            read, grid = self._read([*own, *every], pixel_values, latents)
+            tokens = concatenated([read[each] for each in own])
+            hidden_states = tuple(read[each] for each in every) or None
         # Cached tokens are of images of the configuration's size, or else of those that the head knows.
         logits = self.head(tokens, grid if tokens.shape[1] == grid[0] * grid[1] else None)
         loss = None

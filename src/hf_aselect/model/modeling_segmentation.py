@@ -14,7 +14,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .checks import check_floats, check_masks
 from .configuration_aselect import ASelectConfig
-from .heads import FeatureStandardization, token_map
+from .heads import FeatureStandardization, concatenated, token_map
+from .layouts import ReadOut
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
 
 POOL_SCALES = (1, 2, 3, 6)
@@ -22,6 +23,9 @@ POOL_SCALES = (1, 2, 3, 6)
 
 class DiTBackbone(BackboneMixin, DiTModel):
     """A diffusion transformer as a backbone: one map a stage, all from one pass, at the configuration's timestep.
+
+    Several timesteps are one pass each. Maps of several timesteps and features lie side by side along the channels,
+    timesteps outermost. A `read_out` is asked for its timesteps and features alone: the stages name the blocks.
 
     Stages are named as the host's: `stem` is what the first block reads, `stage1` the first block, and so on.
     `config.out_features` or `config.out_indices` say which are returned, by default the last block; the block that a
@@ -38,11 +42,12 @@ class DiTBackbone(BackboneMixin, DiTModel):
     def __init__(self, config: ASelectConfig) -> None:
         config.check_stages()
         super().__init__(config)
-        self.num_features = [config.hidden_size, *[config.feature_size] * config.num_hidden_layers]
+        stages = config.stage_read_outs(range(len(config.stage_names)))
+        self.num_features = [sum(config.widths_of(stage)) for stage in stages]
 
-    def taps(self) -> list[tuple[int, str]]:
-        """Return the (block, feature) pairs that are read."""
-        return self.config.stage_taps()
+    def stages(self, config: ASelectConfig | None = None) -> list[list[ReadOut]]:
+        """Return what is concatenated to the map of each stage; as another `config` has it."""
+        return (config or self.config).stage_read_outs()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -55,21 +60,25 @@ class DiTBackbone(BackboneMixin, DiTModel):
 
         Args:
             pixel_values: Pictures in [-1, 1], (B, C, H, W).
-            output_hidden_states: Whether to return the map of every stage in `hidden_states`, too; runs all blocks.
+            output_hidden_states: Whether to return the map of every stage in `hidden_states`, too, `hidden` at the
+                first timestep; runs all blocks.
             kwargs: `return_dict=False` gives a tuple; others are ignored, as the host passes keywords that only some
                 models know.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the pictures do not fit, or a timestep or tap is named here.
+            ValueError: If the timestep is not chosen yet, the images do not fit, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
-        taps, every = self.taps(), self.config.hidden_taps(output_hidden_states)
-        maps = self.extract_maps(pixel_values, [*taps, *every])
+        every = [[each] for each in self.config.hidden_read_outs(output_hidden_states)]
+        stages = [*self.stages(), *every]
+        read, grid = self._read([each for stage in stages for each in stage], pixel_values)
+        maps = [token_map(concatenated([read[each] for each in stage]), *grid) for stage in stages]
         if not self.config.reshape_hidden_states:
-            maps = {tap: _sequence(each) for tap, each in maps.items()}
+            maps = [_sequence(each) for each in maps]
+        count = len(maps) - len(every)
         return BackboneOutput(
-            feature_maps=tuple(maps[tap] for tap in taps),  # type: ignore[arg-type]
-            hidden_states=tuple(maps[tap] for tap in every) if every else None,
+            feature_maps=tuple(maps[:count]),  # type: ignore[arg-type]
+            hidden_states=tuple(maps[count:]) or None,
         )
 
 
@@ -105,20 +114,21 @@ class FeaturePyramid(nn.Module):
     """Four maps of one resolution to four resolutions: 4, 2, 1 and 1/2 times that of the token grid.
 
     Args:
-        width: Channels of each map.
+        widths: Channels of each map.
 
     Source: BEiT, arXiv 2106.08254, appendix; transformers' `BeitForSemanticSegmentation`.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
+        first, second, _, _ = widths
         self.enlarge_4 = nn.Sequential(
-            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
-            nn.BatchNorm2d(width),
+            nn.ConvTranspose2d(first, first, kernel_size=2, stride=2),
+            nn.BatchNorm2d(first),
             nn.GELU(),
-            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+            nn.ConvTranspose2d(first, first, kernel_size=2, stride=2),
         )
-        self.enlarge_2 = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
+        self.enlarge_2 = nn.ConvTranspose2d(second, second, kernel_size=2, stride=2)
         # A grid of one row or column stays as it is.
         self.halve = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)
 
@@ -132,7 +142,7 @@ class UperNetDecoder(nn.Module):
     """transformers' own UperNet head on a feature pyramid, with its auxiliary head.
 
     Args:
-        width: Channels of each of the four maps.
+        widths: Channels of each of the four maps.
         num_labels: Classes.
         hidden_size: Channels of the head.
         auxiliary_hidden_size: Channels of the auxiliary head; 0 for none.
@@ -143,14 +153,14 @@ class UperNetDecoder(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        widths: Sequence[int],
         num_labels: int,
         hidden_size: int,
         auxiliary_hidden_size: int,
         grid: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.standardization = nn.ModuleList(FeatureStandardization(width, grid) for _ in range(4))
+        self.standardization = nn.ModuleList(FeatureStandardization(width, grid) for width in widths)
         config = SimpleNamespace(
             pool_scales=POOL_SCALES,
             hidden_size=hidden_size,
@@ -160,9 +170,9 @@ class UperNetDecoder(nn.Module):
             auxiliary_num_convs=1,
             auxiliary_concat_input=False,
         )
-        self.pyramid = FeaturePyramid(width)
-        self.head = UperNetHead(config, in_channels=[width] * 4)
-        self.auxiliary_head = UperNetFCNHead(config, in_channels=[width] * 4) if auxiliary_hidden_size else None
+        self.pyramid = FeaturePyramid(widths)
+        self.head = UperNetHead(config, in_channels=list(widths))
+        self.auxiliary_head = UperNetFCNHead(config, in_channels=list(widths)) if auxiliary_hidden_size else None
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return logits, (B, K, 4 · rows, 4 · columns), and the auxiliary head's, (B, K, rows, columns), in training.
@@ -185,8 +195,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
     """A diffusion transformer with a decoder that tells the class of every pixel.
 
     Args:
-        config: The configuration; `decoder` says which: "linear" reads the configuration's block, "upernet" the four
-            of `config.out_indices`.
+        config: The configuration; `decoder` says which: "linear" reads what the configuration names, side by side,
+            "upernet" the timesteps and features that it names at the four blocks of `config.out_indices`.
     """
 
     task: ClassVar[str] = "image-segmentation"
@@ -196,13 +206,14 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
     def __init__(self, config: ASelectConfig) -> None:
         super().__init__(config)
         self.backbone = DiTBackbone(config) if config.decoder == "upernet" else DiTModel(config)
+        widths = [sum(config.widths_of(stage)) for stage in self.backbone.stages()]
         num_labels = int(config.num_labels or 0)
         self.decoder: LinearDecoder | UperNetDecoder
         if config.decoder == "linear":
-            self.decoder = LinearDecoder(config.feature_size, num_labels, config.standardized_grid)
+            self.decoder = LinearDecoder(widths[0], num_labels, config.standardized_grid)
         else:
             self.decoder = UperNetDecoder(
-                config.feature_size,
+                widths,
                 num_labels,
                 config.decoder_hidden_size,
                 config.auxiliary_hidden_size,
@@ -211,7 +222,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         self.post_init()
 
     def _standardizations(self) -> list[FeatureStandardization]:
-        """Return what standardizes the tokens of each tap that the decoder reads."""
+        """Return what standardizes the tokens of each map that the decoder reads."""
         return list(self.decoder.standardization)  # type: ignore[arg-type]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -229,7 +240,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
             labels: Class of each pixel in [0, K), (B, H, W), of any integer dtype;
                 `config.semantic_loss_ignore_index` is left out of the loss.
             output_hidden_states: Whether to return what the first block reads and each block's output in
-                `hidden_states`, too, (B, N, D) each; runs all blocks.
+                `hidden_states`, too, (B, N, D) each, at the first timestep; runs all blocks.
             kwargs: Ignored, as the host passes keywords that only some models know. `return_dict=False` gives a tuple.
 
         Raises:
@@ -240,10 +251,11 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         if labels is not None:
             check_floats("pixel_values", pixel_values)
             check_masks(labels, pixel_values, self.config)
-        taps, every = self.backbone.taps(), self.config.hidden_taps(output_hidden_states)
-        read, (rows, columns) = self._read([*taps, *every], pixel_values)
-        tokens = [each(read[tap], (rows, columns)) for each, tap in zip(self._standardizations(), taps, strict=True)]
-        logits, auxiliary = self.decoder([token_map(each, rows, columns) for each in tokens])
+        stages, every = self.backbone.stages(), self.config.hidden_read_outs(output_hidden_states)
+        read, grid = self._read([*self.backbone.read_outs(), *every], pixel_values)
+        tokens = [concatenated([read[each] for each in stage]) for stage in stages]
+        tokens = [each(own, grid) for each, own in zip(self._standardizations(), tokens, strict=True)]
+        logits, auxiliary = self.decoder([token_map(each, *grid) for each in tokens])
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         logits = enlarge(logits, size)
         loss = None

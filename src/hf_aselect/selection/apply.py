@@ -6,14 +6,17 @@ from typing import Any
 import torch
 
 from ..model.checks import HEADS, check_count
+from ..model.configuration_aselect import ASelectConfig
 from ..model.denoiser import eval_mode
 from ..model.layouts import Tap, tap_key
 from .distribution import Share, called_by
 from .images import CalibrationPictures
+from .massive_channels import MASSIVE_FEATURES
+from .placement import moved
 from .reader import Reader
 from .record import TimestepSelection
 from .select import select_timestep
-from .standardization import read_moments, statistics_of
+from .standardization import concatenated_statistics, read_moments, statistics_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,8 @@ def settle(model: Any, images: Any) -> None:
 def _batch_size(config: Any) -> int:
     """Return as many images as have so many tokens as 32 of 512 pixels: large ones would not fit many a machine."""
     rows, columns = config.token_grid
-    count: int = MAX_TOKENS // (rows * columns)
+    # While a block is run it holds some eight times its tokens; those of many taps are held besides.
+    count: int = MAX_TOKENS // (rows * columns) // max(1, len(config.taps()) // 8)
     return max(1, min(32, count))
 
 
@@ -80,6 +84,24 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
         )
 
 
+def warn_of_unknown_channels(model: Any) -> None:
+    """Say at which taps in the residual stream the configuration says nothing of channels that dwarf all others."""
+    if isinstance(model.config.zeroed_channels, list):
+        return  # whoever wrote a list knows of them
+    unsaid = [
+        f"{feature} of block {block}"
+        for block, feature in model._base().taps()
+        if block >= 0 and feature in MASSIVE_FEATURES and model.config.channels_at(block, feature) is None
+    ]
+    if unsaid:
+        logger.warning(
+            "Nothing is set to zero in %s, where a few channels may dwarf all others in large transformers. They "
+            "are found where the timestep is chosen (`timestep='auto'`, or `select_timestep` and "
+            "`apply_selection`); name them by `zeroed_channels=`, or pass `zeroed_channels=[]` if there are none.",
+            ", ".join(unsaid),
+        )
+
+
 def standardize(model: Any, images: Any, max_images: int) -> None:
     """Standardize the features that a model's head reads, by images; see its `standardize`."""
     config, heads = model.config, model._standardizations()
@@ -92,16 +114,17 @@ def standardize(model: Any, images: Any, max_images: int) -> None:
         raise ValueError(
             "This model is folded. Standardize the features of the model it was folded from, and fold it."
         )
-    timestep, taps = config.resolved_timestep(), model._base().taps()
+    config.resolved_timestep()
+    base, read_outs = model._base(), model._base().read_outs()
     pictures = CalibrationPictures(images, config, max_images, seed=0)
-    channels: dict[Tap, list[int] | None] = {tap: config.channels_at(*tap) for tap in taps}
+    channels: dict[Tap, list[int] | None] = {tap: config.channels_at(*tap) for tap in base.taps()}
     reader = Reader(model, pictures, channels, 0, _batch_size(config), seed=0)
     with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
-        moments, grid = read_moments(reader, taps, timestep, max_images, Share.of_model(model))
-    if (count := moments[taps[0]].count) < 2:
+        moments, grid = read_moments(reader, read_outs, max_images, Share.of_model(model))
+    if (count := moments[read_outs[0]].count) < 2:
         raise ValueError(f"Features are standardized by what differs between images: give at least 2, got {count}.")
-    statistics = statistics_of(config, moments, taps, grid)
-    model._set_standardization([statistics[tap] for tap in taps])
+    statistics = statistics_of(config, moments, read_outs, grid)
+    model._set_standardization([concatenated_statistics(statistics, stage) for stage in base.stages()])
 
 
 def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kept: bool = False) -> None:
@@ -116,39 +139,52 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
     if not isinstance(selection, TimestepSelection):
         raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
     config, base = model.config, model._base()
-    width = config.width_of(selection.feature)
-    if model is not base and width != config.feature_size:
-        raise ValueError(
-            f"The head reads tokens of {config.feature_size} channels, but {selection.feature!r} has {width}. "
-            f"Load the model with `feature={selection.feature!r}, block={selection.block}, "
-            f"timestep={selection.timestep}`."
-        )
-    own, before = (config.block_index(), config.feature), (config.timestep, base.taps())
-    is_another_tap = (selection.block, selection.feature) != own
+    tap, taps, before = (selection.block, selection.feature), config.taps(), base.read_outs()
+    new = moved(config, selection.timestep, tap)
+    if model is not base and new.feature_size != config.feature_size:
+        raise ValueError(_of_other_width(selection, config, new))
+    is_another_tap = new.taps() != taps
     if is_another_tap and isinstance(config.zeroed_channels, list):
-        config.zeroed_channels = {tap_key(*own): config.zeroed_channels}  # they stay where they are
-    if is_another_tap:  # else the block stays as it was written, perhaps counted from the end
-        config.block, config.feature = selection.block, selection.feature
-    config.timestep, config.selection = selection.timestep, selection.to_dict()
+        config.zeroed_channels = {tap_key(*taps[0]): config.zeroed_channels}  # they stay where they are
+    was_selected = config.timestep != "auto"
+    for name in ("timestep", "block", "feature", "read_out"):
+        setattr(config, name, getattr(new, name))
+    config.selection = selection.to_dict()
+    found = dict(selection.other_massive_channels or {})
     if selection.massive_channels is not None:
+        found[tap_key(*tap)] = selection.massive_channels
+    if found:
         known = config.zeroed_channels if isinstance(config.zeroed_channels, dict) else {}
-        found = {tap_key(selection.block, selection.feature): selection.massive_channels}
         config.zeroed_channels = {**known, **found}
     if is_another_tap and not config.freeze_backbone:
         base.denoiser.requires_grad_(True)
         base.freeze()  # other blocks come after the tap
     if model._standardizations():
         # What came with weights before there was a timestep is of the timestep that those were trained at.
-        is_elsewhere = before != (config.timestep, base.taps()) and before[0] != "auto" and not are_statistics_kept
+        is_elsewhere = before != base.read_outs() and was_selected and not are_statistics_kept
         _standardize_as(model, selection, is_elsewhere)
+
+
+def _of_other_width(selection: TimestepSelection, config: ASelectConfig, new: ASelectConfig) -> str:
+    """Return why a head cannot read what a selection names, and what can be done."""
+    if len(new.taps()) > 1:
+        return (
+            f"The head reads tokens of {config.feature_size} channels, and at timestep {selection.timestep} alone its "
+            f"taps have {new.feature_size}. Load the model with `timestep={selection.timestep}` and a new head."
+        )
+    return (
+        f"The head reads tokens of {config.feature_size} channels, but {selection.feature!r} has {new.feature_size}. "
+        f"Load the model with `feature={selection.feature!r}, block={selection.block}, "
+        f"timestep={selection.timestep}`."
+    )
 
 
 def _standardize_as(model: Any, selection: TimestepSelection, is_elsewhere: bool) -> None:
     """Standardize what a model's head reads as a selection measured it, if it did."""
     config, found = model.config, selection.standardization or {}
-    statistics = [found[tap] for tap in model._base().taps() if tap in found]
-    if config.standardize_features and len(statistics) == len(model._standardizations()):
-        model._set_standardization(statistics)
+    is_measured = all(each in found for each in model._base().read_outs())
+    if config.standardize_features and is_measured:
+        model._set_standardization([concatenated_statistics(found, stage) for stage in model._base().stages()])
     elif config.standardized_grid is not None and is_elsewhere:
         model._set_standardization(None)
         logger.warning(

@@ -10,6 +10,7 @@ from ..model.configuration_aselect import ASelectConfig
 from ..model.denoiser import eval_mode
 from ..model.denoisers import _build
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
+from .prediction import predict
 
 
 def build_sampler(config: ASelectConfig) -> Any:
@@ -97,7 +98,7 @@ def generate_latents(
     everywhere but with one class (the null label alone is used) or a `guidance_scale` of 1.
 
     Args:
-        denoiser: Gives `num_channels`, `num_classes` and `predict`.
+        denoiser: The transformer, a `Denoiser`.
         sampler: A deterministic diffusers scheduler, as from `denoisers.build_sampler`.
         size: Height and width of the latents, multiples of the patch size.
         num_images: How many, at least 1.
@@ -192,5 +193,4 @@ def _predict(
         latents = torch.cat([latents, latents])
         labels = torch.cat([labels, torch.full_like(labels, denoiser.num_classes)])
     timesteps = timestep.to(latents.device).expand(len(latents))
-    prediction: Tensor = denoiser.predict(latents, timesteps, labels)
-    return prediction
+    return predict(denoiser, latents, timesteps, labels)

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.layouts import MASSIVE_FEATURES, Tap
+from ..model.layouts import Tap
 from .reader import Batch
+
+# Features of the residual stream, where a few channels may dwarf all others.
+MASSIVE_FEATURES = ("hidden", "normed", "attention")
 
 # A channel is massive where it exceeds the token's median magnitude so many times, in so large a share of tokens.
 # Normal values never do so; the embedded DiT, which has no such channels, comes to 15 times, published ones to

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.checks import NUM_TIMESTEPS
 from ..model.configuration_aselect import ASelectConfig
-from ..model.layouts import FEATURES, Tap
+from ..model.layouts import FEATURES, ReadOut, parse_tap_key
 from ..plots import plot_timestep_curve, plot_timestep_heat_map
 
 # Number of the format of a record. It rises when a reader of former records would misread new ones.
@@ -50,11 +50,14 @@ class TimestepSelection:
         massive_channels: Channels of the chosen tap that dwarf all others in every token, and were set to zero: found
             by this choice, or by an earlier one; None where they were not looked for.
         table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
+        other_massive_channels: Where the model reads several taps, the same of the others, by tap, as "9.hidden",
+            without those at which they were not looked for; None if there are no others.
         share_between_images: Share of the variance of the selected tap's tokens, in [0, 1], that is between images,
             read as the model reads them; the rest is between positions, and the same in all images. None where there
             were fewer than two images, and in a record from before it was measured.
-        standardization: What standardizes the tokens of each tap that the model's head reads: scale, (D,), and shift,
-            (rows, columns, D), float32; for `apply_selection`. Not in the record. None where nothing is standardized.
+        standardization: What standardizes the tokens of each tap that the model's head reads, by (timestep, block,
+            feature): scale, (D,), and shift, (rows, columns, D), float32; for `apply_selection`. Not in the record.
+            None where nothing is standardized.
     """
 
     timestep: int
@@ -79,16 +82,19 @@ class TimestepSelection:
     massive_channels: list[int] | None = None
     table: list[dict[str, Any]] | None = None
     share_between_images: float | None = None
-    standardization: dict[Tap, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
+    other_massive_channels: dict[str, list[int]] | None = None
+    standardization: dict[ReadOut, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
 
     def is_of(self, config: ASelectConfig) -> bool:
-        """Return whether this is how the timestep of a configuration was chosen, at its tap."""
-        return (self.timestep, self.block, self.feature) == (config.timestep, config.block_index(), config.feature)
+        """Return whether this is how the timestep of a configuration was selected, at its tap or for several."""
+        return config.is_selected(self.timestep, self.block, self.feature)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain numbers, strings and lists, fit for JSON, with the number of its `format`."""
         values = asdict(replace(self, standardization=None))
         del values["standardization"]
+        if self.other_massive_channels is None:
+            del values["other_massive_channels"]
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -219,6 +225,17 @@ def _is_interval(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
 
 
+def _are_channels_by_tap(value: Any) -> bool:
+    try:
+        return (
+            isinstance(value, dict)
+            and all(parse_tap_key(key)[0] >= 0 for key in value)
+            and all(_is_list_of(_is_integer)(channels) for channels in value.values())
+        )
+    except ValueError:  # a key that is none
+        return False
+
+
 def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def is_list(value: Any) -> bool:
         return isinstance(value, list | tuple) and all(map(check, value))
@@ -250,4 +267,5 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "massive_channels": lambda value: value is None or _is_list_of(_is_integer)(value),
     "table": lambda value: value is None or _is_list_of(_is_dictionary)(value),
     "share_between_images": lambda value: value is None or _is_number(value),
+    "other_massive_channels": lambda value: value is None or _are_channels_by_tap(value),
 }

@@ -13,6 +13,7 @@ from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
 from .accumulators import AUTO_FEATURES
 from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, suited
+from .placement import selected_at
 from .reader import ReadableModel
 
 # So many images the transformer makes itself at most.
@@ -178,10 +179,11 @@ def _checked_labels(labels: Any, images: Any) -> list[int]:
 def _checked_taps(
     config: ASelectConfig, block: int | str | Sequence[int] | None, feature: str | Sequence[str] | None, several: bool
 ) -> list[Tap]:
+    own_block, own_feature = selected_at(config)
     if block == "auto":
         blocks = list(range(0, config.num_hidden_layers, 3))
     elif block is None or isinstance(block, int):
-        blocks = [config.block_index(block)]
+        blocks = [own_block if block is None else config.block_index(block)]
     elif isinstance(block, Sequence) and not isinstance(block, str):
         blocks = [config.block_index(each) for each in block]
     else:
@@ -191,7 +193,7 @@ def _checked_taps(
     else:
         if not (feature is None or isinstance(feature, Sequence)):
             raise ValueError(f"`feature` must be a name, several of them, or 'auto', got {feature!r}.")
-        features = [config.feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
+        features = [own_feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
     taps = list(product(blocks, features))
     for tap in taps:
         config.check_tap(*tap)

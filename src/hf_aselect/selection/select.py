@@ -60,13 +60,16 @@ def select_timestep(
     Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
     others in every token are found on the first pictures and set to zero before anything is scored.
 
+    Where the configuration names several taps, one timestep is selected for all of them, at the first, unless `block`
+    or `feature` names others. Where it names several timesteps, one is selected in their place.
+
     The images are then read once more at the selected timestep, as the model reads them: for what standardizes the
     features of its head (`config.standardize_features`), and for the share of their variance that is between images.
 
     Nothing in the model changes; `model.apply_selection` takes the result.
 
     Args:
-        model: Model with the tap (`config.block`, `config.feature`) to choose a timestep for.
+        model: Model with the tap (`config.block`, `config.feature`) to select a timestep for, or several.
         images: PIL pictures or arrays; a `datasets` dataset with an image column, streaming or not; or pixel values,
             (B, C, H, W), in [-1, 1]. A stream is read from its start on several times, so it should be shuffled, with
             a seed: the same each time. Default: the transformer generates some.
@@ -79,10 +82,10 @@ def select_timestep(
             fine on `model.noise_schedule.even_timesteps()`.
         labels: For "probe": class index of each picture in `images`; or, for dense tasks, its mask, one class index a
             pixel: the probe then classifies patches ("patch_probe"). Or the name of a column with either.
-        block: Block to read at in place of the configuration's; several, or "auto" for every third, to select the
-            block, too, by "consensus", "probe" or "patch_probe".
-        feature: Feature to read in place of the configuration's; several, or "auto" for `hidden`, `query`, `key` and
-            `value`, to select the feature, too, in the same way.
+        block: Block to read at in place of the configuration's (first) one; several, or "auto" for every third, to
+            select the block, too, by "consensus", "probe" or "patch_probe".
+        feature: Feature to read in place of the configuration's (first) one; several, or "auto" for `hidden`, `query`,
+            `key` and `value`, to select the feature, too, in the same way.
         max_images: Look at so many pictures at the most; a larger set is sampled. Of its own pictures the transformer
             generates 128 at the most, unguided: each costs 20 passes through all of it.
         confidence: Look at no more pictures once the choice is as sure as this, in [0, 1].
@@ -190,6 +193,7 @@ def _record(
         seed=request.seed,
         warnings=warnings,
         massive_channels=sweep.massive_channels(request.taps[tap]),
+        other_massive_channels=sweep.other_massive_channels(request.taps[tap]),
         table=_table(request, curve) if len(request.taps) > 1 else None,
     )
 

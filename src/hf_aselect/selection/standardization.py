@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.layouts import Tap
+from ..model.layouts import ReadOut, Tap
 from .distribution import Share
 from .massive_channels import given_channels
+from .placement import stages_once_moved
 from .reader import Reader
 from .sweep import Sweep, progress_bar
 
@@ -121,8 +122,8 @@ def _floored(deviation: Tensor, means: Tensor) -> Tensor:
     return torch.where(floored > 0, floored, torch.ones_like(floored))
 
 
-# Of each tap: scale, (D,), and shift, (rows, columns, D), float32.
-Statistics = dict[Tap, tuple[Tensor, Tensor]]
+# Of each tap at a timestep: scale, (D,), and shift, (rows, columns, D), float32.
+Statistics = dict[ReadOut, tuple[Tensor, Tensor]]
 
 
 def measured(sweep: Sweep, tap: Tap, timestep: int) -> dict[str, Any]:
@@ -134,70 +135,73 @@ def measured(sweep: Sweep, tap: Tap, timestep: int) -> dict[str, Any]:
     num_images = min(sweep.num_images, MAX_IMAGES)
     if num_images < 2:
         return {}
-    config, taps = reader.model.config, taps_read(reader.model, tap)
-    own_noise.channels |= given_channels(config, [each for each in taps if each != tap])
-    moments, grid = read_moments(own_noise, list(dict.fromkeys([tap, *taps])), timestep, num_images, sweep.share)
+    config = reader.model.config
+    read_outs = [each for stage in stages_once_moved(reader.model, timestep, tap) for each in stage]
+    own = timestep, *tap
+    known = [tap, *sweep.taps_read_together]
+    others = [(block, feature) for _, block, feature in read_outs if (block, feature) not in known]
+    own_noise.channels |= given_channels(config, others)
+    moments, grid = read_moments(own_noise, list(dict.fromkeys([own, *read_outs])), num_images, sweep.share)
     reader.num_forwards += own_noise.num_forwards
-    is_standardized = bool(taps) and config.standardize_features
+    is_standardized = bool(read_outs) and config.standardize_features
     return {
-        "share_between_images": moments[tap].share_between_images,
-        "standardization": statistics_of(config, moments, taps, grid) if is_standardized else None,
+        "share_between_images": moments[own].share_between_images,
+        "standardization": statistics_of(config, moments, read_outs, grid) if is_standardized else None,
     }
 
 
-def taps_read(model: Any, tap: Tap) -> list[Tap]:
-    """Return the taps that a model's head reads once the tap is the configuration's; none without a head."""
-    # What only reads tokens has none.
-    heads: list[Any] = getattr(model, "_standardizations", list)()
-    if len(heads) < 2:
-        return [tap] * len(heads)
-    # Those of UperNet stay where they are; the stem has but one feature.
-    return [(block, tap[1] if block >= 0 else feature) for block, feature in model._base().taps()]
-
-
 def read_moments(
-    reader: Reader, taps: list[Tap], timestep: int, num_images: int, share: Share
-) -> tuple[dict[Tap, TokenMoments], tuple[int, int]]:
-    """Return the sums over images of each tap's tokens at a timestep, and the rows and columns of their grid.
+    reader: Reader, read_outs: Sequence[ReadOut], num_images: int, share: Share
+) -> tuple[dict[ReadOut, TokenMoments], tuple[int, int]]:
+    """Return the sums over images of the tokens of each tap at its timestep, and the rows and columns of their grid.
 
     Args:
         reader: Reads with the model's own noise.
-        taps: The taps.
-        timestep: Integer in [0, 1000).
+        read_outs: Timesteps and taps; each image is read once at each of the timesteps.
         num_images: How many of the set's images.
         share: Which of them this process reads; all processes get the same sums.
 
     Raises:
         ValueError: If there are no images, or tokens are NaN or infinite.
     """
-    own: dict[Tap, TokenMoments] = {}
+    own: dict[ReadOut, TokenMoments] = {}
     grid: tuple[int, int] | None = None
+    taps: dict[Any, list[Tap]] = {}  # by timestep
+    for timestep, block, feature in read_outs:
+        taps.setdefault(timestep, []).append((block, feature))
+    every = list(dict.fromkeys(tap for here in taps.values() for tap in here))
     with progress_bar("Standardizing features") as reader.bar:
-        for batch in reader.batches(0, num_images, [timestep], share):
+        for batch in reader.batches(0, num_images, list(taps), share):
             grid = batch.grid
-            for _, read in batch.read(taps):
-                for tap in taps:
+            for timestep, read in batch.read(every):
+                for tap in taps[timestep]:
                     # The mean over noise draws. Not every accelerator has float64.
                     tokens = read[tap].cpu().double().mean(0)  # (B, N, D)
-                    own.setdefault(tap, TokenMoments.from_origin(tokens[0])).add(tokens)
+                    own.setdefault((timestep, *tap), TokenMoments.from_origin(tokens[0])).add(tokens)
     # A process may have no image, where there are fewer than processes.
     parts = [part for part in share.gather((own, grid)) if part[0]]
     if not parts:
         raise ValueError("No images to standardize features by: the set is empty.")
-    moments = {tap: TokenMoments.combined([part[tap] for part, _ in parts]) for tap in taps}
+    moments = {each: TokenMoments.combined([part[each] for part, _ in parts]) for each in read_outs}
     if not all(bool(each.squares.isfinite().all()) for each in moments.values()):
         raise ValueError("The model's features are NaN or infinite. Check its weights and the images.")
     return moments, parts[0][1]
 
 
 def statistics_of(
-    config: Any, moments: dict[Tap, TokenMoments], taps: Sequence[Tap], grid: tuple[int, int]
+    config: Any, moments: dict[ReadOut, TokenMoments], read_outs: Sequence[ReadOut], grid: tuple[int, int]
 ) -> Statistics:
-    """Return what standardizes the tokens of taps, of a token grid of some rows and columns."""
+    """Return what standardizes the tokens of taps and timesteps, of a token grid of some rows and columns."""
     # With fresh noise in training nothing but the images is the same at a position.
     per_position = not config.resample_noise_in_training
-    found = {tap: scale_and_shift(moments[tap], per_position) for tap in taps}
-    return {tap: (scale, shift.unflatten(0, grid)) for tap, (scale, shift) in found.items()}
+    found = {each: scale_and_shift(moments[each], per_position) for each in read_outs}
+    return {each: (scale, shift.unflatten(0, grid)) for each, (scale, shift) in found.items()}
+
+
+def concatenated_statistics(found: Statistics, stage: Sequence[ReadOut]) -> tuple[Tensor, Tensor]:
+    """Return scale and shift of the tokens of several taps and timesteps that lie side by side."""
+    scales, shifts = zip(*(found[each] for each in stage), strict=True)
+    return torch.cat(scales, dim=-1), torch.cat(shifts, dim=-1)
 
 
 def _with_own_noise(reader: Reader) -> Reader:

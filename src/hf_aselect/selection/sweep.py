@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as host_logging
 
-from ..model.layouts import Tap
+from ..model.layouts import Tap, tap_key
 from .accumulators import NUM_GROUPS, Context
 from .criteria import accumulator_of
 from .curve import TimestepCurve, bootstrap
 from .distribution import Share, gather_objects, process
 from .images import CalibrationPictures
 from .massive_channels import find_massive_channels, given_channels
+from .placement import taps_read_together
 from .reader import ReadableModel, Reader
 from .request import Request
 
@@ -34,10 +35,11 @@ class Sweep:
 
     def __init__(self, model: ReadableModel, images: CalibrationPictures, request: Request) -> None:
         self.request, self.share = request, Share.of_model(model)
+        self.taps_read_together = taps_read_together(model)
         self.reader = Reader(
             model,
             images,
-            given_channels(model.config, request.taps),
+            given_channels(model.config, [*request.taps, *self.taps_read_together]),
             request.criterion.num_draws,
             request.batch_size,
             request.seed,
@@ -80,6 +82,12 @@ class Sweep:
         if given_channels(config, [tap])[tap] is None:
             return self.reader.channels[tap]
         return config.channels_at(*tap) if isinstance(config.zeroed_channels, dict) else None
+
+    def other_massive_channels(self, tap: Tap) -> dict[str, list[int]] | None:
+        """Return the massive channels of the other taps that are read together with a tap, where anyone looked."""
+        others = [each for each in self.taps_read_together if each != tap]
+        found = {tap_key(*each): self.massive_channels(each) for each in others}
+        return {key: channels for key, channels in found.items() if channels is not None} or None
 
     def _find_channels(self, timesteps: list[int]) -> None:
         """Find the massive channels of the taps whose channels have to be found, on the first images.

@@ -43,8 +43,8 @@ class ASelectCallback(TrainerCallback):
 
     Raises:
         ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
-            values in the rows, or, while the backbone is trained, another tap is to be chosen or `reselect_epochs` is
-            given with a stream.
+            values in the rows, or, while the backbone is trained, another tap is to be chosen, `reselect_epochs` is
+            given with a stream, or a model of several timesteps is to follow.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ASelectCallback(TrainerCallback):
             model.apply_selection(selection)
             self._report(args, state, selection)
         elif self.first_timestep is None:
-            self.first_timestep = int(model.config.timestep)
+            self.first_timestep = model.config.resolved_timestep()
             # `from_pretrained` chose.
             if model.config.selection and model.config.is_selection_in_use():
                 self._report(args, state, TimestepSelection.from_dict(model.config.selection))
@@ -153,6 +153,11 @@ class ASelectCallback(TrainerCallback):
         if model.config.freeze_backbone:
             return
         follows = self.reselect_epochs is not None and self.follow
+        if follows and len({timestep for timestep, _, _ in model.config.read_outs()}) > 1:
+            raise ValueError(
+                "`follow=True` moves a model to the one timestep that was selected again, and this one reads at "
+                f"{model.config.timestep}, as its head was built for. Leave `follow` out, which reports the selection."
+            )
         if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
             raise ValueError(
                 "The optimizer has the weights up to the configuration's tap, so no other can be chosen here "

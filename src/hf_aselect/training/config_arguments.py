@@ -9,10 +9,12 @@ from typing import Any
 from ..model.configuration_aselect import ASelectConfig
 
 # Another selection would not fit the head that was trained so far.
-SELECTED = ("timestep", "block", "feature", "zeroed_channels", "selection", "standardize_features")
+SELECTED = ("timestep", "block", "feature", "read_out", "zeroed_channels", "selection", "standardize_features")
+# Fields of which several values can be given.
+SEVERAL = ("timestep", "block", "feature")
 # Fields that are no single word on a command line: records of diffusers and of this package.
 _RECORDS = (
-    *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes"),
+    *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes", "read_out"),
     *("folded", "folded_layout", "standardized_grid"),
 )
 
@@ -22,13 +24,25 @@ def int_or_word(value: str) -> int | str:
     return int(value) if value.lstrip("-").isdigit() else value
 
 
+def one_or_several(values: list[Any]) -> Any:
+    """Return the values of an option that takes several: one by itself, several as a list."""
+    return values[0] if len(values) == 1 else values
+
+
+def _kind_of(name: str, kind: Any) -> Any:
+    """Return what `HfArgumentParser` makes of the words of a field's option."""
+    if name in SEVERAL:
+        return list[int_or_word]  # type: ignore[valid-type]
+    return kind if kind in (bool, float) else int_or_word
+
+
 # One option for each field, for `HfArgumentParser`; None where it is not given.
 ConfigArguments = make_dataclass(
     "ConfigArguments",
     [
         (
             name,
-            kind if kind in (bool, float) else int_or_word,
+            _kind_of(name, kind),
             field(default=None, metadata={"help": "Field of ASelectConfig."}),
         )
         for name, kind in ASelectConfig.__annotations__.items()
@@ -39,7 +53,8 @@ ConfigArguments = make_dataclass(
 
 def given_fields(arguments: Any) -> dict[str, Any]:
     """Return the fields that were given, of `ConfigArguments`, by name."""
-    return {name: value for name, value in asdict(arguments).items() if value is not None}
+    given = {name: value for name, value in asdict(arguments).items() if value is not None}
+    return {name: one_or_several(value) if name in SEVERAL else value for name, value in given.items()}
 
 
 def needs_timestep(source: str, given: dict[str, Any]) -> bool:
@@ -95,7 +110,7 @@ def resumed_fields(given: dict[str, Any], *folders: str | os.PathLike[str]) -> d
             break
     else:
         return given
-    for name in ("timestep", "block", "feature"):
+    for name in SEVERAL:
         before = getattr(config, name)
         if given.get(name, "auto") not in ("auto", before):
             raise ValueError(f"The training began at {name} {before}, got --{name} {given[name]}.")

@@ -42,11 +42,12 @@ def cache_features(
 
     The backbone then runs once and not in every epoch: `Trainer` trains a head on what comes back, whose columns
     `features` and `label` are what `DiTForImageClassification` takes. It is memory-mapped, so memory does not grow
-    with it. What belongs to other weights, another timestep, tap, noise, size, preprocessing, data set or augmentation
-    has another fingerprint, and so another folder. Parts that were finished before an interruption are kept. Under
-    `accelerate launch` (or torchrun) each process computes its share: all must call this, and see the same
-    `cache_dir`. What `datasets` does not see is not seen here: pictures that are read from paths and replaced in
-    place, and functions that `augment` calls; name another `cache_dir` then.
+    with it; several taps and timesteps, whose tokens lie side by side, take as much more of the disk. What belongs to
+    other weights, another timestep, tap, noise, size, preprocessing, data set or augmentation has another fingerprint,
+    and so another folder. Parts that were finished before an interruption are kept. Under `accelerate launch` (or
+    torchrun) each process computes its share: all must call this, and see the same `cache_dir`. What `datasets` does
+    not see is not seen here: images that are read from paths and replaced in place, and functions that `augment`
+    calls; name another `cache_dir` then.
 
     Args:
         model: The model, with a chosen timestep (unless for "latents"); its head, if any, is of no account. Features
@@ -234,13 +235,17 @@ def _facts_of_model(model: ASelectPreTrainedModel) -> dict[str, Any]:
 
 def _facts_of_selection(config: Any) -> dict[str, Any]:
     """Return where and how features are read, which latents do not depend on."""
-    block = config.block_index()
+    read_outs = config.read_outs()
+    channels = [config.channels_at(block, feature) for _, block, feature in read_outs]
+    where: dict[str, Any] = {"read_out": read_outs, "zeroed_channels": channels}
+    if len(read_outs) == 1:
+        # Caches from before there were several have these names.
+        ((timestep, *tap),) = read_outs
+        where = {"timestep": timestep, "tap": tap_key(*tap), "zeroed_channels": channels[0]}
     return {
-        "timestep": config.timestep,
-        "tap": tap_key(block, config.feature),
+        **where,
         "noise_seed": config.noise_seed,
         "num_noise_draws": config.num_noise_draws,
-        "zeroed_channels": config.channels_at(block, config.feature),
         "scheduler": config.scheduler,
         "timestep_embedding": config.timestep_embedding,
         "guidance": config.guidance,
