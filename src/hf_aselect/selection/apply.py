@@ -27,11 +27,11 @@ def settle(model: Any, images: Any) -> None:
         model: The model.
         images: As in `select_timestep`.
     """
-    model.apply_selection(select_timestep(model, images, batch_size=_batch_size(model.config)))
+    model.apply_selection(select_timestep(model, images, batch_size=batch_size_for(model.config)))
 
 
-def _batch_size(config: Any) -> int:
-    """Return as many images as have so many tokens as 32 of 512 pixels: large ones would not fit many a machine."""
+def batch_size_for(config: Any) -> int:
+    """Return how many images one forward pass reads: as many as have the tokens of 32 of 512 pixels, at most 32."""
     rows, columns = config.token_grid
     count: int = MAX_TOKENS // (rows * columns)
     return max(1, min(32, count))
@@ -95,7 +95,7 @@ def standardize(model: Any, images: Any, max_images: int) -> None:
     timestep, taps = config.resolved_timestep(), model._base().taps()
     pictures = CalibrationPictures(images, config, max_images, seed=0)
     channels: dict[Tap, list[int] | None] = {tap: config.channels_at(*tap) for tap in taps}
-    reader = Reader(model, pictures, channels, 0, _batch_size(config), seed=0)
+    reader = Reader(model, pictures, channels, 0, batch_size_for(config), seed=0)
     with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
         moments, grid = read_moments(reader, taps, timestep, max_images, Share.of_model(model))
     if (count := moments[taps[0]].count) < 2:
