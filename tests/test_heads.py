@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from hf_aselect import ASelectConfig
+from hf_aselect import ASelectConfig, DiTForImageClassification
 from hf_aselect.model.heads import AttentionHead, LinearHead
 
 
@@ -50,3 +51,24 @@ def test_the_linear_head_reads_the_mean():
     pooled = tokens.mean(1, keepdim=True)
     torch.testing.assert_close(head(tokens), head(pooled))
     assert head(tokens).shape == (2, 3)
+
+
+def test_a_linear_head_may_read_the_mean_without_a_norm():
+    head, tokens = LinearHead(6, 3, has_norm=False), torch.randn(2, 9, 6)
+    torch.testing.assert_close(head(tokens), head.classifier(tokens.mean(1)))
+    assert {name for name, _ in head.named_parameters()} == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_head_is_not_loaded_without_the_norm_it_was_trained_with(pixel_folder, tmp_path):
+    given = {"timestep": 5, "num_labels": 3, "head": "linear"}
+    model = DiTForImageClassification.from_pretrained(pixel_folder, **given)
+    model.save_pretrained(tmp_path / "normed")
+    with pytest.raises(
+        ValueError, match=r"hold another kind of head: .*have \['head.norm.bias', 'head.norm.weight'\]"
+    ):
+        DiTForImageClassification.from_pretrained(tmp_path / "normed", head_norm=False)
+    model = DiTForImageClassification.from_pretrained(pixel_folder, head_norm=False, **given)
+    model.save_pretrained(tmp_path / "plain")
+    assert not DiTForImageClassification.from_pretrained(tmp_path / "plain").config.head_norm
+    with pytest.raises(ValueError, match="hold a part of the head only"):
+        DiTForImageClassification.from_pretrained(tmp_path / "plain", head_norm=True)

@@ -32,7 +32,7 @@ WINGS = {
     "folding": "a denoiser at one timestep as the weights of a plain transformer",
     "checkpoints": "what diffusers saved: found, fetched, read, converted; licences; folders that appear whole",
     "hub": "the model card and the push",
-    "training": "the callback for Trainer, its trackers, cached features, metrics",
+    "training": "the callback for Trainer, its trackers, cached features, heads in closed form, metrics",
     "demo": "the demo on the embedded DiT",
     "cli": "the command line",
     "__main__": "`python -m hf_aselect`",

@@ -140,6 +140,7 @@ def main() -> None:
         args.model_name_or_path,
         calibration_images=train.shuffle(args.seed)[:256][args.image_column] if has_use else None,
         head="linear",
+        head_norm=True,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         **given,

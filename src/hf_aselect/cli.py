@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-aselect", description="Diffusion transformers as vision models.")
     parser.add_argument("--version", action="version", version=f"hf_aselect {_own_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_select, _add_convert, _add_fold, _add_card, _add_env):
+    for add in (_add_demo, _add_select, _add_fit, _add_convert, _add_fold, _add_card, _add_env):
         add(commands)
     return parser
 
@@ -167,7 +167,7 @@ def _add_select(commands: Any) -> None:
         help="pictures to look at; without them the transformer makes its own",
     )
     select.add_argument("--image-column", metavar="NAME", help="column of the pictures (`image`, or the only one)")
-    select.add_argument("--split", default="train", help="split of a dataset of the Hub (%(default)s)")
+    select.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")
     select.add_argument(
         "--label-column",
         metavar="NAME",
@@ -254,7 +254,7 @@ def _load_images(source: str, split: str) -> Any:
         raise ValueError(f"There is no file {source!r}.")
     try:
         if path.is_dir():
-            return load_dataset("imagefolder", data_dir=source, split="train")
+            return load_dataset("imagefolder", data_dir=source, split=split)
         if path.suffix == ".parquet":
             return load_dataset("parquet", data_files=source, split="train")
         return load_dataset(source, split=split)
@@ -268,6 +268,169 @@ def _column(rows: Any, name: str) -> Any:
     if name not in rows.column_names:
         raise ValueError(f"The pictures have no column {name!r}, only {', '.join(rows.column_names)}.")
     return rows.select_columns([name])
+
+
+def _add_fit(commands: Any) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="fit a linear classifier or segmenter in closed form, evaluate it, and save it with its card",
+        description="Load a diffusion transformer, select its timestep if it has none, standardize its features, fit "
+        "a linear head in one pass over labelled images (ridge regression), evaluate it, and save it with its code "
+        "and its card. With masks for labels the head is a linear decoder.",
+        epilog="example: hf-aselect fit path/to/a/dit --images train.parquet --eval-images test.parquet --output "
+        "my-classifier",
+    )
+    fit.add_argument("source", metavar="SOURCE", help="hf_aselect checkpoint, or what diffusers saved: folder or id")
+    data = fit.add_argument_group("images")
+    data.add_argument("--images", required=True, metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to fit to")
+    data.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")
+    data.add_argument("--image-column", metavar="NAME", help="column of the images (`image`, or the only one)")
+    data.add_argument(
+        "--label-column", default="label", metavar="NAME", help="column of the classes, or of masks (%(default)s)"
+    )
+    data.add_argument(
+        "--class-names",
+        nargs="+",
+        metavar="NAME",
+        help="names of the classes, where the dataset has none, as of masks",
+    )
+    data.add_argument("--num-images", type=int, metavar="N", help="fit to a random sample of so many (default: all)")
+    data.add_argument("--eval-images", metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to evaluate on")
+    data.add_argument("--eval-split", metavar="SPLIT", help="split to evaluate on, of those or else of --images")
+    tap = fit.add_argument_group("features")
+    tap.add_argument(
+        "--timestep",
+        type=_block,
+        metavar="T",
+        help="in [0, 1000), or auto to select one (default: SOURCE's, else auto)",
+    )
+    tap.add_argument("--block", type=int, help="block to read at, negative from the end (default: SOURCE's)")
+    tap.add_argument("--feature", help="hidden, normed, query, key, value or attention (default: SOURCE's)")
+    how = fit.add_argument_group("fit")
+    how.add_argument("--balance-classes", action="store_true", help="let each class count the same, whatever its size")
+    how.add_argument("--allow-missing", action="store_true", help="allow classes without an image")
+    how.add_argument("--batch-size", type=int, metavar="N", help="images in one forward pass (default: by their size)")
+    how.add_argument("--seed", type=int, default=0, help="seed of the samples (%(default)s)")
+    fit.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    fit.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
+    fit.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
+    fit.set_defaults(run=_fit)
+
+
+def _fit(parsed: argparse.Namespace) -> None:
+    # They take seconds to import, which `--help` should not.
+    from .checkpoints.atomic import checked_output, whole_folder
+    from .hub.push import write_model_card
+    from .model.modeling_aselect import save_image_processor
+
+    logging.set_verbosity_error()
+    target = checked_output(parsed.output)
+    train, judged = _labelled_splits(parsed)
+    model = _load_to_fit(parsed, train)
+    fit = model.fit_head(
+        train,
+        image_column=parsed.image_column,
+        label_column=parsed.label_column,
+        eval_dataset=judged,
+        max_images=parsed.num_images,
+        balance_classes=parsed.balance_classes,
+        allow_missing=parsed.allow_missing,
+        batch_size=parsed.batch_size,
+        seed=parsed.seed,
+    )
+    facts = {} if Path(parsed.images).exists() else {"dataset": parsed.images}
+    with whole_folder(target) as unfinished:
+        model.save_pretrained(unfinished, include_code=True)  # its card says so
+        save_image_processor(model, unfinished)
+        write_model_card(model, unfinished, model_name=target.name, **{**model.card_facts, **facts})
+    _print_fit(model, fit, judged)
+    print(f"Saved {parsed.output}.")
+
+
+def _labelled_splits(parsed: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the images to fit to and those to evaluate on, None if none are named, with the same classes.
+
+    Raises:
+        ValueError: If they cannot be read, lack a column, or the labels are neither classes nor masks.
+    """
+    # They take seconds to import, which `--help` should not.
+    from datasets import ClassLabel, Image, Value
+
+    from .training.splits import with_classes_of
+
+    column = parsed.label_column
+    train, judged = _load_images(parsed.images, parsed.split), None
+    if parsed.eval_images is not None:
+        judged = _load_images(parsed.eval_images, parsed.eval_split or "train")
+    elif parsed.eval_split is not None:
+        if Path(parsed.images).suffix == ".parquet":
+            raise ValueError("A parquet file has no splits. Name a file to evaluate on by `--eval-images`.")
+        judged = _load_images(parsed.images, parsed.eval_split)
+    for split in (train, judged):
+        if split is not None:
+            _column(split, column)
+    kind = train.features[column]
+    if isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
+        train = train.class_encode_column(column)
+    elif isinstance(kind, Image) and not parsed.class_names:
+        raise ValueError(f"The labels in {column!r} are masks: name their classes by `--class-names`.")
+    elif not isinstance(kind, (ClassLabel, Image)) and "int" not in str(getattr(kind, "dtype", "")):
+        raise ValueError(f"The labels in {column!r} must be class indices, names or masks, got {kind}.")
+    if judged is not None and isinstance(train.features[column], ClassLabel):
+        judged = with_classes_of(train, judged, column)
+    return train, judged
+
+
+def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
+    """Return the model to fit, with a linear head and the classes of the images."""
+    # They take seconds to import, which `--help` should not.
+    from datasets import Image
+
+    from .model.modeling_classification import DiTForImageClassification
+    from .model.modeling_segmentation import DiTForSemanticSegmentation
+    from .training.config_arguments import needs_images
+
+    given, kind = _given(parsed, "timestep", "block", "feature"), train.features[parsed.label_column]
+    names = parsed.class_names or getattr(kind, "names", None)
+    if names is None:
+        names = [str(number) for number in range(1 + max(train[parsed.label_column]))]
+    images = None
+    if needs_images(parsed.source, given):
+        shown = train if parsed.image_column is None else train.select_columns([parsed.image_column])
+        shown = shown.remove_columns(parsed.label_column) if isinstance(kind, Image) else shown
+        images = shown.shuffle(parsed.seed).select(range(min(256, len(shown))))
+    is_dense = isinstance(kind, Image)
+    head = {"decoder": "linear"} if is_dense else {"head": "linear", "head_norm": False}
+    loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
+        parsed.source,
+        calibration_images=images,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        ignore_mismatched_sizes=True,  # a head that is there is of no use
+        **_given(parsed, "revision", "token"),
+        **head,
+        **given,
+    )
+    return loaded
+
+
+def _print_fit(model: Any, fit: Any, judged: Any) -> None:
+    """Print what was fitted, and how good it is."""
+    config, selection = model.config, model.config.selection
+    how = f", selected from {selection['num_images']} images" if selection and config.is_selection_in_use() else ""
+    rows = {
+        "timestep": f"{config.timestep}{how}",
+        "features": f"{config.feature} of block {config.block_index()}",
+        "images": f"{fit.num_images} of {len(fit.class_counts)} classes",
+        "ridge strength": f"{fit.strength:.3g}",
+        "accuracy, held out": f"{fit.accuracy:.1%}",
+    }
+    for name, value in (fit.evaluation or {}).items():
+        rows[f"{name.replace('_iou', ' IoU')}, evaluation"] = f"{value:.1%} on {len(judged)} images"
+    rows["seconds"] = f"{fit.seconds:.1f}"
+    for name, value in rows.items():
+        print(f"{name:<22} {value}")
+    print()
 
 
 def _print_curve(selection: Any) -> None:

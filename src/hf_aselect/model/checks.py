@@ -572,7 +572,9 @@ def _check_head_is_whole(
         missing = {name for name in info["missing_keys"] if name.startswith(of_the_part)}
         whole = {name for name in model.state_dict() if name.startswith(of_the_part)}
         left_over = {name for name in info["unexpected_keys"] if name.startswith(of_the_part)}
-        if missing and left_over:
+        # A linear head that was trained on normed tokens means nothing without its norm.
+        has_other_norm = whole and any(name.startswith("head.norm.") for name in left_over)
+        if left_over and (missing or has_other_norm):
             if not ignore_mismatched_sizes:
                 raise ValueError(
                     f"The weights in {str(source)!r} hold another kind of {part}: they lack {sorted(missing)[:2]} and "

@@ -117,6 +117,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         head_num_layers: Transformer blocks of the attention head.
         head_num_attention_heads: Attention heads in each of them.
         head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
+        head_norm: Whether the linear head has a layer norm. One that `fit_head` fitted has none.
         standardize_features: Whether a new head (or decoder) standardizes the tokens by their mean and spread over the
             images that the timestep is selected from, or those given to `model.standardize`. It does not in a
             checkpoint from before this field.
@@ -173,6 +174,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     head_num_layers: int = 2
     head_num_attention_heads: int = 8
     head_mlp_ratio: int = 4
+    head_norm: bool = True
     standardize_features: bool = True
     standardized_grid: list[int] | None = None
     decoder: str = "linear"

@@ -98,13 +98,7 @@ class PromptAttention(nn.Module):
     is_causal = False  # the host's kernels ask
 
     def __init__(
-        self,
-        config: Any,
-        width: int,
-        size: int,
-        num_heads: int,
-        num_tokens: int,
-        norm_eps: float | None = None,
+        self, config: Any, width: int, size: int, num_heads: int, num_tokens: int, norm_eps: float | None = None
     ) -> None:
         super().__init__()
         self.config, self.num_heads, self.scaling = config, num_heads, (size // num_heads) ** -0.5
@@ -326,12 +320,9 @@ class FoldedSingleBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return what `FoldedBlock.forward` returns."""
         tapped: dict[str, Tensor] = {}
-        if not self.is_run or text is None:
-            normed = self.attention_norm(hidden_states)
-            parts = self._project(normed)
-        else:
-            normed = self.attention_norm(torch.cat([text, hidden_states], dim=1))
-            parts = self._project(normed)
+        line = torch.cat([text, hidden_states], dim=1) if self.is_run and text is not None else hidden_states
+        normed = self.attention_norm(line)
+        parts = self._project(normed)
         start = self.text_size if self.is_run else 0
         if "normed" in self.features:
             tapped["normed"] = normed[:, start:] * self.normed_scale + self.normed_shift
@@ -408,14 +399,9 @@ class FoldedSanaBlock(GradientCheckpointingLayer):
         if not self.is_run:
             return
         if layout.num_cross_tokens:
-            self.cross = PromptAttention(
-                config,
-                width,
-                layout.cross_size or width,
-                layout.num_cross_heads or layout.num_attention_heads,
-                layout.num_cross_tokens,
-                layout.query_key_norm_eps,
-            )
+            size, heads = layout.cross_size or width, layout.num_cross_heads or layout.num_attention_heads
+            num_tokens, norm_eps = layout.num_cross_tokens, layout.query_key_norm_eps
+            self.cross = PromptAttention(config, width, size, heads, num_tokens, norm_eps)
         self.mlp_norm = nn.LayerNorm(width, layout.mlp_norm_eps, elementwise_affine=False)
         inner = 2 * layout.mlp_size
         self.up_projection = nn.Linear(width, inner)

@@ -6,13 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .folded_blocks import (
-    FoldedBlock,
-    FoldedLumina2Block,
-    FoldedSanaBlock,
-    FoldedSingleBlock,
-    Rotary,
-)
+from .folded_blocks import FoldedBlock, FoldedLumina2Block, FoldedSanaBlock, FoldedSingleBlock, Rotary
 from .layouts import FoldedLayout, Tap
 
 

@@ -84,19 +84,23 @@ class FeatureStandardization(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Mean pooling, layer norm and one linear layer.
+    """Mean pooling, layer norm (or none) and one linear layer.
 
     Args:
         hidden_size: Width D of the tokens.
         num_labels: Number of classes K.
         grid: Of `FeatureStandardization`.
+        has_norm: Whether there is a layer norm.
     """
 
-    def __init__(self, hidden_size: int, num_labels: int, grid: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, num_labels: int, grid: Sequence[int] | None = None, has_norm: bool = True
+    ) -> None:
         super().__init__()
         self.standardization = FeatureStandardization(hidden_size, grid)
-        # The tokens of different taps and timesteps differ in scale by orders of magnitude.
-        self.norm = nn.LayerNorm(hidden_size)
+        # The tokens of different taps and timesteps differ in scale by orders of magnitude. A head in closed form has
+        # that in its weights.
+        self.norm = nn.LayerNorm(hidden_size) if has_norm else nn.Identity()
         self.classifier = nn.Linear(hidden_size, num_labels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

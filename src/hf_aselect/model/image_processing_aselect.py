@@ -102,12 +102,7 @@ class ASelectImageProcessor(PilBackend):
         values.pop("_auto_class", None)  # of a save without code
         return values
 
-    def preprocess(
-        self,
-        images: Any,
-        segmentation_maps: Any = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+    def preprocess(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
         """Return `pixel_values`, and `labels` where masks are given.
 
         Args:
@@ -127,10 +122,7 @@ class ASelectImageProcessor(PilBackend):
         return features
 
     def _preprocess_image_like_inputs(  # type: ignore[override]
-        self,
-        images: Any,
-        segmentation_maps: Any = None,
-        **kwargs: Any,
+        self, images: Any, segmentation_maps: Any = None, **kwargs: Any
     ) -> BatchFeature:
         prepared = self._prepare_image_like_inputs(images, **kwargs)
         if segmentation_maps is None:
@@ -176,10 +168,7 @@ class ASelectImageProcessor(PilBackend):
         return label
 
     def post_process_semantic_segmentation(
-        self,
-        outputs: Any,
-        target_sizes: Any = None,
-        return_segmentation_scores: bool = False,
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
     ) -> list[Any]:
         """Turn logits of any head into masks, as the host's processors do it, where the model saw the picture.
 
@@ -220,10 +209,7 @@ class ASelectImageProcessor(PilBackend):
         return found
 
     def process_image(  # type: ignore[override]
-        self,
-        image: Any,
-        num_channels: int = 3,
-        **kwargs: Any,
+        self, image: Any, num_channels: int = 3, **kwargs: Any
     ) -> NDArray[Any]:
         """Return a picture as an array, (C, H, W), with the asked number of channels.
 
@@ -269,11 +255,7 @@ class ASelectImageProcessor(PilBackend):
         return _with_channels(array, num_channels)
 
     def resize(  # type: ignore[override]
-        self,
-        image: NDArray[Any],
-        size: SizeDict,
-        resample: Any = None,
-        **kwargs: Any,
+        self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any
     ) -> NDArray[Any]:
         """Return a picture, (C, H, W), in another size.
 
@@ -312,13 +294,7 @@ class ASelectImageProcessor(PilBackend):
         return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
 
     def _preprocess(  # type: ignore[override]
-        self,
-        images: list[NDArray[Any]],
-        *,
-        do_resize: bool,
-        do_center_crop: bool,
-        size: SizeDict,
-        **kwargs: Any,
+        self, images: list[NDArray[Any]], *, do_resize: bool, do_center_crop: bool, size: SizeDict, **kwargs: Any
     ) -> BatchFeature:
         _check_settings(size, do_resize or do_center_crop, kwargs)
         if do_center_crop:
@@ -328,9 +304,7 @@ class ASelectImageProcessor(PilBackend):
         return super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
 
     def _validate_preprocess_kwargs(  # type: ignore[override]
-        self,
-        do_center_crop: bool | None = None,
-        **kwargs: Any,
+        self, do_center_crop: bool | None = None, **kwargs: Any
     ) -> None:
         # The host asks for a `crop_size` of its own; ours is `size`.
         super()._validate_preprocess_kwargs(**kwargs)

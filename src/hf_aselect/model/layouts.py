@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Tap = tuple[int, str]  # block, feature
@@ -130,38 +130,25 @@ def _sd3(config: dict[str, Any]) -> TransformerLayout:
 
 
 def _flux(config: dict[str, Any]) -> TransformerLayout:
-    hidden_size = config["num_attention_heads"] * config["attention_head_dim"]
-    return TransformerLayout(
-        # Blocks of two streams first, then those of one.
-        num_layers=config["num_layers"] + config["num_single_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        hidden_size=hidden_size,
-        key_value_size=hidden_size,
-        # diffusers' pipeline packs 2 × 2 latents into one token before the transformer sees them.
-        num_channels=config["in_channels"] // 4,
-        patch_size=2,
-        sample_size=128,  # of the pipeline: the transformer has no position table and takes any size
-        max_grid=None,
-        # A block of one stream projects attention and MLP together.
-        num_attention_outputs=config["num_layers"],
-        needs_prompt=True,
+    # diffusers' pipeline packs 2 × 2 latents into one token before the transformer sees them. The size is the
+    # pipeline's, too: the transformer has no position table and takes any.
+    packed = {"in_channels": config["in_channels"] // 4, "patch_size": 2, "sample_size": 128}
+    # Blocks of two streams first, then those of one, which project attention and MLP together.
+    return replace(
+        _plain({**config, **packed}, needs_prompt=True), num_layers=config["num_layers"] + config["num_single_layers"]
     )
 
 
 def _lumina2(config: dict[str, Any]) -> TransformerLayout:
     head_size = config["hidden_size"] // config["num_attention_heads"]
-    return TransformerLayout(
-        num_layers=config["num_layers"],
-        num_attention_heads=config["num_attention_heads"],
+    # Rotary positions are tabulated.
+    whole = _plain(
+        {**config, "attention_head_dim": head_size}, needs_prompt=True, max_grid=min(config["axes_lens"][1:])
+    )
+    return replace(
+        whole,
         hidden_size=config["hidden_size"],
         key_value_size=head_size * (config.get("num_kv_heads") or config["num_attention_heads"]),
-        num_channels=config["in_channels"],
-        patch_size=config["patch_size"],
-        sample_size=config["sample_size"],
-        # Rotary positions are tabulated.
-        max_grid=min(config["axes_lens"][1:]),
-        num_attention_outputs=config["num_layers"],
-        needs_prompt=True,
     )
 
 

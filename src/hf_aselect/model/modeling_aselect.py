@@ -564,6 +564,59 @@ class ASelectPreTrainedModel(ShareableModel):
         """
         package("selection.apply", "Standardizing features").standardize(self, images, max_images)
 
+    def fit_head(
+        self,
+        dataset: Any,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        eval_dataset: Any = None,
+        max_images: int | None = None,
+        balance_classes: bool = False,
+        allow_missing: bool = False,
+        replace_head: bool = False,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """Fit the linear head, or the linear decoder, in closed form: ridge regression after one pass over the images.
+
+        The strength of the ridge and the scale of the logits are those that do best on images that are held out in
+        turn. What is fitted is an ordinary head: it can be trained further, folded, saved and pushed.
+
+            model = DiTForImageClassification.from_pretrained("my/dit", timestep=61, head="linear", num_labels=10)
+            fit = model.fit_head(train)  # a dataset with the columns `image` and `label`
+            print(f"{fit.accuracy:.1%} of {fit.num_images} images, each by a head that has not seen it")
+
+        Args:
+            dataset: A `datasets` dataset, streaming or not, or a cache from `cache_features`; pairs (image, label), in
+                a list or a torch dataset; or a dictionary of `pixel_values` (or `features`, `latents`) and `labels`.
+                Labels are class indices, (n,), or, by `config.problem_type`, rows of 0 and 1 or values, (n, K); of a
+                segmenter masks, (n, H, W). Under torchrun all processes give the same.
+            image_column: Column of the images. Default: `image`, or the only one with images.
+            label_column: Column of the labels. Default: `labels`, `label`, `label_ids`, `annotation` or `mask`.
+            eval_dataset: Images to evaluate the fitted head on, of the same kind.
+            max_images: Use at most so many: a random sample, or the first of a stream. Default: all.
+            balance_classes: Whether each class counts the same, however many images (or pixels) it has. Unless the
+                labels are known beforehand the images are read twice.
+            allow_missing: Whether classes may be without an image; they are then never predicted.
+            replace_head: Whether an attention head is replaced by a linear one.
+            batch_size: Images in one forward pass. Default: up to 32, fewer large ones.
+            seed: Seed of the sample.
+
+        Returns:
+            A `HeadFit`: strength, held-out error and accuracy, number of images, and seconds.
+
+        Raises:
+            ValueError: If there is no linear head, the timestep is not selected yet, the labels do not fit the model,
+                a class has no image, features are constant, NaN or infinite, or their moments exceed the memory.
+            ImportError: If the package is not installed.
+        """
+        fitting = package("training.fit", "Fitting a head")
+        options = fitting.FitOptions(
+            image_column, label_column, max_images, balance_classes, allow_missing, replace_head, batch_size, seed
+        )
+        return fitting.fit_head(self, dataset, options, eval_dataset)
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Load as torch does, with the statistics of tokens that an adapter of peft's brings along with its head."""
         for key in [key for key in state_dict if ".standardization." in key and self._standardizations()]:

@@ -26,21 +26,23 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         # The host goes by the name of the class, which a subclass may change.
         self.loss_type = "ForImageClassification"
         self.backbone = DiTModel(config)
-        num_labels = int(config.num_labels or 0)
-        self.head: LinearHead | AttentionHead
-        if config.head == "linear":
-            self.head = LinearHead(config.feature_size, num_labels, config.standardized_grid)
-        else:
-            self.head = AttentionHead(
-                config.feature_size,
-                num_labels,
-                config.head_hidden_size,
-                config.head_num_layers,
-                config.head_num_attention_heads,
-                config.head_mlp_ratio,
-                config.standardized_grid,
-            )
+        self.head = self._new_head()
         self.post_init()
+
+    def _new_head(self) -> LinearHead | AttentionHead:
+        """Return a head of the kind and sizes that the configuration names, not initialized."""
+        config, num_labels = self.config, int(self.config.num_labels or 0)
+        if config.head == "linear":
+            return LinearHead(config.feature_size, num_labels, config.standardized_grid, config.head_norm)
+        return AttentionHead(
+            config.feature_size,
+            num_labels,
+            config.head_hidden_size,
+            config.head_num_layers,
+            config.head_num_attention_heads,
+            config.head_mlp_ratio,
+            config.standardized_grid,
+        )
 
     def _standardizations(self) -> list[FeatureStandardization]:
         """Return what standardizes the tokens that the head reads."""

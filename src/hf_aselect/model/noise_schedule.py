@@ -10,19 +10,9 @@ from .checks import NUM_TIMESTEPS, check_timestep, is_finite_number, short
 
 # The schedulers of diffusers that add noise as DDPM does; they differ only in how they sample.
 DDPM_LIKE = (
-    "DDIMInverseScheduler",
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepInverseScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
+    *("DDIMInverseScheduler", "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler"),
+    *("DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler"),
+    *("DPMSolverSinglestepScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler"),
 )
 # Those that know flow matching alone. Some of the above do it when they are told to.
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")

@@ -30,11 +30,11 @@ def settle(model: Any, images: Any) -> None:
         model: The model.
         images: As in `select_timestep`.
     """
-    model.apply_selection(select_timestep(model, images, batch_size=_batch_size(model.config)))
+    model.apply_selection(select_timestep(model, images, batch_size=batch_size_for(model.config)))
 
 
-def _batch_size(config: Any) -> int:
-    """Return as many images as have so many tokens as 32 of 512 pixels: large ones would not fit many a machine."""
+def batch_size_for(config: Any) -> int:
+    """Return how many images one forward pass reads: as many as have the tokens of 32 of 512 pixels, at most 32."""
     rows, columns = config.token_grid
     # While a block is run it holds some eight times its tokens; those of many taps are held besides.
     count: int = MAX_TOKENS // (rows * columns) // max(1, len(config.taps()) // 8)
@@ -118,7 +118,7 @@ def standardize(model: Any, images: Any, max_images: int) -> None:
     base, read_outs = model._base(), model._base().read_outs()
     pictures = CalibrationPictures(images, config, max_images, seed=0)
     channels: dict[Tap, list[int] | None] = {tap: config.channels_at(*tap) for tap in base.taps()}
-    reader = Reader(model, pictures, channels, 0, _batch_size(config), seed=0)
+    reader = Reader(model, pictures, channels, 0, batch_size_for(config), seed=0)
     with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
         moments, grid = read_moments(reader, read_outs, max_images, Share.of_model(model))
     if (count := moments[read_outs[0]].count) < 2:

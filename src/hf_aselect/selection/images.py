@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 from ..model.configuration_aselect import ASelectConfig
 from ..model.image_processing_aselect import ASelectImageProcessor
 
 _ADDRESS = re.compile(r"\b(?:https?|ftp|sftp|s3|gs|gcs|abfs|az)://", re.IGNORECASE)
 # What PIL makes of broken files.
-_UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 class CalibrationPictures:
@@ -127,7 +128,7 @@ class CalibrationPictures:
                 row = next(rows)
             except StopIteration:
                 return
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
             yield index, row
 
@@ -135,24 +136,30 @@ class CalibrationPictures:
         if isinstance(self.images, Tensor):
             return torch.stack([read() for read in readers])
         pictures = [self._picture(index, read) for index, read in zip(indices, readers, strict=True)]
+        values: Tensor = self._processed(indices, pictures).pixel_values
+        return values
+
+    def _processed(self, indices: list[int], pictures: list[Any], masks: list[Any] | None = None) -> BatchFeature:
+        """Return what the processor makes of images and their masks, if any.
+
+        Raises:
+            ValueError: If it rejects one, which is named by its index.
+        """
         try:
-            return self._pixel_values(pictures)
+            return self.processor(pictures, masks, return_tensors="pt")
         except ValueError:
-            for index, picture in zip(indices, pictures, strict=True):
+            for place, index in enumerate(indices):
+                mask = None if masks is None else [masks[place]]
                 try:
-                    self._pixel_values([picture])
+                    self.processor([pictures[place]], mask, return_tensors="pt")
                 except ValueError as error:
                     raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
             raise
 
-    def _pixel_values(self, pictures: list[Any]) -> Tensor:
-        values: Tensor = self.processor(pictures, return_tensors="pt").pixel_values
-        return values
-
     def _picture(self, index: int, read: Callable[[], Any]) -> Any:
         try:
             return _picture_of(read())
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
 
 

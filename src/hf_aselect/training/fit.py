@@ -1,0 +1,428 @@
+"""A linear head in closed form: one pass over the images, then ridge regression; see a model's `fit_head`."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.checks import check_count
+from ..model.denoiser import eval_mode, is_sharded
+from ..selection.apply import batch_size_for
+from ..selection.distribution import Share, gather_objects, is_partitioned
+from ..selection.sweep import progress_bar
+from .feature_sums import KEPT_BYTES, TOKEN_BITS, FeatureSums, Rows, check_memory
+from .head_evaluation import Evaluation
+from .head_solution import HeadSolution, solve
+from .labelled_images import LabelledBatch, LabelledImages
+from .targets import DENSE, MULTI, REGRESSION, LabelCounts, Targets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What `fit_head` is asked for; see there.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    max_images: int | None = None
+    balance_classes: bool = False
+    allow_missing: bool = False
+    replace_head: bool = False
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, value in (("max_images", self.max_images), ("batch_size", self.batch_size)):
+            if value is not None:
+                check_count(name, value)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be an integer in [0, 2**63), got {self.seed!r}.")
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """What a head was fitted on, and what is known of how good it is.
+
+    Args:
+        strength: Selected strength of the ridge: its penalty on standardized features, divided by the images.
+        scale: Factor by which the predictions became logits; 1 of a regression.
+        num_images: Images that the head was fitted on.
+        class_counts: Images of each class, or label; of a segmenter pixels. Empty of a regression.
+        error: Squared error on images that were held out, a fifth at a time, as a share of the targets' variance.
+        accuracy: Share of held-out images (of a segmenter pixels, of several labels an image labels) that the head
+            fitted to the others is right about, in [0, 1]; None of a regression. On `num_held_out` of them.
+        num_held_out: Rows of features that `accuracy` was measured on: all, or a sample where they take more than
+            256 MB. A segmenter has a row for each token.
+        evaluation: Figures on `eval_dataset`, by name: `accuracy`, with `mean_iou` of a segmenter, or `error`.
+        seconds: Seconds that it took.
+    """
+
+    strength: float
+    scale: float
+    num_images: int
+    class_counts: tuple[int, ...]
+    error: float
+    accuracy: float | None
+    num_held_out: int
+    evaluation: Mapping[str, float] | None
+    seconds: float
+
+
+def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = None) -> HeadFit:
+    """Fit the linear head or decoder of a model in closed form; see its `fit_head`.
+
+    What the linear layer reads of each image is standardized and regressed on the labels with a penalty (ridge): on
+    0 and 1 for each class, or on values. That takes sums over the images alone (`closed_form`), so each is read once.
+    Features are kept as long as they take no more than 256 MB, and beyond that a uniform sample of them of that size.
+    On these, a fifth of the images at a time, the solution of the other images is judged: the strength of the penalty
+    and the scale of the logits are those with the least cross-entropy (of a regression, with the least squared error),
+    and the accuracy is that of the selected ones. All of it goes into weight and bias of the linear layer.
+
+    A linear head then reads no layer norm (`config.head_norm` is False). The batch norm of a linear decoder gets the
+    mean and variance of the tokens, by which a training standardizes them, too.
+
+    Args:
+        model: The model. It is changed once all is read and solved, and by no fit that fails.
+        dataset: See `LabelledImages`.
+        options: How.
+        eval_dataset: Images to evaluate the fitted head on.
+
+    Returns:
+        What is known of the fit; all processes return the same, and their models have the same head.
+
+    Raises:
+        ValueError: See the model's `fit_head`.
+        RuntimeError: If another process failed.
+    """
+    started = time.monotonic()
+    _check_model(model, options)
+    images = _labelled(model, dataset, options)
+    judged = None if eval_dataset is None else _labelled(model, eval_dataset, replace(options, max_images=None))
+    share, batch_size = Share.of_model(model), options.batch_size or batch_size_for(model.config)
+    with _linear_part(model) as part:
+        known = _known_targets(images, model.config, options, share, batch_size)
+        # The machines of several processes may have different memories.
+        _together(share, partial(_check_size, images, model.config, part))
+        reading = _Reading(model.config, part, images, known, KEPT_BYTES // share.world)
+        with _inputs_of(part.norm) as reading.seen:
+            _pass(model, images, share, batch_size, reading.take, "Fitting the head")
+        targets = reading.total(share)
+        reading.labels.check(options.allow_missing)
+        if any(share.gather(reading.sums.moments is not None)):
+            _together(share, reading.sums.begin_moments)
+        moments, rows = reading.sums.gathered(share)
+        # Of one process: where the last bits of two machines differ, so would their heads.
+        solution, tokens = gather_objects((solve(moments, rows, targets), reading.tokens))[0]
+        _write(model, part, targets, solution, tokens)
+    figures = None
+    if judged is not None:
+        evaluation = Evaluation(targets, model.config)
+        _pass(model, judged, share, batch_size, evaluation.add, "Evaluating the head")
+        figures = evaluation.figures(share)
+    fit = HeadFit(
+        strength=solution.strength,
+        scale=solution.scale,
+        num_images=reading.labels.num_images,
+        class_counts=() if targets.kind == REGRESSION else tuple(map(round, reading.labels.counts.tolist())),
+        error=solution.error,
+        accuracy=solution.accuracy,
+        num_held_out=len(rows),
+        evaluation=figures,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    model.card_facts = {**model.card_facts, **_card_facts(fit, images.is_dense)}
+    logger.info("Fitted a head on %d images in %.1f s, held-out error %.3f.", fit.num_images, fit.seconds, fit.error)
+    return fit
+
+
+def _check_model(model: Any, options: FitOptions) -> None:
+    """Refuse a model that has no linear head to be fitted.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    config, name = model.config, type(model).__name__
+    if not model._standardizations():
+        raise ValueError(
+            f"A {name} has no head to fit. Load a DiTForImageClassification or DiTForSemanticSegmentation."
+        )
+    config.resolved_timestep()
+    if is_sharded(model) or is_partitioned(model):
+        raise ValueError("The weights of this model are sharded over processes. Fit the head before that is done.")
+    is_dense = type(model).task == "image-segmentation"
+    if is_dense and config.decoder != "linear":
+        raise ValueError(
+            f"`fit_head` fits a linear decoder, and this model has one of kind {config.decoder!r}. Load it with "
+            "`decoder='linear'`."
+        )
+    if not is_dense and config.head != "linear" and not options.replace_head:
+        raise ValueError(
+            f"`fit_head` fits a linear head, and this model has one of kind {config.head!r}. Load it with "
+            "`head='linear'`, or pass `replace_head=True`, which drops the head that is there."
+        )
+    # By their names: code of a checkpoint has classes of its own.
+    part = model.decoder if is_dense else model.head
+    is_whole = type(part).__name__ in ("LinearHead", "AttentionHead", "LinearDecoder")
+    if not is_whole or type(part.classifier) not in (nn.Linear, nn.Conv2d) or part.classifier.weight.is_meta:
+        raise ValueError(
+            "The head of this model has no plain linear layer in memory to write. Fit the head before adapters are "
+            "added, and load the model without offloading its head."
+        )
+
+
+def _labelled(model: Any, dataset: Any, options: FitOptions) -> LabelledImages:
+    return LabelledImages(
+        dataset,
+        model.config,
+        is_dense=type(model).task == "image-segmentation",
+        image_column=options.image_column,
+        label_column=options.label_column,
+        max_images=options.max_images,
+        seed=options.seed,
+    )
+
+
+@contextmanager
+def _linear_part(model: Any) -> Iterator[Any]:
+    """Give a classifier a linear head without a norm, and yield it; what it had comes back if the fit fails.
+
+    The head's kind is part of the configuration, by which features of a cache are checked.
+    """
+    if type(model).task == "image-segmentation":
+        yield model.decoder
+        return
+    config, head = model.config, model.head
+    kept = model._no_split_modules, config.head, config.head_norm, head
+    norm = head.norm if config.head == "linear" else None
+    try:
+        if norm is None:
+            config.head, config.head_norm = "linear", False
+            model.head = model._new_head().to(model.device, model.dtype)
+            model.head.standardization = head.standardization
+            model.head.train(head.training)
+            parts = {type(module).__name__ for module in model.modules()}
+            model._no_split_modules = {name for name in kept[0] if name in parts}
+        else:
+            config.head_norm, head.norm = False, nn.Identity()
+        yield model.head
+    except BaseException:
+        model._no_split_modules, config.head, config.head_norm, model.head = kept
+        if norm is not None:
+            head.norm = norm
+        raise
+
+
+def _known_targets(
+    images: LabelledImages, config: Any, options: FitOptions, share: Share, batch_size: int
+) -> Targets | None:
+    """Return how labels become targets, as far as that is known before the model reads an image.
+
+    Raises:
+        ValueError: If labels that are known do not fit the model, or classes cannot be balanced.
+    """
+    labels = LabelCounts(config, images.is_dense)
+    if (known := images.known_labels()) is not None:
+        labels.add(LabelledBatch(sorted(images.order or ()), {}, known))
+        labels.check(options.allow_missing)
+    if not options.balance_classes:
+        return labels.found
+    if known is None:
+        if not images.can_repeat:
+            raise ValueError(
+                "`balance_classes` counts the classes first, and an iterator can be read once. Give a dataset or list."
+            )
+
+        def count() -> None:
+            for batch in images.labelled_batches(batch_size, share):
+                labels.add(batch)
+
+        _together(share, count)
+        labels.total(share)
+    if not labels.targets.is_exclusive:
+        raise ValueError("`balance_classes` weights classes, and the labels are not one class for each image.")
+    return labels.targets.balanced(labels.counts)
+
+
+def _check_size(images: LabelledImages, config: Any, part: Any) -> None:
+    """Refuse images whose features are too many to be kept, and too wide to be summed up, where that is known.
+
+    Raises:
+        ValueError: If their moments exceed the memory.
+    """
+    rows, columns = config.token_grid if images.is_dense else (1, 1)
+    width = _width(part)
+    if images.order is not None and 4 * width * rows * columns * len(images.order) > KEPT_BYTES:
+        check_memory(width, int(config.num_labels))
+
+
+def _width(part: Any) -> int:
+    """Return the width of what the linear layer of a head or decoder reads."""
+    return int(part.classifier.weight.shape[1])
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module is called with."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _pass(
+    model: Any,
+    images: LabelledImages,
+    share: Share,
+    batch_size: int,
+    take: Callable[[LabelledBatch, Any], None],
+    description: str,
+) -> None:
+    """Read this process's share of the images, and let each batch and the model's output be taken."""
+
+    def read() -> None:
+        with (
+            eval_mode(model),
+            torch.no_grad(),
+            torch.autocast(model.device.type, enabled=False),
+            progress_bar(description) as bar,
+        ):
+            for batch in images.labelled_batches(batch_size, share):
+                take(batch, model(**batch.inputs))
+                bar.update(len(batch.indices))
+
+    _together(share, read)
+
+
+def _together(share: Share, step: Any) -> None:
+    """Run a step in all processes; where one fails, all do, and none waits for it.
+
+    Raises:
+        RuntimeError: If the step failed in another process.
+    """
+    failure: Exception | None = None
+    try:
+        step()
+    # Of any kind: the others must hear of it.
+    except Exception as error:
+        failure = error
+    failures = share.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if said := [each for each in failures if each is not None]:
+        raise RuntimeError(f"Another process failed to fit the head ({said[0]}).")
+
+
+class _Reading:
+    """Takes batches of images and adds up what the linear layer reads of them.
+
+    Args:
+        config: The model's.
+        part: Its linear head or decoder.
+        images: The images.
+        targets: How labels become targets, if that is known.
+        kept_bytes: Memory of the features that are kept.
+    """
+
+    def __init__(
+        self, config: Any, part: Any, images: LabelledImages, targets: Targets | None, kept_bytes: int
+    ) -> None:
+        self.images, self.labels = images, LabelCounts(config, images.is_dense, targets)
+        self.seen: list[Tensor] = []  # what is before the linear layer was called with
+        self.sums = FeatureSums(_width(part), int(config.num_labels), kept_bytes)
+        # Of a decoder: number, sum and sum of squares of all tokens.
+        self.tokens = torch.zeros(3, _width(part), dtype=torch.float64)
+
+    def take(self, batch: LabelledBatch, _: Any) -> None:
+        """Add a batch of images.
+
+        Raises:
+            ValueError: If labels do not fit the model, features are not finite, or their moments exceed the memory.
+        """
+        features, grid = self.seen.pop().float().cpu(), (1, 1)
+        finite = features.flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            raise ValueError(
+                f"The features of image {batch.indices[int((~finite).nonzero()[0, 0])]} are NaN or infinite. Check "
+                "the model's weights, and load it in float32."
+            )
+        if self.images.is_dense:
+            grid = (features.shape[2], features.shape[3])
+            features = features.flatten(2).transpose(1, 2).flatten(0, 1)
+            wide = features.double()
+            self.tokens += torch.stack([torch.full_like(wide[0], len(wide)), wide.sum(0), wide.square().sum(0)])
+        found, known = self.labels.add(batch, grid)
+        each = len(features) // len(batch.indices)
+        images = self.images.image_numbers(batch.indices).repeat_interleave(each)
+        numbers = (torch.tensor(batch.indices) << TOKEN_BITS)[:, None] + torch.arange(each)
+        rows = Rows(features, found, images, numbers.flatten())
+        self.sums.add(rows[known], self.labels.targets)
+
+    def total(self, share: Share) -> Targets:
+        """Add up what all processes counted, and return how labels became targets."""
+        self.labels.total(share)
+        self.tokens = share.total(self.tokens)
+        return self.labels.targets
+
+
+@torch.no_grad()
+def _write(model: Any, part: Any, targets: Targets, solution: HeadSolution, tokens: Tensor) -> None:
+    """Write a solution into the linear layer of a head or decoder.
+
+    Args:
+        model: The model.
+        part: Its head or decoder.
+        targets: What it was fitted to.
+        solution: The solution.
+        tokens: Of a decoder: number, sum and sum of squares of all tokens, (3, D).
+    """
+    weight, bias = solution.weight, solution.bias
+    if targets.kind == DENSE:
+        norm, (count, total, squares) = part.norm, tokens
+        mean = total / count
+        norm.reset_parameters()
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_((squares / count - mean.square() - norm.eps).clamp_min(0))
+        # As they were rounded.
+        bias = bias + weight @ norm.running_mean.double().cpu()
+        weight = weight * (norm.running_var.double().cpu() + norm.eps).sqrt()
+    part.classifier.weight.copy_(weight.view(part.classifier.weight.shape))
+    part.classifier.bias.copy_(bias)
+    if targets.kind in (MULTI, REGRESSION):
+        # As transformers' loss has it; its pipeline goes by it.
+        model.config.problem_type = targets.kind
+
+
+def _card_facts(fit: HeadFit, is_dense: bool) -> dict[str, Any]:
+    """Return what the model's card says of a fit."""
+    facts: dict[str, object] = {
+        "head": "linear, in closed form (ridge regression)",
+        "images that it was fitted on": fit.num_images,
+        "strength of the ridge": f"{fit.strength:.3g}",
+    }
+    if fit.accuracy is not None:
+        facts[f"accuracy on {'tokens of ' * is_dense}images held out in turn"] = f"{fit.accuracy:.1%}"
+    else:
+        facts["share of variance explained, on images held out in turn"] = f"{1 - fit.error:.1%}"
+    figures = fit.evaluation or {}
+    # Those of a former head do not hold for this one.
+    return {
+        "training": facts,
+        "accuracy": None if is_dense else figures.get("accuracy"),
+        "mean_iou": figures.get("mean_iou"),
+        "baselines": None,
+        "command": None,
+    }
