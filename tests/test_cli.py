@@ -120,7 +120,7 @@ def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
         (("--images", "missing.parquet"), "There is no file 'missing.parquet'."),
         (("--head", "round"), "`head` must be 'linear' or 'attention', got 'round'"),
         (("--block", "9"), "`block` must be in [-3, 3)"),
-        (("--feature", "auto"), "can only be compared by `criterion='probe'`"),
+        (("--feature", "auto", "--criterion", "hfr"), "can only be compared by 'consensus', 'probe'"),
         (("--label-column", "kind"), "`--label-column` needs `--images`"),
     ],
 )

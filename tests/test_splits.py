@@ -72,7 +72,7 @@ def test_each_field_but_records_is_an_option():
     fields = set(ConfigArguments.__dataclass_fields__)
     assert {"timestep", "block", "feature", "head", "freeze_backbone", "decoder"} <= fields
     assert not fields & {"transformer", "vae", "scheduler", "selection", "model_type"}
-    assert given_fields(ConfigArguments(timestep=int_or_word("auto"), block=int_or_word("-1"))) == {
+    assert given_fields(ConfigArguments(timestep=[int_or_word("auto")], block=[int_or_word("-1")])) == {
         "timestep": "auto",
         "block": -1,
     }

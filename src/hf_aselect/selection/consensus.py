@@ -193,6 +193,8 @@ def alignment(latents: Tensor) -> float:
     Args:
         latents: Clean latents of some images, (n, C, h, w).
     """
+    if len(latents) < 2:
+        return 0.0
     coarse = adaptive_avg_pool2d(latents.float(), 8).flatten(2)  # (n, C, 64)
     mean = coarse.mean(0)
     within = coarse.var(0, correction=1).mean(1)  # between images, (C,)
