@@ -193,8 +193,8 @@ class ConsensusAccumulator(Accumulator):
 
     Taps are comparable: all are held against the same targets, and of wide ones as many numbers are read.
 
-    Several taps are compared by what can be read from the mean of their tokens, and regions do not count: statistics
-    that a tap shares with few others would decide.
+    Several taps are compared by what can be read from the mean of their tokens, and regions do not count: with the
+    deviation read, too, or with regions, the selected taps lost more on the pairs that this was developed on.
 
     Args:
         measure: Returns statistics of the tokens of each image, (B, S, D), float32.
@@ -222,6 +222,7 @@ class ConsensusAccumulator(Accumulator):
         self.taps = list(dict.fromkeys([*self.own_taps, *_reference_taps(context.config)]))
         is_single = len(self.own_taps) == 1
         self.region_weight = region_weight if is_single else 0.0
+        self.references: list[int] = []  # timesteps, once calibrated
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
 
     def calibrate(self, batches: Sequence[Batch], own: list[int]) -> None:
