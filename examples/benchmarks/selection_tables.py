@@ -17,7 +17,6 @@ OWN = ", own images"
 TAPS = "tap and timestep: "
 # The figures of a row, by the truth that they are measured against.
 LOSSES = {"linear head": "loss", "attention head": "attention_loss"}
-LEAST_CONFIDENCE = 0.95
 
 
 def summarize(folder: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from selection_regret import sample
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -58,14 +58,8 @@ class Comparison:
 
     def __init__(self, args: StandardizationArguments) -> None:
         self.args = args
-        splits = [
-            load_dataset("parquet", data_files=path, split="train") for path in (args.train_file, args.test_file)
-        ]
-        sizes = (args.num_train, args.num_test)
-        parts = [
-            split.shuffle(seed=0).select(range(min(n, len(split)))) for split, n in zip(splits, sizes, strict=True)
-        ]
-        self.num_labels = splits[0].features[args.label_column].num_classes
+        parts = [sample(args.train_file, args.num_train), sample(args.test_file, args.num_test)]
+        self.num_labels = parts[0].features[args.label_column].num_classes
         self.labels = [torch.tensor(part[args.label_column][:]) for part in parts]
         config = self.load("linear", 0, False, None).config
         processor = ASelectImageProcessor.from_model_config(config)
@@ -132,12 +126,6 @@ class Comparison:
                     predicted = torch.cat([model(features=part).logits.argmax(1) for part in tokens[1].split(500)])
                 curve.append(float((predicted == self.labels[1]).float().mean()))
         return curve
-
-
-def sample(path: str, size: int) -> Dataset:
-    """Return a random part of a parquet file, the same each time."""
-    rows = load_dataset("parquet", data_files=path, split="train")
-    return rows.shuffle(seed=0).select(range(min(size, len(rows))))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
