@@ -419,9 +419,17 @@ class ASelectPreTrainedModel(ShareableModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     _no_split_modules: set[str] | list[str] | None = [  # noqa: RUF012 - transformers' way
-        *("AttentionHeadBlock", "BasicTransformerBlock", "FoldedBlock", "FoldedLumina2Block", "FoldedSanaBlock"),
-        *("FoldedSingleBlock", "FluxSingleTransformerBlock", "FluxTransformerBlock", "JointTransformerBlock"),
-        *("Lumina2TransformerBlock", "SanaTransformerBlock"),
+        "AttentionHeadBlock",
+        "BasicTransformerBlock",
+        "FoldedBlock",
+        "FoldedLumina2Block",
+        "FoldedSanaBlock",
+        "FoldedSingleBlock",
+        "FluxSingleTransformerBlock",
+        "FluxTransformerBlock",
+        "JointTransformerBlock",
+        "Lumina2TransformerBlock",
+        "SanaTransformerBlock",
     ]
     supports_gradient_checkpointing = True
     # Of folded models; in the others diffusers runs its own kernels.

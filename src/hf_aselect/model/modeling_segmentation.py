@@ -122,6 +122,7 @@ class FeaturePyramid(nn.Module):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         first, second, _, _ = widths
+        # As in transformers' BEiT; checkpoints hold its names. trf-ignore: TRF036
         self.enlarge_4 = nn.Sequential(
             nn.ConvTranspose2d(first, first, kernel_size=2, stride=2),
             nn.BatchNorm2d(first),
