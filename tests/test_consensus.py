@@ -153,9 +153,10 @@ def test_an_unknown_pooling_is_refused():
 
 @pytest.mark.parametrize(("head", "pooling"), [("linear", "mean"), ("attention", "mean_std")])
 def test_the_head_says_what_is_read(head, pooling):
-    assert Consensus().for_head(head) == Consensus(pooling)
+    assert Consensus().for_head(head) == Consensus(pooling).for_head(head)
+    assert Consensus().for_head(head).pooling == pooling
     for named in ("mean", "mean_std"):
-        assert Consensus(named).for_head(head) == Consensus(named)
+        assert Consensus(named).for_head(head).pooling == named
 
 
 def test_a_larger_projection_is_nearer_to_the_features_themselves():

@@ -151,8 +151,8 @@ def test_the_default_is_read_as_the_head_sees_the_features(pixel_folder, pixels)
         records = [select_timestep(model, pixels, timesteps=GRID) for model in models]
         assert records[0].scores == records[1].scores
         chosen[head] = records[0]
-    assert chosen["linear"].settings == {"pooling": "mean", "num_targets": 512, "region_weight": 0.15}
-    assert chosen["attention"].settings == {"pooling": "mean_std", "num_targets": 512, "region_weight": 0.15}
+    assert chosen["linear"].settings == {"pooling": "mean", "num_targets": 512, "region_weight": 0.5}
+    assert chosen["attention"].settings == {"pooling": "mean_std", "num_targets": 512, "region_weight": 0.2}
     assert chosen["linear"].scores != chosen["attention"].scores
 
 
@@ -886,7 +886,7 @@ def test_two_processes_choose_what_one_does(pixel_folder):
     for process in processes:
         process.join()
     assert [record["num_images"] for record in records[0]] == [64, 150, 150, 64, 40, 70, 1, 6]
-    assert records[0][2]["settings"] == {"pooling": "mean_std", "num_targets": 256, "region_weight": 0.15}
+    assert records[0][2]["settings"] == {"pooling": "mean_std", "num_targets": 256, "region_weight": 0.2}
     for first, second, alone in zip(*records, select_in_all_ways(pixel_folder), strict=True):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         assert first["scores"] == pytest.approx(alone["scores"], rel=1e-4, abs=1e-4)

@@ -201,7 +201,9 @@ class ConsensusAccumulator(Accumulator):
         measure_regions: Returns the means over regions of the image, (B, R, D), float32.
         num_targets: Size of the sketch of all reference features.
         num_read: How many of the statistics are predicted from, counted from the first.
-        region_weight: How much regions count in the targets of fully aligned images, see `consensus.alignment`.
+        region_weight: How much regions count in the targets. It is multiplied by a · (1 - a), or by a² where more than
+            the mean is read; a is `consensus.alignment`. A linear head gains by regions most where about half of what
+            is coarse is common to all images; an attention head only where nearly all is.
         context: The selection.
     """
 
@@ -231,7 +233,8 @@ class ConsensusAccumulator(Accumulator):
         One process's scales are used by all: the last bits may differ from machine to machine.
         """
         read = [index for batch in batches for index in batch.indices]
-        self.region_weight *= alignment(torch.cat([batch.latents.float().cpu() for batch in batches]))
+        common = alignment(torch.cat([batch.latents.float().cpu() for batch in batches]))
+        self.region_weight *= common * (1 - common if self.kept.num_read == 1 else common)
         self.references = self._references(batches[0].timesteps)
         measured = [self._measured_references(batch) for batch in batches]
         pooled, regions = (

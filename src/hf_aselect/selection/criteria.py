@@ -20,6 +20,8 @@ NUM_FOLDS = 8
 # linear one sees is the mean.
 POOLINGS = {"mean": 1, "mean_std": 2}
 POOLING_OF_HEAD = {"linear": "mean", "attention": "mean_std"}
+# Of `Consensus`, by pooling. Settled on six pairs of a transformer and a dataset, see model_cards/selection-benchmark.
+REGION_WEIGHTS = {"mean": 0.5, "mean_std": 0.2}
 # Labels: the class index of each image, or its mask.
 CLASSES, MASKS = "classes", "masks"
 
@@ -277,8 +279,9 @@ class Consensus:
             opposite ends of the range. Default: by the model's `config.head`, which is "attention" for models that
             have no such head (tokens alone, segmenters) unless it is set.
         region_weight: How much the means over 4 × 4 regions of the image count in the targets, against the mean over
-            all of it, where images are fully aligned; at least 0. It is multiplied by how far they are aligned, from
-            0.01 (photographs) to 0.7 (digits). With several taps regions do not count.
+            all of it; at least 0. It is multiplied by a · (1 - a) for the pooling "mean" and by a² for "mean_std",
+            where a says how far images are aligned, from 0.01 (photographs) to 0.7 (digits). With several taps
+            regions do not count. Default: 0.5 for "mean" and 0.2 for "mean_std".
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
             holds is right to about 1 / sqrt(size), and it is kept for each picture; with 128 numbers more accuracy is
             lost.
@@ -295,7 +298,7 @@ class Consensus:
 
     pooling: str | None = None
     num_targets: int = 512
-    region_weight: float = 0.15
+    region_weight: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown pooling, and a projection that holds fewer numbers than there are components."""
@@ -307,12 +310,18 @@ class Consensus:
             raise ValueError(
                 f"`num_targets` of 'consensus' must be an integer from {NUM_COMPONENTS} on, got {self.num_targets!r}."
             )
+        if self.region_weight is None:
+            return
         if not is_finite_number(self.region_weight) or self.region_weight < 0:
             raise ValueError(f"`region_weight` of 'consensus' must be a number from 0 on, got {self.region_weight!r}.")
 
     def for_head(self, head: str) -> "Consensus":
-        """Return this with the pooling that suits a head, "linear" or "attention", where none was named."""
-        return self if self.pooling else replace(self, pooling=POOLING_OF_HEAD[head])
+        """Return this with the pooling that suits a head, "linear" or "attention", and with its weight of regions.
+
+        What was named stays.
+        """
+        pooling = self.pooling or POOLING_OF_HEAD[head]
+        return replace(self, pooling=pooling, region_weight=replace(self, pooling=pooling)._region_weight)
 
     def suited_to(self, config: ASelectConfig, has_masks: bool) -> "Consensus":
         """Return this with the pooling that suits the model's head, where none was named."""
@@ -321,8 +330,14 @@ class Consensus:
     def accumulator(self, context: Context) -> Accumulator:
         """Return what holds the tap against the features of all timesteps and several blocks."""
         return ConsensusAccumulator(
-            self.measure, self.measure_regions, self.num_targets, self.num_read, self.region_weight, context
+            self.measure, self.measure_regions, self.num_targets, self.num_read, self._region_weight, context
         )
+
+    @property
+    def _region_weight(self) -> float:
+        """The weight of regions: what was named, or the pooling's own."""
+        own = REGION_WEIGHTS[self.pooling or "mean_std"]
+        return own if self.region_weight is None else self.region_weight
 
     @property
     def num_read(self) -> int:
