@@ -70,6 +70,8 @@ OF_THE_SEARCH = (
 # Of an attention head's training: as many steps from few images as from many.
 BATCH_SIZE = 50
 NUM_STEPS = 180
+# With labels per patch an image is hundreds of examples.
+DENSE_BATCH_SIZE = 8
 UNLABELLED = 255
 
 Hits = dict[tuple[str, Tap], np.ndarray]
@@ -459,7 +461,7 @@ class DenseHead(AttentionHead):
 
 
 def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray) -> np.ndarray:
-    """Return for each test picture whether a small attention head, trained for 6 epochs, is right about it.
+    """Return for each test picture whether a small attention head, trained for 180 steps or more, is right about it.
 
     With labels per patch, (n, N), each token is classified and the share of the labelled ones that the head is right
     about is returned.
@@ -474,8 +476,9 @@ def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels
             if weight.ndim == 2:
                 nn.init.xavier_uniform_(weight)
         optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.05)
-        size = min(BATCH_SIZE, -(-len(train) // 4))
-        epochs = max(6, -(-NUM_STEPS // -(-len(train) // size)))
+        size = min(BATCH_SIZE, -(-len(train) // 4)) if train_labels.ndim == 1 else DENSE_BATCH_SIZE
+        epochs = -(-NUM_STEPS // -(-len(train) // size))
+        epochs = max(6, epochs) if train_labels.ndim == 1 else epochs
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * -(-len(train) // size))
         labels = torch.from_numpy(train_labels)
         for _ in range(epochs):
