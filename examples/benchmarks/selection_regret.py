@@ -52,9 +52,9 @@ from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
 
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
-# What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14.
+# What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14, and no regions.
 FORMER = "consensus of all timesteps"
-CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus()}
+CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus(region_weight=0.0)}
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
 # The same attention head on tokens that are standardised by channel alone, as before standardisation by position.
