@@ -153,10 +153,11 @@ def test_an_unknown_pooling_is_refused():
 
 @pytest.mark.parametrize(("head", "pooling"), [("linear", "mean"), ("attention", "mean_std")])
 def test_the_head_says_what_is_read(head, pooling):
-    assert Consensus().for_head(head) == Consensus(pooling).for_head(head)
-    assert Consensus().for_head(head).pooling == pooling
-    for named in ("mean", "mean_std"):
-        assert Consensus(named).for_head(head).pooling == named
+    weights = {"mean": 0.5, "mean_std": 0.2}
+    assert Consensus().for_head(head) == Consensus(pooling, region_weight=weights[pooling])
+    for named, weight in weights.items():
+        assert Consensus(named).for_head(head) == Consensus(named, region_weight=weight)
+        assert Consensus(named, region_weight=0.0).for_head(head) == Consensus(named, region_weight=0.0)
 
 
 def test_a_larger_projection_is_nearer_to_the_features_themselves():
@@ -240,6 +241,14 @@ def test_alignment_is_the_share_of_the_mean_however_few_images(share, count):
 def test_equal_images_are_aligned_and_level_ones_are_not():
     assert consensus.alignment(photographs(1).expand(8, -1, -1, -1)) == pytest.approx(1.0)
     assert consensus.alignment(torch.zeros(8, 3, 16, 16)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("common", "by_mean", "by_more"), [(0.0, 0.0, 0.0), (0.01, 0.0099, 0.0001), (0.5, 0.25, 0.25), (1.0, 0.0, 1.0)]
+)
+def test_regions_count_by_how_far_images_are_aligned_and_by_what_is_read(common, by_mean, by_more):
+    assert consensus.region_share(common, 1) == pytest.approx(by_mean)
+    assert consensus.region_share(common, 2) == pytest.approx(by_more)
 
 
 def regions(pooled):

@@ -461,7 +461,7 @@ class DenseHead(AttentionHead):
 
 
 def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray) -> np.ndarray:
-    """Return for each test picture whether a small attention head, trained for 180 steps or more, is right about it.
+    """Return for each test image whether a small attention head, trained for 180 steps or more, is right about it.
 
     With labels per patch, (n, N), each token is classified and the share of the labelled ones that the head is right
     about is returned.
@@ -477,8 +477,7 @@ def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels
                 nn.init.xavier_uniform_(weight)
         optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.05)
         size = min(BATCH_SIZE, -(-len(train) // 4)) if train_labels.ndim == 1 else DENSE_BATCH_SIZE
-        epochs = -(-NUM_STEPS // -(-len(train) // size))
-        epochs = max(6, epochs) if train_labels.ndim == 1 else epochs
+        epochs = max(6 if train_labels.ndim == 1 else 1, -(-NUM_STEPS // -(-len(train) // size)))
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * -(-len(train) // size))
         labels = torch.from_numpy(train_labels)
         for _ in range(epochs):

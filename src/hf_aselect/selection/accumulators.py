@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
 from ..model.noise_schedule import NoiseSchedule
-from .consensus import ConsensusSums, Key, alignment, leading_directions, unexplained
+from .consensus import ConsensusSums, Key, alignment, leading_directions, region_share, unexplained
 from .distribution import Share
 from .images import CalibrationPictures
 from .reader import Batch
@@ -201,9 +201,7 @@ class ConsensusAccumulator(Accumulator):
         measure_regions: Returns the means over regions of the image, (B, R, D), float32.
         num_targets: Size of the sketch of all reference features.
         num_read: How many of the statistics are predicted from, counted from the first.
-        region_weight: How much regions count in the targets. It is multiplied by a · (1 - a), or by a² where more than
-            the mean is read; a is `consensus.alignment`. A linear head gains by regions most where about half of what
-            is coarse is common to all images; an attention head only where nearly all is.
+        region_weight: How much regions count in the targets, before it is multiplied by `consensus.region_share`.
         context: The selection.
     """
 
@@ -234,7 +232,7 @@ class ConsensusAccumulator(Accumulator):
         """
         read = [index for batch in batches for index in batch.indices]
         common = alignment(torch.cat([batch.latents.float().cpu() for batch in batches]))
-        self.region_weight *= common * (1 - common if self.kept.num_read == 1 else common)
+        self.region_weight *= region_share(common, self.kept.num_read)
         self.references = self._references(batches[0].timesteps)
         measured = [self._measured_references(batch) for batch in batches]
         pooled, regions = (

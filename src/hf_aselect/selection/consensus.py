@@ -204,6 +204,19 @@ def alignment(latents: Tensor) -> float:
     return float(between.clamp_min(0).mean() / whole) if float(whole) else 0.0
 
 
+def region_share(common: float, num_read: int) -> float:
+    """Return how much of their weight regions get, in [0, 1], for images that are aligned as far as `common` says.
+
+    It is a · (1 - a) for a head that sees the tokens' mean alone, which gains by regions most where about half of what
+    is coarse is common to all images, and a² for one that sees more, which gains only where nearly all is.
+
+    Args:
+        common: What `alignment` says, a, in [0, 1].
+        num_read: How many statistics of the tokens the head sees, counted from the mean.
+    """
+    return common * (1 - common if num_read == 1 else common)
+
+
 def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
     """Return by fold the squared error of predicting the shared targets, and their variance, (F, 2), float64.
 

@@ -310,21 +310,20 @@ class Consensus:
             raise ValueError(
                 f"`num_targets` of 'consensus' must be an integer from {NUM_COMPONENTS} on, got {self.num_targets!r}."
             )
-        if self.region_weight is None:
-            return
-        if not is_finite_number(self.region_weight) or self.region_weight < 0:
-            raise ValueError(f"`region_weight` of 'consensus' must be a number from 0 on, got {self.region_weight!r}.")
+        weight = self._region_weight
+        if not is_finite_number(weight) or weight < 0:
+            raise ValueError(f"`region_weight` of 'consensus' must be a number from 0 on, got {weight!r}.")
 
     def for_head(self, head: str) -> "Consensus":
         """Return this with the pooling that suits a head, "linear" or "attention", and with its weight of regions.
 
         What was named stays.
         """
-        pooling = self.pooling or POOLING_OF_HEAD[head]
-        return replace(self, pooling=pooling, region_weight=replace(self, pooling=pooling)._region_weight)
+        suited = replace(self, pooling=self.pooling or POOLING_OF_HEAD[head])
+        return replace(suited, region_weight=suited._region_weight)
 
     def suited_to(self, config: ASelectConfig, has_masks: bool) -> "Consensus":
-        """Return this with the pooling that suits the model's head, where none was named."""
+        """Return this with the pooling and the weight of regions that suit the model's head, where none was named."""
         return self.for_head(config.head)
 
     def accumulator(self, context: Context) -> Accumulator:
