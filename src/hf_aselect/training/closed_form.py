@@ -2,15 +2,16 @@
 
 A linear layer that is fitted to targets by least squares with a penalty needs nothing of the rows but sums: of
 feature × feature, feature × target and target². Kept by fold, they also give the exact squared error of each fold
-under the solution of the other folds, for any number of strengths from one eigendecomposition a fold. So features of
-any number of images are read once, and no row is kept for it.
+under the solution of the other folds. So features of any number of images are read once, and no row is kept for it.
+A strength costs one Cholesky decomposition a fold, which is a fifteenth of an eigendecomposition; of the strengths
+every fourth is tried, then those around the best.
 
 Of classes the squared error is not what counts: with few images it favours strengths that predict little of anything.
 On a sample of the rows each strength is judged by the cross-entropy of its held-out predictions in place of it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ ROUNDING = 1e-6
 # Of the logits' scale. From 1 on: a ridge's predictions lie between 0 and 1, so that at 1 all classes are about
 # equally likely, which is what a head that has learned nothing says.
 SCALES = (1.0, 1e4)
+_STEP = 4  # of the strengths that are tried first
 Linear = tuple[Tensor, Tensor]  # weight (K, D) and bias (K,), float64
 
 
@@ -121,6 +123,13 @@ class Moments:
         squares = self.squares - 2 * target_mean * targets + weight * target_mean.square()
         return products, cross, float(squares.sum())
 
+    def squared_error(self, solution: Linear) -> float:
+        """Return the weighted sum over these rows of the squared error of a solution's predictions."""
+        weight, bias = solution
+        # Counted from the origin, the predictions are (bias', weight) of (1, feature).
+        whole = torch.cat([(bias + weight @ self.origin)[:, None], weight], dim=1)  # (K, 1 + D)
+        return float((self.squares - 2 * (whole * self.right.T).sum(1) + (whole @ self.left * whole).sum(1)).sum())
+
     def scale(self) -> Tensor:
         """Return what standardizes the features, (D,): 1 / deviation, 0 for those that are the same in all rows."""
         variance = self.left.diagonal()[1:] / self.left[0, 0] - self.mean.square()
@@ -141,14 +150,14 @@ class ClosedForm:
         strength: The selected strength, see `STRENGTHS`.
         error: Squared error of predicting each fold from the others, as a share of the targets' variance; 1 is what
             predicting the mean gives.
-        losses: What the strengths were compared by, in their order: the error, or another loss.
+        losses: The error, or another loss, of each strength that was tried.
         whole: Weight and bias of the solution of all rows, in units of the features as they are.
         by_fold: Those of the solution without each fold.
     """
 
     strength: float
     error: float
-    losses: list[float]
+    losses: dict[float, float]
     whole: Linear
     by_fold: list[Linear]
 
@@ -161,6 +170,8 @@ def fit_ridge(
     scale: Tensor | None = None,
 ) -> ClosedForm:
     """Return the ridge regression of all folds, with the strength whose cross-validated loss is least.
+
+    It is searched for from coarse to fine, as the loss has one minimum but for noise.
 
     Features are standardized by all rows, so that a penalty means the same for each; intercepts are not penalized.
     Each fold is predicted by the solution of the others, in which there is nothing of it but that standardization.
@@ -192,79 +203,79 @@ def fit_ridge(
         raise ValueError("The labels are the same for all images. A head needs images of at least two classes.")
     if sum(fold.weight > 0 for fold in folds) < 2:
         raise ValueError("Too few images: some are held out to select the strength of the ridge. Give more.")
-    grid = torch.tensor(strengths, dtype=torch.float64)
-    errors = torch.zeros_like(grid)
-    predictions = []  # of each fold, (S, m, K)
-    for number, fold in enumerate(folds):
-        if fold.weight > 0:
-            path = _Path.of(total.without(fold), scale)
-            errors += path.errors(fold, grid)
-            predictions += [path.predictions(samples[number], grid)] if samples is not None else []
-    errors /= variance
-    losses = errors.tolist()
-    if loss is not None:
-        losses = [loss(torch.cat(each)) for each in zip(*predictions, strict=True)]
-    best = losses.index(min(losses))
+    parts = [(fold, None if samples is None else samples[number]) for number, fold in enumerate(folds)]
+    trials: dict[int, _Trial] = {}
+    places = range(0, len(strengths), _STEP)
+    step = _STEP
+    while new := [place for place in places if place in range(len(strengths)) and place not in trials]:
+        found = _trials(parts, total, scale, [strengths[place] for place in new])
+        trials |= zip(new, (trial.judged(variance, loss) for trial in found), strict=True)
+        best = min(sorted(trials), key=lambda place: trials[place].loss)
+        # Around the best; where that is better in turn, around that.
+        step = max(1, step // 2)
+        places = range(best - step, best + step + 1, step)
     return ClosedForm(
-        strength=float(grid[best]),
-        error=float(errors[best]),
-        losses=losses,
-        whole=_solution(total, scale, strengths[best]),
-        by_fold=[_solution(total.without(fold), scale, strengths[best]) for fold in folds],
+        strength=float(strengths[best]),
+        error=trials[best].error,
+        losses={float(strengths[place]): trials[place].loss for place in sorted(trials)},
+        whole=_solutions(total, scale, [strengths[best]])[0],
+        by_fold=trials[best].solutions,
     )
 
 
-@dataclass(frozen=True)
-class _Path:
-    """The ridge regressions of some rows for any strength, from one eigendecomposition.
+@dataclass
+class _Trial:
+    """A strength, judged by predicting each fold from the others.
 
-    With the eigenvalues e and eigenvectors V of the covariance, the rotated cross-covariance c = V'C and
-    g = 1 / (e + strength), the solution is V (g · c).
+    Args:
+        error: Squared error of all rows so far; once it is judged as a share of the variance.
+        predictions: Predictions of the samples of each fold, (m, K), float32.
+        solutions: The solution without each fold.
+        loss: What strengths are compared by.
     """
 
-    train: Moments
-    scale: Tensor
-    values: Tensor
-    vectors: Tensor
-    rotated: Tensor  # (D, K)
+    error: float = 0.0
+    predictions: list[Tensor] = field(default_factory=list)
+    solutions: list[Linear] = field(default_factory=list)
+    loss: float = 0.0
 
-    @classmethod
-    def of(cls, train: Moments, scale: Tensor) -> "_Path":
-        products, cross, _ = train.centred(train.mean, train.target_mean)
-        values, vectors = torch.linalg.eigh(products * torch.outer(scale, scale) / train.weight)
-        return cls(train, scale, values, vectors, vectors.T @ (cross * scale[:, None] / train.weight))
-
-    def shrunk(self, strengths: Tensor) -> Tensor:
-        """Return g at each strength, (D, S)."""
-        return 1 / (self.values.clamp_min(0)[:, None] + strengths).clamp_min(1e-12)
-
-    def errors(self, held: Moments, strengths: Tensor) -> Tensor:
-        """Return the squared error of held-out rows at each strength, (S,): a quadratic form in g."""
-        products, cross, squares = held.centred(self.train.mean, self.train.target_mean)
-        linear = (self.rotated * (self.vectors.T @ (cross * self.scale[:, None]))).sum(1)
-        quadratic = self.vectors.T @ (products * torch.outer(self.scale, self.scale)) @ self.vectors
-        quadratic *= self.rotated @ self.rotated.T
-        shrunk = self.shrunk(strengths)
-        return squares - 2 * linear @ shrunk + (shrunk * (quadratic @ shrunk)).sum(0)
-
-    def predictions(self, features: Tensor, strengths: Tensor) -> Tensor:
-        """Return what is predicted of features, (m, D), at each strength, (S, m, K), float32."""
-        mean = self.train.mean + self.train.origin
-        turned = ((features.double() - mean) * self.scale) @ self.vectors  # (m, D)
-        found = [(turned * shrunk) @ self.rotated + self.train.target_mean for shrunk in self.shrunk(strengths).T]
-        return torch.stack([each.float() for each in found])
+    def judged(self, variance: float, loss: Callable[[Tensor], float] | None) -> "_Trial":
+        """Return this with its loss, and without the predictions, of targets of a variance."""
+        error = self.error / variance
+        return _Trial(error, [], self.solutions, error if loss is None else loss(torch.cat(self.predictions)))
 
 
-def _solution(moments: Moments, scale: Tensor, strength: float) -> Linear:
-    """Return weight, (K, D), and bias, (K,), of a strength, in units of the features as they are."""
+def _trials(
+    parts: Sequence[tuple[Moments, Tensor | None]], total: Moments, scale: Tensor, strengths: Sequence[float]
+) -> list[_Trial]:
+    """Return what each strength predicts of each fold, whose rows and sample `parts` holds, from the others."""
+    trials = [_Trial() for _ in strengths]
+    for fold, sample in parts:
+        solutions = _solutions(total.without(fold), scale, strengths)
+        for trial, solution in zip(trials, solutions, strict=True):
+            trial.solutions.append(solution)
+            if fold.weight > 0:
+                trial.error += fold.squared_error(solution)
+                if sample is not None:
+                    weight, bias = solution
+                    trial.predictions.append((sample.double() @ weight.T + bias).float())
+    return trials
+
+
+def _solutions(moments: Moments, scale: Tensor, strengths: Sequence[float]) -> list[Linear]:
+    """Return weight, (K, D), and bias, (K,), of each strength, in units of the features as they are."""
     mean, target_mean = moments.mean, moments.target_mean
     products, cross, _ = moments.centred(mean, target_mean)
-    covariance = products * torch.outer(scale, scale) / moments.weight
-    covariance.diagonal().add_(strength + 1e-12)
-    # Not `solve`: the pivots of its LU can be wrong, or without end, on two threads of some CPUs.
-    solution = torch.cholesky_solve(cross * scale[:, None] / moments.weight, torch.linalg.cholesky(covariance))
-    weight = (solution * scale[:, None]).T
-    return weight.contiguous(), target_mean - weight @ (mean + moments.origin)
+    products *= torch.outer(scale, scale) / moments.weight
+    cross *= scale[:, None] / moments.weight
+    diagonal, found = products.diagonal().clone(), []
+    for strength in strengths:
+        products.diagonal().copy_(diagonal + strength + 1e-12)
+        # Not `solve`: the pivots of its LU can be wrong, or without end, on two threads of some CPUs.
+        solution = torch.cholesky_solve(cross, torch.linalg.cholesky(products))
+        weight = (solution * scale[:, None]).T.contiguous()
+        found.append((weight, target_mean - weight @ (mean + moments.origin)))
+    return found
 
 
 @dataclass(frozen=True)
