@@ -108,9 +108,9 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor) -> list[float]:
 
 @torch.no_grad()
 def normed(model: DiTForImageClassification, features: Tensor) -> Tensor:
-    """Return what the linear layer of a new `LinearHead` reads of means, (B, D)."""
-    standardized = model.head.standardization(features)
-    return nn.functional.layer_norm(standardized, standardized.shape[1:])
+    """Return what the linear layer of a new `LinearHead` reads of pooled tokens, (B, S · D)."""
+    pooled = model.head.pool(features)
+    return nn.functional.layer_norm(pooled, pooled.shape[1:])
 
 
 @torch.no_grad()

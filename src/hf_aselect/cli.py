@@ -301,11 +301,26 @@ def _add_fit(commands: Any) -> None:
     tap.add_argument(
         "--timestep",
         type=_block,
+        nargs="+",
         metavar="T",
-        help="in [0, 1000), or auto to select one (default: SOURCE's, else auto)",
+        help="in [0, 1000), several, or auto to select one (default: SOURCE's, else auto)",
     )
-    tap.add_argument("--block", type=int, help="block to read at, negative from the end (default: SOURCE's)")
-    tap.add_argument("--feature", help="hidden, normed, query, key, value or attention (default: SOURCE's)")
+    tap.add_argument(
+        "--block",
+        type=_block,
+        nargs="+",
+        metavar="B",
+        help="block to read at, negative from the end, several, or all (default: SOURCE's)",
+    )
+    tap.add_argument(
+        "--feature",
+        nargs="+",
+        metavar="NAME",
+        help="hidden, normed, query, key, value or attention, or several (default: SOURCE's)",
+    )
+    tap.add_argument(
+        "--pooling", metavar="NAME", help="what a classifier reads of the tokens: mean, mean_std or regions (mean)"
+    )
     how = fit.add_argument_group("fit")
     how.add_argument("--balance-classes", action="store_true", help="let each class count the same, whatever its size")
     how.add_argument("--allow-missing", action="store_true", help="allow classes without an image")
@@ -391,6 +406,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     from .training.config_arguments import needs_images
 
     given, kind = _given(parsed, "timestep", "block", "feature"), train.features[parsed.label_column]
+    given = {name: _one_or_several(values) for name, values in given.items()} | _given(parsed, "pooling")
     names = parsed.class_names or getattr(kind, "names", None)
     if names is None:
         names = [str(number) for number in range(1 + max(train[parsed.label_column]))]
@@ -420,7 +436,7 @@ def _print_fit(model: Any, fit: Any, judged: Any) -> None:
     how = f", selected from {selection['num_images']} images" if selection and config.is_selection_in_use() else ""
     rows = {
         "timestep": f"{config.timestep}{how}",
-        "features": f"{config.feature} of block {config.block_index()}",
+        "features": _read_outs_in_words(config),
         "images": f"{fit.num_images} of {len(fit.class_counts)} classes",
         "ridge strength": f"{fit.strength:.3g}",
         "accuracy, held out": f"{fit.accuracy:.1%}",
@@ -431,6 +447,15 @@ def _print_fit(model: Any, fit: Any, judged: Any) -> None:
     for name, value in rows.items():
         print(f"{name:<22} {value}")
     print()
+
+
+def _read_outs_in_words(config: Any) -> str:
+    """Return what a model reads, as "query of block 3"."""
+    taps = list(dict.fromkeys((block, feature) for _, block, feature in config.read_outs()))
+    blocks = ", ".join(str(block) for block in dict.fromkeys(block for block, _ in taps))
+    features = ", ".join(dict.fromkeys(feature for _, feature in taps))
+    pooled = "" if config.pooling == "mean" else f", pooled by {config.pooling}"
+    return f"{features} of block{'s' * (',' in blocks)} {blocks}{pooled}"
 
 
 def _print_curve(selection: Any) -> None:

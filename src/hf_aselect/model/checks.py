@@ -347,7 +347,7 @@ class MismatchedSizesError(ValueError, RuntimeError):
 
 
 def checked_features(features: Tensor, config: PreTrainedConfig) -> Tensor:
-    """Return tokens, (B, N, D), that were read before; a linear head takes their means, (B, D), too.
+    """Return tokens, (B, N, D), that were read before; a linear head takes pooled ones, (B, S · D), too.
 
     Args:
         features: What was given as features.
@@ -357,16 +357,19 @@ def checked_features(features: Tensor, config: PreTrainedConfig) -> Tensor:
         ValueError: If type, shape or values are wrong.
     """
     check_floats("features", features)
-    width = config.feature_size
-    if features.ndim == 2 and config.head == "linear":
-        features = features[:, None]  # the head takes the mean, which this is
-    if features.ndim == 2:
+    width, shape = config.feature_size, tuple(features.shape)
+    if features.ndim == 2 and config.head != "linear":
         raise ValueError(
-            f"An attention head reads tokens, (B, N, {width}), got their means, {tuple(features.shape)}. Cache them "
-            "with what='tokens', or train a head='linear'."
+            f"An attention head reads tokens, (B, N, {width}), got pooled ones, {shape}. Cache them with "
+            "what='tokens', or train a head='linear'."
         )
-    if features.ndim != 3 or features.shape[-1] != width:
-        raise ValueError(f"`features` must be tokens of shape (B, N, {width}), got {tuple(features.shape)}.")
+    if features.ndim == 2 and shape[1] != config.pooled_size:
+        raise ValueError(
+            f"`features` must be tokens of shape (B, N, {width}), or (B, {config.pooled_size}) as "
+            f"pooling={config.pooling!r} makes of them, got {shape}. Cache them again."
+        )
+    if features.ndim != 2 and (features.ndim != 3 or shape[-1] != width):
+        raise ValueError(f"`features` must be tokens of shape (B, N, {width}), got {shape}.")
     if not torch.compiler.is_compiling() and not features.numel():
         raise ValueError(f"`features` are empty, {tuple(features.shape)}. Cache them again.")
     if is_readable(features) and not bool(features.isfinite().all()):

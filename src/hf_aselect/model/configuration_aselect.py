@@ -18,6 +18,7 @@ from .layouts import (
     MAX_LAYERS,
     MAX_READ_OUTS,
     MAX_SIZE,
+    POOLINGS,
     FoldedLayout,
     ReadOut,
     Tap,
@@ -112,12 +113,14 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
         resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).
         freeze_backbone: Whether only the head is trained.
-        head: Classification head: "attention" (the A-SelecT authors') or "linear" (mean pooling, layer norm, linear).
+        head: Classification head: "attention" (the A-SelecT authors') or "linear" (pooling, layer norm, linear).
         head_hidden_size: Width of the attention head.
         head_num_layers: Transformer blocks of the attention head.
         head_num_attention_heads: Attention heads in each of them.
         head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
         head_norm: Whether the linear head has a layer norm. One that `fit_head` fitted has none.
+        pooling: What the linear head reads of the tokens: their "mean"; "mean_std", their mean and deviation; or
+            "regions", the mean of each quarter of the image and that deviation, see `heads.pooled_tokens`.
         standardize_features: Whether a new head (or decoder) standardizes the tokens by their mean and spread over the
             images that the timestep is selected from, or those given to `model.standardize`. It does not in a
             checkpoint from before this field.
@@ -175,6 +178,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     head_num_attention_heads: int = 8
     head_mlp_ratio: int = 4
     head_norm: bool = True
+    pooling: str = "mean"
     standardize_features: bool = True
     standardized_grid: list[int] | None = None
     decoder: str = "linear"
@@ -356,6 +360,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def feature_size(self) -> int:
         """Width of the tokens that are read, of all taps and timesteps together."""
         return sum(self.widths_of(self.read_outs()))
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of what a linear head reads of one image."""
+        return self.feature_size * POOLINGS[self.pooling]
 
     def widths_of(self, read_outs: Iterable[ReadOut]) -> list[int]:
         """Return the width of each one's tokens: `hidden_size`, but for keys and values that several heads share."""
@@ -661,9 +670,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_head(self) -> None:
-        """Refuse an unknown head and sizes that do not divide."""
-        if self.head not in ("linear", "attention"):
-            raise ValueError(f"`head` must be 'linear' or 'attention', got {self.head!r}.")
+        """Refuse an unknown head or pooling, and sizes that do not divide."""
+        for name, known in (("head", ("linear", "attention")), ("pooling", tuple(POOLINGS))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
         if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
             raise ValueError(
                 "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "

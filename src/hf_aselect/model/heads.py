@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .layouts import POOLINGS
+
 
 def without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return what moves or casts a tensor as `fn` does, but does not round float32 to half precision."""
@@ -40,7 +42,7 @@ class FeatureStandardization(nn.Module):
         self.register_buffer("shift", None if grid is None else torch.zeros((*grid, width), dtype=torch.float32))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Return standardized tokens, (B, N, D), or means of tokens, (B, D), in their own dtype.
+        """Return standardized tokens, (B, N, D), in their own dtype.
 
         Args:
             tokens: What is standardized.
@@ -52,22 +54,22 @@ class FeatureStandardization(nn.Module):
         if self.scale is None or self.shift is None:
             return tokens
         shift, own = self.shift.to(tokens.device), (self.shift.shape[0], self.shift.shape[1])
-        if tokens.ndim == 2:
-            shift = shift.mean((0, 1))[None, None]
-        elif (grid or own) != own:
+        if (grid or own) != own:
             shift = interpolate(shift.permute(2, 0, 1)[None], size=grid, mode="bilinear")[0].permute(1, 2, 0)
         elif tokens.shape[1] != own[0] * own[1]:
             raise ValueError(f"`features` have {tokens.shape[1]} tokens, the head's statistics {own[0]}×{own[1]}.")
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         return (wide * self.scale.to(tokens.device) + shift.flatten(0, 1)).to(tokens.dtype)
 
-    def mean(self, tokens: Tensor) -> Tensor:
-        """Return the mean of the standardized tokens, (B, D), of tokens, (B, N, D), of any grid."""
-        if self.scale is None:
-            return tokens.mean(1)
-        # Not rounded before it is standardized.
-        mean = tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        return self.forward(mean).to(tokens.dtype)
+    def pooled(self, statistics: Tensor, pooling: str) -> Tensor:
+        """Return statistics of tokens, (B, S, D), as from `pooled_tokens`, as those of standardized tokens."""
+        if self.scale is None or self.shift is None:
+            return statistics
+        shift = pooled_tokens(self.shift.flatten(0, 1)[None], pooling, self.shift.shape[:2]).to(statistics.device)
+        if pooling != "mean":
+            # A deviation is scaled and not shifted.
+            shift = torch.cat([shift[:, :-1], torch.zeros_like(shift[:, -1:])], dim=1)
+        return statistics * self.scale.to(statistics.device) + shift
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast as torch does, but stay in float32: rounded statistics do not fit the tokens."""
@@ -83,30 +85,78 @@ class FeatureStandardization(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def pooled_tokens(tokens: Tensor, pooling: str, grid: Sequence[int] | None = None) -> Tensor:
+    """Return what is left of tokens, (B, N, D), when they are pooled: S statistics of each channel, (B, S, D).
+
+    Half precision is pooled in float32, which comes back.
+
+    Args:
+        tokens: Tokens in row-major order.
+        pooling: "mean"; "mean_std", the mean and the deviation between the tokens of an image; "regions", the means
+            of the upper left, upper right, lower left and lower right quarter, and that deviation.
+        grid: Rows and columns of the tokens; an odd number's middle row or column is in both halves.
+
+    Raises:
+        ValueError: If "regions" are asked for and `grid` is not that of the tokens.
+    """
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    if pooling == "regions":
+        if grid is None or grid[0] * grid[1] != tokens.shape[1]:
+            raise ValueError(f"`features` have {tokens.shape[1]} tokens, and pooling='regions' must know their grid.")
+        halves = [(slice(0, (side + 1) // 2), slice(side // 2, None)) for side in grid]
+        placed = wide.unflatten(1, tuple(grid))
+        means = [placed[:, rows, columns].mean((1, 2)) for rows in halves[0] for columns in halves[1]]
+    else:
+        means = [wide.mean(1)]
+    if pooling != "mean":
+        # The square root has no gradient at 0.
+        means.append((wide.var(1, correction=0) + 1e-12).sqrt())
+    return torch.stack(means, dim=1)
+
+
 class LinearHead(nn.Module):
-    """Mean pooling, layer norm (or none) and one linear layer.
+    """Pooling, layer norm (or none) and one linear layer.
 
     Args:
         hidden_size: Width D of the tokens.
         num_labels: Number of classes K.
         grid: Of `FeatureStandardization`.
         has_norm: Whether there is a layer norm.
+        pooling: See `pooled_tokens`.
     """
 
     def __init__(
-        self, hidden_size: int, num_labels: int, grid: Sequence[int] | None = None, has_norm: bool = True
+        self,
+        hidden_size: int,
+        num_labels: int,
+        grid: Sequence[int] | None = None,
+        has_norm: bool = True,
+        pooling: str = "mean",
     ) -> None:
         super().__init__()
+        self.pooling = pooling
         self.standardization = FeatureStandardization(hidden_size, grid)
+        hidden_size *= POOLINGS[pooling]
         # The tokens of different taps and timesteps differ in scale by orders of magnitude. A head in closed form has
         # that in its weights.
         self.norm = nn.LayerNorm(hidden_size) if has_norm else nn.Identity()
         self.classifier = nn.Linear(hidden_size, num_labels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Return logits, (B, K), of tokens, (B, N, D), of any grid."""
-        logits: Tensor = self.classifier(self.norm(self.standardization.mean(tokens)))
+        """Return logits, (B, K), of tokens, (B, N, D), of any grid, or of pooled ones, (B, S · D)."""
+        logits: Tensor = self.classifier(self.norm(self.pool(tokens, grid)))
         return logits
+
+    def pool(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Return what the norm reads: pooled and standardized tokens, (B, S · D); see `forward`."""
+        if tokens.ndim == 3:
+            own = self.standardization.shift
+            statistics = pooled_tokens(tokens, self.pooling, grid or (None if own is None else own.shape[:2]))
+        else:
+            statistics = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            statistics = statistics.unflatten(1, (POOLINGS[self.pooling], -1))
+        # Not rounded before they are standardized.
+        return self.standardization.pooled(statistics, self.pooling).flatten(1).to(tokens.dtype)
 
 
 class AttentionHeadBlock(GradientCheckpointingLayer):

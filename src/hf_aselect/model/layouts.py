@@ -12,6 +12,8 @@ MAX_READ_OUTS = 4096
 Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
 FEATURES: tuple[str, ...] = get_args(Feature)
 PROJECTIONS = ("query", "key", "value")
+# Of a linear head: so many statistics of each channel, see `heads.pooled_tokens`.
+POOLINGS = {"mean": 1, "mean_std": 2, "regions": 5}
 # Those that are read before the block's attention is run.
 BEFORE_ATTENTION = ("normed", *PROJECTIONS)
 

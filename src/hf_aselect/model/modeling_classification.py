@@ -33,7 +33,8 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         """Return a head of the kind and sizes that the configuration names, not initialized."""
         config, num_labels = self.config, int(self.config.num_labels or 0)
         if config.head == "linear":
-            return LinearHead(config.feature_size, num_labels, config.standardized_grid, config.head_norm)
+            sizes = config.feature_size, num_labels, config.standardized_grid
+            return LinearHead(*sizes, config.head_norm, config.pooling)
         return AttentionHead(
             config.feature_size,
             num_labels,
@@ -71,7 +72,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             labels: Class indices in [0, K), (B,); -100 is left out of the loss. Or, as `config.problem_type` says,
                 regression targets or multi-label rows, (B, K).
             features: Tokens, (B, N, D), in place of `pixel_values`, as from `cache_features`; a linear head takes
-                their means, (B, D), too. Those of several taps and timesteps lie side by side along the channels.
+                pooled ones, (B, S · D), too. Those of several taps and timesteps lie side by side along the channels.
             latents: Clean latents, (B, C, h, w), in place of `pixel_values`, as from `encode`.
             output_hidden_states: Whether to return what the first block reads and each block's output in
                 `hidden_states`, too, (B, N, D) each, at the first timestep; runs all blocks, and needs images or

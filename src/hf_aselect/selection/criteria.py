@@ -324,7 +324,8 @@ class Consensus:
 
     def suited_to(self, config: ASelectConfig, has_masks: bool) -> "Consensus":
         """Return this with the pooling and the weight of regions that suit the model's head, where none was named."""
-        return self.for_head(config.head)
+        # A linear head that reads more than the mean is like an attention head in that.
+        return self.for_head("attention" if config.pooling != "mean" else config.head)
 
     def accumulator(self, context: Context) -> Accumulator:
         """Return what holds the tap against the features of all timesteps and several blocks."""

@@ -54,9 +54,9 @@ def cache_features(
             are read in eval mode, with the fixed noise of `config.noise_seed`.
         dataset: A `datasets.Dataset` with a column of pictures. Its other columns are kept, but for further pictures.
         cache_dir: Folder of caches, one sub-folder each. Default: `hf_aselect` in the cache of `datasets`.
-        what: "tokens" (N, D); "pooled", their mean (D,), for linear heads; or "latents" (C, h, w), the VAE's posterior
-            mean (the pictures themselves in pixel space), which stay valid when the timestep changes: models take them
-            as `latents=`.
+        what: "tokens" (N, D); "pooled" (S · D,), what `config.pooling` leaves of them, for linear heads; or "latents"
+            (C, h, w), the VAE's posterior mean (the images themselves in pixel space), which stay valid when the
+            timestep changes: models take them as `latents=`.
         image_column: Column of the pictures. Default: `image`, or the only one with pictures.
         num_views: Views of each picture: the picture itself, then so many less one augmented ones. Row `v * len + i`
             is view v of picture i; the column `view` says v.

@@ -1,4 +1,4 @@
-"""What a cache holds of each image: its tokens, their mean or its latents, read by a model."""
+"""What a cache holds of each image: its tokens, what a linear head pools of them, or its latents, read by a model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..model.heads import pooled_tokens
 from ..model.image_processing_aselect import ASelectImageProcessor
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from .views import Views
@@ -40,7 +41,7 @@ class FeatureReader:
         # Of one row.
         self.shape: tuple[int, ...] = {
             "tokens": (num_tokens, config.feature_size),
-            "pooled": (config.feature_size,),
+            "pooled": (config.pooled_size,),
             "latents": (config.layout.num_channels, height // scale, width // scale),
         }[what]
 
@@ -74,7 +75,8 @@ class FeatureReader:
             is_latent = self.what == "latents"
             values = self.model.encode(pixel_values) if is_latent else self.model.extract_features(pixel_values)
         if self.what == "pooled":
-            values = values.mean(1, dtype=torch.float32)
+            config = self.model.config
+            values = pooled_tokens(values, config.pooling, config.token_grid).flatten(1)
         if tuple(values.shape[1:]) != self.shape:
             raise ValueError(f"The model gives values of shape {tuple(values.shape[1:])}, expected {self.shape}.")
         found: NDArray[np.floating] = self._rounded(values, rows).cpu().numpy()
