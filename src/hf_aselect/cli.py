@@ -114,10 +114,10 @@ def _class_of(config: Any) -> Any:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train, compare and save a classifier on the embedded DiT, in a few minutes and without network",
-        description="Choose the timestep of the embedded Fashion-MNIST DiT without labels, train an attention head on "
-        "it (or, with --task segmentation, UperNet on scenes composed of the sample's pictures), compare with other "
-        "timesteps and with raw pixels, save the model with its card, and reload it.",
+        help="fit, compare and save a classifier on the embedded DiT, in about a minute and without network",
+        description="Select the timestep of the embedded Fashion-MNIST DiT without labels, fit a linear head to what "
+        "two of its blocks say (or, with --task segmentation, train UperNet on scenes composed of the sample's "
+        "images), compare with other timesteps and with raw pixels, save the model with its card, and reload it.",
     )
     demo.add_argument(
         "--task",
@@ -126,7 +126,10 @@ def _add_demo(commands: Any) -> None:
         help="what the model is to do (%(default)s)",
     )
     demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the head's training (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of draws of labels and of trainings (%(default)s)")
+    demo.add_argument(
+        "--attention-head", action="store_true", help="train an attention head, too, which takes minutes"
+    )
     demo.set_defaults(run=_demo)
 
 
@@ -145,7 +148,8 @@ def _demo(parsed: argparse.Namespace) -> None:
         table, figure = format_segmentation_table(results), "overlays.png"
         auto_class = "AutoModelForSemanticSegmentation"
     else:
-        results = run_demo(parsed.output, DemoSettings(seed=parsed.seed))
+        settings = DemoSettings(seed=parsed.seed, attention_head=parsed.attention_head)
+        results = run_demo(parsed.output, settings)
         table, figure = format_table(results), "predictions.png"
         auto_class = "AutoModelForImageClassification"
     print(f"\n{table}\n")

@@ -1,6 +1,7 @@
-"""The main job from end to end on the embedded DiT: choose the timestep, train a head, compare, save, reload."""
+"""The main job from end to end on the embedded DiT: select the timestep, fit a head, compare, save, reload."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,42 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    Trainer,
-    default_data_collator,
-    pipeline,
-    set_seed,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline, set_seed
 
 from ..hub.push import write_model_card
+from ..model.heads import pooled_tokens
 from ..model.image_processing_aselect import ASelectImageProcessor
 from ..model.modeling_classification import DiTForImageClassification
 from ..plots import plot_predictions
-from ..selection.criteria import Consensus
 from ..selection.probe import ridge_probe_accuracy
 from ..selection.record import TimestepSelection
-from ..selection.select import select_timestep
-from ..training.metrics import compute_accuracy
-from .results import (
-    Stopwatch,
-    choice_of,
-    probe_baselines,
-    probe_figures,
-    save_curve,
-    training_facts,
-    write_json,
-)
-from .sample import EMBEDDED, load_embedded_split
-from .training import demo_arguments
+from .attention_head import BATCH_SIZE, load_attention_model, train_attention_head
+from .results import Stopwatch, choice_of, probe_baselines, probe_figures, save_curve, write_json
+from .sample import EMBEDDED, classes_of, load_embedded_split
 
-BATCH_SIZE = 50  # pictures in one forward pass without gradients: small ones stay in a CPU's cache
+# What is read: an early and the last block. Two features of each say more than one of four blocks.
+READ_OUT: dict[str, Any] = {"block": [2, 7], "feature": ["hidden", "key"], "pooling": "regions"}
 
 
 @dataclass(frozen=True)
@@ -51,21 +37,27 @@ class DemoSettings:
     """What the demo runs with; the defaults are those of `hf-aselect demo`.
 
     Args:
-        seed: Seed of the head's weights, the order of the pictures and their augmentation; the timestep is chosen
+        seed: Seed of the few labels that are drawn, and of the attention head's training; the timestep is selected
             with `select_timestep`'s default seed.
-        num_train: Training pictures, at most 4,000.
-        num_test: Test pictures, at most 2,000.
-        num_calibration: Training pictures that the timestep is chosen from.
-        num_probe: Training pictures of the linear probes, which are trained at each timestep.
-        num_views: Views of each training picture for the attention head: itself, the others mirrored and shifted.
-        num_epochs: Epochs of the attention head over all views.
+        num_train: Training images, at most 4,000.
+        num_test: Test images, at most 2,000.
+        num_calibration: Training images that the timestep is selected from.
+        num_probe: Training images, and test images, of the linear probes, which are fitted at each timestep.
+        few: Numbers of labelled images that the head is fitted to, too; each class has as many of them.
+        num_draws: How often so many are drawn; the figure is the mean.
+        attention_head: Whether to train an attention head, too, which takes minutes.
+        num_views: Views of each training image for it: the image itself, the others mirrored and shifted.
+        num_epochs: Its epochs over all views.
     """
 
     seed: int = 0
     num_train: int = 4000
     num_test: int = 2000
     num_calibration: int = 256
-    num_probe: int = 2000
+    num_probe: int = 1000
+    few: tuple[int, ...] = (500, 100)
+    num_draws: int = 5
+    attention_head: bool = False
     num_views: int = 16
     num_epochs: int = 2
 
@@ -92,236 +84,221 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
     test = load_embedded_split("test", settings.num_test)
     set_seed(settings.seed)
     with watch.measure("select_timestep"):
-        model = load_model(train, settings)
-    selection = TimestepSelection.from_dict(model.config.selection or {})
+        model = load_model(train, settings.num_calibration)
     processor = ASelectImageProcessor.from_model_config(model.config)
     pixels = {"train": pixel_values(processor, train), "test": pixel_values(processor, test)}
     labels = {"train": torch.tensor(train["label"][:]), "test": torch.tensor(test["label"][:])}
+    with watch.measure("read_features"):
+        pooled = {split: pooled_features(model, batch, split) for split, batch in pixels.items()}
+    draws = {num: draw_labels(labels["train"], num, settings.num_draws, settings.seed) for num in settings.few}
+    few = {}
+    for num, drawn in draws.items():
+        with watch.measure(f"read_out_{num}"):
+            few[f"read_out_{num}"] = [fit(model, pooled, labels, rows) for rows in drawn]
+        with watch.measure(f"raw_pixels_{num}"):
+            few[f"raw_pixels_{num}"] = [raw_pixel_accuracy(pixels, labels, settings.seed, rows) for rows in drawn]
+    with watch.measure("read_out"):
+        # Last: this is the head that is saved.
+        read_out = fit(model, pooled, labels)
     with watch.measure("raw_pixels"):
         raw_pixels = raw_pixel_accuracy(pixels, labels, settings.seed)
-    with watch.measure("select_for_probe"):
-        # The model's own choice is for an attention head, which sees more than a linear one.
-        pictures = train["image"][: settings.num_calibration]
-        for_probe = select_timestep(model, pictures, criterion=Consensus("mean"))
     with watch.measure("exhaustive_search"):
-        grid = model.noise_schedule.even_timesteps()
+        grid = sorted({*model.noise_schedule.even_timesteps()[::2], model.config.resolved_timestep()})
         probed = probe_each_timestep(model, grid, pixels, labels, settings.num_probe)
-    with watch.measure("attention_head"):
-        trainer = train_head(model, processor, pixels, labels, output / "model", settings)
-        attention_head = trainer.evaluate()["eval_accuracy"]
-    results = collect_results([selection, for_probe], grid, probed, attention_head, raw_pixels, watch, settings)
-    save_classifier(model, trainer, for_probe, results, output)
-    save_predictions(test, predict(model, pixels["test"]), output / "predictions.png")
+    results = {
+        **choice_of(TimestepSelection.from_dict(model.config.selection or {}), grid, probed),
+        "accuracy": {
+            "read_out": read_out,
+            "raw_pixels": raw_pixels,
+            **{name: float(np.mean(shares)) for name, shares in few.items()},
+            **probe_figures(model.config.resolved_timestep(), grid, probed),
+        },
+        "read_out": model.config.read_outs(),
+        "pooling": model.config.pooling,
+        "probe": list(model.config.taps()[0]),
+        "few_accuracies": few,
+        "probe_accuracies": probed,
+        "seconds": watch.seconds,
+        "seed": settings.seed,
+        "num_train": settings.num_train,
+        "num_probe": min(settings.num_probe, settings.num_train),
+        "num_probe_test": min(settings.num_probe, settings.num_test),
+        "num_test": settings.num_test,
+        "few": list(settings.few),
+        "num_draws": settings.num_draws,
+    }
+    if settings.attention_head:
+        with watch.measure("attention_head"):
+            given = {"num_views": settings.num_views, "num_epochs": settings.num_epochs, "seed": settings.seed}
+            other = load_attention_model(train, settings.num_calibration)
+            shown = train_attention_head(other, pixels, labels, output / "attention_head", **given)
+        results["accuracy"]["attention_head"] = shown
+        results |= {"attention_head_timestep": other.config.timestep, **given}
+    with watch.measure("save_and_reload"):
+        save_classifier(model, processor, results, output)
+        save_predictions(test, predict(model, pooled["test"][:40]), output / "predictions.png")
+        check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
     write_json(output / "results.json", results)
-    check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
     return results
 
 
-def load_model(train: Dataset, settings: DemoSettings) -> DiTForImageClassification:
-    """Return a classifier on the embedded DiT, its timestep chosen from training pictures."""
-    names = train.features["label"].names
+def load_model(train: Dataset, num_calibration: int) -> DiTForImageClassification:
+    """Return a classifier on the embedded DiT, its timestep selected from training images."""
     return DiTForImageClassification.from_pretrained(
         EMBEDDED,
         timestep="auto",
-        calibration_images=train["image"][: settings.num_calibration],
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-        head="attention",
-        head_hidden_size=256,
-        head_num_layers=1,
-        head_num_attention_heads=64,  # many narrow ones: each looks at few of the 49 tokens
-        head_mlp_ratio=1,
+        calibration_images=train["image"][:num_calibration],
+        head="linear",
+        head_norm=False,
+        **READ_OUT,
+        **classes_of(train),
     )
 
 
 def pixel_values(processor: ASelectImageProcessor, dataset: Dataset) -> Tensor:
-    """Return the pictures of a dataset as pixel values, (n, C, H, W)."""
+    """Return the images of a dataset as pixel values, (n, C, H, W)."""
     pixels: Tensor = processor(dataset["image"][:], return_tensors="pt").pixel_values
     return pixels
 
 
+@torch.no_grad()
+def pooled_features(model: DiTForImageClassification, pixels: Tensor, split: str) -> Tensor:
+    """Return what the head reads of images, (n, S · D), so that they are read once for all fits."""
+    model.eval()
+    config = model.config
+    batches = tqdm(pixels.split(BATCH_SIZE), desc=f"Reading the {split} images", leave=False)
+    read = [pooled_tokens(model.extract_features(batch), config.pooling, config.token_grid) for batch in batches]
+    return torch.cat(read).flatten(1)
+
+
+def fit(
+    model: DiTForImageClassification, pooled: dict[str, Tensor], labels: dict[str, Tensor], rows: Tensor | None = None
+) -> float:
+    """Fit the head in closed form to some training images (default: all), and return its test accuracy in [0, 1]."""
+    chosen = slice(None) if rows is None else rows
+    sets = [
+        {"features": pooled[split][part], "labels": labels[split][part]}
+        for split, part in (("train", chosen), ("test", slice(None)))
+    ]
+    found = model.fit_head(sets[0], eval_dataset=sets[1])
+    return float((found.evaluation or {})["accuracy"])
+
+
+def draw_labels(labels: Tensor, num: int, num_draws: int, seed: int) -> list[Tensor]:
+    """Return so many images, as many of each class, as often as they are drawn.
+
+    Args:
+        labels: Class of each image, (n,).
+        num: Images of a draw; of a class at most those that there are.
+        num_draws: Draws.
+        seed: Seed of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes = labels.unique().tolist()
+    draws = []
+    for _ in range(num_draws):
+        order = torch.randperm(len(labels), generator=generator)
+        parts = [order[labels[order] == each][: num // len(classes)] for each in classes]
+        together = torch.cat(parts)
+        draws.append(together[torch.randperm(len(together), generator=generator)])
+    return draws
+
+
+@torch.no_grad()
 def probe_each_timestep(
     model: DiTForImageClassification,
     timesteps: list[int],
     pixels: dict[str, Tensor],
     labels: dict[str, Tensor],
-    num_train: int,
+    num_probe: int,
 ) -> list[float]:
-    """Return the test accuracy of a ridge probe on mean-pooled tokens at each timestep: the exhaustive search."""
-    pixels = {"train": pixels["train"][:num_train], "test": pixels["test"]}
-    labels = {"train": labels["train"][:num_train], "test": labels["test"]}
-    accuracies = []
+    """Return the test accuracy of a ridge probe on the first tap's mean at each timestep: the exhaustive search."""
+    block, feature = model.config.taps()[0]
     model.eval()
-    for timestep in tqdm(timesteps, desc="Probing each timestep"):
-        pooled = {split: pooled_features(model, batch, timestep) for split, batch in pixels.items()}
-        accuracies.append(ridge_probe_accuracy(pooled["train"], labels["train"], pooled["test"], labels["test"]))
+    accuracies = []
+    for timestep in tqdm(timesteps, desc="Probing each timestep", leave=False):
+        means = {}
+        for split, batch in pixels.items():
+            parts = batch[:num_probe].split(BATCH_SIZE)
+            tap = {"timestep": timestep, "block": block, "feature": feature}
+            means[split] = torch.cat([model.extract_features(part, **tap).mean(1) for part in parts])
+        known = {split: each[:num_probe] for split, each in labels.items()}
+        accuracies.append(ridge_probe_accuracy(means["train"], known["train"], means["test"], known["test"]))
     return accuracies
 
 
-@torch.no_grad()
-def pooled_features(model: DiTForImageClassification, pixels: Tensor, timestep: int) -> Tensor:
-    """Return mean-pooled tokens, (n, D)."""
-    return torch.cat([model.extract_features(batch, timestep=timestep).mean(1) for batch in pixels.split(BATCH_SIZE)])
+def raw_pixel_accuracy(
+    pixels: dict[str, Tensor], labels: dict[str, Tensor], seed: int, rows: Tensor | None = None
+) -> float:
+    """Return the test accuracy of logistic regression on standardised pixels, trained on some images (default: all).
 
-
-def raw_pixel_accuracy(pixels: dict[str, Tensor], labels: dict[str, Tensor], seed: int) -> float:
-    """Return the test accuracy of logistic regression on standardised pixels.
-
-    The strength of its regularisation is the best of four on a fifth of the training pictures.
+    The strength of its regularisation is the best of several on a fifth of the training images.
     """
     flat = {split: batch.flatten(1).numpy() for split, batch in pixels.items()}
     targets = {split: batch.numpy() for split, batch in labels.items()}
-    order = np.random.default_rng(seed).permutation(len(flat["train"]))
+    drawn = np.arange(len(flat["train"])) if rows is None else rows.numpy()
+    order = np.random.default_rng(seed).permutation(drawn)
     held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
 
     def fitted(strength: float, rows: np.ndarray) -> Any:
         regression = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
-        return regression.fit(flat["train"][rows], targets["train"][rows])
+        with warnings.catch_warnings():
+            # A regression of few images that is not at its optimum yet is no worse for it.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return regression.fit(flat["train"][rows], targets["train"][rows])
 
-    strengths = (0.0003, 0.001, 0.003, 0.01)
+    # The fewer images, the less regularisation is best.
+    strengths = (0.0003, 0.001, 0.003, 0.01) if len(order) > 1000 else (0.001, 0.003, 0.01, 0.03, 0.1)
     scores = [fitted(s, rest).score(flat["train"][held_out], targets["train"][held_out]) for s in strengths]
     best = strengths[int(np.argmax(scores))]
     return float(fitted(best, order).score(flat["test"], targets["test"]))
 
 
-def augmented(pixels: Tensor, shift: int = 1) -> Tensor:
-    """Return pictures, (n, C, H, W), mirrored or not and shifted by up to `shift` pixels each way, at random."""
-    mirrored = torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(-1), pixels)
-    padded = torch.nn.functional.pad(mirrored, [shift] * 4, mode="replicate")
-    height, width = pixels.shape[-2:]
-    corners = torch.randint(2 * shift + 1, (len(pixels), 2)).tolist()
-    return torch.stack(
-        [view[:, top : top + height, left : left + width] for view, (top, left) in zip(padded, corners, strict=True)]
-    )
-
-
 @torch.no_grad()
-def training_rows(
-    model: DiTForImageClassification, pixels: Tensor, labels: Tensor, num_views: int
-) -> list[dict[str, Tensor]]:
-    """Return rows of tokens and labels: of the pictures as they are, and of `num_views - 1` augmented copies.
-
-    The frozen backbone sees each view once, instead of once in each epoch.
-    """
-    model.eval()
-    rows = []
-    for view in tqdm(range(num_views), desc="Reading tokens of the views"):
-        shown = pixels if view == 0 else augmented(pixels)
-        # Half precision: the tokens of all views take some 800 MB.
-        tokens = torch.cat([model.extract_features(batch).half() for batch in shown.split(BATCH_SIZE)])
-        rows += [{"features": t, "labels": label} for t, label in zip(tokens, labels, strict=True)]
-    return rows
-
-
-def train_head(
-    model: DiTForImageClassification,
-    processor: ASelectImageProcessor,
-    pixels: dict[str, Tensor],
-    labels: dict[str, Tensor],
-    output: Path,
-    settings: DemoSettings,
-) -> Trainer:
-    """Train the classifier's head with the plain Trainer and return the trainer."""
-    test_rows = [{"pixel_values": p, "labels": y} for p, y in zip(pixels["test"], labels["test"], strict=True)]
-    arguments = demo_arguments(
-        output,
-        num_train_epochs=settings.num_epochs,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=BATCH_SIZE,
-        learning_rate=1e-3,
-        warmup_steps=50,
-        # 4,000 pictures: with less, the head learns them by heart.
-        weight_decay=2.0,
-        seed=settings.seed,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=training_rows(model, pixels["train"], labels["train"], settings.num_views),
-        eval_dataset=test_rows,
-        data_collator=default_data_collator,
-        processing_class=processor,
-        compute_metrics=compute_accuracy,
-    )
-    trainer.train()
-    return trainer
-
-
-def collect_results(
-    selections: list[TimestepSelection],
-    grid: list[int],
-    probed: list[float],
-    attention_head: float,
-    raw_pixels: float,
-    watch: Stopwatch,
-    settings: DemoSettings,
-) -> dict[str, Any]:
-    """Return the results as they are written to `results.json`, of the choices for the head and for the probe."""
-    selection, for_probe = selections
-    return {
-        **choice_of(selection, grid, probed),
-        "probe_timestep": for_probe.timestep,
-        "accuracy": {
-            "attention_head": attention_head,
-            **probe_figures(for_probe, grid, probed),
-            "raw_pixels": raw_pixels,
-        },
-        "probe_accuracies": probed,
-        "seconds": watch.seconds,
-        "seed": settings.seed,
-        "num_train": settings.num_train,
-        "num_probe": settings.num_probe,
-        "num_views": settings.num_views,
-        "num_epochs": settings.num_epochs,
-        "num_test": settings.num_test,
-    }
-
-
-@torch.no_grad()
-def predict(model: DiTForImageClassification, pixels: Tensor) -> list[int]:
-    """Return the most likely class of each picture, (n,)."""
-    model.eval()
-    classes: list[int] = torch.cat([model(batch).logits.argmax(-1) for batch in pixels.split(BATCH_SIZE)]).tolist()
+def predict(model: DiTForImageClassification, pooled: Tensor) -> list[int]:
+    """Return the most likely class of each image, (n,)."""
+    classes: list[int] = model.eval()(features=pooled).logits.argmax(-1).tolist()
     return classes
 
 
 def save_classifier(
-    model: DiTForImageClassification,
-    trainer: Trainer,
-    for_probe: TimestepSelection,
-    results: dict[str, Any],
-    output: Path,
+    model: DiTForImageClassification, processor: ASelectImageProcessor, results: dict[str, Any], output: Path
 ) -> None:
-    """Write model, processor, card and the curve, which is that of the probe's choice beside the probe's accuracy."""
-    model.include_code = True  # the card says that it is there
-    trainer.save_model()
-    save_curve(for_probe, model, results["timesteps"], results["probe_accuracies"], output)
+    """Write model, processor, card and the curve, which is that of the selection beside the probe's accuracy."""
+    model.save_pretrained(output / "model", include_code=True)
+    processor.save_pretrained(output / "model")
+    selection = TimestepSelection.from_dict(model.config.selection or {})
+    save_curve(selection, model, results["timesteps"], results["probe_accuracies"], output)
     accuracy = results["accuracy"]
+    few = {
+        f"{name} from {num} labels": accuracy[f"{key}_{num}"]
+        for num in results["few"]
+        for name, key in (("this read-out", "read_out"), ("logistic regression on raw pixels", "raw_pixels"))
+    }
     write_model_card(
         model,
         output / "model",
         model_name="Fashion-MNIST classifier on hf_aselect's embedded DiT",
         license="apache-2.0",
         dataset="fashion_mnist",
-        accuracy=accuracy["attention_head"],
+        accuracy=accuracy["read_out"],
         baselines={
-            **probe_baselines("linear probe", "the timestep chosen for it", accuracy),
             "logistic regression on raw pixels": accuracy["raw_pixels"],
+            **few,
+            **probe_baselines("linear probe of one tap", "the selected timestep", accuracy),
         },
         training={
-            "training pictures": results["num_train"],
-            "training pictures of the linear probes": results["num_probe"],
-            "views of each training picture": results["num_views"],
-            "test pictures": results["num_test"],
-            "epochs over all views": results["num_epochs"],
-            **training_facts(trainer, results),
+            **model.card_facts["training"],
+            "images of the linear probes": results["num_probe"],
+            "test images": results["num_test"],
+            "seed of the few labels": results["seed"],
         },
         command=f"hf-aselect demo --seed {results['seed']}",
     )
 
 
 def save_predictions(test: Dataset, predicted: list[int], path: Path) -> None:
-    """Draw the first 40 test pictures with their true and predicted names."""
+    """Draw the first 40 test images with their true and predicted names."""
     names = test.features["label"].names
     shown = range(min(40, len(test)))
     plot_predictions(
@@ -332,7 +309,7 @@ def save_predictions(test: Dataset, predicted: list[int], path: Path) -> None:
     )
 
 
-def check_reloaded(model: DiTForImageClassification, pixels: Tensor, pictures: list[Any], folder: Path) -> None:
+def check_reloaded(model: DiTForImageClassification, pixels: Tensor, images: list[Any], folder: Path) -> None:
     """Load the saved model through the Auto classes and `pipeline`, and compare its predictions.
 
     Raises:
@@ -344,10 +321,10 @@ def check_reloaded(model: DiTForImageClassification, pixels: Tensor, pictures: l
     with torch.no_grad():
         # Not to the bit: loaded weights lie at other addresses, for which a kernel may sum in another order.
         if not torch.allclose(reloaded(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-4):
-            raise RuntimeError(f"The model reloaded from {str(folder)!r} gives other logits than the trained one.")
-        expected = model(processor(pictures, return_tensors="pt").pixel_values).logits.argmax(-1).tolist()
+            raise RuntimeError(f"The model reloaded from {str(folder)!r} gives other logits than the fitted one.")
+        expected = model(processor(images, return_tensors="pt").pixel_values).logits.argmax(-1).tolist()
     classify = pipeline("image-classification", model=str(folder), device="cpu")
-    found = [ranking[0]["label"] for ranking in classify(pictures, top_k=1)]
+    found = [ranking[0]["label"] for ranking in classify(images, top_k=1)]
     names = model.config.id2label or {}
     if found != [names[index] for index in expected]:
-        raise RuntimeError(f"The pipeline on {str(folder)!r} gives other labels than the trained model.")
+        raise RuntimeError(f"The pipeline on {str(folder)!r} gives other labels than the fitted model.")

@@ -41,10 +41,10 @@ def choice_of(selection: TimestepSelection, grid: list[int], probed: list[float]
     }
 
 
-def probe_figures(selection: TimestepSelection, grid: list[int], probed: list[float]) -> dict[str, float]:
-    """Return the probe's figure at the chosen timestep and at those that it is compared with, by name."""
+def probe_figures(selected: int, grid: list[int], probed: list[float]) -> dict[str, float]:
+    """Return the probe's figure at the selected timestep and at those that it is compared with, by name."""
     return {
-        "selected": probed[grid.index(selection.timestep)],
+        "selected": probed[grid.index(selected)],
         "zero": probed[grid.index(0)],
         "random_mean": float(np.mean(probed)),
         "worst": min(probed),

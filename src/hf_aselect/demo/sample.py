@@ -1,6 +1,7 @@
 """The embedded checkpoint: a small DiT, and the sample of Fashion-MNIST that it was trained on."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 from datasets import Dataset
@@ -23,3 +24,9 @@ def load_embedded_split(split: str, size: int) -> Dataset:
     if not 1 <= size <= len(dataset):
         raise ValueError(f"The embedded {split} sample has {len(dataset)} pictures, asked for {size}.")
     return dataset.select(range(size))
+
+
+def classes_of(dataset: Dataset) -> dict[str, Any]:
+    """Return the names of a sample's classes as `from_pretrained` takes them."""
+    names = dataset.features["label"].names
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}

@@ -110,7 +110,7 @@ def run_segmentation_demo(
         upernet = trainer.evaluate()["eval_mean_iou"]
     figures = {
         "upernet": upernet,
-        **probe_figures(selection, grid, probed),
+        **probe_figures(selection.timestep, grid, probed),
         "random_weights": untrained,
         "colours": colours,
     }
