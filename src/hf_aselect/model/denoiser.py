@@ -200,12 +200,12 @@ class Denoiser(nn.Module, ABC):
         """Return the picture's tokens, (B, N, D)."""
         return state.hidden_states
 
-    def forward(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
+    def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
         """Return the tokens at a tap, running no block that comes after it.
 
         Args:
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,).
+            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
             block: Block index, counted from the first.
             feature: One of `taps.FEATURES`.
 
@@ -214,17 +214,19 @@ class Denoiser(nn.Module, ABC):
         """
         return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
 
-    def read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return the tokens at several taps from one pass, as `forward` does at one.
 
         Args:
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,).
+            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
             taps: (block, feature) pairs; (-1, "hidden") is what the first block reads.
 
         Returns:
             Tokens of each tap, (B, N, D).
         """
+        if isinstance(timesteps, int):
+            timesteps = torch.full(noised_latents.shape[:1], timesteps, device=noised_latents.device)
         state = self.begin(noised_latents, timesteps, None)
         last = max(block for block, _ in taps)
         tokens = {(-1, "hidden"): self.tokens_of(state)} if (-1, "hidden") in taps else {}

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 Tap = tuple[int, str]  # block, feature
@@ -226,13 +227,34 @@ BLOCKS = ("plain", "sana", "lumina2")
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far a block of a folded transformer is run.
+
+    Args:
+        features: What is read of it.
+        is_run: Whether it is run to its end.
+        is_attending: Whether its attention is run.
+        projections: Which of query, key and value are needed, in this order.
+        is_text_used: Whether an attention that comes after it looks at the text.
+    """
+
+    features: tuple[str, ...]
+    is_run: bool
+    is_attending: bool
+    projections: tuple[str, ...]
+    is_text_used: bool
+
+
+@dataclass(frozen=True)
 class FoldedLayout:
     """What must be known of a folded transformer to build it.
 
     Args:
-        timestep: Timestep whose conditioning is in the weights, in [0, 1000).
+        timestep: Timestep whose conditioning is in the weights, in [0, 1000); the first of several.
         taps: Where it can be read, as `tap_key` names it; blocks count as in the transformer that it was made from,
             and none after the last of them is there.
+        read_at: Of several timesteps: those of the taps that can be read at each, by timestep, as "141". The weights
+            are then shared, and what each timestep's conditioning makes of norms and gates stands beside them.
         num_channels: Channels of the latents.
         patch_size: Latents a side that one token stands for.
         hidden_size: Width D of the tokens.
@@ -299,6 +321,7 @@ class FoldedLayout:
     rotary_sizes: tuple[int, ...] = ()
     rotary_theta: float = 10000.0
     is_text_placed: bool = False
+    read_at: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values that no transformer is built of.
@@ -354,6 +377,21 @@ class FoldedLayout:
             raise ValueError("`folded_layout` must name at least one tap in `taps`.")
         for key in self.taps:
             parse_tap_key(key)
+        self._check_read_at()
+
+    def _check_read_at(self) -> None:
+        """Refuse several timesteps that are none, or whose taps are not all that there are."""
+        if self.read_at == {}:
+            return
+        is_whole = isinstance(self.read_at, dict) and next(iter(self.read_at)) == str(self.timestep)
+        for timestep, taps in self.read_at.items() if is_whole else ():
+            is_timestep = isinstance(timestep, str) and re.fullmatch("0|[1-9][0-9]{0,2}", timestep) is not None
+            is_whole = is_whole and is_timestep and isinstance(taps, list) and bool(taps)
+        if not is_whole or {str(key) for taps in self.read_at.values() for key in taps} != set(self.taps):
+            raise ValueError(
+                "`folded_layout` must have lists of its `taps` by timestep in [0, 1000) as `read_at`, its own "
+                f"timestep first and all taps among them, got {str(self.read_at)[:200]}."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FoldedLayout":
@@ -380,17 +418,32 @@ class FoldedLayout:
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in JSON's types."""
         values = {name: list(value) if name in _LISTS else value for name, value in asdict(self).items()}
+        if not self.read_at:
+            del values["read_at"]
         return {"format": FORMAT, **values}
 
-    @property
+    @cached_property
+    def steps(self) -> list["FoldedLayout"]:
+        """The layout of each timestep alone."""
+        several = self.read_at.items()
+        return [replace(self, timestep=int(t), taps=tuple(taps), read_at={}) for t, taps in several] or [self]
+
+    @cached_property
     def tapped(self) -> list[Tap]:
         """Block and feature of each tap."""
         return [parse_tap_key(key) for key in self.taps]
 
-    @property
+    @cached_property
     def last_block(self) -> int:
         """The last block that is there, whole or in part; -1 if only the stem is."""
         return max(block for block, _ in self.tapped)
+
+    def reach(self, block: int | None) -> Reach:
+        """Return how far a block is run for all timesteps together; of None a refiner, which is run whole, alone."""
+        if block is None:
+            return Reach((), True, True, PROJECTIONS, False)
+        attention = self.is_attending(block), self.projections_at(block), self.is_text_used_after(block)
+        return Reach(self.features_at(block), self.is_run(block), *attention)
 
     def features_at(self, block: int) -> tuple[str, ...]:
         """Return the features that can be read of a block."""
