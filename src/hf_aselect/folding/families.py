@@ -25,17 +25,18 @@ from .layers import (
 )
 
 Weights = Iterator[tuple[str, Tensor]]
-Taps = dict[int, list[str]]  # by timestep
-# What folds a family, of the denoiser, its configuration, a pass with the conditioning of each timestep, and the keys
-# of the taps that are read there.
-Fold = Callable[[Any, ASelectConfig, list[Pass], Taps], tuple[FoldedLayout, Weights]]
+Folded = tuple[FoldedLayout, Weights]
+# What folds a family, of the denoiser, its configuration, a pass with the conditioning of each timestep, and timesteps
+# and keys of the taps, as the layout has them.
+Fold = Callable[[Any, ASelectConfig, list[Pass], dict[str, Any]], Folded]
 
 
-def fold_dit(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps: Taps) -> tuple[FoldedLayout, Weights]:
+def fold_dit(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
     """Fold DiT and SiT."""
     first = denoiser.blocks[0]
     layout = FoldedLayout(
-        **_sizes(denoiser, config, starts[0], taps),
+        **_sizes(denoiser, config, starts[0]),
+        **read,
         **_mlp(first.ff),
         **_sincos(denoiser.transformer.pos_embed),
         attention_norm_eps=first.norm1.norm.eps,
@@ -53,12 +54,13 @@ def _dit_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> Wei
         yield from block_state(layout, index, stream).items()
 
 
-def fold_pixart(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps: Taps) -> tuple[FoldedLayout, Weights]:
+def fold_pixart(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
     """Fold PixArt: keys and values of its cross-attention to the prompt are constants."""
     transformer = denoiser.transformer
     first = denoiser.blocks[0]
     layout = FoldedLayout(
-        **_sizes(denoiser, config, starts[0], taps),
+        **_sizes(denoiser, config, starts[0]),
+        **read,
         **_mlp(first.ff),
         **_sincos(transformer.pos_embed),
         attention_norm_eps=first.norm1.eps,
@@ -72,7 +74,10 @@ def fold_pixart(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps: 
 def _pixart_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> Weights:
     yield from patch_state(denoiser.transformer.pos_embed, layout).items()
     for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
-        modulations, is_run = [table_modulation(block, start.condition) for start in starts], layout.is_run(index)
+        modulations, is_run = (
+            [table_modulation(block, start.condition) for start in starts],
+            layout.is_run(index),
+        )
         has_constant = is_run and not layout.num_cross_tokens
         offset = cross_constant(block.attn2, _context(starts[0])) if has_constant else None
         stream = stream_of(block, block.attn1, block.norm1, block.norm2, modulations, offset)
@@ -81,11 +86,12 @@ def _pixart_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> 
             yield from cross_state(f"blocks.{index}.cross.", block.attn2, _context(starts[0])).items()
 
 
-def fold_sd3(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps: Taps) -> tuple[FoldedLayout, Weights]:
+def fold_sd3(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
     """Fold Stable Diffusion 3: the text's stream goes on as far as the image's attention looks at it."""
     first = denoiser.blocks[0]
     layout = FoldedLayout(
-        **_sizes(denoiser, config, starts[0], taps),
+        **_sizes(denoiser, config, starts[0]),
+        **read,
         **_mlp(first.ff),
         positions="table",
         position_table_size=denoiser.transformer.pos_embed.pos_embed_max_size,
@@ -109,13 +115,14 @@ def _sd3_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> Wei
         yield from joint_state(layout, index, block, [silu(start.condition) for start in starts]).items()
 
 
-def fold_flux(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps: Taps) -> tuple[FoldedLayout, Weights]:
+def fold_flux(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
     """Fold FLUX: blocks of two streams as Stable Diffusion 3's, then those of one."""
     transformer = denoiser.transformer
     first = transformer.transformer_blocks[0]
     norms = [block.attn.norm_q for block in denoiser.blocks]
     layout = FoldedLayout(
-        **_sizes(denoiser, config, starts[0], taps),
+        **_sizes(denoiser, config, starts[0]),
+        **read,
         **_mlp(first.ff),
         **_rotary(transformer.pos_embed),
         attention_norm_eps=first.norm1.norm.eps,
@@ -140,12 +147,13 @@ def _flux_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> We
         yield from state_of(layout, index, block, [silu(start.condition) for start in starts]).items()
 
 
-def fold_sana(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps: Taps) -> tuple[FoldedLayout, Weights]:
+def fold_sana(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
     """Fold Sana: as PixArt, with linear attention, and with convolutions, the first and last of them linear layers."""
     embedding = denoiser.transformer.patch_embed
     first = denoiser.blocks[0]
     layout = FoldedLayout(
-        **_sizes(denoiser, config, starts[0], taps),
+        **_sizes(denoiser, config, starts[0]),
+        **read,
         **({"positions": "none"} if embedding.pos_embed is None else _sincos(embedding)),
         blocks="sana",
         mlp_size=first.ff.conv_point.in_channels,
@@ -167,7 +175,7 @@ def _sana_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> We
         yield from sana_state(layout, index, block, conditions, _context(starts[0])).items()
 
 
-def fold_lumina2(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps: Taps) -> tuple[FoldedLayout, Weights]:
+def fold_lumina2(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
     """Fold Lumina-Image 2: the refined text is a constant; the image's refiners are kept, before the blocks."""
     transformer = denoiser.transformer
     all_blocks = [*transformer.noise_refiner, *transformer.layers]
@@ -175,7 +183,8 @@ def fold_lumina2(denoiser: Any, config: ASelectConfig, starts: list[Pass], taps:
     mlp_norms = [norm for block in all_blocks for norm in (block.ffn_norm1, block.ffn_norm2)]
     first = all_blocks[0]
     layout = FoldedLayout(
-        **_sizes(denoiser, config, starts[0], taps),
+        **_sizes(denoiser, config, starts[0]),
+        **read,
         **_rotary(transformer.rope_embedder),
         blocks="lumina2",
         num_refiners=len(transformer.noise_refiner),
@@ -202,17 +211,14 @@ def _lumina2_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) ->
         yield "text", starts[0].hidden_states[:, : layout.text_size]
     conditions = [start.condition for start in starts]
     for index, block in enumerate(transformer.noise_refiner):
-        yield from lumina2_state(layout, f"refiners.{index}.", None, block, conditions).items()
+        yield from lumina2_state(layout, f"refiners.{index}.", -1, block, conditions).items()
     for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
         yield from lumina2_state(layout, f"blocks.{index}.", index, block, conditions).items()
 
 
-def _sizes(denoiser: Any, config: ASelectConfig, start: Pass, taps: Taps) -> dict[str, Any]:
-    """Return the sizes that all families have, and where the transformer is read."""
+def _sizes(denoiser: Any, config: ASelectConfig, start: Pass) -> dict[str, Any]:
+    """Return the sizes that all families have."""
     return {
-        "timestep": next(iter(taps)),
-        "taps": tuple(dict.fromkeys(key for keys in taps.values() for key in keys)),
-        "read_at": {str(timestep): keys for timestep, keys in taps.items()} if len(taps) > 1 else {},
         "num_channels": denoiser.num_channels,
         "patch_size": denoiser.patch_size,
         "hidden_size": config.hidden_size,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import Denoiser, eval_mode
+from ..model.denoiser import Denoiser
 from ..model.layouts import FoldedLayout, ReadOut, tap_key
 from ..selection.placement import moved
-from .families import Fold, Taps, fold_dit, fold_flux, fold_lumina2, fold_pixart, fold_sana, fold_sd3
+from ..selection.reader import eval_mode
+from .families import Fold, fold_dit, fold_flux, fold_lumina2, fold_pixart, fold_sana, fold_sd3
 from .layers import State
 
 # By the name of diffusers' class: where a checkpoint's own code runs, our classes are there twice.
@@ -113,13 +114,13 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, read: Sequence[Read
     parameter = next(denoiser.parameters())
     target = parameter.device, parameter.dtype
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
-    taps: Taps = {}
-    for timestep, block, feature in read:
-        taps.setdefault(int(timestep), []).append(tap_key(block, feature))
+    timesteps = list(dict.fromkeys(int(timestep) for timestep, _, _ in read))
+    taps = tuple(dict.fromkeys(tap_key(block, feature) for _, block, feature in read))
+    where = {"timestep": timesteps[0], "others": tuple(timesteps[1:]), "taps": taps}
     with eval_mode(denoiser):
         latents = torch.zeros(1, denoiser.num_channels, height, width, device=parameter.device, dtype=parameter.dtype)
-        steps = [torch.full((1,), timestep, device=parameter.device) for timestep in taps]
+        steps = [torch.full((1,), timestep, device=parameter.device) for timestep in timesteps]
         starts = [denoiser.begin(latents, each, None) for each in steps]
-        layout, weights = _FAMILIES[name](denoiser, config, starts, taps)
+        layout, weights = _FAMILIES[name](denoiser, config, starts, where)
         # Each is rounded as it comes: in float64 all of them would take twice the model's memory.
         return layout, {name: value.to(*target, copy=True).contiguous() for name, value in weights}

@@ -90,11 +90,12 @@ def block_state(layout: FoldedLayout, index: int, stream: Stream) -> State:
     """Return the state of a block's image stream, with its taps."""
     prefix, features = f"blocks.{index}.", layout.features_at(index)
     is_run, is_attending = layout.is_run(index), layout.is_attending(index)
-    projections = PROJECTIONS if is_attending else [name for name in PROJECTIONS if name in features]
     # Where attention is read behind its projection, the gate stays a vector of its own.
     has_gate = is_run and _has_gate(features, stream.modulations)
     is_gated = is_run and not has_gate
-    state = _stream_state(layout, f"{prefix}picture.", stream, projections, is_attending, is_run, is_gated)
+    state = _stream_state(
+        layout, f"{prefix}picture.", stream, layout.projections_at(index), is_attending, is_run, is_gated
+    )
     if "normed" in features:
         state |= _normed_state(prefix, stream.norm, stream.modulations)
     if has_gate:
@@ -211,26 +212,24 @@ def _sana_mlp_state(prefix: str, block: Any, modulations: Sequence[Modulation]) 
     }
 
 
-def lumina2_state(
-    layout: FoldedLayout, prefix: str, index: int | None, block: Any, conditions: Sequence[Tensor]
-) -> State:
-    """Return the state of a `FoldedLumina2Block`; of a refiner if there is no index."""
+def lumina2_state(layout: FoldedLayout, prefix: str, index: int, block: Any, conditions: Sequence[Tensor]) -> State:
+    """Return the state of a `FoldedLumina2Block`; of a refiner at -1."""
     parts = torch.stack([wide(block.norm1.linear(silu(condition)))[0] for condition in conditions]).chunk(4, 1)
     # (T, D) each, of one timestep (D,).
     scale, gate, mlp_scale, mlp_gate = (each[0] if len(conditions) == 1 else each for each in parts)
-    attention, mlp, reach = block.attn, block.feed_forward, layout.reach(index)
+    attention, mlp, projections = block.attn, block.feed_forward, layout.projections_at(index)
     scale, mlp_scale = _scale(block.norm1.norm, 1 + scale), _scale(block.ffn_norm1, 1 + mlp_scale)
     # Several timesteps have them at the norms.
     before, mlp_before = (each if len(conditions) == 1 else torch.ones_like(each[0]) for each in (scale, mlp_scale))
     state: State = {} if len(conditions) == 1 else {f"{prefix}attention_norm.weight": scale}
-    if "normed" in reach.features and len(conditions) == 1:
+    if "normed" in layout.features_at(index) and len(conditions) == 1:
         state[f"{prefix}normed_scale"] = scale
-    if reach.projections:
-        state[f"{prefix}query_key_value.weight"] = _fused(attention, reach.projections)[0] * before
-    if reach.is_attending:
+    if projections:
+        state[f"{prefix}query_key_value.weight"] = _fused(attention, projections)[0] * before
+    if layout.is_attending(index):
         state |= _query_key_norms(prefix, attention, layout)
         state[f"{prefix}projection.weight"] = plain(attention.to_out[0])[0]
-    if reach.is_run:
+    if layout.is_run(index):
         up = torch.cat([plain(mlp.linear_1)[0], plain(mlp.linear_3)[0]])
         state[f"{prefix}attention_output_norm.weight"] = _scale(block.norm2, gate.tanh())
         state |= {} if len(conditions) == 1 else {f"{prefix}mlp_norm.weight": mlp_scale}

@@ -439,17 +439,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _checked_read_outs(self, named: list[Any]) -> list[ReadOut]:
         """Return what is read, blocks counted from the first; refuse what there is not, and what is named twice."""
-        folded = self._folded_taps()
+        folded = self.folded_layout or {}  # looked at when the configuration was made
+        folded_at = [folded["timestep"], *folded.get("others", ())] if folded else []
         for timestep, _, feature in named:
             check_feature(feature)
             if timestep != "auto":
                 check_timestep(timestep)
             elif self.timestep != "auto":
                 raise ValueError("`timestep` may be 'auto' by itself, not in a list: name integers in [0, 1000).")
-            if folded and str(timestep) not in folded:
+            if folded and timestep not in folded_at:
                 raise ValueError(
-                    f"This model was folded at timestep {' or '.join(folded)}, which is in its weights, and cannot be "
-                    f"read at {timestep!r}. Load the model it was folded from, and fold it there."
+                    f"This model was folded at timestep {' or '.join(map(str, folded_at))}, which is in its weights, "
+                    f"and cannot be read at {timestep!r}. Load the model it was folded from, and fold it there."
                 )
         found = [(timestep, self.block_index(block), feature) for timestep, block, feature in named]
         if len(set(found)) < len(found):
@@ -504,8 +505,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_tap(self) -> None:
         """Refuse what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
-        for timestep, block, feature in self.read_outs():
-            self.check_tap(block, feature, timestep)
+        for _, block, feature in self.read_outs():
+            self.check_tap(block, feature)
 
     def channels_at(self, block: int, feature: str) -> list[int] | None:
         """Return the channels that are set to zero at a tap; None where nothing is said of it.
@@ -548,18 +549,13 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         if not (self.output_hidden_states if output_hidden_states is None else output_hidden_states):
             return []
-        folded, timestep = self._folded_taps(), self.read_outs()[0][0]
+        folded, timestep = self.folding, self.read_outs()[0][0]
         blocks = range(-1, self.num_hidden_layers)
-        kept = [block for block in blocks if not folded or tap_key(block, "hidden") in folded[str(timestep)]]
+        kept = [block for block in blocks if folded is None or tap_key(block, "hidden") in folded.taps]
         return [(timestep, block, "hidden") for block in kept]
 
-    def check_tap(self, block: int, feature: str, timestep: int | str | None = None) -> None:
+    def check_tap(self, block: int, feature: str) -> None:
         """Refuse a feature that there is not, or not at this block, counted from the first.
-
-        Args:
-            block: The block; -1 for what the first one reads.
-            feature: The feature.
-            timestep: Of a folded model, the one at which it is read there; None for any of them.
 
         Raises:
             ValueError: If `feature` is unknown, or the block has none of that name, or there is no such block.
@@ -573,14 +569,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"There is no `{feature}` of block {block!r}: this transformer has {layout.num_layers} blocks, "
                 f"counted from 0{', and -1 for what the first one reads' * (first < 0)}."
             )
-        taps = (self.folded_layout or {}).get("taps")
-        if taps and timestep is not None:
-            taps = self._folded_taps()[str(timestep)]
-        if taps and tap_key(block, feature) not in taps:
+        taps = None if self.folded_layout is None else self.folded_layout.get("taps", ())
+        if taps is not None and tap_key(block, feature) not in taps:
             raise ValueError(
                 f"This model was folded to be read at {', '.join(taps)}, and has nothing else of what the "
-                f"transformer was{'' if timestep is None else f' at timestep {timestep}'}, got "
-                f"{tap_key(block, feature)}. Load the model it was folded from."
+                f"transformer was, got {tap_key(block, feature)}. Load the model it was folded from."
             )
         depth = layout.num_attention_outputs
         if feature == "attention" and block >= depth:
@@ -593,11 +586,6 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def folding(self) -> FoldedLayout | None:
         """What a folded transformer is built of; None where it is not folded."""
         return None if self.folded_layout is None else FoldedLayout.from_dict(self.folded_layout)
-
-    def _folded_taps(self) -> dict[str, Any]:
-        """Return the taps of each timestep that a model was folded at; nothing where it is not folded."""
-        layout = self.folded_layout or {}  # looked at when the configuration was made
-        return layout.get("read_at") or ({str(layout["timestep"]): layout["taps"]} if layout else {})
 
     def validate_selection(self) -> None:
         """Refuse the record of a selection that a later version wrote in another way."""
@@ -742,8 +730,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: If there is one.
         """
         for stage in self.stage_read_outs():
-            for timestep, block, feature in stage:
-                self.check_tap(block, feature, timestep)
+            for _, block, feature in stage:
+                self.check_tap(block, feature)
 
     def validate_host_fields(self) -> None:
         """Refuse values that the host takes as they are and trips over later."""

@@ -144,15 +144,9 @@ class StepNorms(nn.Module):
 
 
 def build_norm(kind: Any, width: int, eps: float, num_timesteps: int, has_weight: bool = False) -> nn.Module:
-    """Build a norm of tokens.
+    """Build a norm of tokens, of the kind `nn.LayerNorm` or `nn.RMSNorm`.
 
-    Args:
-        kind: `nn.LayerNorm` or `nn.RMSNorm`.
-        width: Channels of the tokens.
-        eps: Its epsilon.
-        num_timesteps: Timesteps that the transformer is read at. At a single one scale and shift are in the weights
-            of what reads the norm.
-        has_weight: Whether there is nothing after it that its scale could be in the weights of.
+    At a single timestep scale and shift are in the weights of what reads it; of one that is added, it has a weight.
     """
     norm: nn.Module = kind(width, eps, elementwise_affine=has_weight)
     return norm if num_timesteps == 1 else StepNorms(norm, width, num_timesteps)
@@ -187,18 +181,16 @@ class FoldedStream(nn.Module):
     ) -> None:
         super().__init__()
         width, head_size = layout.hidden_size, layout.hidden_size // layout.num_attention_heads
-        num_timesteps = len(layout.steps)
+        num_timesteps = len(layout.timesteps)
         self.num_attention_heads = layout.num_attention_heads
         self.projections = tuple(projections)
         self.attention_norm = build_norm(nn.LayerNorm, width, layout.attention_norm_eps, num_timesteps)
         if projections:
             self.query_key_value = nn.Linear(width, len(projections) * width)
-        self.query_norm: nn.Module | None = None
-        self.key_norm: nn.Module | None = None
-        if layout.query_key_norm_eps is not None and is_attending:
-            self.query_norm = nn.RMSNorm(head_size, layout.query_key_norm_eps)
-        if layout.query_key_norm_eps is not None and "value" in projections:
-            self.key_norm = nn.RMSNorm(head_size, layout.query_key_norm_eps)
+        norm_eps, are_needed = layout.query_key_norm_eps, (is_attending, "value" in projections)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(head_size, norm_eps) if norm_eps is not None and is_needed else None for is_needed in are_needed
+        )
         if is_attending:
             self.projection = nn.Linear(width, width)
         if is_run:
@@ -242,41 +234,54 @@ def at_step(tokens: Tensor, gate: Tensor | None, number: int) -> Tensor:
 
 
 class FoldedLayer(GradientCheckpointingLayer):
-    """What blocks of all kinds share: how far they are run at each timestep, and what their taps need beside that.
+    """What blocks of all kinds share: how far they are run, and what is read of them on the way.
 
     Args:
         config: The model's configuration, which names the host's attention kernel in `_attn_implementation`.
         layout: The sizes.
-        index: Which block; None for a refiner, which is run on the picture alone, before the first.
+        index: Which block; -1 for a refiner, which is run on the picture alone, before the first.
     """
 
     is_causal = False  # the host's kernels ask
+    projection_name: ClassVar[str] = "query_key_value"
+    sizes: Sequence[int] = ()  # of what it makes, `parts`
     has_shift: ClassVar[bool] = True  # of the modulation
     has_gate: ClassVar[bool] = True  # behind attention
     has_offset: ClassVar[bool] = True  # whether something constant may be added behind that
 
-    def __init__(self, config: Any, layout: FoldedLayout, index: int | None) -> None:
+    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:
         super().__init__()
-        width, self.num_timesteps = layout.hidden_size, len(layout.steps)
+        width, self.num_timesteps = layout.hidden_size, len(layout.timesteps)
         self.config, self.num_attention_heads = config, layout.num_attention_heads
         self.scaling = (width // layout.num_attention_heads) ** -0.5
-        # What any of the timesteps needs is here, and at each of them no more is run than that one needs.
-        self.reach, self.reaches = layout.reach(index), [step.reach(index) for step in layout.steps]
+        self.features, self.is_run = layout.features_at(index), layout.is_run(index)
+        self.is_attending, self.is_text_used = layout.is_attending(index), layout.is_text_used_after(index)
+        self.parts = self.projections = layout.projections_at(index)
         self.normed_scale = self.normed_shift = self.gate = self.offset = None
-        if "normed" in self.reach.features and self.num_timesteps == 1:
+        if "normed" in self.features and self.num_timesteps == 1:
             # Attention reads the modulated tokens with the modulation in its weights; who taps them needs it apart.
             self.normed_scale = nn.Parameter(torch.zeros(width))
             self.normed_shift = nn.Parameter(torch.zeros(width)) if self.has_shift else None
-        is_apart = "attention" in self.reach.features or self.num_timesteps > 1
-        if self.has_gate and self.reach.is_run and is_apart:
+        is_apart = "attention" in self.features or self.num_timesteps > 1
+        if self.has_gate and self.is_run and is_apart:
             # A tap comes before the gate, which then cannot be in the weights.
             self.gate = nn.Parameter(torch.zeros(width if self.num_timesteps == 1 else (self.num_timesteps, width)))
             self.offset = nn.Parameter(torch.zeros(width)) if self.has_offset else None
 
-    def tap_normed(self, normed: Tensor) -> Tensor:
-        """Return what attention reads, (B, N, D), of the output of the norm before it."""
-        scaled = normed if self.normed_scale is None else normed * self.normed_scale
-        return scaled if self.normed_shift is None else scaled + self.normed_shift
+    def project(self, normed: Tensor) -> dict[str, Tensor]:
+        """Return those of query, key and value that are there, (B, N, D) each."""
+        if not self.sizes:
+            return {}
+        together: Tensor = getattr(self, self.projection_name)(normed)
+        return dict(zip(self.parts, together.split(self.sizes, -1), strict=True))
+
+    def read(self, normed: Tensor, projected: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        """Return what is read before attention, (B, N, D) each: of the last `size` tokens, which are the picture's."""
+        tapped = {name: values[:, -size:] for name, values in projected.items() if name in self.features}
+        if "normed" in self.features:
+            scaled = normed[:, -size:] if self.normed_scale is None else normed[:, -size:] * self.normed_scale
+            tapped["normed"] = scaled if self.normed_shift is None else scaled + self.normed_shift
+        return tapped
 
     def gated(self, attended: Tensor, number: int) -> Tensor:
         """Return what attention adds to the tokens, (B, N, D), of what it yields."""
@@ -289,44 +294,43 @@ class FoldedBlock(FoldedLayer):
 
     def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:
         super().__init__(config, layout, index)
-        reach, width = self.reach, layout.hidden_size
+        width = layout.hidden_size
         self.is_text_first = layout.is_text_first
-        self.picture = FoldedStream(layout, reach.projections, reach.is_attending, reach.is_run)
+        self.picture = FoldedStream(layout, self.projections, self.is_attending, self.is_run)
         self.text: FoldedStream | None = None
-        if layout.text_size and reach.is_attending:
-            is_used = reach.is_text_used
+        if layout.text_size and self.is_attending:
+            is_used = self.is_text_used
             self.text = FoldedStream(layout, PROJECTIONS if is_used else PROJECTIONS[1:], is_used, is_used, is_used)
         self.dual: FoldedStream | None = None
-        if index in layout.dual_attention_blocks and reach.is_run:
+        if index in layout.dual_attention_blocks and self.is_run:
             self.dual = FoldedStream(layout, PROJECTIONS, is_attending=True, is_run=False, has_gate=True)
         self.cross: PromptAttention | None = None
-        if layout.num_cross_tokens and reach.is_run:
+        if layout.num_cross_tokens and self.is_run:
             self.cross = PromptAttention(config, width, width, self.num_attention_heads, layout.num_cross_tokens)
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor | None = None, rotary: Rotary | None = None, number: int = 0
+        self, hidden_states: Tensor, text: Tensor | None = None, places: Rotary | None = None, number: int = 0
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the tokens after the block, those of the text, and the tokens of each feature that was folded for.
 
         Args:
             hidden_states: Tokens of the picture, (B, N, D).
-            text: Tokens of the text, (B, L, D), where there are any.
-            rotary: Rotary positions of all tokens, where there are any.
+            text: Tokens of the text, (B, L, D), where there are any, and attention looks at them. Sana's does not.
+            places: Rotary positions of the text's tokens, as far as there are any, and the picture's; of Sana rows and
+                columns of the tokens.
             number: Which of the layout's timesteps.
         """
-        stream, reach, tapped = self.picture, self.reaches[number], {}
+        stream = self.picture
         normed = run_norm(stream.attention_norm, hidden_states, number)
-        if "normed" in reach.features:
-            tapped["normed"] = self.tap_normed(normed)
         projected = stream.project(normed) if stream.projections else {}
-        tapped.update({name: values for name, values in projected.items() if name in reach.features})
-        if not reach.is_attending:
+        tapped = self.read(normed, projected, hidden_states.shape[1])
+        if not self.is_attending:
             return hidden_states, text, tapped
-        mixed, mixed_text = self._mix(stream.heads(projected), text, rotary, number)
+        mixed, mixed_text = self._mix(stream.heads(projected), text, places, number)
         attended = stream.projection(mixed)
-        if "attention" in reach.features:
+        if "attention" in self.features:
             tapped["attention"] = attended
-        if not reach.is_run:
+        if not self.is_run:
             return hidden_states, text, tapped
         added = self.gated(attended, number)
         if self.dual is not None:
@@ -338,7 +342,7 @@ class FoldedBlock(FoldedLayer):
         if self.cross is not None:
             hidden_states = hidden_states + self.cross(hidden_states)
         hidden_states = stream.run_mlp(hidden_states, number)
-        if "hidden" in reach.features:
+        if "hidden" in self.features:
             tapped["hidden"] = hidden_states
         if self.text is not None and text is not None and mixed_text is not None:
             text = self.text.run_mlp(text + self.text.attended(mixed_text, number), number)
@@ -351,8 +355,6 @@ class FoldedBlock(FoldedLayer):
         if self.text is None or text is None:
             return attend(self, **picture), None
         other = self.text.heads(self.text.project(run_norm(self.text.attention_norm, text, number)))
-        if not self.reaches[number].is_text_used:
-            other.pop("query", None)  # another timestep goes on from here
         size, length = picture["query"].shape[2], text.shape[1]
         both = {
             name: [other[name], values] if self.is_text_first else [values, other[name]]
@@ -378,17 +380,18 @@ class FoldedSingleBlock(FoldedLayer):
     """A block of FLUX in which text and picture are one stream, and attention and MLP stand beside each other."""
 
     has_offset = False
+    projection_name = "query_key_value_mlp"
 
     def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:
         super().__init__(config, layout, index)
         self.text_size = layout.text_size
         width, head_size = layout.hidden_size, layout.hidden_size // layout.num_attention_heads
         self.attention_norm = build_norm(nn.LayerNorm, width, layout.attention_norm_eps, self.num_timesteps)
-        self.projections = self.reach.projections
-        self.sizes = [width] * len(self.projections) + ([layout.mlp_size] if self.reach.is_run else [])
+        self.parts = (*self.projections, "mlp") if self.is_run else self.projections
+        self.sizes = [layout.mlp_size if name == "mlp" else width for name in self.parts]
         if self.sizes:
             self.query_key_value_mlp = nn.Linear(width, sum(self.sizes))
-        if self.reach.is_run:
+        if self.is_run:
             self.query_norm, self.key_norm = (
                 nn.RMSNorm(head_size, layout.query_key_norm_eps or 1e-6) for _ in range(2)
             )
@@ -396,36 +399,25 @@ class FoldedSingleBlock(FoldedLayer):
             self.projection = nn.Linear(width + layout.mlp_size, width)
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor | None = None, rotary: Rotary | None = None, number: int = 0
+        self, hidden_states: Tensor, text: Tensor | None = None, places: Rotary | None = None, number: int = 0
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return what `FoldedBlock.forward` returns."""
-        tapped: dict[str, Tensor] = {}
-        reach = self.reaches[number]
-        line = torch.cat([text, hidden_states], dim=1) if reach.is_run and text is not None else hidden_states
+        line = torch.cat([text, hidden_states], dim=1) if self.is_run and text is not None else hidden_states
         normed = run_norm(self.attention_norm, line, number)
-        parts = self._project(normed)
-        start = self.text_size if reach.is_run else 0
-        if "normed" in reach.features:
-            tapped["normed"] = self.tap_normed(normed[:, start:])
-        tapped.update({name: parts[name][:, start:] for name in self.projections if name in reach.features})
-        if not reach.is_run or text is None:
+        parts = self.project(normed)
+        tapped = self.read(normed, parts, hidden_states.shape[1])
+        if not self.is_run or text is None:
             return hidden_states, text, tapped
         query, key, value = (split_heads(parts[name], self.num_attention_heads) for name in PROJECTIONS)
         query, key = self.query_norm(query), self.key_norm(key)
-        if rotary is not None:
-            query, key = rotated(query, rotary), rotated(key, rotary)
+        if places is not None:
+            query, key = rotated(query, places), rotated(key, places)
         added = self.projection(torch.cat([attend(self, query, key, value), self.activation(parts["mlp"])], dim=-1))
-        added = self.gated(added, number)
-        text, hidden_states = text + added[:, :start], hidden_states + added[:, start:]
-        if "hidden" in reach.features:
+        text_added, added = self.gated(added, number).tensor_split([self.text_size], dim=1)
+        text, hidden_states = text + text_added, hidden_states + added
+        if "hidden" in self.features:
             tapped["hidden"] = hidden_states
         return hidden_states, text, tapped
-
-    def _project(self, normed: Tensor) -> dict[str, Tensor]:
-        if not self.sizes:
-            return {}
-        names = [*self.projections, "mlp"] if self.reach.is_run else list(self.projections)
-        return dict(zip(names, self.query_key_value_mlp(normed).split(self.sizes, -1), strict=True))
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -452,17 +444,17 @@ class FoldedSanaBlock(FoldedLayer):
         super().__init__(config, layout, index)
         width, count = layout.hidden_size, self.num_timesteps
         self.attention_norm = build_norm(nn.LayerNorm, width, layout.attention_norm_eps, count)
-        self.projections = self.reach.projections
-        if self.projections:
-            self.query_key_value = nn.Linear(width, len(self.projections) * width)
+        self.sizes = [width for _ in self.projections]
+        if self.sizes:
+            self.query_key_value = nn.Linear(width, sum(self.sizes))
         self.query_norm: nn.Module | None = None
         self.key_norm: nn.Module | None = None
-        if self.reach.is_attending:
+        if self.is_attending:
             if layout.query_key_norm_eps is not None:  # of all heads together
                 self.query_norm, self.key_norm = (nn.RMSNorm(width, layout.query_key_norm_eps) for _ in range(2))
             self.projection = nn.Linear(width, width)
         self.cross: PromptAttention | None = None
-        if not self.reach.is_run:
+        if not self.is_run:
             return
         if layout.num_cross_tokens:
             size, heads = layout.cross_size or width, layout.num_cross_heads or layout.num_attention_heads
@@ -477,26 +469,13 @@ class FoldedSanaBlock(FoldedLayer):
         self.mlp_gate = nn.Parameter(torch.zeros(count, width)) if count > 1 else None
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor | None = None, grid: tuple[int, int] = (1, 1), number: int = 0
+        self, hidden_states: Tensor, text: Tensor | None = None, places: tuple[int, int] = (1, 1), number: int = 0
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Return the tokens after the block, the text as it was, and the tokens of each feature that was folded for.
-
-        Args:
-            hidden_states: Tokens of the picture, (B, N, D).
-            text: Not looked at: what the block reads of the prompt is in its weights.
-            grid: Rows and columns of the tokens.
-            number: Which of the layout's timesteps.
-        """
-        reach, tapped = self.reaches[number], {}
+        """Return what `FoldedBlock.forward` returns; what the block reads of the prompt is in its weights."""
         normed = run_norm(self.attention_norm, hidden_states, number)
-        if "normed" in reach.features:
-            tapped["normed"] = self.tap_normed(normed)
-        projected: dict[str, Tensor] = {}
-        if self.projections:
-            parts = self.query_key_value(normed).chunk(len(self.projections), -1)
-            projected = dict(zip(self.projections, parts, strict=True))
-        tapped.update({name: values for name, values in projected.items() if name in reach.features})
-        if not reach.is_attending:
+        projected = self.project(normed)
+        tapped = self.read(normed, projected, hidden_states.shape[1])
+        if not self.is_attending:
             return hidden_states, text, tapped
         query, key, value = (projected[name] for name in PROJECTIONS)
         if self.query_norm is not None and self.key_norm is not None:
@@ -507,16 +486,16 @@ class FoldedSanaBlock(FoldedLayer):
         )
         if attended.dtype == torch.float16:
             attended = attended.clip(-65504, 65504)  # as diffusers, against infinite values
-        if "attention" in reach.features:
+        if "attention" in self.features:
             tapped["attention"] = attended
-        if not reach.is_run:
+        if not self.is_run:
             return hidden_states, text, tapped
         hidden_states = hidden_states + self.gated(attended, number)
         if self.cross is not None:
             hidden_states = hidden_states + self.cross(hidden_states)
-        convolved = self._convolved(run_norm(self.mlp_norm, hidden_states, number), grid)
+        convolved = self._convolved(run_norm(self.mlp_norm, hidden_states, number), places)
         hidden_states = hidden_states + at_step(convolved, self.mlp_gate, number)
-        if "hidden" in reach.features:
+        if "hidden" in self.features:
             tapped["hidden"] = hidden_states
         return hidden_states, text, tapped
 
@@ -538,24 +517,23 @@ class FoldedLumina2Block(FoldedLayer):
 
     has_shift = has_gate = False
 
-    def __init__(self, config: Any, layout: FoldedLayout, index: int | None) -> None:
+    def __init__(self, config: Any, layout: FoldedLayout, index: int) -> None:
         super().__init__(config, layout, index)
         width, num_heads, count = layout.hidden_size, layout.num_attention_heads, self.num_timesteps
         head_size, num_key_value_heads = width // num_heads, layout.num_key_value_heads or num_heads
         self.num_key_value_heads = num_key_value_heads
         self.num_key_value_groups = num_heads // num_key_value_heads  # the host's kernels ask
         self.attention_norm = build_norm(nn.RMSNorm, width, layout.attention_norm_eps, count)
-        self.projections = self.reach.projections
-        sizes = {"query": width, "key": num_key_value_heads * head_size, "value": num_key_value_heads * head_size}
-        self.sizes = [sizes[name] for name in self.projections]
-        if self.projections:
+        narrow = num_key_value_heads * head_size
+        self.sizes = [width if name == "query" else narrow for name in self.projections]
+        if self.sizes:
             self.query_key_value = nn.Linear(width, sum(self.sizes), bias=False)
-        if self.reach.is_attending:
+        if self.is_attending:
             self.query_norm, self.key_norm = (
                 nn.RMSNorm(head_size, layout.query_key_norm_eps or 1e-5) for _ in range(2)
             )
             self.projection = nn.Linear(width, width, bias=False)
-        if self.reach.is_run:
+        if self.is_run:
             self.attention_output_norm = build_norm(nn.RMSNorm, width, layout.attention_norm_eps, count, True)
             self.mlp_norm = build_norm(nn.RMSNorm, width, layout.mlp_norm_eps, count)
             self.up_projection = nn.Linear(width, 2 * layout.mlp_size, bias=False)
@@ -564,47 +542,33 @@ class FoldedLumina2Block(FoldedLayer):
             self.mlp_output_norm = build_norm(nn.RMSNorm, width, layout.mlp_norm_eps, count, True)
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor | None = None, rotary: Rotary | None = None, number: int = 0
+        self, hidden_states: Tensor, text: Tensor | None = None, places: Rotary | None = None, number: int = 0
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Return the tokens after the block, those of the text, and the tokens of each feature that was folded for.
-
-        Args:
-            hidden_states: Tokens of the picture, (B, N, D).
-            text: Tokens of the text, (B, L, D), where attention looks at them; they come first.
-            rotary: Rotary positions of text and picture; where there is no text, the last are the picture's.
-            number: Which of the layout's timesteps.
-        """
-        reach, tapped = self.reaches[number], {}
-        size = hidden_states.shape[1]
-        line = hidden_states
-        if text is not None and reach.is_attending:
+        """Return what `FoldedBlock.forward` returns; the text's tokens come first."""
+        size, line = hidden_states.shape[1], hidden_states
+        if text is not None and self.is_attending:
             line = torch.cat([text, hidden_states], dim=1)
         normed = run_norm(self.attention_norm, line, number)
-        if "normed" in reach.features:
-            tapped["normed"] = self.tap_normed(normed[:, -size:])
-        projected: dict[str, Tensor] = {}
-        if self.projections:
-            parts = self.query_key_value(normed).split(self.sizes, -1)
-            projected = dict(zip(self.projections, parts, strict=True))
-        tapped.update({name: values[:, -size:] for name, values in projected.items() if name in reach.features})
-        if not reach.is_attending:
+        projected = self.project(normed)
+        tapped = self.read(normed, projected, size)
+        if not self.is_attending:
             return hidden_states, text, tapped
-        if not reach.is_text_used:
+        if not self.is_text_used:
             # From here on only the picture is of use; the text was looked at.
             line, projected["query"] = hidden_states, projected["query"][:, -size:]
-        attended = self.projection(self._mix(projected, rotary))
-        if "attention" in reach.features:
+        attended = self.projection(self._mix(projected, places))
+        if "attention" in self.features:
             tapped["attention"] = attended[:, -size:]
-        if not reach.is_run:
+        if not self.is_run:
             return hidden_states, text, tapped
         line = line + run_norm(self.attention_output_norm, attended, number)
         gates, values = self.up_projection(run_norm(self.mlp_norm, line, number)).chunk(2, -1)
         added = self.down_projection(self.activation(gates) * values)
         line = line + run_norm(self.mlp_output_norm, added, number)
         hidden_states = line[:, -size:]
-        if reach.is_text_used:
+        if self.is_text_used:
             text = line[:, :-size]
-        if "hidden" in reach.features:
+        if "hidden" in self.features:
             tapped["hidden"] = hidden_states
         return hidden_states, text, tapped
 

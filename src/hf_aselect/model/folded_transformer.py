@@ -41,7 +41,7 @@ class FoldedTransformer(nn.Module):
         self.has_text = layout.is_text_used_after(-1)
         if self.has_text:
             self.text = nn.Parameter(torch.zeros(1, layout.text_size, layout.hidden_size))
-        refiners = [FoldedLumina2Block(config, layout, None) for _ in range(layout.num_refiners)]
+        refiners = [FoldedLumina2Block(config, layout, -1) for _ in range(layout.num_refiners)]
         self.refiners: nn.ModuleList | list[nn.Module] = nn.ModuleList(refiners) if refiners else []
         self.blocks = nn.ModuleList(_build_block(config, layout, index) for index in range(layout.last_block + 1))
 
@@ -93,12 +93,10 @@ class FoldedTransformer(nn.Module):
 
     def _number_of(self, timestep: Tensor | int) -> int:
         """Return which of the layout's timesteps one is; of several only an integer says so without waiting for it."""
-        known = [step.timestep for step in self.layout.steps]
-        if len(known) == 1:
-            return 0
-        if isinstance(timestep, Tensor) or timestep not in known:
-            raise ValueError(f"This transformer was folded at timesteps {known}: name one as an integer.")
-        return known.index(timestep)
+        known = self.layout.timesteps
+        if len(known) > 1 and (isinstance(timestep, Tensor) or timestep not in known):
+            raise ValueError(f"This transformer was folded at timesteps {list(known)}: name one as an integer.")
+        return known.index(timestep) if len(known) > 1 else 0
 
     def _places(self, rows: int, columns: int, device: torch.device) -> Rotary | tuple[int, int] | None:
         """Return what the blocks must know of where tokens stand: rotary positions, the grid, or nothing."""

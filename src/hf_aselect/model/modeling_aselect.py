@@ -203,7 +203,7 @@ class TokenReader(PreTrainedModel):
         taps: dict[int, list[Tap]] = {}  # by timestep
         for timestep, block, feature in dict.fromkeys(read_outs):
             timestep = config.resolved_timestep() if isinstance(timestep, str) else timestep
-            config.check_tap(block, feature, timestep)
+            config.check_tap(block, feature)
             taps.setdefault(timestep, []).append((block, feature))
         clean = self._clean_latents(pixel_values, latents)
         draws = [self._read_draw(clean, taps, draw) for draw in range(num_draws or config.num_noise_draws)]
