@@ -22,8 +22,8 @@ imported all of diffusers that it needs; with files that the system has in memor
 until `from_pretrained` returns, and until each page of the weights was read once, as it maps files and reads little.
 `text_loading` does the same for a pipeline that is told what to draw by a text encoder: PixArt-Sigma's transformer of
 XL/2's size with T5-XXL, in bfloat16 (11 GB). What it folds to holds what the empty prompt adds, and no encoder.
-`--sections read_outs` alone measures models that read the hidden states of all blocks, at one timestep and at three, as
-they are and folded.
+`--sections read_outs` measures models that read the hidden states of all blocks, at one timestep and at three, as they
+are and folded.
 `speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
 """
 
@@ -97,7 +97,7 @@ def configuration(size: str, channels: int = 4, latents: int = 32, **fields: Any
         "patch_size": 2,
         "num_embeds_ada_norm": 1000,
     }
-    return ASelectConfig(transformer=transformer, timestep=TIMESTEP, **{"block": depth // 2, **fields})
+    return ASelectConfig(transformer=transformer, **{"timestep": TIMESTEP, "block": depth // 2, **fields})
 
 
 def way_of(model: DiTModel, way: str) -> Callable[[Tensor], Tensor]:
@@ -773,7 +773,7 @@ def main() -> None:
         "--sections",
         nargs="+",
         choices=(*SECTIONS, READ_OUTS),
-        help="measure these anew, and keep the others of the folder (all)",
+        help="measure these anew, and keep the others of the folder (all but read_outs)",
     )
     parser.add_argument("--child", choices=("load", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
