@@ -747,6 +747,21 @@ def test_speed_compares_ways_that_read_the_same(monkeypatch):
     assert all(row["share_of_time_in_linear_layers"] > 0 for row in shares)
 
 
+def test_speed_measures_read_outs_as_they_are_and_folded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(SPEED, "SIZES", {"S/2": (4, 32, 2)})
+    words = ["--output_dir", str(tmp_path), "--sizes", "S/2", "--batches", "2", "--repetitions", "1"]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *words, "--sections", "read_outs"])
+    SPEED.main()
+    rows = json.loads((tmp_path / "speed.json").read_text())["read_outs"]
+    assert [(row["timesteps"], row["way"]) for row in rows] == [
+        (count, way) for count in (1, 3) for way in ("early exit", "folded")
+    ]
+    assert max(row["relative_difference"] for row in rows) <= 1e-5
+    # What several timesteps add is little.
+    assert rows[1]["parameters"] < rows[3]["parameters"] < rows[0]["parameters"]
+    assert SPEED.read_out_table(rows) in capsys.readouterr().out
+
+
 def test_speed_asks_for_the_names_that_the_package_takes():
     names = SPEED.names_taken_of_the_host()
     assert "PreTrainedModel" in names["transformers"]

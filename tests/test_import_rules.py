@@ -29,7 +29,7 @@ WINGS = {
     "model": "what travels with a checkpoint: configuration, models, image processor, denoisers, heads; flat",
     "plots": "figures",
     "selection": "the selection of the timestep: criteria, the sweep over timesteps, the record, calibration images",
-    "folding": "a denoiser at one timestep as the weights of a plain transformer",
+    "folding": "a denoiser at its timesteps as the weights of a plain transformer",
     "checkpoints": "what diffusers saved: found, fetched, read, converted; licences; folders that appear whole",
     "hub": "the model card and the push",
     "training": "the callback for Trainer, its trackers, cached features, heads in closed form, metrics",

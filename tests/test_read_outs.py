@@ -654,14 +654,7 @@ def test_the_callback_selects_for_all_of_them_and_does_not_follow_with_several(f
 # Folding, cards, command lines.
 
 
-def test_folding_several_is_refused_and_a_folded_model_reads_nothing_else(folder, tmp_path, capsys):
-    model = classifier(folder)
-    with pytest.raises(ValueError, match=r"Folding is not implemented for .* reads 8 side by"):
-        model.fold()
-    model.save_pretrained(tmp_path / "model")
-    assert main(["fold", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
-    assert "Folding is not implemented" in capsys.readouterr().err
-    # A list of one is one.
+def test_a_model_that_was_folded_at_a_list_of_one_reads_nothing_else(folder):
     single = classifier(folder, timestep=[5], block=[2], feature=["hidden"])
     folded = single.fold()
     torch.testing.assert_close(logits(folded), logits(single), rtol=1e-5, atol=1e-5)

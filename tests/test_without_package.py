@@ -19,6 +19,7 @@ KINDS = {
     "backbone": ("DiTBackbone", "AutoBackbone", "pixel"),
     "tokens": ("DiTModel", "AutoModel", "pixel"),
     "folded": ("DiTForImageClassification", "AutoModelForImageClassification", "pixel"),
+    "folded-several": ("DiTForImageClassification", "AutoModelForImageClassification", "pixel"),
     "several": ("DiTForImageClassification", "AutoModelForImageClassification", "pixel"),
     "latent": ("DiTForImageClassification", "AutoModelForImageClassification", "latent"),
     "text": ("DiTForImageClassification", "AutoModelForImageClassification", "text"),
@@ -54,10 +55,10 @@ for name, (kind, _, source) in kinds.items():
     # With a head, and so with statistics of its tokens.
     given = {"calibration_images": torch.rand(6, 3, side, side) * 2 - 1} if "For" in kind else {}
     several = {"timestep": [5, 60], "block": "all", "feature": ["hidden", "key"], "zeroed_channels": []}
-    where = several if name == "several" else {"timestep": 5}
+    where = several if "several" in name else {"timestep": 5}
     model = getattr(hf_aselect, kind).from_pretrained(folders[source], **where, **fields, **size, **given)
     assert (model.config.standardized_grid is not None) == ("For" in kind)
-    model = model.fold() if name == "folded" else model
+    model = model.fold() if "folded" in name else model
     model.push_to_hub(f"me/{name}")
     torch.save(outputs(model), f"{output}/{name}.pt")
 """

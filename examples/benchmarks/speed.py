@@ -22,6 +22,8 @@ imported all of diffusers that it needs; with files that the system has in memor
 until `from_pretrained` returns, and until each page of the weights was read once, as it maps files and reads little.
 `text_loading` does the same for a pipeline that is told what to draw by a text encoder: PixArt-Sigma's transformer of
 XL/2's size with T5-XXL, in bfloat16 (11 GB). What it folds to holds what the empty prompt adds, and no encoder.
+`--sections read_outs` measures models that read the hidden states of all blocks, at one timestep and at three, as they
+are and folded.
 `speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
 """
 
@@ -73,6 +75,9 @@ SECTIONS = (
     "loading",
     "text_loading",
 )
+# Measured where it is asked for.
+READ_OUTS = "read_outs"
+SEVERAL = ([121], [21, 121, 521])  # timesteps of a read-out
 GROWTH_SIZE = "B/2"
 EPOCHS = 28
 NUM_PICTURES = 64
@@ -92,7 +97,7 @@ def configuration(size: str, channels: int = 4, latents: int = 32, **fields: Any
         "patch_size": 2,
         "num_embeds_ada_norm": 1000,
     }
-    return ASelectConfig(transformer=transformer, timestep=TIMESTEP, **{"block": depth // 2, **fields})
+    return ASelectConfig(transformer=transformer, **{"timestep": TIMESTEP, "block": depth // 2, **fields})
 
 
 def way_of(model: DiTModel, way: str) -> Callable[[Tensor], Tensor]:
@@ -237,6 +242,34 @@ def speeds(size: str, batches: list[int], repetitions: int, device: str) -> list
                 }
             )
             print(f"{size} batch {batch}: {way}: {value:.1f} ms, {whole / value:.2f} times", flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def read_outs(size: str, batches: list[int], repetitions: int, device: str) -> list[dict[str, Any]]:
+    """Return parameters and milliseconds of models that read all blocks, as they are and folded."""
+    rows = []
+    for timesteps in SEVERAL:
+        torch.manual_seed(0)
+        fields = {"timestep": timesteps, "block": "all", "feature": "hidden", "zeroed_channels": []}
+        model = DiTModel(configuration(size, **fields)).eval().to(device)
+        models = {"early exit": model, "folded": model.fold()}
+        for batch in batches:
+            latents = latents_of(batch, model)
+            tokens = {way: each.extract_features(latents=latents).double() for way, each in models.items()}
+            difference = float((tokens["folded"] - tokens["early exit"]).norm() / tokens["early exit"].norm())
+            runs: dict[str, Callable[[], object]] = {
+                way: partial(each.extract_features, latents=latents) for way, each in models.items()
+            }
+            times = rounds(runs, repetitions, device)
+            for way, values in times.items():
+                row = {"size": size, "timesteps": len(timesteps), "batch": batch, "way": way}
+                row["parameters"] = sum(each.numel() for each in models[way].parameters())
+                row["milliseconds"] = round(statistics.median(values), 2)
+                row["least"], row["greatest"] = round(min(values), 2), round(max(values), 2)
+                row["times_as_fast"] = round(statistics.median(times["early exit"]) / statistics.median(values), 3)
+                rows.append({**row, "relative_difference": difference if way == "folded" else 0.0})
+                print(rows[-1], flush=True)
     return rows
 
 
@@ -663,6 +696,19 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_out_table(rows: list[dict[str, Any]]) -> str:
+    """Return the results of `read_outs` as a Markdown table."""
+    lines = ["| DiT, all blocks | timesteps | batch | way | parameters | ms (least to greatest) | times as it is |"]
+    lines.append("| --- |" + " --- |" * 6)
+    for row in rows:
+        words = (
+            f"| {row['size']} | {row['timesteps']} | {row['batch']} | {row['way']} | {row['parameters'] / 1e6:,.1f} M"
+        )
+        times = f"{row['milliseconds']:.0f} ({row['least']:.0f} to {row['greatest']:.0f}) | {row['times_as_fast']:.2f}"
+        lines.append(f"{words} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw pictures per second by size and way at the middle batch size."""
     from matplotlib.figure import Figure
@@ -724,7 +770,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, help="measure these anew, and keep the others of the folder (all)"
+        "--sections",
+        nargs="+",
+        choices=(*SECTIONS, READ_OUTS),
+        help="measure these anew, and keep the others of the folder (all but read_outs)",
     )
     parser.add_argument("--child", choices=("load", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -773,6 +822,7 @@ def main() -> None:
     measure: dict[str, Callable[[], Any]] = {
         "import_seconds": lambda: import_seconds(repetitions),
         "speeds": lambda: [row for size in sizes for row in speeds(size, batches, repetitions, device)],
+        READ_OUTS: lambda: [row for size in sizes for row in read_outs(size, batches, repetitions, device)],
         "matrix_share": lambda: (
             [row for size in sizes for row in matrix_share(size, 8, repetitions)] if is_cpu else []
         ),
@@ -793,6 +843,8 @@ def main() -> None:
         temporary = output / ".speed.json.incomplete"
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
+    if READ_OUTS in (args.sections or ()):
+        print(read_out_table(result[READ_OUTS]))
     if all(section in result for section in SECTIONS):
         (output / "speed.md").write_text(tables(result), encoding="utf-8")
         draw(result, output / "speed.png")

@@ -5,7 +5,7 @@ r"""Write a classifier or segmenter as ONNX, with a free batch, and compare it w
 What is exported takes `pixel_values`, (B, C, H, W) in [-1, 1], as `ASelectImageProcessor` makes them, of the size
 that the model was saved with, and gives `logits`. It needs the `export` extra. The file appears only if onnxruntime's
 logits are within `--tolerance` of torch's, for three batch sizes; weights of more than 1.5 GB are a second file, of
-the same name and `.data`. A model that reads one timestep and tap is folded first; one that reads several is not.
+the same name and `.data`. A model that is not folded yet is folded first.
 """
 
 import os
@@ -37,7 +37,7 @@ def main() -> None:
     if name not in KINDS:
         raise ValueError(f"Only {' and '.join(KINDS)} give logits; {args.model_name_or_path!r} holds a {name}.")
     model = KINDS[name].from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    if not model.config.folded and len(model.config.read_outs()) == 1:
+    if not model.config.folded:
         model = model.fold()
     height, width = model.config.image_height_width
     generator = torch.Generator().manual_seed(0)

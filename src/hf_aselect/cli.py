@@ -563,10 +563,10 @@ def _convert(parsed: argparse.Namespace) -> None:
 def _add_fold(commands: Any) -> None:
     fold = commands.add_parser(
         "fold",
-        help="write a model as a smaller, plain vision transformer that is read at its timestep alone",
+        help="write a model as a smaller, plain vision transformer that is read at its timesteps alone",
         description="Multiply the timestep's conditioning into the neighbouring layers and leave out what comes after "
-        "the tap. The outputs are equal; the model has fewer parameters, needs no diffusers but for a VAE, and cannot "
-        "be read at another timestep or tap.",
+        "the last tap. The outputs are equal; the model has fewer parameters, needs no diffusers but for a VAE, and "
+        "cannot be read at another timestep or tap. Several timesteps share all layers.",
         epilog="example: hf-aselect fold my-classifier my-folded-classifier",
     )
     fold.add_argument("source", metavar="SOURCE", help="a model of ours, or what diffusers saved: folder or id")
@@ -577,7 +577,7 @@ def _add_fold(commands: Any) -> None:
         action="append",
         metavar="T",
         help="timestep to fold at, in [0, 1000), or auto to choose one on pictures that the transformer makes itself "
-        "(default: the one that SOURCE was saved with)",
+        "(default: the one that SOURCE was saved with); once for each of several, and so --block and --feature",
     )
     fold.add_argument(
         "--block", type=int, action="append", help="block to read at, negative from the end (default: SOURCE's)"
@@ -608,9 +608,10 @@ def _fold(parsed: argparse.Namespace) -> None:
         write_model_card(folded, unfinished, model_name=target.name)
     before, after = (sum(one.numel() for one in each.parameters()) for each in (model, folded))
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    layout = folded.config.folding
     print(
         f"Saved {parsed.output}: {after / 1e6:.1f} M parameters of {before / 1e6:.1f} M, {size / 1e6:.1f} MB; reads "
-        f"{', '.join(folded.config.folding.taps)} at timestep {folded.config.timestep}."
+        f"{', '.join(layout.taps)} at timestep {', '.join(map(str, layout.timesteps))}."
     )
 
 

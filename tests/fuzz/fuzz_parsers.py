@@ -265,6 +265,7 @@ VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "block_out_channels": [
 LAYOUT = {"timestep": 5, "taps": ["1.query"], "num_channels": 4, "patch_size": 2, "hidden_size": 16}
 LAYOUT |= {"num_attention_heads": 2, "mlp_size": 64, "rows": 16, "columns": 16, "query_key_norm_eps": None}
 LAYOUT |= {"rotary_sizes": [2, 4], "dual_attention_blocks": [0], "positions": "sincos", "blocks": "plain"}
+LAYOUT |= {"others": [60, 141]}
 RECORD = {"timestep": 5, "timesteps": [1, 5], "scores": [0.1, 0.2], "smoothed": [0.1, 0.2], "block": 1, "seed": 0}
 RECORD |= {"intervals": [[0.0, 0.2], [0.1, 0.3]], "log_snr": [3.0, 1.0], "confidence": 0.9, "criterion": "hfr"}
 RECORD |= {"settings": {"cutoff": 0.15}, "options": {}, "feature": "query", "num_images": 4, "pictures": "given"}

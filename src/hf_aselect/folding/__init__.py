@@ -1,1 +1,1 @@
-"""Folding: a denoiser at a constant timestep, as the weights of a plain transformer."""
+"""Folding: a denoiser at constant timesteps, as the weights of a plain transformer."""

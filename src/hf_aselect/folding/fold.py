@@ -1,4 +1,4 @@
-"""Folding: a denoiser at a constant timestep, as the weights of a plain transformer."""
+"""Folding: a denoiser at constant timesteps, as the weights of a plain transformer."""
 
 import copy
 from collections.abc import Sequence
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import Denoiser, eval_mode
-from ..model.layouts import FoldedLayout, Tap, tap_key
+from ..model.denoiser import Denoiser
+from ..model.layouts import FoldedLayout, ReadOut, tap_key
 from ..selection.placement import moved
+from ..selection.reader import eval_mode
 from .families import Fold, fold_dit, fold_flux, fold_lumina2, fold_pixart, fold_sana, fold_sd3
 from .layers import State
 
@@ -28,27 +29,22 @@ def fold_model(model: Any) -> Any:
     """Return a model's folded twin; see its `fold`.
 
     Raises:
-        ValueError: If it has no timestep, reads several taps or timesteps, is folded already, or a part of it is not
-            in memory; and as `fold_denoiser`.
+        ValueError: If it has no timestep, is folded already, or a part of it is not in memory; and as
+            `fold_denoiser`.
     """
     config = copy.deepcopy(model.config)
     config.resolved_timestep()
     if config.folded:
         raise ValueError("This model is folded already.")
-    if (count := len(config.read_outs())) > 1:
-        raise ValueError(
-            f"Folding is not implemented for models that read several taps or timesteps, and this one reads {count} "
-            "side by side. Name one `timestep`, `block` and `feature`, or use the model as it is."
-        )
-    # A list of one is one.
-    config = moved(config, config.resolved_timestep(), config.taps()[0])
+    if len(config.read_outs()) == 1:  # a list of one is one
+        config = moved(config, config.resolved_timestep(), config.taps()[0])
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("A part of this model is not in memory. Load it without offloading, then fold it.")
     base = model._base()
-    taps = list(dict.fromkeys(base.taps()))
-    if config.taps()[0] not in taps:
-        taps = _move_tap(config, taps)
-    layout, weights = fold_denoiser(base.denoiser, config, taps)
+    read = list(dict.fromkeys(base.read_outs()))
+    if not set(config.read_outs()) <= set(read):
+        read = _move_block(config, read)
+    layout, weights = fold_denoiser(base.denoiser, config, read)
     if isinstance(config.zeroed_channels, dict):
         kept = config.zeroed_channels.items()
         config.zeroed_channels = {key: channels for key, channels in kept if key in layout.taps}
@@ -59,18 +55,22 @@ def fold_model(model: Any) -> Any:
     return _with_weights(model, config, weights)
 
 
-def _move_tap(config: ASelectConfig, taps: list[Tap]) -> list[Tap]:
-    """Move the configuration's tap to a block that is kept, and return all taps that are.
+def _move_block(config: ASelectConfig, read: list[ReadOut]) -> list[ReadOut]:
+    """Move what the configuration reads to a block that is kept, and return all that is read.
 
     A backbone or decoder reads other blocks than the configuration's, which would be kept for nothing.
     """
-    (own,) = config.taps()
-    taps = taps + ([(0, own[1])] if max(taps)[0] < 0 else [])
+    own, block = config.read_outs(), max(block for _, block, _ in read)
+    if block < 0:  # the stem alone, which the configuration cannot name
+        block = 0
+        read = [*read, *((timestep, block, feature) for timestep, _, feature in own)]
     if isinstance(config.zeroed_channels, list) and config.zeroed_channels:
         # They stay where they are.
-        config.zeroed_channels = {tap_key(*own): config.zeroed_channels}
-    config.block = max(taps)[0]
-    return taps
+        config.zeroed_channels = {tap_key(*config.taps()[0]): config.zeroed_channels}
+    config.block = block
+    if config.read_out is not None:
+        config.read_out = [list(each) for each in dict.fromkeys((t, block, feature) for t, _, feature in own)]
+    return list(dict.fromkeys(read))
 
 
 def _with_weights(model: Any, config: ASelectConfig, weights: State) -> Any:
@@ -85,8 +85,8 @@ def _with_weights(model: Any, config: ASelectConfig, weights: State) -> Any:
 
 
 @torch.no_grad()
-def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]) -> tuple[FoldedLayout, State]:
-    """Return what a denoiser is at the configuration's timestep, read at some taps: layout and weights.
+def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, read: Sequence[ReadOut]) -> tuple[FoldedLayout, State]:
+    """Return what a denoiser is at the timesteps and taps that it is read at: layout and weights.
 
     At a constant timestep and label (or prompt) the six modulation vectors of a block are constants. With LN the norm
     without affine, W·((1 + scale)·LN(x) + shift) + b = (W·diag(1 + scale))·LN(x) + (W·shift + b), and
@@ -94,10 +94,13 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
     whose weights they scale. Query, key and value become one layer. The products are computed in float64 and rounded
     once, to the weights' dtype.
 
+    With several timesteps such products would be another set of weights for each. There W stays as it is, the same
+    for all, and LN gets 1 + scale and shift as its own weight and bias, one row a timestep, as the gates have.
+
     Args:
         denoiser: A denoiser of DiT (or SiT), PixArt, Stable Diffusion 3, FLUX, Sana or Lumina-Image 2.
-        config: Its configuration, with an integer timestep.
-        taps: Where it is to be read; blocks counted from the first.
+        config: Its configuration.
+        read: Where it is to be read: integer timestep, block, counted from the first, and feature.
 
     Returns:
         The layout, and the state of a `FoldedTransformer` of it.
@@ -111,10 +114,13 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, taps: Sequence[Tap]
     parameter = next(denoiser.parameters())
     target = parameter.device, parameter.dtype
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
+    timesteps = list(dict.fromkeys(int(timestep) for timestep, _, _ in read))
+    taps = tuple(dict.fromkeys(tap_key(block, feature) for _, block, feature in read))
+    where = {"timestep": timesteps[0], "others": tuple(timesteps[1:]), "taps": taps}
     with eval_mode(denoiser):
         latents = torch.zeros(1, denoiser.num_channels, height, width, device=parameter.device, dtype=parameter.dtype)
-        timesteps = torch.full((1,), config.resolved_timestep(), device=parameter.device)
-        start = denoiser.begin(latents, timesteps, None)
-        layout, weights = _FAMILIES[name](denoiser, config, start, [tap_key(*tap) for tap in taps])
+        steps = [torch.full((1,), timestep, device=parameter.device) for timestep in timesteps]
+        starts = [denoiser.begin(latents, each, None) for each in steps]
+        layout, weights = _FAMILIES[name](denoiser, config, starts, where)
         # Each is rounded as it comes: in float64 all of them would take twice the model's memory.
         return layout, {name: value.to(*target, copy=True).contiguous() for name, value in weights}

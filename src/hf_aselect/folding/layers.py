@@ -1,4 +1,8 @@
-"""Layers of a folded transformer: what modulation, gates and a constant prompt make of a denoiser's own layers."""
+"""Layers of a folded transformer: what modulation, gates and a constant prompt make of a denoiser's own layers.
+
+At one timestep they are multiplied into the layers. Several timesteps share the layers as they are, and each has norms
+and gates of its own.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +46,7 @@ class Stream:
         mlp: The MLP.
         norm: Norm before attention.
         mlp_norm: Norm before the MLP.
-        modulation: What the conditioning does to the stream.
+        modulations: What the conditioning does to the stream, at each timestep.
         offset: Constant that is added behind the attention's gate, (D,), float64.
     """
 
@@ -55,59 +59,68 @@ class Stream:
     mlp: Any
     norm: Any
     mlp_norm: Any
-    modulation: Modulation
+    modulations: Sequence[Modulation]
     offset: Tensor | None = None
 
 
 def stream_of(
-    block: Any, attention: Any, norm: Any, mlp_norm: Any, modulation: Modulation, offset: Tensor | None = None
+    block: Any,
+    attention: Any,
+    norm: Any,
+    mlp_norm: Any,
+    modulations: Sequence[Modulation],
+    offset: Tensor | None = None,
 ) -> Stream:
     """Return the image's stream of a block."""
     projections = attention.to_q, attention.to_k, attention.to_v
     norms = attention.norm_q, attention.norm_k
-    return Stream(*projections, *norms, attention.to_out[0], block.ff, norm, mlp_norm, modulation, offset)
+    return Stream(*projections, *norms, attention.to_out[0], block.ff, norm, mlp_norm, modulations, offset)
 
 
-def _text_stream_of(block: Any, modulation: Modulation) -> Stream:
+def _text_stream_of(block: Any, modulations: Sequence[Modulation]) -> Stream:
     """Return the text's stream of a joint block."""
     attention = block.attn
     projections = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
     norms = attention.norm_added_q, attention.norm_added_k
     output, norm = getattr(attention, "to_add_out", None), block.norm1_context.norm
-    return Stream(*projections, *norms, output, block.ff_context, norm, block.norm2_context, modulation)
+    return Stream(*projections, *norms, output, block.ff_context, norm, block.norm2_context, modulations)
 
 
 def block_state(layout: FoldedLayout, index: int, stream: Stream) -> State:
     """Return the state of a block's image stream, with its taps."""
     prefix, features = f"blocks.{index}.", layout.features_at(index)
     is_run, is_attending = layout.is_run(index), layout.is_attending(index)
-    projections = PROJECTIONS if is_attending else [name for name in PROJECTIONS if name in features]
     # Where attention is read behind its projection, the gate stays a vector of its own.
-    has_gate = is_run and "attention" in features
+    has_gate = is_run and _has_gate(features, stream.modulations)
     is_gated = is_run and not has_gate
-    state = _stream_state(layout, f"{prefix}picture.", stream, projections, is_attending, is_run, is_gated)
+    state = _stream_state(
+        layout, f"{prefix}picture.", stream, layout.projections_at(index), is_attending, is_run, is_gated
+    )
     if "normed" in features:
-        state |= _normed_state(prefix, stream.norm, stream.modulation)
+        state |= _normed_state(prefix, stream.norm, stream.modulations)
     if has_gate:
-        gate = _needed(stream.modulation.gate)
-        offset = torch.zeros_like(gate) if stream.offset is None else stream.offset
-        state |= {f"{prefix}gate": gate, f"{prefix}offset": offset}
+        state |= _gate_state(prefix, stream.modulations, stream.offset)
     return state
 
 
-def joint_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor) -> State:
+def joint_state(layout: FoldedLayout, index: int, block: Any, conditions: Sequence[Tensor]) -> State:
     """Return the state of a block of two streams."""
     is_dual = getattr(block, "use_dual_attention", False)
-    modulations = chunks(block.norm1.linear(condition), 9 if is_dual else 6)
-    state = block_state(layout, index, stream_of(block, block.attn, block.norm1.norm, block.norm2, modulations[0]))
+    own, *others = zip(
+        *(chunks(block.norm1.linear(condition), 9 if is_dual else 6) for condition in conditions), strict=True
+    )
+    state = block_state(layout, index, stream_of(block, block.attn, block.norm1.norm, block.norm2, own))
     if index in layout.dual_attention_blocks and layout.is_run(index):
-        dual = stream_of(block, block.attn2, block.norm1.norm, block.norm2, modulations[1])
+        dual = stream_of(block, block.attn2, block.norm1.norm, block.norm2, others[0])
         state |= _stream_state(layout, f"blocks.{index}.dual.", dual, PROJECTIONS, True, False)
+        state |= _step_gate(f"blocks.{index}.dual.gate", [each.gate for each in dual.modulations])
     if layout.is_attending(index):
         is_used = layout.is_text_used_after(index)
-        text = _text_stream_of(block, _text_modulation(block, condition))
+        text = _text_stream_of(block, [_text_modulation(block, condition) for condition in conditions])
         projections = PROJECTIONS if is_used else PROJECTIONS[1:]
         state |= _stream_state(layout, f"blocks.{index}.text.", text, projections, is_used, is_used)
+        if is_used:
+            state |= _step_gate(f"blocks.{index}.text.gate", [each.gate for each in text.modulations])
     return state
 
 
@@ -120,98 +133,107 @@ def _text_modulation(block: Any, condition: Tensor) -> Modulation:
     return chunks(values, 6)[0]
 
 
-def single_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor) -> State:
+def single_state(layout: FoldedLayout, index: int, block: Any, conditions: Sequence[Tensor]) -> State:
     """Return the state of a `FoldedSingleBlock`."""
     prefix, features, is_run = f"blocks.{index}.", layout.features_at(index), layout.is_run(index)
-    modulation = chunks(block.norm.linear(condition), 3)[0]
+    modulations = [chunks(block.norm.linear(condition), 3)[0] for condition in conditions]
+    norm, modulation = _folded_in(block.norm.norm, modulations)
     attention = block.attn
     named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
     layers = [plain(layer) for name, layer in named.items() if is_run or name in features]
-    state: State = {}
+    state = _step_norm(f"{prefix}attention_norm", block.norm.norm, [(each.shift, each.scale) for each in modulations])
     if is_run:
         layers.append(plain(block.proj_mlp))
         state |= _linear(f"{prefix}projection", _gated(plain(block.proj_out), _needed(modulation.gate)))
         state |= _query_key_norms(prefix, attention, layout)
+        state |= _step_gate(f"{prefix}gate", [each.gate for each in modulations])
     if layers:
-        fused = _modulated(_side_by_side(layers), block.norm.norm, modulation.shift, modulation.scale)
+        fused = _modulated(_side_by_side(layers), norm, modulation.shift, modulation.scale)
         state |= _linear(f"{prefix}query_key_value_mlp", fused)
     if "normed" in features:
-        state |= _normed_state(prefix, block.norm.norm, modulation)
+        state |= _normed_state(prefix, block.norm.norm, modulations)
     return state
 
 
-def sana_state(layout: FoldedLayout, index: int, block: Any, condition: Tensor, context: Tensor) -> State:
+def sana_state(layout: FoldedLayout, index: int, block: Any, conditions: Sequence[Tensor], context: Tensor) -> State:
     """Return the state of a `FoldedSanaBlock`."""
     prefix, projections, is_run = f"blocks.{index}.", layout.projections_at(index), layout.is_run(index)
-    modulation = table_modulation(block, condition)
-    state: State = {}
+    modulations = [table_modulation(block, condition) for condition in conditions]
+    norm, modulation = _folded_in(block.norm1, modulations)
+    state = _step_norm(f"{prefix}attention_norm", block.norm1, [(each.shift, each.scale) for each in modulations])
     if "normed" in layout.features_at(index):
-        state |= _normed_state(prefix, block.norm1, modulation)
+        state |= _normed_state(prefix, block.norm1, modulations)
     if projections:
-        fused = _modulated(_fused(block.attn1, projections), block.norm1, modulation.shift, modulation.scale)
+        fused = _modulated(_fused(block.attn1, projections), norm, modulation.shift, modulation.scale)
         state |= _linear(f"{prefix}query_key_value", fused)
     if layout.is_attending(index):
-        state |= _sana_attention_state(layout, index, block, _needed(modulation.gate), context)
+        state |= _sana_attention_state(layout, index, block, modulations, context)
     if is_run and layout.num_cross_tokens:
         state |= cross_state(f"{prefix}cross.", block.attn2, context)
         if layout.query_key_norm_eps is not None:
             state[f"{prefix}cross.query_norm.weight"] = _norm_weight(block.attn2.norm_q, layout, layout.cross_size)
     if is_run:
-        state |= _sana_mlp_state(prefix, block, modulation)
+        state |= _sana_mlp_state(prefix, block, modulations)
     return state
 
 
-def _sana_attention_state(layout: FoldedLayout, index: int, block: Any, gate: Tensor, context: Tensor) -> State:
+def _sana_attention_state(
+    layout: FoldedLayout, index: int, block: Any, modulations: Sequence[Modulation], context: Tensor
+) -> State:
     """Return the state of the norms and the projection of Sana's attention."""
     prefix, is_run = f"blocks.{index}.", layout.is_run(index)
     state: State = {}
     if layout.query_key_norm_eps is not None:
         state |= _query_key_norms(prefix, block.attn1, layout, layout.hidden_size)
     weight, bias = plain(block.attn1.to_out[0])
-    offset = torch.zeros_like(gate)
-    if is_run and not layout.num_cross_tokens:
-        offset = cross_constant(block.attn2, context)
-    if is_run and "attention" in layout.features_at(index):
-        state |= {f"{prefix}gate": gate, f"{prefix}offset": offset}
+    offset = cross_constant(block.attn2, context) if is_run and not layout.num_cross_tokens else None
+    if is_run and _has_gate(layout.features_at(index), modulations):
+        state |= _gate_state(prefix, modulations, offset)
     elif is_run:
-        weight, bias = _gated((weight, bias), gate)
-        bias = bias + offset
+        weight, bias = _gated((weight, bias), _needed(modulations[0].gate))
+        bias = bias if offset is None else bias + offset
     return state | _linear(f"{prefix}projection", (weight, bias))
 
 
-def _sana_mlp_state(prefix: str, block: Any, modulation: Modulation) -> State:
+def _sana_mlp_state(prefix: str, block: Any, modulations: Sequence[Modulation]) -> State:
     """Return the state of Sana's MLP of convolutions, of which those of single tokens are linear layers."""
     mlp = block.ff
+    norm, modulation = _folded_in(block.norm2, modulations)
     (up, up_bias), convolution, (down, _) = (
         plain(layer, nn.Conv2d) for layer in (mlp.conv_inverted, mlp.conv_depth, mlp.conv_point)
     )
     entry = up[..., 0, 0], up_bias
-    entry = _modulated(entry, block.norm2, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
+    entry = _modulated(entry, norm, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
     return {
+        **_mlp_step_state(prefix, block.norm2, modulations),
         **_linear(f"{prefix}up_projection", entry),
         **_linear(f"{prefix}convolution", convolution),
         f"{prefix}down_projection.weight": _needed(modulation.mlp_gate)[:, None] * down[..., 0, 0],
     }
 
 
-def lumina2_state(layout: FoldedLayout, prefix: str, index: int | None, block: Any, condition: Tensor) -> State:
-    """Return the state of a `FoldedLumina2Block`; of a refiner if there is no index."""
-    scale, gate, mlp_scale, mlp_gate = wide(block.norm1.linear(silu(condition)))[0].chunk(4)
-    attention, mlp = block.attn, block.feed_forward
+def lumina2_state(layout: FoldedLayout, prefix: str, index: int, block: Any, conditions: Sequence[Tensor]) -> State:
+    """Return the state of a `FoldedLumina2Block`; of a refiner at -1."""
+    parts = torch.stack([wide(block.norm1.linear(silu(condition)))[0] for condition in conditions]).chunk(4, 1)
+    # (T, D) each, of one timestep (D,).
+    scale, gate, mlp_scale, mlp_gate = (each[0] if len(conditions) == 1 else each for each in parts)
+    attention, mlp, projections = block.attn, block.feed_forward, layout.projections_at(index)
     scale, mlp_scale = _scale(block.norm1.norm, 1 + scale), _scale(block.ffn_norm1, 1 + mlp_scale)
-    projections = PROJECTIONS if index is None else layout.projections_at(index)
-    state: State = {}
-    if index is not None and "normed" in layout.features_at(index):
+    # Several timesteps have them at the norms.
+    before, mlp_before = (each if len(conditions) == 1 else torch.ones_like(each[0]) for each in (scale, mlp_scale))
+    state: State = {} if len(conditions) == 1 else {f"{prefix}attention_norm.weight": scale}
+    if "normed" in layout.features_at(index) and len(conditions) == 1:
         state[f"{prefix}normed_scale"] = scale
     if projections:
-        state[f"{prefix}query_key_value.weight"] = _fused(attention, projections)[0] * scale
-    if index is None or layout.is_attending(index):
+        state[f"{prefix}query_key_value.weight"] = _fused(attention, projections)[0] * before
+    if layout.is_attending(index):
         state |= _query_key_norms(prefix, attention, layout)
         state[f"{prefix}projection.weight"] = plain(attention.to_out[0])[0]
-    if index is None or layout.is_run(index):
+    if layout.is_run(index):
         up = torch.cat([plain(mlp.linear_1)[0], plain(mlp.linear_3)[0]])
         state[f"{prefix}attention_output_norm.weight"] = _scale(block.norm2, gate.tanh())
-        state[f"{prefix}up_projection.weight"] = up * mlp_scale
+        state |= {} if len(conditions) == 1 else {f"{prefix}mlp_norm.weight": mlp_scale}
+        state[f"{prefix}up_projection.weight"] = up * mlp_before
         state[f"{prefix}down_projection.weight"] = plain(mlp.linear_2)[0]
         state[f"{prefix}mlp_output_norm.weight"] = _scale(block.ffn_norm2, mlp_gate.tanh())
     return state
@@ -242,23 +264,25 @@ def _stream_state(
     is_gated: bool = True,
 ) -> State:
     """Return the state of a `FoldedStream`."""
-    state: State = {}
-    modulation = stream.modulation
+    norm, modulation = _folded_in(stream.norm, stream.modulations)
+    mlp_norm, _ = _folded_in(stream.mlp_norm, stream.modulations)
+    shifts = [(each.shift, each.scale) for each in stream.modulations]
+    state = _step_norm(f"{prefix}attention_norm", stream.norm, shifts)
     if projections:
         fused = _side_by_side([plain(getattr(stream, name)) for name in projections])
-        state |= _linear(
-            f"{prefix}query_key_value", _modulated(fused, stream.norm, modulation.shift, modulation.scale)
-        )
+        state |= _linear(f"{prefix}query_key_value", _modulated(fused, norm, modulation.shift, modulation.scale))
     if layout.query_key_norm_eps is not None:
         if is_attending:
             state[f"{prefix}query_norm.weight"] = _norm_weight(stream.query_norm, layout)
         if "value" in projections:
             state[f"{prefix}key_norm.weight"] = _norm_weight(stream.key_norm, layout)
     if is_attending:
+        is_gated = is_gated and len(stream.modulations) == 1
         state |= _linear(f"{prefix}projection", _output_layer(stream) if is_gated else plain(stream.output))
     if is_run:
         up, down = plain(stream.mlp.net[0].proj), plain(stream.mlp.net[2])
-        up = _modulated(up, stream.mlp_norm, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
+        up = _modulated(up, mlp_norm, _needed(modulation.mlp_shift), _needed(modulation.mlp_scale))
+        state |= _mlp_step_state(prefix, stream.mlp_norm, stream.modulations)
         state |= _linear(f"{prefix}up_projection", up)
         state |= _linear(f"{prefix}down_projection", _gated(down, _needed(modulation.mlp_gate)))
     return state
@@ -266,14 +290,56 @@ def _stream_state(
 
 def _output_layer(stream: Stream) -> Layer:
     """Return the projection of what attention yields, with its gate and what is added behind it."""
-    weight, bias = _gated(plain(stream.output), _needed(stream.modulation.gate))
+    weight, bias = _gated(plain(stream.output), _needed(stream.modulations[0].gate))
     return weight, bias if stream.offset is None else bias + stream.offset
 
 
-def _normed_state(prefix: str, norm: Any, modulation: Modulation) -> State:
-    """Return the state of the tap "normed": the modulated norm before a block's attention."""
-    scale, shift = _affine(norm, modulation.shift, modulation.scale)
+def _normed_state(prefix: str, norm: Any, modulations: Sequence[Modulation]) -> State:
+    """Return the state of the tap "normed": the modulated norm before a block's attention, itself of several steps."""
+    if len(modulations) > 1:
+        return {}
+    scale, shift = _affine(norm, modulations[0].shift, modulations[0].scale)
     return {f"{prefix}normed_scale": scale, f"{prefix}normed_shift": shift}
+
+
+def _folded_in(norm: Any, modulations: Sequence[Modulation]) -> tuple[Any, Modulation]:
+    """Return norm and modulation that go into the weights: of several timesteps none, as each has its own."""
+    if len(modulations) == 1:
+        return norm, modulations[0]
+    zero, one = torch.zeros_like(modulations[0].shift), torch.ones_like(modulations[0].shift)
+    return None, Modulation(zero, zero, one, zero, zero, one)
+
+
+def _step_norm(name: str, norm: Any, shifts_scales: Sequence[tuple[Tensor, Tensor]]) -> State:
+    """Return the state of the norm of several timesteps, `StepNorms`; that of a single one has none."""
+    if len(shifts_scales) == 1:
+        return {}
+    scales, shifts = zip(*(_affine(norm, shift, scale) for shift, scale in shifts_scales), strict=True)
+    return {f"{name}.weight": torch.stack(scales), f"{name}.bias": torch.stack(shifts)}
+
+
+def _step_gate(name: str, gates: Sequence[Tensor | None]) -> State:
+    """Return the state of a gate of several timesteps; that of a single one is in the weights."""
+    return {} if len(gates) == 1 else {name: torch.stack([_needed(gate) for gate in gates])}
+
+
+def _mlp_step_state(prefix: str, norm: Any, modulations: Sequence[Modulation]) -> State:
+    """Return the state of norm and gate of an MLP at several timesteps."""
+    shifts = [(_needed(each.mlp_shift), _needed(each.mlp_scale)) for each in modulations]
+    gates = _step_gate(f"{prefix}mlp_gate", [each.mlp_gate for each in modulations])
+    return {**_step_norm(f"{prefix}mlp_norm", norm, shifts), **gates}
+
+
+def _has_gate(features: Sequence[str], modulations: Sequence[Modulation]) -> bool:
+    """Return whether the gate behind a block's attention is a vector of its own, where it is run to its end."""
+    return "attention" in features or len(modulations) > 1
+
+
+def _gate_state(prefix: str, modulations: Sequence[Modulation], offset: Tensor | None) -> State:
+    """Return the state of the gate behind a block's attention, and of the constant behind that."""
+    gates = [_needed(each.gate) for each in modulations]
+    gate = gates[0] if len(gates) == 1 else torch.stack(gates)
+    return {f"{prefix}gate": gate, f"{prefix}offset": torch.zeros_like(gates[0]) if offset is None else offset}
 
 
 def cross_state(prefix: str, attention: Any, context: Tensor) -> State:

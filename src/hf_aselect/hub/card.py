@@ -453,8 +453,16 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
         if facts.score is None or facts.interval is None
         else f"{facts.score:.4g} ({facts.interval[0]:.4g} to {facts.interval[1]:.4g})",
         "seconds": rounded(facts.seconds, 1),
-        "folded": "the timestep is in the weights: it is read here alone" if facts.folded else None,
+        "folded": _folded(facts),
     }
+
+
+def _folded(facts: CardFacts) -> str | None:
+    """Return that a model is read at its timesteps alone; None where it is not folded."""
+    if not facts.folded:
+        return None
+    is_one = not isinstance(facts.timestep, list) or len(facts.timestep) == 1
+    return f"the {'timestep is' if is_one else 'timesteps are'} in the weights: it is read here alone"
 
 
 def _listing(values: Any) -> str | None:

@@ -141,8 +141,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
             and Sana make their position table anew, scaled to it as diffusers does; Stable Diffusion 3 cuts the middle
             out of its table, which ends at 192 tokens a side (3.5-medium: 384); FLUX and Lumina have rotary positions.
-        folded: Whether the timestep's conditioning is in the weights, as `model.fold()` makes it: the model reads at
-            its own timestep and taps alone.
+        folded: Whether the timesteps' conditioning is in the weights, as `model.fold()` makes it: the model reads at
+            its own timesteps and taps alone.
         folded_layout: What a folded transformer is built of, as from `FoldedLayout.to_dict()`. Written by `fold`.
         selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
         base_model: Id on the Hub of what the weights were made from: their licence holds for this model, too.
@@ -213,6 +213,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
         layout = layout_of(self.transformer)
+        _ = self.folding  # refused before anything is read off it
         check_vae(self.vae)
         if self.read_out is not None:
             self._take_read_out(self.read_out)
@@ -447,17 +448,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _checked_read_outs(self, named: list[Any]) -> list[ReadOut]:
         """Return what is read, blocks counted from the first; refuse what there is not, and what is named twice."""
-        folded_at = (self.folded_layout or {}).get("timestep")
+        folded = self.folded_layout or {}  # looked at when the configuration was made
+        folded_at = [folded["timestep"], *folded.get("others", ())] if folded else []
         for timestep, _, feature in named:
             check_feature(feature)
             if timestep != "auto":
                 check_timestep(timestep)
             elif self.timestep != "auto":
                 raise ValueError("`timestep` may be 'auto' by itself, not in a list: name integers in [0, 1000).")
-            if folded_at not in (None, timestep):
+            if folded and timestep not in folded_at:
                 raise ValueError(
-                    f"This model was folded at timestep {folded_at}, which is in its weights, and cannot be read at "
-                    f"{timestep!r}. Load the model it was folded from, and fold it there."
+                    f"This model was folded at timestep {' or '.join(map(str, folded_at))}, which is in its weights, "
+                    f"and cannot be read at {timestep!r}. Load the model it was folded from, and fold it there."
                 )
         found = [(timestep, self.block_index(block), feature) for timestep, block, feature in named]
         if len(set(found)) < len(found):

@@ -1,8 +1,7 @@
 """What every family of diffusion transformers shares: its blocks are run as far as they are read."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -200,31 +199,23 @@ class Denoiser(nn.Module, ABC):
         """Return the picture's tokens, (B, N, D)."""
         return state.hidden_states
 
-    def forward(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
-        """Return the tokens at a tap, running no block that comes after it.
-
-        Args:
-            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,).
-            block: Block index, counted from the first.
-            feature: One of `taps.FEATURES`.
-
-        Returns:
-            Tokens of the picture in row-major order, (B, N, D).
-        """
+    def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
+        """Return the tokens at a tap, (B, N, D), running no block that comes after it; see `read_taps`."""
         return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
 
-    def read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Return the tokens at several taps from one pass, as `forward` does at one.
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return the tokens at several taps from one pass, running no block that comes after the last.
 
         Args:
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,).
-            taps: (block, feature) pairs; (-1, "hidden") is what the first block reads.
+            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
+            taps: Blocks, counted from the first, and features; (-1, "hidden") is what the first block reads.
 
         Returns:
-            Tokens of each tap, (B, N, D).
+            Tokens of the picture at each tap in row-major order, (B, N, D).
         """
+        if isinstance(timesteps, int):
+            timesteps = torch.full(noised_latents.shape[:1], timesteps, device=noised_latents.device)
         state = self.begin(noised_latents, timesteps, None)
         last = max(block for block, _ in taps)
         tokens = {(-1, "hidden"): self.tokens_of(state)} if (-1, "hidden") in taps else {}
@@ -353,19 +344,6 @@ def modulated_by_table(state: Pass, block: Any) -> Tensor:
 def grid_of(noised_latents: Tensor, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the token grid of latents, (B, C, h, w)."""
     return noised_latents.shape[-2] // patch_size, noised_latents.shape[-1] // patch_size
-
-
-@contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """Put a module in eval mode for a while; afterwards each of its parts is in the mode that it was in."""
-    modes = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
-    for part in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def zero_channels(tokens: Tensor, channels: Sequence[int]) -> Tensor:

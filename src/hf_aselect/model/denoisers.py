@@ -34,12 +34,7 @@ class DiTDenoiser(Denoiser):
     has_position_table: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("proj_out_1", "proj_out_2")
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        timestep_embedding: str = "diffusers",
-        **options: Any,
-    ) -> None:
+    def __init__(self, transformer: nn.Module, timestep_embedding: str = "diffusers", **options: Any) -> None:
         super().__init__(transformer, timestep_embedding, **options)
         if timestep_embedding != "diffusers":
             for block in self.transformer.transformer_blocks:
@@ -115,7 +110,31 @@ class PixArtDenoiser(Denoiser):
         state.hidden_states = block(state.hidden_states, encoder_hidden_states=state.context, timestep=state.condition)
 
 
-class SD3Denoiser(Denoiser):
+class JointDenoiser(Denoiser):
+    """A DiT with blocks of two streams, picture and text, that attend to each other."""
+
+    prompt_fields: ClassVar[dict[str, str]] = {
+        "prompt_embeds": "joint_attention_dim",
+        "pooled_prompt_embeds": "pooled_projection_dim",
+    }
+    attention_name: ClassVar[str] = "attn"
+    text_input_names: ClassVar[tuple[str, ...]] = ("context_embedder",)
+
+    def text_outputs(self, block: Any) -> list[nn.Module]:
+        """Return the modules of a block that only the text of later blocks depends on."""
+        is_last = getattr(block, "context_pre_only", False)
+        return [] if is_last or not self.is_joint(block) else [block.attn.to_add_out, block.ff_context]
+
+    def is_joint(self, block: Any) -> bool:
+        """Return whether the block is one of two streams."""
+        return hasattr(block, "norm1_context")
+
+    def joint_norms_of(self, block: Any) -> list[nn.Module]:
+        """Return the module that makes what the joint attention reads of the text."""
+        return [block.norm1_context] if self.is_joint(block) else []
+
+
+class SD3Denoiser(JointDenoiser):
     """An MMDiT of two streams, picture and text, that attend to each other; read with the empty prompt.
 
     Tokens are the picture's alone. `query`, `key` and `value` are taken before the head split and before the norm of
@@ -124,13 +143,6 @@ class SD3Denoiser(Denoiser):
 
     Source: diffusers, `models/transformers/transformer_sd3.py` and `models/attention.py`, `JointTransformerBlock`.
     """
-
-    prompt_fields: ClassVar[dict[str, str]] = {
-        "prompt_embeds": "joint_attention_dim",
-        "pooled_prompt_embeds": "pooled_projection_dim",
-    }
-    attention_name: ClassVar[str] = "attn"
-    text_input_names: ClassVar[tuple[str, ...]] = ("context_embedder",)
 
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
         """Return the state before the first block; see `Denoiser`."""
@@ -164,20 +176,8 @@ class SD3Denoiser(Denoiser):
             hidden_states=state.hidden_states, encoder_hidden_states=state.context, temb=state.condition
         )
 
-    def text_outputs(self, block: Any) -> list[nn.Module]:
-        """Return the modules of a block that only the text of later blocks depends on."""
-        return [] if block.context_pre_only else [block.attn.to_add_out, block.ff_context]
 
-    def is_joint(self, block: Any) -> bool:
-        """Return whether the block's attention looks at the text, too."""
-        return True
-
-    def joint_norms_of(self, block: Any) -> list[nn.Module]:
-        """Return the module that makes what the joint attention reads of the text."""
-        return [block.norm1_context]
-
-
-class FluxDenoiser(Denoiser):
+class FluxDenoiser(JointDenoiser):
     """FLUX.1: blocks of two streams (picture and text), then blocks of one; read with the empty prompt.
 
     Blocks are numbered in one line, those of two streams first. A block of one stream projects attention and MLP
@@ -188,13 +188,7 @@ class FluxDenoiser(Denoiser):
     Source: diffusers, `models/transformers/transformer_flux.py` and `pipelines/flux/pipeline_flux.py`.
     """
 
-    prompt_fields: ClassVar[dict[str, str]] = {
-        "prompt_embeds": "joint_attention_dim",
-        "pooled_prompt_embeds": "pooled_projection_dim",
-    }
     patch_embedding_name: ClassVar[str] = "x_embedder"
-    attention_name: ClassVar[str] = "attn"
-    text_input_names: ClassVar[tuple[str, ...]] = ("context_embedder",)
 
     @property
     def num_channels(self) -> int:
@@ -268,18 +262,6 @@ class FluxDenoiser(Denoiser):
             temb=state.condition,
             image_rotary_emb=state.rotary,
         )
-
-    def text_outputs(self, block: Any) -> list[nn.Module]:
-        """Return the modules of a block that only the text of later blocks depends on."""
-        return [block.attn.to_add_out, block.ff_context] if self.is_joint(block) else []
-
-    def is_joint(self, block: Any) -> bool:
-        """Return whether the block is one of two streams."""
-        return hasattr(block, "norm1_context")
-
-    def joint_norms_of(self, block: Any) -> list[nn.Module]:
-        """Return the module that makes what the joint attention reads of the text."""
-        return [block.norm1_context] if self.is_joint(block) else []
 
 
 class SanaDenoiser(Denoiser):

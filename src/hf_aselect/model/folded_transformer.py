@@ -1,4 +1,4 @@
-"""A folded transformer: what a diffusion transformer is at one timestep, as a plain vision transformer."""
+"""A folded transformer: what a diffusion transformer is at its timesteps, as a plain vision transformer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,12 @@ from .layouts import FoldedLayout, Tap
 
 
 class FoldedTransformer(nn.Module):
-    """A plain vision transformer: what a diffusion transformer is at one timestep, as far as it is read.
+    """A plain vision transformer: what a diffusion transformer is at its timesteps, as far as it is read.
 
-    It stands in the place of a `Denoiser` and is read like one, but at its own timestep and taps alone. All of its
+    It stands in the place of a `Denoiser` and is read like one, but at its own timesteps and taps alone. All of its
     layers are plain ones (`nn.Linear`, `nn.LayerNorm` or `nn.RMSNorm`, `nn.Conv2d`), and attention goes through the
-    host's kernels, but for Sana's linear attention, for which the host has none.
+    host's kernels, but for Sana's linear attention, for which the host has none. Several timesteps share them, but
+    for scales and shifts of the norms, and gates, of which each has its own.
 
     Args:
         config: The model's configuration, see `FoldedBlock`.
@@ -40,35 +41,39 @@ class FoldedTransformer(nn.Module):
         self.has_text = layout.is_text_used_after(-1)
         if self.has_text:
             self.text = nn.Parameter(torch.zeros(1, layout.text_size, layout.hidden_size))
-        refiners = [FoldedLumina2Block(config, layout, None) for _ in range(layout.num_refiners)]
+        refiners = [FoldedLumina2Block(config, layout, -1) for _ in range(layout.num_refiners)]
         self.refiners: nn.ModuleList | list[nn.Module] = nn.ModuleList(refiners) if refiners else []
         self.blocks = nn.ModuleList(_build_block(config, layout, index) for index in range(layout.last_block + 1))
 
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature): what comes after it.
 
-        Of several taps the last one needs all there is, so nothing is left over there.
+        Of several taps the last one needs all there is, so nothing is left over there; but for a norm of keys that no
+        attention looks at.
         """
-        return list(self.blocks[block + 1 :])
+        picture = getattr(self.blocks[block], "picture", None) if block >= 0 else None
+        norms = [] if picture is None or picture.query_norm is not None else [picture.key_norm]
+        return [*self.blocks[block + 1 :], *(norm for norm in norms if norm is not None)]
 
-    def forward(self, noised_latents: Tensor, timesteps: Tensor, block: int, feature: str) -> Tensor:
-        """Return the tokens at a tap; see `Denoiser.forward`. `timesteps` must all be the layout's."""
+    def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
+        """Return the tokens at a tap; see `Denoiser.forward`, and of `timesteps` `read_taps`."""
         return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
 
-    def read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return the tokens at several taps from one pass; see `Denoiser.read_taps`.
 
         Args:
             noised_latents: Noised latents, (B, C, h, w).
-            timesteps: The layout's timestep, (B,): it is in the weights and not looked at.
+            timesteps: Of several timesteps one, as an integer. A single one is in the weights and not looked at.
             taps: (block, feature) pairs, of the layout's.
 
         Returns:
             Tokens of each tap, (B, N, D).
 
         Raises:
-            ValueError: If the grid is one that the positions do not reach.
+            ValueError: If the grid is one that the positions do not reach, or the timestep is none of several.
         """
+        number = self._number_of(timesteps)
         hidden_states = self.patch_embedding(noised_latents)
         rows, columns = hidden_states.shape[-2:]
         # Contiguous: every norm would copy it otherwise.
@@ -78,13 +83,20 @@ class FoldedTransformer(nn.Module):
         text = self.text.expand(hidden_states.shape[0], -1, -1) if self.has_text else None
         places = self._places(rows, columns, hidden_states.device)
         for block in self.refiners:
-            hidden_states = block(hidden_states, None, places)[0]
+            hidden_states = block(hidden_states, None, places, number)[0]
         tokens = {(-1, "hidden"): hidden_states} if (-1, "hidden") in taps else {}
         last = max(block for block, _ in taps)
         for index, block in enumerate(self.blocks[: last + 1]):
-            hidden_states, text, tapped = block(hidden_states, text, places)
+            hidden_states, text, tapped = block(hidden_states, text, places, number)
             tokens.update({(index, feature): values for feature, values in tapped.items() if (index, feature) in taps})
         return tokens
+
+    def _number_of(self, timestep: Tensor | int) -> int:
+        """Return which of the layout's timesteps one is; of several only an integer says so without waiting for it."""
+        known = self.layout.timesteps
+        if len(known) > 1 and (isinstance(timestep, Tensor) or timestep not in known):
+            raise ValueError(f"This transformer was folded at timesteps {list(known)}: name one as an integer.")
+        return known.index(timestep) if len(known) > 1 else 0
 
     def _places(self, rows: int, columns: int, device: torch.device) -> Rotary | tuple[int, int] | None:
         """Return what the blocks must know of where tokens stand: rotary positions, the grid, or nothing."""

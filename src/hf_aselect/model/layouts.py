@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 Tap = tuple[int, str]  # block, feature
@@ -232,9 +233,11 @@ class FoldedLayout:
     """What must be known of a folded transformer to build it.
 
     Args:
-        timestep: Timestep whose conditioning is in the weights, in [0, 1000).
+        timestep: Timestep whose conditioning is in the weights, in [0, 1000); the first of several.
         taps: Where it can be read, as `tap_key` names it; blocks count as in the transformer that it was made from,
             and none after the last of them is there.
+        others: Further timesteps. All of them share the weights, and what the conditioning of each makes of norms and
+            gates stands beside them.
         num_channels: Channels of the latents.
         patch_size: Latents a side that one token stands for.
         hidden_size: Width D of the tokens.
@@ -301,6 +304,7 @@ class FoldedLayout:
     rotary_sizes: tuple[int, ...] = ()
     rotary_theta: float = 10000.0
     is_text_placed: bool = False
+    others: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that no transformer is built of.
@@ -308,31 +312,21 @@ class FoldedLayout:
         Raises:
             ValueError: If there is one.
         """
-        if isinstance(self.timestep, bool) or not isinstance(self.timestep, int) or not 0 <= self.timestep < 1000:
-            raise ValueError(
-                f"`folded_layout` must have an integer in [0, 1000) as `timestep`, got {self.timestep!r}."
-            )
-        positive = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "mlp_size", "rows", "columns")
-        for name in (*positive, "position_base_size"):
-            value = getattr(self, name)
-            if not _is_count(value) or value < 1:
-                raise ValueError(f"`folded_layout` must have an integer from 1 on as `{name}`, got {value!r}.")
+        self._check(_is_timestep, "an integer in [0, 1000)", "timestep")
+        are_others = all(map(_is_timestep, self.others)) and len({self.timestep, *self.others}) == 1 + len(self.others)
+        self._check(lambda _: are_others, "other integers in [0, 1000), each once,", "others")
+        sizes = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "mlp_size", "rows", "columns")
+        is_size = lambda value: _is_count(value) and value > 0  # noqa: E731
+        self._check(is_size, "an integer from 1 on", *sizes, "position_base_size")
         counts = ("num_key_value_heads", "num_refiners", "num_cross_tokens", "num_cross_heads", "cross_size")
-        for name in ("position_table_size", "text_size", "num_joint_blocks", *counts):
-            value = getattr(self, name)
-            if not _is_count(value):
-                raise ValueError(f"`folded_layout` must have an integer from 0 on as `{name}`, got {value!r}.")
-        for name in ("attention_norm_eps", "mlp_norm_eps", "query_key_norm_eps", "position_scale", "rotary_theta"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30
-            if not (value is None and name == "query_key_norm_eps") and not is_number:
-                raise ValueError(f"`folded_layout` must have a number as `{name}`, got {value!r}; one from 0 on.")
-        for name in ("is_size_fixed", "is_text_first", "is_text_placed"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`folded_layout` must have true or false as `{name}`, got {getattr(self, name)!r}.")
-        for name in ("dual_attention_blocks", "rotary_sizes"):
-            if not all(map(_is_count, getattr(self, name))):
-                raise ValueError(f"`folded_layout` must have integers as `{name}`, got {getattr(self, name)!r}.")
+        self._check(_is_count, "an integer from 0 on", *counts, "position_table_size", "text_size", "num_joint_blocks")
+        self._check(_is_number, "a number", "attention_norm_eps", "mlp_norm_eps", "position_scale", "rotary_theta")
+        self._check(lambda value: value is None or _is_number(value), "a number, or none,", "query_key_norm_eps")
+        flags = ("is_size_fixed", "is_text_first", "is_text_placed")
+        self._check(lambda value: isinstance(value, bool), "true or false", *flags)
+        self._check(lambda values: all(map(_is_count, values)), "integers", "dual_attention_blocks", "rotary_sizes")
+        for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("blocks", BLOCKS)):
+            self._check(known.__contains__, f"one of {', '.join(known)}", name)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`folded_layout` must have a `hidden_size` ({self.hidden_size}) that is a multiple of "
@@ -347,15 +341,16 @@ class FoldedLayout:
                 raise ValueError(f"`folded_layout` must have a divisor of {whole} as `{name}`, got {part}.")
         if not self.position_scale or not self.rotary_theta:
             raise ValueError("`folded_layout` must have a `position_scale` and a `rotary_theta` above 0.")
-        for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("blocks", BLOCKS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"`folded_layout` must have one of {', '.join(known)} as `{name}`, got {getattr(self, name)!r}."
-                )
         if not self.taps:
             raise ValueError("`folded_layout` must name at least one tap in `taps`.")
         for key in self.taps:
             parse_tap_key(key)
+
+    def _check(self, is_fit: Callable[[Any], bool], wanted: str, *names: str) -> None:
+        """Refuse fields whose value does not fit."""
+        for name in names:
+            if not is_fit(value := getattr(self, name)):
+                raise ValueError(f"`folded_layout` must have {wanted} as `{name}`, got {value!r}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FoldedLayout":
@@ -381,15 +376,20 @@ class FoldedLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in JSON's types."""
-        values = {name: list(value) if name in _LISTS else value for name, value in asdict(self).items()}
-        return {"format": FORMAT, **values}
+        given = {name: value for name, value in asdict(self).items() if name != "others" or value}
+        return {"format": FORMAT, **{name: list(value) if name in _LISTS else value for name, value in given.items()}}
 
     @property
+    def timesteps(self) -> tuple[int, ...]:
+        """All timesteps that the weights are made for."""
+        return self.timestep, *self.others
+
+    @cached_property
     def tapped(self) -> list[Tap]:
         """Block and feature of each tap."""
         return [parse_tap_key(key) for key in self.taps]
 
-    @property
+    @cached_property
     def last_block(self) -> int:
         """The last block that is there, whole or in part; -1 if only the stem is."""
         return max(block for block, _ in self.tapped)
@@ -422,9 +422,17 @@ class FoldedLayout:
         return self.text_size > 0 and block >= self.num_joint_blocks
 
 
+def _is_timestep(value: Any) -> bool:
+    return _is_count(value) and value < 1000
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30
+
+
 def _is_count(value: Any) -> bool:
     # None is larger; an integer of JSON may have any number of digits.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-_LISTS = ("taps", "dual_attention_blocks", "rotary_sizes")
+_LISTS = ("taps", "dual_attention_blocks", "rotary_sizes", "others")

@@ -221,12 +221,12 @@ class TokenReader(PreTrainedModel):
         found: dict[ReadOut, Tensor] = {}
         for timestep, wanted in taps.items():
             noised = self.noise_schedule.add_noise(clean, noise, timestep)
-            read = self._read_taps(noised, torch.full((clean.shape[0],), timestep, device=clean.device), wanted)
+            read = self._read_taps(noised, timestep, wanted)
             found.update({(timestep, *tap): tokens for tap, tokens in read.items()})
         return found
 
-    def _read_taps(self, noised_latents: Tensor, timesteps: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,)."""
+    def _read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,), or one."""
         tokens: dict[Tap, Tensor] = self._base().denoiser.read_taps(noised_latents.to(self.dtype), timesteps, taps)
         return tokens
 
@@ -677,21 +677,22 @@ class ASelectPreTrainedModel(ShareableModel):
         package("selection.apply", "Applying a selection").apply_selection(self, selection)
 
     def fold(self) -> Self:
-        """Return a new, smaller model of the same class with equal outputs, at this timestep and tap alone.
+        """Return a new, smaller model of the same class with equal outputs, at these timesteps and taps alone.
 
         The timestep's conditioning is multiplied into the neighbouring layers, query, key and value become one layer,
         and what is not needed is left out: embedders of timestep and label (or text), modulation layers, the blocks
-        after the tap, the output layers. What is left is a plain vision transformer, which needs no diffusers but for
-        a VAE, runs on the kernel that `attn_implementation` names (Sana's linear attention has one only), trains, and
-        takes LoRA.
+        after the last tap, the output layers. Several timesteps share all layers; scales and shifts of the norms, and
+        gates, are each one's own. What is left is a plain vision transformer, which needs no diffusers but for a VAE,
+        runs on the kernel that `attn_implementation` names (Sana's linear attention has one only), trains, and takes
+        LoRA.
 
         Returns:
             The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, several taps or timesteps are read, the model is folded
-                already, a layer is none that a plain one could stand for (another kind of norm or activation), it
-                holds adapters or quantized weights, or a part of it is not in memory.
+            ValueError: If the timestep is not chosen yet, the model is folded already, a layer is none that a plain
+                one could stand for (another kind of norm or activation), it holds adapters or quantized weights, or a
+                part of it is not in memory.
             ImportError: If the package is not installed.
         """
         folded: Self = package("folding.fold", "Folding").fold_model(self)

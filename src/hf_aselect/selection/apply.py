@@ -7,13 +7,12 @@ import torch
 
 from ..model.checks import HEADS, check_count
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import eval_mode
 from ..model.layouts import Tap, tap_key
 from .distribution import Share, called_by
 from .images import CalibrationPictures
 from .massive_channels import MASSIVE_FEATURES
 from .placement import moved
-from .reader import Reader
+from .reader import Reader, eval_mode
 from .record import TimestepSelection
 from .select import select_timestep
 from .standardization import concatenated_statistics, read_moments, statistics_of

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..model.checks import NUM_TIMESTEPS
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import eval_mode
 from ..model.denoisers import _build
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from .prediction import predict
+from .reader import eval_mode
 
 
 def build_sampler(config: ASelectConfig) -> Any:

@@ -1,13 +1,14 @@
 """Tokens of images at many timesteps: images are encoded once, noised, and read in batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.configuration_aselect import ASelectConfig
 from ..model.denoiser import grid_of, zero_channels
@@ -158,3 +159,16 @@ class Reader:
             for index in indices
         ]
         return torch.from_numpy(np.stack(drawn, axis=1))
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a module in eval mode for a while; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
+    for part in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.denoiser import eval_mode, is_sharded
+from ..model.denoiser import is_sharded
 from .criteria import Criterion, labels_wanted
 from .curve import TimestepCurve
 from .distribution import called_by
 from .generation import count_forwards
 from .images import CalibrationPictures
-from .reader import ReadableModel
+from .reader import ReadableModel, eval_mode
 from .record import TimestepSelection
 from .request import Request, checked_request
 from .standardization import measured

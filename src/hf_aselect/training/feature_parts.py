@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetInfo, Features, Value
 from tqdm.auto import tqdm
 
-from ..model.denoiser import eval_mode
+from ..selection.reader import eval_mode
 from .cached_features import DESCRIPTION
 from .feature_reader import FeatureReader
 

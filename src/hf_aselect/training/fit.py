@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.checks import check_count
-from ..model.denoiser import eval_mode, is_sharded
+from ..model.denoiser import is_sharded
 from ..selection.apply import batch_size_for
 from ..selection.distribution import Share, gather_objects, is_partitioned
+from ..selection.reader import eval_mode
 from ..selection.sweep import progress_bar
 from .feature_sums import KEPT_BYTES, TOKEN_BITS, FeatureSums, Rows, check_memory
 from .head_evaluation import Evaluation
