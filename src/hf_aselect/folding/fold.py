@@ -41,7 +41,7 @@ def fold_model(model: Any) -> Any:
             "side by side. Name one `timestep`, `block` and `feature`, or use the model as it is."
         )
     # A list of one is one.
-    config = moved(config, config.resolved_timestep(), config.taps()[0])
+    config = moved(config, [config.resolved_timestep()], config.taps()[0])
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("A part of this model is not in memory. Load it without offloading, then fold it.")
     base = model._base()

@@ -187,7 +187,7 @@ class TokenReader(PreTrainedModel):
         Raises:
             ValueError: If the timestep is not chosen yet, the images do not fit, or there is no such tap.
         """
-        timesteps = list(dict.fromkeys(timestep for timestep, _, _ in self.config.read_outs()))
+        timesteps = self.config.timesteps()
         read, grid = self._read([(timestep, *tap) for timestep in timesteps for tap in taps], pixel_values)
         return {tap: token_map(concatenated([read[t, *tap] for t in timesteps]), *grid) for tap in taps}
 

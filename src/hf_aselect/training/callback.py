@@ -153,10 +153,12 @@ class ASelectCallback(TrainerCallback):
         if model.config.freeze_backbone:
             return
         follows = self.reselect_epochs is not None and self.follow
-        if follows and len({timestep for timestep, _, _ in model.config.read_outs()}) > 1:
+        count = self.options.get("num_timesteps") or model.config.num_timesteps
+        if follows and model.config.timestep != "auto" and len(model.config.timesteps()) != count:
             raise ValueError(
-                "`follow=True` moves a model to the one timestep that was selected again, and this one reads at "
-                f"{model.config.timestep}, as its head was built for. Leave `follow` out, which reports the selection."
+                f"`follow=True` moves a model to what was selected again, {count} timestep{'s' * (count > 1)}, and this "
+                f"one reads at {model.config.timestep}, as its head was built for. Leave `follow` out, which reports "
+                "the selection."
             )
         if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
             raise ValueError(
