@@ -209,10 +209,9 @@ def _select(parsed: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
-    names += ("num_timesteps",)
     images, labels = _images_and_labels(parsed)
     parsed.block, parsed.feature = _one_or_several(parsed.block), _one_or_several(parsed.feature)
-    given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names), **labels}
+    given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names, "num_timesteps"), **labels}
     # Any timestep will do here: it only keeps loading from choosing one.
     model = DiTModel.from_pretrained(parsed.source, timestep=0, read_out=None, **_given(parsed, "head"))
     selection = select_timestep(model, images, **given)
@@ -315,9 +314,7 @@ def _add_fit(commands: Any) -> None:
         metavar="T",
         help="in [0, 1000), or auto to select one (default: SOURCE's, else auto)",
     )
-    tap.add_argument(
-        "--num-timesteps", type=int, metavar="K", help="select so many, with --timestep auto (default: 1)"
-    )
+    tap.add_argument("--num-timesteps", type=int, metavar="K", help="with --timestep auto, select so many (1)")
     tap.add_argument("--block", type=int, help="block to read at, negative from the end (default: SOURCE's)")
     tap.add_argument("--feature", help="hidden, normed, query, key, value or attention (default: SOURCE's)")
     how = fit.add_argument_group("fit")

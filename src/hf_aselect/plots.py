@@ -69,12 +69,11 @@ def plot_timestep_curve(
         lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
     mark = positions[list(timesteps).index(chosen)]
     lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"chosen: t = {chosen}"))
-    for number, other in enumerate(others):
-        label = f"then: t = {', '.join(map(str, others))}" if number == 0 else None
-        mark = axes.axvline(
-            positions[list(timesteps).index(other)], color=GREY, linestyle=(0, (1, 4)), linewidth=1.5, label=label
-        )
-        lines += [mark] if number == 0 else []
+    name = f"then: t = {', '.join(map(str, others))}"
+    marks = [positions[list(timesteps).index(other)] for other in others]
+    beside = [axes.axvline(mark, color=GREY, linestyle=(0, (1, 4)), linewidth=1.5, label=name) for mark in marks]
+    # One line of the legend for all.
+    lines += beside[:1]
     _label_timesteps(axes, timesteps, log_snr, positions)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)

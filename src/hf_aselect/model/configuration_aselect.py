@@ -13,16 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .checks import (
-    NUM_TIMESTEPS,
-    VAE_LEVELS,
-    check_classes,
-    check_count,
-    check_dtype,
-    check_timestep,
-    check_vae,
-    short,
-)
+from .checks import NUM_TIMESTEPS, VAE_LEVELS, check_classes, check_dtype, check_timestep, check_vae, short
 from .layouts import (
     MAX_LAYERS,
     MAX_READ_OUTS,
@@ -229,7 +220,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         self.stage_names = ["stem", *(f"stage{number}" for number in range(1, layout.num_layers + 1))]
         if out_features is None and out_indices is None:
             out_indices = self._default_out_indices()
-        self._check_order(out_indices)
+        if out_indices is not None:
+            self._check_order(out_indices)
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 
@@ -280,11 +272,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Return this configuration: there is no text. The host would take `decoder` for one that is nested."""
         return self
 
-    def _check_order(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
+    def _check_order(self, out_indices: list[int] | tuple[int, ...]) -> None:
         """Refuse stages that there are not, or that are out of order; the host takes the first wrong one for right."""
         depth = len(self.stage_names)
-        if out_indices is None:
-            return
         if not isinstance(out_indices, list | tuple):
             raise ValueError(f"`out_indices` must be a list of integers, got {out_indices!r}.")
         if not all(isinstance(index, int) and -depth <= index < depth for index in out_indices):
@@ -507,23 +497,19 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def is_selection_in_use(self, record: dict[str, Any] | None = None) -> bool:
         """Return whether a selection's record, by default the own, if any, is of what is read: its tap, or several."""
-        if record is None and (record := self.selection) is None:
+        if (record := record or self.selection) is None:
             return True
-        selected, taps = record.get("selected_timesteps") or [record.get("timestep")], self.taps()
-        return self.timesteps() == selected and (
-            len(taps) > 1 or taps == [(record.get("block"), record.get("feature"))]
-        )
+        selected, tap = record.get("selected_timesteps"), (record.get("block"), record.get("feature"))
+        is_of_tap = len(self.taps()) > 1 or self.taps() == [tap]
+        return is_of_tap and self.timesteps() == (selected or [record.get("timestep")])
 
     def validate_tap(self) -> None:
         """Refuse what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
         for _, block, feature in self.read_outs():
             self.check_tap(block, feature)
-        known = range(1, 1 + NUM_TIMESTEPS) if self.timestep == "auto" else (1, len(self.timesteps()))
-        if self.num_timesteps not in known:
-            raise ValueError(
-                f"`num_timesteps` must be at least 1, and more are selected with `timestep='auto'` alone, got "
-                f"{self.num_timesteps} and timestep={self.timestep!r}."
-            )
+        count, is_open = self.num_timesteps, self.timestep == "auto"
+        if count not in (range(1, 1 + NUM_TIMESTEPS) if is_open else (1, len(self.timesteps()))):
+            raise ValueError(f"`num_timesteps` must be at least 1, and 1 but for timestep='auto', got {count}.")
 
     def channels_at(self, block: int, feature: str) -> list[int] | None:
         """Return the channels that are set to zero at a tap; None where nothing is said of it.
@@ -683,8 +669,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuse an unknown head and sizes that do not divide."""
         if self.head not in ("linear", "attention"):
             raise ValueError(f"`head` must be 'linear' or 'attention', got {self.head!r}.")
-        for name in ("head_hidden_size", "head_num_layers", "head_mlp_ratio"):
-            check_count(name, getattr(self, name))
+        if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
+            raise ValueError(
+                "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "
+                f"{self.head_hidden_size}, {self.head_num_layers} and {self.head_mlp_ratio}."
+            )
         if self.head_num_layers > MAX_LAYERS or self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
             raise ValueError(
                 f"`head_num_layers` must be at most {MAX_LAYERS}, `head_hidden_size` times `head_mlp_ratio` at most "

@@ -333,7 +333,8 @@ class ConsensusAccumulator(Accumulator):
     def _directions(self) -> Tensor:
         """Return what turns (1, target) into the shared ones, (1 + m, k), of the images so far."""
         # Of one process: another machine may find them with other signs.
-        return self.share.gather(leading_directions(self.share.total(self.kept.target_moments())))[0]
+        found: Tensor = self.share.gather(leading_directions(self.share.total(self.kept.target_moments())))[0]
+        return found
 
     def _references(self, timesteps: list[int]) -> list[int]:
         """Return the timesteps whose features are references: all, if none has a log-SNR within the range."""

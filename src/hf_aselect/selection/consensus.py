@@ -173,9 +173,8 @@ class ConsensusSums:
         """
         if key in self.first:
             return self.first[key][:count]
-        rows = {
-            index: row for indices, values in self.features[key] for index, row in zip(indices, values, strict=True)
-        }
+        batches = self.features[key]
+        rows = {index: row for indices, values in batches for index, row in zip(indices, values, strict=True)}
         return torch.stack([rows[index] for index in self.first_images(count)])
 
     def shared_targets(self, indices: list[int], directions: Tensor) -> Tensor:

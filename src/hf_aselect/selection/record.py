@@ -226,7 +226,7 @@ def _check_selected(record: dict[str, Any]) -> None:
     )
     if not is_right:
         raise ValueError(
-            "Not a record of a selection: `selected_timesteps` must be some that were read, each once and its timestep "
+            "Not a record of a selection: `selected_timesteps` must be some that were read, each once, its timestep "
             f"first, with as many `joint_scores`, got {selected} and {scores}."
         )
 

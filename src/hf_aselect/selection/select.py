@@ -61,10 +61,10 @@ def select_timestep(
     Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
     others in every token are found on the first pictures and set to zero before anything is scored.
 
-    Several timesteps (`num_timesteps`) are selected one after the other. The first is the best one. Each further one is
-    that with which all together score most, of those that were read, by the features that were kept: nothing more is
-    read. It lies more than 1.5 in log-SNR from each that is selected, as long as there are such: nearer ones show the
-    same. `joint_scores` in the record says what each adds, and a warning which adds nothing.
+    Several timesteps (`num_timesteps`) are selected one after the other. The first is the best one. Each further one
+    is that with which all together score most, of those that were read, by the features that were kept: nothing more
+    is read. It lies more than 1.5 in log-SNR from each that is selected, as long as there are such: nearer ones show
+    the same. `joint_scores` in the record says what each adds, and a warning which adds nothing.
 
     Where the configuration names several taps, timesteps are selected for all of them, at that in the middle block,
     unless `block` or `feature` names others. Where it names several timesteps, those selected take their place.

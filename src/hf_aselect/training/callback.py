@@ -156,9 +156,9 @@ class ASelectCallback(TrainerCallback):
         count = self.options.get("num_timesteps") or model.config.num_timesteps
         if follows and model.config.timestep != "auto" and len(model.config.timesteps()) != count:
             raise ValueError(
-                f"`follow=True` moves a model to what was selected again, {count} timestep{'s' * (count > 1)}, and this "
-                f"one reads at {model.config.timestep}, as its head was built for. Leave `follow` out, which reports "
-                "the selection."
+                f"`follow=True` moves a model to what is selected again, of which there will be {count}, and this one "
+                f"reads at {model.config.timestep}, as its head was built for. Leave `follow` out, which reports the "
+                "selection."
             )
         if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
             raise ValueError(
