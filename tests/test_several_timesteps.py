@@ -30,6 +30,8 @@ from hf_aselect.selection.complements import complements
 from hf_aselect.selection.consensus import unexplained
 from hf_aselect.selection.criteria import HFR, Consensus
 from hf_aselect.selection.joint_prediction import unexplained_together
+from hf_aselect.selection.probe import leave_one_out_hits
+from hf_aselect.selection.select import _useless_warnings
 from hf_aselect.training.config_arguments import resumed_fields
 
 GRID = [0, 60, 250, 550, 900]
@@ -170,18 +172,14 @@ def test_in_whatever_batches_images_come_the_set_is_the_same(model, selection):
     assert other.joint_scores == pytest.approx(selection.joint_scores, abs=1e-4)
 
 
-def test_many_images_are_summed_up_and_a_set_is_selected_all_the_same(model, selection, monkeypatch):
-    monkeypatch.setattr("hf_aselect.selection.consensus.NUM_KEPT", 20)
+def test_many_images_are_summed_up_and_the_first_show_how_timesteps_go_together(model, selection, monkeypatch):
+    for place in ("consensus", "accumulators"):
+        monkeypatch.setattr(f"hf_aselect.selection.{place}.NUM_JOINT", 30)
+    kept = select_timestep(model, images(), timesteps=GRID, num_timesteps=3)
+    assert kept.scores == selection.scores and kept.joint_scores[1:] != selection.joint_scores[1:]
+    monkeypatch.setattr("hf_aselect.selection.consensus.NUM_KEPT", 30)
     summed = select_timestep(model, images(), timesteps=GRID, num_timesteps=3)
-    assert summed.joint_scores == pytest.approx(select_of_first(model, monkeypatch, 20), abs=1e-5)
-    assert summed.scores == pytest.approx(selection.scores, abs=1e-4)
-
-
-def select_of_first(model, monkeypatch, count):
-    """Return the joint scores where no image is summed up, but only so many show how timesteps go together."""
-    monkeypatch.setattr("hf_aselect.selection.consensus.NUM_KEPT", 2**14)
-    monkeypatch.setattr("hf_aselect.selection.accumulators.NUM_JOINT", count)
-    return select_timestep(model, images(), timesteps=GRID, num_timesteps=3).joint_scores
+    assert summed.selected == kept.selected and summed.joint_scores == pytest.approx(kept.joint_scores, abs=1e-5)
 
 
 def test_a_probe_selects_by_the_accuracy_of_the_set(model):
@@ -189,8 +187,6 @@ def test_a_probe_selects_by_the_accuracy_of_the_set(model):
     found = select_timestep(model, images(), timesteps=GRID, num_timesteps=2, criterion="probe", labels=labels)
     assert len(found.selected) == 2
     together = model.extract_features(images(), timestep=found.selected).mean(1)
-    from hf_aselect.selection.probe import leave_one_out_hits
-
     hits = leave_one_out_hits(together, torch.tensor(labels)).double().mean()
     assert found.joint_scores[1] == pytest.approx(float(hits), abs=0.03)
 
@@ -207,8 +203,6 @@ def test_blocks_are_compared_and_the_set_is_that_of_the_best(model):
 
 
 def test_a_timestep_that_adds_nothing_is_warned_of(selection):
-    from hf_aselect.selection.select import _useless_warnings
-
     flat = replace(selection, joint_scores=[0.5, 0.6, 0.6])
     (warning,) = _useless_warnings(flat)
     assert f"timestep {selection.selected[2]} adds nothing" in warning and "`num_timesteps=2` would do" in warning
@@ -264,8 +258,9 @@ def test_a_selection_is_applied_and_one_takes_the_place_of_several(folder, selec
     model.apply_selection(selection)
     assert model.config.timestep == selection.selected and model.config.num_timesteps == 3
     assert model(images(2)).last_hidden_state.shape == (2, 16, 48)
-    model.apply_selection(select_timestep(model, images(), timesteps=GRID, num_timesteps=1))
-    assert model.config.timestep == selection.timestep and model.config.num_timesteps == 1
+    one = select_timestep(model, images(), timesteps=GRID, num_timesteps=1)
+    model.apply_selection(one)
+    assert model.config.timestep == one.timestep and model.config.num_timesteps == 1
 
 
 def test_a_record_of_several_is_kept_and_is_of_all_of_them(folder, selection):

@@ -44,7 +44,7 @@ class ASelectCallback(TrainerCallback):
     Raises:
         ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
             values in the rows, or, while the backbone is trained, another tap is to be chosen, `reselect_epochs` is
-            given with a stream, or a model of several timesteps is to follow.
+            given with a stream, or a model is to follow a selection of another number of timesteps than it reads.
     """
 
     def __init__(
