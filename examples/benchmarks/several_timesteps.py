@@ -8,13 +8,11 @@ r"""What does a set of timesteps selected without labels lose against one that i
 The figure of a set is the test accuracy of a ridge classifier, in closed form, on mean-pooled tokens of its timesteps
 side by side: of the default tap, and of `hidden` of all blocks. `select_timestep(num_timesteps=3)` selects a set for
 each seed, which samples the calibration images, and for all blocks both at the first of them and at the middle one.
-Beside it stand the best single timestep, the set that is found greedily on the whole grid by the labels of the
-training images (each left out in turn) or, as a bound, by those of the test images, and two evenly spaced ones.
-Results are added to the file under the name of the pair.
+Beside it stand the set that is found greedily on the whole grid by the labels of the training images, each left out in
+turn, the first of it alone, and two that are evenly spaced. Results are added to the file under the name of the pair.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from transformers import HfArgumentParser
 from hf_aselect import ASelectImageProcessor, DiTModel, select_timestep
 
 # Of the ridge, as shares of the mean eigenvalue of the features' covariance.
-STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 1))
+STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 0))
 
 
 @dataclass
@@ -84,12 +82,12 @@ class Kernels:
             best = min(best, (float(residuals.square().mean()), 100 * float(left_out), 100 * float(tested)))
         return best[1], best[2]
 
-    def greedy(self, grid: list[int], count: int, by: Callable[[tuple[float, float]], float]) -> list[int]:
-        """Return the timesteps with which, one after the other, the accuracy rises most."""
+    def greedy(self, grid: list[int], count: int) -> list[int]:
+        """Return the timesteps with which, one after the other, the accuracy on the training images rises most."""
         selected: list[int] = []
         for _ in range(count):
             left = [timestep for timestep in grid if timestep not in selected]
-            selected.append(max(left, key=lambda timestep: by(self.accuracies([*selected, timestep]))))
+            selected.append(max(left, key=lambda timestep: self.accuracies([*selected, timestep])[0]))
         return selected
 
 
@@ -100,15 +98,18 @@ def sample(path: str, count: int) -> Dataset:
 
 
 @torch.no_grad()
-def pooled(model: DiTModel, rows: Dataset, timestep: int, taps: dict[str, dict]) -> dict[str, Tensor]:
-    """Return the mean tokens of images at a timestep, (n, D), of each set of taps."""
-    processor = ASelectImageProcessor.from_model_config(model.config)
-    pixels = processor(rows["image"][:], return_tensors="pt").pixel_values
+def pooled(model: DiTModel, rows: Dataset, timestep: int) -> dict[str, Tensor]:
+    """Return the mean tokens of images at a timestep, (n, D), of the default tap and of all blocks, from one pass."""
+    config = model.config
+    pixels = ASelectImageProcessor.from_model_config(config)(rows["image"][:], return_tensors="pt").pixel_values
+    features = list(dict.fromkeys(["hidden", config.feature]))
     parts = [
-        {name: model.extract_features(part, timestep=timestep, **tap).mean(1) for name, tap in taps.items()}
+        model.extract_features(part, timestep=timestep, block="all", feature=features).mean(1)
         for part in pixels.split(250)
     ]
-    return {name: torch.cat([part[name] for part in parts]) for name in taps}
+    # Blocks outermost, then features: (n, blocks, features, D).
+    by_block = torch.cat(parts).unflatten(1, (config.num_hidden_layers, len(features), -1))
+    return {"default tap": by_block[:, config.block_index(), -1], "all blocks": by_block[:, :, 0].flatten(1)}
 
 
 def evenly_spaced(grid: list[int], count: int) -> dict[str, list[int]]:
@@ -120,33 +121,46 @@ def evenly_spaced(grid: list[int], count: int) -> dict[str, list[int]]:
     }
 
 
+def table(known: dict) -> str:
+    """Return the accuracies of all pairs as a table of Markdown; of the seeds of a selection the mean."""
+    lines = ["| pair | features | set | test accuracy, % | timesteps |", "| --- | --- | --- | --- | --- |"]
+    for pair, results in known.items():
+        for features, sets in results["taps"].items():
+            rows: dict[str, list[dict]] = {}
+            for name, row in sets.items():
+                rows.setdefault(name.partition(", seed ")[0], []).append(row)
+            for name, runs in rows.items():
+                mean = sum(run["test_accuracy"] for run in runs) / len(runs)
+                which = "; ".join(dict.fromkeys(", ".join(map(str, run["timesteps"])) for run in runs))
+                lines.append(f"| {pair} | {features} | {name} | {mean:.2f} | {which} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     (args,) = HfArgumentParser(SeveralArguments).parse_args_into_dataclasses()
     # Any timestep will do here. A linear head sees of the tokens their mean alone.
     model = DiTModel.from_pretrained(args.model_name_or_path, timestep=0, head="linear")
     own, depth = {"block": model.config.block_index(), "feature": model.config.feature}, model.config.num_hidden_layers
-    every = {"block": "all", "feature": "hidden"}
     # Of each set of taps, where timesteps are selected.
     places = {
         "default tap": {"": own},
         "all blocks": {
-            "at the first": {"block": 0, "feature": "hidden"},
-            "at the middle": {"block": (depth - 1) // 2, "feature": "hidden"},
+            " at the first block": {"block": 0, "feature": "hidden"},
+            " at the middle block": {"block": (depth - 1) // 2, "feature": "hidden"},
         },
     }
     train, test = sample(args.train_file, args.num_train), sample(args.test_file, args.num_test)
     calibration = load_dataset("parquet", data_files=args.train_file, split="train").select_columns(["image"])
     grid = model.noise_schedule.even_timesteps()
     labels = torch.tensor(train["label"][:]), torch.tensor(test["label"][:])
-    taps = {"default tap": own, "all blocks": every}
-    read = [{t: pooled(model, rows, t, taps) for t in tqdm(grid, desc="Reading")} for rows in (train, test)]
+    read = [{t: pooled(model, rows, t) for t in tqdm(grid, desc="Reading")} for rows in (train, test)]
     results = {"settings": asdict(args), "grid": grid, "num_test": len(test), "taps": {}}
-    for name in taps:
+    for name in places:
         kernels = Kernels(*({t: values[name] for t, values in part.items()} for part in read), labels)
+        by_labels = kernels.greedy(grid, args.num_timesteps)
         sets = {
-            "one, by training labels": kernels.greedy(grid, 1, lambda accuracies: accuracies[0]),
-            "greedy, by training labels": kernels.greedy(grid, args.num_timesteps, lambda accuracies: accuracies[0]),
-            "greedy, by test labels": kernels.greedy(grid, args.num_timesteps, lambda accuracies: accuracies[1]),
+            "one, by labels": by_labels[:1],
+            "greedy, by labels": by_labels,
             **evenly_spaced(grid, args.num_timesteps),
         }
         for where, tap in places[name].items():
@@ -159,8 +173,8 @@ def main() -> None:
                     seed=seed,
                     **tap,
                 )
-                sets[f"selected {where}, seed {seed}".replace(" ,", ",")] = selection.selected
-                sets[f"one selected {where}, seed {seed}".replace(" ,", ",")] = [selection.timestep]
+                sets[f"selected{where}, seed {seed}"] = selection.selected
+                sets[f"one selected{where}, seed {seed}"] = [selection.timestep]
         results["taps"][name] = {
             each: {"timesteps": timesteps, "test_accuracy": round(kernels.accuracies(timesteps)[1], 2)}
             for each, timesteps in sets.items()
@@ -169,7 +183,9 @@ def main() -> None:
             print(f"{name:<12} {each:<40} {row['test_accuracy']:6.2f} %  {row['timesteps']}", flush=True)
     path = Path(args.output)
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**known, args.name: results}, indent=1) + "\n", encoding="utf-8")
+    known[args.name] = results
+    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    print(table(known))
 
 
 if __name__ == "__main__":
