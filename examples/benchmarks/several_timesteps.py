@@ -145,8 +145,8 @@ def main() -> None:
     places = {
         "default tap": {"": own},
         "all blocks": {
-            " at the first block": {"block": 0, "feature": "hidden"},
-            " at the middle block": {"block": (depth - 1) // 2, "feature": "hidden"},
+            " at the first": {"block": 0, "feature": "hidden"},
+            " at the middle": {"block": (depth - 1) // 2, "feature": "hidden"},
         },
     }
     train, test = sample(args.train_file, args.num_train), sample(args.test_file, args.num_test)
