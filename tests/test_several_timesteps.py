@@ -31,7 +31,7 @@ from hf_aselect.selection.consensus import unexplained
 from hf_aselect.selection.criteria import HFR, Consensus
 from hf_aselect.selection.joint_prediction import unexplained_together
 from hf_aselect.selection.probe import leave_one_out_hits
-from hf_aselect.selection.select import _useless_warnings
+from hf_aselect.selection.select import _difference_warning, _useless_warnings
 from hf_aselect.training.config_arguments import resumed_fields
 
 GRID = [0, 60, 250, 550, 900]
@@ -153,7 +153,8 @@ def test_a_set_begins_with_the_best_timestep_and_grows(model, selection):
     two = select_timestep(model, images(), timesteps=GRID, num_timesteps=2)
     assert selection.timestep == one.timestep == selection.selected[0] and selection.scores == one.scores
     assert selection.selected[:2] == two.selected and len(set(selection.selected)) == 3
-    assert selection.joint_scores[0] == selection.scores[selection.timesteps.index(selection.timestep)]
+    alone = selection.scores[selection.timesteps.index(selection.timestep)]
+    assert selection.joint_scores[0] == pytest.approx(alone, abs=1e-5)
     assert selection.joint_scores[:2] == two.joint_scores
     assert selection.joint_scores[1] > selection.joint_scores[0]
 
@@ -176,7 +177,7 @@ def test_many_images_are_summed_up_and_the_first_show_how_timesteps_go_together(
     for place in ("consensus", "accumulators"):
         monkeypatch.setattr(f"hf_aselect.selection.{place}.NUM_JOINT", 30)
     kept = select_timestep(model, images(), timesteps=GRID, num_timesteps=3)
-    assert kept.scores == selection.scores and kept.joint_scores[1:] != selection.joint_scores[1:]
+    assert kept.scores == selection.scores and kept.joint_scores != selection.joint_scores
     monkeypatch.setattr("hf_aselect.selection.consensus.NUM_KEPT", 30)
     summed = select_timestep(model, images(), timesteps=GRID, num_timesteps=3)
     assert summed.selected == kept.selected and summed.joint_scores == pytest.approx(kept.joint_scores, abs=1e-5)
@@ -206,6 +207,15 @@ def test_a_timestep_that_adds_nothing_is_warned_of(selection):
     flat = replace(selection, joint_scores=[0.5, 0.6, 0.6])
     (warning,) = _useless_warnings(flat)
     assert f"timestep {selection.selected[2]} adds nothing" in warning and "`num_timesteps=2` would do" in warning
+
+
+def test_images_that_differ_little_at_one_of_them_are_warned_of(model, selection):
+    shares = [
+        select_timestep(model, images(), timesteps=[timestep]).share_between_images for timestep in selection.selected
+    ]
+    assert selection.share_between_images == pytest.approx(min(shares))
+    warned = _difference_warning(replace(selection, share_between_images=0.001), is_standardized=True)
+    assert warned.startswith("the images differ at one of these timesteps by 0.10%")
 
 
 # Models.

@@ -53,8 +53,9 @@ class TimestepSelection:
         other_massive_channels: Where the model reads several taps, the same of the others, by tap, as "9.hidden",
             without those at which they were not looked for; None if there are no others.
         share_between_images: Share of the variance of the selected tap's tokens, in [0, 1], that is between images,
-            read as the model reads them; the rest is between positions, and the same in all images. None where there
-            were fewer than two images, and in a record from before it was measured.
+            read as the model reads them; the rest is between positions, and the same in all images. Of several
+            timesteps it is the least. None where there were fewer than two images, and in a record from before it was
+            measured.
         selected_timesteps: Where several timesteps were selected, all of them, in the order of their selection: the
             first is `timestep`, and each further one that with which the set scores most. None for a single one.
         joint_scores: The criterion of the first of them, of the first two read together, and so on; what each adds is

@@ -241,8 +241,9 @@ def _difference_warning(selection: TimestepSelection, is_standardized: bool) -> 
     share = selection.share_between_images
     if share is None or share >= LEAST_DIFFERENCE:
         return ""
+    where = "at one of these timesteps" if selection.joint_scores else "there"
     found = (
-        f"the images differ there by {share:.2%} of the variance of {selection.feature}, less than "
+        f"the images differ {where} by {share:.2%} of the variance of {selection.feature}, less than "
         f"{LEAST_DIFFERENCE:.0%}; the rest is what the noise, which is the same for all of them, does to the tokens. "
     )
     if is_standardized:

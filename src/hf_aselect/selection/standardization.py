@@ -145,7 +145,7 @@ def measured(sweep: Sweep, tap: Tap, timesteps: Sequence[int]) -> dict[str, Any]
     reader.num_forwards += own_noise.num_forwards
     is_standardized = bool(read_outs) and config.standardize_features
     return {
-        "share_between_images": moments[every[0]].share_between_images,
+        "share_between_images": min(moments[each].share_between_images for each in every),
         "standardization": statistics_of(config, moments, read_outs, grid) if is_standardized else None,
     }
 

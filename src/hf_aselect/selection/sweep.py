@@ -76,10 +76,12 @@ class Sweep:
     def complements(self, curve: TimestepCurve) -> tuple[list[int], list[float]]:
         """Return all that is selected, the curve's best timestep first, and the score of the set up to each.
 
-        From what was kept of the images: nothing is read.
+        From what was kept of the images: nothing is read. Of a single timestep there is no score.
         """
         tap, best = curve.best
         first, count = curve.timesteps[best], self.request.num_timesteps - 1
+        if not count:
+            return [first], []
         log_snr = self.reader.model.noise_schedule.log_snr(torch.tensor(curve.timesteps)).tolist()
 
         def scores_of(sets: Sequence[list[int]]) -> list[float]:
@@ -89,7 +91,8 @@ class Sweep:
             return scores
 
         more, scores = complements(first, count, dict(zip(curve.timesteps, log_snr, strict=True)), scores_of)
-        return [first, *more], [float(curve.scores[tap, best]), *scores]
+        # On the images that the others are scored on, which of very many are the first.
+        return [first, *more], [*scores_of([[first]]), *scores]
 
     def num_forwards(self) -> int:
         """Return how many passes of an image all processes made; they call it together."""
