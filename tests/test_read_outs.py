@@ -607,7 +607,8 @@ def test_a_selected_timestep_takes_the_place_of_several(folder, single, fields):
     model = DiTModel.from_pretrained(folder, **fields)
     taps = model.config.taps()
     selection = select_timestep(model, images(), criterion="hfr", timesteps=[7], block=1)
-    assert (selection.block, selection.feature) == (1, "hidden")
+    # The first feature in the middle block: of the entries the one of block 0.
+    assert (selection.block, selection.feature) == (1, "key" if "read_out" in fields else "hidden")
     model.apply_selection(selection)
     assert model.config.read_outs() == [(7, *tap) for tap in taps], "the taps stay"
     assert torch.equal(model(images(2)).last_hidden_state, side_by_side(single, model.config.read_outs(), images(2)))

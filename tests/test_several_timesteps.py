@@ -410,7 +410,7 @@ def test_a_configuration_of_no_such_number_is_rejected(fields):
 
 def test_a_head_that_does_not_fit_the_set_is_rejected(folder, selection):
     model = DiTForImageClassification.from_pretrained(folder, timestep=5, num_labels=4, **SMALL)
-    with pytest.raises(ValueError, match=r"reads tokens of 16 channels, and at \[.*\] alone what is read has 48"):
+    with pytest.raises(ValueError, match=r"reads tokens of 16 channels, and at timesteps \[.*\] its taps have 48"):
         model.apply_selection(selection)
 
 

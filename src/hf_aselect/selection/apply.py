@@ -168,8 +168,9 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
 def _of_other_width(selection: TimestepSelection, config: ASelectConfig, new: ASelectConfig) -> str:
     """Return why a head cannot read what a selection names, and what can be done."""
     if len(new.read_outs()) > 1 or config.num_timesteps > 1:
+        where = f"timestep {new.timestep} alone" if len(selection.selected) == 1 else f"timesteps {new.timestep}"
         return (
-            f"The head reads tokens of {config.feature_size} channels, and at {new.timestep} alone what is read has "
+            f"The head reads tokens of {config.feature_size} channels, and at {where} its taps have "
             f"{new.feature_size}. Load the model with `timestep={new.timestep}` and a new head."
         )
     return (
