@@ -564,12 +564,12 @@ def test_a_segmenters_timestep_is_selected_for_all_of_them(folder, fields):
         torch.testing.assert_close(one.shift, same.shift)
 
 
-def test_one_timestep_is_selected_for_all_taps_in_the_middle_block(folder, tmp_path):
+def test_one_timestep_is_selected_for_all_taps_at_the_first(folder, tmp_path):
     fields = {"timestep": "auto", "block": "all", "feature": "hidden"}
     model = classifier(folder, **{**fields, "zeroed_channels": None}, calibration_images=images())
     config = model.config
     assert (config.block, config.feature) == ("all", "hidden") and isinstance(config.timestep, int)
-    assert (config.selection["block"], config.selection["feature"]) == (3, "hidden")
+    assert (config.selection["block"], config.selection["feature"]) == (0, "hidden")
     assert config.is_selection_in_use() and TimestepSelection.from_dict(config.selection).is_of(config)
     assert config.feature_size == 128 and config.standardized_grid == [4, 4]
     # Of every tap it was asked which channels dwarf all others.
@@ -589,7 +589,7 @@ def test_massive_channels_are_found_at_each_tap(folder):
         feed_forward.bias[3] = 1e4
     model.config.block, model.config.feature = [0, 1, 2], ["query", "hidden"]
     selection = select_timestep(model, images(), timesteps=[5, 60])
-    assert (selection.block, selection.feature, selection.massive_channels) == (1, "query", None)
+    assert (selection.block, selection.feature, selection.massive_channels) == (0, "query", None)
     assert selection.other_massive_channels == {"0.hidden": [], "1.hidden": [3], "2.hidden": [3]}
     record = json.loads(json.dumps(selection.to_dict()))
     assert TimestepSelection.from_dict(record) == selection
@@ -607,8 +607,7 @@ def test_a_selected_timestep_takes_the_place_of_several(folder, single, fields):
     model = DiTModel.from_pretrained(folder, **fields)
     taps = model.config.taps()
     selection = select_timestep(model, images(), criterion="hfr", timesteps=[7], block=1)
-    # The first feature in the middle block: of the entries the one of block 0.
-    assert (selection.block, selection.feature) == (1, "key" if "read_out" in fields else "hidden")
+    assert (selection.block, selection.feature) == (1, "hidden")
     model.apply_selection(selection)
     assert model.config.read_outs() == [(7, *tap) for tap in taps], "the taps stay"
     assert torch.equal(model(images(2)).last_hidden_state, side_by_side(single, model.config.read_outs(), images(2)))

@@ -9,15 +9,12 @@ from ..model.layouts import ReadOut, Tap
 
 
 def selected_at(config: ASelectConfig) -> Tap:
-    """Return the tap at which a timestep is selected where none is named: of those that are read, in the middle block.
+    """Return the tap at which timesteps are selected where none is named: the first of those that are read.
 
-    It stands for all of them, with the feature that is named first. Of an even number of blocks it is the shallower
-    one in the middle.
+    It stands for all of them. One in the middle block was tried, and is no better: see model_cards/read-outs. Another
+    rule for several taps has its place here.
     """
-    taps = config.taps()
-    blocks = sorted({block for block, _ in taps})
-    middle = blocks[(len(blocks) - 1) // 2]
-    return next(tap for tap in taps if tap[0] == middle)
+    return config.taps()[0]
 
 
 def taps_read_together(model: Any) -> list[Tap]:

@@ -66,8 +66,8 @@ def select_timestep(
     is read. It lies more than 1.5 in log-SNR from each that is selected, as long as there are such: nearer ones show
     the same. `joint_scores` in the record says what each adds, and a warning which adds nothing.
 
-    Where the configuration names several taps, timesteps are selected for all of them, at that in the middle block,
-    unless `block` or `feature` names others. Where it names several timesteps, those selected take their place.
+    Where the configuration names several taps, timesteps are selected for all of them, at the first, unless `block` or
+    `feature` names others. Where it names several timesteps, those selected take their place.
 
     The images are then read once more at the selected timesteps, as the model reads them: for what standardizes the
     features of its head (`config.standardize_features`), and for the share of their variance that is between images.
@@ -88,7 +88,7 @@ def select_timestep(
             fine on `model.noise_schedule.even_timesteps()`.
         labels: For "probe": class index of each picture in `images`; or, for dense tasks, its mask, one class index a
             pixel: the probe then classifies patches ("patch_probe"). Or the name of a column with either.
-        block: Block to read at in place of the configuration's (middle) one; several, or "auto" for every third, to
+        block: Block to read at in place of the configuration's (first) one; several, or "auto" for every third, to
             select the block, too, by "consensus", "probe" or "patch_probe".
         feature: Feature to read in place of the configuration's (first) one; several, or "auto" for `hidden`, `query`,
             `key` and `value`, to select the feature, too, in the same way.
