@@ -1136,6 +1136,13 @@ CASES = [
     ),
     Case(
         "command line",
+        "select PIXEL --num-timesteps 0",
+        commanded("select", "{pixel}", "--num-timesteps", "0"),
+        "`num_timesteps` must be at least 1, got 0",
+        CommandError,
+    ),
+    Case(
+        "command line",
         "select PIXEL --seed -1",
         commanded("select", "{pixel}", "--seed", "-1"),
         r"`seed` must be in \[0, 2..63\), got -1",

@@ -587,6 +587,24 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
 
 
 @pytest.mark.slow
+def test_sets_of_timesteps_are_compared(parquet, pretrained, tmp_path):
+    rows = Dataset.from_parquet(str(parquet)).rename_columns({"picture": "image", "class": "label"})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    words = ("--train_file", tmp_path / "rows.parquet", "--test_file", tmp_path / "rows.parquet", "--seeds", 0)
+    output = tmp_path / "several.json"
+    for name in ("one", "other"):
+        run(
+            "benchmarks/several_timesteps.py",
+            *("--name", name, "--model_name_or_path", pretrained, *words, "--num_timesteps", 2, "--output", output),
+        )
+    known = json.loads(output.read_text())
+    assert list(known) == ["one", "other"]
+    sets = known["one"]["taps"]["all blocks"]
+    assert {"one, by labels", "greedy, by labels", "evenly spaced", "selected at the middle, seed 0"} <= sets.keys()
+    assert all(len(row["timesteps"]) == (1 if name.startswith("one") else 2) for name, row in sets.items())
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read as Linux tells it")
 def test_the_cost_of_a_selection_is_measured(parquet, pretrained, tmp_path):
     run(

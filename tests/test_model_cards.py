@@ -46,6 +46,13 @@ def test_the_benchmarks_card_has_the_tables_of_its_results(summary):
     assert summary in (BENCHMARK / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_card_of_several_timesteps_has_the_table_of_its_results():
+    folder = ROOT / "model_cards" / "read-outs"
+    known = json.loads((folder / "several_timesteps.json").read_text(encoding="utf-8"))
+    table = example("benchmarks/several_timesteps.py").table(known)
+    assert table in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_quotes_the_benchmark(summary):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     head, quoted = table_rows(readme, "selected by")

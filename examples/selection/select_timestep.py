@@ -36,6 +36,7 @@ class SelectionArguments:
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column with class indices or masks."})
+    num_timesteps: int = field(default=1, metadata={"help": "Timesteps to select, which complement each other."})
     max_images: int = field(default=256, metadata={"help": "Images to look at, at most."})
     seed: int = field(default=0, metadata={"help": "Seed of the sample, the bootstrap and the noise."})
 
@@ -64,6 +65,7 @@ def main() -> None:
         rows.select_columns([args.image_column]),
         criterion=args.criterion,
         labels=None if args.label_column is None else rows[args.label_column][:],
+        num_timesteps=args.num_timesteps,
         max_images=args.max_images,
         seed=args.seed,
         **taps,
@@ -75,7 +77,7 @@ def main() -> None:
     (output / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
     plots = selection.plot(output / "timestep_curve.png")
     where = f"{selection.feature} of block {selection.block}, confidence {selection.confidence:.2f}"
-    print(f"Timestep {selection.timestep} for {where}. Saved {', '.join(map(str, plots))}.")
+    print(f"Timestep {', '.join(map(str, selection.selected))} for {where}. Saved {', '.join(map(str, plots))}.")
 
 
 if __name__ == "__main__":

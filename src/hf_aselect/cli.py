@@ -195,6 +195,9 @@ def _add_select(commands: Any) -> None:
     select.add_argument(
         "--timesteps", type=int, nargs="+", metavar="T", help="read these (default: a grid, from coarse to fine)"
     )
+    select.add_argument(
+        "--num-timesteps", type=int, metavar="K", help="select so many that complement each other (default: 1)"
+    )
     select.add_argument("--confidence", type=float, metavar="P", help="end once the choice is as sure as this (0.95)")
     select.add_argument("--max-images", type=int, metavar="N", help="look at so many pictures at the most")
     select.add_argument("--batch-size", type=int, metavar="N", help="noised pictures in one forward pass")
@@ -212,7 +215,7 @@ def _select(parsed: argparse.Namespace) -> None:
     names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
     images, labels = _images_and_labels(parsed)
     parsed.block, parsed.feature = _one_or_several(parsed.block), _one_or_several(parsed.feature)
-    given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names), **labels}
+    given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names, "num_timesteps"), **labels}
     # Any timestep will do here: it only keeps loading from choosing one.
     model = DiTModel.from_pretrained(parsed.source, timestep=0, read_out=None, **_given(parsed, "head"))
     selection = select_timestep(model, images, **given)
@@ -224,9 +227,16 @@ def _select(parsed: argparse.Namespace) -> None:
         f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} pictures in "
         f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
     )
+    for timestep, before, after in zip(selection.selected[1:], *_steps(selection.joint_scores), strict=True):
+        print(f"Timestep {timestep} beside it: a score of {after:.4f} together, {after - before:.4f} more.")
     if parsed.output is not None:
         written = _write_selection(selection, Path(parsed.output))
         print(f"Saved {', '.join(str(path) for path in written)}.")
+
+
+def _steps(scores: Sequence[float] | None) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the scores of sets of timesteps before and after each further one; nothing of a single timestep."""
+    return (scores or ())[:-1], (scores or ())[1:]
 
 
 def _images_and_labels(parsed: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -325,6 +335,7 @@ def _add_fit(commands: Any) -> None:
     tap.add_argument(
         "--pooling", metavar="NAME", help="what a classifier reads of the tokens: mean, mean_std or regions (mean)"
     )
+    tap.add_argument("--num-timesteps", type=int, metavar="K", help="with --timestep auto, select so many (1)")
     how = fit.add_argument_group("fit")
     how.add_argument("--balance-classes", action="store_true", help="let each class count the same, whatever its size")
     how.add_argument("--allow-missing", action="store_true", help="allow classes without an image")
@@ -410,7 +421,9 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     from .training.config_arguments import needs_images
 
     given, kind = _given(parsed, "timestep", "block", "feature"), train.features[parsed.label_column]
-    given = {name: _one_or_several(values) for name, values in given.items()} | _given(parsed, "pooling")
+    given = {name: _one_or_several(values) for name, values in given.items()} | _given(
+        parsed, "num_timesteps", "pooling"
+    )
     names = parsed.class_names or getattr(kind, "names", None)
     if names is None:
         names = [str(number) for number in range(1 + max(train[parsed.label_column]))]
@@ -467,7 +480,7 @@ def _print_curve(selection: Any) -> None:
     print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  mean of neighbours")
     columns = selection.timesteps, selection.log_snr, selection.scores, selection.intervals, selection.smoothed
     for timestep, level, score, (low, high), mean in zip(*columns, strict=True):
-        mark = "  <- chosen" if timestep == selection.timestep else ""
+        mark = "  <- chosen" if timestep in selection.selected else ""
         print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}  {mean:.4f}{mark}")
     print()
 

@@ -26,6 +26,7 @@ def plot_timestep_curve(
     accuracies: Sequence[float] | None = None,
     accuracy_log_snr: Sequence[float] | None = None,
     accuracy_name: str = "accuracy",
+    others: Sequence[int] = (),
 ) -> None:
     """Draw a criterion, and where given a probe's accuracy, over the timestep, the choice marked, as a PNG.
 
@@ -44,9 +45,10 @@ def plot_timestep_curve(
         accuracies: Accuracy at each, in [0, 1], or at timesteps of their own.
         accuracy_log_snr: The log-SNR of those timesteps.
         accuracy_name: What the accuracies are, as "mean IoU".
+        others: Timesteps that were selected beside it, in the order of their selection, of `timesteps`.
 
     Raises:
-        ValueError: If the lengths differ or `chosen` is none of the timesteps.
+        ValueError: If the lengths differ or `chosen` or one of `others` is none of the timesteps.
         ImportError: If matplotlib is missing.
     """
     accuracy_log_snr = log_snr if accuracy_log_snr is None else accuracy_log_snr
@@ -54,8 +56,9 @@ def plot_timestep_curve(
     for name, values in of_curve.items():
         _check_length(name, values, len(timesteps))
     _check_length("accuracies", accuracies, len(accuracy_log_snr))
-    if chosen not in timesteps:
-        raise ValueError(f"The chosen timestep {chosen} is none of those in the curve: {list(timesteps)}.")
+    for each in (chosen, *others):
+        if each not in timesteps:
+            raise ValueError(f"The chosen timestep {each} is none of those in the curve: {list(timesteps)}.")
     figure = _new_figure(8, 4.8)
     axes = figure.add_subplot()
     positions = [-value for value in log_snr]
@@ -66,6 +69,11 @@ def plot_timestep_curve(
         lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
     mark = positions[list(timesteps).index(chosen)]
     lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"chosen: t = {chosen}"))
+    name = f"then: t = {', '.join(map(str, others))}"
+    marks = [positions[list(timesteps).index(other)] for other in others]
+    beside = [axes.axvline(mark, color=GREY, linestyle=(0, (1, 4)), linewidth=1.5, label=name) for mark in marks]
+    # One line of the legend for all.
+    lines += beside[:1]
     _label_timesteps(axes, timesteps, log_snr, positions)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
@@ -108,6 +116,7 @@ def plot_timestep_heat_map(
     chosen_tap: str,
     chosen_timestep: int,
     label: str,
+    others: Sequence[int] = (),
 ) -> None:
     """Draw values over taps and timesteps as a heat map, as a PNG.
 
@@ -123,6 +132,7 @@ def plot_timestep_heat_map(
         chosen_tap: Name of the chosen tap, one of `taps`.
         chosen_timestep: The chosen timestep, one of `timesteps`.
         label: What the values are.
+        others: Timesteps that were selected beside it, of `timesteps`.
 
     Raises:
         ValueError: If the lengths differ, or the choice is none of the taps or of the timesteps.
@@ -135,16 +145,18 @@ def plot_timestep_heat_map(
         _check_length(f"values of {tap}", row, len(timesteps))
     if chosen_tap not in taps:
         raise ValueError(f"The chosen tap {chosen_tap!r} is none of those in the heat map: {list(taps)}.")
-    if chosen_timestep not in timesteps:
-        raise ValueError(f"The chosen timestep {chosen_timestep} is none of those in the heat map: {list(timesteps)}.")
+    for each in (chosen_timestep, *others):
+        if each not in timesteps:
+            raise ValueError(f"The chosen timestep {each} is none of those in the heat map: {list(timesteps)}.")
     figure = _new_figure(8, 1.9 + 0.27 * len(taps))
     axes = figure.add_subplot()
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
     image = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label=label, pad=0.02)
     dots = _mark_best(axes, values)
-    place = list(timesteps).index(chosen_timestep), list(taps).index(chosen_tap)
-    box = _mark_cell(axes, *place, f"chosen: {chosen_tap}, t = {chosen_timestep}")
+    down, named = list(taps).index(chosen_tap), ", ".join(map(str, (chosen_timestep, *others)))
+    for each in (*others, chosen_timestep):
+        box = _mark_cell(axes, list(timesteps).index(each), down, f"chosen: {chosen_tap}, t = {named}")
     # Lines must not widen what the map takes up.
     axes.set_xlim(-0.5, len(timesteps) - 0.5)
     axes.set_ylim(len(taps) - 0.5, -0.5)

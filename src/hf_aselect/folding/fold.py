@@ -37,7 +37,7 @@ def fold_model(model: Any) -> Any:
     if config.folded:
         raise ValueError("This model is folded already.")
     if len(config.read_outs()) == 1:  # a list of one is one
-        config = moved(config, config.resolved_timestep(), config.taps()[0])
+        config = moved(config, [config.resolved_timestep()], config.taps()[0])
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("A part of this model is not in memory. Load it without offloading, then fold it.")
     base = model._base()

@@ -103,6 +103,7 @@ class CardFacts:
         stopped_by: Why no more pictures were looked at: "confidence", "max_images" or "all pictures".
         score: The criterion at the timestep.
         interval: 95 % bootstrap interval of that.
+        joint_scores: Of several timesteps that were selected, the criterion of the first, the first two together, ...
         warnings: What speaks against the choice.
         figure: Path of the curve's picture, relative to the card.
         task: What the model does: "image-classification", "image-segmentation" or "image-feature-extraction".
@@ -143,6 +144,7 @@ class CardFacts:
     stopped_by: str | None = None
     score: float | None = None
     interval: Sequence[float] | None = None
+    joint_scores: Sequence[float] | None = None
     warnings: Sequence[str] = ()
     figure: str | None = None
     task: str = "image-classification"
@@ -452,6 +454,9 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
         "score (95 % interval)": None
         if facts.score is None or facts.interval is None
         else f"{facts.score:.4g} ({facts.interval[0]:.4g} to {facts.interval[1]:.4g})",
+        "score of the first, the first two, ... together": None
+        if facts.joint_scores is None
+        else ", ".join(f"{score:.4g}" for score in facts.joint_scores),
         "seconds": rounded(facts.seconds, 1),
         "folded": _folded(facts),
     }

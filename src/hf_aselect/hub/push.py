@@ -252,7 +252,7 @@ def _facts_of_selection(record: TimestepSelection | None) -> dict[str, Any]:
     if record is None:
         return {}
     selected = record.timesteps.index(record.timestep)
-    names = ("criterion", "num_images", "pictures", "seconds", "confidence", "stopped_by", "warnings")
+    names = ("criterion", "num_images", "pictures", "seconds", "confidence", "stopped_by", "warnings", "joint_scores")
     return {
         **{name: getattr(record, name) for name in names},
         "log_snr": record.log_snr[selected],

@@ -134,6 +134,8 @@ def check_classes(names: Any, numbers: Any, num_labels: Any) -> None:
         raise ValueError(
             f"`id2label` must name the classes by their numbers, from 0 on and each once, got {short(names)}."
         )
+    if num_labels is not None and len(names) != num_labels:
+        raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
 
 
 # Of a configuration, an index or a card; the index of the largest model has a few.

@@ -87,6 +87,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
         timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise, or a list of them;
             "auto" as long as none is chosen.
+        num_timesteps: How many timesteps are selected for "auto"; several complement each other, the best one first.
         block: Block at which features are read, 0-based, negative from the end; a list of them, or "all". Default:
             `3 * num_hidden_layers // 8`, the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable
             Diffusion 3).
@@ -161,6 +162,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     scheduler: dict[str, Any] | None = None
     # Lists of anything: our own checks say what is wrong with one.
     timestep: int | list[Any] | str = "auto"
+    num_timesteps: int = 1
     block: int | list[Any] | str | None = None
     feature: str | list[Any] = "query"
     read_out: list[Any] | None = None
@@ -208,8 +210,6 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             kwargs.pop("num_labels", None)
         for dtype in (self.dtype, kwargs.get("torch_dtype")):
             check_dtype(dtype)
-        if names is not None and num_labels is not None and len(names) != num_labels:
-            raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
         layout = layout_of(self.transformer)
@@ -225,7 +225,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         self.stage_names = ["stem", *(f"stage{number}" for number in range(1, layout.num_layers + 1))]
         if out_features is None and out_indices is None:
             out_indices = self._default_out_indices()
-        self._check_order(out_indices)
+        if out_indices is not None:
+            self._check_order(out_indices)
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 
@@ -276,11 +277,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Return this configuration: there is no text. The host would take `decoder` for one that is nested."""
         return self
 
-    def _check_order(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
+    def _check_order(self, out_indices: list[int] | tuple[int, ...]) -> None:
         """Refuse stages that there are not, or that are out of order; the host takes the first wrong one for right."""
         depth = len(self.stage_names)
-        if out_indices is None:
-            return
         if not isinstance(out_indices, list | tuple):
             raise ValueError(f"`out_indices` must be a list of integers, got {out_indices!r}.")
         if not all(isinstance(index, int) and -depth <= index < depth for index in out_indices):
@@ -305,7 +304,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
             )
-        check_classes(config_dict.get("id2label"), config_dict.get("label2id"), kwargs.get("num_labels"))
+        check_classes(None, None, kwargs.get("num_labels"))
+        check_classes(config_dict.get("id2label"), config_dict.get("label2id"), None)
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS | {"problem_type"}}
         num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
         if kwargs.get("id2label") is not None:
@@ -315,8 +315,6 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             numbers = kwargs.pop("label2id", None) or {name: number for number, name in named.items()}
             own_fields |= {"id2label": named, "label2id": numbers}
             kwargs.pop("num_labels", None)
-            if num_labels is not None and num_labels != len(named):
-                raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(named)} classes: {named}.")
             config_dict = {name: value for name, value in config_dict.items() if name != "num_labels"}
         elif num_labels is not None and names is not None and len(names) != num_labels:
             # Another number of classes has other names.
@@ -324,6 +322,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if "model_type" in config_dict:
             # A checkpoint from before there was such a field.
             config_dict = {"standardize_features": False, **config_dict}
+        if own_fields.get("timestep", "auto") != "auto" or own_fields.get("read_out") is not None:
+            # It is of those that were saved.
+            config_dict = {name: value for name, value in config_dict.items() if name != "num_timesteps"}
         of_read_out = own_fields.keys() & _OF_READ_OUT
         if own_fields.get("read_out") is not None:
             # It takes their place, whatever was saved.
@@ -369,9 +370,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def widths_of(self, read_outs: Iterable[ReadOut]) -> list[int]:
         """Return the width of each one's tokens: `hidden_size`, but for keys and values that several heads share."""
-        layout = self.layout
-        narrow = "key", "value"
-        return [layout.key_value_size if feature in narrow else layout.hidden_size for _, _, feature in read_outs]
+        sizes = dict.fromkeys(("key", "value"), self.layout.key_value_size)
+        # As long as none is selected, "auto" stands for all that will be.
+        counts, width = {"auto": self.num_timesteps}, self.layout.hidden_size
+        return [counts.get(str(t), 1) * sizes.get(feature, width) for t, _, feature in read_outs]
 
     @property
     def num_hidden_layers(self) -> int:
@@ -398,10 +400,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Pixels a side that one token stands for."""
         return self.layout.patch_size * self.vae_scale_factor
 
-    @property
-    def patch_size(self) -> int:
-        """The same by the name that the host's heads ask for, DPT's above all."""
-        return self.patch_pixels
+    # By the name that the heads of transformers ask for, DPT's above all.
+    patch_size = patch_pixels
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -502,20 +502,25 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"The timestep of this model is still {timestep!r}: {_HOW_TO_RESOLVE}.")
         return timestep
 
-    def is_selected(self, timestep: Any, block: Any, feature: Any) -> bool:
-        """Return whether a timestep that was selected at a tap is the one that is read: at that tap, or at several."""
-        taps, timesteps = self.taps(), list(dict.fromkeys(each for each, _, _ in self.read_outs()))
-        return timesteps == [timestep] and (len(taps) > 1 or taps == [(block, feature)])
+    def timesteps(self) -> list[int | str]:
+        """Return the timesteps that are read, each once."""
+        return list(dict.fromkeys(timestep for timestep, _, _ in self.read_outs()))
 
-    def is_selection_in_use(self) -> bool:
-        """Return whether the record of a selection, if any, is of the timestep that is read, and of its tap."""
-        record = self.selection
-        return record is None or self.is_selected(*(record.get(name) for name in ("timestep", "block", "feature")))
+    def is_selection_in_use(self, record: dict[str, Any] | None = None) -> bool:
+        """Return whether a selection's record, by default the own, if any, is of what is read: its tap, or several."""
+        if (record := record or self.selection) is None:
+            return True
+        selected, tap = record.get("selected_timesteps"), (record.get("block"), record.get("feature"))
+        is_of_tap = len(self.taps()) > 1 or self.taps() == [tap]
+        return is_of_tap and self.timesteps() == (selected or [record.get("timestep")])
 
     def validate_tap(self) -> None:
         """Refuse what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
         for _, block, feature in self.read_outs():
             self.check_tap(block, feature)
+        count, is_open = self.num_timesteps, self.timestep == "auto"
+        if count not in (range(1, 1 + NUM_TIMESTEPS) if is_open else (1, len(self.timesteps()))):
+            raise ValueError(f"`num_timesteps` must be at least 1, and 1 but for timestep='auto', got {count}.")
 
     def channels_at(self, block: int, feature: str) -> list[int] | None:
         """Return the channels that are set to zero at a tap; None where nothing is said of it.

@@ -187,7 +187,7 @@ class TokenReader(PreTrainedModel):
         Raises:
             ValueError: If the timestep is not chosen yet, the images do not fit, or there is no such tap.
         """
-        timesteps = list(dict.fromkeys(timestep for timestep, _, _ in self.config.read_outs()))
+        timesteps = self.config.timesteps()
         read, grid = self._read([(timestep, *tap) for timestep in timesteps for tap in taps], pixel_values)
         return {tap: token_map(concatenated([read[t, *tap] for t in timesteps]), *grid) for tap in taps}
 
@@ -662,7 +662,7 @@ class ASelectPreTrainedModel(ShareableModel):
         """Read at the timestep and tap of a selection from now on, as they were scored.
 
         Sets `timestep`, `block`, `feature` and `selection` of the configuration and, where massive channels were
-        looked for, those found there in `zeroed_channels`. Of several timesteps the selected one takes the place; of
+        looked for, those found there in `zeroed_channels`. Selected timesteps take the place of those read before; of
         several taps all stay. A head standardizes its features as the selection measured them. A record that was saved
         has no statistics: then those of another timestep or tap are removed.
 

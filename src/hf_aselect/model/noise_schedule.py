@@ -105,16 +105,14 @@ class NoiseSchedule:
                 raise ValueError(
                     f"`{field}` of the scheduler must be a number, got {short(config[field])}; a finite one."
                 )
-        trained = config.get("trained_betas")
-        if trained is not None:
+        if (trained := config.get("trained_betas")) is not None:
             if not isinstance(trained, list | tuple):
                 raise ValueError(f"`trained_betas` of the scheduler must be a list, got {trained!r}.")
             if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
                 raise ValueError(f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers.")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
-        num_timesteps = config.get("num_train_timesteps", NUM_TIMESTEPS)
-        if num_timesteps != NUM_TIMESTEPS:
+        if (num_timesteps := config.get("num_train_timesteps", NUM_TIMESTEPS)) != NUM_TIMESTEPS:
             raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")
         if is_flow_matching(config):
             # FLUX's shift depends on the picture's size, and how many-step solvers space their sigmas is their own.

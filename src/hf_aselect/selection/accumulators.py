@@ -12,9 +12,10 @@ from torch import Tensor
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
 from ..model.noise_schedule import NoiseSchedule
-from .consensus import ConsensusSums, Key, alignment, leading_directions, region_share, unexplained
+from .consensus import NUM_JOINT, ConsensusSums, Key, alignment, leading_directions, region_share, unexplained
 from .distribution import Share
 from .images import CalibrationPictures
+from .joint_prediction import unexplained_together
 from .reader import Batch
 
 # Images are summed in so many groups, and the bootstrap draws groups: sums are all it needs of the images.
@@ -88,6 +89,17 @@ class Accumulator(ABC):
         so far were read.
         """
 
+    def joint_sums(self, timesteps: list[int], tap: int) -> Tensor:
+        """Return sums over the images of all processes of several timesteps read together, (`NUM_GROUPS`, S), float64.
+
+        Criteria with `scores_sets` have it. All processes call it together, after the last image.
+
+        Args:
+            timesteps: Timesteps at which all images were read.
+            tap: Which of the taps.
+        """
+        raise NotImplementedError
+
 
 class SumAccumulator(Accumulator):
     """Adds up numbers measured of each image.
@@ -152,18 +164,31 @@ class ProbeAccumulator(Accumulator):
         parts = self.share.gather({t: self.pooled[t] for t in timesteps if t in self.pooled})
         # A process may have had no images.
         self.grid = max(self.share.gather(self.grid))
-        return {t: self._sums_of_hits([batch for part in parts for batch in part.get(t, [])]) for t in timesteps}
+        every = range(len(self.taps))
+        sums = {}
+        for t in timesteps:
+            indices, pooled = _in_order([batch for part in parts for batch in part.get(t, [])], every)
+            # Taps may differ in width.
+            sums[t] = torch.stack([self._sums_of_hits(indices, each) for each in pooled])
+        return sums
 
-    def _sums_of_hits(self, batches: list[tuple[list[int], list[Tensor]]]) -> Tensor:
-        """Return right answers and answers at one timestep, (A, G, 2)."""
-        indices = torch.tensor([index for named, _ in batches for index in named])
-        order = indices.argsort()
-        labels = self.labels(indices[order].tolist(), self.grid)
-        # Taps may differ in width.
-        pooled = [torch.cat([values[tap] for _, values in batches])[order] for tap in range(len(self.taps))]
-        hits = torch.stack([self.hits(each, labels) for each in pooled])  # (A, n, 2)
-        sums = hits.new_zeros(len(self.taps), NUM_GROUPS, 2)
-        return sums.index_add_(1, indices[order] % NUM_GROUPS, hits)
+    def joint_sums(self, timesteps: list[int], tap: int) -> Tensor:
+        """Return right answers and answers of a probe of the features of several timesteps side by side."""
+        parts = self.share.gather({t: self.pooled[t] for t in timesteps if t in self.pooled})
+        read = [_in_order([batch for part in parts for batch in part.get(t, [])], [tap]) for t in timesteps]
+        return self._sums_of_hits(read[0][0], torch.cat([pooled[0] for _, pooled in read], dim=-1))
+
+    def _sums_of_hits(self, indices: Tensor, pooled: Tensor) -> Tensor:
+        """Return right answers and answers of a probe of features, (n, ...), of some images, (G, 2)."""
+        hits = self.hits(pooled, self.labels(indices.tolist(), self.grid))
+        return hits.new_zeros(NUM_GROUPS, 2).index_add_(0, indices % NUM_GROUPS, hits)
+
+
+def _in_order(batches: list[tuple[list[int], list[Tensor]]], taps: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Return the images of some batches, rising, (n,), and their features at some taps, (n, ...) each."""
+    indices = torch.tensor([index for named, _ in batches for index in named])
+    order = indices.argsort()
+    return indices[order], [torch.cat([values[tap] for _, values in batches])[order] for tap in taps]
 
 
 class PatchLabels:
@@ -224,6 +249,7 @@ class ConsensusAccumulator(Accumulator):
         self.region_weight = region_weight if is_single else 0.0
         self.references: list[int] = []  # timesteps, once calibrated
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
+        self.grams: dict[Key, tuple[Tensor, int]] = {}  # of the features of several timesteps, and how many these are
 
     def calibrate(self, batches: Sequence[Batch], own: list[int]) -> None:
         """Take the scales of the reference features, and add this process's own images.
@@ -262,14 +288,53 @@ class ConsensusAccumulator(Accumulator):
 
     def sums(self, timesteps: list[int]) -> dict[int, Tensor]:
         """Return squared errors and variance of the shared targets."""
-        # Of one process: another machine may find them with other signs.
-        directions = self.share.gather(leading_directions(self.share.total(self.kept.target_moments())))[0]
+        directions = self._directions()
         variance = self.share.total(self.kept.variance(directions))
         # One timestep and tap after the other: some megabytes each.
         return {
             timestep: torch.stack([self._unexplained((timestep, *tap), directions, variance) for tap in self.own_taps])
             for timestep in timesteps
         }
+
+    def joint_sums(self, timesteps: list[int], tap: int) -> Tensor:
+        """Return squared errors and variance of the shared targets, predicted from several timesteps together."""
+        count = NUM_JOINT // self.share.world
+        own = self.kept.first_images(count)
+        indices = torch.tensor([index for part in self.share.gather(own) for index in part])
+        order = indices.argsort()
+        # A process may have no image, where there are fewer than processes.
+        found = self.share.gather(self.kept.shared_targets(own, self._directions()) if own else None)
+        targets = torch.cat([part for part in found if part is not None])
+        grams = [self._gram((timestep, *self.own_taps[tap]), count, order) for timestep in timesteps]
+        return unexplained_together(
+            torch.stack([gram for gram, _ in grams]).sum(0),
+            sum(size for _, size in grams),
+            targets[order],
+            indices[order] % NUM_GROUPS,
+            NUM_GROUPS,
+        )
+
+    def _gram(self, key: Key, count: int, order: Tensor) -> tuple[Tensor, int]:
+        """Return the inner products of the features of some images, (n, n), float64, and how many these are.
+
+        Those of features side by side are their sum.
+
+        Args:
+            key: Where they were read: timestep, block and feature.
+            count: The first so many images of each process.
+            order: Puts the images of all processes in the order of their indices, (n,).
+        """
+        if key not in self.grams:
+            own = self.kept.first_features(key, count) if key in self.kept.features else None
+            features = torch.cat([part for part in self.share.gather(own) if part is not None])[order].double()
+            self.grams[key] = features @ features.T, features.shape[1]
+        return self.grams[key]
+
+    def _directions(self) -> Tensor:
+        """Return what turns (1, target) into the shared ones, (1 + m, k), of the images so far."""
+        # Of one process: another machine may find them with other signs.
+        found: Tensor = self.share.gather(leading_directions(self.share.total(self.kept.target_moments())))[0]
+        return found
 
     def _references(self, timesteps: list[int]) -> list[int]:
         """Return the timesteps whose features are references: all, if none has a log-SNR within the range."""

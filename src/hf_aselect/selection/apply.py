@@ -139,14 +139,14 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
         raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
     config, base = model.config, model._base()
     tap, taps, before = (selection.block, selection.feature), config.taps(), base.read_outs()
-    new = moved(config, selection.timestep, tap)
+    new = moved(config, selection.selected, tap)
     if model is not base and new.feature_size != config.feature_size:
         raise ValueError(_of_other_width(selection, config, new))
     is_another_tap = new.taps() != taps
     if is_another_tap and isinstance(config.zeroed_channels, list):
         config.zeroed_channels = {tap_key(*taps[0]): config.zeroed_channels}  # they stay where they are
     was_selected = config.timestep != "auto"
-    for name in ("timestep", "block", "feature", "read_out"):
+    for name in ("timestep", "num_timesteps", "block", "feature", "read_out"):
         setattr(config, name, getattr(new, name))
     config.selection = selection.to_dict()
     found = dict(selection.other_massive_channels or {})
@@ -166,10 +166,11 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
 
 def _of_other_width(selection: TimestepSelection, config: ASelectConfig, new: ASelectConfig) -> str:
     """Return why a head cannot read what a selection names, and what can be done."""
-    if len(new.taps()) > 1:
+    if len(new.read_outs()) > 1 or config.num_timesteps > 1:
+        where = f"timestep {new.timestep} alone" if len(selection.selected) == 1 else f"timesteps {new.timestep}"
         return (
-            f"The head reads tokens of {config.feature_size} channels, and at timestep {selection.timestep} alone its "
-            f"taps have {new.feature_size}. Load the model with `timestep={selection.timestep}` and a new head."
+            f"The head reads tokens of {config.feature_size} channels, and at {where} its taps have "
+            f"{new.feature_size}. Load the model with `timestep={new.timestep}` and a new head."
         )
     return (
         f"The head reads tokens of {config.feature_size} channels, but {selection.feature!r} has {new.feature_size}. "

@@ -12,6 +12,7 @@ image count beside the mean over all of it: see `alignment`.
 """
 
 from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ NUM_COMPONENTS = 20
 MAX_FEATURES = 192
 # So many pictures at a timestep are summed up: their features have come to the size of the moments.
 NUM_KEPT = 2**14
+# So many images at most show how several timesteps go together: second moments of each alone do not.
+NUM_JOINT = 2**10
 # Strengths of the ridge as shares of the mean eigenvalue of the standardised features' covariance.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 1))
 NO_DIFFERENCE = (
@@ -57,6 +60,7 @@ class ConsensusSums:
         self.num_kept: dict[Key, int] = {}  # how many these are
         # Of images before those: sums of feature × feature and feature × target.
         self.summed: dict[Key, tuple[Tensor, Tensor]] = {}
+        self.first: dict[Key, Tensor] = {}  # of the first `NUM_JOINT` of these, one by one
 
     def calibrate(
         self,
@@ -123,6 +127,7 @@ class ConsensusSums:
         self.num_kept[key] = self.num_kept.get(key, 0) + len(indices)
         if self.num_kept[key] >= NUM_KEPT:
             self.summed[key] = self.products(key)
+            self.first[key] = self.first_features(key, NUM_JOINT)
             self.features[key], self.num_kept[key] = [], 0
 
     def products(self, key: Key, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -154,6 +159,32 @@ class ConsensusSums:
         if left is None or right is None:
             raise KeyError(key)
         return left, right
+
+    def first_images(self, count: int) -> list[int]:
+        """Return the first `count` images, or all, in the order in which they came."""
+        return list(islice(self.targets, count))
+
+    def first_features(self, key: Key, count: int) -> Tensor:
+        """Return the features of `first_images`, (n, d), float32, `count` at most `NUM_JOINT`.
+
+        Args:
+            key: Where they were read: timestep, block and feature.
+            count: How many images.
+        """
+        if key in self.first:
+            return self.first[key][:count]
+        batches = self.features[key]
+        rows = {index: row for indices, values in batches for index, row in zip(indices, values, strict=True)}
+        return torch.stack([rows[index] for index in self.first_images(count)])
+
+    def shared_targets(self, indices: list[int], directions: Tensor) -> Tensor:
+        """Return the shared targets of some images, (n, k), float64.
+
+        Args:
+            indices: Which images.
+            directions: What `leading_directions` made of the target moments, (1 + m, k).
+        """
+        return self._targets(indices) @ directions
 
     def target_moments(self) -> Tensor:
         """Return the sum over pictures of (1, target) × (1, target), (1 + m, 1 + m), float64."""

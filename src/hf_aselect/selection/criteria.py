@@ -35,6 +35,7 @@ class Criterion(Protocol):
 
     - `labels_wanted`, what its accumulator needs as the context's labels: `CLASSES` or `MASKS`;
     - `compares_taps`, whether its scores can be compared across blocks and features (default: if it needs labels);
+    - `scores_sets`, whether its accumulator scores several timesteps together, by `joint_sums` (default: no);
     - `suited_to`, which takes the model's configuration and whether masks are given, and returns the criterion with
       the settings that suit these.
     """
@@ -76,6 +77,11 @@ def labels_wanted(criterion: Criterion) -> str | None:
 def compares_taps(criterion: Criterion) -> bool:
     """Return whether a criterion's scores can be compared across blocks and features."""
     return bool(getattr(criterion, "compares_taps", labels_wanted(criterion) is not None))
+
+
+def scores_sets(criterion: Criterion) -> bool:
+    """Return whether a criterion scores several timesteps together."""
+    return bool(getattr(criterion, "scores_sets", False))
 
 
 def suited(criterion: Criterion, config: ASelectConfig, has_masks: bool) -> Criterion:
@@ -174,6 +180,7 @@ class Probe:
 
     name: ClassVar[str] = "probe"
     labels_wanted: ClassVar[str] = CLASSES
+    scores_sets: ClassVar[bool] = True
     num_draws: ClassVar[int] = 0
     first_round: ClassVar[int] = 2**30  # all: its accuracy depends on how many pictures it learns from
     min_images: ClassVar[int] = 32
@@ -292,6 +299,7 @@ class Consensus:
 
     name: ClassVar[str] = "consensus"
     compares_taps: ClassVar[bool] = True
+    scores_sets: ClassVar[bool] = True
     num_draws: ClassVar[int] = 0
     first_round: ClassVar[int] = 128
     min_images: ClassVar[int] = 32

@@ -1,6 +1,7 @@
 """Where a timestep is selected for a model that reads several taps, and what the model reads once it is applied."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from ..model.configuration_aselect import ASelectConfig
@@ -8,9 +9,10 @@ from ..model.layouts import ReadOut, Tap
 
 
 def selected_at(config: ASelectConfig) -> Tap:
-    """Return the tap at which a timestep is selected where none is named: the first of those that are read.
+    """Return the tap at which timesteps are selected where none is named: the first of those that are read.
 
-    It stands for all of them. Another rule for several taps has its place here.
+    It stands for all of them. One in the middle block was tried, and is no better: see model_cards/read-outs. Another
+    rule for several taps has its place here.
     """
     return config.taps()[0]
 
@@ -26,16 +28,17 @@ def taps_read_together(model: Any) -> list[Tap]:
     return [tap for tap in model._base().taps() if tap[0] >= 0]
 
 
-def moved(config: ASelectConfig, timestep: int, tap: Tap) -> ASelectConfig:
-    """Return a copy of a configuration that is read at a timestep which was selected at a tap.
+def moved(config: ASelectConfig, timesteps: Sequence[int], tap: Tap) -> ASelectConfig:
+    """Return a copy of a configuration that is read at the timesteps, one or several, which were selected at a tap.
 
-    Of several timesteps it takes the place of all. Where several taps are read they stay; a single one becomes that of
-    the selection.
+    They take the place of all that were read. Where several taps are read they stay; a single one becomes that of the
+    selection.
     """
     config, taps = copy.copy(config), config.taps()
-    config.timestep = timestep
+    config.timestep, config.num_timesteps = timesteps[0] if len(timesteps) == 1 else list(timesteps), len(timesteps)
     if config.read_out is not None:
-        (config.block, config.feature), config.read_out = taps[0], [[timestep, *each] for each in taps]
+        (config.block, config.feature), config.timestep = taps[0], timesteps[0]
+        config.read_out = [[timestep, *each] for timestep in timesteps for each in taps]
     if len(taps) == 1:
         config.read_out = None
         if taps != [tap]:  # else the block stays as it was written, perhaps counted from the end
@@ -43,10 +46,10 @@ def moved(config: ASelectConfig, timestep: int, tap: Tap) -> ASelectConfig:
     return config
 
 
-def stages_once_moved(model: Any, timestep: int, tap: Tap) -> list[list[ReadOut]]:
+def stages_once_moved(model: Any, timesteps: Sequence[int], tap: Tap) -> list[list[ReadOut]]:
     """Return what a model's head reads, map by map, once a selection is applied; nothing without a head."""
     # What only reads tokens has none.
     if not getattr(model, "_standardizations", list)():
         return []
-    stages: list[list[ReadOut]] = model._base().stages(moved(model.config, timestep, tap))
+    stages: list[list[ReadOut]] = model._base().stages(moved(model.config, timesteps, tap))
     return stages

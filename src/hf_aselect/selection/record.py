@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TimestepSelection:
-    """Which timestep was chosen, from what, and how sure the choice is.
+    """Which timestep was chosen, or which several, from what, and how sure the choice of the first is.
 
     Args:
         timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
@@ -53,8 +53,13 @@ class TimestepSelection:
         other_massive_channels: Where the model reads several taps, the same of the others, by tap, as "9.hidden",
             without those at which they were not looked for; None if there are no others.
         share_between_images: Share of the variance of the selected tap's tokens, in [0, 1], that is between images,
-            read as the model reads them; the rest is between positions, and the same in all images. None where there
-            were fewer than two images, and in a record from before it was measured.
+            read as the model reads them; the rest is between positions, and the same in all images. Of several
+            timesteps it is the least. None where there were fewer than two images, and in a record from before it was
+            measured.
+        selected_timesteps: Where several timesteps were selected, all of them, in the order of their selection: the
+            first is `timestep`, and each further one that with which the set scores most. None for a single one.
+        joint_scores: The criterion of the first of them, of the first two read together, and so on; what each adds is
+            the difference. None for a single one.
         standardization: What standardizes the tokens of each tap that the model's head reads, by (timestep, block,
             feature): scale, (D,), and shift, (rows, columns, D), float32; for `apply_selection`. Not in the record.
             None where nothing is standardized.
@@ -83,18 +88,26 @@ class TimestepSelection:
     table: list[dict[str, Any]] | None = None
     share_between_images: float | None = None
     other_massive_channels: dict[str, list[int]] | None = None
+    selected_timesteps: list[int] | None = None
+    joint_scores: list[float] | None = None
     standardization: dict[ReadOut, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
 
     def is_of(self, config: ASelectConfig) -> bool:
         """Return whether this is how the timestep of a configuration was selected, at its tap or for several."""
-        return config.is_selected(self.timestep, self.block, self.feature)
+        return config.is_selection_in_use(self.to_dict())
+
+    @property
+    def selected(self) -> list[int]:
+        """All selected timesteps in the order of their selection; of a single one that alone."""
+        return self.selected_timesteps or [self.timestep]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain numbers, strings and lists, fit for JSON, with the number of its `format`."""
         values = asdict(replace(self, standardization=None))
         del values["standardization"]
-        if self.other_massive_channels is None:
-            del values["other_massive_channels"]
+        for name in ("other_massive_channels", "selected_timesteps", "joint_scores"):
+            if values[name] is None:
+                del values[name]
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -148,6 +161,7 @@ class TimestepSelection:
             accuracies=accuracies,
             accuracy_log_snr=accuracy_log_snr,
             accuracy_name=accuracy_name,
+            others=self.selected[1:],
         )
         curve = Path(path)
         if self.table is None:
@@ -162,6 +176,7 @@ class TimestepSelection:
             _tap_name(self.block, self.feature),
             self.timestep,
             self.criterion,
+            others=self.selected[1:],
         )
         return [curve, heat_map]
 
@@ -195,6 +210,26 @@ def _check_values(record: dict[str, Any]) -> None:
     if uneven or record["timestep"] not in record["timesteps"]:
         why = f"{', '.join(uneven)} are not as many as its timesteps" if uneven else "its timestep was not read"
         raise ValueError(f"Not a record of a selection: {why}.")
+    _check_selected(record)
+
+
+def _check_selected(record: dict[str, Any]) -> None:
+    """Refuse several selected timesteps that were not read, or do not fit the rest."""
+    selected, scores = record.get("selected_timesteps"), record.get("joint_scores")
+    if selected is None and scores is None:
+        return
+    is_right = (
+        selected is not None
+        and scores is not None
+        and len(scores) == len(selected) == len(set(selected)) > 1
+        and selected[0] == record["timestep"]
+        and set(selected) <= set(record["timesteps"])
+    )
+    if not is_right:
+        raise ValueError(
+            "Not a record of a selection: `selected_timesteps` must be some that were read, each once, its timestep "
+            f"first, with as many `joint_scores`, got {selected} and {scores}."
+        )
 
 
 def _tap_name(block: int, feature: str) -> str:
@@ -268,4 +303,6 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "table": lambda value: value is None or _is_list_of(_is_dictionary)(value),
     "share_between_images": lambda value: value is None or _is_number(value),
     "other_massive_channels": lambda value: value is None or _are_channels_by_tap(value),
+    "selected_timesteps": lambda value: value is None or _is_list_of(_is_timestep)(value),
+    "joint_scores": lambda value: value is None or _is_list_of(_is_number)(value),
 }

@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..model.checks import check_timestep
+from ..model.checks import check_count, check_timestep
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
 from .accumulators import AUTO_FEATURES
-from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, suited
+from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, scores_sets, suited
 from .placement import selected_at
 from .reader import ReadableModel
 
@@ -35,6 +35,7 @@ class Request:
         confidence: The confidence to reach, in [0, 1].
         batch_size: Noised images in one forward pass, at least 1.
         seed: Seed in [0, 2**63).
+        num_timesteps: How many timesteps to select, at least 1.
     """
 
     criterion: Criterion
@@ -46,6 +47,7 @@ class Request:
     confidence: float
     batch_size: int
     seed: int
+    num_timesteps: int = 1
 
     @property
     def first_timesteps(self) -> list[int]:
@@ -66,6 +68,7 @@ def checked_request(
     confidence: float,
     batch_size: int,
     seed: int,
+    num_timesteps: int | None,
 ) -> Request:
     """Return what `select_timestep` is asked for; see there.
 
@@ -80,9 +83,10 @@ def checked_request(
     _check_numbers(max_images, batch_size, confidence, seed)
     taps = _checked_taps(model.config, block, feature, several=compares_taps(criterion))
     grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
+    count = _checked_count(model.config, criterion, num_timesteps)
     if masks is None and labels is not None:
         labels = _checked_labels(labels, images)
-    return Request(
+    request = Request(
         criterion,
         taps,
         grid,
@@ -92,7 +96,31 @@ def checked_request(
         confidence,
         batch_size,
         seed,
+        count,
     )
+    if count > (most := len(request.first_timesteps)):
+        raise ValueError(
+            f"`num_timesteps` must be at most {most}, the timesteps that are read in any case, got {count}. Name more "
+            "by `timesteps=`."
+        )
+    return request
+
+
+def _checked_count(config: ASelectConfig, criterion: Criterion, num_timesteps: int | None) -> int:
+    """Return how many timesteps are to be selected."""
+    count = config.num_timesteps if num_timesteps is None else num_timesteps
+    check_count("num_timesteps", count)
+    if count > 1 and not scores_sets(criterion):
+        raise ValueError(
+            "Several timesteps can only be selected by 'consensus', 'probe' or 'patch_probe', which score them "
+            f"together, got `num_timesteps={count}` and {criterion.name!r}."
+        )
+    if count > 1 and config.read_out is not None:
+        raise ValueError(
+            f"`num_timesteps={count}` selects timesteps for all taps, and this model's `read_out` names timesteps and "
+            "taps one by one. Load the model with `read_out=None`, and `block` and `feature` in its place."
+        )
+    return count
 
 
 def _check_numbers(max_images: int, batch_size: int, confidence: float, seed: int) -> None:

@@ -41,8 +41,9 @@ def select_timestep(
     confidence: float = 0.95,
     batch_size: int = 32,
     seed: int = 0,
+    num_timesteps: int | None = None,
 ) -> TimestepSelection:
-    """Choose the timestep whose features at the model's tap score best.
+    """Choose the timestep whose features at the model's tap score best, or several that complement each other.
 
     Pictures are looked at in rounds, each adding half of those before, until the choice is as sure as `confidence`
     says. A coarse grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
@@ -60,10 +61,15 @@ def select_timestep(
     Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
     others in every token are found on the first pictures and set to zero before anything is scored.
 
-    Where the configuration names several taps, one timestep is selected for all of them, at the first, unless `block`
-    or `feature` names others. Where it names several timesteps, one is selected in their place.
+    Several timesteps (`num_timesteps`) are selected one after the other. The first is the best one. Each further one
+    is that with which all together score most, of those that were read, by the features that were kept: nothing more
+    is read. It lies more than 1.5 in log-SNR from each that is selected, as long as there are such: nearer ones show
+    the same. `joint_scores` in the record says what each adds, and a warning which adds nothing.
 
-    The images are then read once more at the selected timestep, as the model reads them: for what standardizes the
+    Where the configuration names several taps, timesteps are selected for all of them, at the first, unless `block` or
+    `feature` names others. Where it names several timesteps, those selected take their place.
+
+    The images are then read once more at the selected timesteps, as the model reads them: for what standardizes the
     features of its head (`config.standardize_features`), and for the share of their variance that is between images.
 
     Nothing in the model changes; `model.apply_selection` takes the result.
@@ -92,6 +98,8 @@ def select_timestep(
         batch_size: Noised pictures in one forward pass; does not change the result beyond rounding.
         seed: Seed in [0, 2**63) of the sampled or generated pictures, of the bootstrap and, for "hfr" and
             "signal_hfr", of the noise; the other criteria read features with the model's own noise.
+        num_timesteps: How many timesteps to select, at most as many as are read from every picture. More than one need
+            "consensus" or a probe. Default: `config.num_timesteps`.
 
     Returns:
         The choice with its curve; ties go to the smaller timestep.
@@ -99,7 +107,8 @@ def select_timestep(
     Raises:
         ValueError: If there are no pictures, they do not fit the model, a timestep is outside [0, 1000), `criterion`
             is unknown or lacks its labels, the labels are not one class index a picture, a tap does not exist, a
-            number is out of range, the model is folded, or it is sharded and there are no pictures.
+            number is out of range, several timesteps are asked of a criterion that cannot score them together or for a
+            `read_out`, the model is folded, or it is sharded and there are no pictures.
 
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
     """
@@ -117,13 +126,17 @@ def select_timestep(
         confidence=confidence,
         batch_size=batch_size,
         seed=seed,
+        num_timesteps=num_timesteps,
     )
     with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
         sweep = _sweep_of_generated(model, request) if images is None else _sweep_of_given(model, images, request)
         curve, stopped_by = sweep.run()
-        tap, best = curve.best
-        found = measured(sweep, request.taps[tap], curve.timesteps[best])
+        selected, scores = sweep.complements(curve)
+        found = measured(sweep, request.taps[curve.best[0]], selected)
+    if len(selected) > 1:
+        found |= {"selected_timesteps": selected, "joint_scores": scores}
     selection = replace(_record(sweep, curve, stopped_by, images is None, started), **found)
+    selection.warnings.extend(_useless_warnings(selection))
     if warning := _difference_warning(selection, model.config.standardize_features):
         selection.warnings.insert(0, warning)
     _report(selection, len(request.grid))
@@ -228,8 +241,9 @@ def _difference_warning(selection: TimestepSelection, is_standardized: bool) -> 
     share = selection.share_between_images
     if share is None or share >= LEAST_DIFFERENCE:
         return ""
+    where = "at one of these timesteps" if selection.joint_scores else "there"
     found = (
-        f"the images differ there by {share:.2%} of the variance of {selection.feature}, less than "
+        f"the images differ {where} by {share:.2%} of the variance of {selection.feature}, less than "
         f"{LEAST_DIFFERENCE:.0%}; the rest is what the noise, which is the same for all of them, does to the tokens. "
     )
     if is_standardized:
@@ -241,6 +255,19 @@ def _difference_warning(selection: TimestepSelection, is_standardized: bool) -> 
         "A head that is trained by gradient may learn nothing from it. Load the model with "
         "`standardize_features=True` (the default for a new head), or use a smaller timestep."
     )
+
+
+def _useless_warnings(selection: TimestepSelection) -> list[str]:
+    """Return which of several selected timesteps add nothing to those selected before them."""
+    scores = selection.joint_scores or []
+    return [
+        f"timestep {timestep} adds nothing to those selected before it (a score of {after:.4f} after {before:.4f}): "
+        f"`num_timesteps={count}` would do."
+        for count, (timestep, before, after) in enumerate(
+            zip(selection.selected[1:], scores, scores[1:], strict=False), start=1
+        )
+        if after <= before
+    ]
 
 
 def _few_images_warnings(sweep: Sweep, is_generated: bool) -> list[str]:
@@ -283,5 +310,12 @@ def _report(selection: TimestepSelection, grid_size: int) -> None:
         selection.block,
         selection.seconds,
     )
+    if selection.joint_scores is not None:
+        logger.info(
+            "With %d complementary timesteps: %s; scores of the first, the first two, ...: %s.",
+            len(selection.selected) - 1,
+            ", ".join(map(str, selection.selected)),
+            ", ".join(f"{score:.4f}" for score in selection.joint_scores),
+        )
     for warning in selection.warnings:
         logger.warning("The choice of timestep %d: %s", selection.timestep, warning)

@@ -126,8 +126,8 @@ def _floored(deviation: Tensor, means: Tensor) -> Tensor:
 Statistics = dict[ReadOut, tuple[Tensor, Tensor]]
 
 
-def measured(sweep: Sweep, tap: Tap, timestep: int) -> dict[str, Any]:
-    """Return what a record has of the images of a sweep, read once more at the tap and timestep that it selected.
+def measured(sweep: Sweep, tap: Tap, timesteps: Sequence[int]) -> dict[str, Any]:
+    """Return what a record has of the images of a sweep, read once more at the tap and timesteps that it selected.
 
     All processes call it together, and count its passes among those of the sweep.
     """
@@ -136,16 +136,16 @@ def measured(sweep: Sweep, tap: Tap, timestep: int) -> dict[str, Any]:
     if num_images < 2:
         return {}
     config = reader.model.config
-    read_outs = [each for stage in stages_once_moved(reader.model, timestep, tap) for each in stage]
-    own = timestep, *tap
+    read_outs = [each for stage in stages_once_moved(reader.model, timesteps, tap) for each in stage]
     known = [tap, *sweep.taps_read_together]
     others = [(block, feature) for _, block, feature in read_outs if (block, feature) not in known]
     own_noise.channels |= given_channels(config, others)
-    moments, grid = read_moments(own_noise, list(dict.fromkeys([own, *read_outs])), num_images, sweep.share)
+    every = [(timestep, *tap) for timestep in timesteps]
+    moments, grid = read_moments(own_noise, list(dict.fromkeys([*every, *read_outs])), num_images, sweep.share)
     reader.num_forwards += own_noise.num_forwards
     is_standardized = bool(read_outs) and config.standardize_features
     return {
-        "share_between_images": moments[own].share_between_images,
+        "share_between_images": min(moments[each].share_between_images for each in every),
         "standardization": statistics_of(config, moments, read_outs, grid) if is_standardized else None,
     }
 

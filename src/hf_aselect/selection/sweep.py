@@ -1,6 +1,6 @@
 """Reading a model at many timesteps: images are added in rounds, shared by processes, until the best is sure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers.utils import logging as host_logging
 
 from ..model.layouts import Tap, tap_key
 from .accumulators import NUM_GROUPS, Context
+from .complements import complements
 from .criteria import accumulator_of
 from .curve import TimestepCurve, bootstrap
 from .distribution import Share, gather_objects, process
@@ -71,6 +72,27 @@ class Sweep:
                 if goal == size or added < goal - done:
                     return curve, "max_images" if self.num_images == max_images else "all pictures"
                 done, goal = goal, min(goal + -(-goal // 2), size)
+
+    def complements(self, curve: TimestepCurve) -> tuple[list[int], list[float]]:
+        """Return all that is selected, the curve's best timestep first, and the score of the set up to each.
+
+        From what was kept of the images: nothing is read. Of a single timestep there is no score.
+        """
+        tap, best = curve.best
+        first, count = curve.timesteps[best], self.request.num_timesteps - 1
+        if not count:
+            return [first], []
+        log_snr = self.reader.model.noise_schedule.log_snr(torch.tensor(curve.timesteps)).tolist()
+
+        def scores_of(sets: Sequence[list[int]]) -> list[float]:
+            sums = torch.stack([self.accumulator.joint_sums(each, tap).sum(0) for each in sets])
+            # Of one process, as the curve.
+            scores: list[float] = gather_objects(self.request.criterion.score(sums).tolist())[0]
+            return scores
+
+        more, scores = complements(first, count, dict(zip(curve.timesteps, log_snr, strict=True)), scores_of)
+        # On the images that the others are scored on, which of very many are the first.
+        return [first, *more], [*scores_of([[first]]), *scores]
 
     def num_forwards(self) -> int:
         """Return how many passes of an image all processes made; they call it together."""

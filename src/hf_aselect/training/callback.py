@@ -44,7 +44,7 @@ class ASelectCallback(TrainerCallback):
     Raises:
         ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
             values in the rows, or, while the backbone is trained, another tap is to be chosen, `reselect_epochs` is
-            given with a stream, or a model of several timesteps is to follow.
+            given with a stream, or a model is to follow a selection of another number of timesteps than it reads.
     """
 
     def __init__(
@@ -153,10 +153,12 @@ class ASelectCallback(TrainerCallback):
         if model.config.freeze_backbone:
             return
         follows = self.reselect_epochs is not None and self.follow
-        if follows and len({timestep for timestep, _, _ in model.config.read_outs()}) > 1:
+        count = self.options.get("num_timesteps") or model.config.num_timesteps
+        if follows and model.config.timestep != "auto" and len(model.config.timesteps()) != count:
             raise ValueError(
-                "`follow=True` moves a model to the one timestep that was selected again, and this one reads at "
-                f"{model.config.timestep}, as its head was built for. Leave `follow` out, which reports the selection."
+                f"`follow=True` moves a model to what is selected again, of which there will be {count}, and this one "
+                f"reads at {model.config.timestep}, as its head was built for. Leave `follow` out, which reports the "
+                "selection."
             )
         if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
             raise ValueError(

@@ -9,7 +9,10 @@ from typing import Any
 from ..model.configuration_aselect import ASelectConfig
 
 # Another selection would not fit the head that was trained so far.
-SELECTED = ("timestep", "block", "feature", "read_out", "zeroed_channels", "selection", "standardize_features")
+SELECTED = (
+    *("timestep", "num_timesteps", "block", "feature", "read_out", "zeroed_channels", "selection"),
+    "standardize_features",
+)
 # Fields of which several values can be given.
 SEVERAL = ("timestep", "block", "feature")
 # Fields that are no single word on a command line: records of diffusers and of this package.
