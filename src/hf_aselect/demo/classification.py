@@ -113,7 +113,7 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
             **{name: float(np.mean(shares)) for name, shares in few.items()},
             **probe_figures(model.config.resolved_timestep(), grid, probed),
         },
-        "read_out": model.config.read_outs(),
+        "read_out": [list(entry) for entry in model.config.read_outs()],
         "pooling": model.config.pooling,
         "probe": list(model.config.taps()[0]),
         "few_accuracies": few,

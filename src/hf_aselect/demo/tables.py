@@ -18,12 +18,12 @@ def format_table(results: dict[str, Any]) -> str:
         trained = f"t = {results['attention_head_timestep']}, query of block 3"
         rows.append(("attention head", trained, accuracy["attention_head"], seconds["attention_head"]))
     rows.append(("logistic regression", "raw pixels", accuracy["raw_pixels"], seconds["raw_pixels"]))
-    rows += probe_rows(results, accuracy, results["timestep"], seconds["select_timestep"])
     rows.sort(key=lambda row: -row[2])
+    rows += probe_rows(results, accuracy, results["timestep"], seconds["select_timestep"])
     notes = [
         f"From {results['num_train']} labelled images, tested on {results['num_test']}. The linear probes read the "
-        f"mean of {feature} of",
-        f"block {block}, from {results['num_probe']} images, tested on {results['num_probe_test']}.",
+        "mean of one tap,",
+        f"{feature} of block {block}, from {results['num_probe']} images, tested on {results['num_probe_test']}.",
         "",
         f"{'labelled images':<20} " + " ".join(f"{num:>10}" for num in (results["num_train"], *results["few"])),
     ]
@@ -70,6 +70,6 @@ def format_rows(results: dict[str, Any], who: str, what: str, rows: list[Row], n
     """Return a demo's table: the choice, then a row for each way, then notes."""
     select = results["seconds"]["select_timestep"]
     lines = [f"Selected timestep: {results['timestep']} (log-SNR {results['log_snr']:.2f}), in {select:.1f} s", ""]
-    lines.append(f"{who:<20} {'features':<36} {what:>13} {'seconds':>8}")
-    lines += [f"{name:<20} {where:<36} {share:>13.1%} {spent:>8.1f}" for name, where, share, spent in rows]
+    lines.append(f"{who:<20} {'features':<40} {what:>13} {'seconds':>8}")
+    lines += [f"{name:<20} {where:<40} {share:>13.1%} {spent:>8.1f}" for name, where, share, spent in rows]
     return "\n".join([*lines, "", *notes])
