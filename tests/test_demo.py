@@ -33,7 +33,7 @@ def test_the_results_are_shares_and_agree_with_each_other(finished):
     assert accuracy["worst"] <= accuracy["random_mean"] <= accuracy["best"]
     assert accuracy["worst"] <= accuracy["selected"] <= accuracy["best"]
     assert accuracy["zero"] == results["probe_accuracies"][0]
-    assert accuracy["selected"] == results["probe_accuracies"][results["timesteps"].index(results["timestep"])]
+    assert accuracy["selected"] == results["probe_accuracies"][results["timesteps"].index(results["probe_timestep"])]
     for name in FEW:
         assert accuracy[name] == pytest.approx(sum(results["few_accuracies"][name]) / 2)
 

@@ -24,7 +24,7 @@ BASELINES = {
     "logistic regression on raw pixels from 500 labels": "raw_pixels_500",
     "this read-out from 100 labels": "read_out_100",
     "logistic regression on raw pixels from 100 labels": "raw_pixels_100",
-    "linear probe of one tap at the selected timestep": "selected",
+    "linear probe of one tap at the timestep selected for it": "selected",
     "linear probe of one tap at t = 0": "zero",
     "linear probe of one tap at a random t (mean over the grid)": "random_mean",
     "linear probe of one tap at the worst t": "worst",

@@ -22,14 +22,18 @@ from ..model.heads import pooled_tokens
 from ..model.image_processing_aselect import ASelectImageProcessor
 from ..model.modeling_classification import DiTForImageClassification
 from ..plots import plot_predictions
+from ..selection.criteria import Consensus
 from ..selection.probe import ridge_probe_accuracy
 from ..selection.record import TimestepSelection
+from ..selection.select import select_timestep
 from .attention_head import BATCH_SIZE, load_attention_model, train_attention_head
 from .results import Stopwatch, choice_of, probe_baselines, probe_figures, save_curve, write_json
 from .sample import EMBEDDED, classes_of, load_embedded_split
 
 # What is read: an early and the last block. Two features of each say more than one of four blocks.
 READ_OUT: dict[str, Any] = {"block": [2, 7], "feature": ["hidden", "key"], "pooling": "regions"}
+# What the linear probes read in comparison: the tap that a model of this depth has by default.
+SINGLE_TAP: dict[str, Any] = {"block": 3, "feature": "query"}
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,12 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
         read_out = fit(model, pooled, labels)
     with watch.measure("raw_pixels"):
         raw_pixels = raw_pixel_accuracy(pixels, labels, settings.seed)
+    with watch.measure("select_for_probe"):
+        # The model's own selection is for a head that sees more than the mean.
+        shown = train["image"][: settings.num_calibration]
+        for_probe = select_timestep(model, shown, criterion=Consensus("mean"), **SINGLE_TAP)
     with watch.measure("exhaustive_search"):
-        grid = sorted({*model.noise_schedule.even_timesteps()[::2], model.config.resolved_timestep()})
+        grid = sorted({*model.noise_schedule.even_timesteps()[::2], for_probe.timestep})
         probed = probe_each_timestep(model, grid, pixels, labels, settings.num_probe)
     results = {
         **choice_of(TimestepSelection.from_dict(model.config.selection or {}), grid, probed),
@@ -111,11 +119,12 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
             "read_out": read_out,
             "raw_pixels": raw_pixels,
             **{name: float(np.mean(shares)) for name, shares in few.items()},
-            **probe_figures(model.config.resolved_timestep(), grid, probed),
+            **probe_figures(for_probe.timestep, grid, probed),
         },
         "read_out": [list(entry) for entry in model.config.read_outs()],
         "pooling": model.config.pooling,
-        "probe": list(model.config.taps()[0]),
+        "probe_timestep": for_probe.timestep,
+        "probe": list(SINGLE_TAP.values()),
         "few_accuracies": few,
         "probe_accuracies": probed,
         "seconds": watch.seconds,
@@ -131,11 +140,11 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
         with watch.measure("attention_head"):
             given = {"num_views": settings.num_views, "num_epochs": settings.num_epochs, "seed": settings.seed}
             other = load_attention_model(train, settings.num_calibration)
-            shown = train_attention_head(other, pixels, labels, output / "attention_head", **given)
-        results["accuracy"]["attention_head"] = shown
+            share = train_attention_head(other, pixels, labels, output / "attention_head", **given)
+        results["accuracy"]["attention_head"] = share
         results |= {"attention_head_timestep": other.config.timestep, **given}
     with watch.measure("save_and_reload"):
-        save_classifier(model, processor, results, output)
+        save_classifier(model, processor, for_probe, results, output)
         save_predictions(test, predict(model, pooled["test"][:40]), output / "predictions.png")
         check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
     write_json(output / "results.json", results)
@@ -212,16 +221,16 @@ def probe_each_timestep(
     labels: dict[str, Tensor],
     num_probe: int,
 ) -> list[float]:
-    """Return the test accuracy of a ridge probe on the first tap's mean at each timestep: the exhaustive search."""
-    block, feature = model.config.taps()[0]
+    """Return the test accuracy of a ridge probe on a single tap's mean at each timestep: the exhaustive search."""
     model.eval()
     accuracies = []
     for timestep in tqdm(timesteps, desc="Probing each timestep", leave=False):
         means = {}
         for split, batch in pixels.items():
             parts = batch[:num_probe].split(BATCH_SIZE)
-            tap = {"timestep": timestep, "block": block, "feature": feature}
-            means[split] = torch.cat([model.extract_features(part, **tap).mean(1) for part in parts])
+            means[split] = torch.cat(
+                [model.extract_features(part, timestep=timestep, **SINGLE_TAP).mean(1) for part in parts]
+            )
         known = {split: each[:num_probe] for split, each in labels.items()}
         accuracies.append(ridge_probe_accuracy(means["train"], known["train"], means["test"], known["test"]))
     return accuracies
@@ -262,13 +271,16 @@ def predict(model: DiTForImageClassification, pooled: Tensor) -> list[int]:
 
 
 def save_classifier(
-    model: DiTForImageClassification, processor: ASelectImageProcessor, results: dict[str, Any], output: Path
+    model: DiTForImageClassification,
+    processor: ASelectImageProcessor,
+    for_probe: TimestepSelection,
+    results: dict[str, Any],
+    output: Path,
 ) -> None:
-    """Write model, processor, card and the curve, which is that of the selection beside the probe's accuracy."""
+    """Write model, processor, card and the curve, which is that of the probe's selection beside its accuracy."""
     model.save_pretrained(output / "model", include_code=True)
     processor.save_pretrained(output / "model")
-    selection = TimestepSelection.from_dict(model.config.selection or {})
-    save_curve(selection, model, results["timesteps"], results["probe_accuracies"], output)
+    save_curve(for_probe, model, results["timesteps"], results["probe_accuracies"], output)
     accuracy = results["accuracy"]
     few = {
         f"{name} from {num} labels": accuracy[f"{key}_{num}"]
@@ -285,7 +297,7 @@ def save_classifier(
         baselines={
             "logistic regression on raw pixels": accuracy["raw_pixels"],
             **few,
-            **probe_baselines("linear probe of one tap", "the selected timestep", accuracy),
+            **probe_baselines("linear probe of one tap", "the timestep selected for it", accuracy),
         },
         training={
             **model.card_facts["training"],

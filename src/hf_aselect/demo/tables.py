@@ -19,7 +19,7 @@ def format_table(results: dict[str, Any]) -> str:
         rows.append(("attention head", trained, accuracy["attention_head"], seconds["attention_head"]))
     rows.append(("logistic regression", "raw pixels", accuracy["raw_pixels"], seconds["raw_pixels"]))
     rows.sort(key=lambda row: -row[2])
-    rows += probe_rows(results, accuracy, results["timestep"], seconds["select_timestep"])
+    rows += probe_rows(results, accuracy, results["probe_timestep"], seconds["select_for_probe"])
     notes = [
         f"From {results['num_train']} labelled images, tested on {results['num_test']}. The linear probes read the "
         "mean of one tap,",
