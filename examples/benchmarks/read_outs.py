@@ -11,8 +11,8 @@ The DiT and the UNet are those of `cifar10.py`. All rows see all training images
   maps are averaged to the DiT's token grid, so that an attention head reads as many tokens.
 - Timesteps are selected on the DiT from 256 images without labels: one for linear heads, one for attention heads. The
   other two of three lie 2 in log-SNR to each side. The UNet learned on the same noise schedule and is read at the
-  same timesteps. To be fair to it, the rows "by labels" take, for both networks, the timestep of nine at which a linear
-  head on all blocks, or all stages, is best on held-out training images (of 2,000).
+  same timesteps. To be fair to it, the rows "by labels" take, for both networks, the timestep of nine at which a
+  linear head on all blocks, or all stages, is best on held-out training images (of 2,000).
 - A linear head reads the mean of the tokens. All of them are the ridge regression of `fit_head`; a test holds that
   both ways to call it here give the same head. A seed is that of the noise.
 - An attention head reads the tokens: one layer of width 128, trained for ten epochs as in `cifar10.py`, on
@@ -401,8 +401,8 @@ class Benchmark:
         read = [self.read(row.source, timestep, 0, "tokens") for timestep in row.timesteps]
 
         def batch(split: str, chosen: Tensor) -> Tensor:
-            parts = [torch.from_numpy(each[split][chosen.numpy()]) for each in read]
-            return torch.cat(parts, dim=-1).float()
+            parts = [torch.from_numpy(each[split][chosen.numpy()]).float() for each in read]
+            return torch.cat(parts, dim=-1)
 
         set_seed(seed)
         some = batch("train", torch.arange(min(256, len(self.labels["train"]))))
@@ -470,17 +470,14 @@ def timestep_set(schedule: NoiseSchedule, selection: TimestepSelection, num: int
         selection: The selection of one timestep.
         num: How many, an odd number.
     """
-    side = num // 2
-    first, last = sorted(float(schedule.log_snr(timestep)) for timestep in (0, 999))
-    first, last = max(first, -20.0), min(last, 20.0)
+    bounds = sorted(min(max(float(schedule.log_snr(timestep)), -20.0), 20.0) for timestep in (0, 999))
     middle = float(schedule.log_snr(selection.timestep))
-    # All within the range: at its end both others lie on the same side.
-    middle_kept = min(max(middle, first + side * DISTANCE), last - side * DISTANCE)
-    levels = [middle_kept + DISTANCE * step for step in range(-side, side + 1)]
-    nearest = min(range(num), key=lambda place: abs(levels[place] - middle))
-    found = [schedule.timestep_at(level) for level in levels]
-    found[nearest] = selection.timestep
-    return sorted(set(found))
+    levels = [middle + DISTANCE * step for step in range(-20, 21)]
+    around = {schedule.timestep_at(level) for level in levels if bounds[0] <= level <= bounds[1]}
+    timesteps = sorted({selection.timestep, *around})
+    # At an end of the range all others lie on one side.
+    first = max(0, min(timesteps.index(selection.timestep) - num // 2, len(timesteps) - num))
+    return timesteps[first : first + num]
 
 
 def closed_form(features: Tensor, labels: Tensor, num_labels: int) -> HeadSolution:
