@@ -41,6 +41,8 @@ from hf_aselect import (
     DiTModel,
     NoiseSchedule,
 )
+from hf_aselect.selection.distribution import Share
+from hf_aselect.training.labelled_images import LabelledImages
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -726,6 +728,82 @@ def test_a_unet_of_another_noise_schedule_is_not_read_beside_a_dit(pretrained, u
     DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(folder / "scheduler")
     with pytest.raises(ValueError, match="different noise schedules"):
         READ_OUTS.UNetSource(str(folder), DiTModel.from_pretrained(pretrained, timestep=0))
+
+
+READ_OUTS_SEGMENTATION = example("benchmarks/read_outs_segmentation.py")
+
+
+def test_crops_of_an_image_are_held_out_together():
+    pixels, masks = torch.rand(6, 1, 4, 8), torch.randint(0, 3, (6, 4, 8))
+    views = torch.tensor([0, 0, 1, 1, 2, 2])
+    dataset = READ_OUTS_SEGMENTATION.dataset_of(pixels, masks, views)
+    images = LabelledImages(dataset, DiTForSemanticSegmentation.config_class(num_labels=3), is_dense=True)
+    assert images.image_numbers(list(range(6))).tolist() == [0, 1, 0, 1, 0, 1]
+    (batch,) = images.labelled_batches(6, Share())
+    assert torch.equal(batch.inputs["pixel_values"], pixels) and torch.equal(batch.labels, masks)
+
+
+@pytest.mark.slow
+def test_read_outs_of_segmentation_fill_their_table_and_go_on(tmp_path):
+    # UperNet, whose maps the script reads, too, wants four blocks.
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 4, "sample_size": 8, "patch_size": 4}
+    transformer = DiTTransformer2DModel(**sizes, in_channels=1, out_channels=1, num_embeds_ada_norm=2)
+    transformer.save_pretrained(tmp_path / "dit" / "transformer")
+    DDPMScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
+    generator = np.random.default_rng(0)
+    rows = [PILImage.fromarray(generator.integers(0, 255, (16, 24, 3), dtype=np.uint8)) for _ in range(8)]
+    masks = [PILImage.fromarray(np.repeat(np.arange(16) // 6, 24).reshape(16, 24).astype(np.uint8)) for _ in rows]
+    features = Features({"image": Image(), "annotation": Image()})
+    path = tmp_path / "scenes.parquet"
+    Dataset.from_dict({"image": rows, "annotation": masks}, features=features).to_parquet(path)
+    words = ["--model_name_or_path", tmp_path / "dit", "--train_file", path, "--test_file", path]
+    words += ["--image_size", 16, 24, "--num_views", 2, "--num_epochs", 1, "--num_linear_epochs", 1, "--seeds", 0]
+    words += ["--output_dir", tmp_path / "out", "--class_names", "floor,wall,roof"]
+    said = run("benchmarks/read_outs_segmentation.py", *words)
+    content = json.loads((tmp_path / "out" / "read_outs.json").read_text())
+    fitted = [each for each in content["runs"] if each["method"] == "closed form"]
+    assert len(fitted) == 12 and len(content["runs"]) == 15
+    assert {each["read_out"]: each["width"] for each in fitted} == {
+        "one tap": 16,
+        "all blocks": 4 * 16,
+        "all blocks, three timesteps": 3 * 4 * 16,
+    }
+    assert str(tmp_path) not in json.dumps(content)
+    table = (tmp_path / "out" / "read_outs.md").read_text()
+    assert table in said and len(table.splitlines()) == 2 + 15
+    again = run("benchmarks/read_outs_segmentation.py", *words)
+    assert "closed-form-one-tap-0:" in said and "closed-form-one-tap-0:" not in again
+
+
+@pytest.mark.slow
+def test_the_cost_of_read_outs_and_of_fitting_is_measured(monkeypatch, tmp_path, capsys):
+    script = example("benchmarks/read_outs_speed.py")
+    monkeypatch.setattr(script, "NUM_CACHED", 60)
+    monkeypatch.setitem(script.read_outs.__globals__, "configuration", tiny_configuration(script.configuration))
+    words = ["read_outs_speed.py", "--output", str(tmp_path / "out.json"), "--repetitions", "1", "--num_images", "40"]
+    monkeypatch.setattr(sys, "argv", words)
+    script.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert script.tables(result) in capsys.readouterr().out
+    rows = {(row["size"], row["read_out"]): row for row in result["read_outs"]}
+    assert len(rows) == 6 and all(row["processor_seconds"] > 0 for row in rows.values())
+    assert rows["embedded", "deepest block"]["times"] == 1
+    # Three passes take longer than one, whatever else the machine does.
+    assert rows["embedded", "all blocks, three timesteps"]["processor_times"] > 1.5
+    assert [row["what"] for row in result["fitting"] if "times" in row] == ["one pass over images", "fit_head, images"]
+    (cached,) = [row for row in result["fitting"] if row["what"] == "fit_head, cached means"]
+    assert (cached["images"], cached["width"]) == (60, 1024)
+
+
+def tiny_configuration(configuration):
+    """A DiT of two blocks and small images in place of one of real size."""
+
+    def made(size, **fields):
+        config = configuration(size, latents=8, **fields)
+        transformer = {**config.transformer, "num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 16}
+        return ASelectConfig(**{**config.to_diff_dict(), "transformer": transformer, "block": 1})
+
+    return made
 
 
 def test_fashion_mnist_becomes_parquet(tmp_path):

@@ -20,10 +20,6 @@ runs (Linux's `VmHWM`), less that of when it had imported the same and loaded no
 (transformer, Stable Diffusion's VAE, scheduler) and of what it folds to, each time in a process of its own that has
 imported all of diffusers that it needs; with files that the system has in memory or has been told to forget ("cold"),
 until `from_pretrained` returns, and until each page of the weights was read once, as it maps files and reads little.
-`read_outs` compares `hidden` of all blocks, and of all blocks at three timesteps, with `hidden` of the deepest block.
-`fitting` is the time of `fit_head`: on cached means of 50,000 images, of width 1,024 and in the form in which
-`cache_features` returns them; and on images, beside one pass that reads the same features and keeps nothing, with the
-DiT that the package ships, read at all blocks (width 1,024).
 `text_loading` does the same for a pipeline that is told what to draw by a text encoder: PixArt-Sigma's transformer of
 XL/2's size with T5-XXL, in bfloat16 (11 GB). What it folds to holds what the empty prompt adds, and no encoder.
 `speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
@@ -49,15 +45,13 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, Features, Image, Value, disable_progress_bars, load_from_disk
-from datasets import Sequence as Vector
+from datasets import ClassLabel, Dataset, Features, Image, disable_progress_bars
 from PIL import Image as PILImage
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import hf_aselect
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel, cache_features
-from hf_aselect.training.cached_features import CachedFeatures
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -78,17 +72,7 @@ SECTIONS = (
     "checkpoints",
     "loading",
     "text_loading",
-    "read_outs",
-    "fitting",
 )
-READ_OUTS: dict[str, dict[str, Any]] = {
-    "deepest block": {"block": -1},
-    "all blocks": {"block": "all"},
-    "all blocks, three timesteps": {"block": "all", "timestep": [20, TIMESTEP, 400]},
-}
-NUM_FITTED = 50_000
-NUM_FITTED_IMAGES = 10_000
-EMBEDDED = Path(hf_aselect.__file__).parent / "assets" / "fashion_mnist"
 GROWTH_SIZE = "B/2"
 EPOCHS = 28
 NUM_PICTURES = 64
@@ -316,89 +300,6 @@ def growth(repetitions: int, device: str) -> list[dict[str, Any]]:
         for value in values:
             number = (value // 2) ** 2 if what == "tokens" else value
             rows.append({"what": what, "number": number, "milliseconds": round(times[str(value)], 2)})
-    return rows
-
-
-def both_clocks(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[tuple[float, float]]]:
-    """Return seconds and processor seconds of each run, one after the other in every round; the first is left out.
-
-    Beside other work the second are those that count.
-    """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(repetitions + 1):
-        for name, run in runs.items():
-            begun = time.perf_counter(), time.process_time()
-            run()
-            times[name].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-    return {name: values[1:] for name, values in times.items()}
-
-
-def row_of_clocks(values: list[tuple[float, float]], others: list[tuple[float, float]] | None) -> dict[str, float]:
-    """Return medians, and how many times those of others they are: in each round, as machines change between them."""
-    seconds, processor = zip(*values, strict=True)
-    row = {
-        "seconds": round(statistics.median(seconds), 4),
-        "least": round(min(seconds), 4),
-        "greatest": round(max(seconds), 4),
-        "processor_seconds": round(statistics.median(processor), 4),
-    }
-    for place, name in enumerate(("times", "processor_times") if others else ()):
-        ratios = [one[place] / other[place] for one, other in zip(values, others or [], strict=True)]
-        row[name] = round(statistics.median(ratios), 3)
-    return row
-
-
-@torch.inference_mode()
-def read_outs(size: str, batch: int, repetitions: int) -> list[dict[str, Any]]:
-    """Return seconds of one tap at the deepest block and of several taps and timesteps, in turns."""
-    torch.manual_seed(0)
-    if size == "embedded":
-        model = DiTModel.from_pretrained(EMBEDDED, timestep=TIMESTEP, feature="hidden", zeroed_channels=[])
-    else:
-        model = DiTModel(configuration(size, feature="hidden")).eval()
-    latents = latents_of(batch, model)
-    runs = {name: partial(model.extract_features, latents=latents, **where) for name, where in READ_OUTS.items()}
-    times, rows = both_clocks(runs, repetitions), []
-    for name, values in times.items():
-        row = {"size": size, "batch": batch, "read_out": name, **row_of_clocks(values, times["deepest block"])}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
-
-
-def cached_means(num: int, width: int) -> Dataset:
-    """Return random means of tokens with labels, as `cache_features(what="pooled")` returns them."""
-    labels = torch.arange(num) % 10
-    values = torch.randn(num, width, generator=torch.Generator().manual_seed(0)) + labels[:, None] / 10
-    kinds = Features(features=Vector(Value("float16"), length=width), label=ClassLabel(num_classes=10))
-    columns = {"features": values.half().numpy(), "label": labels.numpy()}
-    return Dataset.from_dict(columns, features=kinds)
-
-
-def fitting(folder: Path, repetitions: int) -> list[dict[str, Any]]:
-    """Return seconds of `fit_head` on cached features, on images, and of a pass that reads the same of the images."""
-    where = {"timestep": 50, "block": "all", "feature": "hidden", "head": "linear", "num_labels": 10}
-    model = DiTForImageClassification.from_pretrained(EMBEDDED, zeroed_channels=[], **where)
-    width = model.config.feature_size
-    cached_means(NUM_FITTED, width).save_to_disk(folder / "means")
-    cached = CachedFeatures.of(load_from_disk(folder / "means"))
-    images = random_pictures(NUM_FITTED_IMAGES)
-    processor = ASelectImageProcessor.from_model_config(model.config)
-
-    @torch.no_grad()
-    def one_pass() -> None:
-        for batch in images.iter(32):
-            pixels = processor(batch["image"], return_tensors="pt").pixel_values
-            model.backbone.extract_features(pixels).mean(1)
-
-    reading, rows = "one pass over images", []
-    times = both_clocks({reading: one_pass, "fit_head, images": partial(model.fit_head, images)}, repetitions)
-    times |= both_clocks({"fit_head, cached means": partial(model.fit_head, cached)}, repetitions)
-    for name, values in times.items():
-        is_cached = "cached" in name
-        row = {"what": name, "images": NUM_FITTED if is_cached else NUM_FITTED_IMAGES, "width": width}
-        rows.append({**row, **row_of_clocks(values, None if is_cached else times[reading])})
-        print(rows[-1], flush=True)
     return rows
 
 
@@ -708,24 +609,6 @@ def import_seconds(repetitions: int) -> dict[str, float]:
     return {**medians, "ratio": round(medians["hf_aselect"] / medians["host"], 3)}
 
 
-def read_out_tables(result: dict[str, Any]) -> list[str]:
-    """Return what several taps and timesteps cost, and fitting a head, as lines of Markdown tables."""
-    heads = ["s (least to greatest)", "processor s", "times", "processor times"]
-
-    def cells(row: dict[str, Any]) -> str:
-        ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("times", "processor_times")]
-        spread = f"{row['seconds']:.2f} ({row['least']:.2f} to {row['greatest']:.2f})"
-        return " | ".join([spread, f"{row['processor_seconds']:.2f}", *ratios])
-
-    lines = [f"| DiT | batch | read-out | {' | '.join(heads)} |", "| --- |" + " --- |" * 6]
-    for row in result["read_outs"]:
-        lines.append(f"| {row['size']} | {row['batch']} | `hidden` of {row['read_out']} | {cells(row)} |")
-    lines += ["", f"| fitting a linear head | images | width | {' | '.join(heads)} |", "| --- |" + " --- |" * 6]
-    for row in result["fitting"]:
-        lines.append(f"| {row['what']} | {row['images']:,} | {row['width']:,} | {cells(row)} |")
-    return lines
-
-
 def tables(result: dict[str, Any]) -> str:
     """Return the results as Markdown tables."""
     lines = ["| DiT | batch | way | ms (least to greatest) | pictures/s | times diffusers |", "| --- |" + " --- |" * 5]
@@ -774,7 +657,6 @@ def tables(result: dict[str, Any]) -> str:
         "| --- | --- | --- |",
     ]
     lines += [f"| `{row['operation']}` | {row['dtype']} | {row['share']:.1%} |" for row in result["profile"]]
-    lines += ["", *read_out_tables(result)]
     imports = result["import_seconds"]
     lines += ["", f"`import hf_aselect` takes {imports['ratio']:.2f} times what it imports of its hosts "]
     lines[-1] += f"({imports['hf_aselect']:.2f} s, {imports['host']:.2f} s)."
@@ -888,10 +770,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=output) as scratch:
             return head_training(Path(scratch), device, repetitions)
 
-    def of_fitting() -> list[dict[str, Any]]:
-        with tempfile.TemporaryDirectory(dir=output) as scratch:
-            return fitting(Path(scratch), repetitions)
-
     measure: dict[str, Callable[[], Any]] = {
         "import_seconds": lambda: import_seconds(repetitions),
         "speeds": lambda: [row for size in sizes for row in speeds(size, batches, repetitions, device)],
@@ -904,10 +782,6 @@ def main() -> None:
         "checkpoints": of_checkpoints,
         "loading": of_loading,
         "text_loading": of_text_loading,
-        "read_outs": lambda: (
-            [row for size in [*sizes, "embedded"] for row in read_outs(size, 8, repetitions)] if is_cpu else []
-        ),
-        "fitting": lambda: of_fitting() if is_cpu else [],
     }
     path = output / "speed.json"
     result = json.loads(path.read_text()) if args.sections and path.exists() else {}
