@@ -139,13 +139,14 @@ def tables(result: dict[str, Any]) -> str:
         spread = f"{row['seconds']:.2f} ({row['least']:.2f} to {row['greatest']:.2f})"
         return " | ".join([spread, f"{row['processor_seconds']:.2f}", *ratios])
 
-    lines = [f"| DiT | `hidden` of | {' | '.join(heads)} |", "| --- |" + " --- |" * 5]
-    for row in result.get("read_outs", []):
-        lines.append(f"| {row['size']} | {row['read_out']} | {cells(row)} |")
-    lines += ["", f"| fitting a linear head | images | {' | '.join(heads)} |", "| --- |" + " --- |" * 5]
-    for row in result.get("fitting", []):
-        lines.append(f"| {row['what']} | {row['images']:,} | {cells(row)} |")
-    return "\n".join(lines) + "\n"
+    parts = []
+    if "read_outs" in result:
+        rows = [f"| {row['size']} | {row['read_out']} | {cells(row)} |" for row in result["read_outs"]]
+        parts.append([f"| DiT | `hidden` of | {' | '.join(heads)} |", "| --- |" + " --- |" * 5, *rows])
+    if "fitting" in result:
+        rows = [f"| {row['what']} | {row['images']:,} | {cells(row)} |" for row in result["fitting"]]
+        parts.append([f"| fitting a linear head | images | {' | '.join(heads)} |", "| --- |" + " --- |" * 5, *rows])
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
 def main() -> None:
