@@ -20,14 +20,29 @@ import pytest
 import torch
 from conftest import example
 from datasets import ClassLabel, Dataset, Features, Image
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from forking import SCRIPT, offline
 from PIL import Image as PILImage
 from pipelines import pixart_sigma
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_aselect import ASelectImageProcessor, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
+from hf_aselect import (
+    ASelectConfig,
+    ASelectImageProcessor,
+    DiTForImageClassification,
+    DiTForSemanticSegmentation,
+    DiTModel,
+    NoiseSchedule,
+)
+from hf_aselect.selection.distribution import Share
+from hf_aselect.training.labelled_images import LabelledImages
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -649,6 +664,164 @@ def test_the_classification_benchmark_fills_its_table_and_goes_on(parquet, pretr
     assert len(lines) == 2 + len(results["rows"]) + 1 and "85.73" in lines[-1]
     with PILImage.open(tmp_path / "out" / "curve.png") as picture:
         assert picture.width > 800
+
+
+READ_OUTS = example("benchmarks/read_outs.py")
+
+
+def test_features_of_others_get_the_head_that_fit_head_makes():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (90,), generator=generator)
+    features = torch.randn(90, 32, generator=generator) + labels[:, None] * torch.linspace(0, 1, 32)
+    config = {"timestep": [5, 9], "block": "all", "feature": "hidden", "head": "linear", "num_labels": 3}
+    transformer = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "num_attention_heads": 1}
+    transformer |= {"attention_head_dim": 8, "sample_size": 8, "patch_size": 4, "in_channels": 1}
+    model = DiTForImageClassification(ASelectConfig(transformer=transformer, **config))
+    fit = model.fit_head({"features": features, "labels": labels})
+    solution = READ_OUTS.closed_form(features, labels, 3)
+    assert (solution.strength, solution.accuracy) == (fit.strength, fit.accuracy)
+    assert torch.allclose(solution.weight.float(), model.head.classifier.weight, rtol=1e-5)
+    assert torch.allclose(solution.bias.float(), model.head.classifier.bias, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("selected", "place"), [(100, 1), (0, 0), (999, 2)])
+def test_timesteps_of_a_read_out_lie_around_the_selected_one(selected, place):
+    schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"})
+    selection = SimpleNamespace(timestep=selected)
+    assert READ_OUTS.timestep_set(schedule, selection, 1) == [selected]
+    timesteps = READ_OUTS.timestep_set(schedule, selection, 3)
+    assert timesteps[place] == selected and len(timesteps) == 3
+    levels = [float(schedule.log_snr(timestep)) for timestep in timesteps]
+    if selected == 100:
+        assert levels == pytest.approx([levels[1] + 2, levels[1], levels[1] - 2], abs=0.1)
+    else:
+        assert min(levels[0] - levels[1], levels[1] - levels[2]) > 1
+
+
+@pytest.fixture(scope="module")
+def unet_folder(pretrained, tmp_path_factory):
+    """A UNet of random weights, as `pretrain_unet.py` writes one."""
+    folder = tmp_path_factory.mktemp("unet")
+    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8, 16)}
+    norm = {"norm_num_groups": 4, "layers_per_block": 1, "num_class_embeds": 3, "attention_head_dim": 8}
+    UNet2DModel(**blocks, **sizes, **norm).save_pretrained(folder / "unet")
+    shutil.copytree(pretrained / "scheduler", folder / "scheduler")
+    shutil.copy(pretrained / "training_log.json", folder)
+    return folder
+
+
+def test_read_outs_fill_their_table_and_go_on(parquet, pretrained, unet_folder, tmp_path):
+    names = {"picture": "image", "class": "label"}
+    Dataset.from_parquet(str(parquet)).rename_columns(names).to_parquet(tmp_path / "images.parquet")
+    output = tmp_path / "out"
+    words = ["--dit", pretrained, "--output_dir", output, "--seeds", 0, "--head_epochs", 2]
+    words += ["--train_file", tmp_path / "images.parquet", "--test_file", tmp_path / "images.parquet"]
+    first = run("benchmarks/read_outs.py", *words, "--rows", "raw pixels", "DiT, all blocks")
+    assert "UNet" not in first and "random weights" not in first
+    second = run("benchmarks/read_outs.py", *words, "--unet", unet_folder, "--without", "EfficientNet")
+    # What was measured is not measured again.
+    assert (
+        "raw pixels, linear in closed form, seed 0" in first and "raw pixels, linear" not in second.split("| ---")[0]
+    )
+    results = json.loads((output / "results.json").read_text())
+    assert str(tmp_path) not in json.dumps(results)
+    rows = {name: row for name, row in results["rows"].items() if row["seeds"]}
+    assert [row["kind"] for row in rows.values()].count("attention head") == 8
+    widths = {name.partition(", t")[0]: row["width"] for name, row in rows.items() if "attention" in name}
+    assert widths["DiT, all blocks"] == 2 * 16 and widths["DiT, blocks 0, 1"] == 3 * 2 * 16
+    assert widths["UNet, all stages"] in ((16 + 16 + 8 + 8), 3 * (16 + 16 + 8 + 8))
+    for name, row in rows.items():
+        if "random" not in name and "linear" in name:
+            assert row["seeds"]["0"]["accuracy"] >= 0.9, name  # dark and bright images
+    assert set(results["grids"]) == {"dit-all", "unet"}
+    table = (output / "table.md").read_text()
+    assert len([line for line in table.splitlines() if line.startswith(("| DiT", "| UNet", "| raw"))]) == len(rows)
+    # Tokens are removed when no row needs them.
+    assert {path.name.rpartition("-")[2] for path in (output / "features").iterdir()} == {"means.npy"}
+
+
+def test_a_unet_of_another_noise_schedule_is_not_read_beside_a_dit(pretrained, unet_folder, tmp_path):
+    folder = shutil.copytree(unet_folder, tmp_path / "unet")
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(folder / "scheduler")
+    with pytest.raises(ValueError, match="different noise schedules"):
+        READ_OUTS.UNetSource(str(folder), DiTModel.from_pretrained(pretrained, timestep=0))
+
+
+READ_OUTS_SEGMENTATION = example("benchmarks/read_outs_segmentation.py")
+
+
+def test_crops_of_an_image_are_held_out_together():
+    pixels, masks = torch.rand(6, 1, 4, 8), torch.randint(0, 3, (6, 4, 8))
+    views = torch.tensor([0, 0, 1, 1, 2, 2])
+    dataset = READ_OUTS_SEGMENTATION.dataset_of(pixels, masks, views)
+    images = LabelledImages(dataset, DiTForSemanticSegmentation.config_class(num_labels=3), is_dense=True)
+    assert images.image_numbers(list(range(6))).tolist() == [0, 1, 0, 1, 0, 1]
+    (batch,) = images.labelled_batches(6, Share())
+    assert torch.equal(batch.inputs["pixel_values"], pixels) and torch.equal(batch.labels, masks)
+
+
+@pytest.mark.slow
+def test_read_outs_of_segmentation_fill_their_table_and_go_on(tmp_path):
+    # UperNet, whose maps the script reads, too, wants four blocks.
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 4, "sample_size": 8, "patch_size": 4}
+    transformer = DiTTransformer2DModel(**sizes, in_channels=1, out_channels=1, num_embeds_ada_norm=2)
+    transformer.save_pretrained(tmp_path / "dit" / "transformer")
+    DDPMScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
+    generator = np.random.default_rng(0)
+    rows = [PILImage.fromarray(generator.integers(0, 255, (16, 24, 3), dtype=np.uint8)) for _ in range(8)]
+    masks = [PILImage.fromarray(np.repeat(np.arange(16) // 6, 24).reshape(16, 24).astype(np.uint8)) for _ in rows]
+    features = Features({"image": Image(), "annotation": Image()})
+    path = tmp_path / "scenes.parquet"
+    Dataset.from_dict({"image": rows, "annotation": masks}, features=features).to_parquet(path)
+    words = ["--model_name_or_path", tmp_path / "dit", "--train_file", path, "--test_file", path]
+    words += ["--image_size", 16, 24, "--num_views", 2, "--num_epochs", 1, "--num_linear_epochs", 1, "--seeds", 0]
+    words += ["--output_dir", tmp_path / "out", "--class_names", "floor,wall,roof"]
+    said = run("benchmarks/read_outs_segmentation.py", *words)
+    content = json.loads((tmp_path / "out" / "read_outs.json").read_text())
+    fitted = [each for each in content["runs"] if each["method"] == "closed form"]
+    assert len(fitted) == 12 and len(content["runs"]) == 15
+    assert {each["read_out"]: each["width"] for each in fitted} == {
+        "one tap": 16,
+        "all blocks": 4 * 16,
+        "all blocks, three timesteps": 3 * 4 * 16,
+    }
+    assert str(tmp_path) not in json.dumps(content)
+    table = (tmp_path / "out" / "read_outs.md").read_text()
+    assert table in said and len(table.splitlines()) == 2 + 15
+    again = run("benchmarks/read_outs_segmentation.py", *words)
+    assert "closed-form-one-tap-0:" in said and "closed-form-one-tap-0:" not in again
+
+
+@pytest.mark.slow
+def test_the_cost_of_read_outs_and_of_fitting_is_measured(monkeypatch, tmp_path, capsys):
+    script = example("benchmarks/read_outs_speed.py")
+    monkeypatch.setattr(script, "NUM_CACHED", 60)
+    monkeypatch.setitem(script.read_outs.__globals__, "configuration", tiny_configuration(script.configuration))
+    words = ["read_outs_speed.py", "--output", str(tmp_path / "out.json"), "--repetitions", "1", "--num_images", "40"]
+    monkeypatch.setattr(sys, "argv", words)
+    script.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert script.tables(result) in capsys.readouterr().out
+    rows = {(row["size"], row["read_out"]): row for row in result["read_outs"]}
+    assert len(rows) == 6 and all(row["processor_seconds"] > 0 for row in rows.values())
+    assert rows["embedded", "deepest block"]["times"] == 1
+    # Three passes take longer than one, whatever else the machine does.
+    assert rows["embedded", "all blocks, three timesteps"]["processor_times"] > 1.5
+    assert [row["what"] for row in result["fitting"] if "times" in row] == ["one pass over images", "fit_head, images"]
+    (cached,) = [row for row in result["fitting"] if row["what"] == "fit_head, cached means"]
+    assert (cached["images"], cached["width"]) == (60, 1024)
+
+
+def tiny_configuration(configuration):
+    """A DiT of two blocks and small images in place of one of real size."""
+
+    def made(size, **fields):
+        config = configuration(size, latents=8, **fields)
+        transformer = {**config.transformer, "num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 16}
+        return ASelectConfig(**{**config.to_diff_dict(), "transformer": transformer, "block": 1})
+
+    return made
 
 
 def test_fashion_mnist_becomes_parquet(tmp_path):

@@ -337,6 +337,22 @@ def test_the_readme_quotes_the_benchmark_of_speed(speed):
         assert cells == [f"{times_as_fast(content, size[4:], 8, way):.1f}" for size in head], way
 
 
+def test_all_taps_of_a_pass_cost_as_much_as_the_deepest_one():
+    """By the processor's clock: what was measured beside other work has no other that holds."""
+    content = json.loads((SPEED / "read_outs.json").read_text(encoding="utf-8"))
+    script = example("benchmarks/read_outs_speed.py")
+    assert script.tables(content) in (SPEED / "README.md").read_text(encoding="utf-8")
+    assert set(content["measured"]) == set(script.SECTIONS)
+    rows = {(row["size"], row["read_out"]): row for row in content["read_outs"]}
+    for size in ("S/2", "embedded"):
+        assert rows[size, "all blocks"]["processor_times"] <= 1.05
+        assert 2.8 <= rows[size, "all blocks, three timesteps"]["processor_times"] <= 3.3
+    fitting = {row["what"]: row for row in content["fitting"]}
+    cached = fitting["fit_head, cached means"]
+    assert (cached["images"], cached["width"]) == (50_000, 1024) and cached["processor_seconds"] <= 20
+    assert fitting["fit_head, images"]["processor_times"] <= 1.1
+
+
 def test_training_waits_little_for_data_and_gains_by_a_second_process():
     content = json.loads((SPEED / "training.json").read_text(encoding="utf-8"))
     assert example("benchmarks/training.py").table(content) in (SPEED / "README.md").read_text(encoding="utf-8")

@@ -98,7 +98,9 @@ class Benchmark:
         self.train = load_dataset("parquet", data_files=args.train_file, split="train")
         self.test = load_dataset("parquet", data_files=args.test_file, split="train")
 
-    def load(self, decoder: str, timestep: int = 0, is_random: bool = False) -> DiTForSemanticSegmentation:
+    def load(
+        self, decoder: str, timestep: int | list[int] = 0, is_random: bool = False, **fields: Any
+    ) -> DiTForSemanticSegmentation:
         """Return the segmenter; if it is to be random, on a DiT with weights as its own training would begin with."""
         args = self.args
         model = DiTForSemanticSegmentation.from_pretrained(
@@ -110,6 +112,7 @@ class Benchmark:
             decoder=decoder,
             decoder_hidden_size=32,
             auxiliary_hidden_size=0,
+            **fields,
         )
         if is_random:
             transformer = model.backbone.denoiser.transformer
