@@ -385,14 +385,13 @@ def test_the_card_of_the_classifier_is_rendered_from_its_results(demos, tmp_path
     assert (CLASSIFIER / "timestep_curve.png").is_file()
 
 
-def test_the_classifiers_head_beats_what_it_is_compared_with(demos):
-    """By more than seeds differ; and the chosen timestep loses less than a point against the best."""
-    results = demos[0]["results"]
-    for each in results:
+def test_the_classifiers_head_reaches_its_bars(demos):
+    """87 % from all labels, 4 points above raw pixels, and above them from few labels."""
+    for each in demos[0]["results"]:
         figures = each["accuracy"]
-        heads = [other["accuracy"]["attention_head"] for other in results]
-        assert min(heads) - max(figures["raw_pixels"], figures["best"]) > max(heads) - min(heads)
-        assert figures["best"] - figures["selected"] < 0.01
+        assert figures["read_out"] >= 0.87 and figures["read_out"] - figures["raw_pixels"] >= 0.04
+        assert figures["read_out_500"] > figures["raw_pixels_500"]
+        assert figures["read_out_100"] > figures["raw_pixels_100"]
         assert figures["selected"] > max(figures["zero"], figures["random_mean"], figures["worst"])
 
 
