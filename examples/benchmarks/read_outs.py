@@ -304,7 +304,7 @@ class Benchmark:
             rows.append(row("UNet, all stages", "unet", attention["1"], ATTENTION))
         rows.append(Row(f"EfficientNet-Lite0 (ImageNet labels), {LINEAR}", LINEAR, has_seed=False))
         if "unet" in sources:
-            # An hour and a half of one core for a single row.
+            # Last, as reading takes it the longest: 180,000 passes.
             rows.append(row("UNet, all stages", "unet", attention["3"], ATTENTION))
         left_out = self.args.without
         return [each for each in rows if not any(text in each.name for text in left_out)]
