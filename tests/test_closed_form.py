@@ -93,6 +93,12 @@ def test_the_strength_is_the_one_that_cross_validation_selects():
     assert form.error == pytest.approx(-search.best_score_ * 3 / variance, rel=1e-6)
 
 
+def test_both_of_two_strengths_are_tried():
+    features, labels = random_rows(num=60, width=20)
+    form = fit_ridge(by_fold(features, table(labels)), strengths=[1e4, 1e-3])
+    assert form.losses.keys() == {1e4, 1e-3} and form.strength == 1e-3
+
+
 def test_another_loss_selects_the_strength_by_held_out_predictions():
     features, labels = random_rows(num=60, width=20)
     folds = by_fold(features, table(labels))

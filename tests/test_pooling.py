@@ -1,5 +1,7 @@
 """What a linear head pools of its tokens: the same from images, tokens and caches, trained, fitted, folded, saved."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -62,8 +64,16 @@ def test_images_tokens_and_caches_give_the_same_logits(pixel_folder, train, tmp_
     fit = model.fit_head(train)
     config = model.config
     assert config.pooled_size == config.feature_size * POOLINGS[pooling] == model.head.classifier.in_features
-    caches = [cache_features(model, train, tmp_path, what=what, dtype="float32") for what in ("tokens", "pooled")]
-    assert caches[1]["features"][:].shape == (90, config.pooled_size)
+    kinds = ["tokens"]
+    if is_standardized and pooling != "mean":
+        with pytest.raises(ValueError, match=r"what='pooled' with pooling=.* is not possible: .*what='tokens'"):
+            cache_features(model, train, tmp_path, what="pooled")
+        with pytest.raises(ValueError, match=r"`features` are pooled, .* cannot be standardized afterwards"):
+            model(features=torch.zeros(2, config.pooled_size))
+    else:
+        kinds.append("pooled")
+    caches = [cache_features(model, train, tmp_path, what=what, dtype="float32") for what in kinds]
+    assert caches[-1]["features"][:].shape[-1] == (config.pooled_size if kinds[1:] else config.feature_size)
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
@@ -73,8 +83,18 @@ def test_images_tokens_and_caches_give_the_same_logits(pixel_folder, train, tmp_
             found = again(features=cache["features"][:]).logits
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert fit.accuracy > 0.9
-    refit = load(pixel_folder, pooling=pooling, block="all", feature="hidden").fit_head(caches[1])
+    refit = load(pixel_folder, pooling=pooling, block="all", feature="hidden").fit_head(caches[-1])
     assert refit.accuracy == pytest.approx(fit.accuracy, abs=0.05)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_tokens_are_standardized_before_they_are_pooled(pooling):
+    """Else the deviation is that of the noise, which is the same for all images."""
+    head = LinearHead(4, 2, (3, 2), pooling=pooling)
+    head.standardization.scale, head.standardization.shift = torch.rand(4) + 0.5, torch.randn(3, 2, 4)
+    tokens = torch.randn(5, 6, 4)
+    expected = pooled_tokens(head.standardization(tokens), pooling, (3, 2)).flatten(1)
+    torch.testing.assert_close(head.pool(tokens), expected)
 
 
 def test_regions_are_folded_trained_and_read_at_other_sizes(pixel_folder):
@@ -124,8 +144,27 @@ def test_the_selection_knows_what_the_head_reads(pixel_folder):
     assert pooling == {"mean": "mean", "mean_std": "mean_std", "regions": "mean_std"}
 
 
-def test_the_command_line_fits_with_a_pooling(pixel_folder, train, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--pooling", "regions"], "query of block 1, pooled by regions"),
+        (["--block", "all", "--feature", "hidden", "--timestep", "20", "61"], "hidden of all blocks"),
+        (["--block", "0", "2", "--feature", "hidden", "key"], "hidden, key of blocks 0, 2"),
+    ],
+)
+def test_the_command_line_fits_read_outs(pixel_folder, train, tmp_path, capsys, given, said):
     train.to_parquet(tmp_path / "train.parquet")
-    given = ["--images", str(tmp_path / "train.parquet"), "--timestep", "20", "--pooling", "regions"]
-    assert main(["fit", str(pixel_folder), *given, "--output", str(tmp_path / "out")]) == 0
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.pooling == "regions"
+    images = ["--images", str(tmp_path / "train.parquet"), "--timestep", "20"]
+    assert main(["fit", str(pixel_folder), *images, *given, "--output", str(tmp_path / "out")]) == 0
+    assert re.search(rf"^features +{said}$", capsys.readouterr().out, re.MULTILINE)
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
+    assert config.pooling == ("regions" if "--pooling" in given else "mean")
+
+
+def test_the_command_line_has_no_pooling_for_masks(pixel_folder, train, tmp_path, capsys):
+    masks = [Image.fromarray(np.full((8, 8), label, np.uint8)) for label in train["label"]]
+    scenes = Dataset.from_dict({"image": train["image"][:], "label": masks}, Features(image=Images(), label=Images()))
+    scenes.to_parquet(tmp_path / "masks.parquet")
+    given = ["--images", str(tmp_path / "masks.parquet"), "--class-names", "a", "b", "c", "--pooling", "regions"]
+    assert main(["fit", str(pixel_folder), *given, "--output", str(tmp_path / "out")]) == 1
+    assert "the labels are masks: a segmenter pools nothing" in capsys.readouterr().err

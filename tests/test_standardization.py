@@ -24,7 +24,7 @@ from hf_aselect import (
     cache_features,
     select_timestep,
 )
-from hf_aselect.model.heads import FeatureStandardization, pooled_tokens, token_map
+from hf_aselect.model.heads import FeatureStandardization, token_map
 from hf_aselect.model.modeling_segmentation import enlarge
 from hf_aselect.selection.apply import apply_selection
 from hf_aselect.selection.distribution import Share
@@ -601,17 +601,12 @@ def test_a_record_from_before_still_loads(model, pixels):
         TimestepSelection.from_dict({**record, "standardization": None})
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_std", "regions"])
-def test_pooled_means_are_standardized_as_those_of_tokens(pooling):
+def test_a_mean_is_standardized_as_the_mean_of_tokens():
     each = FeatureStandardization(4, (3, 2))
     each.scale, each.shift = torch.rand(4) + 0.5, torch.randn(3, 2, 4)
     tokens = torch.randn(5, 6, 4)
-    pooled = pooled_tokens(tokens, pooling, (3, 2))
-    found, expected = each.pooled(pooled, pooling), pooled_tokens(each(tokens), pooling, (3, 2))
-    num_means = {"mean": 1, "mean_std": 1, "regions": 4}[pooling]
-    torch.testing.assert_close(found[:, :num_means], expected[:, :num_means])
-    # The deviation is that of the tokens as they are.
-    torch.testing.assert_close(found[:, num_means:], pooled[:, num_means:] * each.scale)
+    torch.testing.assert_close(each.mean(tokens), each(tokens).mean(1))
+    torch.testing.assert_close(each(tokens.mean(1)), each(tokens).mean(1))
 
 
 def test_a_frozen_or_trained_backbone_gets_its_gradients(pixel_folder):

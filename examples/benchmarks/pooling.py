@@ -105,6 +105,9 @@ def main() -> None:
     output = Path(args.output)
     pairs = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     if not args.summarize:
+        names = ("name", "model_name_or_path", "train_file", "test_file")
+        if missing := [f"--{name}" for name in names if not getattr(args, name)]:
+            parser.error(f"give {', '.join(missing)}, or --summarize")
         pairs[args.name] = measure(args)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(pairs, indent=1) + "\n", encoding="utf-8")

@@ -95,6 +95,14 @@ def _block(word: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be an integer or auto, got {word!r}") from None
 
 
+def _block_or_all(word: str) -> int | str:
+    """Return an integer, or "all", that was typed."""
+    try:
+        return word if word == "all" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or all, got {word!r}") from None
+
+
 def _one_or_several(values: Sequence[Any] | None) -> Any:
     """Return the values of an option that may be given again: one by itself, several as a list, None without."""
     return values[0] if values is not None and len(values) == 1 else values
@@ -144,6 +152,8 @@ def _demo(parsed: argparse.Namespace) -> None:
     # transformers reports the head's new weights, which is what the demo is for.
     logging.set_verbosity_error()
     if parsed.task == "segmentation":
+        if parsed.attention_head:
+            raise ValueError("`--attention-head` is for `--task classification`.")
         results = run_segmentation_demo(parsed.output, SegmentationDemoSettings(seed=parsed.seed))
         table, figure = format_segmentation_table(results), "overlays.png"
         auto_class = "AutoModelForSemanticSegmentation"
@@ -321,7 +331,7 @@ def _add_fit(commands: Any) -> None:
     )
     tap.add_argument(
         "--block",
-        type=_block,
+        type=_block_or_all,
         nargs="+",
         metavar="B",
         help="block to read at, negative from the end, several, or all (default: SOURCE's)",
@@ -333,7 +343,9 @@ def _add_fit(commands: Any) -> None:
         help="hidden, normed, query, key, value or attention, or several (default: SOURCE's)",
     )
     tap.add_argument(
-        "--pooling", metavar="NAME", help="what a classifier reads of the tokens: mean, mean_std or regions (mean)"
+        "--pooling",
+        metavar="NAME",
+        help="what a classifier reads of the tokens: mean, mean_std or regions (default: SOURCE's, else mean)",
     )
     tap.add_argument("--num-timesteps", type=int, metavar="K", help="with --timestep auto, select so many (1)")
     how = fit.add_argument_group("fit")
@@ -433,6 +445,8 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
         shown = shown.remove_columns(parsed.label_column) if isinstance(kind, Image) else shown
         images = shown.shuffle(parsed.seed).select(range(min(256, len(shown))))
     is_dense = isinstance(kind, Image)
+    if is_dense and parsed.pooling is not None:
+        raise ValueError("`--pooling` is for classifiers, and the labels are masks: a segmenter pools nothing.")
     head = {"decoder": "linear"} if is_dense else {"head": "linear", "head_norm": False}
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
@@ -469,10 +483,14 @@ def _print_fit(model: Any, fit: Any, judged: Any) -> None:
 def _read_outs_in_words(config: Any) -> str:
     """Return what a model reads, as "query of block 3"."""
     taps = list(dict.fromkeys((block, feature) for _, block, feature in config.read_outs()))
-    blocks = ", ".join(str(block) for block in dict.fromkeys(block for block, _ in taps))
-    features = ", ".join(dict.fromkeys(feature for _, feature in taps))
-    pooled = "" if config.pooling == "mean" else f", pooled by {config.pooling}"
-    return f"{features} of block{'s' * (',' in blocks)} {blocks}{pooled}"
+    blocks, features = (list(dict.fromkeys(each)) for each in zip(*taps, strict=True))
+    if taps == [(block, feature) for block in blocks for feature in features]:
+        every = list(range(config.num_hidden_layers))
+        numbers = "all blocks" if blocks == every else f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+        words = f"{', '.join(features)} of {numbers}"
+    else:
+        words = ", ".join(f"{feature} of block {block}" for block, feature in taps)
+    return words if config.pooling == "mean" else f"{words}, pooled by {config.pooling}"
 
 
 def _print_curve(selection: Any) -> None:

@@ -160,6 +160,8 @@ def load_model(train: Dataset, num_calibration: int) -> DiTForImageClassificatio
         calibration_images=train["image"][:num_calibration],
         head="linear",
         head_norm=False,
+        # A head in closed form has it in its weights.
+        standardize_features=False,
         **READ_OUT,
         **classes_of(train),
     )
@@ -202,9 +204,14 @@ def draw_labels(labels: Tensor, num: int, num_draws: int, seed: int) -> list[Ten
         num: Images of a draw; of a class at most those that there are.
         num_draws: Draws.
         seed: Seed of the draws.
+
+    Raises:
+        ValueError: If there are more classes than that.
     """
     generator = torch.Generator().manual_seed(seed)
     classes = labels.unique().tolist()
+    if num < len(classes):
+        raise ValueError(f"A draw needs an image of each of {len(classes)} classes, asked for {num} images.")
     draws = []
     for _ in range(num_draws):
         order = torch.randperm(len(labels), generator=generator)

@@ -340,6 +340,10 @@ def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
         )
 
 
+POOLED_UNSTANDARDIZED = (
+    "a deviation of tokens cannot be standardized afterwards. Cache them with what='tokens', or load the model with "
+    "`standardize_features=False`, as heads in closed form do not need it."
+)
 # Parts of our models that a checkpoint may lack altogether, and that are then new.
 HEADS = ("head", "decoder")
 
@@ -370,6 +374,8 @@ def checked_features(features: Tensor, config: PreTrainedConfig) -> Tensor:
             f"`features` must be tokens of shape (B, N, {width}), or (B, {config.pooled_size}) as "
             f"pooling={config.pooling!r} makes of them, got {shape}. Cache them again."
         )
+    if features.ndim == 2 and not config.is_pooling_of_raw_tokens:
+        raise ValueError(f"`features` are pooled, {shape}, and {POOLED_UNSTANDARDIZED}")
     if features.ndim != 2 and (features.ndim != 3 or shape[-1] != width):
         raise ValueError(f"`features` must be tokens of shape (B, N, {width}), got {shape}.")
     if not torch.compiler.is_compiling() and not features.numel():

@@ -368,6 +368,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Width of what a linear head reads of one image."""
         return self.feature_size * POOLINGS[self.pooling]
 
+    @property
+    def is_pooling_of_raw_tokens(self) -> bool:
+        """Whether tokens are pooled as they are, or to their mean alone, which can be standardized afterwards."""
+        return self.pooling == "mean" or self.standardized_grid is None
+
     def widths_of(self, read_outs: Iterable[ReadOut]) -> list[int]:
         """Return the width of each one's tokens: `hidden_size`, but for keys and values that several heads share."""
         sizes = dict.fromkeys(("key", "value"), self.layout.key_value_size)

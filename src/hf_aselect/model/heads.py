@@ -42,7 +42,7 @@ class FeatureStandardization(nn.Module):
         self.register_buffer("shift", None if grid is None else torch.zeros((*grid, width), dtype=torch.float32))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Return standardized tokens, (B, N, D), in their own dtype.
+        """Return standardized tokens, (B, N, D), or means of tokens, (B, D), in their own dtype.
 
         Args:
             tokens: What is standardized.
@@ -54,22 +54,20 @@ class FeatureStandardization(nn.Module):
         if self.scale is None or self.shift is None:
             return tokens
         shift, own = self.shift.to(tokens.device), (self.shift.shape[0], self.shift.shape[1])
-        if (grid or own) != own:
+        if tokens.ndim == 2:
+            shift = shift.mean((0, 1))[None, None]
+        elif (grid or own) != own:
             shift = interpolate(shift.permute(2, 0, 1)[None], size=grid, mode="bilinear")[0].permute(1, 2, 0)
         elif tokens.shape[1] != own[0] * own[1]:
             raise ValueError(f"`features` have {tokens.shape[1]} tokens, the head's statistics {own[0]}×{own[1]}.")
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         return (wide * self.scale.to(tokens.device) + shift.flatten(0, 1)).to(tokens.dtype)
 
-    def pooled(self, statistics: Tensor, pooling: str) -> Tensor:
-        """Return statistics of tokens, (B, S, D), as from `pooled_tokens`, as those of standardized tokens."""
-        if self.scale is None or self.shift is None:
-            return statistics
-        shift = pooled_tokens(self.shift.flatten(0, 1)[None], pooling, self.shift.shape[:2]).to(statistics.device)
-        if pooling != "mean":
-            # A deviation is scaled and not shifted.
-            shift = torch.cat([shift[:, :-1], torch.zeros_like(shift[:, -1:])], dim=1)
-        return statistics * self.scale.to(statistics.device) + shift
+    def mean(self, tokens: Tensor) -> Tensor:
+        """Return the mean of the standardized tokens, (B, D), of tokens, (B, N, D), of any grid."""
+        # Not rounded before it is standardized.
+        mean = tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        return self.forward(mean).to(tokens.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast as torch does, but stay in float32: rounded statistics do not fit the tokens."""
@@ -148,15 +146,16 @@ class LinearHead(nn.Module):
         return logits
 
     def pool(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Return what the norm reads: pooled and standardized tokens, (B, S · D); see `forward`."""
-        if tokens.ndim == 3:
-            own = self.standardization.shift
-            statistics = pooled_tokens(tokens, self.pooling, grid or (None if own is None else own.shape[:2]))
-        else:
-            statistics = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-            statistics = statistics.unflatten(1, (POOLINGS[self.pooling], -1))
-        # Not rounded before they are standardized.
-        return self.standardization.pooled(statistics, self.pooling).flatten(1).to(tokens.dtype)
+        """Return what the norm reads: standardized and pooled tokens, (B, S · D); see `forward`."""
+        if self.pooling == "mean":
+            return self.standardization(tokens) if tokens.ndim == 2 else self.standardization.mean(tokens)
+        if tokens.ndim == 2:
+            return tokens
+        own = self.standardization.shift
+        # First, so that the deviation is not that of the noise.
+        standardized = self.standardization(tokens, grid)
+        pooled = pooled_tokens(standardized, self.pooling, grid or (None if own is None else own.shape[:2]))
+        return pooled.flatten(1).to(tokens.dtype)
 
 
 class AttentionHeadBlock(GradientCheckpointingLayer):

@@ -171,7 +171,7 @@ def fit_ridge(
 ) -> ClosedForm:
     """Return the ridge regression of all folds, with the strength whose cross-validated loss is least.
 
-    It is searched for from coarse to fine, as the loss has one minimum but for noise.
+    It is searched for from coarse to fine, which finds it where the loss has one minimum.
 
     Features are standardized by all rows, so that a penalty means the same for each; intercepts are not penalized.
     Each fold is predicted by the solution of the others, in which there is nothing of it but that standardization.
@@ -207,10 +207,17 @@ def fit_ridge(
     trials: dict[int, _Trial] = {}
     places = range(0, len(strengths), _STEP)
     step = _STEP
-    while new := [place for place in places if place in range(len(strengths)) and place not in trials]:
-        found = _trials(parts, total, scale, [strengths[place] for place in new])
-        trials |= zip(new, (trial.judged(variance, loss) for trial in found), strict=True)
+    while True:
+        new = [place for place in places if place in range(len(strengths)) and place not in trials]
+        if not new and step == 1:
+            break
+        if new:
+            found = _trials(parts, total, scale, [strengths[place] for place in new])
+            trials |= zip(new, (trial.judged(variance, loss) for trial in found), strict=True)
         best = min(sorted(trials), key=lambda place: trials[place].loss)
+        for place in trials.keys() - {best}:
+            # Of many classes they are large.
+            trials[place].solutions = []
         # Around the best; where that is better in turn, around that.
         step = max(1, step // 2)
         places = range(best - step, best + step + 1, step)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..model.checks import POOLED_UNSTANDARDIZED
 from ..model.heads import pooled_tokens
 from ..model.image_processing_aselect import ASelectImageProcessor
 from ..model.modeling_aselect import ASelectPreTrainedModel
@@ -26,10 +27,15 @@ class FeatureReader:
         views: The images.
         what: One of `WHAT`.
         dtype: One of `DTYPES`, of what comes back.
+
+    Raises:
+        ValueError: If tokens are to be pooled to deviations, and the model standardizes them first.
     """
 
     def __init__(self, model: ASelectPreTrainedModel, views: Views, what: str, dtype: str) -> None:
         config = model.config
+        if what == "pooled" and not config.is_pooling_of_raw_tokens:
+            raise ValueError(f"what='pooled' with pooling={config.pooling!r} is not possible: {POOLED_UNSTANDARDIZED}")
         self.model = model
         self.views = views
         self.what = what

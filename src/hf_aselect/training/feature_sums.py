@@ -21,6 +21,8 @@ NUM_FOLDS = 5
 _NUM_TOGETHER = 2**12
 # Matrices of the moments' size beside those of the folds while the regression is solved.
 _NUM_WORKING = 12
+# Solutions of each fold that are held at once, beside their sums: of the strengths that are tried together.
+_NUM_SOLUTIONS = 9
 # A token's number in its image has so many bits.
 TOKEN_BITS = 20
 
@@ -200,7 +202,7 @@ def check_memory(width: int, num_targets: int) -> None:
         ValueError: If they exceed what is available.
     """
     size = 8 * (1 + width)
-    needed = size * ((NUM_FOLDS + _NUM_WORKING) * (1 + width) + 2 * NUM_FOLDS * num_targets)
+    needed = size * ((NUM_FOLDS + _NUM_WORKING) * (1 + width) + _NUM_SOLUTIONS * NUM_FOLDS * num_targets)
     available = available_memory()
     if needed > available:
         raise ValueError(
