@@ -21,6 +21,7 @@ from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassifi
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "model_cards" / "selection-benchmark"
+CIFAR10 = ROOT / "model_cards" / "cifar10-classification"
 
 
 def table_rows(text, first_cell):
@@ -142,6 +143,28 @@ def test_the_segmentation_card_has_the_table_of_its_results(camvid):
     content, script = camvid
     assert script.table_of(content) in (CAMVID / "README.md").read_text(encoding="utf-8")
     assert (CAMVID / "curve.png").is_file()
+
+
+def test_the_segmentation_card_has_the_table_of_its_read_outs():
+    content = json.loads((CAMVID / "read_outs.json").read_text(encoding="utf-8"))
+    table = example("benchmarks/read_outs_segmentation.py").table_of(content["runs"])
+    assert table in (CAMVID / "README.md").read_text(encoding="utf-8")
+    best = max(run["mean_iou"] for run in content["runs"] if not run["is_random"])
+    assert best >= 0.26 and best > max(run["mean_iou"] for run in content["runs"] if run["is_random"])
+
+
+def test_the_cifar10_card_has_the_table_of_its_read_outs():
+    results = json.loads((CIFAR10 / "read_outs.json").read_text(encoding="utf-8"))
+    card = (CIFAR10 / "README.md").read_text(encoding="utf-8")
+    assert example("benchmarks/read_outs.py").tables(results) in card
+    (all_blocks,) = [row["seeds"]["0"]["accuracy"] for name, row in results["rows"].items() if "DiT, all blocks" in name]
+    assert all_blocks >= 0.63
+
+
+def test_the_card_of_poolings_has_the_table_of_its_results():
+    folder = ROOT / "model_cards" / "read-outs"
+    pairs = json.loads((folder / "pooling.json").read_text(encoding="utf-8"))
+    assert example("benchmarks/pooling.py").table_of(pairs) in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_chosen_timestep_segments_as_the_benchmark_is_to_show(camvid):
@@ -416,7 +439,6 @@ def test_the_code_of_the_classifiers_card_runs(demos, tmp_path, monkeypatch):
     assert done.stdout.startswith("transformers_modules."), done.stderr[-2000:]
 
 
-CIFAR10 = ROOT / "model_cards" / "cifar10-classification"
 
 
 @pytest.fixture(scope="module")
