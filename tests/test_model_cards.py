@@ -157,7 +157,9 @@ def test_the_cifar10_card_has_the_table_of_its_read_outs():
     results = json.loads((CIFAR10 / "read_outs.json").read_text(encoding="utf-8"))
     card = (CIFAR10 / "README.md").read_text(encoding="utf-8")
     assert example("benchmarks/read_outs.py").tables(results) in card
-    (all_blocks,) = [row["seeds"]["0"]["accuracy"] for name, row in results["rows"].items() if "DiT, all blocks" in name]
+    (all_blocks,) = [
+        row["seeds"]["0"]["accuracy"] for name, row in results["rows"].items() if "DiT, all blocks" in name
+    ]
     assert all_blocks >= 0.63
 
 
@@ -437,8 +439,6 @@ def test_the_code_of_the_classifiers_card_runs(demos, tmp_path, monkeypatch):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.startswith("transformers_modules."), done.stderr[-2000:]
-
-
 
 
 @pytest.fixture(scope="module")
