@@ -212,3 +212,31 @@ def offline():
     server = Forking({**os.environ, **given, "OMP_WAIT_POLICY": "passive"})
     atexit.register(server.close)
     return server
+
+
+def _in_group(work, given, rank, port, queue):
+    import torch  # not needed by those that only fork
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    queue.put((rank, work(rank, *given)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(work, *given):
+    """What a function of a module returns in each of two processes that share their work, by rank."""
+    import torch
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_in_group, args=(work, given, rank, port, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted((queue.get(timeout=300) for _ in processes), key=lambda pair: pair[0])
+    for process in processes:
+        process.join()
+    return [each for _, each in found]

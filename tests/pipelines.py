@@ -313,3 +313,24 @@ PIPELINES = {
     "sana": sana,
     "lumina2": lumina2,
 }
+
+
+# What some families need to be loaded small: fields of the configuration.
+LOAD_OPTIONS = {
+    "sit": {"timestep_embedding": "sit"},
+    "flux": {"image_size": 64},
+    "flux_dev": {"image_size": 64, "guidance": 3.5},
+}
+
+
+def images_of(model, size=None, num=2, seed=0):
+    """Pixel values of a size, by default the model's."""
+    height, width = size or model.config.image_height_width
+    values = torch.rand(num, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(seed))
+    return values * 2 - 1
+
+
+def distance(tokens, expected):
+    """The relative difference of two outputs."""
+    assert tokens.shape == expected.shape
+    return float((tokens.double() - expected.double()).norm() / expected.double().norm())

@@ -43,7 +43,7 @@ def test_the_results_are_written_as_returned(finished):
     assert json.loads((folder / "results.json").read_text()) == results
 
 
-def test_the_keys_that_others_read_are_there():
+def test_the_command_fits_to_as_few_labels_as_its_table_says():
     assert DemoSettings().few == (500, 100)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
-from pipelines import PIPELINES, dit_transformer, sana, sd3
+from pipelines import LOAD_OPTIONS, PIPELINES, distance, dit_transformer, images_of, sana, sd3
 from torch import nn
 from transformers import AutoModelForImageClassification, UperNetConfig, UperNetForSemanticSegmentation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,11 +28,6 @@ from hf_aselect.model.layouts import FEATURES, FoldedLayout, parse_tap_key
 
 TIMESTEP = 141
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1, "num_labels": 3}
-OPTIONS = {
-    "sit": {"timestep_embedding": "sit"},
-    "flux": {"image_size": 64},
-    "flux_dev": {"image_size": 64, "guidance": 3.5},
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +39,10 @@ def load(tmp_path_factory):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
             PIPELINES[name]().save_pretrained(folders[name])
-        given = {"timestep": TIMESTEP, "zeroed_channels": [], **OPTIONS.get(name, {}), **options}
+        given = {"timestep": TIMESTEP, "zeroed_channels": [], **LOAD_OPTIONS.get(name, {}), **options}
         return kind.from_pretrained(folders[name], **given)
 
     return get
-
-
-def pictures(model, size=None, num=2, seed=0):
-    height, width = size or model.config.image_height_width
-    values = torch.rand(num, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(seed))
-    return values * 2 - 1
-
-
-def distance(tokens, expected):
-    """The relative difference of two outputs."""
-    assert tokens.shape == expected.shape
-    return float((tokens.double() - expected.double()).norm() / expected.double().norm())
 
 
 def assert_same(model, expected):
@@ -68,14 +51,14 @@ def assert_same(model, expected):
     assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
     with torch.no_grad():
         # Not to the bit: loaded weights lie at other addresses, for which a kernel may sum in another order.
-        assert distance(model(pictures(model)).logits, expected(pictures(model)).logits) <= 1e-6
+        assert distance(model(images_of(model)).logits, expected(images_of(model)).logits) <= 1e-6
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_tokens_at_every_tap_are_those_of_the_model(load, name, feature):
     model = load(name)
-    given = pictures(model)
+    given = images_of(model)
     for block in range(model.config.num_hidden_layers):
         if feature == "attention" and block >= model.config.layout.num_attention_outputs:
             continue
@@ -104,20 +87,20 @@ def test_pictures_of_other_sizes_are_read_as_before(load, name, size):
     model = load(name)
     folded = model.fold()
     with torch.no_grad():
-        tokens, expected = (each(pictures(model, size)).last_hidden_state for each in (folded, model))
+        tokens, expected = (each(images_of(model, size)).last_hidden_state for each in (folded, model))
     assert distance(tokens, expected) <= 1e-5
 
 
 def test_a_larger_picture_than_the_table_reaches_is_refused(load):
     folded = load("sd3").fold()
     with pytest.raises(ValueError, match=r"folded for a grid of 4×4 tokens and reads at most that size, got 6×4"):
-        folded(pictures(folded, (96, 64)))
+        folded(images_of(folded, (96, 64)))
 
 
 def test_a_model_conditioned_on_the_size_reads_that_size_alone(load):
     folded = load("pixart_alpha").fold()
     with pytest.raises(ValueError, match=r"folded for a grid of 4×4 tokens and reads only that size, got 2×4"):
-        folded(pictures(folded, (32, 64)))
+        folded(images_of(folded, (32, 64)))
 
 
 @pytest.mark.family
@@ -128,7 +111,7 @@ def test_several_taps_of_one_pass_are_folded_together(load):
         assert folded.config.folding.taps == ("-1.hidden", "0.attention", "1.attention")
         with torch.no_grad():
             for got, expected in zip(
-                folded(pictures(backbone)).feature_maps, backbone(pictures(backbone)).feature_maps, strict=True
+                folded(images_of(backbone)).feature_maps, backbone(images_of(backbone)).feature_maps, strict=True
             ):
                 assert distance(got, expected) <= 1e-5
 
@@ -143,7 +126,7 @@ def test_a_prompt_of_several_tokens_is_looked_at(tmp_path, name, feature):
     folded = model.fold()
     assert folded.config.folding.num_cross_tokens + folded.config.folding.text_size == 5
     with torch.no_grad():
-        tokens, expected = folded(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+        tokens, expected = folded(images_of(model)).last_hidden_state, model(images_of(model)).last_hidden_state
     assert distance(tokens, expected) <= 1e-5
 
 
@@ -173,7 +156,7 @@ def test_other_kinds_of_sana_and_lumina(tmp_path, name, options, feature):
     side = model.config.image_size
     for size in ((side, side), (side, 2 * side)):
         with torch.no_grad():
-            given = pictures(model, size)
+            given = images_of(model, size)
             tokens, expected = model.fold()(given).last_hidden_state, model(given).last_hidden_state
         assert distance(tokens, expected) <= 1e-5
 
@@ -185,7 +168,7 @@ def test_other_kinds_of_blocks(tmp_path, options):
     dit_transformer(**options).save_pretrained(tmp_path / "transformer")
     model = DiTModel.from_pretrained(tmp_path / "transformer", timestep=TIMESTEP, block=2)
     with torch.no_grad():
-        tokens, expected = model.fold()(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+        tokens, expected = model.fold()(images_of(model)).last_hidden_state, model(images_of(model)).last_hidden_state
     assert distance(tokens, expected) <= 1e-5
 
 
@@ -220,8 +203,8 @@ def test_decoders_of_one_and_of_four_blocks(tmp_path):
         folded.save_pretrained(tmp_path / decoder)
         again = DiTForSemanticSegmentation.from_pretrained(tmp_path / decoder)
         with torch.no_grad():
-            expected = model(pictures(model)).logits
-            assert distance(folded(pictures(model)).logits, expected) <= 1e-5
+            expected = model(images_of(model)).logits
+            assert distance(folded(images_of(model)).logits, expected) <= 1e-5
             assert_same(again, folded)
 
 
@@ -234,7 +217,7 @@ def test_a_head_of_the_host_stands_on_a_folded_backbone(tmp_path):
         )
     )
     assert isinstance(head.backbone.denoiser, FoldedTransformer)
-    assert head.eval()(pictures(backbone, num=1)).logits.shape == (1, 3, 8, 8)
+    assert head.eval()(images_of(backbone, num=1)).logits.shape == (1, 3, 8, 8)
 
 
 @pytest.mark.family
@@ -247,7 +230,7 @@ def test_what_is_left_is_plain_and_all_of_it_is_used(load, tap):
         model = load(name, DiTForImageClassification, **options).fold().train()
         kinds = {type(part) for part in model.backbone.denoiser.modules() if not list(part.children())}
         assert kinds <= {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.GELU, nn.SiLU, nn.RMSNorm}
-        model(pictures(model), labels=torch.tensor([0, 1])).loss.backward()
+        model(images_of(model), labels=torch.tensor([0, 1])).loss.backward()
         unused = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
         assert not unused, (name, unused)
         assert any(value.requires_grad for value in model.backbone.denoiser.parameters())
@@ -347,7 +330,7 @@ def test_the_host_names_the_attention_kernel(classifier, pixels, tmp_path):
 
 def test_several_heads_share_a_key_and_a_value_in_every_kernel(load):
     model = load("lumina2", block=2, feature="hidden")
-    folded, given = model.fold(), pictures(model)
+    folded, given = model.fold(), images_of(model)
     layout = folded.config.folding
     assert (layout.num_key_value_heads, layout.num_attention_heads) == (2, 4)
     with torch.no_grad():
@@ -360,7 +343,7 @@ def test_several_heads_share_a_key_and_a_value_in_every_kernel(load):
 @pytest.mark.parametrize("name", ["dit", "sana", "lumina2"])
 def test_gradient_checkpointing_changes_nothing(load, name):
     model = load(name, DiTForImageClassification, freeze_backbone=False, **HEAD).fold().train()
-    given, labels = pictures(model), torch.tensor([0, 1])
+    given, labels = images_of(model), torch.tensor([0, 1])
     model(given, labels=labels).loss.backward()
     expected = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()
@@ -474,7 +457,7 @@ def test_the_middle_of_the_middle_is_that_of_the_whole_table(tmp_path, size):
     """An odd grid and an even one have middles that are half a token apart."""
     sd3(pos_embed_max_size=12).save_pretrained(tmp_path)
     model = DiTModel.from_pretrained(tmp_path, timestep=TIMESTEP, image_size=112)
-    folded, given = model.fold(), pictures(model, size)
+    folded, given = model.fold(), images_of(model, size)
     with torch.no_grad():
         assert distance(folded(given).last_hidden_state, model(given).last_hidden_state) <= 1e-5
 
@@ -483,7 +466,7 @@ def test_zeroed_channels_of_another_tap_stay_there(tmp_path):
     dit_transformer(num_layers=4, in_channels=3, out_channels=3).save_pretrained(tmp_path)
     fields = {"timestep": TIMESTEP, "block": 1, "zeroed_channels": [5], "out_indices": [3, 4]}
     model = DiTBackbone.from_pretrained(tmp_path, **fields)
-    given, folded = pictures(model), model.fold()
+    given, folded = images_of(model), model.fold()
     with torch.no_grad():
         for got, expected in zip(folded(given).feature_maps, model(given).feature_maps, strict=True):
             assert distance(got, expected) <= 1e-5
@@ -598,7 +581,7 @@ def test_massive_channels_and_the_record_go_along(load):
     folded = model.fold()
     assert folded.config.zeroed_channels == {"1.hidden": [3]}
     with torch.no_grad():
-        tokens, expected = folded(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+        tokens, expected = folded(images_of(model)).last_hidden_state, model(images_of(model)).last_hidden_state
     assert distance(tokens, expected) <= 1e-5
     assert not tokens[..., 3].any()
 
@@ -606,7 +589,7 @@ def test_massive_channels_and_the_record_go_along(load):
 def test_noise_draws_are_averaged(load):
     model = load("dit", num_noise_draws=3)
     with torch.no_grad():
-        tokens, expected = model.fold()(pictures(model)).last_hidden_state, model(pictures(model)).last_hidden_state
+        tokens, expected = model.fold()(images_of(model)).last_hidden_state, model(images_of(model)).last_hidden_state
     assert distance(tokens, expected) <= 1e-5
 
 
@@ -616,7 +599,7 @@ def test_folded_in_half_precision(load, dtype):
     """Folding rounds once: it is no further from float32 than the half-precision model that it was made from."""
     for name in ("dit", "sd3", "sana", "lumina2"):
         exact, half = load(name), load(name, dtype=dtype)
-        given = pictures(exact)
+        given = images_of(exact)
         with torch.no_grad():
             expected, tokens = exact(given).last_hidden_state, half(given).last_hidden_state
             folded = half.fold()

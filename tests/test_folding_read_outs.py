@@ -10,7 +10,7 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from pipelines import PIPELINES, dit_transformer, sd35
+from pipelines import LOAD_OPTIONS, PIPELINES, distance, dit_transformer, images_of, sd35
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
@@ -30,11 +30,6 @@ from hf_aselect.model.layouts import FEATURES, FoldedLayout
 TIMESTEPS = [141, 7, 800]
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1, "num_labels": 3}
 SEVERAL = {"timestep": TIMESTEPS, "block": "all", "feature": ["hidden", "query"]}
-OPTIONS = {
-    "sit": {"timestep_embedding": "sit"},
-    "flux": {"image_size": 64},
-    "flux_dev": {"image_size": 64, "guidance": 3.5},
-}
 # At each timestep another tap, and another depth.
 UNEVEN = [[30, 0, "query"], [700, 2, "hidden"], [30, 1, "normed"], [2, 0, "attention"], [5, 1, "value"]]
 
@@ -48,7 +43,7 @@ def load(tmp_path_factory):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
             PIPELINES[name]().save_pretrained(folders[name] / "pipeline")
-            given = {"timestep": 5, "zeroed_channels": [], **OPTIONS.get(name, {})}
+            given = {"timestep": 5, "zeroed_channels": [], **LOAD_OPTIONS.get(name, {})}
             # Loaded once with text encoders; then from what it is saved as.
             DiTModel.from_pretrained(folders[name] / "pipeline", **given).save_pretrained(folders[name] / "model")
         return kind.from_pretrained(folders[name] / "model", **options)
@@ -64,21 +59,9 @@ def folder(tmp_path_factory):
     return made
 
 
-def pictures(model, num=2):
-    height, width = model.config.image_height_width
-    values = torch.rand(num, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
-    return values * 2 - 1
-
-
-def distance(tokens, expected):
-    """The relative difference of two outputs."""
-    assert tokens.shape == expected.shape
-    return float((tokens.double() - expected.double()).norm() / expected.double().norm())
-
-
 def difference(folded, model, given=None):
     """The relative difference of what two models say of the same pictures."""
-    given = pictures(model) if given is None else given
+    given = images_of(model) if given is None else given
     with torch.no_grad():
         outputs, expected = folded(given), model(given)
     if hasattr(expected, "feature_maps"):
@@ -104,7 +87,7 @@ def test_every_tap_at_three_timesteps_is_that_of_the_model(load, name, tmp_path)
     model = load(name, read_out=read_out)
     folded = model.fold()
     with torch.no_grad():
-        found, expected = (each._read(each.config.read_outs(), pictures(model))[0] for each in (folded, model))
+        found, expected = (each._read(each.config.read_outs(), images_of(model))[0] for each in (folded, model))
     assert found.keys() == expected.keys() and len(found) == len(read_out)
     assert max(distance(found[each], expected[each]) for each in found) <= 1e-5
     folded.save_pretrained(tmp_path)
@@ -123,7 +106,7 @@ def test_each_timestep_is_run_as_deep_as_it_is_read(load, name):
     calls = []
     for index, block in enumerate(folded.denoiser.blocks):
         block.register_forward_hook(lambda _module, inputs, _output, index=index: calls.append((inputs[3], index)))
-    folded(pictures(model))
+    folded(images_of(model))
     # Timesteps 30, 700, 2 and 5.
     assert calls == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (3, 0), (3, 1)]
 
@@ -136,7 +119,7 @@ def test_all_that_is_trained_is_used(load, name):
     for read_out in (every, every[: len(every) // 2], UNEVEN, [[1, last, "value"], [2, last, "key"]]):
         options = {"freeze_backbone": False, "read_out": read_out, **HEAD}
         folded = load(name, DiTForImageClassification, **options).fold().train()
-        folded(pictures(folded), labels=torch.tensor([0, 1])).loss.backward()
+        folded(images_of(folded), labels=torch.tensor([0, 1])).loss.backward()
         unused = [key for key, value in folded.named_parameters() if value.requires_grad and value.grad is None]
         assert not unused
         kinds = {type(part) for part in folded.backbone.denoiser.modules() if not list(part.children())}
@@ -164,7 +147,7 @@ def test_several_timesteps_share_the_weights_and_one_has_the_layout_of_before(lo
 def test_a_classifier_is_loaded_folded_saved_and_trained(folder, tmp_path, head):
     options = {"head": head, "freeze_backbone": False, **HEAD, **SEVERAL, "timestep": [141, 7]}
     model = DiTForImageClassification.from_pretrained(folder, **options)
-    model.standardize(pictures(model, 8))
+    model.standardize(images_of(model, num=8))
     folded = model.fold()
     assert type(folded) is DiTForImageClassification and folded.num_parameters() < model.num_parameters()
     assert difference(folded, model) <= 1e-5
@@ -172,7 +155,7 @@ def test_a_classifier_is_loaded_folded_saved_and_trained(folder, tmp_path, head)
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "folded")
     assert difference(again, folded) <= 1e-6
     before = copy.deepcopy(again.state_dict())
-    rows = [{"pixel_values": each, "labels": index % 3} for index, each in enumerate(pictures(model, 6))]
+    rows = [{"pixel_values": each, "labels": index % 3} for index, each in enumerate(images_of(model, num=6))]
     arguments = TrainingArguments(
         tmp_path / "out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no", learning_rate=1e-2
     )
@@ -216,7 +199,7 @@ def test_a_backbone_is_folded(folder, tmp_path, options):
 
 def test_what_is_no_longer_there_is_not_read(folder, tmp_path):
     model = DiTModel.from_pretrained(folder, timestep=[5, 60], block=[1, 3], feature=["hidden", "query"])
-    folded, given = model.fold(), pictures(model)
+    folded, given = model.fold(), images_of(model)
     # Any of them, alone and together.
     for asked in ({"timestep": 60}, {"block": 3, "feature": "query"}, {"timestep": [60, 5], "block": 1}):
         with torch.no_grad():
@@ -257,7 +240,7 @@ def test_massive_channels_and_noise_draws_go_along(load):
     # Of a single tap at several timesteps they may be a list.
     model = load("dit", timestep=[5, 60], block=1, feature="hidden", zeroed_channels=[3])
     assert difference(model.fold(), model) <= 1e-5
-    assert not model.fold()(pictures(model)).last_hidden_state[..., [3, 35]].any()
+    assert not model.fold()(images_of(model)).last_hidden_state[..., [3, 35]].any()
 
 
 @pytest.mark.family
@@ -281,7 +264,7 @@ def test_gradients_with_checkpoints_are_those_without(load, name):
         if is_checkpointed:
             folded.activation_checkpointing_enable()
         folded.zero_grad()
-        folded(pictures(folded), labels=torch.tensor([0, 1])).loss.backward()
+        folded(images_of(folded), labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({key: value.grad for key, value in folded.named_parameters() if value.requires_grad})
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, msg=key)
@@ -291,7 +274,7 @@ def test_gradients_with_checkpoints_are_those_without(load, name):
 def test_lora_trains_the_shared_layers(load, tmp_path):
     folded = load("dit", DiTForImageClassification, **SEVERAL, **HEAD).fold()
     adapted = get_peft_model(folded, LoraConfig(target_modules=["query_key_value", "down_projection"], r=2))
-    adapted(pictures(folded), labels=torch.tensor([0, 1])).loss.backward()
+    adapted(images_of(folded), labels=torch.tensor([0, 1])).loss.backward()
     trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
     blocks = {name.split("blocks.")[1].split(".")[0] for name in trained if "denoiser.blocks" in name}
     assert blocks == {"0", "1", "2"}
@@ -301,7 +284,7 @@ def test_lora_trains_the_shared_layers(load, tmp_path):
 def test_a_head_is_fitted_on_images_and_on_a_cache_of_a_folded_model(folder, tmp_path):
     options = {"head": "linear", "head_norm": False, "num_labels": 3, **SEVERAL}
     model = DiTForImageClassification.from_pretrained(folder, **options)
-    values = (pictures(model, 24).permute(0, 2, 3, 1) * 127.5 + 127.5).numpy().astype("uint8")
+    values = (images_of(model, num=24).permute(0, 2, 3, 1) * 127.5 + 127.5).numpy().astype("uint8")
     rows = {"image": [Image.fromarray(each) for each in values], "label": [index % 3 for index in range(24)]}
     dataset, folded = Dataset.from_dict(rows), model.fold()
     cached = cache_features(folded, dataset, tmp_path, what="pooled", dtype="float32")
@@ -321,7 +304,7 @@ def test_a_head_is_fitted_on_images_and_on_a_cache_of_a_folded_model(folder, tmp
 @pytest.mark.parametrize("name", ["dit", "sd35"])
 def test_compiled_without_graph_breaks_and_exported_with_a_free_batch(load, name):
     folded = load(name, DiTForImageClassification, read_out=UNEVEN, **HEAD).fold()
-    given = pictures(folded, 3)
+    given = images_of(folded, num=3)
     with torch.no_grad():
         expected = folded(given).logits
         compiled = torch.compile(folded, fullgraph=True, backend="eager")

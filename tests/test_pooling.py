@@ -84,7 +84,8 @@ def test_images_tokens_and_caches_give_the_same_logits(pixel_folder, train, tmp_
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert fit.accuracy > 0.9
     refit = load(pixel_folder, pooling=pooling, block="all", feature="hidden").fit_head(caches[-1])
-    assert refit.accuracy == pytest.approx(fit.accuracy, abs=0.05)
+    # Of 90 images; tokens that are standardized first have other deviations.
+    assert refit.accuracy == pytest.approx(fit.accuracy, abs=4 / 90)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -1,8 +1,6 @@
 """Several timesteps that complement each other: selected by what the set predicts together, from one pass."""
 
 import json
-import os
-import socket
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +9,7 @@ import torch
 from conftest import HEAD, build_transformer
 from datasets import Dataset
 from diffusers import DDPMScheduler
+from forking import in_two_processes
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
@@ -434,29 +433,13 @@ def select_both_ways(folder):
     return [select_timestep(model, images(), timesteps=GRID, num_timesteps=3, **options).to_dict() for options in ways]
 
 
-def select_in_process(rank, port, folder, queue):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    queue.put((rank, select_both_ways(folder)))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def select_in_process(rank, folder):
+    return select_both_ways(folder)
 
 
 @pytest.mark.process
 def test_two_processes_select_what_one_does(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=select_in_process, args=(rank, port, folder, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    first, second = (
-        records for _, records in sorted((queue.get(timeout=300) for _ in processes), key=lambda pair: pair[0])
-    )
-    for process in processes:
-        process.join()
+    first, second = in_two_processes(select_in_process, folder)
     for one, other, alone in zip(first, second, select_both_ways(folder), strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
         assert one["selected_timesteps"] == alone["selected_timesteps"]

@@ -1,8 +1,6 @@
 import json
 import logging
-import os
 import random
-import socket
 import zlib
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from forking import in_two_processes
 from PIL import Image
 
 from hf_aselect import (
@@ -854,16 +853,12 @@ def to_image(pixel_values):
     return Image.fromarray(((pixel_values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
-def select_in_process(rank, port, folder, queue):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def select_in_process(rank, folder):
     if rank:
         # Another machine may find the components with other signs.
         found = accumulators.leading_directions
         accumulators.leading_directions = lambda moments: -found(moments)
-    queue.put((rank, select_in_all_ways(folder)))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return select_in_all_ways(folder)
 
 
 def pictures_of_three_channels(count=90):
@@ -872,19 +867,7 @@ def pictures_of_three_channels(count=90):
 
 @pytest.mark.process
 def test_two_processes_choose_what_one_does(pixel_folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=select_in_process, args=(rank, port, pixel_folder, queue)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    records = [record for _, record in sorted((queue.get(timeout=120) for _ in processes), key=lambda pair: pair[0])]
-    for process in processes:
-        process.join()
+    records = in_two_processes(select_in_process, pixel_folder)
     assert [record["num_images"] for record in records[0]] == [64, 150, 150, 64, 40, 70, 1, 6]
     assert records[0][2]["settings"] == {"pooling": "mean_std", "num_targets": 256, "region_weight": 0.2}
     for first, second, alone in zip(*records, select_in_all_ways(pixel_folder), strict=True):

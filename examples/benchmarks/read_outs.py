@@ -283,23 +283,22 @@ class Benchmark:
             where = ", ".join(map(str, timesteps))
             return Row(f"{name}, t = {where}{by}, {kind}", kind, sources[key], tuple(timesteps))
 
-        for key, name in names.items():
-            rows += [
-                row(f"{name}, `{feature}` of block {block}", f"{key} tap", linear["1"], LINEAR),
-                row(f"{name}, all blocks", f"{key} all", linear["1"], LINEAR),
-                row(f"{name}, all blocks", f"{key} all", linear["3"], LINEAR),
-            ]
+        def rows_of_dit(timesteps: dict[str, list[int]], kind: str, blocks: str, which: str) -> list[Row]:
+            found = []
+            for key, name in names.items():
+                found.append(row(f"{name}, `{feature}` of block {block}", f"{key} tap", timesteps["1"], kind))
+                found.append(row(f"{name}, all blocks", f"{key} all", timesteps["1"], kind))
+                found.append(row(f"{name}, {blocks}", f"{key} {which}", timesteps["3"], kind))
+            return found
+
+        rows += rows_of_dit(linear, LINEAR, "all blocks", "all")
         if "unet" in sources:
             rows += [row("UNet, all stages", "unet", linear[num], LINEAR) for num in ("1", "3")]
         if "unet" in sources and "by labels" not in self.args.without:
             for key, name in (("dit all", "DiT, all blocks"), ("unet", "UNet, all stages")):
                 rows.append(row(name, key, [self.best_by_labels(sources[key])], LINEAR, " by labels"))
-        for key, name in names.items():
-            rows += [
-                row(f"{name}, `{feature}` of block {block}", f"{key} tap", attention["1"], ATTENTION),
-                row(f"{name}, all blocks", f"{key} all", attention["1"], ATTENTION),
-                row(f"{name}, blocks {blocks}", f"{key} three", attention["3"], ATTENTION),
-            ]
+        # Tokens of all blocks at three timesteps would be too many.
+        rows += rows_of_dit(attention, ATTENTION, f"blocks {blocks}", "three")
         if "unet" in sources:
             rows.append(row("UNet, all stages", "unet", attention["1"], ATTENTION))
         rows.append(Row(f"EfficientNet-Lite0 (ImageNet labels), {LINEAR}", LINEAR, has_seed=False))

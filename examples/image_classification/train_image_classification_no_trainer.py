@@ -191,7 +191,9 @@ def main() -> None:
         return {"pixel_values": pixels, "labels": batch[args.label_column]}
 
     if args.cache_dir:
-        what = "pooled" if args.head == "linear" else "tokens"
+        # Deviations of tokens cannot be pooled before these are standardized.
+        is_pooled = args.head == "linear" and model.config.is_pooling_of_raw_tokens
+        what = "pooled" if is_pooled else "tokens"
         options = {"image_column": args.image_column, "what": what}
         model.to(accelerator.device)
         train = cache_features(model, train, args.cache_dir, num_views=args.num_views, **options)

@@ -31,7 +31,8 @@ from .attention_head import BATCH_SIZE, load_attention_model, train_attention_he
 from .results import Stopwatch, choice_of, probe_baselines, probe_figures, save_curve, write_json
 from .sample import EMBEDDED, classes_of, load_embedded_split
 
-# What is read: an early and the last block. Two features of each say more than one of four blocks.
+# What is read: an early and the last block, which are among the best read-outs that were compared. The more of them,
+# the longer the fit takes.
 READ_OUT: dict[str, Any] = {"block": [2, 7], "feature": ["hidden", "key"], "pooling": "regions"}
 # What the linear probes read in comparison: the tap that a model of this depth has by default.
 SINGLE_TAP: dict[str, Any] = {"block": 3, "feature": "query"}
@@ -95,13 +96,7 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
     labels = {"train": torch.tensor(train["label"][:]), "test": torch.tensor(test["label"][:])}
     with watch.measure("read_features"):
         pooled = {split: pooled_features(model, batch, split) for split, batch in pixels.items()}
-    draws = {num: draw_labels(labels["train"], num, settings.num_draws, settings.seed) for num in settings.few}
-    few = {}
-    for num, drawn in draws.items():
-        with watch.measure(f"read_out_{num}"):
-            few[f"read_out_{num}"] = [fit(model, pooled, labels, rows) for rows in drawn]
-        with watch.measure(f"raw_pixels_{num}"):
-            few[f"raw_pixels_{num}"] = [raw_pixel_accuracy(pixels, labels, settings.seed, rows) for rows in drawn]
+    few = few_label_accuracies(model, pooled, pixels, labels, settings, watch)
     with watch.measure("read_out"):
         # Last: this is the head that is saved.
         read_out = fit(model, pooled, labels)
@@ -138,10 +133,11 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
         "num_draws": settings.num_draws,
     }
     if settings.attention_head:
+        given = {"num_views": settings.num_views, "num_epochs": settings.num_epochs}
         with watch.measure("attention_head"):
-            given = {"num_views": settings.num_views, "num_epochs": settings.num_epochs, "seed": settings.seed}
             other = load_attention_model(train, settings.num_calibration)
-            share = train_attention_head(other, pixels, labels, output / "attention_head", **given)
+            folder = output / "attention_head"
+            share = train_attention_head(other, pixels, labels, folder, seed=settings.seed, **given)
         results["accuracy"]["attention_head"] = share
         results |= {"attention_head_timestep": other.config.timestep, **given}
     with watch.measure("save_and_reload"):
@@ -187,13 +183,34 @@ def fit(
     model: DiTForImageClassification, pooled: dict[str, Tensor], labels: dict[str, Tensor], rows: Tensor | None = None
 ) -> float:
     """Fit the head in closed form to some training images (default: all), and return its test accuracy in [0, 1]."""
-    chosen = slice(None) if rows is None else rows
-    sets = [
+    everything = slice(None)
+    train, test = (
         {"features": pooled[split][part], "labels": labels[split][part]}
-        for split, part in (("train", chosen), ("test", slice(None)))
-    ]
-    found = model.fit_head(sets[0], eval_dataset=sets[1])
+        for split, part in (("train", everything if rows is None else rows), ("test", everything))
+    )
+    found = model.fit_head(train, eval_dataset=test)
     return float((found.evaluation or {})["accuracy"])
+
+
+def few_label_accuracies(
+    model: DiTForImageClassification,
+    pooled: dict[str, Tensor],
+    pixels: dict[str, Tensor],
+    labels: dict[str, Tensor],
+    settings: DemoSettings,
+    watch: Stopwatch,
+) -> dict[str, list[float]]:
+    """Return the test accuracy of the head and of raw pixels from few labels, for each draw of them, by name."""
+    accuracies = {}
+    for num in settings.few:
+        drawn = draw_labels(labels["train"], num, settings.num_draws, settings.seed)
+        with watch.measure(f"read_out_{num}"):
+            accuracies[f"read_out_{num}"] = [fit(model, pooled, labels, rows) for rows in drawn]
+        with watch.measure(f"raw_pixels_{num}"):
+            accuracies[f"raw_pixels_{num}"] = [
+                raw_pixel_accuracy(pixels, labels, settings.seed, rows) for rows in drawn
+            ]
+    return accuracies
 
 
 def draw_labels(labels: Tensor, num: int, num_draws: int, seed: int) -> list[Tensor]:
@@ -201,7 +218,7 @@ def draw_labels(labels: Tensor, num: int, num_draws: int, seed: int) -> list[Ten
 
     Args:
         labels: Class of each image, (n,).
-        num: Images of a draw; of a class at most those that there are.
+        num: Images of a draw; fewer where it is no multiple of the classes, or a class has not so many.
         num_draws: Draws.
         seed: Seed of the draws.
 

@@ -74,10 +74,8 @@ def fold_pixart(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: 
 def _pixart_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> Weights:
     yield from patch_state(denoiser.transformer.pos_embed, layout).items()
     for index, block in enumerate(denoiser.blocks[: layout.last_block + 1]):
-        modulations, is_run = (
-            [table_modulation(block, start.condition) for start in starts],
-            layout.is_run(index),
-        )
+        modulations = [table_modulation(block, start.condition) for start in starts]
+        is_run = layout.is_run(index)
         has_constant = is_run and not layout.num_cross_tokens
         offset = cross_constant(block.attn2, _context(starts[0])) if has_constant else None
         stream = stream_of(block, block.attn1, block.norm1, block.norm2, modulations, offset)

@@ -316,8 +316,7 @@ class FoldedLayout:
         are_others = all(map(_is_timestep, self.others)) and len({self.timestep, *self.others}) == 1 + len(self.others)
         self._check(lambda _: are_others, "other integers in [0, 1000), each once,", "others")
         sizes = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "mlp_size", "rows", "columns")
-        is_size = lambda value: _is_count(value) and value > 0  # noqa: E731
-        self._check(is_size, "an integer from 1 on", *sizes, "position_base_size")
+        self._check(lambda value: _is_count(value) and value > 0, "an integer from 1 on", *sizes, "position_base_size")
         counts = ("num_key_value_heads", "num_refiners", "num_cross_tokens", "num_cross_heads", "cross_size")
         self._check(_is_count, "an integer from 0 on", *counts, "position_table_size", "text_size", "num_joint_blocks")
         self._check(_is_number, "a number", "attention_norm_eps", "mlp_norm_eps", "position_scale", "rotary_theta")
