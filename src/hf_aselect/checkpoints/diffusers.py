@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.checks import read_json, refuse_other_than_weights
-from ..model.configuration_aselect import DDPM_LINEAR, ASelectConfig
+from ..model.configuration_aselect import DDPM_LINEAR, PARTS, ASelectConfig
 from ..model.denoisers import build_denoiser, build_vae_encoder
-from ..model.layouts import check_family
+from ..model.layouts import check_family, record_of
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
 from .hub_files import HubOptions, locate
@@ -88,7 +88,8 @@ def load_diffusers(
         dtype: What the empty prompt's embeddings are in, where the transformer needs them; see `encode_empty_prompt`.
         without: Parts of the text side to do without; see `encode_empty_prompt`.
         prompt_embeds: The empty prompt's embeddings by name, in place of computing them.
-        fields: Fields of `ASelectConfig` that take the place of what was read.
+        fields: Fields of `ASelectConfig` that take the place of what was read. A transformer or VAE of diffusers that
+            is given as an object brings its weights along.
 
     Returns:
         The configuration, and the weights by the names that `DiTModel` gives them, one after the other, in the dtype
@@ -97,6 +98,8 @@ def load_diffusers(
     Raises:
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
+    modules = {part: fields[part] for part in PARTS if isinstance(fields.get(part), nn.Module)}
+    fields |= {part: record_of(fields[part]) for part in PARTS if part in fields}
     is_bare = not (folder / "transformer").is_dir()
     transformer_folder = folder if is_bare else folder / "transformer"
     transformer = _read_transformer(transformer_folder)
@@ -123,7 +126,11 @@ def load_diffusers(
     else:
         embeddings = checked_embeddings(prompt_embeds, name, dtype)
         _note_prompt(config, embeddings)
-    return config, _weights(files, embeddings, expected, folder.name, name)
+    read: dict[str, Iterable[tuple[str, Tensor]]] = {
+        part: modules[part].state_dict().items() if part in modules else iterate_weights(paths)
+        for part, paths in files.items()
+    }
+    return config, _weights(read, embeddings, expected, folder.name, name)
 
 
 def _read_transformer(folder: Path) -> dict[str, Any]:
@@ -176,8 +183,8 @@ def _default_scheduler(folder: Path, transformer: dict[str, Any], fields: dict[s
     if name != "DiTTransformer2DModel" and "scheduler" not in fields:
         raise ValueError(
             f"{str(folder)!r} is a {name} alone: the noise levels of its timesteps are unknown. Load the whole "
-            "pipeline, or pass `scheduler=`, the configuration of the scheduler that it was trained with "
-            "(`dict(scheduler.config)`, with `_class_name`)."
+            "pipeline, or pass `scheduler=`, what it was trained with: the configuration that diffusers saved, "
+            "or the scheduler itself."
         )
     return dict(DDPM_LINEAR)
 
@@ -260,19 +267,23 @@ def _note_prompt(config: ASelectConfig, embeddings: dict[str, Tensor]) -> None:
 
 
 def _weights(
-    files: dict[str, list[Path]], embeddings: dict[str, Tensor], expected: Container[str], source: str, kind: str
+    read: Mapping[str, Iterable[tuple[str, Tensor]]],
+    embeddings: dict[str, Tensor],
+    expected: Container[str],
+    source: str,
+    kind: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights by the names that `DiTModel` gives them, one after the other.
 
     Args:
-        files: Those of the transformer and of the VAE.
+        read: Those of the transformer and of the VAE, by diffusers' names.
         embeddings: The empty prompt's.
         expected: Names that the model has a place for; tensors of other names are left out, with a warning.
         source: What they are read from, for that warning.
         kind: The transformer's class, for it.
     """
     left_over = []
-    for key, value in iterate_weights(files["transformer"]):
+    for key, value in read["transformer"]:
         name = f"denoiser.transformer.{key}"
         if name in expected:
             refuse_other_than_weights(key, value.dtype)
@@ -281,7 +292,7 @@ def _weights(
             left_over.append(key)
     for key, value in embeddings.items():
         yield f"denoiser.{key}", value
-    for key, value in iterate_weights(files["vae"]):
+    for key, value in read["vae"]:
         if not key.startswith(VAE_ENCODER_KEYS):
             continue
         name = f"vae.{_renamed(key)}"

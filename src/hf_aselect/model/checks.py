@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .layouts import MAX_SIZE, TransformerLayout
+from .layouts import MAX_SIZE, TransformerLayout, hint_of, plain
 
 NUM_TIMESTEPS = 1000
 # By class of the VAE: the field whose length is the number of its resolutions. Nobody has a VAE of more than so many.
@@ -27,6 +27,7 @@ def check_timestep(timestep: Any) -> None:
     Raises:
         ValueError: If `timestep` is not an integer or lies outside [0, 1000).
     """
+    timestep = plain(timestep)
     if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < NUM_TIMESTEPS:
         raise ValueError(
             f"`timestep` must be an integer in [0, {NUM_TIMESTEPS}) or 'auto' (0 = least noise), got {timestep!r}."
@@ -39,6 +40,7 @@ def check_count(name: str, count: Any) -> None:
     Raises:
         ValueError: If `count` is none.
     """
+    count = plain(count)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"`{name}` must be at least 1, got {count!r}; an integer.")
 
@@ -53,11 +55,10 @@ def check_vae(vae: dict[str, Any] | None) -> None:
         return
     name = vae.get("_class_name")
     if not isinstance(name, str) or name not in VAE_LEVELS:
-        raise ValueError(f"Unsupported VAE {name!r}; supported are {', '.join(VAE_LEVELS)}.")
+        raise ValueError(f"Unsupported VAE {name!r}; supported are {', '.join(VAE_LEVELS)}.{hint_of(name)}")
     if missing := [field for field in ("in_channels", VAE_LEVELS[name]) if vae.get(field) is None]:
         raise ValueError(
-            f"`vae` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
-            "(`dict(vae.config)`)."
+            f"`vae` lacks {', '.join(missing)}: give the VAE itself, or the whole configuration that diffusers saved."
         )
     if not isinstance(vae[VAE_LEVELS[name]], list | tuple):
         raise ValueError(f"`vae` must have a list as `{VAE_LEVELS[name]}`, got {vae[VAE_LEVELS[name]]!r}.")
@@ -111,31 +112,37 @@ def check_dtype(dtype: Any) -> None:
     raise ValueError(f"`dtype` must be float32, bfloat16, float16 or float64, got {short(dtype)}.")
 
 
-def check_classes(names: Any, numbers: Any, num_labels: Any) -> None:
-    """Refuse classes that are not counted from 0 on, or not named each.
+def class_maps(fields: dict[str, Any], num_labels: Any) -> dict[str, dict[Any, Any]]:
+    """Return `id2label` and `label2id` by name, each derived from the other where it is not given; none of neither.
 
     Args:
-        names: The field `id2label`.
-        numbers: The field `label2id`.
+        fields: Of a configuration, those two among them.
         num_labels: How many there are, where that is said.
 
     Raises:
-        ValueError: If one of them is not what it must be.
+        ValueError: If one of them is not what it must be: classes are counted from 0 on, and named each.
     """
+    names, numbers = (plain(fields.get(name)) for name in ("id2label", "label2id"))
     if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
         raise ValueError(f"`num_labels` must be an integer from 1 on, got {short(num_labels)}.")
     if numbers is not None and not isinstance(numbers, dict):
         raise ValueError(f"`label2id` must be a dictionary of classes by name, got {short(numbers)}.")
+    given, shown = "id2label", names
+    if names is None and numbers:
+        given, shown, names = "label2id", numbers, {str(number): name for name, number in numbers.items()}
     if names is None:
-        return
+        return {}
     # JSON has words for keys.
     keys = {str(key) for key in names} if isinstance(names, dict) else set()
-    if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(names):
+    if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(shown):
         raise ValueError(
-            f"`id2label` must name the classes by their numbers, from 0 on and each once, got {short(names)}."
+            f"`{given}` must name the classes by their numbers, from 0 on and each once, got {short(shown)}."
         )
     if num_labels is not None and len(names) != num_labels:
-        raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
+        raise ValueError(f"`num_labels` is {num_labels}, but `{given}` names {len(names)} classes: {shown}.")
+    named = {int(number): name for number, name in names.items()}
+    named = dict(sorted(named.items())) if given == "label2id" else named
+    return {"id2label": named, "label2id": numbers or {name: number for number, name in named.items()}}
 
 
 # Of a configuration, an index or a card; the index of the largest model has a few.

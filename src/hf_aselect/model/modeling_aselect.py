@@ -37,7 +37,7 @@ from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import AttentionHead, FeatureStandardization, concatenated, token_map, without_rounding
 from .image_processing_aselect import ASelectImageProcessor
-from .layouts import ReadOut, Tap
+from .layouts import ReadOut, Tap, plain
 from .noise_schedule import NoiseSchedule, fixed_noise
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ class TokenReader(PreTrainedModel):
             ValueError: If `timestep` is outside [0, 1000), `draw` is no integer from 0 on, or latents are none.
         """
         check_floats("latents", latents)
+        draw = plain(draw)
         if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
             raise ValueError(f"`draw` must be an integer from 0 on, got {draw!r}.")
         noise = self._base().noise(tuple(latents.shape[1:]), draw)
@@ -347,7 +348,7 @@ class ShareableModel(TokenReader):
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
-        tags: Sequence[str] | str = (),
+        tags: Sequence[str] | str | None = (),
         **facts: Any,
     ) -> Any:
         """Upload configuration, weights, code, image processor, card and curve as one commit.
@@ -377,11 +378,14 @@ class ShareableModel(TokenReader):
             ValueError: If a fact is unknown or of no such kind, before anything is made on the Hub.
             ImportError: If there are facts and the package is not installed.
         """
+        facts.pop("use_temp_dir", None)  # of transformers 4, as is the next one
+        if not facts.pop("safe_serialization", True):
+            raise ValueError("`safe_serialization=False` asks for pickled weights, which are never written.")
         hub = package("hub.push", "A card with facts of its own" if facts else None)
         commit: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
         where: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
         if hub is not None:
-            return hub.push_model(self, repo_id, private, max_shard_size, tags=tags, **commit, **where, **facts)
+            return hub.push_model(self, repo_id, private, max_shard_size, tags=tags or (), **commit, **where, **facts)
         api = HfApi(token=token)
         repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if revision is not None and not revision.startswith("refs/pr/"):
@@ -389,7 +393,7 @@ class ShareableModel(TokenReader):
         with TemporaryDirectory() as folder:
             self._save(folder, max_shard_size=max_shard_size, include_code=True)
             save_image_processor(self, folder)
-            named = [tags] if isinstance(tags, str) else list(tags)
+            named = [tags] if isinstance(tags, str) else list(tags or ())
             create_and_tag_model_card(repo_id, named, token=token).save(Path(folder, "README.md"))  # type: ignore[arg-type]
             commit["commit_message"] = commit_message or "Upload model"
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit, **where)
@@ -514,6 +518,7 @@ class ASelectPreTrainedModel(ShareableModel):
                 standardized, and the package is not installed.
         """
         source = pretrained_model_name_or_path
+        source = os.fspath(source) if isinstance(source, os.PathLike) else source  # of any kind, as `os.scandir`'s
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
@@ -750,13 +755,16 @@ class DiTModel(ASelectPreTrainedModel):
 
     Args:
         config: The configuration.
+        add_pooling_layer: False, as scripts pass it that want ViT without one. There is none to be added.
     """
 
     schedule: NoiseSchedule
     denoiser: Any  # one of the families of `denoisers`
     vae: Any  # diffusers is imported when a VAE is built, not here
 
-    def __init__(self, config: ASelectConfig) -> None:
+    def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False) -> None:
+        if add_pooling_layer:
+            raise ValueError("`add_pooling_layer=True` adds nothing: `pooler_output` is the mean of the tokens.")
         super().__init__(config)
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..model.checks import check_count, check_timestep
 from ..model.configuration_aselect import ASelectConfig
-from ..model.layouts import Tap
+from ..model.layouts import Tap, plain
 from .accumulators import AUTO_FEATURES
 from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, scores_sets, suited
 from .placement import selected_at
@@ -75,6 +75,8 @@ def checked_request(
     Raises:
         ValueError: If an argument is not what `select_timestep` takes.
     """
+    timesteps, block, feature, num_timesteps = map(plain, (timesteps, block, feature, num_timesteps))
+    max_images, batch_size, confidence, seed = map(plain, (max_images, batch_size, confidence, seed))
     criterion = _checked_criterion(criterion, labels)
     masks = _masks(labels, images)
     criterion = suited(criterion, model.config, masks is not None)

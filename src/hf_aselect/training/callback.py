@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..hub.push import write_model_card
+from ..model.layouts import plain
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.apply import apply_selection
 from ..selection.record import TimestepSelection
@@ -59,6 +60,7 @@ class ASelectCallback(TrainerCallback):
         follow: bool = False,
         **options: Any,
     ) -> None:
+        max_images, reselect_epochs = plain(max_images), plain(reselect_epochs)
         for name, value in (("max_images", max_images), ("reselect_epochs", reselect_epochs)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")

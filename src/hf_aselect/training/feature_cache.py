@@ -13,7 +13,7 @@ import torch
 from datasets.fingerprint import Hasher
 
 from ..model.checks import IGNORED_LABEL
-from ..model.layouts import tap_key
+from ..model.layouts import plain, tap_key
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.distribution import called_by
 from ..selection.images import refuse_addresses
@@ -75,6 +75,7 @@ def cache_features(
             negative (but for -100), a picture cannot be read, or a value is beyond `dtype` or not finite.
         OSError: If the disk has too little space, which is looked at before anything is computed.
     """
+    num_views, batch_size, seed = map(plain, (num_views, batch_size, seed))
     _check_dataset(dataset)
     _check_options(what, num_views, augment, batch_size, dtype, seed)
     if what != "latents":
@@ -83,9 +84,9 @@ def cache_features(
     refuse_addresses(dataset)
     kept = _kept_columns(dataset, column)
     _check_labels(model, dataset, kept)
-    plain = dataset.with_format(None)
-    reader = FeatureReader(model, Views(plain, column, num_views, augment, seed), what, dtype)
-    parts = FeatureParts(reader, plain, kept, batch_size)
+    unformatted = dataset.with_format(None)
+    reader = FeatureReader(model, Views(unformatted, column, num_views, augment, seed), what, dtype)
+    parts = FeatureParts(reader, unformatted, kept, batch_size)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_aselect" if cache_dir is None else Path(cache_dir)
     with called_by(model):
         fingerprint = _fingerprint(parts)
