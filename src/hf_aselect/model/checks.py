@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .layouts import MAX_SIZE, TransformerLayout, hint_of, plain
 
+logger = logging.get_logger(__name__)
 NUM_TIMESTEPS = 1000
 # By class of the VAE: the field whose length is the number of its resolutions. Nobody has a VAE of more than so many.
 VAE_LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
@@ -476,11 +478,22 @@ def check_masks(labels: Tensor, pixel_values: Tensor, config: PreTrainedConfig) 
             f"{tuple(labels.shape)}. `ASelectImageProcessor` makes them from `segmentation_maps=`."
         )
     num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
+    if is_readable(labels) and labels.numel():
+        warn_of_foreground(labels, ignored)
     if outside := _outside(labels, num_labels, ignored):
         raise ValueError(
             f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels of no class, got "
             f"{outside}. Load the model with `num_labels=` the number of classes, and "
             "`semantic_loss_ignore_index=` what the masks have for no class."
+        )
+
+
+def warn_of_foreground(masks: Any, ignored: int) -> None:
+    """Say so where masks, an array or tensor, are of 0 and 255 alone, and 255 stands for no class."""
+    if ignored == 255 and masks.min() == 0 and masks.max() == 255 and bool(((masks == 0) | (masks == 255)).all()):
+        logger.warning_once(
+            "Masks hold 0 and 255 alone, and 255 stands for no class, here as in transformers' processors. If it is "
+            "the foreground, give masks of 0 and 1 (`mask > 0`)."
         )
 
 

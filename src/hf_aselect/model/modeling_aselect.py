@@ -408,11 +408,13 @@ class ShareableModel(TokenReader):
 def save_image_processor(model: Any, folder: str | os.PathLike[str], include_code: bool = True) -> None:
     """Write the image processor of a model beside it; nothing for a model of latents that are no images.
 
-    A segmenter is to see the whole of an image, as its masks must cover it; the others see the middle, undistorted.
+    A segmenter is to see the whole of an image, as it is stored, as its masks must cover it; others see the middle,
+    undistorted and upright.
     """
     if model.config.num_channels in (1, 3):
         crop = type(model).task != "image-segmentation"
-        processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=crop)
+        fields = {"do_center_crop": crop, "do_exif_transpose": crop}
+        processor = ASelectImageProcessor.from_model_config(model.config, **fields)
         processor.save_pretrained(folder, include_code=include_code)
 
 

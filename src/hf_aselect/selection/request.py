@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..images.rows import column_of
 from ..model.checks import check_count, check_timestep
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap, plain
@@ -164,7 +165,7 @@ def _masks(labels: Any, images: Any) -> Any:
     """
     if isinstance(labels, str):
         is_there = hasattr(images, "__len__") and labels in getattr(images, "column_names", [])
-        labels = images[labels] if is_there and len(images) else None
+        labels = column_of(images, labels) if is_there and len(images) else None
     if labels is None or not hasattr(labels, "__len__") or not len(labels):
         return None
     if not isinstance(labels[0], Image.Image) and getattr(labels[0], "ndim", 0) != 2:
@@ -192,7 +193,7 @@ def _checked_labels(labels: Any, images: Any) -> list[int]:
                 f"`labels` names the column {labels!r}, but the pictures have "
                 f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
             )
-        labels = images[labels][:]
+        labels = column_of(images, labels)[:]
     if not hasattr(labels, "__len__"):
         raise ValueError(f"`labels` must be a list of class indices, one a picture, got {type(labels).__name__}.")
     if len(labels) != len(images):

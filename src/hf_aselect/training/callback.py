@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..hub.push import write_model_card
+from ..images.rows import is_stream
 from ..model.layouts import plain
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.apply import apply_selection
@@ -15,7 +16,7 @@ from ..selection.record import TimestepSelection
 from ..selection.select import select_timestep
 from .kept_card import keep_card
 from .trackers import report_selection
-from .training_rows import first_rows, is_stream, label_of
+from .training_rows import first_rows, label_of
 
 # Of a choice, in the trainer's history.
 RECORD = "aselect/selection"
@@ -186,7 +187,7 @@ class ASelectCallback(TrainerCallback):
         given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
         if needs_labels:
             given["labels"] = [label_of(row) for row in rows]
-        return select_timestep(model, pixels, **given)
+        return select_timestep(model, {"pixel_values": pixels}, **given)
 
     def _report(self, args: TrainingArguments, state: TrainerState, selection: TimestepSelection) -> None:
         """Write a choice to the trainer's history, and to the trackers that it reports to."""
