@@ -23,16 +23,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What a VAE needs to encode; the rest of it turns latents back into pictures.
 VAE_ENCODER_KEYS = ("encoder.", "quant_conv.")
-# DiT-XL/2 with a learned variance is what facebookresearch/DiT trained and nobody trains with diffusers.
-_ORIGINAL_DIT = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "num_layers": 28,
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_embeds_ada_norm": 1000,
-}
 # How diffusers before 0.17 named the attention of a VAE; it renames them on loading, too.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -97,6 +87,7 @@ def load_diffusers(
     Raises:
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
+    fields = _plain(fields)
     is_bare = not (folder / "transformer").is_dir()
     transformer_folder = folder if is_bare else folder / "transformer"
     transformer = _read_transformer(transformer_folder)
@@ -176,8 +167,7 @@ def _default_scheduler(folder: Path, transformer: dict[str, Any], fields: dict[s
     if name != "DiTTransformer2DModel" and "scheduler" not in fields:
         raise ValueError(
             f"{str(folder)!r} is a {name} alone: the noise levels of its timesteps are unknown. Load the whole "
-            "pipeline, or pass `scheduler=`, the configuration of the scheduler that it was trained with "
-            "(`dict(scheduler.config)`, with `_class_name`)."
+            "pipeline, or pass `scheduler=`, the one that it was trained with or its configuration."
         )
     return dict(DDPM_LINEAR)
 
@@ -194,6 +184,12 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
     config = ASelectConfig(**{**parts, "timestep_embedding": _default_embedding(parts, fields), **fields})
     # Rejects schedulers that are not supported.
     NoiseSchedule.from_config(config.scheduler or {})
+    if config.timestep_embedding in ("sit", "repa") and not is_flow_matching(config.scheduler or {}):
+        raise ValueError(
+            f"`timestep_embedding={config.timestep_embedding!r}` is of a transformer trained by flow matching, but the "
+            f"scheduler is a {(config.scheduler or {})['_class_name']}. Pass `scheduler=` with `_class_name` "
+            "'FlowMatchEulerDiscreteScheduler', or `timestep_embedding='original'` for DiT's weights."
+        )
     if config.vae is None and config.num_channels not in (1, 3):
         logger.warning(
             "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "
@@ -204,19 +200,45 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
     return config
 
 
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with the configuration in place of an object of diffusers that has one.
+
+    Raises:
+        ValueError: If a transformer or VAE is given as an object, whose weights would be left aside.
+    """
+    plain = dict(fields)
+    for name in ("transformer", "vae", "scheduler"):
+        value = fields.get(name)
+        if value is None or isinstance(value, dict) or not hasattr(value, "config"):
+            continue
+        if name != "scheduler":
+            raise ValueError(
+                f"`{name}=` is a configuration, and a {type(value).__name__} with weights was given, which are not "
+                f"read from it. Save it into {name}/ of the folder by its `save_pretrained`, and leave `{name}=` out."
+            )
+        # Made in memory, its configuration does not name its class.
+        plain[name] = {**value.config, "_class_name": type(value).__name__}
+    return plain
+
+
 def _default_embedding(parts: dict[str, Any], fields: dict[str, Any]) -> str:
     """Return how timesteps are embedded, as far as the files tell."""
     transformer = parts["transformer"]
     if transformer["_class_name"] != "DiTTransformer2DModel" or "timestep_embedding" in fields:
         return "diffusers"
-    is_xl_2 = all(transformer.get(name) == value for name, value in _ORIGINAL_DIT.items())
+    # The code of facebookresearch/DiT learns one, and nothing in diffusers trains it.
+    learns_variance = transformer.get("out_channels") == 2 * transformer.get("in_channels", 0)
     if is_flow_matching(fields.get("scheduler") or parts["scheduler"]):
         logger.warning(
             "A DiT with a flow-matching scheduler: taken for one that was trained with diffusers, conditioned on "
-            "1000 * sigma. If its weights are SiT's own, pass `timestep_embedding='sit'`."
+            "1000 * sigma. If its weights come from SiT's code, pass `timestep_embedding='sit'`; from REPA's or "
+            "SRA's, 'repa'; from other code with the original DiT's frequencies and 1000 * sigma, 'original'."
         )
-    elif is_xl_2:
-        logger.info("A DiT-XL/2 with a learned variance: taken for the weights of facebookresearch/DiT.")
+    elif learns_variance:
+        logger.info(
+            "A DiT with a learned variance: taken for weights of the code of facebookresearch/DiT. If diffusers "
+            "trained it, pass `timestep_embedding='diffusers'`."
+        )
         return "original"
     return "diffusers"
 
