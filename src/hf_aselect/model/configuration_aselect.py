@@ -687,6 +687,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, known in (("head", ("linear", "attention")), ("pooling", tuple(POOLINGS))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
+        if self.head == "attention" and self.pooling != "mean":
+            raise ValueError(f"`pooling={self.pooling!r}` needs `head='linear'`: an attention head reads all tokens.")
         if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
             raise ValueError(
                 "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "
