@@ -16,6 +16,12 @@ DDPM_LIKE = (
 )
 # Those that know flow matching alone. Some of the above do it when they are told to.
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# What makes a flow-matching scheduler visit other timesteps than those of one shift: an image's size, an end that is
+# not 0, sigmas spaced in another way.
+_OWN_SPACING = (
+    *("use_dynamic_shifting", "shift_terminal"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+)
 # alpha is 0 at the last timestep of zero-terminal-SNR schedules; sigma at the first one of
 # flow matching: this keeps the log-SNR finite, hence valid in JSON.
 MIN_POWER = 1e-20
@@ -115,8 +121,9 @@ class NoiseSchedule:
         if (num_timesteps := config.get("num_train_timesteps", NUM_TIMESTEPS)) != NUM_TIMESTEPS:
             raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")
         if is_flow_matching(config):
-            # FLUX's shift depends on the picture's size, and how many-step solvers space their sigmas is their own.
-            is_plain = name in FLOW_MATCHING and not config.get("use_dynamic_shifting")
+            # FLUX's shift depends on the image's size, and how many-step solvers space their sigmas is their own. What
+            # a timestep stands for is the same for all of them: sigma = t / 1000.
+            is_plain = name in FLOW_MATCHING and not any(config.get(field) for field in _OWN_SPACING)
             return cls.flow_matching(float(config.get("shift", 1.0)) if is_plain else None)
         # On the CPU by name: a model is built on the meta device to be loaded.
         with torch.device("cpu"):
