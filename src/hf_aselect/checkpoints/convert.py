@@ -17,10 +17,10 @@ from torch import Tensor
 from ..model.configuration_aselect import ASelectConfig
 from ..model.image_processing_aselect import ASelectImageProcessor
 from ..model.modeling_aselect import DiTModel
+from ..model.vae import ENCODER_WEIGHTS
 from .atomic import checked_output, whole_folder
 from .diffusers import (
     DTYPES,
-    VAE_ENCODER_KEYS,
     expected_shapes,
     find_diffusers,
     load_diffusers,
@@ -145,7 +145,7 @@ def convert_diffusers(
         output,
         written,
         started,
-        decoder_bytes=_dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS),
+        decoder_bytes=_dropped_bytes(folder / "vae", variant, kept=ENCODER_WEIGHTS),
         text_bytes=sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS),
     )
 
@@ -230,7 +230,7 @@ def convert_research(
         fields.setdefault("base_license", license_on_card(folder or ""))
     config, weights = load_research(research, vae_folder, scheduler, layout, num_attention_heads, variant, fields)
     written = _write(target, config, weights, source, wanted, shard_bytes, calibration_images, is_research=True)
-    decoder_bytes = 0 if vae_folder is None else _dropped_bytes(vae_folder, variant, kept=VAE_ENCODER_KEYS)
+    decoder_bytes = 0 if vae_folder is None else _dropped_bytes(vae_folder, variant, kept=ENCODER_WEIGHTS)
     return _conversion(output, written, started, decoder_bytes=decoder_bytes, text_bytes=0)
 
 

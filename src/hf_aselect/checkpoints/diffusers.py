@@ -15,15 +15,22 @@ from ..model.configuration_aselect import DDPM_LINEAR, ASelectConfig
 from ..model.denoisers import build_denoiser, build_vae_encoder
 from ..model.layouts import check_family
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
+from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
 from .hub_files import HubOptions, locate
 from .research import ResearchWeights, is_port, research_in
-from .weight_files import CONFIG, SCHEDULER_CONFIG, check_parts, iterate_weights, weight_files
+from .weight_files import (
+    CONFIG,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    check_parts,
+    iterate_weights,
+    transformer_part,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What a VAE needs to encode; the rest of it turns latents back into pictures.
-VAE_ENCODER_KEYS = ("encoder.", "quant_conv.")
 # How diffusers before 0.17 named the attention of a VAE; it renames them on loading, too.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -95,8 +102,10 @@ def load_diffusers(
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
     fields = _plain(fields)
-    is_bare = not (folder / "transformer").is_dir()
-    transformer_folder = folder if is_bare else folder / "transformer"
+    index = read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {}
+    part = transformer_part(index)
+    is_bare = not (folder / part).is_dir()
+    transformer_folder = folder if is_bare else folder / part
     vae_folder = folder / "vae" if not is_bare and (folder / "vae").is_dir() else None
     if (weights := research_in(transformer_folder, variant)) is not None:
         check_parts(folder, ("scheduler", "vae"))
@@ -110,8 +119,11 @@ def load_diffusers(
     transformer = _read_transformer(transformer_folder)
     name = transformer["_class_name"]
     text = () if prompt_embeds is not None else text_parts(name, names_of(without))
-    check_parts(folder, ("transformer", "scheduler", "vae", *text))
+    check_parts(folder, (part, "scheduler", "vae", *text))
     scheduler = _default_scheduler(folder, transformer, fields) if is_bare else _read_scheduler(folder)
+    if part != "transformer":
+        scheduler = {**scheduler, "boundary_ratio": index["boundary_ratio"]}
+        logger.info("%s has two transformers; the one for little noise, %s, is read.", folder.name, part)
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": scheduler}
     weights_of_transformer = iterate_weights(weight_files(transformer_folder, variant))
     vae_files = _take_vae(parts, vae_folder, variant)
@@ -256,7 +268,12 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
         part.pop("_name_or_path", None)
     config = ASelectConfig(**{**parts, "timestep_embedding": _default_embedding(parts, fields), **fields})
     # Rejects schedulers that are not supported.
-    NoiseSchedule.from_config(config.scheduler or {})
+    num_trained = NoiseSchedule.from_config(config.scheduler or {}).num_trained
+    if beyond := [each for each in config.timesteps() if isinstance(each, int) and each >= num_trained]:
+        raise ValueError(
+            f"`timestep` must be below {num_trained}, got {beyond[0]}: of the pipeline's two transformers the one for "
+            "little noise is read, and it was trained on no others."
+        )
     if config.timestep_embedding in ("sit", "repa") and not is_flow_matching(config.scheduler or {}):
         raise ValueError(
             f"`timestep_embedding={config.timestep_embedding!r}` is of a transformer trained by flow matching, but "
@@ -383,7 +400,7 @@ def _weights(
     for key, value in embeddings.items():
         yield f"denoiser.{key}", value
     for key, value in iterate_weights(vae_files):
-        if not key.startswith(VAE_ENCODER_KEYS):
+        if not key.startswith(ENCODER_WEIGHTS):
             continue
         name = f"vae.{_renamed(key)}"
         if name in expected:
