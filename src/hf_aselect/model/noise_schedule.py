@@ -46,6 +46,12 @@ class NoiseSchedule:
 
     Raises:
         ValueError: If there are not 1000 timesteps, or the factors do not fall and rise within [0, 1].
+
+    Example:
+        >>> from hf_aselect import NoiseSchedule
+        >>> schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_schedule": "linear"})
+        >>> schedule.timestep_at(0.0)  # where signal and noise are equal
+        261
     """
 
     def __init__(
