@@ -211,6 +211,10 @@ def convert_research(
             none or makes other latents; a field is unknown.
         FileExistsError: If `output` exists and is not empty.
         OSError: If a file or repository is not found or may not be read, or the Hub cannot be reached.
+
+    Example:
+        >>> from hf_aselect import convert_research
+        >>> conversion = convert_research("SiT-XL-2-256.safetensors", "sit", layout="sit")  # doctest: +SKIP
     """
     started = time.monotonic()
     target = checked_output(output)

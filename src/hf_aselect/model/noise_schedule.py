@@ -28,11 +28,7 @@ MIN_POWER = 1e-20
 # A grid of timesteps goes no further: beyond, noise is finer than the steps of 8-bit images, or hides all of them.
 # DDPM's linear schedule runs from 9.2 to -10.1.
 MAX_LOG_SNR = 10.2
-_OTHER_LENGTH = (
-    f"If the transformer was trained with {NUM_TIMESTEPS} steps and this scheduler only samples in fewer, pass "
-    "`scheduler=`, the one it was trained with. A transformer that was trained with another number of steps is not "
-    "supported."
-)
+_OTHER_LENGTH = "Pass as `scheduler=` the one of 1000 that the transformer was trained with; others cannot be read."
 
 
 class NoiseSchedule:
@@ -130,22 +126,17 @@ class NoiseSchedule:
             if not isinstance(trained, list | tuple):
                 raise ValueError(f"`trained_betas` of the scheduler must be a list, got {trained!r}.")
             if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
-                raise ValueError(
-                    f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers. "
-                    f"{_OTHER_LENGTH}"
-                )
+                wanted = f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers."
+                raise ValueError(f"{wanted} {_OTHER_LENGTH}")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
         if (num_timesteps := config.get("num_train_timesteps", NUM_TIMESTEPS)) != NUM_TIMESTEPS:
-            raise ValueError(
-                f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {short(num_timesteps)}. "
-                f"{_OTHER_LENGTH}"
-            )
+            wanted = f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {short(num_timesteps)}."
+            raise ValueError(f"{wanted} {_OTHER_LENGTH}")
         if config.get("invert_sigmas"):
             raise ValueError(
-                "`invert_sigmas=True` of the scheduler gives the transformer a time that runs from noise to image, "
-                "which no family here is read by. For a DiT that was trained so, as SiT was, pass "
-                "`timestep_embedding='sit'` and `scheduler=` without `invert_sigmas`."
+                "`invert_sigmas=True` of the scheduler turns the transformer's time around, which is not read here. "
+                "For a DiT that was trained so, pass `timestep_embedding='sit'` and `scheduler=` without it."
             )
         if is_flow_matching(config):
             # FLUX's shift depends on the image's size, and how many-step solvers space their sigmas is their own. What
