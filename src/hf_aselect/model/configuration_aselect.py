@@ -287,7 +287,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         kept = vars(self).get("auto_map")
         with nullcontext() if with_code and is_alone else without_code(self):
             if with_code and not is_alone:
-                code = _write_code(Path(source or Path(__file__).parent), save_directory)
+                code = write_code(Path(source or Path(__file__).parent), save_directory)
                 self.auto_map = {**code, **(kept or {})} if source else code
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         if kept is not None:
@@ -863,7 +863,7 @@ def is_code_saved(saved: Any, folder: str | os.PathLike[str], is_pushed: bool, a
     return is_pushed or is_copy or Path(folder, CODE).is_file()
 
 
-def _write_code(source: Path, folder: str | os.PathLike[str]) -> dict[str, str]:
+def write_code(source: Path, folder: str | os.PathLike[str]) -> dict[str, str]:
     """Copy all modules that are here into a folder, and return the classes that transformers' Auto classes find there.
 
     Args:
