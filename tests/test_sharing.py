@@ -326,7 +326,11 @@ def test_the_trainer_pushes_all_of_it_with_our_card(hub, pixel_folder, tmp_path,
     assert hub.repos["model", "me/trained"].private
     # While it trains, too: whoever takes one of those commits has the code that its configuration names.
     commits = [set(files) for files in hub.repos["model", "me/trained"].commits.values()]
-    assert all({"modeling_classification.py", "modeling_segmentation.py"} <= files for files in commits if "model.safetensors" in files)
+    assert all(
+        {"modeling_classification.py", "modeling_segmentation.py"} <= files
+        for files in commits
+        if "model.safetensors" in files
+    )
     for files in hub.repos["model", "me/trained"].commits.values():
         assert "_README.md" not in files
         if "model.safetensors" in files:
