@@ -102,6 +102,10 @@ def convert_diffusers(
             kind; a field is unknown; a number is out of range.
         FileExistsError: If `output` exists and is not empty.
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
+
+    Example:
+        >>> from hf_aselect import convert_diffusers
+        >>> conversion = convert_diffusers("path/to/a/pipeline", "converted")  # doctest: +SKIP
     """
     started = time.monotonic()
     target = checked_output(output)

@@ -166,6 +166,14 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     Raises:
         ValueError: If a keyword is unknown or a value does not fit; inside a `StrictDataclassError` of
             huggingface_hub where the value was checked after construction.
+
+    Example:
+        >>> from hf_aselect import ASelectConfig
+        >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "patch_size": 4}
+        >>> transformer = {"_class_name": "DiTTransformer2DModel", "in_channels": 3, "sample_size": 32, **sizes}
+        >>> config = ASelectConfig(transformer=transformer, timestep=[19, 61], block="all", feature="hidden")
+        >>> config.read_outs()[:2], config.feature_size
+        ([(19, 0, 'hidden'), (19, 1, 'hidden')], 256)
     """
 
     model_type = "aselect_dit"

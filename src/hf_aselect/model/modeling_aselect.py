@@ -776,6 +776,13 @@ class DiTModel(ASelectPreTrainedModel):
 
     Args:
         config: The configuration.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTModel
+        >>> model = DiTModel.from_pretrained("src/hf_aselect/assets/fashion_mnist", timestep=19)
+        >>> model(torch.zeros(2, 1, 28, 28)).last_hidden_state.shape
+        torch.Size([2, 49, 128])
     """
 
     schedule: NoiseSchedule

@@ -39,6 +39,14 @@ class DiTBackbone(BackboneMixin, DiTModel):
 
     Args:
         config: The configuration.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTBackbone
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> backbone = DiTBackbone.from_pretrained(folder, timestep=19, out_indices=[4, 8])
+        >>> [tuple(each.shape) for each in backbone(torch.zeros(1, 1, 28, 28)).feature_maps]
+        [(1, 128, 7, 7), (1, 128, 7, 7)]
     """
 
     has_attentions = False
@@ -202,6 +210,14 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
     Args:
         config: The configuration; `decoder` says which: "linear" reads what the configuration names, side by side,
             "upernet" the timesteps and features that it names at the four blocks of `config.out_indices`.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTForSemanticSegmentation
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> model = DiTForSemanticSegmentation.from_pretrained(folder, timestep=19, num_labels=3, decoder="linear")
+        >>> model(torch.zeros(2, 1, 28, 28)).logits.shape
+        torch.Size([2, 3, 28, 28])
     """
 
     task: ClassVar[str] = "image-segmentation"

@@ -46,6 +46,11 @@ class ASelectCallback(TrainerCallback):
         ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
             values in the rows, or, while the backbone is trained, another tap is to be chosen, `reselect_epochs` is
             given with a stream, or a model is to follow a selection of another number of timesteps than it reads.
+
+    Example:
+        >>> from hf_aselect import ASelectCallback
+        >>> callback = ASelectCallback(max_images=256, dataset="my images")
+        >>> trainer = Trainer(model, args, train_dataset=train, callbacks=[callback])  # doctest: +SKIP
     """
 
     def __init__(
