@@ -52,7 +52,7 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
         ValueError: If there are images and nothing to standardize by them.
     """
     config, why = model.config, None
-    is_new = any(name.partition(".")[0] in HEADS for name in info["missing_keys"])
+    is_new = any(name.partition(".")[0] in HEADS.values() for name in info["missing_keys"])
     # Of a head that is read elsewhere than it was trained the statistics are left over.
     is_moved = any(".standardization." in name for name in info["unexpected_keys"])
     if not model._standardizations():
