@@ -76,6 +76,7 @@ def convert_diffusers(
     prompt_embeds: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "1GB",
     calibration_images: Any = None,
+    include_code: bool = True,
     **fields: Any,
 ) -> Conversion:
     """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
@@ -103,6 +104,7 @@ def convert_diffusers(
         max_shard_size: Size of a file of weights at the most, unless one tensor is larger: bytes, or "5GB", "200MB".
         calibration_images: Images to select the timestep from, as in `select_timestep`, if `timestep` is "auto", the
             default. Without them it stays open. The model is loaded for it.
+        include_code: Whether the code of the models is written beside the weights, for who has not this package.
         fields: Fields of `ASelectConfig`.
 
     Returns:
@@ -144,7 +146,7 @@ def convert_diffusers(
             f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
             "to select it from them, or leave them out."
         )
-    written = _write(target, config, weights, source, wanted, shard_bytes, calibration_images)
+    written = _write(target, config, weights, source, wanted, shard_bytes, include_code, calibration_images)
     return _conversion(
         output,
         written,
@@ -171,6 +173,7 @@ def convert_research(
     local_files_only: bool = False,
     max_shard_size: int | str = "1GB",
     calibration_images: Any = None,
+    include_code: bool = True,
     **fields: Any,
 ) -> Conversion:
     """Write the weights of the research code of DiT, SiT, REPA or SRA as an hf_aselect checkpoint.
@@ -200,6 +203,7 @@ def convert_research(
         local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
         max_shard_size: As in `convert_diffusers`.
         calibration_images: As in `convert_diffusers`; where the timestep is fixed, to check the layout by.
+        include_code: As in `convert_diffusers`.
         fields: Fields of `ASelectConfig`.
 
     Returns:
@@ -237,7 +241,9 @@ def convert_research(
             fields.setdefault("base_model", str(source))
         fields.setdefault("base_license", license_on_card(folder or ""))
     config, weights = load_research(research, vae_folder, scheduler, layout, num_attention_heads, variant, fields)
-    written = _write(target, config, weights, source, wanted, shard_bytes, calibration_images, is_research=True)
+    written = _write(
+        target, config, weights, source, wanted, shard_bytes, include_code, calibration_images, is_research=True
+    )
     decoder_bytes = 0 if vae_folder is None else _dropped_bytes(vae_folder, variant, kept=ENCODER_WEIGHTS)
     return _conversion(output, written, started, decoder_bytes=decoder_bytes, text_bytes=0)
 
@@ -285,6 +291,7 @@ def _write(
     source: str | os.PathLike[str],
     dtype: torch.dtype | None,
     shard_bytes: int,
+    include_code: bool,
     images: Any,
     is_research: bool = False,
 ) -> dict[str, Tensor]:
@@ -301,13 +308,13 @@ def _write(
         _check_fit(config, written, source)
         config.architectures = ["DiTModel"]
         config.dtype = dtype or _main_dtype(written)
-        config.save_pretrained(unfinished)
+        config.save_pretrained(unfinished, include_code=include_code)
         # Latents without a VAE are no images.
         if config.num_channels in (1, 3):
-            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
+            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished, include_code=include_code)
         if images is not None:
             _look_at_images(config, unfinished, images, is_research)
-            config.save_pretrained(unfinished)
+            config.save_pretrained(unfinished, include_code=include_code)
     return written
 
 

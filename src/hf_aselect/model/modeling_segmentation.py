@@ -17,6 +17,10 @@ from .configuration_aselect import ASelectConfig
 from .heads import FeatureStandardization, concatenated, token_map
 from .layouts import ReadOut
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
+from .modeling_classification import DiTForImageClassification
+
+# All models, as `configuration_aselect.AUTO_MAP` has it.
+__all__ = ["DiTBackbone", "DiTForImageClassification", "DiTForSemanticSegmentation", "DiTModel"]
 
 POOL_SCALES = (1, 2, 3, 6)
 
@@ -225,11 +229,11 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         self.backbone = DiTBackbone(config) if config.decoder == "upernet" else DiTModel(config)
         widths = [sum(config.widths_of(stage)) for stage in self.backbone.stages()]
         num_labels = int(config.num_labels or 0)
-        self.decoder: LinearDecoder | UperNetDecoder
+        self.decode_head: LinearDecoder | UperNetDecoder
         if config.decoder == "linear":
-            self.decoder = LinearDecoder(widths[0], num_labels, config.standardized_grid)
+            self.decode_head = LinearDecoder(widths[0], num_labels, config.standardized_grid)
         else:
-            self.decoder = UperNetDecoder(
+            self.decode_head = UperNetDecoder(
                 widths,
                 num_labels,
                 config.decoder_hidden_size,
@@ -240,7 +244,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
 
     def _standardizations(self) -> list[FeatureStandardization]:
         """Return what standardizes the tokens of each map that the decoder reads."""
-        return list(self.decoder.standardization)  # type: ignore[arg-type]
+        return list(self.decode_head.standardization)  # type: ignore[arg-type]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -272,7 +276,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         read, grid = self._read([*self.backbone.read_outs(), *every], pixel_values)
         tokens = [concatenated([read[each] for each in stage]) for stage in stages]
         tokens = [each(own, grid) for each, own in zip(self._standardizations(), tokens, strict=True)]
-        logits, auxiliary = self.decoder([token_map(each, *grid) for each in tokens])
+        logits, auxiliary = self.decode_head([token_map(each, *grid) for each in tokens])
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         logits = enlarge(logits, size)
         loss = None
