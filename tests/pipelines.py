@@ -4,6 +4,8 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -138,6 +140,28 @@ def dc():
             scaling_factor=0.41407,
         )
     )
+
+
+def flux2_vae():
+    """FLUX.2's VAE, with statistics of its batch norm that are neither 0 nor 1."""
+    vae = randomized(
+        AutoencoderKLFlux2(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    vae.bn.running_mean.normal_(generator=generator)
+    vae.bn.running_var.uniform_(0.5, 2, generator=generator)
+    return vae
+
+
+def video_vae(kind=AutoencoderKLWan, **options):
+    """The VAE of Wan 2.1, or Qwen-Image's, with latents of 16 channels and the published means and deviations."""
+    return randomized(kind(base_dim=4, num_res_blocks=1, **options))
 
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 3, "sample_size": 8, "patch_size": 2}
@@ -317,6 +341,7 @@ PIPELINES = {
 
 # What some families need to be loaded small: fields of the configuration.
 LOAD_OPTIONS = {
+    "dit": {"timestep_embedding": "diffusers"},
     "sit": {"timestep_embedding": "sit"},
     "flux": {"image_size": 64},
     "flux_dev": {"image_size": 64, "guidance": 3.5},

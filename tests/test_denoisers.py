@@ -16,8 +16,10 @@ from hf_aselect.selection.prediction import predict
 TIMESTEP = 141
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}
 TEXT_FAMILIES = [name for name in PIPELINES if name not in ("dit", "sit")]
-# SiT's own conditioning is no default, and FLUX's default is 1024 pixels.
+# A learned variance stands for the original embedding, which diffusers' own call does not have; SiT's own conditioning
+# is no default, and FLUX's default is 1024 pixels.
 OPTIONS = {
+    "dit": {"timestep_embedding": "diffusers"},
     "sit": {"timestep_embedding": "sit"},
     "flux": {"image_size": 64},
     "flux_dev": {"image_size": 64, "guidance": 3.5},

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-from .checkpoints.convert import convert_diffusers
+from .checkpoints.convert import convert_diffusers, convert_research
 from .hub.card import facts_of_card
 from .model.configuration_aselect import ASelectConfig
 from .model.image_processing_aselect import ASelectImageProcessor
@@ -42,6 +42,7 @@ __all__ = [
     "TimestepSelection",
     "cache_features",
     "convert_diffusers",
+    "convert_research",
     "facts_of_card",
     "plot_confusion_matrix",
     "select_timestep",

@@ -74,6 +74,13 @@ class ASelectImageProcessor(PilBackend):
         do_exif_transpose: Whether an image is turned upright by its EXIF entry. A mask without one is of the stored
             pixels, by its size, and turned along. transformers' processors turn nothing, and neither does the one that
             is saved beside a segmenter: its masks are of the pixels as they are stored.
+
+    Example:
+        >>> from hf_aselect import ASelectImageProcessor
+        >>> from PIL import Image
+        >>> processor = ASelectImageProcessor(size={"height": 32, "width": 32})
+        >>> processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 32, 32])
     """
 
     valid_kwargs = ASelectImageProcessorKwargs

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import create_and_tag_model_card
@@ -32,13 +34,22 @@ from .checks import (
     is_of_diffusers,
     refuse_other_than_safetensors,
 )
-from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
+from .configuration_aselect import ALL_MODELS, ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
 from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
-from .heads import AttentionHead, FeatureStandardization, concatenated, token_map, without_rounding
+from .heads import (
+    SAVED_NAMES,
+    AttentionHead,
+    FeatureStandardization,
+    concatenated,
+    name_today,
+    token_map,
+    without_rounding,
+)
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import ReadOut, Tap, plain
 from .noise_schedule import NoiseSchedule, fixed_noise
+from .vae import encode_images
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +107,7 @@ class TokenReader(PreTrainedModel):
         return self._base().schedule
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Return clean latents of images: the VAE's posterior mean, scaled; the images themselves in pixel space.
+        """Return clean latents of images: the VAE's posterior mean, normalised; the images themselves in pixel space.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W); H and W multiples of a token's side.
@@ -116,12 +127,8 @@ class TokenReader(PreTrainedModel):
         parameter = next(vae.parameters())
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
         with torch.autocast(parameter.device.type, enabled=False):
-            encoded = vae.encode(pixel_values.to(parameter.device, parameter.dtype))
-        # An AutoencoderDC has no distribution.
-        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)
-        scaled: Tensor = ((latents - shift) * scale).to(self.device, dtype)
-        return scaled
+            latents = encode_images(vae, pixel_values.to(parameter.device, parameter.dtype))
+        return latents.to(self.device, dtype)
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
         """Mix latents with the fixed noise of `config.noise_seed`, the same for every image.
@@ -322,10 +329,15 @@ class ShareableModel(TokenReader):
         if not config.is_selection_in_use():
             config.selection = None
         # What it was loaded from may have been of another class, whose code is not in this folder.
-        config.auto_map = {}
+        kept, config.auto_map = vars(config).get("auto_map"), {}
+        # The configuration writes the code; transformers does so, too, of a class of the user's own, and of one whose
+        # copy came alone.
+        vars(config)["_code_folder"] = os.path.dirname(__file__) if with_code else ""
+        is_users = type(self).__module__.rpartition(".")[0] != __name__.rpartition(".")[0]
+        is_users = is_users or not Path(__file__).with_name(f"{ALL_MODELS}.py").exists()
         atomic = package("checkpoints.atomic")
         try:
-            with nullcontext() if with_code else without_code(self, config):
+            with nullcontext() if with_code and is_users else without_code(self):
                 # Of a file in the place of the folder transformers says what is wrong.
                 if atomic is None or push_to_hub or os.path.isfile(folder):
                     super().save_pretrained(folder, *args, **kwargs, push_to_hub=push_to_hub)  # type: ignore[misc]
@@ -336,6 +348,8 @@ class ShareableModel(TokenReader):
                     return [path.name for path in unfinished.iterdir()]
         finally:
             config.selection = record
+            vars(config).update({"auto_map": kept} if kept else {})
+            vars(config).pop("_code_folder", None)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -544,12 +558,21 @@ class ASelectPreTrainedModel(ShareableModel):
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load as transformers does, but from safetensors alone: it unpickles shards and adapters of other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
         if getattr(model.config, "quantization_config", None) is None:
             check_dtypes(checkpoint_files or (), model)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        former = [WeightRenaming(*names) for names in SAVED_NAMES.items()]
+        load_config = replace(load_config, weight_mapping=[*former, *(load_config.weight_mapping or ())])
+        found = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        # transformers would save by the names that it loaded.
+        model._weight_conversions = [each for each in model._weight_conversions if each not in former]
+        return found
 
     def _standardizations(self) -> list[FeatureStandardization]:
         """Return what standardizes each output of `stages`, as the head reads it; empty without a head."""
@@ -634,6 +657,9 @@ class ASelectPreTrainedModel(ShareableModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Load as torch does, with the statistics of tokens that an adapter of peft's brings along with its head."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if (today := prefix + name_today(key.removeprefix(prefix))) != key:
+                state_dict[today] = state_dict.pop(key)
         for key in [key for key in state_dict if ".standardization." in key and self._standardizations()]:
             if key.endswith("shift"):
                 self.config.standardized_grid = list(state_dict[key].shape[:2])
@@ -758,6 +784,13 @@ class DiTModel(ASelectPreTrainedModel):
     Args:
         config: The configuration.
         add_pooling_layer: False, as scripts pass it that want ViT without one. There is none to be added.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTModel
+        >>> model = DiTModel.from_pretrained("src/hf_aselect/assets/fashion_mnist", timestep=19)
+        >>> model(torch.zeros(2, 1, 28, 28)).last_hidden_state.shape
+        torch.Size([2, 49, 128])
     """
 
     schedule: NoiseSchedule
