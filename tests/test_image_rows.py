@@ -150,13 +150,13 @@ def linear(pixel_folder):
 @pytest.fixture(scope="module")
 def fitted(linear):
     linear.fit_head(rows())
-    return {name: value.clone() for name, value in linear.head.state_dict().items()}
+    return {name: value.clone() for name, value in linear.classifier.state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", WITH_LABELS)
 def test_a_fit_sees_the_same_images_whatever_they_come_in(linear, fitted, kind):
     linear.fit_head(WITH_LABELS[kind](), image_column="img" if kind == "another-name" else None)
-    for name, value in linear.head.state_dict().items():
+    for name, value in linear.classifier.state_dict().items():
         torch.testing.assert_close(value, fitted[name], rtol=1e-3, atol=1e-3)
 
 

@@ -271,9 +271,9 @@ def test_a_segmenter_trains_with_one_image_in_a_batch(decoder, size, tmp_path):
     model = DiTForSemanticSegmentation(
         ASelectConfig(transformer=transformer, timestep=1, num_labels=2, decoder=decoder, **options)
     )
-    before = {name: value.clone() for name, value in model.decoder.named_parameters()}
+    before = {name: value.clone() for name, value in model.decode_head.named_parameters()}
     rows = [{"pixel_values": torch.rand(3, size, size), "labels": torch.ones(size, size).long()} for _ in range(2)]
     take_one_step(model, rows, 1, tmp_path)
-    moved = [name for name, value in model.decoder.named_parameters() if not torch.equal(value, before[name])]
+    moved = [name for name, value in model.decode_head.named_parameters() if not torch.equal(value, before[name])]
     assert "classifier.weight" in moved or "head.classifier.weight" in moved
-    assert all(bool(value.isfinite().all()) for value in model.decoder.state_dict().values())
+    assert all(bool(value.isfinite().all()) for value in model.decode_head.state_dict().values())
