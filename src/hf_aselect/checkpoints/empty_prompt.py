@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model.checks import read_json
+from ..model.families import FAMILIES
 from .weight_files import MODEL_INDEX, weight_files
 
 # What the text encoders and tokenizers of all pipelines are called.
@@ -38,6 +39,19 @@ def _masked(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
     return {"prompt_embeds": prompt[:, mask[0].bool()]}
 
 
+def _qwen_image(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    return {"prompt_embeds": pipeline.encode_prompt("")[0]}
+
+
+def _z_image(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    return {"prompt_embeds": pipeline.encode_prompt("", do_classifier_free_guidance=False)[0][0][None]}
+
+
+def _auraflow(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    # Zeros in the place of the padding, which is attended to.
+    return {"prompt_embeds": pipeline.encode_prompt("", do_classifier_free_guidance=False)[0]}
+
+
 # By the transformer's class: diffusers' pipeline that encodes a prompt for it, and how.
 _ENCODERS: dict[str, tuple[str, Encode]] = {
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline", _sd3),
@@ -45,7 +59,20 @@ _ENCODERS: dict[str, tuple[str, Encode]] = {
     "FluxTransformer2DModel": ("FluxPipeline", _flux),
     "SanaTransformer2DModel": ("SanaPipeline", _masked),
     "Lumina2Transformer2DModel": ("Lumina2Pipeline", _masked),
+    "QwenImageTransformer2DModel": ("QwenImagePipeline", _qwen_image),
+    "ZImageTransformer2DModel": ("ZImagePipeline", _z_image),
+    "AuraFlowTransformer2DModel": ("AuraFlowPipeline", _auraflow),
 }
+
+
+def _encoder_of(transformer: str) -> tuple[str, Encode] | None:
+    """Return diffusers' pipeline that encodes a prompt for a class of transformers, and how; None if none is known."""
+    if transformer in _ENCODERS:
+        return _ENCODERS[transformer]
+    family = FAMILIES.get(transformer)
+    return None if family is None or family.encode_prompt is None else (family.pipeline, family.encode_prompt)
+
+
 # What diffusers puts zeros in the place of.
 _OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
 _UNREADABLE = (
@@ -71,7 +98,7 @@ def text_parts(transformer: str, without: Iterable[str] = ()) -> tuple[str, ...]
             f"A {transformer} cannot do without {', '.join(needed)}; what can be left out: "
             f"{', '.join(optional) or 'nothing'}."
         )
-    if transformer not in _ENCODERS:
+    if _encoder_of(transformer) is None:
         return ()
     return tuple(part for part in TEXT_PARTS if not (without and part in optional))
 
@@ -107,6 +134,12 @@ def encode_empty_prompt(
             without; or if embeddings are NaN or infinite.
     """
     kind = transformer["_class_name"]
+    if (encoder := _encoder_of(kind)) is None:
+        raise ValueError(
+            f"The description of {kind} does not say which pipeline encodes a prompt. Pass `prompt_embeds=`, the "
+            "empty prompt's embeddings by name."
+        )
+    name, encode = encoder
     wanted = text_parts(kind, without)
     # diffusers takes seconds to import, and only a conversion needs it.
     try:
@@ -123,8 +156,7 @@ def encode_empty_prompt(
         )
     with torch.device("meta"):
         # Some pipelines ask it for sizes.
-        stand_in = getattr(diffusers, kind).from_config(transformer)
-    name, encode = _ENCODERS[kind]
+        stand_in = (FAMILIES[kind].transformer_class or getattr(diffusers, kind)).from_config(transformer)
     pipeline_class = getattr(diffusers, name)
     known = inspect.signature(pipeline_class.__init__).parameters
     index = read_json(folder / MODEL_INDEX)
