@@ -2,10 +2,10 @@
 
 import torch
 from diffusers import (
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -22,8 +22,6 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -34,12 +32,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3Model,
     T5Config,
     T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
 WIDTH = 32  # of the tokens and of the text encoders' embeddings
@@ -71,8 +65,6 @@ def tokenizer(template="$A </s>", length=16):
         unk_token="<unk>",
         model_max_length=length,
         padding_side="right",
-        # A chat of one word and of nothing else.
-        chat_template="cat",
     )
 
 
@@ -92,26 +84,27 @@ def clip(projection=True, width=8):
     return randomized((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
-def t5(config=T5Config, kind=T5EncoderModel):
-    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "pad_token_id": 0}
-    return randomized(kind(config(vocab_size=len(VOCABULARY), **sizes)))
-
-
-LANGUAGE_MODEL = {
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": WIDTH,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+def t5():
+    config = T5Config(
+        vocab_size=len(VOCABULARY), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0
+    )
+    return randomized(T5EncoderModel(config))
 
 
 def gemma():
-    return randomized(Gemma2Model(Gemma2Config(**LANGUAGE_MODEL, head_dim=8)))
+    config = Gemma2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return randomized(Gemma2Model(config))
 
 
 def kl(channels=4, **options):
@@ -147,6 +140,28 @@ def dc():
             scaling_factor=0.41407,
         )
     )
+
+
+def flux2_vae():
+    """FLUX.2's VAE, with statistics of its batch norm that are neither 0 nor 1."""
+    vae = randomized(
+        AutoencoderKLFlux2(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    vae.bn.running_mean.normal_(generator=generator)
+    vae.bn.running_var.uniform_(0.5, 2, generator=generator)
+    return vae
+
+
+def video_vae(kind=AutoencoderKLWan, **options):
+    """The VAE of Wan 2.1, or Qwen-Image's, with latents of 16 channels and the published means and deviations."""
+    return randomized(kind(base_dim=4, num_res_blocks=1, **options))
 
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 3, "sample_size": 8, "patch_size": 2}
@@ -310,40 +325,6 @@ def lumina2(**options):
     )
 
 
-def z_image_transformer(**options):
-    sizes = {"in_channels": 16, "dim": WIDTH, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-    axes = {"axes_dims": [4, 6, 6], "axes_lens": [64, 32, 32]}
-    return randomized(ZImageTransformer2DModel(**{**sizes, **axes, "cap_feat_dim": WIDTH, **options}))
-
-
-def z_image(**options):
-    config = Qwen3Config(**LANGUAGE_MODEL, head_dim=8)
-    return ZImagePipeline(
-        transformer=z_image_transformer(**options),
-        vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=randomized(Qwen3Model(config)),
-        tokenizer=tokenizer(),
-    )
-
-
-def auraflow_transformer(**options):
-    blocks = {"num_mmdit_layers": 2, "num_single_dit_layers": 2, "caption_projection_dim": WIDTH}
-    given = {**SMALL, **blocks, "in_channels": 4, "joint_attention_dim": WIDTH, "pos_embed_max_size": 256, **options}
-    given.pop("num_layers")
-    return randomized(AuraFlowTransformer2DModel(**given))
-
-
-def auraflow(**options):
-    return AuraFlowPipeline(
-        transformer=auraflow_transformer(**options),
-        vae=kl(scaling_factor=0.13025),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
-        text_encoder=t5(UMT5Config, UMT5EncoderModel),
-        tokenizer=tokenizer(),
-    )
-
-
 PIPELINES = {
     "dit": dit,
     "sit": sit,
@@ -356,13 +337,6 @@ PIPELINES = {
     "sana": sana,
     "lumina2": lumina2,
 }
-# Those that are read by their description alone, and not folded.
-DESCRIBED = {
-    "z_image": z_image,
-    "auraflow": auraflow,
-}
-FOLDABLE = tuple(PIPELINES)
-PIPELINES |= DESCRIBED
 
 
 # What some families need to be loaded small: fields of the configuration.
@@ -370,42 +344,7 @@ LOAD_OPTIONS = {
     "sit": {"timestep_embedding": "sit"},
     "flux": {"image_size": 64},
     "flux_dev": {"image_size": 64, "guidance": 3.5},
-    "z_image": {"image_size": 64},
 }
-
-
-class OneStep(FlowMatchEulerDiscreteScheduler):
-    """A scheduler of one timestep, which keeps what the transformer predicts, as a pipeline hands it over."""
-
-    timestep, prediction = 0, None
-
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
-        self.num_inference_steps, self.timesteps = 1, torch.tensor([float(self.timestep)])
-
-    def scale_model_input(self, sample, timestep=None):
-        return sample
-
-    def step(self, model_output, timestep, sample, **options):
-        self.prediction = model_output
-        return (sample,)
-
-
-def prediction_of(pipe, noised, timestep):
-    """What a pipeline's transformer predicts of latents with the empty prompt, in the pipeline's own call of it."""
-    size, _, height, width = noised.shape
-    scheduler = OneStep()
-    scheduler.timestep = timestep
-    trained_with, pipe.scheduler = pipe.scheduler, scheduler
-    is_packed = hasattr(pipe, "_pack_latents")
-    latents = pipe._pack_latents(noised, size, noised.shape[1], height, width) if is_packed else noised
-    given = {"height": 8 * height, "width": 8 * width, "guidance_scale": 0.0, "output_type": "latent"}
-    try:
-        pipe.set_progress_bar_config(disable=True)
-        pipe([""] * size, latents=latents, num_inference_steps=1, **given)
-    finally:
-        pipe.scheduler = trained_with
-    output = scheduler.prediction
-    return pipe._unpack_latents(output, 8 * height, 8 * width, 8) if is_packed else output.reshape(noised.shape)
 
 
 def images_of(model, size=None, num=2, seed=0):

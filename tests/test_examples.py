@@ -780,7 +780,7 @@ def test_read_outs_of_segmentation_fill_their_table_and_go_on(tmp_path):
     said = run("benchmarks/read_outs_segmentation.py", *words)
     content = json.loads((tmp_path / "out" / "read_outs.json").read_text())
     fitted = [each for each in content["runs"] if each["method"] == "closed form"]
-    assert len(fitted) == 12 and len(content["runs"]) == 15
+    assert len(fitted) == 18 and len(content["runs"]) == 21
     assert {each["read_out"]: each["width"] for each in fitted} == {
         "one tap": 16,
         "all blocks": 4 * 16,
@@ -788,7 +788,7 @@ def test_read_outs_of_segmentation_fill_their_table_and_go_on(tmp_path):
     }
     assert str(tmp_path) not in json.dumps(content)
     table = (tmp_path / "out" / "read_outs.md").read_text()
-    assert table in said and len(table.splitlines()) == 2 + 15
+    assert table in said and len(table.splitlines()) == 2 + 21
     again = run("benchmarks/read_outs_segmentation.py", *words)
     assert "closed-form-one-tap-0:" in said and "closed-form-one-tap-0:" not in again
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
-from pipelines import FOLDABLE, LOAD_OPTIONS, PIPELINES, distance, dit_transformer, images_of, sana, sd3
+from pipelines import LOAD_OPTIONS, PIPELINES, distance, dit_transformer, images_of, sana, sd3
 from torch import nn
 from transformers import AutoModelForImageClassification, UperNetConfig, UperNetForSemanticSegmentation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -55,7 +55,7 @@ def assert_same(model, expected):
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("name", FOLDABLE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_tokens_at_every_tap_are_those_of_the_model(load, name, feature):
     model = load(name)
     given = images_of(model)
@@ -223,7 +223,7 @@ def test_a_head_of_the_host_stands_on_a_folded_backbone(tmp_path):
 @pytest.mark.family
 @pytest.mark.parametrize("tap", [(-1, "query"), (0, "query"), (-1, "attention"), (-1, "hidden")])
 def test_what_is_left_is_plain_and_all_of_it_is_used(load, tap):
-    for name in FOLDABLE:
+    for name in PIPELINES:
         if tap[1] == "attention" and "flux" in name:  # its last block has no attention output
             continue
         options = {"freeze_backbone": False, "block": tap[0], "feature": tap[1], **HEAD}

@@ -10,7 +10,7 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from pipelines import FOLDABLE, LOAD_OPTIONS, PIPELINES, distance, dit_transformer, images_of, sd35
+from pipelines import LOAD_OPTIONS, PIPELINES, distance, dit_transformer, images_of, sd35
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
@@ -80,7 +80,7 @@ def taps_of(config):
     ]
 
 
-@pytest.mark.parametrize("name", FOLDABLE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_every_tap_at_three_timesteps_is_that_of_the_model(load, name, tmp_path):
     model = load(name, timestep=TIMESTEPS)
     read_out = [[timestep, *tap] for timestep in TIMESTEPS for tap in taps_of(model.config)]
@@ -98,7 +98,7 @@ def test_every_tap_at_three_timesteps_is_that_of_the_model(load, name, tmp_path)
     assert difference(again, folded) <= 1e-6
 
 
-@pytest.mark.parametrize("name", FOLDABLE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_each_timestep_is_run_as_deep_as_it_is_read(load, name):
     model = load(name, read_out=UNEVEN)
     folded = model.fold()
@@ -111,7 +111,7 @@ def test_each_timestep_is_run_as_deep_as_it_is_read(load, name):
     assert calls == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (3, 0), (3, 1)]
 
 
-@pytest.mark.parametrize("name", FOLDABLE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_all_that_is_trained_is_used(load, name):
     config = load(name).config
     every = [[timestep, *tap] for timestep in (5, 60) for tap in taps_of(config)]

@@ -146,7 +146,7 @@ def test_what_travels_is_flat_small_and_complete():
     assert {f"model.{path.stem}" for path in files} == set(hub_modules())
     classifier = [path for path in files if path.stem != "modeling_segmentation"]
     assert len(classifier) <= 16
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in classifier) <= 6300
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in classifier) <= 6450
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -136,6 +136,11 @@ def test_an_unknown_pooling_is_rejected(pixel_folder):
         load(pixel_folder, pooling="max")
 
 
+def test_an_attention_head_takes_no_pooling(pixel_folder):
+    with pytest.raises(StrictDataclassError, match="`pooling='regions'` needs `head='linear'`"):
+        DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, head="attention", pooling="regions")
+
+
 def test_the_selection_knows_what_the_head_reads(pixel_folder):
     pixels = torch.rand(6, 3, 8, 8) * 2 - 1
     pooling = {

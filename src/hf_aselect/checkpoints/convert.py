@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..model.configuration_aselect import ASelectConfig
 from ..model.image_processing_aselect import ASelectImageProcessor
+from ..model.vae import ENCODER_WEIGHTS
 from .atomic import checked_output, whole_folder
-from .diffusers import DTYPES, VAE_ENCODER_KEYS, expected_shapes, find_diffusers, load_diffusers
+from .diffusers import DTYPES, expected_shapes, find_diffusers, load_diffusers
 from .empty_prompt import TEXT_PARTS
 from .hub_files import HubOptions
 from .licenses import license_on_card
@@ -127,7 +128,7 @@ def convert_diffusers(
         # Latents without a VAE are no images.
         if config.num_channels in (1, 3):
             ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
-        decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS)
+        decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=ENCODER_WEIGHTS)
         text_bytes = sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS)
     return Conversion(
         output=Path(output),

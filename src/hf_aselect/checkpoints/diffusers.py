@@ -15,14 +15,13 @@ from ..model.configuration_aselect import DDPM_LINEAR, ASelectConfig
 from ..model.denoisers import build_denoiser, build_vae_encoder
 from ..model.families import family_of
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
+from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
 from .hub_files import HubOptions, locate
 from .weight_files import CONFIG, SCHEDULER_CONFIG, check_parts, iterate_weights, weight_files
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What a VAE needs to encode; the rest of it turns latents back into pictures.
-VAE_ENCODER_KEYS = ("encoder.", "quant_conv.")
 # DiT-XL/2 with a learned variance is what facebookresearch/DiT trained and nobody trains with diffusers.
 _ORIGINAL_DIT = {
     "num_attention_heads": 16,
@@ -282,7 +281,7 @@ def _weights(
     for key, value in embeddings.items():
         yield f"denoiser.{key}", value
     for key, value in iterate_weights(files["vae"]):
-        if not key.startswith(VAE_ENCODER_KEYS):
+        if not key.startswith(ENCODER_WEIGHTS):
             continue
         name = f"vae.{_renamed(key)}"
         if name in expected:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .checks import NUM_TIMESTEPS, VAE_LEVELS, check_classes, check_dtype, check_timestep, check_vae, short
+from .checks import NUM_TIMESTEPS, check_classes, check_dtype, check_timestep, short
 from .families import layout_of
 from .layouts import (
     MAX_LAYERS,
@@ -30,6 +30,7 @@ from .layouts import (
     parse_tap_key,
     tap_key,
 )
+from .vae import check_vae, image_channels_of, latent_channels_of, vae_scale_factor_of
 
 # By this a folder is known to hold code: every class that travels needs it.
 CODE = "configuration_aselect.py"
@@ -81,8 +82,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         transformer: diffusers' configuration of the transformer, with `_class_name`. Default: DiT-XL/2's sizes.
-        vae: diffusers' configuration of the `AutoencoderKL` or `AutoencoderDC`, with `_class_name`; None for a DiT
-            in pixel space.
+        vae: diffusers' configuration of the VAE, with `_class_name`, one of `VAE_KINDS`; None for a DiT in pixel
+            space.
         scheduler: diffusers' configuration of a scheduler of the kind that the transformer was trained with, DDPM-like
             or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
         timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise, or a list of them;
@@ -393,12 +394,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def num_channels(self) -> int:
         """Number of colour channels of a picture: 1 for grey, 3 for RGB."""
-        return self.layout.num_channels if self.vae is None else int(self.vae["in_channels"])
+        return self.layout.num_channels if self.vae is None else image_channels_of(self.vae)
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels a side that one latent stands for: 1 in pixel space."""
-        return 1 if self.vae is None else 2 ** (len(self.vae[VAE_LEVELS[self.vae["_class_name"]]]) - 1)
+        return vae_scale_factor_of(self.vae)
 
     @property
     def patch_pixels(self) -> int:
@@ -636,7 +637,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_vae(self) -> None:
         """Refuse a VAE whose latents are not what the transformer takes."""
-        made = (self.vae or {}).get("latent_channels")
+        made = latent_channels_of(self.vae) if self.vae else None
         if made is not None and made != self.layout.num_channels:
             raise ValueError(
                 f"The transformer takes latents of {self.layout.num_channels} channels, but the VAE makes {made}. "
@@ -686,6 +687,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, known in (("head", ("linear", "attention")), ("pooling", tuple(POOLINGS))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
+        if self.head == "attention" and self.pooling != "mean":
+            raise ValueError(f"`pooling={self.pooling!r}` needs `head='linear'`: an attention head reads all tokens.")
         if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
             raise ValueError(
                 "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "

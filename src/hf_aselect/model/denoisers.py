@@ -12,6 +12,7 @@ from .denoiser import Denoiser, Pass, SteppedDenoiser, grid_of, modulated_by_tab
 from .families import family_of
 from .folded_transformer import FoldedTransformer
 from .generic_denoiser import GenericDenoiser
+from .vae import keep_encoder
 
 
 class DiTDenoiser(SteppedDenoiser):
@@ -450,17 +451,11 @@ def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
     """Build the encoder half of the VAE of a configuration, with new weights; None in pixel space.
 
     Raises:
-        ValueError: If the VAE is neither an `AutoencoderKL` nor an `AutoencoderDC`.
+        ValueError: If diffusers cannot build it.
     """
     if config.vae is None:
         return None
-    vae: Any = _build(config.vae)
-    # Features need no pictures back: the decoder is more than half of the VAE's weights.
-    vae.decoder = None
-    if hasattr(vae, "post_quant_conv"):
-        vae.post_quant_conv = None
-    encoder: nn.Module = vae
-    return encoder
+    return keep_encoder(_build(config.vae))
 
 
 def _build(config: dict[str, Any], kind: Any = None) -> Any:

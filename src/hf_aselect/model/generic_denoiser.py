@@ -95,8 +95,8 @@ class _ExactTimesteps:
 class GenericDenoiser(Denoiser):
     """A transformer of any family that is described, read by hooks on its own call.
 
-    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in
-    `torch.export` and where FSDP shards the blocks, the lists of blocks are cut behind the last tap instead.
+    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in `torch.export`,
+    with offloaded weights and where FSDP shards the blocks, the lists of blocks are cut behind the last tap instead.
 
     Args:
         transformer: A transformer of the family.
@@ -166,10 +166,17 @@ class GenericDenoiser(Denoiser):
         last = max(block for block, _ in taps)
         if is_sharded(self.blocks[0]):
             return self._read_sharded(inputs, taps, last)
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        if self._must_end(last):
             with self._cut(last):
                 return self._read(self._call(inputs), inputs, taps, may_stop=False)
         return self._read(self._call(inputs), inputs, taps)
+
+    def _must_end(self, last: int) -> bool:
+        """Return whether a call may not be ended by an exception: what waits for its end would wait for ever."""
+        # Modules are followed in and out.
+        is_traced = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        # accelerate puts weights back that it fetched.
+        return is_traced or next(self.blocks[last].parameters()).is_meta
 
     def _read_sharded(self, inputs: Inputs, taps: Sequence[Tap], last: int) -> dict[Tap, Tensor]:
         """Return the tokens at several taps where FSDP gathers a block's weights while it is called.

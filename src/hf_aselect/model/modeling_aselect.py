@@ -39,6 +39,7 @@ from .heads import AttentionHead, FeatureStandardization, concatenated, token_ma
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import ReadOut, Tap
 from .noise_schedule import NoiseSchedule, fixed_noise
+from .vae import encode_images
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class TokenReader(PreTrainedModel):
         return self._base().schedule
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Return clean latents of images: the VAE's posterior mean, scaled; the images themselves in pixel space.
+        """Return clean latents of images: the VAE's posterior mean, normalised; the images themselves in pixel space.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W); H and W multiples of a token's side.
@@ -116,12 +117,8 @@ class TokenReader(PreTrainedModel):
         parameter = next(vae.parameters())
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
         with torch.autocast(parameter.device.type, enabled=False):
-            encoded = vae.encode(pixel_values.to(parameter.device, parameter.dtype))
-        # An AutoencoderDC has no distribution.
-        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)
-        scaled: Tensor = ((latents - shift) * scale).to(self.device, dtype)
-        return scaled
+            latents = encode_images(vae, pixel_values.to(parameter.device, parameter.dtype))
+        return latents.to(self.device, dtype)
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
         """Mix latents with the fixed noise of `config.noise_seed`, the same for every image.
