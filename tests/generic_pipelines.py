@@ -169,7 +169,7 @@ def chroma(**options):
     return ChromaPipeline(
         transformer=randomized(ChromaTransformer2DModel(**given)),
         vae=flux_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
         text_encoder=t5(),
         tokenizer=tokenizer(),
     )
@@ -302,6 +302,8 @@ def prx(**options):
         **options,
     }
     config = T5GemmaConfig(encoder=dict(LANGUAGE_MODEL), decoder=dict(LANGUAGE_MODEL)).encoder
+    # diffusers reads an encoder's sizes off the configuration of a whole model, which is what is published.
+    config.encoder = dict(LANGUAGE_MODEL)
     return PRXPipeline(
         transformer=randomized(PRXTransformer2DModel(**given)),
         vae=flux_vae(),

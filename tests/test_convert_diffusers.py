@@ -356,7 +356,7 @@ def test_of_a_configuration_beside_what_diffusers_saved_the_fields_are_taken(pix
     config = ASelectConfig.from_dict(json.loads(json.dumps(expected.config.to_dict())))
     model = DiTForImageClassification.from_pretrained(pixel_folder, config=config)
     assert model.config.to_dict() == expected.config.to_dict()
-    model.head.load_state_dict(expected.head.state_dict())
+    model.classifier.load_state_dict(expected.classifier.state_dict())
     assert model(pixels).logits.equal(expected(pixels).logits)
     # A keyword beats it.
     assert DiTModel.from_pretrained(pixel_folder, config=config, timestep=9).config.timestep == 9
@@ -386,7 +386,7 @@ def test_pickled_weights_cannot_be_asked_for(pixel_folder):
 
 
 def test_a_part_of_the_head_is_refused(saved):
-    rewrite(saved / "model.safetensors", lambda weights: weights.pop("head.class_token"))
+    rewrite(saved / "model.safetensors", lambda weights: weights.pop("classifier.class_token"))
     with pytest.raises(ValueError, match=r"a part of the head only: 1 of its \d+ tensors are missing.*class_token"):
         DiTForImageClassification.from_pretrained(saved)
 
@@ -396,7 +396,7 @@ def test_another_head_is_a_new_one_where_that_is_asked_for(saved, pixels):
         DiTForImageClassification.from_pretrained(saved, head="linear")
     model = DiTForImageClassification.from_pretrained(saved, head="linear", ignore_mismatched_sizes=True)
     assert model(pixels).logits.shape == (7, 4)
-    assert bool((model.head.norm.weight == 1).all()) and not model.head.norm.bias.any()
+    assert bool((model.classifier.norm.weight == 1).all()) and not model.classifier.norm.bias.any()
 
 
 # Conversion to a folder.

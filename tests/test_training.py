@@ -52,7 +52,7 @@ def test_the_plain_trainer_trains_the_head_and_only_the_head(trainer):
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     for name, value in trainer.model.named_parameters():
-        assert value.equal(before[name]) != name.startswith("head."), name
+        assert value.equal(before[name]) != name.startswith("classifier."), name
 
 
 def test_what_the_trainer_saves_is_loaded_again(trainer, pixels):
@@ -217,7 +217,7 @@ def test_the_probe_reads_the_labels_of_the_rows(pixel_folder, pixels, tmp_path):
 @pytest.mark.process
 def test_choosing_leaves_the_random_numbers_of_training_alone(pixel_folder, pixels, tmp_path):
     losses, models = [], [unresolved(pixel_folder), unresolved(pixel_folder)]
-    models[1].head.load_state_dict(models[0].head.state_dict())
+    models[1].classifier.load_state_dict(models[0].classifier.state_dict())
     for model in models:
         torch.manual_seed(1)
         if not losses:
@@ -225,7 +225,7 @@ def test_choosing_leaves_the_random_numbers_of_training_alone(pixel_folder, pixe
             timestep = model.config.timestep
         else:
             model.config.timestep = timestep
-            selected = models[0].head.standardization
+            selected = models[0].classifier.standardization
             model._set_standardization([(selected.scale, selected.shift)])
             trainer = train_with(ASelectCallback(), model, pixels, tmp_path, logging_steps=1)
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
@@ -469,7 +469,7 @@ def test_accumulated_gradients_are_those_of_one_batch(pixel_folder, pixels, tmp_
             pixel_folder, timestep=5, num_labels=4, head="linear", problem_type=problem
         )
         take_one_step(model, rows, size, tmp_path / "out")
-        weights.append(model.head.classifier.weight.detach().clone())
+        weights.append(model.classifier.output_projection.weight.detach().clone())
     torch.testing.assert_close(weights[0], weights[1])
 
 

@@ -142,7 +142,7 @@ def embedded() -> Seen:
     with torch.no_grad():
         means = torch.cat([model.extract_features(batch).mean(1) for batch in pixels.split(250)])
     labels = torch.tensor(train["label"][:])
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=0.02, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=0.02, weight_decay=0.1)
     for _ in range(200):
         loss = model(features=means, labels=labels).loss
         loss.backward()

@@ -253,6 +253,10 @@ def plot_confusion_matrix(
     Raises:
         ValueError: If there are no pictures, the lengths differ, or an index is outside `names`.
         ImportError: If matplotlib is missing.
+
+    Example:
+        >>> from hf_aselect import plot_confusion_matrix
+        >>> plot_confusion_matrix("confusion_matrix.png", [0, 1, 1], [0, 1, 0], ["cat", "dog"])
     """
     true, predicted = np.asarray(true_labels), np.asarray(predicted_labels)
     if not true.size or true.shape != predicted.shape:

@@ -62,6 +62,7 @@ def convert_diffusers(
     without: str | Iterable[str] = (),
     prompt_embeds: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "1GB",
+    include_code: bool = True,
     **fields: Any,
 ) -> Conversion:
     """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
@@ -87,6 +88,7 @@ def convert_diffusers(
         without: Parts of the text side to do without: `"text_encoder_3"` of Stable Diffusion 3, its T5.
         prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
         max_shard_size: Size of a file of weights at the most, unless one tensor is larger: bytes, or "5GB", "200MB".
+        include_code: Whether the code of the models is written beside the weights, for who has not this package.
         fields: Fields of `ASelectConfig`.
 
     Returns:
@@ -97,6 +99,10 @@ def convert_diffusers(
             kind; a field is unknown; a number is out of range.
         FileExistsError: If `output` exists and is not empty.
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
+
+    Example:
+        >>> from hf_aselect import convert_diffusers
+        >>> conversion = convert_diffusers("path/to/a/pipeline", "converted")  # doctest: +SKIP
     """
     started = time.monotonic()
     target = checked_output(output)
@@ -124,10 +130,10 @@ def convert_diffusers(
         _check_fit(config, written, source)
         config.architectures = ["DiTModel"]
         config.dtype = wanted or _main_dtype(written)
-        config.save_pretrained(unfinished)
+        config.save_pretrained(unfinished, include_code=include_code)
         # Latents without a VAE are no images.
         if config.num_channels in (1, 3):
-            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
+            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished, include_code=include_code)
         decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=ENCODER_WEIGHTS)
         text_bytes = sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS)
     return Conversion(

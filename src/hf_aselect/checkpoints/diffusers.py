@@ -18,7 +18,15 @@ from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
 from .hub_files import HubOptions, locate
-from .weight_files import CONFIG, SCHEDULER_CONFIG, check_parts, iterate_weights, weight_files
+from .weight_files import (
+    CONFIG,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    check_parts,
+    iterate_weights,
+    transformer_part,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,13 +104,18 @@ def load_diffusers(
     Raises:
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
-    is_bare = not (folder / "transformer").is_dir()
-    transformer_folder = folder if is_bare else folder / "transformer"
+    index = read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {}
+    part = transformer_part(index)
+    is_bare = not (folder / part).is_dir()
+    transformer_folder = folder if is_bare else folder / part
     transformer = _read_transformer(transformer_folder)
     name = transformer["_class_name"]
     text = () if prompt_embeds is not None else text_parts(name, names_of(without))
-    check_parts(folder, ("transformer", "scheduler", "vae", *text))
+    check_parts(folder, (part, "scheduler", "vae", *text))
     scheduler = _default_scheduler(folder, transformer, fields) if is_bare else _read_scheduler(folder)
+    if part != "transformer":
+        scheduler = {**scheduler, "boundary_ratio": index["boundary_ratio"]}
+        logger.info("%s has two transformers; the one for little noise, %s, is read.", folder.name, part)
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": scheduler}
     files: dict[str, list[Path]] = {"transformer": weight_files(transformer_folder, variant), "vae": []}
     if not is_bare and (folder / "vae").is_dir():
@@ -192,7 +205,12 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
         part.pop("_name_or_path", None)
     config = ASelectConfig(**{**parts, "timestep_embedding": _default_embedding(parts, fields), **fields})
     # Rejects schedulers that are not supported.
-    NoiseSchedule.from_config(config.scheduler or {})
+    num_trained = NoiseSchedule.from_config(config.scheduler or {}).num_trained
+    if beyond := [each for each in config.timesteps() if isinstance(each, int) and each >= num_trained]:
+        raise ValueError(
+            f"`timestep` must be below {num_trained}, got {beyond[0]}: of the pipeline's two transformers the one for "
+            "little noise is read, and it was trained on no others."
+        )
     if config.vae is None and config.num_channels not in (1, 3):
         logger.warning(
             "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "

@@ -21,11 +21,10 @@ from huggingface_hub.errors import (
 )
 
 from ..model.checks import PickledWeightsError, read_json
-from .weight_files import CONFIG, MODEL_INDEX, PICKLES, is_listed, refuse_pickles, weights_of
+from .weight_files import CONFIG, MODEL_INDEX, PICKLES, is_listed, refuse_pickles, transformer_part, weights_of
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMER_CONFIG = f"transformer/{CONFIG}"
 # What the client raises where it gets no answer: `HTTPError` of the HTTP library that its version uses.
 _NO_ANSWER: type[Exception] = HfHubHTTPError.__mro__[1]
 
@@ -119,7 +118,7 @@ def locate(
 
 def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str) -> bool:
     """Return whether a local folder holds a transformer of diffusers, rather than an hf_aselect checkpoint."""
-    if (folder / "transformer").is_dir():
+    if any((folder / part).is_dir() for part in ("transformer", "transformer_2")):
         return True  # what else lies beside it is nobody's weights
     refuse_pickles(folder)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
@@ -208,12 +207,13 @@ def _fetch_transformer_config(repo_id: str, prefix: str, index: dict[str, Any], 
     Raises:
         ValueError: If the pipeline has none.
     """
-    if not is_listed(index, "transformer"):
+    part = transformer_part(index)
+    if not is_listed(index, part):
         raise ValueError(
             f"{repo_id!r} is a {index['_class_name']}, which has no `transformer`: features are read from "
             "diffusion transformers only."
         )
-    return read_json(Path(hf_hub_download(repo_id, prefix + TRANSFORMER_CONFIG, **options.of_a_download())))
+    return read_json(Path(hf_hub_download(repo_id, f"{prefix}{part}/{CONFIG}", **options.of_a_download())))
 
 
 def _files_of(repo_id: str, options: HubOptions) -> list[str]:
@@ -257,12 +257,13 @@ def needed_files(
     if model_index is None:
         return [CONFIG, *weights_of("", files, variant)]
     needed = [MODEL_INDEX, *(file for file in files if file.startswith("scheduler/"))]
-    parts = [part for part in ("transformer", "vae", *text_parts) if is_listed(model_index, part)]
+    transformer = transformer_part(model_index)
+    parts = [part for part in (transformer, "vae", *text_parts) if is_listed(model_index, part)]
     for part in parts:
         inside = [file for file in files if file.startswith(f"{part}/")]
         needed += [file for file in inside if ".safetensors" not in file and not file.endswith(PICKLES)]
         if not part.startswith("tokenizer"):
-            needed += weights_of(part, inside, variant, fall_back=part != "transformer")
+            needed += weights_of(part, inside, variant, fall_back=part != transformer)
     # Notes and weights of other frameworks have no use here; the pickles' index ends as their files do not.
     useless = (".md", ".msgpack", ".h5", ".onnx", ".onnx_data", ".bin.index.json")
     return sorted({file for file in needed if not file.endswith(useless)})

@@ -268,6 +268,11 @@ def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: If its front matter cannot be read.
+
+    Example:
+        >>> from hf_aselect import facts_of_card
+        >>> facts_of_card("model_cards/fashion-mnist-classifier/README.md")["dataset"]
+        'fashion_mnist'
     """
     text = read_text(Path(path))
     try:

@@ -1,13 +1,14 @@
 """What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.dynamic_module_utils import custom_object_save
 
 from ..hub.push import write_model_card
+from ..model.configuration_aselect import write_code
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.apply import apply_selection
 from ..selection.record import TimestepSelection
@@ -45,6 +46,11 @@ class ASelectCallback(TrainerCallback):
         ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
             values in the rows, or, while the backbone is trained, another tap is to be chosen, `reselect_epochs` is
             given with a stream, or a model is to follow a selection of another number of timesteps than it reads.
+
+    Example:
+        >>> from hf_aselect import ASelectCallback
+        >>> callback = ASelectCallback(max_images=256, dataset="my images")
+        >>> trainer = Trainer(model, args, train_dataset=train, callbacks=[callback])  # doctest: +SKIP
     """
 
     def __init__(
@@ -272,8 +278,7 @@ class ASelectCallback(TrainerCallback):
 def _write_code(trained: Any, folder: Path) -> None:
     """Write the code of a model into a folder; an adapter of peft's has none."""
     if _unwrapped(trained) is trained and trained._auto_class is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        custom_object_save(trained, str(folder))
+        write_code(Path(inspect.getfile(type(trained))).parent, folder)
 
 
 def _facts_of_training(
