@@ -17,6 +17,7 @@ from transformers.utils import is_accelerate_available
 
 from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, plots, select_timestep
 from hf_aselect.hub.push import write_model_card
+from hf_aselect.model.configuration_aselect import DIT_XL_2
 from hf_aselect.training import trackers
 from hf_aselect.training.kept_card import keep_card, restore_card
 from hf_aselect.training.metrics import compute_accuracy
@@ -144,7 +145,7 @@ def test_the_card_tells_of_the_weights_that_are_loaded_at_the_end(trainer, tmp_p
     ("fields", "expected"),
     [
         ({"base_model": "facebook/DiT-XL-2-256"}, "license: cc-by-nc-4.0"),
-        ({"timestep_embedding": "original"}, "license: cc-by-nc-4.0"),
+        ({"timestep_embedding": "original", "transformer": DIT_XL_2}, "license: cc-by-nc-4.0"),
         ({"base_model": "stabilityai/stable-diffusion-3.5-large"}, "license_name: stabilityai-ai-community"),
         ({"base_model": "black-forest-labs/FLUX.1-dev"}, "license_name: flux-1-dev-non-commercial-license"),
     ],

@@ -113,8 +113,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             are then those of its first entry.
         timestep_embedding: Of a `DiTTransformer2DModel`: "diffusers" for one that was trained with diffusers,
             "original" for weights of `facebookresearch/DiT` (the frequencies of diffusers' sinusoidal embedding differ
-            a little from those), "sit" for weights of SiT, which is given 1 - t/1000. The other families have
-            "diffusers" alone.
+            a little from those), "sit" for weights of SiT, which is given 1 - t/1000, "repa" for those of REPA and
+            SRA, which are given t/1000. The other families have "diffusers" alone.
         prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
             weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
         guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
@@ -187,7 +187,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     block: int | list[Any] | str | None = None
     feature: str | list[Any] = "query"
     read_out: list[Any] | None = None
-    timestep_embedding: Literal["diffusers", "original", "sit"] = "diffusers"
+    timestep_embedding: Literal["diffusers", "original", "sit", "repa"] = "diffusers"
     prompt_shapes: dict[str, list[int]] | None = None
     guidance: float = 1.0
     zeroed_channels: list[int] | dict[str, list[int]] | str | None = None
