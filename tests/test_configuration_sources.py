@@ -286,3 +286,31 @@ def test_transformers_own_scripts_load_a_configuration_and_a_model(converted):
             converted, from_tf=False, config=config, ignore_mismatched_sizes=False, **common
         )
         assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_a_keyword_beside_a_configuration_says_where_it_belongs(converted):
+    """ViT has only Python's own words for it."""
+    config = ASelectConfig.from_pretrained(converted)
+    with pytest.raises(ValueError, match="Give timestep in `config=`"):
+        DiTModel.from_pretrained(converted, config=config, timestep=5)
+
+
+@pytest.mark.parametrize("name", ["lables", "label", "pixel_value", "latent"])
+def test_a_misspelt_argument_of_forward_is_refused(classifier, pixels, name):
+    """`lables` was met: there was no loss, and nothing said so."""
+    with pytest.raises(ValueError, match=f"`forward` has no `{name}` .did you mean `"):
+        classifier(pixels, **{name: torch.zeros(7).long()})
+    # What transformers and its trainers pass to any model.
+    assert classifier(pixels, num_items_in_batch=7, interpolate_pos_encoding=True, return_loss=True).loss is None
+
+
+@pytest.mark.parametrize("given", [{"use_temp_dir": True}, {"safe_serialization": True}, {"tags": None}])
+def test_keywords_of_transformers_are_taken_by_a_push(classifier, monkeypatch, given):
+    pushed = {}
+    monkeypatch.setattr("hf_aselect.hub.push._push", lambda *_, **options: pushed.update(options))
+    classifier.push_to_hub("me/model", commit_message="x", private=True, **given)
+    assert pushed["include_code"] is True
+    with pytest.raises(ValueError, match="asks for pickled weights"):
+        classifier.push_to_hub("me/model", safe_serialization=False)
+    with pytest.raises(ValueError, match="The card has no facts"):
+        classifier.push_to_hub("me/model", use_tempdir=True)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -34,7 +35,14 @@ from .checks import (
     is_of_diffusers,
     refuse_other_than_safetensors,
 )
-from .configuration_aselect import ALL_MODELS, ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
+from .configuration_aselect import (
+    ALL_MODELS,
+    TAKEN,
+    ASelectConfig,
+    is_code_saved,
+    refuse_unknown_keywords,
+    without_code,
+)
 from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
@@ -755,7 +763,10 @@ def _explained(source: Any) -> Iterator[None]:
         ) from error
     except TypeError as error:
         # transformers passes keywords that it does not know on to the model's `__init__`.
-        refuse_unknown_keywords(set(re.findall(r"unexpected keyword argument '(\w+)'", str(error))))
+        found = set(re.findall(r"unexpected keyword argument '(\w+)'", str(error)))
+        if found & TAKEN:
+            raise ValueError(f"Give {', '.join(found)} in `config=`, which says all that a keyword would.") from error
+        refuse_unknown_keywords(found)
         raise
 
 
@@ -771,12 +782,15 @@ def _zeroed_at(config: ASelectConfig, read_out: ReadOut, width: int) -> list[int
 
 
 def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
-    """Refuse a timestep or tap in `forward`: it would be ignored, as the head was trained at the configuration's."""
+    """Refuse what `forward` would ignore though it is meant: a timestep or tap, and misspelt images or labels."""
     if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "read_out", "num_noise_draws"}):
         raise ValueError(
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
+    for name in kwargs:
+        if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
+            raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
 
 
 class DiTModel(ASelectPreTrainedModel):
@@ -832,6 +846,11 @@ class DiTModel(ASelectPreTrainedModel):
         if vae is not None:
             vae._apply(without_rounding(fn))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled, copied and hashed, by `datasets` above all: without the noise of forward passes."""
+        state: dict[str, Any] = super().__getstate__()
+        return state if self.config.folded else {**state, "_noise": {}}
 
     def stages(self, config: ASelectConfig | None = None) -> list[list[ReadOut]]:
         """Return what is concatenated to each of the outputs, of which there is one; as another `config` has it."""
