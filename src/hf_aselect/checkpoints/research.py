@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..model.checks import PickledWeightsError, read_json, refuse_other_than_weights, short
 from ..model.configuration_aselect import DDPM_LINEAR
+from ..model.families import FAMILIES
 from ..model.folded_transformer import sincos_table
-from ..model.layouts import FAMILY_NAMES
 from ..model.noise_schedule import DDPM_LIKE, FLOW_MATCHING, is_flow_matching
 from .weight_files import CONFIG, PICKLES, iterate_weights, weight_files
 
@@ -112,7 +112,7 @@ _PORT = re.compile(r"(SiT|DiT|REPA|SRA)([A-Z_0-9].*)?")
 
 def is_port(class_name: Any) -> bool:
     """Return whether the class that a `config.json` names may be a port that keeps the research names."""
-    return isinstance(class_name, str) and class_name not in FAMILY_NAMES and _PORT.fullmatch(class_name) is not None
+    return isinstance(class_name, str) and class_name not in FAMILIES and _PORT.fullmatch(class_name) is not None
 
 
 @dataclass(frozen=True)
@@ -432,7 +432,7 @@ def research_in(folder: Path, variant: str | None = None) -> ResearchWeights | N
     """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     class_name = config.get("_class_name")
-    if (class_name in FAMILY_NAMES and class_name != "DiTTransformer2DModel") or "model_type" in config:
+    if (class_name in FAMILIES and class_name != "DiTTransformer2DModel") or "model_type" in config:
         return None
     try:
         found = [weight_files(folder, variant)]
