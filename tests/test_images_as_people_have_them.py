@@ -119,6 +119,9 @@ def test_images_of_rare_modes_are_taken(mode, num_channels):
 def test_a_palette_gives_its_colours():
     palette = IMAGE.convert("P", palette=Image.Palette.ADAPTIVE)
     assert torch.equal(values_of(palette), values_of(palette.convert("RGB")))
+    expected = values_of(palette)
+    palette.info["transparency"] = bytes(range(256))  # of which PIL warns
+    assert torch.equal(values_of(palette), expected)
 
 
 @pytest.mark.parametrize("size", [(8, 4), [8, 4], (np.int64(8), 4), {"height": np.int64(8), "width": 4}])

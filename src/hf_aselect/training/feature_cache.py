@@ -115,7 +115,7 @@ def cache_features(
 def _check_dataset(dataset: Any) -> None:
     if is_stream(dataset) or isinstance(dataset, datasets.DatasetDict | str | bytes):
         raise ValueError(
-            "`dataset` must be a `datasets.Dataset` with a column of pictures, a list, or a dataset of torch by number, "
+            "`dataset` must be a `datasets.Dataset` with a column of pictures, a list, or a map-style torch dataset; "
             f"got {type(dataset).__name__}. Give one split of a DatasetDict; of a stream take a part "
             "(`datasets.Dataset.from_list(list(stream.take(n)))`)."
         )
