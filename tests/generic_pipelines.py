@@ -1,5 +1,6 @@
 """Tiny pipelines of the families that are described rather than written by hand: diffusers' own classes."""
 
+import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
@@ -371,3 +372,38 @@ GENERIC_PIPELINES = {
     "longcat": longcat,
     "wan": wan,
 }
+
+
+class OneStep(FlowMatchEulerDiscreteScheduler):
+    """A scheduler of one timestep, which keeps what the transformer predicts, as a pipeline hands it over."""
+
+    timestep, prediction = 0, None
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+        self.num_inference_steps, self.timesteps = 1, torch.tensor([float(self.timestep)])
+
+    def scale_model_input(self, sample, timestep=None):
+        return sample
+
+    def step(self, model_output, timestep, sample, **options):
+        self.prediction = model_output
+        return (sample,)
+
+
+def prediction_of(pipe, noised, timestep):
+    """What a pipeline's transformer predicts of latents with the empty prompt, in the pipeline's own call of it."""
+    size, _, height, width = noised.shape
+    scheduler = OneStep()
+    scheduler.timestep = timestep
+    trained_with, pipe.scheduler = pipe.scheduler, scheduler
+    is_packed = hasattr(pipe, "_pack_latents")
+    latents = pipe._pack_latents(noised, size, noised.shape[1], height, width) if is_packed else noised
+    given = {"height": 8 * height, "width": 8 * width, "guidance_scale": 0.0, "output_type": "latent"}
+    try:
+        pipe.set_progress_bar_config(disable=True)
+        pipe([""] * size, latents=latents, num_inference_steps=1, **given)
+    finally:
+        pipe.scheduler = trained_with
+    output = scheduler.prediction
+    output = pipe._unpack_latents(output, 8 * height, 8 * width, 8) if is_packed else output
+    return output.reshape(noised.shape)

@@ -145,8 +145,8 @@ def test_what_travels_is_flat_small_and_complete():
     assert all(path.parent == PACKAGE / "model" for path in files), "the Hub copies modules into one flat folder"
     assert {f"model.{path.stem}" for path in files} == set(hub_modules())
     classifier = [path for path in files if path.stem != "modeling_segmentation"]
-    assert len(classifier) <= 13
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in classifier) <= 5750
+    assert len(classifier) <= 16
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in classifier) <= 6450
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -16,6 +16,7 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 from .checkpoints.convert import convert_diffusers
 from .hub.card import facts_of_card
 from .model.configuration_aselect import ASelectConfig
+from .model.families import TransformerBlocks, TransformerFamily, register_family, transformer_layout
 from .model.image_processing_aselect import ASelectImageProcessor
 from .model.modeling_aselect import DiTModel
 from .model.modeling_classification import DiTForImageClassification
@@ -40,11 +41,15 @@ __all__ = [
     "MeanIoU",
     "NoiseSchedule",
     "TimestepSelection",
+    "TransformerBlocks",
+    "TransformerFamily",
     "cache_features",
     "convert_diffusers",
     "facts_of_card",
     "plot_confusion_matrix",
+    "register_family",
     "select_timestep",
+    "transformer_layout",
 ]
 
 AutoConfig.register(ASelectConfig.model_type, ASelectConfig)

@@ -24,9 +24,6 @@ from .hub_files import HubOptions
 from .licenses import license_on_card
 from .weight_files import tensor_bytes, weight_files
 
-# The empty prompt's embeddings among a denoiser's weights.
-_PROMPT = ("prompt_embeds", "pooled_prompt_embeds")
-
 
 @dataclass(frozen=True)
 class Conversion:
@@ -256,7 +253,8 @@ def _check_fit(config: ASelectConfig, written: dict[str, Tensor], source: str | 
         ValueError: If they do not.
     """
     expected = expected_shapes(config)
-    shapes = {name: value.shape for name, value in written.items() if name.removeprefix("denoiser.") not in _PROMPT}
+    prompt = {f"denoiser.{name}" for name in config.prompt_shapes or ()}
+    shapes = {name: value.shape for name, value in written.items() if name not in prompt}
     broken = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
     if broken:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..model.checks import read_json, refuse_other_than_weights
 from ..model.configuration_aselect import DDPM_LINEAR, ASelectConfig
 from ..model.denoisers import build_denoiser, build_vae_encoder
-from ..model.layouts import check_family
+from ..model.families import family_of
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
@@ -65,7 +65,7 @@ def find_diffusers(
 
     def needed_text(transformer: dict[str, Any]) -> tuple[str, ...]:
         name = _class_name(transformer)
-        check_family(name)
+        family_of(name)
         return () if has_prompt else text_parts(str(name), names_of(without))
 
     return locate(source, ASelectConfig.model_type, options, needed_text)
@@ -146,7 +146,7 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / CONFIG)
     config["_class_name"] = _class_name(config)
-    check_family(config["_class_name"])
+    family_of(config["_class_name"])
     return config
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model.checks import read_json
+from ..model.families import FAMILIES
 from .weight_files import MODEL_INDEX, is_listed, weight_files
 
 # What the text encoders and tokenizers of all pipelines are called.
@@ -109,6 +110,16 @@ _ENCODERS: dict[str, tuple[str, Encode]] = {
     "LongCatImageTransformer2DModel": ("LongCatImagePipeline", _whole),
     "WanTransformer3DModel": ("WanPipeline", _wan),
 }
+
+
+def _encoder_of(transformer: str) -> tuple[str, Encode] | None:
+    """Return diffusers' pipeline that encodes a prompt for a class of transformers, and how; None if none is known."""
+    if transformer in _ENCODERS:
+        return _ENCODERS[transformer]
+    family = FAMILIES.get(transformer)
+    return None if family is None or family.encode_prompt is None else (family.pipeline, family.encode_prompt)
+
+
 # What diffusers puts zeros in the place of.
 _OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
 _UNREADABLE = (
@@ -134,7 +145,7 @@ def text_parts(transformer: str, without: Iterable[str] = ()) -> tuple[str, ...]
             f"A {transformer} cannot do without {', '.join(needed)}; what can be left out: "
             f"{', '.join(optional) or 'nothing'}."
         )
-    if transformer not in _ENCODERS:
+    if _encoder_of(transformer) is None:
         return ()
     return tuple(part for part in TEXT_PARTS if not (without and part in optional))
 
@@ -171,6 +182,12 @@ def encode_empty_prompt(
             without; or if embeddings are NaN or infinite.
     """
     kind = transformer["_class_name"]
+    if (encoder := _encoder_of(kind)) is None:
+        raise ValueError(
+            f"The description of {kind} does not say which pipeline encodes a prompt. Pass `prompt_embeds=`, the "
+            "empty prompt's embeddings by name."
+        )
+    name, encode = encoder
     wanted = text_parts(kind, without)
     # diffusers takes seconds to import, and only a conversion needs it.
     try:
@@ -193,8 +210,9 @@ def encode_empty_prompt(
         )
     with torch.device("meta"):
         # Some pipelines ask it for sizes.
-        stand_in = getattr(diffusers, kind).from_config(transformer)
-    name, encode = _ENCODERS[kind]
+        family = FAMILIES.get(kind)
+        transformer_class: Any = (family and family.transformer_class) or getattr(diffusers, kind)
+        stand_in = transformer_class.from_config(transformer)
     pipeline_class = getattr(diffusers, name)
     known = inspect.signature(pipeline_class.__init__).parameters
     index = read_json(folder / MODEL_INDEX)

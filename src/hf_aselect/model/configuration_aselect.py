@@ -14,6 +14,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checks import NUM_TIMESTEPS, check_classes, check_dtype, check_timestep, short
+from .families import layout_of
 from .layouts import (
     MAX_LAYERS,
     MAX_READ_OUTS,
@@ -25,7 +26,6 @@ from .layouts import (
     TransformerLayout,
     check_feature,
     check_format,
-    layout_of,
     listed,
     parse_tap_key,
     tap_key,

@@ -54,9 +54,6 @@ class BlockStep(GradientCheckpointingLayer):
 class Denoiser(nn.Module, ABC):
     """A diffusion transformer that is read at taps of its blocks, and run no further than the last of them.
 
-    A family says how a pass begins, what a block's attention reads and how a block is run; `read_taps`, `forward` and
-    `unused_modules` are the same for all.
-
     Args:
         transformer: A transformer of diffusers.
         timestep_embedding: How a timestep is embedded; "diffusers" is what diffusers itself does.
@@ -70,14 +67,8 @@ class Denoiser(nn.Module, ABC):
     # that says how wide each is.
     prompt_fields: ClassVar[dict[str, str]] = {}
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
-    # What diffusers calls the module that makes tokens of latents, a block's self-attention, what only the text runs
-    # through before the first block, and what is run after the last.
+    # What diffusers calls the module that makes tokens of latents.
     patch_embedding_name: ClassVar[str] = "pos_embed"
-    attention_name: ClassVar[str] = "attn1"
-    text_input_names: ClassVar[tuple[str, ...]] = ()
-    output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
-    # Whether the former has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
-    has_position_table: ClassVar[bool] = False
 
     transformer: Any  # diffusers is imported when a denoiser is built, not here
     prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
@@ -105,7 +96,6 @@ class Denoiser(nn.Module, ABC):
             self._check_prompt(prompt_shapes)
             for name, shape in prompt_shapes.items():
                 self.register_buffer(name, torch.zeros(shape))
-        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
 
     def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
         """Refuse embeddings of the prompt that the transformer does not take."""
@@ -150,6 +140,61 @@ class Denoiser(nn.Module, ABC):
         blocks: Sequence[Any] = self.transformer.transformer_blocks
         return blocks
 
+    def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
+        """Return the tokens at a tap, (B, N, D), running no block that comes after it; see `read_taps`."""
+        return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
+
+    @abstractmethod
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return the tokens at several taps from one pass, running no block that comes after the last.
+
+        Args:
+            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
+            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
+            taps: Blocks, counted from the first, and features; (-1, "hidden") is what the first block reads.
+
+        Returns:
+            Tokens of the image at each tap in row-major order, (B, N, D).
+        """
+
+    @abstractmethod
+    def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
+        """Return the modules that have no influence on the tokens at (block, feature)."""
+
+    def unused_parameters(self, taps: Sequence[Tap]) -> list[nn.Parameter]:
+        """Return the parameters that have no influence on the tokens at any of `taps`."""
+        # Tables that hang on the transformer itself belong to its output.
+        own = list(self.transformer.parameters(recurse=False))
+        return own + unused_by_all(self, taps)
+
+    def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return what a module's buffers that no checkpoint holds must be after a build without data, by name."""
+        return {}
+
+
+class SteppedDenoiser(Denoiser):
+    """A denoiser of a family that is written by hand: its blocks are run one after the other.
+
+    A family says how a pass begins, what a block's attention reads and how a block is run; `read_taps` and
+    `unused_modules` are the same for all.
+
+    Args:
+        transformer: A transformer of diffusers.
+        options: See `Denoiser`.
+    """
+
+    # What diffusers calls a block's self-attention, what only the text runs through before the first block, and what
+    # is run after the last.
+    attention_name: ClassVar[str] = "attn1"
+    text_input_names: ClassVar[tuple[str, ...]] = ()
+    output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    # Whether the patch embedding has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
+    has_position_table: ClassVar[bool] = False
+
+    def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(transformer, *args, **options)
+        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
+
     @property
     def position_embedding(self) -> nn.Module | None:
         """The module with a position table, in its buffer `pos_embed`, that checkpoints do not hold; None without."""
@@ -169,6 +214,10 @@ class Denoiser(nn.Module, ABC):
             )
         table: Tensor = fresh.pos_embed
         return table
+
+    def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the position table, if the module is the one that holds it."""
+        return {"pos_embed": self.position_table()} if module is self.position_embedding else {}
 
     @abstractmethod
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
@@ -199,21 +248,8 @@ class Denoiser(nn.Module, ABC):
         """Return the picture's tokens, (B, N, D)."""
         return state.hidden_states
 
-    def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
-        """Return the tokens at a tap, (B, N, D), running no block that comes after it; see `read_taps`."""
-        return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
-
     def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Return the tokens at several taps from one pass, running no block that comes after the last.
-
-        Args:
-            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
-            taps: Blocks, counted from the first, and features; (-1, "hidden") is what the first block reads.
-
-        Returns:
-            Tokens of the picture at each tap in row-major order, (B, N, D).
-        """
+        """Return the tokens at several taps from one pass; see `Denoiser`."""
         if isinstance(timesteps, int):
             timesteps = torch.full(noised_latents.shape[:1], timesteps, device=noised_latents.device)
         state = self.begin(noised_latents, timesteps, None)
@@ -223,7 +259,7 @@ class Denoiser(nn.Module, ABC):
             asked = [feature for tapped, feature in taps if tapped == index]
             for feature in asked:
                 if feature != "hidden":
-                    tokens[index, feature] = _as_if_called(block, partial(self._read, state, block, feature))
+                    tokens[index, feature] = as_if_called(block, partial(self._read, state, block, feature))
             if index < last or "hidden" in asked:
                 self._step(state, index)
             if "hidden" in asked:
@@ -297,7 +333,7 @@ class Denoiser(nn.Module, ABC):
 _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
 
 
-def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:
+def as_if_called(block: Any, read: Callable[[], Any]) -> Any:
     """Return what a part of a block makes; under FSDP a block's weights are gathered when the block is called."""
     if not is_sharded(block):
         return read()
@@ -306,8 +342,7 @@ def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:
     block.read_tap = read
     register_fsdp_forward_method(block, "read_tap")
     try:
-        tokens: Tensor = block.read_tap()
-        return tokens
+        return block.read_tap()
     finally:
         del block.read_tap
 
@@ -344,6 +379,14 @@ def modulated_by_table(state: Pass, block: Any) -> Tensor:
 def grid_of(noised_latents: Tensor, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the token grid of latents, (B, C, h, w)."""
     return noised_latents.shape[-2] // patch_size, noised_latents.shape[-1] // patch_size
+
+
+def unused_by_all(denoiser: Any, taps: Sequence[Tap]) -> list[nn.Parameter]:
+    """Return the parameters of the modules of a denoiser that are unused at each of `taps`."""
+    unused = [
+        {id(each): each for module in denoiser.unused_modules(*tap) for each in module.parameters()} for tap in taps
+    ]
+    return [unused[0][key] for key in set.intersection(*map(set, unused))]
 
 
 def zero_channels(tokens: Tensor, channels: Sequence[int]) -> Tensor:

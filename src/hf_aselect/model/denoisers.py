@@ -1,19 +1,21 @@
 """The families of diffusion transformers: how diffusers' classes are read at a tap, and how they are built."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_aselect import ASelectConfig
-from .denoiser import Denoiser, Pass, grid_of, modulated_by_table
+from .denoiser import Denoiser, Pass, SteppedDenoiser, grid_of, modulated_by_table
+from .families import family_of
 from .folded_transformer import FoldedTransformer
-from .layouts import check_family
+from .generic_denoiser import GenericDenoiser
 from .vae import keep_encoder
 
 
-class DiTDenoiser(Denoiser):
+class DiTDenoiser(SteppedDenoiser):
     """A class-conditional DiT, or a SiT in its layout; a tap is read with the null label.
 
     Facts of diffusers' DiT that are dealt with here and nowhere else: its label embedding drops labels at random in
@@ -67,7 +69,7 @@ class DiTDenoiser(Denoiser):
         state.hidden_states = block(state.hidden_states, timestep=timesteps, class_labels=labels)
 
 
-class PixArtDenoiser(Denoiser):
+class PixArtDenoiser(SteppedDenoiser):
     """A DiT with cross-attention to a text; read with the empty prompt, whose padding is left out.
 
     All blocks share one modulation, to which each adds a table of its own. PixArt-alpha at 1024 pixels is also
@@ -111,7 +113,7 @@ class PixArtDenoiser(Denoiser):
         state.hidden_states = block(state.hidden_states, encoder_hidden_states=state.context, timestep=state.condition)
 
 
-class JointDenoiser(Denoiser):
+class JointDenoiser(SteppedDenoiser):
     """A DiT with blocks of two streams, picture and text, that attend to each other."""
 
     prompt_fields: ClassVar[dict[str, str]] = {
@@ -265,7 +267,7 @@ class FluxDenoiser(JointDenoiser):
         )
 
 
-class SanaDenoiser(Denoiser):
+class SanaDenoiser(SteppedDenoiser):
     """A DiT with linear self-attention, cross-attention to a text and convolutions; read with the empty prompt.
 
     Args:
@@ -323,7 +325,7 @@ class SanaDenoiser(Denoiser):
         )
 
 
-class Lumina2Denoiser(Denoiser):
+class Lumina2Denoiser(SteppedDenoiser):
     """Lumina-Image 2.0: refiners of text and picture, then blocks of both in one line; read with the empty prompt.
 
     The refiners are not counted as blocks. Tokens are the picture's alone. Several heads share a key and a value, so
@@ -406,7 +408,8 @@ class Lumina2Denoiser(Denoiser):
         return True
 
 
-FAMILIES: dict[str, type[Denoiser]] = {
+# Those that are written by hand: folding needs their parts.
+HAND_WRITTEN: dict[str, type[Denoiser]] = {
     "DiTTransformer2DModel": DiTDenoiser,
     "SD3Transformer2DModel": SD3Denoiser,
     "PixArtTransformer2DModel": PixArtDenoiser,
@@ -431,14 +434,17 @@ def build_denoiser(config: ASelectConfig, with_prompt: bool = True) -> Denoiser 
     if (layout := config.folding) is not None:
         return FoldedTransformer(config, layout)
     transformer = dict(config.transformer or {})
-    check_family(transformer.get("_class_name"))
-    return FAMILIES[transformer["_class_name"]](
-        _build(transformer),
-        timestep_embedding=config.timestep_embedding,
-        prompt_shapes=(config.prompt_shapes or {}) if with_prompt else None,
-        guidance=config.guidance,
-        vae_scale_factor=config.vae_scale_factor,
-    )
+    family = family_of(transformer.get("_class_name"))
+    build = partial(_build, transformer, family.transformer_class)
+    options: dict[str, Any] = {
+        "timestep_embedding": config.timestep_embedding,
+        "prompt_shapes": (config.prompt_shapes or {}) if with_prompt else None,
+        "guidance": config.guidance,
+        "vae_scale_factor": config.vae_scale_factor,
+    }
+    if family.name in HAND_WRITTEN:
+        return HAND_WRITTEN[family.name](build(), **options)
+    return GenericDenoiser(build(), family=family, rebuild=build, **options)
 
 
 def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
@@ -452,7 +458,8 @@ def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
     return keep_encoder(_build(config.vae))
 
 
-def _build(config: dict[str, Any]) -> Any:
+def _build(config: dict[str, Any], kind: Any = None) -> Any:
+    """Build a model of diffusers of its configuration, or of another class than the one that it names."""
     # diffusers takes seconds to import, and folded models, configurations and heads do not need it. In a `try`, as
     # transformers asks for everything else that a model's code imports.
     try:
@@ -463,7 +470,7 @@ def _build(config: dict[str, Any]) -> Any:
     # diffusers would take its own defaults for what this lists, whatever the configuration says.
     config = {name: value for name, value in config.items() if name != "_use_default_values"}
     try:
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return (kind or getattr(diffusers, config["_class_name"])).from_config(config)
     except Exception as error:  # whatever the class makes of values that it does not check
         raise ValueError(
             f"diffusers cannot build a {config['_class_name']} of its configuration ({type(error).__name__}: "

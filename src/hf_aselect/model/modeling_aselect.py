@@ -442,7 +442,8 @@ class ASelectPreTrainedModel(ShareableModel):
         super().post_init()
         # accelerate's FSDP rejects a model that names a class which it does not contain: those of other families.
         here = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = {name for name in self._no_split_modules or () if name in here}
+        blocks = {type(block).__name__ for block in self._base().denoiser.blocks}
+        self._no_split_modules = {name for name in self._no_split_modules or () if name in here} | blocks
         if self._base().vae is None:
             self._keep_in_fp32_modules_strict = set()
 
@@ -450,9 +451,9 @@ class ASelectPreTrainedModel(ShareableModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         denoiser = self._base().denoiser
-        if denoiser.position_embedding is not None and module is denoiser.position_embedding:
-            # diffusers keeps the table out of checkpoints, and loading builds the model without data.
-            init.copy_(module.pos_embed, denoiser.position_table())
+        for name, table in denoiser.tables_of(module).items():
+            # diffusers keeps it out of checkpoints, and loading builds the model without data.
+            init.copy_(getattr(module, name), table)
         if module is denoiser:
             # Positions of a folded model, the empty prompt: nothing until they are loaded.
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -818,12 +819,8 @@ class DiTModel(ASelectPreTrainedModel):
             self.denoiser.requires_grad_(False)
         else:
             # What is never run never gets a gradient, which distributed training takes for an error.
-            unused = [
-                {id(part): part for module in self.denoiser.unused_modules(*tap) for part in module.parameters()}
-                for tap in self.taps()
-            ]
-            for name in set.intersection(*(set(parts) for parts in unused)):
-                unused[0][name].requires_grad_(False)
+            for parameter in self.denoiser.unused_parameters(self.taps()):
+                parameter.requires_grad_(False)
         if self.vae is not None:
             self.vae.requires_grad_(False)
 
