@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DESCRIBED
+from conftest import DESCRIBED, example
 from generic_pipelines import GENERIC_PIPELINES
 from huggingface_hub.errors import StrictDataclassError
 from test_denoiser_dit import TAPS, build_transformer
@@ -24,6 +24,7 @@ from hf_aselect.model.denoisers import DiTDenoiser, build_denoiser
 from hf_aselect.model.families import FAMILIES
 from hf_aselect.selection.prediction import predict
 
+READING_COST = example("benchmarks/reading_cost.py")
 NEW = [name for name in DESCRIBED if name in GENERIC_PIPELINES]
 
 
@@ -129,6 +130,27 @@ def test_tables_are_there_after_a_build_without_data(load, name):
         half = load(name, dtype=torch.bfloat16).float()
         close = half.denoiser(noised, 141, 2, "hidden") - model.denoiser(noised, 141, 2, "hidden")
     assert float(close.norm() / model.denoiser(noised, 141, 2, "hidden").norm()) < 0.02
+
+
+@pytest.mark.parametrize("source", READING_COST.UNTIMED)
+def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(source):
+    class_name, _, vae, prompt_shapes, _ = READING_COST.UNTIMED[source]
+    transformer = READING_COST.whole_transformer(source)
+    config = ASelectConfig(
+        transformer={**transformer.config, "_class_name": class_name},
+        vae=vae,
+        scheduler=READING_COST.FLOW,
+        prompt_shapes=prompt_shapes,
+        timestep=5,
+    )
+    with torch.device("meta"):
+        denoiser = DiTModel(config).denoiser
+    theirs = {key: value.shape for key, value in transformer.state_dict().items()}
+    assert {key: value.shape for key, value in denoiser.transformer.state_dict().items()} == theirs
+    assert len(denoiser.blocks) == config.num_hidden_layers
+    assert config.hidden_size in {size for each in denoiser.blocks[0].parameters() for size in each.shape}
+    # It reads, without data, so far as a tap.
+    assert 0 < len(denoiser.unused_parameters([(1, "hidden")])) < len(list(denoiser.parameters()))
 
 
 @pytest.mark.parametrize("name", NEW)
