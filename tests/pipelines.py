@@ -341,6 +341,7 @@ PIPELINES = {
 
 # What some families need to be loaded small: fields of the configuration.
 LOAD_OPTIONS = {
+    "dit": {"timestep_embedding": "diffusers"},
     "sit": {"timestep_embedding": "sit"},
     "flux": {"image_size": 64},
     "flux_dev": {"image_size": 64, "guidance": 3.5},

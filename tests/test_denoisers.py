@@ -20,8 +20,13 @@ TIMESTEP = 141
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1}
 PIPELINES = {**HAND_WRITTEN_PIPELINES, **{name: GENERIC_PIPELINES[name] for name in DESCRIBED}}
 TEXT_FAMILIES = [name for name in PIPELINES if name not in ("dit", "sit")]
-# SiT's own conditioning is no default, and FLUX's default is 1024 pixels.
-OPTIONS = {**LOAD_OPTIONS, **{name: {"image_size": 64} for name in DESCRIBED}}
+# A learned variance stands for the original embedding, which diffusers' own call does not have; SiT's own conditioning
+# is no default, and FLUX's default is 1024 pixels.
+OPTIONS = {
+    **LOAD_OPTIONS,
+    "dit": {"timestep_embedding": "diffusers"},
+    **{name: {"image_size": 64} for name in DESCRIBED},
+}
 
 
 @pytest.fixture(scope="module")

@@ -680,8 +680,8 @@ def test_features_of_others_get_the_head_that_fit_head_makes():
     fit = model.fit_head({"features": features, "labels": labels})
     solution = READ_OUTS.closed_form(features, labels, 3)
     assert (solution.strength, solution.accuracy) == (fit.strength, fit.accuracy)
-    assert torch.allclose(solution.weight.float(), model.head.classifier.weight, rtol=1e-5)
-    assert torch.allclose(solution.bias.float(), model.head.classifier.bias, rtol=1e-5)
+    assert torch.allclose(solution.weight.float(), model.classifier.output_projection.weight, rtol=1e-5)
+    assert torch.allclose(solution.bias.float(), model.classifier.output_projection.bias, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("selected", "place"), [(100, 1), (0, 0), (999, 2)])

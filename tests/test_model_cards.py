@@ -239,7 +239,7 @@ def test_the_code_of_a_sources_card_runs(name, tmp_path, pictures):
     assert source in code
     # The stand-in is smaller than the source, and so are its pictures.
     code = code.replace(source, str(tmp_path / "source")).replace("image_size=512", "image_size=64")
-    scope = {"pictures": pictures}
+    scope = {"pictures": pictures, "images": pictures}
     exec(compile(code, name, "exec"), scope)
     model = scope["model"]
     assert isinstance(model, DiTForImageClassification)

@@ -96,8 +96,18 @@ def test_other_schedulers_are_refused():
 
 
 def test_other_numbers_of_timesteps_are_refused():
-    with pytest.raises(ValueError, match="`num_train_timesteps` of the scheduler must be 1000, got 4000"):
+    remedy = "Pass as `scheduler=` the one of 1000 that the transformer was trained with"
+    with pytest.raises(ValueError, match=f"`num_train_timesteps` of the scheduler must be 1000, got 4000. {remedy}"):
         schedule(num_train_timesteps=4000)
+    with pytest.raises(ValueError, match=f"`trained_betas` of the scheduler must be a list of 1000 .*{remedy}"):
+        schedule(trained_betas=[0.1] * 50)
+
+
+def test_a_time_that_runs_the_other_way_is_refused():
+    given = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}
+    with pytest.raises(ValueError, match=r"`invert_sigmas=True` .* pass `timestep_embedding='sit'`"):
+        NoiseSchedule.from_config(given)
+    NoiseSchedule.from_config({**given, "invert_sigmas": False})
 
 
 def test_unknown_betas_are_refused():

@@ -1,4 +1,4 @@
-"""One English: the terms of transformers and diffusers, in README and guides."""
+"""One English: the terms of transformers and diffusers, in README, guides and pages for contributors."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+GUIDES = [ROOT / "examples" / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "tests/README.md")]
+TEXTS = [*PAGES, *GUIDES]
 # What is said in place of each.
 RETIRED = {
     r"pictures?": "image",
@@ -31,3 +33,7 @@ def test_retired_words_are_not_used(path):
     for word, instead in RETIRED.items():
         found = re.search(rf".*\b(?:{word})\b.*", text, re.IGNORECASE)
         assert found is None, f"say {instead!r}: {found[0].strip()}"
+
+
+def test_contributing_is_read_in_a_few_minutes():
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 200

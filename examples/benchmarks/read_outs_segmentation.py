@@ -108,7 +108,8 @@ def remove(model: DiTForSemanticSegmentation, removed: str) -> None:
     transformer = model.backbone.denoiser.transformer
     with torch.no_grad():
         if "positions" in removed:
-            transformer.pos_embed.pos_embed.zero_()
+            # Not zeroed: for another grid than the pretraining's the table is computed again.
+            transformer.pos_embed.pos_embed = None
         for block in transformer.transformer_blocks if "attention" in removed else ():
             for value in block.attn1.to_out[0].parameters():
                 value.zero_()

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-from .checkpoints.convert import convert_diffusers
+from .checkpoints.convert import convert_diffusers, convert_research
 from .hub.card import facts_of_card
 from .model.configuration_aselect import ASelectConfig
 from .model.families import TransformerBlocks, TransformerFamily, register_family, transformer_layout
@@ -45,6 +45,7 @@ __all__ = [
     "TransformerFamily",
     "cache_features",
     "convert_diffusers",
+    "convert_research",
     "facts_of_card",
     "plot_confusion_matrix",
     "register_family",

@@ -210,9 +210,8 @@ def encode_empty_prompt(
         )
     with torch.device("meta"):
         # Some pipelines ask it for sizes.
-        family = FAMILIES.get(kind)
-        transformer_class: Any = (family and family.transformer_class) or getattr(diffusers, kind)
-        stand_in = transformer_class.from_config(transformer)
+        own: Any = FAMILIES[kind].transformer_class if kind in FAMILIES else None
+        stand_in = (own or getattr(diffusers, kind)).from_config(transformer)
     pipeline_class = getattr(diffusers, name)
     known = inspect.signature(pipeline_class.__init__).parameters
     index = read_json(folder / MODEL_INDEX)

@@ -302,7 +302,8 @@ POOLED_UNSTANDARDIZED = (
     "`standardize_features=False`, as heads in closed form do not need it."
 )
 # Parts of our models that a checkpoint may lack altogether, and that are then new.
-HEADS = ("head", "decoder")
+# By the field of the configuration that says which.
+HEADS = {"head": "classifier", "decoder": "decode_head"}
 
 
 class MismatchedSizesError(ValueError, RuntimeError):
@@ -535,13 +536,13 @@ def _check_head_is_whole(
     source: str | os.PathLike[str], info: dict[str, Any], model: PreTrainedModel, ignore_mismatched_sizes: bool
 ) -> None:
     """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
-    for part in HEADS:
-        of_the_part = f"{part}."
+    for part, module in HEADS.items():
+        of_the_part = f"{module}."
         missing = {name for name in info["missing_keys"] if name.startswith(of_the_part)}
         whole = {name for name in model.state_dict() if name.startswith(of_the_part)}
         left_over = {name for name in info["unexpected_keys"] if name.startswith(of_the_part)}
         # A linear head that was trained on normed tokens means nothing without its norm.
-        has_other_norm = whole and any(name.startswith("head.norm.") for name in left_over)
+        has_other_norm = whole and any(name.startswith("classifier.norm.") for name in left_over)
         if left_over and (missing or has_other_norm):
             if not ignore_mismatched_sizes:
                 raise ValueError(
@@ -549,7 +550,7 @@ def _check_head_is_whole(
                     f"have {sorted(left_over)[:2]}. Pass `ignore_mismatched_sizes=True` to start with a new one, or "
                     f"leave `{part}` as it was saved."
                 )
-            _renew(model, part)
+            _renew(model, module)
         elif missing and missing != whole:
             raise ValueError(
                 f"The weights in {str(source)!r} hold a part of the {part} only: {len(missing)} of its {len(whole)} "

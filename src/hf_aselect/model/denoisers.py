@@ -25,15 +25,17 @@ class DiTDenoiser(SteppedDenoiser):
     Args:
         transformer: A `DiTTransformer2DModel`.
         timestep_embedding: "diffusers" leaves diffusers' frequencies, 10000^(-i/127), for models that were trained
-            with them; "original" sets those of `facebookresearch/DiT`, 10000^(-i/128); "sit" sets the latter and
-            conditions on SiT's own time, 1 - t/1000, whose velocity points from the noise to the picture.
+            with them; "original" sets those of `facebookresearch/DiT`, 10000^(-i/128). "sit" and "repa" set the latter
+            and condition on a time in [0, 1]: SiT's is 1 - t/1000, and its velocity points from the noise to the
+            image; REPA's is t/1000, and its velocity points from the image to the noise.
         options: Of all families, see `Denoiser`.
 
     Source: diffusers, `models/transformers/dit_transformer_2d.py`; facebookresearch/DiT, `models.py`,
-    `TimestepEmbedder`; willisma/SiT, `transport/path.py` (x_t = t · picture + (1 - t) · noise).
+    `TimestepEmbedder`; willisma/SiT, `transport/path.py` (x_t = t · image + (1 - t) · noise); sihyun-yu/REPA,
+    `loss.py`, `interpolant` (x_t = (1 - t) · image + t · noise).
     """
 
-    timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers", "original", "sit")
+    timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers", "original", "sit", "repa")
     has_position_table: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("proj_out_1", "proj_out_2")
 
@@ -53,8 +55,9 @@ class DiTDenoiser(SteppedDenoiser):
         rows, columns = grid_of(noised_latents, self.patch_size)
         if labels is None:
             labels = torch.full(timesteps.shape, self.num_classes, device=timesteps.device)
-        if self.timestep_embedding == "sit":
-            timesteps = 1 - timesteps / 1000
+        if self.timestep_embedding in ("sit", "repa"):
+            timesteps = timesteps / 1000
+            timesteps = 1 - timesteps if self.timestep_embedding == "sit" else timesteps
         return Pass(self.transformer.pos_embed(noised_latents), rows, columns, (timesteps, labels))
 
     def normed(self, state: Pass, block: Any) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import create_and_tag_model_card
@@ -32,10 +34,18 @@ from .checks import (
     is_of_diffusers,
     refuse_other_than_safetensors,
 )
-from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
+from .configuration_aselect import ALL_MODELS, ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
 from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
-from .heads import AttentionHead, FeatureStandardization, concatenated, token_map, without_rounding
+from .heads import (
+    SAVED_NAMES,
+    AttentionHead,
+    FeatureStandardization,
+    concatenated,
+    name_today,
+    token_map,
+    without_rounding,
+)
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import ReadOut, Tap
 from .noise_schedule import NoiseSchedule, fixed_noise
@@ -318,10 +328,15 @@ class ShareableModel(TokenReader):
         if not config.is_selection_in_use():
             config.selection = None
         # What it was loaded from may have been of another class, whose code is not in this folder.
-        config.auto_map = {}
+        kept, config.auto_map = vars(config).get("auto_map"), {}
+        # The configuration writes the code; transformers does so, too, of a class of the user's own, and of one whose
+        # copy came alone.
+        vars(config)["_code_folder"] = os.path.dirname(__file__) if with_code else ""
+        is_users = type(self).__module__.rpartition(".")[0] != __name__.rpartition(".")[0]
+        is_users = is_users or not Path(__file__).with_name(f"{ALL_MODELS}.py").exists()
         atomic = package("checkpoints.atomic")
         try:
-            with nullcontext() if with_code else without_code(self, config):
+            with nullcontext() if with_code and is_users else without_code(self):
                 # Of a file in the place of the folder transformers says what is wrong.
                 if atomic is None or push_to_hub or os.path.isfile(folder):
                     super().save_pretrained(folder, *args, **kwargs, push_to_hub=push_to_hub)  # type: ignore[misc]
@@ -332,6 +347,8 @@ class ShareableModel(TokenReader):
                     return [path.name for path in unfinished.iterdir()]
         finally:
             config.selection = record
+            vars(config).update({"auto_map": kept} if kept else {})
+            vars(config).pop("_code_folder", None)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -535,12 +552,21 @@ class ASelectPreTrainedModel(ShareableModel):
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load as transformers does, but from safetensors alone: it unpickles shards and adapters of other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
         if getattr(model.config, "quantization_config", None) is None:
             check_dtypes(checkpoint_files or (), model)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        former = [WeightRenaming(*names) for names in SAVED_NAMES.items()]
+        load_config = replace(load_config, weight_mapping=[*former, *(load_config.weight_mapping or ())])
+        found = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        # transformers would save by the names that it loaded.
+        model._weight_conversions = [each for each in model._weight_conversions if each not in former]
+        return found
 
     def _standardizations(self) -> list[FeatureStandardization]:
         """Return what standardizes each output of `stages`, as the head reads it; empty without a head."""
@@ -625,6 +651,9 @@ class ASelectPreTrainedModel(ShareableModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Load as torch does, with the statistics of tokens that an adapter of peft's brings along with its head."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if (today := prefix + name_today(key.removeprefix(prefix))) != key:
+                state_dict[today] = state_dict.pop(key)
         for key in [key for key in state_dict if ".standardization." in key and self._standardizations()]:
             if key.endswith("shift"):
                 self.config.standardized_grid = list(state_dict[key].shape[:2])
@@ -748,6 +777,13 @@ class DiTModel(ASelectPreTrainedModel):
 
     Args:
         config: The configuration.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTModel
+        >>> model = DiTModel.from_pretrained("src/hf_aselect/assets/fashion_mnist", timestep=19)
+        >>> model(torch.zeros(2, 1, 28, 28)).last_hidden_state.shape
+        torch.Size([2, 49, 128])
     """
 
     schedule: NoiseSchedule

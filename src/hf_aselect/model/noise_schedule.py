@@ -28,6 +28,7 @@ MIN_POWER = 1e-20
 # A grid of timesteps goes no further: beyond, noise is finer than the steps of 8-bit images, or hides all of them.
 # DDPM's linear schedule runs from 9.2 to -10.1.
 MAX_LOG_SNR = 10.2
+_OTHER_LENGTH = "Pass as `scheduler=` the one of 1000 that the transformer was trained with; others cannot be read."
 
 
 class NoiseSchedule:
@@ -41,6 +42,12 @@ class NoiseSchedule:
 
     Raises:
         ValueError: If there are not 1000 timesteps, or the factors do not fall and rise within [0, 1].
+
+    Example:
+        >>> from hf_aselect import NoiseSchedule
+        >>> schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_schedule": "linear"})
+        >>> schedule.timestep_at(0.0)  # where signal and noise are equal
+        261
     """
 
     def __init__(
@@ -102,8 +109,8 @@ class NoiseSchedule:
             config: diffusers' configuration with `_class_name`; missing values take `DDPMScheduler`'s defaults.
 
         Raises:
-            ValueError: If the scheduler is none of those, has other than 1000 timesteps, or its betas are of an
-                unknown kind.
+            ValueError: If the scheduler is none of those, has other than 1000 timesteps or inverted sigmas, or its
+                betas are of an unknown kind.
 
         Source: diffusers, `schedulers/scheduling_ddpm.py`; computed in float64, diffusers' own in float32.
         """
@@ -119,11 +126,18 @@ class NoiseSchedule:
             if not isinstance(trained, list | tuple):
                 raise ValueError(f"`trained_betas` of the scheduler must be a list, got {trained!r}.")
             if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
-                raise ValueError(f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers.")
+                wanted = f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers."
+                raise ValueError(f"{wanted} {_OTHER_LENGTH}")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
         if (num_timesteps := config.get("num_train_timesteps", NUM_TIMESTEPS)) != NUM_TIMESTEPS:
-            raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")
+            wanted = f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {short(num_timesteps)}."
+            raise ValueError(f"{wanted} {_OTHER_LENGTH}")
+        if config.get("invert_sigmas"):
+            raise ValueError(
+                "`invert_sigmas=True` of the scheduler turns the transformer's time around, which is not read here. "
+                "For a DiT that was trained so, pass `timestep_embedding='sit'` and `scheduler=` without it."
+            )
         if is_flow_matching(config):
             # FLUX's shift depends on the image's size, and how many-step solvers space their sigmas is their own. What
             # a timestep stands for is the same for all of them: sigma = t / 1000.
