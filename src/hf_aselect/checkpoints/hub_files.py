@@ -176,12 +176,8 @@ def _vae_files(source: str | os.PathLike[str], options: HubOptions) -> list[str]
     config = f"{part}/{CONFIG}" if part else CONFIG
     inside = [file for file in files if os.path.dirname(file) == part]
     # Whatever it is, its configuration says.
-    has_weights = any(file.endswith(".safetensors") for file in inside) or any(map(_is_pickle, inside))
+    has_weights = any(file.endswith((".safetensors", *PICKLES)) for file in inside)
     return [config, *(weights_of(part, inside, options.variant, fall_back=True) if has_weights else [])]
-
-
-def _is_pickle(file: str) -> bool:
-    return file.endswith(PICKLES)
 
 
 def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str, variant: str | None) -> bool:
