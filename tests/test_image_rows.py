@@ -140,6 +140,14 @@ def test_a_selection_sees_the_same_images_whatever_they_come_in(model, chosen, k
     assert found.scores == pytest.approx(chosen.scores, rel=1e-4)
 
 
+def test_a_selection_reads_files_by_their_paths(model, chosen, tmp_path):
+    for index, image in enumerate(PIL):
+        image.save(tmp_path / f"{index}.png")
+    paths = [str(tmp_path / f"{index}.png") for index in range(NUM)]
+    for given in (paths, Dataset.from_dict({"image": paths})):
+        assert selection(model, given).scores == pytest.approx(chosen.scores, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def linear(pixel_folder):
     return DiTForImageClassification.from_pretrained(

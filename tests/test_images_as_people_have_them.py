@@ -250,9 +250,10 @@ def test_masks_of_0_and_255_are_said_to_have_no_foreground(warnings):
     assert "If it is the foreground, give masks of 0 and 1" in " ".join(warnings())
 
 
-def test_masks_of_0_and_255_are_said_so_without_the_processor(warnings):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+def test_masks_of_0_and_255_are_said_so_without_the_processor(warnings, dtype):
     model = DiTForSemanticSegmentation(ASelectConfig(transformer=build_transformer(), timestep=1, num_labels=2))
-    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels = torch.zeros(1, 8, 8, dtype=dtype)
     labels[:, 2:6] = 255
     model(torch.zeros(1, 3, 8, 8), labels=labels)
     assert "If it is the foreground" in " ".join(warnings())
