@@ -1,5 +1,7 @@
 """Tiny pipelines of the families that are described rather than written by hand: diffusers' own classes."""
 
+import inspect
+
 import torch
 from diffusers import (
     AuraFlowPipeline,
@@ -377,9 +379,9 @@ GENERIC_PIPELINES = {
 class OneStep(FlowMatchEulerDiscreteScheduler):
     """A scheduler of one timestep, which keeps what the transformer predicts, as a pipeline hands it over."""
 
-    timestep, prediction = 0, None
+    timestep, prediction, init_noise_sigma = 0, None, 1.0
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         self.num_inference_steps, self.timesteps = 1, torch.tensor([float(self.timestep)])
 
     def scale_model_input(self, sample, timestep=None):
@@ -399,6 +401,9 @@ def prediction_of(pipe, noised, timestep):
     is_packed = hasattr(pipe, "_pack_latents")
     latents = pipe._pack_latents(noised, size, noised.shape[1], height, width) if is_packed else noised
     given = {"height": 8 * height, "width": 8 * width, "guidance_scale": 0.0, "output_type": "latent"}
+    # Else an image has one of the sizes that the model was trained with.
+    options = inspect.signature(pipe.__call__).parameters
+    given |= {"use_resolution_binning": False} if "use_resolution_binning" in options else {}
     try:
         pipe.set_progress_bar_config(disable=True)
         pipe([""] * size, latents=latents, num_inference_steps=1, **given)

@@ -112,7 +112,7 @@ def call(name, pipe, noised, timestep):
 def hooked(name, pipe, noised, taps):
     """What forward hooks on diffusers' own modules see during its own call, at the picture's tokens."""
     transformer = pipe.transformer
-    lists = ("joint_transformer_blocks", "transformer_blocks", "single_transformer_blocks", "layers")
+    lists = ("joint_transformer_blocks", "transformer_blocks", "single_transformer_blocks", "layers", "blocks")
     blocks = [block for each in lists for block in getattr(transformer, each, [])]
     num_tokens = noised.shape[-1] * noised.shape[-2] // (1 if name == "sana" else 4)
     image = slice(num_tokens) if name == "z_image" else slice(-num_tokens, None)
@@ -130,8 +130,8 @@ def hooked(name, pipe, noised, taps):
             if is_input:
                 value = inputs[0] if inputs else keywords["hidden_states"]
             elif isinstance(output, tuple):
-                # A block of two streams gives the text first, an attention the picture.
-                value = output[1] if key[1] == "hidden" else output[0]
+                # A block of two streams gives the text first, but for CogView's, and an attention the image.
+                value = output[1] if key[1] == "hidden" and name != "cogview4" else output[0]
             seen[key] = value[:, image]
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))

