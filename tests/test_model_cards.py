@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import example
 from PIL import Image as PILImage
-from pipelines import dit, flux_dev, lumina2, pixart_sigma, sana, sd3, sit
+from pipelines import ResearchPort, dit, flux_dev, kl, lumina2, pixart_sigma, sana, sd3
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, select_timestep
 
@@ -210,7 +210,7 @@ def test_segmenting_takes_the_memory_that_the_card_says():
 SOURCES = {
     # card: what its code names, and a tiny pipeline in its place
     "dit": ("facebook/DiT-XL-2-256", dit),
-    "sit": ("path/to/sit-in-dit-layout", sit),
+    "sit": ("path/to/SiT-XL-2-256", lambda: ResearchPort(vae=kl())),
     # The paper's block is there.
     "stable-diffusion-3": ("stabilityai/stable-diffusion-3-medium-diffusers", partial(sd3, num_layers=11)),
     "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", pixart_sigma),

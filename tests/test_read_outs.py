@@ -436,7 +436,7 @@ def test_offloaded_by_the_host_it_gives_the_same(folder, tmp_path, place):
     model = classifier(folder, calibration_images=images())
     model.save_pretrained(tmp_path / "saved")
     spread = DiTForImageClassification.from_pretrained(
-        tmp_path / "saved", device_map={"backbone": place, "head": "cpu"}, offload_folder=tmp_path / "offloaded"
+        tmp_path / "saved", device_map={"backbone": place, "classifier": "cpu"}, offload_folder=tmp_path / "offloaded"
     )
     torch.testing.assert_close(logits(spread), logits(model))
 

@@ -496,7 +496,7 @@ def test_a_compiled_model_learns_the_same(pixel_folder, pixels, tmp_path):
                 reason="accelerate puts no whole model on a disk before 1.15",
             ),
         ),
-        {"backbone": "disk", "head": "cpu"},
+        {"backbone": "disk", "classifier": "cpu"},
     ],
     ids=str,
 )

@@ -1,6 +1,6 @@
 """A page on which a diffusion transformer tells what it sees: classes or masks, and its tokens over the noise.
 
-    pip install '.[train,space]'
+    pip install '.[demo,space]'
     python examples/space/app.py                                # the embedded DiT, without network
     python examples/space/app.py --model me/fashion-classifier  # a saved model: a folder, or an id on the Hub
 

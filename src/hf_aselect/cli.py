@@ -148,7 +148,7 @@ def _demo(parsed: argparse.Namespace) -> None:
         from .demo.segmentation import SegmentationDemoSettings, run_segmentation_demo
         from .demo.tables import format_segmentation_table, format_table
     except ModuleNotFoundError as error:
-        raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[train]'") from error
+        raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[demo]'") from error
     # transformers reports the head's new weights, which is what the demo is for.
     logging.set_verbosity_error()
     if parsed.task == "segmentation":

@@ -11,7 +11,7 @@ import numpy as np
 # Okabe and Ito's colours, told apart by the colour-blind; in grey, line styles and markers tell.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 DPI = 150
-_NO_MATPLOTLIB = "Plots need matplotlib: pip install 'hf_aselect[train]'"
+_NO_MATPLOTLIB = "Plots need matplotlib: pip install 'hf_aselect[demo]'"
 
 
 def plot_timestep_curve(

@@ -347,13 +347,27 @@ def as_if_called(block: Any, read: Callable[[], Any]) -> Any:
         del block.read_tap
 
 
+# Below, two processes under FSDP2 learned something else than one, without a word; all else runs on older ones.
+OLDEST_TORCH_OF_FSDP2 = (2, 10)
+
+
 def is_sharded(module: Any) -> bool:
-    """Return whether FSDP2 shards a module: its weights are gathered while it is called."""
+    """Return whether FSDP2 shards a module: its weights are gathered while it is called.
+
+    Raises:
+        RuntimeError: If it does, and torch is too old for that.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(module, FSDPModule)
+    found = isinstance(module, FSDPModule)
+    if found and tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH_OF_FSDP2:
+        raise RuntimeError(
+            f"FSDP2 is supported from torch {'.'.join(map(str, OLDEST_TORCH_OF_FSDP2))} on, got {torch.__version__}: "
+            "older ones train other weights than a single process. Upgrade torch, or train with DDP."
+        )
+    return found
 
 
 def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:

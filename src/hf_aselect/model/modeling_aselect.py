@@ -506,7 +506,8 @@ class ASelectPreTrainedModel(ShareableModel):
                 space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
                 noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
                 empty prompt, which the pipeline's text encoders are loaded for, once. None to load nothing, but build
-                the model of `config=` from the weights in `state_dict=`; what is missing there is new.
+                the model of `config=` from the weights in `state_dict=`; what is missing there is new. Safetensors by
+                the names of the code of DiT, SiT or REPA are read with `layout="dit"`, "sit" or "repa".
             args: Passed on to transformers.
             calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
                 new head standardizes its features by them. Without them the transformer generates some for the

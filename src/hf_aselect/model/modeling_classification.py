@@ -3,6 +3,7 @@
 import logging
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
@@ -99,8 +100,13 @@ class DiTForImageClassification(ASelectPreTrainedModel):
                 here.
         """
         refuse_tap_keywords(kwargs)
-        if sum(given is not None for given in (pixel_values, features, latents)) != 1:
+        inputs = {"pixel_values": pixel_values, "features": features, "latents": latents}
+        names = [name for name, given in inputs.items() if given is not None]
+        if len(names) != 1:
             raise ValueError("Give exactly one of `pixel_values`, `features` and `latents`.")
+        if names[0] != self.main_input_name and not torch.compiler.is_compiling():
+            # By this name Trainer hands inputs to metrics (`include_for_metrics`).
+            self.main_input_name = names[0]
         hidden_states, grid = None, self.config.token_grid
         if features is not None:
             tokens = checked_features(features, self.config).to(self.device, self.dtype)

@@ -1,6 +1,7 @@
 """What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ class ASelectCallback(TrainerCallback):
     processes: the first ones of a stream, some from all over a set of known size, which may be sorted.
     `from_pretrained` chooses at once; `model.config.timestep = "auto"` leaves the choice to the callback. While the
     backbone is fine-tuned the choice can be looked at again: how far it goes from the timestep of the beginning is the
-    drift. Choices, also one that was made before, go to the trainer's history, and to TensorBoard and trackio where
-    the trainer reports to them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and
-    at the end of training, by the main process only.
+    drift. Choices, also one that was made before, go to the trainer's history and to all trackers that it reports to.
+    Card and curve are written after each evaluation, with its accuracy or mean IoU (of each set, where there are
+    several), and at the end of training, by the main process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
@@ -101,21 +102,26 @@ class ASelectCallback(TrainerCallback):
         if model.config.timestep == "auto":
             selection = self._select(model, dataloader)
             model.apply_selection(selection)
-            self._report(args, state, selection)
+            self._report(args, state, control, selection)
         elif self.first_timestep is None:
             self.first_timestep = model.config.resolved_timestep()
             # `from_pretrained` chose.
             if model.config.selection and model.config.is_selection_in_use():
-                self._report(args, state, TimestepSelection.from_dict(model.config.selection))
+                self._report(args, state, control, TimestepSelection.from_dict(model.config.selection))
         # A checkpoint of an epoch's last step is written before the epoch's end.
         if self._is_due(model, state) and round(state.epoch or 0) not in [round(each) for each, _ in self.selections]:
-            self._select_again(args, state, model, dataloader)
+            self._select_again(args, state, control, model, dataloader)
+
+    def _take_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Take the figures of a step; of a dictionary of evaluation sets each comes alone, with its name in theirs."""
+        if any(name.startswith("eval_") for name in metrics):
+            self.metrics_by_step[step] = {**self.metrics_by_step.get(step, {}), **metrics}
 
     def _read_history(self, state: TrainerState) -> None:
         """Take the figures and choices of a training that goes on from the trainer's history."""
-        self.metrics_by_step = {
-            int(row["step"]): row for row in state.log_history if any(name.startswith("eval_") for name in row)
-        }
+        self.metrics_by_step = {}
+        for row in state.log_history:
+            self._take_metrics(int(row["step"]), row)
         history: list[dict[str, Any]] = [row for row in state.log_history if RECORD in row]
         self.selections = [(row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history]
         self.first_timestep, self.final_step = None, None
@@ -132,7 +138,7 @@ class ASelectCallback(TrainerCallback):
         """Choose again, where that was asked for and the backbone is trained."""
         model = _unwrapped(kwargs["model"])
         if self._is_due(model, state):
-            self._select_again(args, state, model, kwargs["train_dataloader"])
+            self._select_again(args, state, control, model, kwargs["train_dataloader"])
 
     def _is_due(self, model: ASelectPreTrainedModel, state: TrainerState) -> bool:
         """Return whether it is the end of an epoch after which to choose again."""
@@ -146,13 +152,14 @@ class ASelectCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
+        control: TrainerControl,
         model: ASelectPreTrainedModel,
         dataloader: Any,
     ) -> None:
         selection = self._select(model, dataloader)
         if self.follow:
             model.apply_selection(selection)
-        self._report(args, state, selection)
+        self._report(args, state, control, selection)
 
     def _check_reselection(self, model: ASelectPreTrainedModel, dataloader: Any) -> None:
         """Refuse what cannot be done while the backbone is trained."""
@@ -192,7 +199,9 @@ class ASelectCallback(TrainerCallback):
             given["labels"] = [label_of(row) for row in rows]
         return select_timestep(model, pixels, **given)
 
-    def _report(self, args: TrainingArguments, state: TrainerState, selection: TimestepSelection) -> None:
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, selection: TimestepSelection
+    ) -> None:
         """Write a choice to the trainer's history, and to the trackers that it reports to."""
         epoch = round(state.epoch or 0.0, 4)
         self.selections.append((epoch, selection))
@@ -206,7 +215,7 @@ class ASelectCallback(TrainerCallback):
         history: list[dict[str, Any]] = state.log_history
         history.append({**facts, RECORD: selection.to_dict(), "epoch": epoch, "step": state.global_step})
         if state.is_world_process_zero:
-            report_selection(args, state, facts, selection)
+            report_selection(args, state, control, facts, selection)
 
     def on_evaluate(
         self,
@@ -215,11 +224,9 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Write card and curve with the newest figure; evaluations of other sets than Trainer's own do not count."""
-        metrics = kwargs.get("metrics") or {}
+        """Write card and curve with the newest figures; evaluations of other sets than Trainer's own do not count."""
         step = state.global_step if self.final_step is None else self.final_step
-        if any(name.startswith("eval_") for name in metrics):
-            self.metrics_by_step[step] = metrics
+        self._take_metrics(step, kwargs.get("metrics") or {})
         self._write_card(args, state, kwargs["model"], step)
 
     def on_push_begin(
@@ -263,6 +270,7 @@ class ASelectCallback(TrainerCallback):
         model.card_facts = dict(
             accuracy=metrics.get("eval_accuracy"),
             mean_iou=metrics.get("eval_mean_iou"),
+            by_set=_by_set(metrics, "mean_iou" if type(model).task == "image-segmentation" else "accuracy"),
             dataset=self.dataset,
             base_model=self.base_model,
             license=self.license,
@@ -273,6 +281,13 @@ class ASelectCallback(TrainerCallback):
         write_model_card(_with_adapter(trained), str(args.output_dir), **{**model.card_facts, **where})
         # The card says that it is there, and `save_model` writes it again where it is.
         _write_code(trained, Path(str(args.output_dir)))
+
+
+def _by_set(metrics: dict[str, Any], metric: str) -> dict[str, float] | None:
+    """Return a metric of each of Trainer's evaluation sets, by the set's name; None where there is but one set."""
+    # Of each set Trainer says how long it took, whatever else is measured.
+    names = [name[len("eval_") : -len("_runtime")] for name in metrics if re.fullmatch(r"eval_.+_runtime", name)]
+    return {name: metrics[f"eval_{name}_{metric}"] for name in names if f"eval_{name}_{metric}" in metrics} or None
 
 
 def _write_code(trained: Any, folder: Path) -> None:
