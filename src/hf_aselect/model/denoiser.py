@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .checks import WEIGHT_DTYPES
 from .layouts import BEFORE_ATTENTION, Tap
 
 
@@ -223,7 +224,7 @@ class Denoiser(nn.Module, ABC):
             asked = [feature for tapped, feature in taps if tapped == index]
             for feature in asked:
                 if feature != "hidden":
-                    tokens[index, feature] = _as_if_called(block, partial(self._read, state, block, feature))
+                    tokens[index, feature] = as_if_called(block, partial(self._read, state, block, feature))
             if index < last or "hidden" in asked:
                 self._step(state, index)
             if "hidden" in asked:
@@ -237,6 +238,12 @@ class Denoiser(nn.Module, ABC):
             advance(state)
             return
         state.hidden_states, state.context = step(state.hidden_states, state.context, state=state, advance=advance)
+
+    def unused_parameters(self, block: int, feature: str) -> list[nn.Parameter]:
+        """Return the parameters that have no influence on the tokens at (block, feature)."""
+        # What hangs on the transformer itself modulates its output, as the tables of PixArt and Sana.
+        own = list(self.transformer.parameters(recurse=False))
+        return [*own, *(part for module in self.unused_modules(block, feature) for part in module.parameters())]
 
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature).
@@ -297,19 +304,56 @@ class Denoiser(nn.Module, ABC):
 _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
 
 
-def _as_if_called(block: Any, read: Callable[[], Tensor]) -> Tensor:
-    """Return what a part of a block makes; under FSDP a block's weights are gathered when the block is called."""
-    if not is_sharded(block):
-        return read()
+def as_if_called(module: Any, read: Callable[[], Any]) -> Any:
+    """Return what a part of a module makes, with all that is done where the module is called.
+
+    FSDP gathers its weights then, and hooks of accelerate and diffusers bring them in or cast them.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks = [module._hf_hook] if hasattr(module, "_hf_hook") else []
+    hooks += [] if registry is None else list(registry.hooks.values())
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        return _as_if_called_by_fsdp(module, read) if is_sharded(module) else read()
+    finally:
+        for hook in reversed(hooks):
+            hook.post_forward(module, None)
+
+
+def _as_if_called_by_fsdp(module: Any, read: Callable[[], Any]) -> Any:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    block.read_tap = read
-    register_fsdp_forward_method(block, "read_tap")
+    module.read_tap = read
+    register_fsdp_forward_method(module, "read_tap")
     try:
-        tokens: Tensor = block.read_tap()
-        return tokens
+        return module.read_tap()
     finally:
-        del block.read_tap
+        del module.read_tap
+
+
+def placement(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Return the device and the dtype that a module computes in: those of hooks, else of its weights.
+
+    Accelerate keeps weights elsewhere while they are not needed, and diffusers in a smaller dtype. The dtype is None
+    where no weight is in one that computes, as where all are quantized.
+    """
+    device = dtype = None
+    for part in module.modules():
+        hook, registry = getattr(part, "_hf_hook", None), getattr(part, "_diffusers_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if device is None and getattr(each, "execution_device", None) is not None:
+                device = torch.device(each.execution_device)
+        for each in () if registry is None else registry.hooks.values():
+            dtype = dtype or getattr(each, "compute_dtype", None)
+            group = getattr(each, "group", None)
+            device = device or getattr(group, "onload_device", None)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if device is None and tensor.device.type != "meta":
+            device = tensor.device
+        if dtype is None and tensor.dtype in WEIGHT_DTYPES.values():
+            dtype = tensor.dtype
+    return device or torch.device("meta"), dtype
 
 
 def is_sharded(module: Any) -> bool:

@@ -45,6 +45,10 @@ class FoldedTransformer(nn.Module):
         self.refiners: nn.ModuleList | list[nn.Module] = nn.ModuleList(refiners) if refiners else []
         self.blocks = nn.ModuleList(_build_block(config, layout, index) for index in range(layout.last_block + 1))
 
+    def unused_parameters(self, block: int, feature: str) -> list[nn.Parameter]:
+        """Return the parameters of `unused_modules`."""
+        return [part for module in self.unused_modules(block, feature) for part in module.parameters()]
+
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature): what comes after it.
 

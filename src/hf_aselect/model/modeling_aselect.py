@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import create_and_tag_model_card
@@ -33,16 +35,15 @@ from .checks import (
     refuse_other_than_safetensors,
 )
 from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
-from .denoiser import grid_of, zero_channels
+from .denoiser import as_if_called, grid_of, placement, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import AttentionHead, FeatureStandardization, concatenated, token_map, without_rounding
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import ReadOut, Tap
-from .noise_schedule import NoiseSchedule, fixed_noise
+from .noise_schedule import NoiseSchedule, kept_noise
 
 logger = logging.getLogger(__name__)
 
-MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
@@ -82,13 +83,14 @@ class TokenReader(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the weights, of those in memory where accelerate offloads the others."""
-        for parameter in self.parameters():
-            if parameter.device.type != "meta":
-                return parameter.device
-        # All are on a disk, or the model is built without data.
-        hook = getattr(self, "_hf_hook", None)
-        return torch.device("meta" if hook is None else hook.execution_device)
+        """Where inputs go: where the first layer computes, wherever accelerate keeps its weights meanwhile."""
+        return placement(self._base().denoiser.patch_embedding)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What tokens are computed in, whatever hooks of diffusers or a quantization keep weights in."""
+        dtype = placement(self._base().denoiser.patch_embedding)[1] or self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -113,10 +115,10 @@ class TokenReader(PreTrainedModel):
         dtype = torch.promote_types(self.dtype, torch.float32)
         if vae is None:
             return pixel_values.to(self.device, dtype)
-        parameter = next(vae.parameters())
+        vae_device, vae_dtype = placement(vae)
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
-        with torch.autocast(parameter.device.type, enabled=False):
-            encoded = vae.encode(pixel_values.to(parameter.device, parameter.dtype))
+        with torch.autocast(vae_device.type, enabled=False):
+            encoded = vae.encode(pixel_values.to(vae_device, vae_dtype))
         # An AutoencoderDC has no distribution.
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)
@@ -227,7 +229,12 @@ class TokenReader(PreTrainedModel):
 
     def _read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,), or one."""
-        tokens: dict[Tap, Tensor] = self._base().denoiser.read_taps(noised_latents.to(self.dtype), timesteps, taps)
+        denoiser = self._base().denoiser
+        read = partial(denoiser.read_taps, noised_latents.to(self.dtype), timesteps, taps)
+        # Neither is called itself, and both may have weights that hang on no layer.
+        for module in (denoiser, getattr(denoiser, "transformer", None)):
+            read = read if module is None else partial(as_if_called, module, read)
+        tokens: dict[Tap, Tensor] = read()
         return tokens
 
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
@@ -532,7 +539,6 @@ class ASelectPreTrainedModel(ShareableModel):
                 model.name_or_path = model._base().name_or_path = model.config.name_or_path = str(source)
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
-        model._base().freeze()  # transformers makes every loaded weight trainable
         model._settle_timestep(calibration_images, info)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
@@ -769,12 +775,17 @@ class DiTModel(ASelectPreTrainedModel):
                 "blocks of a folded model (`model.fold()`) run the host's.",
                 config._attn_implementation,
             )
-        self._noise: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
-        if config.folded:
-            # Made before a graph is compiled or exported, which would have no generator in it.
-            height, width = (side // config.vae_scale_factor for side in config.image_height_width)
-            for draw in range(config.num_noise_draws):
-                self.noise((config.layout.num_channels, height, width), draw)
+        # Made before a graph is compiled or exported, which would have no generator in it.
+        height, width = (side // config.vae_scale_factor for side in config.image_height_width)
+        for draw in range(config.num_noise_draws):
+            self.noise((config.layout.num_channels, height, width), draw)
+        # What is frozen, or in eval mode, with the model. What others put in later is theirs. transformers checkpoints
+        # what is in train mode.
+        self._own_modules = {
+            part: [each for each in module.modules() if not isinstance(each, GradientCheckpointingLayer)]
+            for part, module in (("denoiser", self.denoiser), ("vae", self.vae))
+            if module is not None
+        }
         self.freeze()
         self.post_init()
 
@@ -808,35 +819,47 @@ class DiTModel(ASelectPreTrainedModel):
             shape: Channels, height and width.
             draw: Which of the seed's noise tensors, from 0.
         """
-        key = shape, self.config.noise_seed, draw
-        if key not in self._noise:
-            if len(self._noise) >= MAX_KEPT_NOISE:
-                self._noise.clear()
-            self._noise[key] = fixed_noise(*key)
-        return self._noise[key]
+        return kept_noise(shape, self.config.noise_seed, draw)
 
     def freeze(self) -> None:
         """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the last tap."""
-        if self.config.freeze_backbone:
-            self.denoiser.requires_grad_(False)
-        else:
+        for module in self._frozen_modules():
+            module.training = False
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        if not self.config.freeze_backbone:
             # What is never run never gets a gradient, which distributed training takes for an error.
-            unused = [
-                {id(part): part for module in self.denoiser.unused_modules(*tap) for part in module.parameters()}
-                for tap in self.taps()
-            ]
+            unused = [{id(part): part for part in self.denoiser.unused_parameters(*tap)} for tap in self.taps()]
             for name in set.intersection(*(set(parts) for parts in unused)):
                 unused[0][name].requires_grad_(False)
-        if self.vae is not None:
-            self.vae.requires_grad_(False)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        """Return the modules that are never trained, of those that the model was built with and has to this day."""
+        parts = ("denoiser", "vae") if self.config.freeze_backbone else ("vae",)
+        present = set(self.modules())
+        # One that was removed is not held on to.
+        self._own_modules = {
+            name: [module for module in modules if module in present] for name, modules in self._own_modules.items()
+        }
+        return [module for name in parts for module in self._own_modules.get(name, ())]
+
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        """Initialize as transformers does. It comes last in a load, by whatever model, and makes weights trainable."""
+        super()._initialize_weights(module, *args)
+        if module is self:
+            self.freeze()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load as torch does, but where weights are taken as they are (`assign=True`), keep what is frozen."""
+        for name, value in state_dict.items():
+            state_dict[name] = value.detach() if isinstance(value, nn.Parameter) else value
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> Self:
-        """Set train mode, except for what is frozen: it stays as it is used later."""
+        """Set train mode, except for what is frozen: it stays as it is used later. What others put in is theirs."""
         super().train(mode)
-        if self.config.freeze_backbone:
-            self.denoiser.eval()
-        if self.vae is not None:
-            self.vae.eval()
+        for module in self._frozen_modules():
+            module.training = False
         return self
 
     @can_return_tuple  # type: ignore[untyped-decorator]
