@@ -224,22 +224,16 @@ def test_what_is_called_unused_gets_no_gradient_and_all_else_does(loaded, name):
     model = loaded(name)
     transformer = model.denoiser.transformer
     noised = torch.randn(2, model.denoiser.num_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    for block, feature in all_taps(model.config):
+    for block, feature in [(-1, "hidden"), *all_taps(model.config)]:
         for parameter in transformer.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
         model.denoiser.train(False)
         model._base().denoiser(noised, torch.full((2,), TIMESTEP), block, feature).square().sum().backward()
-        unused = {
-            id(parameter)
-            for module in model.denoiser.unused_modules(block, feature)
-            for parameter in module.parameters()
-        }
+        unused = {id(parameter) for parameter in model.denoiser.unused_parameters(block, feature)}
         without = {name for name, parameter in transformer.named_parameters() if parameter.grad is None}
         called = {name for name, parameter in transformer.named_parameters() if id(parameter) in unused}
-        # Tables that hang on the transformer itself belong to its output; no module holds them alone.
-        assert without - called <= {"scale_shift_table"}, (block, feature, sorted(without - called))
-        assert called <= without, (block, feature, sorted(called - without))
+        assert without == called, (block, feature, sorted(without ^ called))
     model.freeze()
 
 

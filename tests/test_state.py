@@ -1,14 +1,18 @@
 """What is frozen, and which mode it is in, belongs to the model: whoever loads it, and whatever is put into it."""
 
 import copy
+import pickle
 from functools import partial
 
 import accelerate
+import onnxruntime
 import peft
 import pytest
 import safetensors.torch
 import torch
+from conftest import HEAD
 from diffusers.models.embeddings import LabelEmbedding
+from pipelines import LOAD_OPTIONS, PIPELINES, images_of
 from torch import nn
 from transformers import (
     AutoBackbone,
@@ -22,8 +26,8 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from conftest import HEAD
-from hf_aselect import DiTBackbone, DiTForImageClassification, DiTModel
+from hf_aselect import DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
+from hf_aselect.model import noise_schedule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks by its old name
@@ -291,3 +295,87 @@ def test_a_copy_has_the_modes_of_its_model(saved):
     blocks[0].ff.net.append(nn.Dropout(0.5))
     model.eval().train()
     assert blocks[0].ff.net[-1].training and not blocks[0].ff.net[0].training and not blocks[1].training
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def family(request, tmp_path_factory):
+    """A model of each family, and the options that it is small with."""
+    folder = tmp_path_factory.mktemp(request.param)
+    PIPELINES[request.param]().save_pretrained(folder)
+    return folder, LOAD_OPTIONS.get(request.param, {})
+
+
+def of_family(family, **options):
+    folder, small = family
+    torch.manual_seed(0)
+    return DiTForImageClassification.from_pretrained(folder, timestep=300, num_labels=2, **HEAD, **small, **options)
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_each_parameter_that_is_trainable_is_used(family, is_folded):
+    model = of_family(family, block=1, feature="hidden", freeze_backbone=False).train()
+    model = model.fold().train() if is_folded else model
+    model(images_of(model), labels=torch.tensor([0, 1])).loss.backward()
+    unused = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert not unused
+
+
+def test_each_adapter_up_to_the_tap_is_used_and_none_is_after_it(family):
+    model = of_family(family, block=1, feature="attention")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=model.lora_targets(), init_lora_weights=False)
+    ).train()
+    adapted(pixel_values=images_of(model), labels=torch.tensor([0, 1])).loss.backward()
+    adapters = {name: value for name, value in adapted.named_parameters() if "lora_" in name}
+    assert adapters and not [name for name, value in adapters.items() if value.grad is None]
+
+
+def test_layers_are_named_by_their_ends_and_found_under_other_models(saved, tmp_path):
+    """A sibling: other layers, and a backbone that is part of a composite."""
+    model = by_a_composite(saved[True], tmp_path)
+    names = model.eyes.lora_targets(["to_out.0"])
+    assert [name.split(".", 3)[-1] for name in names] == [
+        f"{block}.attn1.to_out.0" for block in range(2)
+    ]  # queries of block 2 are read
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
+    with pytest.raises(ValueError, match=r"ends of names of layers up to the tap, got \['q_proj'\]"):
+        model.eyes.lora_targets(["q_proj"])
+
+
+def a_classifier(folder):
+    torch.manual_seed(0)
+    return DiTForImageClassification.from_pretrained(folder, timestep=50, head="linear", num_labels=4)
+
+
+def a_segmenter(folder):
+    torch.manual_seed(0)
+    return DiTForSemanticSegmentation.from_pretrained(folder, timestep=50, num_labels=3, decoder="linear")
+
+
+@pytest.mark.parametrize("make", [a_classifier, a_segmenter])
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_model_compiles_before_it_was_called(pixel_folder, make, size):
+    """A sibling: of another size than the configuration's, too, whose noise nobody made before."""
+    noise_schedule._KEPT_NOISE.clear()
+    pixel_values = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(size)) * 2 - 1
+    compiled = torch.compile(make(pixel_folder), fullgraph=True, backend="eager")(pixel_values).logits
+    torch.testing.assert_close(compiled, make(pixel_folder)(pixel_values).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # torch's own
+def test_a_model_is_exported_before_it_was_called(pixel_folder, tmp_path):
+    noise_schedule._KEPT_NOISE.clear()
+    pixel_values = torch.zeros(1, 3, 8, 8)
+    torch.onnx.export(a_classifier(pixel_folder), (pixel_values,), tmp_path / "model.onnx", dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits, *_) = session.run(None, {session.get_inputs()[0].name: pixel_values.numpy()})
+    torch.testing.assert_close(torch.tensor(logits), a_classifier(pixel_folder)(pixel_values).logits)
+
+
+def test_a_call_does_not_make_a_model_another_one(saved):
+    """A sibling: what `datasets.map` takes a model for is what pickle makes of it."""
+    model = by_class(saved[True], None)
+    before = pickle.dumps(model)
+    model(torch.zeros(1, 3, 24, 16))
+    assert pickle.dumps(model) == before

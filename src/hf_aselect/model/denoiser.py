@@ -76,6 +76,8 @@ class Denoiser(nn.Module, ABC):
     patch_embedding_name: ClassVar[str] = "pos_embed"
     attention_name: ClassVar[str] = "attn1"
     text_input_names: ClassVar[tuple[str, ...]] = ()
+    # What else than the patch embedding the tokens run through before the first block.
+    stem_names: ClassVar[tuple[str, ...]] = ()
     output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
     # Whether the former has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
     has_position_table: ClassVar[bool] = False
@@ -248,8 +250,12 @@ class Denoiser(nn.Module, ABC):
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature).
 
-        None of them is run, but for those of a text's stream in the last block that is run whole.
+        None of them is run, but for those of a text's stream in the last block that is run whole, and, before the first
+        block, for what embeds timestep and text.
         """
+        if block < 0:
+            stem = [getattr(self.transformer, name) for name in self.stem_names]
+            return _others(self.transformer, [self.patch_embedding, *stem])
         unused = [*self.blocks[block + 1 :], *self.output_modules()]
         tapped = self.blocks[block]
         if feature == "hidden":

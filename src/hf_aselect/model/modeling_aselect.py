@@ -44,6 +44,8 @@ from .noise_schedule import NoiseSchedule, kept_noise
 
 logger = logging.getLogger(__name__)
 
+# Layers that LoRA is put on: queries and values, which a folded model has in one.
+LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp")
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
@@ -681,6 +683,36 @@ class ASelectPreTrainedModel(ShareableModel):
             ImportError: If the package is not installed.
         """
         package("selection.apply", "Applying a selection").apply_selection(self, selection)
+
+    def lora_targets(self, names: Sequence[str] = LORA_LAYERS) -> list[str]:
+        """Return the names of the backbone's layers that LoRA goes on: those of these kinds up to the deepest tap.
+
+            config = peft.LoraConfig(target_modules=model.lora_targets(), modules_to_save=["head"])
+
+        Adapters on what comes after the tap would never get a gradient, which DDP takes for an error. Under another
+        model, as UperNet, ask its backbone: peft finds its names there, too.
+
+        Args:
+            names: Ends of names, as "to_out.0". Default: queries and values, of a folded model with the keys.
+
+        Raises:
+            ValueError: If there is no such layer up to the tap.
+        """
+        base = self._base()
+        unused = [
+            {id(part) for module in base.denoiser.unused_modules(*tap) for part in module.modules()}
+            for tap in base.taps()
+        ]
+        ends = tuple(f".{name}" for name in names)
+        found = [
+            name
+            for name, module in self.named_modules()
+            if name.endswith(ends) and ".denoiser." in f".{name}" and isinstance(module, nn.Linear | nn.Conv2d)
+            if id(module) not in set.intersection(*unused)
+        ]
+        if not found:
+            raise ValueError(f"`names` must be ends of names of layers up to the tap, got {list(names)}.")
+        return found
 
     def fold(self) -> Self:
         """Return a new, smaller model of the same class with equal outputs, at these timesteps and taps alone.
