@@ -304,27 +304,21 @@ def _checked_timesteps(timesteps: Tensor | int) -> Tensor:
 
 
 def kept_noise(shape: tuple[int, ...], seed: int, draw: int = 0) -> Tensor:
-    """Return `fixed_noise`, made once for all models: no model holds it, so none is another one once it was called.
-
-    """
+    """Return `fixed_noise`, made once for all models: no model holds it, so none is another one once it was called."""
     key = shape, seed, draw
     if key not in _KEPT_NOISE:
         if len(_KEPT_NOISE) >= _MAX_KEPT_NOISE:
             _KEPT_NOISE.clear()
-        _KEPT_NOISE[key] = _constant_noise(*shape, seed, draw)
+        _KEPT_NOISE[key] = fixed_noise(*key)
     return _KEPT_NOISE[key]
-
-
-# A graph has no generator: one that is compiled takes the tensor as it is made when the graph is.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_noise(channels: int, height: int, width: int, seed: int, draw: int) -> Tensor:
-    return fixed_noise((channels, height, width), seed, draw)
 
 
 _MAX_KEPT_NOISE = 64  # tensors: images may be of many sizes
 _KEPT_NOISE: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
 
 
+# A graph has no generator, and older versions of dynamo warn that they cannot trace one.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fixed_noise(shape: tuple[int, ...], seed: int, draw: int = 0) -> Tensor:
     """Return the `draw`-th standard normal tensor of a seed, float32, made on the CPU: the same on every device.
 
