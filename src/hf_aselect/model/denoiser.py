@@ -250,8 +250,8 @@ class Denoiser(nn.Module, ABC):
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature).
 
-        None of them is run, but for those of a text's stream in the last block that is run whole, and, before the first
-        block, for what embeds timestep and text.
+        None of them is run, but for those of a text's stream in the last block that is run whole, and, where only the
+        stem is read, what embeds timestep and text.
         """
         if block < 0:
             stem = [getattr(self.transformer, name) for name in self.stem_names]
@@ -346,7 +346,8 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """
     device = dtype = None
     for part in module.modules():
-        hook, registry = getattr(part, "_hf_hook", None), getattr(part, "_diffusers_hook", None)
+        hook: Any = getattr(part, "_hf_hook", None)
+        registry: Any = getattr(part, "_diffusers_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
             if device is None and getattr(each, "execution_device", None) is not None:
                 device = torch.device(each.execution_device)

@@ -331,7 +331,9 @@ class ShareableModel(TokenReader):
             config.selection = None
         # What it was loaded from may have been of another class, whose code is not in this folder.
         config.auto_map = {}
-        atomic = package("checkpoints.atomic")
+        atomic, saving = package("checkpoints.atomic"), package("checkpoints.saving")
+        if saving is not None:
+            kwargs = saving.with_whole_state(self, kwargs)
         try:
             with nullcontext() if with_code else without_code(self, config):
                 # Of a file in the place of the folder transformers says what is wrong.
@@ -548,6 +550,8 @@ class ASelectPreTrainedModel(ShareableModel):
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but from safetensors alone: it unpickles shards and adapters of other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
+        for each in (*args, *kwargs.values()):
+            _place_buffers(model, getattr(each, "device_map", None))
         if getattr(model.config, "quantization_config", None) is None:
             check_dtypes(checkpoint_files or (), model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
@@ -746,6 +750,16 @@ def _take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) 
     if source is not None:
         check_files(source, kwargs.get("subfolder"))
     return False
+
+
+def _place_buffers(model: nn.Module, device_map: Any) -> None:
+    """Add to a device map the buffers that it leaves out: transformers forgets those of a module that it splits."""
+    if not isinstance(device_map, dict) or "" in device_map:
+        return
+    main = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+    for name, _ in model.named_buffers():
+        if not any(f"{name}.".startswith(f"{place}.") for place in device_map):
+            device_map[name] = main
 
 
 @contextmanager

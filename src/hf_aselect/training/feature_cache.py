@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from datasets.fingerprint import Hasher
 
+from ..checkpoints.saving import in_memory
 from ..model.checks import IGNORED_LABEL
 from ..model.layouts import tap_key
 from ..model.modeling_aselect import ASelectPreTrainedModel
@@ -268,7 +269,8 @@ def _hash_of_weights(reader: FeatureReader) -> str | None:
             digest.update(repr((name, *switches, sorted(module.scaling.items()))).encode())
     for name, value in sorted(part.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole: Any = in_memory(part, name, value)
+        digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
