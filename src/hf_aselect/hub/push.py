@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from ..model.configuration_aselect import ASelectConfig
 from ..model.modeling_aselect import __file__ as MODELING_FILE
 from ..model.modeling_aselect import save_image_processor
+from ..selection.distribution import unwrapped
 from ..selection.record import TimestepSelection
 from .card import YOURS, CardFacts, own_words, refuse_unknown_facts, write_card
 
@@ -179,6 +180,7 @@ def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -
     Raises:
         ValueError: If a fact is unknown or wrong.
     """
+    model = unwrapped(model, keep_adapters=True)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         base, model = next(iter(model.peft_config.values())).base_model_name_or_path, model.get_base_model()
         # The path of a machine is nobody's business.

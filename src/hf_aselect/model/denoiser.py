@@ -327,6 +327,13 @@ def as_if_called(module: Any, read: Callable[[], Any]) -> Any:
             hook.post_forward(module, None)
 
 
+def with_own_weights(denoiser: Any, read: Callable[[], Any]) -> Any:
+    """Return what is read with a denoiser that is not called itself, nor its transformer: both may have weights."""
+    for module in (denoiser, getattr(denoiser, "transformer", None)):
+        read = read if module is None else partial(as_if_called, module, read)
+    return read()
+
+
 def _as_if_called_by_fsdp(module: Any, read: Callable[[], Any]) -> Any:
     from torch.distributed.fsdp import register_fsdp_forward_method
 

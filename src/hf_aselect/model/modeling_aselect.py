@@ -35,7 +35,7 @@ from .checks import (
     refuse_other_than_safetensors,
 )
 from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
-from .denoiser import as_if_called, grid_of, placement, zero_channels
+from .denoiser import grid_of, placement, with_own_weights, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import AttentionHead, FeatureStandardization, concatenated, token_map, without_rounding
 from .image_processing_aselect import ASelectImageProcessor
@@ -233,10 +233,7 @@ class TokenReader(PreTrainedModel):
         """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,), or one."""
         denoiser = self._base().denoiser
         read = partial(denoiser.read_taps, noised_latents.to(self.dtype), timesteps, taps)
-        # Neither is called itself, and both may have weights that hang on no layer.
-        for module in (denoiser, getattr(denoiser, "transformer", None)):
-            read = read if module is None else partial(as_if_called, module, read)
-        tokens: dict[Tap, Tensor] = read()
+        tokens: dict[Tap, Tensor] = with_own_weights(denoiser, read)
         return tokens
 
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:

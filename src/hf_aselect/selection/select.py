@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.denoiser import is_sharded
 from .criteria import Criterion, labels_wanted
 from .curve import TimestepCurve
-from .distribution import called_by
+from .distribution import called_by, refuse_flattened, unwrapped
 from .generation import count_forwards
 from .images import CalibrationPictures
 from .reader import ReadableModel, eval_mode
@@ -75,7 +75,8 @@ def select_timestep(
     Nothing in the model changes; `model.apply_selection` takes the result.
 
     Args:
-        model: Model with the tap (`config.block`, `config.feature`) to select a timestep for, or several.
+        model: Model with the tap (`config.block`, `config.feature`) to select a timestep for, or several; also where
+            DDP, FSDP2, torch.compile or peft wraps it.
         images: PIL pictures or arrays; a `datasets` dataset with an image column, streaming or not; or pixel values,
             (B, C, H, W), in [-1, 1]. A stream is read from its start on several times, so it should be shuffled, with
             a seed: the same each time. Default: the transformer generates some.
@@ -113,6 +114,8 @@ def select_timestep(
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
     """
     started = time.monotonic()
+    refuse_flattened(model)
+    model = unwrapped(model)
     _check_model(model, images)
     request = checked_request(
         model,

@@ -16,7 +16,7 @@ from ..checkpoints.saving import in_memory
 from ..model.checks import IGNORED_LABEL
 from ..model.layouts import tap_key
 from ..model.modeling_aselect import ASelectPreTrainedModel
-from ..selection.distribution import called_by
+from ..selection.distribution import called_by, refuse_flattened, unwrapped
 from ..selection.images import refuse_addresses
 from .cached_features import CachedFeatures
 from .feature_parts import STATE, FeatureParts, part_name, write_parts
@@ -76,6 +76,8 @@ def cache_features(
             negative (but for -100), a picture cannot be read, or a value is beyond `dtype` or not finite.
         OSError: If the disk has too little space, which is looked at before anything is computed.
     """
+    refuse_flattened(model)
+    model = unwrapped(model)
     _check_dataset(dataset)
     _check_options(what, num_views, augment, batch_size, dtype, seed)
     if what != "latents":
@@ -255,7 +257,6 @@ def _facts_of_selection(config: Any) -> dict[str, Any]:
 
 def _hash_of_weights(reader: FeatureReader) -> str | None:
     """Return a hash of the weights that the values depend on; None where they depend on none."""
-    # peft's wrapper has another `base_model`.
     base: Any = reader.model._base()
     part = base.vae if reader.what == "latents" else base
     if part is None:
