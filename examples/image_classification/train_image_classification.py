@@ -43,7 +43,6 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path

@@ -54,7 +54,9 @@ def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             built["vae"] = vae
     _check_names({name.removeprefix(prefix) for name in whole if name.startswith(prefix)}, built)
     _warn_of_processors(base, built)
-    _check_kinds(whole)
+    _check_kinds(
+        {name: value for name, value in whole.items() if name.startswith((f"{prefix}denoiser.", f"{prefix}vae."))}
+    )
     if not hasattr(model, "hf_device_map"):  # else transformers brings them in, a file at a time
         whole = {name: in_memory(model, name, value) for name, value in whole.items()}
     is_same = whole.keys() == state.keys() and all(value is state[name] for name, value in whole.items())
@@ -178,7 +180,7 @@ def _check_kinds(state: Mapping[str, Tensor]) -> None:
     """
     for name, value in state.items():
         is_plain = type(value) in (Tensor, nn.Parameter) or hasattr(value, "device_mesh")
-        is_number = not isinstance(value, Tensor) or value.dtype in WEIGHT_DTYPES.values() or ".standard" in name
+        is_number = value.dtype in WEIGHT_DTYPES.values()
         if not is_plain or not is_number:
             kind = type(value).__name__ if not is_plain else value.dtype
             raise ValueError(

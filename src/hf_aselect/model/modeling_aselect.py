@@ -37,7 +37,13 @@ from .checks import (
 from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
 from .denoiser import grid_of, placement, with_own_weights, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
-from .heads import AttentionHead, FeatureStandardization, concatenated, token_map, without_rounding
+from .heads import (
+    AttentionHead,
+    FeatureStandardization,
+    concatenated,
+    token_map,
+    without_rounding,
+)
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import ReadOut, Tap
 from .noise_schedule import NoiseSchedule, kept_noise
@@ -498,7 +504,8 @@ class ASelectPreTrainedModel(ShareableModel):
                 (folder or id), or as much of one as `transformer/` and `scheduler/` (and `vae/` for a DiT in latent
                 space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
                 noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
-                empty prompt, which the pipeline's text encoders are loaded for, once. None to load nothing, but build
+                empty prompt, which the pipeline's text encoders are loaded for, once. Or an adapter of peft, with
+                the model that it was trained on. None to load nothing, but build
                 the model of `config=` from the weights in `state_dict=`; what is missing there is new.
             args: Passed on to transformers.
             calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
@@ -522,6 +529,11 @@ class ASelectPreTrainedModel(ShareableModel):
                 standardized, and the package is not installed.
         """
         source = pretrained_model_name_or_path
+        adapters = package("checkpoints.adapters")
+        if adapters is not None and (adapter := adapters.find_adapter(source, kwargs)) is not None:
+            kwargs["calibration_images"] = calibration_images
+            with_adapter: Self = adapters.load_with_adapter(cls, adapter, args, kwargs)
+            return with_adapter
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
@@ -552,6 +564,25 @@ class ASelectPreTrainedModel(ShareableModel):
         if getattr(model.config, "quantization_config", None) is None:
             check_dtypes(checkpoint_files or (), model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
+        name = adapter_name or "default"
+        is_new = name not in getattr(self, "peft_config", {})
+        loaded = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        if is_new:
+            # It is installed where an adapter was loaded, and nobody else needs it. In a `try`, as transformers asks
+            # for everything else that a model's code imports.
+            try:
+                import peft
+            except ImportError:
+                return loaded
+            weights = kwargs.get("adapter_state_dict") or peft.load_peft_weights(
+                str(peft_model_id), device="cpu", **(kwargs.get("adapter_kwargs") or {})
+            )
+            plain = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+            peft.set_peft_model_state_dict(self, plain, adapter_name=name)
+        return loaded
 
     def _standardizations(self) -> list[FeatureStandardization]:
         """Return what standardizes each output of `stages`, as the head reads it; empty without a head."""
