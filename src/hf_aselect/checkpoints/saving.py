@@ -139,7 +139,7 @@ def _check_names(names: set[str], built: nn.Module) -> None:
         )
     elif any("parametrizations." in name for name in more):
         remedy = "Take out what parametrizes its weights (`torch.nn.utils.parametrize.remove_parametrizations`)."
-    elif any("_packed_params" in name or name.endswith(("scale", "zero_point")) for name in more):
+    elif any("_packed_params" in name or name.endswith(("scale", "zero_point", ".SCB")) for name in more):
         remedy = (
             "Its layers are quantized. Save the model before, and quantize it when it is loaded "
             "(`quantization_config=`)."
