@@ -38,6 +38,7 @@ from hf_aselect import (
     TimestepSelection,
     cache_features,
     convert_diffusers,
+    convert_research,
     select_timestep,
 )
 from hf_aselect.cli import main as command_line
@@ -577,6 +578,12 @@ CASES = [
     ),
     Case(
         "noise schedule",
+        "a time that runs backwards",
+        lambda _: NoiseSchedule.from_config({**FLOW, "invert_sigmas": True}),
+        "`invert_sigmas=True` of the scheduler turns the transformer's time around",
+    ),
+    Case(
+        "noise schedule",
         "noise at timestep -1",
         lambda world: world.model.noise_schedule.add_noise(world.pixels, world.pixels, -1),
         r"integer in \[0, 1000\).*got -1",
@@ -1104,6 +1111,26 @@ CASES = [
     ),
     Case(
         "checkpoint",
+        "a pickle of research weights",
+        lambda world: convert_research(_written(world.new("sit.pt"), "x"), world.new(), layout="sit"),
+        r"is a pickle, .* Pass `allow_pickle=True`",
+    ),
+    Case(
+        "checkpoint",
+        "a pickle that is none",
+        lambda world: convert_research(
+            _written(world.new("sit.pt"), "x"), world.new(), layout="sit", allow_pickle=True
+        ),
+        "is truncated or no file of weights of torch",
+    ),
+    Case(
+        "checkpoint",
+        "a layout of a pipeline",
+        lambda world: DiTModel.from_pretrained(world.pixel, timestep=5, layout="sit"),
+        "`layout=` and `num_attention_heads=` are for weights by the names of the research code",
+    ),
+    Case(
+        "checkpoint",
         "a card of broken YAML",
         lambda world: facts_of_card(_written(world.new("card.md"), "---\n[\n---\n")),
         "The front matter of .* cannot be read",
@@ -1183,6 +1210,20 @@ CASES = [
         "convert PIXEL OUT --max-shard-size inf",
         commanded("convert", "{pixel}", "{out}", "--max-shard-size", "inf"),
         "must be a positive number, got 'inf'",
+        CommandError,
+    ),
+    Case(
+        "command line",
+        "convert PIXEL OUT --timestep auto",
+        commanded("convert", "{pixel}", "{out}", "--timestep", "auto"),
+        "`--timestep auto` needs `--images`",
+        CommandError,
+    ),
+    Case(
+        "command line",
+        "convert PIXEL OUT --vae PIXEL",
+        commanded("convert", "{pixel}", "{out}", "--vae", "{pixel}"),
+        "--vae: for research weights",
         CommandError,
     ),
     Case(

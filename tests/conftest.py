@@ -34,8 +34,10 @@ LONGEST = (
 # fmt: on
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
-# The families of `pipelines.py` but for two, which stand for all in a quick run.
-MATRIX = {"sit", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_dev", "sana", "lumina2"}
+# Families that are read by their description alone, of `generic_pipelines.py`; they are not folded.
+DESCRIBED = ("z_image", "qwen_image", "aura_flow")
+# All families but for two, which stand for all in a quick run.
+MATRIX = {"sit", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_dev", "sana", "lumina2", *DESCRIBED}
 # Fixtures that start processes or a server, or are whole runs.
 PROCESS_FIXTURES = {"finished", "forking", "hub", "outcome", "pages", "summary", "train"}
 HEAD = {"head_hidden_size": 16, "head_num_attention_heads": 2}

@@ -25,7 +25,12 @@ def classifier(source, **options):
 
 def adapted(model, **options):
     torch.manual_seed(1)
-    given = {"r": 2, "target_modules": model.lora_targets(), "modules_to_save": ["head"], "init_lora_weights": False}
+    given = {
+        "r": 2,
+        "target_modules": model.lora_targets(),
+        "modules_to_save": ["classifier"],
+        "init_lora_weights": False,
+    }
     return peft.get_peft_model(model, peft.LoraConfig(**{**given, **options}))
 
 

@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 def test_there_are_enough_of_them_and_each_is_another():
     assert len({(case.kind, case.what) for case in CASES}) == len(CASES) >= NUM_CASES
-    contributing = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    contributing = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
     assert f"holds {len(CASES)} bad inputs" in contributing
 
 
@@ -222,7 +222,7 @@ def test_labels_left_out_altogether_give_no_loss_and_no_gradient(world):
     """As in one small batch of several whose gradients are accumulated."""
     output = world.classifier(world.pixels, labels=torch.tensor([-100, -100]))
     output.loss.backward()
-    gradients = [each.grad for each in world.classifier.head.parameters() if each.grad is not None]
+    gradients = [each.grad for each in world.classifier.classifier.parameters() if each.grad is not None]
     assert float(output.loss.detach()) == 0 and gradients and all(not each.any() for each in gradients)
     world.classifier.zero_grad(set_to_none=True)
 

@@ -142,6 +142,17 @@ def test_a_mean_that_dwarfs_the_differences_changes_nothing():
     assert found.error == pytest.approx(expected.error, rel=1e-6)
 
 
+def test_features_counted_from_far_away_are_solved_as_well_as_rounding_allows():
+    """Their products are rounded so that they are no longer positive."""
+    features, labels = random_rows()
+    small = features.double() / features.std(0)
+    small = torch.cat([small, small.roll(1, 1) + small], 1)
+    far = [each.moved(torch.zeros(14, dtype=torch.float64)) for each in by_fold(small + 3e5, table(labels))]
+    expected = fit_ridge(by_fold(small, table(labels)), strengths=[1e-7])
+    found = fit_ridge(far, strengths=[1e-7])
+    assert found.error == pytest.approx(expected.error, rel=0.2)
+
+
 def test_few_rows_of_many_features_are_solved_in_their_own_space():
     features, labels = random_rows(num=30, width=200)
     expected = fit_ridge(by_fold(features, table(labels)), strengths=[0.3])

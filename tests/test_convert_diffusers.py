@@ -9,7 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import HEAD, build_transformer, build_vae, example
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from huggingface_hub.errors import StrictDataclassError
 from pipelines import dit, sd3, sit
 from safetensors.torch import load_file, save_file
@@ -22,8 +28,8 @@ from transformers import (
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
 from hf_aselect.checkpoints.diffusers import _default_embedding, expected_shapes
-from hf_aselect.model.denoisers import FAMILIES
-from hf_aselect.model.layouts import layout_of
+from hf_aselect.model.denoisers import HAND_WRITTEN
+from hf_aselect.model.families import layout_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -356,7 +362,7 @@ def test_of_a_configuration_beside_what_diffusers_saved_the_fields_are_taken(pix
     config = ASelectConfig.from_dict(json.loads(json.dumps(expected.config.to_dict())))
     model = DiTForImageClassification.from_pretrained(pixel_folder, config=config)
     assert model.config.to_dict() == expected.config.to_dict()
-    model.head.load_state_dict(expected.head.state_dict())
+    model.classifier.load_state_dict(expected.classifier.state_dict())
     assert model(pixels).logits.equal(expected(pixels).logits)
     # A keyword beats it.
     assert DiTModel.from_pretrained(pixel_folder, config=config, timestep=9).config.timestep == 9
@@ -386,7 +392,7 @@ def test_pickled_weights_cannot_be_asked_for(pixel_folder):
 
 
 def test_a_part_of_the_head_is_refused(saved):
-    rewrite(saved / "model.safetensors", lambda weights: weights.pop("head.class_token"))
+    rewrite(saved / "model.safetensors", lambda weights: weights.pop("classifier.class_token"))
     with pytest.raises(ValueError, match=r"a part of the head only: 1 of its \d+ tensors are missing.*class_token"):
         DiTForImageClassification.from_pretrained(saved)
 
@@ -396,7 +402,7 @@ def test_another_head_is_a_new_one_where_that_is_asked_for(saved, pixels):
         DiTForImageClassification.from_pretrained(saved, head="linear")
     model = DiTForImageClassification.from_pretrained(saved, head="linear", ignore_mismatched_sizes=True)
     assert model(pixels).logits.shape == (7, 4)
-    assert bool((model.head.norm.weight == 1).all()) and not model.head.norm.bias.any()
+    assert bool((model.classifier.norm.weight == 1).all()) and not model.classifier.norm.bias.any()
 
 
 # Conversion to a folder.
@@ -919,7 +925,9 @@ XL_2 |= {"out_channels": 8, "num_embeds_ada_norm": 1000, "sample_size": 32, "_cl
     [
         (XL_2, "DDIMScheduler", "original"),
         ({**XL_2, "sample_size": 64}, "DDIMScheduler", "original"),
-        ({**XL_2, "num_layers": 12}, "DDIMScheduler", "diffusers"),
+        ({**XL_2, "num_layers": 12}, "DDIMScheduler", "original"),
+        ({"_class_name": XL_2["_class_name"], "in_channels": 3, "out_channels": 6}, "DDPMScheduler", "original"),
+        ({**XL_2, "out_channels": None}, "DDPMScheduler", "diffusers"),
         ({**XL_2, "out_channels": 4}, "DDPMScheduler", "diffusers"),
         (XL_2, "FlowMatchEulerDiscreteScheduler", "diffusers"),
         (XL_2, {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "diffusers"),
@@ -936,11 +944,33 @@ def test_a_flow_matching_dit_is_said_to_be_taken_for_one_of_diffusers(tmp_path, 
     sit().save_pretrained(tmp_path)
     with caplog.at_level("WARNING", logger="hf_aselect"):
         assert DiTModel.from_pretrained(tmp_path, timestep=5).config.timestep_embedding == "diffusers"
-    assert "If its weights are SiT's own, pass `timestep_embedding='sit'`" in caplog.text
+    for choice in ("'sit'", "'repa'", "'original'"):
+        assert choice in caplog.text
     caplog.clear()
     with caplog.at_level("WARNING", logger="hf_aselect"):
         DiTModel.from_pretrained(tmp_path, timestep=5, timestep_embedding="sit")
     assert "SiT" not in caplog.text
+
+
+@pytest.mark.parametrize("embedding", ["sit", "repa"])
+def test_a_time_of_flow_matching_does_not_go_with_a_scheduler_of_diffusion(latent_folder, embedding):
+    with pytest.raises(ValueError, match=f"`timestep_embedding='{embedding}'` .* the scheduler is a DDPMScheduler"):
+        DiTModel.from_pretrained(latent_folder, timestep=5, timestep_embedding=embedding)
+
+
+def test_a_scheduler_in_memory_is_read(latent_folder):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    model = DiTModel.from_pretrained(latent_folder, timestep=5, scheduler=scheduler)
+    assert model.config.scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    assert model.config.scheduler["shift"] == 3.0
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_an_object_with_weights_is_no_configuration(latent_folder, part):
+    given = getattr(dit(), part)
+    with pytest.raises(ValueError, match=f"`{part}=` is a configuration, and a .* with weights") as raised:
+        DiTModel.from_pretrained(latent_folder, timestep=5, **{part: given})
+    assert len(str(raised.value)) < 300
 
 
 # Real architectures, without weights.
@@ -961,7 +991,7 @@ def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
         assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.05)
     config = {**transformer.config, "_class_name": class_name}
     layout = layout_of(config)
-    widths = {name: transformer.config[field] for name, field in FAMILIES[class_name].prompt_fields.items()}
+    widths = {name: transformer.config[field] for name, field in HAND_WRITTEN[class_name].prompt_fields.items()}
     vae = {"_class_name": "AutoencoderKL", "in_channels": 3, "block_out_channels": [128, 256, 512, 512]}
     fields = {"transformer": config, "vae": {**vae, "latent_channels": layout.num_channels}}
     if layout.needs_prompt:

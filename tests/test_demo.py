@@ -123,7 +123,7 @@ def test_the_same_seed_gives_the_same_results(finished, tmp_path):
 def test_a_model_that_reloads_differently_is_noticed(finished, tmp_path):
     folder, _ = finished
     model = AutoModelForImageClassification.from_pretrained(folder / "model")
-    model.head.classifier.bias.data += 1
+    model.classifier.output_projection.bias.data += 1
     test = load_embedded_split("test", 4)
     processor = demo.ASelectImageProcessor.from_model_config(model.config)
     with pytest.raises(RuntimeError, match="gives other logits than the fitted one"):

@@ -133,7 +133,7 @@ def test_a_model_that_reloads_differently_is_noticed(finished):
     scenes, _ = compose_scenes("test", 2)
     pixels = ASelectImageProcessor.from_model_config(model.config)(scenes["image"][:], return_tensors="pt")
     check_segmenter_reloaded(model, pixels.pixel_values, scenes["image"][:], folder / "model")
-    model.decoder.head.classifier.bias.data[3] += 1
+    model.decode_head.head.classifier.bias.data[3] += 1
     with pytest.raises(RuntimeError, match="gives other logits than the trained one"):
         check_segmenter_reloaded(model, pixels.pixel_values, scenes["image"][:], folder / "model")
 

@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ from diffusers import DiTTransformer2DModel
 
 from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.model.layouts import FEATURES
-from hf_aselect.selection.prediction import predict
 
 TAPS = [(block, feature) for block in range(NUM_BLOCKS) for feature in FEATURES]
 SHAPES = {"square": (8, 8), "wide": (4, 12), "high": (10, 6)}
@@ -145,17 +143,3 @@ def test_several_taps_are_read_in_one_pass(model, pixels):
     assert found.keys() == set(taps)
     for block, feature in taps:
         assert found[block, feature].equal(model._base().denoiser(latents, timesteps, block, feature))
-
-
-def test_the_family_that_contributors_are_shown_reads_as_ours_does():
-    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    names = {}
-    exec(text.split("## Adding a family")[1].split("```python\n")[1].split("```")[0], names)
-    transformer = build_transformer()
-    shown, ours = names["PlainDenoiser"](transformer), DiTDenoiser(transformer)
-    noised, timesteps = torch.randn(2, 3, 8, 8), torch.full((2,), 141)
-    with torch.no_grad():
-        for block, feature in TAPS:
-            assert torch.equal(shown(noised, timesteps, block, feature), ours(noised, timesteps, block, feature))
-        assert predict(shown, noised, timesteps, torch.tensor([0, 1])).shape == (2, 3, 8, 8)
-    assert len(shown.unused_modules(1, "query")) == len(ours.unused_modules(1, "query"))

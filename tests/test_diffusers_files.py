@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import COMMIT, LoopbackHub, serve
-from pipelines import dit, dit_transformer, pixart_sigma, sd3, sd35
+from pipelines import ResearchPort, dit, dit_transformer, pixart_sigma, sd3, sd35
 
 from hf_aselect import DiTModel
 from hf_aselect.checkpoints.hub_files import needed_files
@@ -103,7 +103,7 @@ def outcome(tmp_path_factory):
     sd3().save_pretrained(root / "sd3")
     sd35().save_pretrained(root / "sd35")
     pipe.save_pretrained(root / "hunyuan")
-    changed(root / "hunyuan" / "transformer" / "config.json", _class_name="HunyuanDiT2DModel")
+    changed(root / "hunyuan" / "transformer" / "config.json", _class_name="AllegroTransformer3DModel")
     (root / "vit").mkdir()
     (root / "vit" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (root / "original").mkdir()
@@ -191,7 +191,7 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
         ),
         (
             "unsupported",
-            "ValueError: Unsupported transformer 'HunyuanDiT2DModel'; supported are DiTTransformer",
+            "ValueError: Unsupported transformer 'AllegroTransformer3DModel'; supported are DiTTransformer",
         ),
         ("vit", "ValueError: 'us/vit' is a checkpoint of vit; expected one of hf_aselect, a pipeline of diffusers"),
         ("original", "ValueError: 'us/original' has neither model_index.json nor config.json in its first folder"),
@@ -225,6 +225,19 @@ def test_what_is_not_supported_is_not_downloaded(outcome):
 
 def test_half_a_download_is_said_to_be_one(outcome):
     assert "lacks vae/, which its model_index.json lists. Download or copy the whole pipeline" in outcome[0]["half"]
+
+
+def test_a_port_with_research_names_is_found_on_the_hub(tmp_path):
+    folder = tmp_path / "models--us--sit" / "snapshots" / COMMIT
+    ResearchPort().save_pretrained(folder)
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "SiTPipeline", "transformer": ["transformer_sit", "SiTTransformer2DModel"]})
+    )
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "main").write_text(COMMIT)
+    model = DiTModel.from_pretrained("us/sit", cache_dir=tmp_path, layout="sit", timestep=5)
+    assert model.config.timestep_embedding == "sit"
+    assert model.config.base_model == "us/sit"
 
 
 @pytest.mark.slow  # the client tries for half a minute

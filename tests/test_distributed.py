@@ -97,6 +97,8 @@ train(
     "accumulated", load(), per_device_train_batch_size=BATCH // WORLD // 2, gradient_accumulation_steps=2
 )
 train("bfloat16", load(), bf16=True)
+# The timesteps share the linear layers, whose gradients come from both.
+train("folded", load(freeze_backbone=False, timestep=[5, 60], block=[1, 2]).fold())
 """
 )
 
@@ -253,7 +255,8 @@ def trained(pixel_folder, tmp_path_factory):
 
 # Gradients of half a batch each are rounded on their own in bfloat16.
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("frozen", 1e-5), ("fine_tuned", 1e-5), ("accumulated", 1e-5), ("bfloat16", 1e-2)]
+    ("name", "tolerance"),
+    [("frozen", 1e-5), ("fine_tuned", 1e-5), ("accumulated", 1e-5), ("bfloat16", 1e-2), ("folded", 1e-5)],
 )
 def test_two_processes_learn_what_one_does(trained, name, tolerance):
     (alone,) = notes(trained, name, 1)
@@ -286,14 +289,19 @@ def test_a_stream_is_shared_without_a_row_read_twice(pixel_folder, tmp_path):
         assert sorted(each["rows"]) == sorted(alone["rows"])
 
 
+SEVERAL = ", timestep=[5, 60], block=[1, 2], feature=['key', 'attention']"
+
+
 @pytest.mark.parametrize(
-    "fields",
-    ["freeze_backbone=False", "freeze_backbone=False, timestep=[5, 60], block=[1, 2], feature=['key', 'attention']"],
-    ids=["one tap", "several"],
+    ("fields", "folding"),
+    [("", ""), (SEVERAL, ""), (SEVERAL, ".fold()")],
+    ids=["one tap", "several", "several, folded"],
 )
-def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_checkpoint(pixel_folder, tmp_path, fields):
+def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_checkpoint(
+    pixel_folder, tmp_path, fields, folding
+):
     """FSDP2. The block that is read is not called as a whole: its shards must be gathered all the same."""
-    script = SHARDED.replace("freeze_backbone=False", f"{fields}, zeroed_channels=[]")
+    script = SHARDED.replace("freeze_backbone=False)", f"freeze_backbone=False{fields}, zeroed_channels=[]){folding}")
     launch(script, pixel_folder, tmp_path)
     launch(script, pixel_folder, tmp_path, world=2)
     (alone,), both = notes(tmp_path, "sharded", 1), notes(tmp_path, "sharded", 2)

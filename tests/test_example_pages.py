@@ -13,6 +13,7 @@ from conftest import example
 from transformers import TrainingArguments
 
 from hf_aselect import ASelectConfig
+from hf_aselect.cli import _parser, main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -81,14 +82,96 @@ def test_commands_give_options_that_their_script_takes(page):
             assert option in shared or re.search(rf"\b{option}\b", source), f"{script} has no --{option}"
 
 
+# A block of code, and why it is not run.
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>.+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL
+)
+# Those with Python.
+GUIDES = [ROOT / "README.md", *(page for page in PAGES if "```python" in page.read_text(encoding="utf-8"))]
+
+
+def blocks_of(page, language):
+    """The code of the blocks of a page that are to be run."""
+    blocks = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [block["code"] for block in blocks if block["language"] == language and not block["reason"]]
+
+
 def run_code_of(page, folder, monkeypatch):
     """Run the Python of a page in a folder that has the sources as the root of the repository has them."""
     (folder / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(folder)
     scope = {}
-    for code in re.findall(r"```python\n(.*?)```", (EXAMPLES / page).read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(code, page, "exec"), scope)
+    for code in blocks_of(EXAMPLES / page, "python"):
+        exec(compile(code, str(page), "exec"), scope)
     return scope
+
+
+# The others have tests of their own.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize(
+    "page",
+    [page for page in GUIDES if page.parent.name not in ("features", "semantic_segmentation", "sharing")],
+    ids=name_of,
+)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    scope = run_code_of(page, tmp_path, monkeypatch)
+    assert scope["model"].config.num_labels == 10
+    if page.parent == ROOT:
+        # The quickstart fits a working classifier.
+        assert len(re.findall(r"\S.*\n", blocks_of(page, "python")[0])) <= 17
+        assert scope["fit"].evaluation["accuracy"] > 0.7
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 220
+    # It is the page of PyPI, too, where relative links lead nowhere.
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
+    for link in links:
+        found = re.match(
+            r"https://(?:raw\.githubusercontent|github)\.com/hf-aselect/hf_aselect/(?:blob/)?main/(.+)", link
+        )
+        assert found is None or (ROOT / found[1]).is_file(), link
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name_of)
+def test_relative_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+def commands_in(page):
+    """The words of each `hf-aselect` command of a page."""
+    for block in BLOCK.finditer(page.read_text(encoding="utf-8").replace("\\\n", " ")):
+        for line in block["code"].splitlines():
+            if line.startswith("hf-aselect "):
+                yield shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name_of)
+def test_commands_of_hf_aselect_are_understood(page):
+    for words in commands_in(page):
+        assert _parser().parse_args(words)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_command_line_of_its_page_runs(number, tmp_path, monkeypatch, fitted_by_command):
+    words = list(commands_in(EXAMPLES / "command_line" / "README.md"))[number]
+    monkeypatch.chdir(fitted_by_command)
+    # The second one has run already.
+    assert number == 1 or main(words) == 0
+
+
+@pytest.fixture(scope="module")
+def fitted_by_command(tmp_path_factory):
+    """A folder in which the page's `fit` was run."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "src").symlink_to(ROOT / "src")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(list(commands_in(EXAMPLES / "command_line" / "README.md"))[1]) == 0
+    return folder
 
 
 def test_the_page_of_features_caches_and_folds(tmp_path, monkeypatch, capsys):

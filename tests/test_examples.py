@@ -680,8 +680,8 @@ def test_features_of_others_get_the_head_that_fit_head_makes():
     fit = model.fit_head({"features": features, "labels": labels})
     solution = READ_OUTS.closed_form(features, labels, 3)
     assert (solution.strength, solution.accuracy) == (fit.strength, fit.accuracy)
-    assert torch.allclose(solution.weight.float(), model.head.classifier.weight, rtol=1e-5)
-    assert torch.allclose(solution.bias.float(), model.head.classifier.bias, rtol=1e-5)
+    assert torch.allclose(solution.weight.float(), model.classifier.output_projection.weight, rtol=1e-5)
+    assert torch.allclose(solution.bias.float(), model.classifier.output_projection.bias, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("selected", "place"), [(100, 1), (0, 0), (999, 2)])
@@ -780,7 +780,7 @@ def test_read_outs_of_segmentation_fill_their_table_and_go_on(tmp_path):
     said = run("benchmarks/read_outs_segmentation.py", *words)
     content = json.loads((tmp_path / "out" / "read_outs.json").read_text())
     fitted = [each for each in content["runs"] if each["method"] == "closed form"]
-    assert len(fitted) == 12 and len(content["runs"]) == 15
+    assert len(fitted) == 18 and len(content["runs"]) == 21
     assert {each["read_out"]: each["width"] for each in fitted} == {
         "one tap": 16,
         "all blocks": 4 * 16,
@@ -788,7 +788,7 @@ def test_read_outs_of_segmentation_fill_their_table_and_go_on(tmp_path):
     }
     assert str(tmp_path) not in json.dumps(content)
     table = (tmp_path / "out" / "read_outs.md").read_text()
-    assert table in said and len(table.splitlines()) == 2 + 15
+    assert table in said and len(table.splitlines()) == 2 + 21
     again = run("benchmarks/read_outs_segmentation.py", *words)
     assert "closed-form-one-tap-0:" in said and "closed-form-one-tap-0:" not in again
 

@@ -167,7 +167,7 @@ def test_batches_are_those_of_datasets(model, data, tmp_path, monkeypatch, what,
 @pytest.mark.parametrize("fold", [False, True])
 def test_trainer_learns_the_same_from_features_as_from_pictures(classifier, data, tmp_path, fold):
     model = classifier.fold() if fold else classifier
-    start = {name: value.clone() for name, value in model.head.state_dict().items()}
+    start = {name: value.clone() for name, value in model.classifier.state_dict().items()}
     cached = cache_features(model, data, tmp_path / "cache", dtype="float32")
     pixels = data.map(
         lambda batch: {
@@ -178,7 +178,7 @@ def test_trainer_learns_the_same_from_features_as_from_pictures(classifier, data
     ).with_format("torch")
     losses = []
     for rows in (pixels, cached):
-        model.head.load_state_dict(start)
+        model.classifier.load_state_dict(start)
         args = TrainingArguments(
             tmp_path / "out",
             max_steps=6,
@@ -489,7 +489,7 @@ def test_labels_that_are_no_integers_are_kept_as_they_are(model, data, tmp_path)
 def test_train_mode_and_gradients_are_as_before(classifier, data, tmp_path):
     classifier.train()
     cache_features(classifier, data, tmp_path)
-    assert classifier.training and classifier.head.training and not classifier.backbone.denoiser.training
+    assert classifier.training and classifier.classifier.training and not classifier.backbone.denoiser.training
 
 
 @pytest.mark.process

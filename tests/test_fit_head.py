@@ -86,7 +86,9 @@ def logits(model, images):
 
 
 def weights(model):
-    return torch.cat([model.head.classifier.weight.flatten(), model.head.classifier.bias]).detach()
+    return torch.cat(
+        [model.classifier.output_projection.weight.flatten(), model.classifier.output_projection.bias]
+    ).detach()
 
 
 def close(one, other):
@@ -116,7 +118,7 @@ def test_the_linear_layer_reads_the_mean_of_the_tokens_and_nothing_else(fitted, 
     assert not model.config.head_norm
     with torch.no_grad():
         tokens = model.extract_features(pixel_values(model, test["image"]))
-    expected = tokens.mean(1) @ model.head.classifier.weight.T + model.head.classifier.bias
+    expected = tokens.mean(1) @ model.classifier.output_projection.weight.T + model.classifier.output_projection.bias
     torch.testing.assert_close(logits(model, test["image"]), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +155,7 @@ def test_trainer_goes_on_from_it(fitted, train, tmp_path):
     before = {name: value.clone() for name, value in model.named_parameters()}
     take_one_step(model, rows, 16, tmp_path)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert moved == {"head.classifier.weight", "head.classifier.bias"}
+    assert moved == {"classifier.output_projection.weight", "classifier.output_projection.bias"}
     with torch.no_grad():
         assert float(model.eval()(pixels, labels=labels).loss) < loss + 0.01
 
@@ -284,7 +286,7 @@ def test_images_without_a_label_are_left_out(model, fitted, train):
 def test_a_model_in_training_stays_in_training(model, train):
     model.train()
     model.fit_head(train)
-    assert model.training and model.head.training and not model.backbone.denoiser.training
+    assert model.training and model.classifier.training and not model.backbone.denoiser.training
 
 
 def test_a_head_of_standardized_features_is_fitted_to_these(pixel_folder, train, test):
@@ -293,14 +295,14 @@ def test_a_head_of_standardized_features_is_fitted_to_these(pixel_folder, train,
     assert found.evaluation["accuracy"] > 0.95
     with torch.no_grad():
         tokens = model.extract_features(pixel_values(model, test["image"]))
-        expected = model.head.classifier(model.head.pool(tokens))
+        expected = model.classifier.output_projection(model.classifier.pool(tokens))
     torch.testing.assert_close(logits(model, test["image"]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_fitted(pixel_folder, train, test):
     model = load(pixel_folder, dtype=torch.bfloat16)
     assert model.fit_head(train, eval_dataset=test).evaluation["accuracy"] > 0.9
-    assert model.head.classifier.weight.dtype == torch.bfloat16
+    assert model.classifier.output_projection.weight.dtype == torch.bfloat16
 
 
 def test_a_callers_autocast_rounds_no_features(model, fitted, train):
@@ -433,7 +435,7 @@ def test_a_segmenter_reads_masks_in_any_form(pixel_folder):
     model = load(pixel_folder, DiTForSemanticSegmentation, **SEGMENTER)
     rows = scenes(24)
     model.fit_head(rows)
-    weight, mean = model.decoder.classifier.weight.detach().clone(), model.decoder.norm.running_mean.clone()
+    weight, mean = model.decode_head.classifier.weight.detach().clone(), model.decode_head.norm.running_mean.clone()
     images, masks = map(list, zip(*rows, strict=True))
     processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=False)
     features = Features(image=Pictures(), annotation=Pictures())
@@ -443,8 +445,8 @@ def test_a_segmenter_reads_masks_in_any_form(pixel_folder):
         Dataset.from_dict({"image": images, "annotation": masks}, features).to_iterable_dataset(),
     ):
         model.fit_head(form, batch_size=7)
-        torch.testing.assert_close(model.decoder.classifier.weight, weight, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(model.decoder.norm.running_mean, mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.decode_head.classifier.weight, weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.decode_head.norm.running_mean, mean, rtol=1e-3, atol=1e-4)
 
 
 def test_rare_classes_of_pixels_count_the_same_where_that_is_asked_for(pixel_folder):
@@ -559,7 +561,7 @@ def test_bad_models_are_rejected(pixel_folder, model, train):
     with pytest.raises(ValueError, match="The timestep of this model is still 'auto'"):
         auto.fit_head(train)
     adapted = get_peft_model(
-        copy.deepcopy(model), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["head"])
+        copy.deepcopy(model), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["classifier"])
     ).get_base_model()
     with pytest.raises(ValueError, match="Fit the head before adapters are added"):
         adapted.fit_head(train)
@@ -635,7 +637,7 @@ for name, kept in (("rows", 2**28), ("moments", 3000)):
     facts |= {"images": found.num_images, "held": found.num_held_out, "evaluation": found.evaluation}
     with torch.no_grad():
         logits = model.eval()(pixels).logits
-    torch.save((facts, model.head.state_dict(), logits), output / f"{name}-{RANK}-of-{WORLD}.pt")
+    torch.save((facts, model.classifier.state_dict(), logits), output / f"{name}-{RANK}-of-{WORLD}.pt")
 # What is wrong in one process ends all of them.
 pixels[1] = 300
 try:

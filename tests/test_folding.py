@@ -240,7 +240,7 @@ def test_a_frozen_backbone_stays_frozen(classifier):
     classifier.config.timestep = TIMESTEP
     folded = classifier.fold()
     assert not any(value.requires_grad for value in folded.backbone.parameters())
-    assert all(value.requires_grad for value in folded.head.parameters())
+    assert all(value.requires_grad for value in folded.classifier.parameters())
 
 
 @pytest.mark.family

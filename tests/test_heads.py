@@ -43,7 +43,7 @@ def test_leaving_out_what_is_not_read_changes_nothing():
     for block in head.blocks:
         hidden_states = block(hidden_states)
     assert hidden_states.shape == (5, 8, 8)
-    torch.testing.assert_close(head(tokens), head.classifier(hidden_states[:, 0]))
+    torch.testing.assert_close(head(tokens), head.output_projection(hidden_states[:, 0]))
 
 
 def test_the_linear_head_reads_the_mean():
@@ -55,8 +55,8 @@ def test_the_linear_head_reads_the_mean():
 
 def test_a_linear_head_may_read_the_mean_without_a_norm():
     head, tokens = LinearHead(6, 3, has_norm=False), torch.randn(2, 9, 6)
-    torch.testing.assert_close(head(tokens), head.classifier(tokens.mean(1)))
-    assert {name for name, _ in head.named_parameters()} == {"classifier.weight", "classifier.bias"}
+    torch.testing.assert_close(head(tokens), head.output_projection(tokens.mean(1)))
+    assert {name for name, _ in head.named_parameters()} == {"output_projection.weight", "output_projection.bias"}
 
 
 def test_a_head_is_not_loaded_without_the_norm_it_was_trained_with(pixel_folder, tmp_path):
@@ -64,7 +64,7 @@ def test_a_head_is_not_loaded_without_the_norm_it_was_trained_with(pixel_folder,
     model = DiTForImageClassification.from_pretrained(pixel_folder, **given)
     model.save_pretrained(tmp_path / "normed")
     with pytest.raises(
-        ValueError, match=r"hold another kind of head: .*have \['head.norm.bias', 'head.norm.weight'\]"
+        ValueError, match=r"hold another kind of head: .*have \['classifier.norm.bias', 'classifier.norm.weight'\]"
     ):
         DiTForImageClassification.from_pretrained(tmp_path / "normed", head_norm=False)
     model = DiTForImageClassification.from_pretrained(pixel_folder, head_norm=False, **given)

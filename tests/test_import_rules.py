@@ -144,9 +144,9 @@ def test_what_travels_is_flat_small_and_complete():
     files = [path for path in (PACKAGE / "model").rglob("*.py") if path.stem != "__init__"]
     assert all(path.parent == PACKAGE / "model" for path in files), "the Hub copies modules into one flat folder"
     assert {f"model.{path.stem}" for path in files} == set(hub_modules())
-    classifier = [path for path in files if path.stem != "modeling_segmentation"]
-    assert len(classifier) <= 13
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in classifier) <= 5600
+    # Whichever model is pushed: the code of all goes along, so that every Auto class loads it.
+    assert len(files) <= 16
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 6900
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

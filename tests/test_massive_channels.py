@@ -215,12 +215,17 @@ def test_a_selection_that_the_head_cannot_read_is_refused(tmp_path):
     assert (model.config.feature, model.config.timestep) == ("query", 5)
 
 
-def test_a_fixed_timestep_in_the_residual_stream_is_warned_of(dominated, caplog):
+def test_a_fixed_timestep_in_the_residual_stream_of_a_large_transformer_is_warned_of(dominated, caplog, monkeypatch):
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        DiTModel.from_pretrained(dominated, timestep=5, block=1, feature="hidden")
+    assert not caplog.records  # a small one has no such channels
+    monkeypatch.setattr("hf_aselect.selection.apply.LARGE", 8)
+
     def warning(**fields):
         caplog.clear()
         with caplog.at_level("WARNING", logger="hf_aselect"):
             DiTModel.from_pretrained(dominated, timestep=5, block=1, **fields)
-        return "Nothing is set to zero in" in caplog.text
+        return "none is set to zero in hidden of block 1" in caplog.text
 
     assert warning(feature="hidden")
     assert not warning(feature="hidden", zeroed_channels=[])

@@ -15,12 +15,13 @@ import pytest
 import torch
 from conftest import example
 from PIL import Image as PILImage
-from pipelines import dit, flux_dev, lumina2, pixart_sigma, sana, sd3, sit
+from pipelines import ResearchPort, dit, flux_dev, kl, lumina2, pixart_sigma, sana, sd3
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, select_timestep
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "model_cards" / "selection-benchmark"
+SELECTION_GUIDE = ROOT / "examples" / "selection"
 CIFAR10 = ROOT / "model_cards" / "cifar10-classification"
 
 
@@ -54,8 +55,8 @@ def test_the_card_of_several_timesteps_has_the_table_of_its_results():
     assert table in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_quotes_the_benchmark(summary):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_guide_quotes_the_benchmark(summary):
+    readme = (SELECTION_GUIDE / "README.md").read_text(encoding="utf-8")
     head, quoted = table_rows(readme, "selected by")
     full_head, full = table_rows(summary, "selected by")
     assert len(quoted) > 5
@@ -106,7 +107,7 @@ def test_the_cards_costs_are_the_measured_ones():
     assert max(cost["seconds"]) <= 10
     assert len(cost["timesteps"]) >= 20 and cost["share_within_one_step_of_the_median"] >= 0.95
     card, readme = (
-        " ".join((folder / "README.md").read_text(encoding="utf-8").split()) for folder in (BENCHMARK, ROOT)
+        " ".join((folder / "README.md").read_text(encoding="utf-8").split()) for folder in (BENCHMARK, SELECTION_GUIDE)
     )
     seconds = [cost["median_seconds"], min(cost["seconds"]), max(cost["seconds"])]
     median, least, most = (f"{value:.1f}" for value in seconds)
@@ -120,7 +121,7 @@ def test_the_cards_costs_are_the_measured_ones():
         assert (
             f"| memory beside the model, {words} pictures, at 3 and at 20 timesteps | {few} and {many} MiB |" in card
         )
-        assert f"{words} pictures {few} MiB beside the model at 3 timesteps and {many} at 20" in readme
+        assert f"{words} images {few} MiB beside the model at 3 timesteps and {many} at 20" in readme
 
 
 def test_each_pair_is_drawn():
@@ -182,15 +183,15 @@ def test_the_chosen_timestep_segments_as_the_benchmark_is_to_show(camvid):
     assert max(means) - sum(own) / 3 < 1
 
 
-def test_the_readme_quotes_the_segmentation_benchmark(camvid):
+def test_the_guide_quotes_the_segmentation_benchmark(camvid):
     content, script = camvid
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "examples" / "semantic_segmentation" / "README.md").read_text(encoding="utf-8").split())
     chosen = content["selection"]["timestep"]
 
     def mean(*of, **how):
         return f"{sum(script.figures_of(content, *of, **how)) / 3:.1f}"
 
-    assert f"UperNet has a mean IoU of {mean('upernet', chosen)} % at the chosen t = {chosen}" in readme
+    assert f"UperNet has a mean IoU of {mean('upernet', chosen)} % at the selected t = {chosen}" in readme
     assert f"{mean('upernet', chosen, is_random=True)} on random weights" in readme
     assert f"{mean('mlp')} from the colour of a pixel" in readme
     assert f"{mean('unet')} by a UNet" in readme
@@ -209,7 +210,7 @@ def test_segmenting_takes_the_memory_that_the_card_says():
 SOURCES = {
     # card: what its code names, and a tiny pipeline in its place
     "dit": ("facebook/DiT-XL-2-256", dit),
-    "sit": ("path/to/sit-in-dit-layout", sit),
+    "sit": ("path/to/SiT-XL-2-256", lambda: ResearchPort(vae=kl())),
     # The paper's block is there.
     "stable-diffusion-3": ("stabilityai/stable-diffusion-3-medium-diffusers", partial(sd3, num_layers=11)),
     "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", pixart_sigma),
@@ -352,9 +353,9 @@ def test_what_the_benchmark_of_speed_is_to_reach(speed):
     assert content["import_seconds"]["ratio"] <= 1.15
 
 
-def test_the_readme_quotes_the_benchmark_of_speed(speed):
+def test_the_guide_quotes_the_benchmark_of_speed(speed):
     content, _ = speed
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "examples" / "features" / "README.md").read_text(encoding="utf-8")
     head, quoted = table_rows(readme, "at half depth, batch 8")
     assert head == ["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2"]
     assert set(quoted) == {"early exit", "folded", "folded onnx", "diffusers bf16", "folded bf16"}
@@ -385,12 +386,12 @@ def test_training_waits_little_for_data_and_gains_by_a_second_process():
     reading = {kind: shares["reading"]["median"] for kind, shares in content["waiting"].items()}
     assert max(reading["attention head, tokens"], reading["linear head, their means"]) <= 0.1
     assert min(part["repetitions"] for part in content["measured"].values()) >= 5 and min(per_core.values()) >= 0.9
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "examples" / "accelerate_configs" / "README.md").read_text(encoding="utf-8").split())
     assert f"at {per_core['head']:.2f} of the speed of one, per core, with a frozen DiT-S/2" in readme
     assert f"and at {per_core['all']:.2f} with all weights" in readme
     shares = [f"{100 * share:.1f} %" for share in reading.values()]
-    assert f"reading takes {shares[0]} of an attention head's training, {shares[2]} of a linear one's by" in readme
-    assert f"{100 * reading['linear head, tokens']:.0f} % by whole tokens" in readme
+    assert f"reading takes {shares[0]} of an attention head's training, {shares[2]} of a linear one's with" in readme
+    assert f"{100 * reading['linear head, tokens']:.0f} % with whole tokens" in readme
 
 
 CLASSIFIER = ROOT / "model_cards" / "fashion-mnist-classifier"
@@ -474,10 +475,10 @@ def test_what_the_benchmark_on_cifar10_is_to_reach(cifar10):
     }
     linear = mean("DiT, chosen", "linear"), mean("random weights", "linear")
     quoted = (head, mean("random weights", "attention head"), *linear)
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert "{:.1f} % of the test pictures with an attention head (random weights: {:.1f} %)".format(*quoted) in readme
-    assert "and {2:.1f} % with a linear one ({3:.1f} %)".format(*quoted) in readme
+    readme = " ".join((ROOT / "examples" / "pretraining" / "README.md").read_text(encoding="utf-8").split())
+    assert "{:.1f} % of the test images with an attention head (random weights: {:.1f} %)".format(*quoted) in readme
+    assert "and {2:.1f} % with a linear head on one tap ({3:.1f} %)".format(*quoted) in readme
     assert "{:.1f} % with all weights trained".format(mean("all weights")) in readme
     assert "a UNet of the same core-hours comes to {:.1f} %".format(mean("UNet (DDAE)")) in readme
-    assert "which learnt ImageNet's labels, to {:.1f} %".format(mean("EfficientNet")) in readme
+    assert "which learned ImageNet's labels, to {:.1f} %".format(mean("EfficientNet")) in readme
     assert results["pretraining"]["DiT"][-1]["seconds"] >= 2 * 3600

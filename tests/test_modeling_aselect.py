@@ -116,7 +116,7 @@ def test_from_config_builds_a_model_with_new_weights(model):
 def test_of_a_base_checkpoint_only_the_head_is_missing(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = DiTForImageClassification.from_pretrained(tmp_path, num_labels=4, output_loading_info=True, **HEAD)
-    assert all(name.startswith("head.") for name in info["missing_keys"])
+    assert all(name.startswith("classifier.") for name in info["missing_keys"])
     assert info["missing_keys"]
     assert same_weights(loaded.backbone, model)
 
@@ -196,11 +196,11 @@ def test_the_number_of_labels_can_change_on_loading(classifier, tmp_path):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes=True"):
         DiTForImageClassification.from_pretrained(tmp_path, num_labels=7)
     again = DiTForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
-    assert again.head.classifier.out_features == 7
+    assert again.classifier.output_projection.out_features == 7
 
 
 def test_a_new_attention_head_starts_with_xaviers_range(classifier):
-    for layer in classifier.head.modules():
+    for layer in classifier.classifier.modules():
         if isinstance(layer, torch.nn.Linear):
             bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
             assert 0.9 * bound < layer.weight.abs().max() <= bound
@@ -247,23 +247,23 @@ def test_a_training_step_moves_what_is_trainable_and_nothing_else(pixel_folder, 
 def test_freezing_survives_a_reload(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
     again = DiTForImageClassification.from_pretrained(tmp_path)
-    assert {name.split(".")[0] for name, value in again.named_parameters() if value.requires_grad} == {"head"}
+    assert {name.split(".")[0] for name, value in again.named_parameters() if value.requires_grad} == {"classifier"}
 
 
 def test_a_frozen_backbone_stays_in_eval_mode(classifier):
     classifier.train()
-    assert classifier.head.training
+    assert classifier.classifier.training
     assert not any(module.training for module in classifier.backbone.denoiser.transformer.modules())
 
 
 def test_gradients_of_a_batch_are_those_of_its_pictures(classifier, pixels):
     labels = torch.arange(7) % 4
     classifier(pixels, labels=labels).loss.backward()
-    together = classifier.head.classifier.weight.grad.clone()
+    together = classifier.classifier.output_projection.weight.grad.clone()
     classifier.zero_grad()
     for index in range(7):
         (classifier(pixels[index : index + 1], labels=labels[index : index + 1]).loss / 7).backward()
-    torch.testing.assert_close(classifier.head.classifier.weight.grad, together, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(classifier.classifier.output_projection.weight.grad, together, rtol=1e-4, atol=1e-6)
 
 
 def test_features_give_the_logits_of_their_pictures(classifier, pixels):

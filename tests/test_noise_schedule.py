@@ -3,7 +3,7 @@ import math
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from hf_aselect import NoiseSchedule
 from hf_aselect.model.noise_schedule import DDPM_LIKE, fixed_noise
@@ -96,8 +96,18 @@ def test_other_schedulers_are_refused():
 
 
 def test_other_numbers_of_timesteps_are_refused():
-    with pytest.raises(ValueError, match="`num_train_timesteps` of the scheduler must be 1000, got 4000"):
+    remedy = "Pass as `scheduler=` the one of 1000 that the transformer was trained with"
+    with pytest.raises(ValueError, match=f"`num_train_timesteps` of the scheduler must be 1000, got 4000. {remedy}"):
         schedule(num_train_timesteps=4000)
+    with pytest.raises(ValueError, match=f"`trained_betas` of the scheduler must be a list of 1000 .*{remedy}"):
+        schedule(trained_betas=[0.1] * 50)
+
+
+def test_a_time_that_runs_the_other_way_is_refused():
+    given = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}
+    with pytest.raises(ValueError, match=r"`invert_sigmas=True` .* pass `timestep_embedding='sit'`"):
+        NoiseSchedule.from_config(given)
+    NoiseSchedule.from_config({**given, "invert_sigmas": False})
 
 
 def test_unknown_betas_are_refused():
@@ -161,6 +171,37 @@ def test_flow_matching_noises_as_diffusers_does():
     nearest = torch.full((2,), round(float(timestep)))
     found = NoiseSchedule.flow_matching().add_noise(latents, noise, nearest)
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+
+
+# As the newer families are published: shifts by the image's size, an end above 0, sigmas of a beta distribution, and
+# Wan's solver of many steps.
+FLOW_SCHEDULERS = {
+    "FLUX.2": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    "Z-Image": FlowMatchEulerDiscreteScheduler(shift=6.0),
+    "Qwen-Image": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
+    "Chroma": FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+    "Wan": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+}
+
+
+@pytest.mark.parametrize("name", FLOW_SCHEDULERS)
+def test_a_timestep_is_a_level_of_noise_however_a_scheduler_spaces_them(name):
+    theirs = FLOW_SCHEDULERS[name]
+    ours = NoiseSchedule.from_config({**theirs.config, "_class_name": type(theirs).__name__})
+    theirs.set_timesteps(10, **({"mu": 1.15} if theirs.config.get("use_dynamic_shifting") else {}))
+    timesteps, sigmas = theirs.timesteps[1:].float(), theirs.sigmas[1:-1]
+    # Wan's are rounded down to whole timesteps.
+    torch.testing.assert_close(timesteps, 1000 * sigmas, rtol=0, atol=1.0 if name == "Wan" else 1e-3)
+    torch.testing.assert_close(ours.sigma(timesteps.round().long()).float(), sigmas, rtol=0, atol=1.1e-3)
+    assert (ours.sampled is not None) == (name == "Z-Image")
+
+
+def test_hunyuan_dits_levels_are_those_of_diffusers():
+    theirs = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.03, prediction_type="v_prediction"
+    )
+    ours = NoiseSchedule.from_config({**theirs.config, "_class_name": "DDPMScheduler"})
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
 def test_an_even_grid_of_flow_matching_spans_the_same_levels_on_both_sides():

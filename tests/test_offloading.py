@@ -56,12 +56,12 @@ def all_on_disk(folder, path):
 
 
 def backbone_on_disk(folder, path):
-    return load(folder, device_map={"backbone": "disk", "head": "cpu"}, offload_folder=path / "offloaded")
+    return load(folder, device_map={"backbone": "disk", "classifier": "cpu"}, offload_folder=path / "offloaded")
 
 
 def transformer_on_disk(folder, path):
     # A sibling: a map that names no buffer of the denoiser itself.
-    places = {"backbone.denoiser.transformer": "disk", "backbone.vae": "cpu", "head": "cpu"}
+    places = {"backbone.denoiser.transformer": "disk", "backbone.vae": "cpu", "classifier": "cpu"}
     return load(folder, device_map=places, offload_folder=path / "offloaded")
 
 

@@ -63,7 +63,9 @@ def test_images_tokens_and_caches_give_the_same_logits(pixel_folder, train, tmp_
         model.standardize(train["image"])
     fit = model.fit_head(train)
     config = model.config
-    assert config.pooled_size == config.feature_size * POOLINGS[pooling] == model.head.classifier.in_features
+    assert (
+        config.pooled_size == config.feature_size * POOLINGS[pooling] == model.classifier.output_projection.in_features
+    )
     kinds = ["tokens"]
     if is_standardized and pooling != "mean":
         with pytest.raises(ValueError, match=r"what='pooled' with pooling=.* is not possible: .*what='tokens'"):
@@ -107,7 +109,7 @@ def test_regions_are_folded_trained_and_read_at_other_sizes(pixel_folder):
         torch.testing.assert_close(model.fold()(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-4)
         assert model(torch.rand(1, 3, 16, 12) * 2 - 1).logits.shape == (1, 3)
     model.train()(pixels, labels=torch.tensor([0, 2])).loss.backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.head.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.classifier.parameters())
 
 
 def test_half_precision_pools_in_float32():
@@ -134,6 +136,11 @@ def test_features_of_another_pooling_are_rejected(pixel_folder):
 def test_an_unknown_pooling_is_rejected(pixel_folder):
     with pytest.raises(StrictDataclassError, match="`pooling` must be 'mean' or 'mean_std' or 'regions', got 'max'"):
         load(pixel_folder, pooling="max")
+
+
+def test_an_attention_head_takes_no_pooling(pixel_folder):
+    with pytest.raises(StrictDataclassError, match="`pooling='regions'` needs `head='linear'`"):
+        DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, head="attention", pooling="regions")
 
 
 def test_the_selection_knows_what_the_head_reads(pixel_folder):

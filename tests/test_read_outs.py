@@ -311,8 +311,8 @@ def test_forward_takes_no_place_to_read(folder, name):
 def test_a_classifier_saves_and_comes_back(folder, tmp_path, head):
     model = classifier(folder, head=head, calibration_images=images())
     assert {name: tuple(value.shape) for name, value in model.named_buffers() if "standardization" in name} == {
-        "head.standardization.scale": (128,),
-        "head.standardization.shift": (4, 4, 128),
+        "classifier.standardization.scale": (128,),
+        "classifier.standardization.shift": (4, 4, 128),
     }
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -328,11 +328,14 @@ def test_a_classifier_saves_and_comes_back(folder, tmp_path, head):
 
 def test_each_tap_has_the_statistics_that_it_has_alone(folder):
     model = classifier(folder, calibration_images=images())
-    scale, shift = model.head.standardization.scale.split(16), model.head.standardization.shift.split(16, dim=-1)
+    scale, shift = (
+        model.classifier.standardization.scale.split(16),
+        model.classifier.standardization.shift.split(16, dim=-1),
+    )
     for (timestep, block, feature), own_scale, own_shift in zip(ORDER, scale, shift, strict=True):
         alone = classifier(folder, timestep=timestep, block=block, feature=feature, calibration_images=images())
-        assert torch.equal(own_scale, alone.head.standardization.scale)
-        assert torch.equal(own_shift, alone.head.standardization.shift)
+        assert torch.equal(own_scale, alone.classifier.standardization.scale)
+        assert torch.equal(own_shift, alone.classifier.standardization.shift)
 
 
 def test_calibration_is_one_pass_a_timestep(folder):
@@ -348,7 +351,7 @@ def test_calibration_is_one_pass_a_timestep(folder):
 def test_statistics_of_another_read_out_are_left_out(folder, tmp_path, caplog, change):
     classifier(folder, calibration_images=images()).save_pretrained(tmp_path)
     model = DiTForImageClassification.from_pretrained(tmp_path, **change)
-    assert model.config.standardized_grid is None and model.head.standardization.scale is None
+    assert model.config.standardized_grid is None and model.classifier.standardization.scale is None
     assert "are of another timestep or tap, and are left out" in caplog.text
     same = DiTForImageClassification.from_pretrained(tmp_path, block=[-6, -8])
     assert same.config.standardized_grid == [4, 4]
@@ -362,7 +365,7 @@ def test_a_few_steps_of_trainer_train_the_head_alone(folder, tmp_path, head):
     arguments = TrainingArguments(str(tmp_path), max_steps=3, save_steps=3, use_cpu=True, report_to="none")
     Trainer(model, arguments, train_dataset=rows, callbacks=[ASelectCallback()]).train()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved and all(name.startswith("head.") and "standardization" not in name for name in moved)
+    assert moved and all(name.startswith("classifier.") and "standardization" not in name for name in moved)
     again = DiTForImageClassification.from_pretrained(tmp_path / "checkpoint-3")
     assert torch.equal(logits(again), logits(model))
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -419,7 +422,7 @@ def test_in_half_precision_tokens_change_by_rounding_alone(folder, tmp_path, dty
     exact = classifier(folder, calibration_images=images())
     exact.save_pretrained(tmp_path)
     half = DiTForImageClassification.from_pretrained(tmp_path, dtype=dtype)
-    assert half.head.standardization.scale.dtype == half.head.standardization.shift.dtype == torch.float32
+    assert half.classifier.standardization.scale.dtype == half.classifier.standardization.shift.dtype == torch.float32
     with torch.no_grad():
         expected, found = exact.extract_features(images(5)), half.extract_features(images(5))
         one = half.extract_features(images(5), timestep=5, block=0, feature="query")
@@ -433,7 +436,7 @@ def test_offloaded_by_the_host_it_gives_the_same(folder, tmp_path, place):
     model = classifier(folder, calibration_images=images())
     model.save_pretrained(tmp_path / "saved")
     spread = DiTForImageClassification.from_pretrained(
-        tmp_path / "saved", device_map={"backbone": place, "head": "cpu"}, offload_folder=tmp_path / "offloaded"
+        tmp_path / "saved", device_map={"backbone": place, "classifier": "cpu"}, offload_folder=tmp_path / "offloaded"
     )
     torch.testing.assert_close(logits(spread), logits(model))
 
@@ -472,7 +475,7 @@ def test_an_adapter_goes_up_to_the_last_tap_and_brings_its_statistics(folder, tm
     layers = model.lora_targets()
     blocks = "backbone.denoiser.transformer.transformer_blocks"
     assert layers == [f"{blocks}.{block}.attn1.{name}" for block in range(3) for name in ("to_q", "to_v")]
-    config = LoraConfig(r=2, target_modules=layers, modules_to_save=["head"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=layers, modules_to_save=["classifier"], init_lora_weights=False)
     adapted = get_peft_model(model, config)
     expected = logits(adapted)
     adapted.save_pretrained(tmp_path)
@@ -485,11 +488,11 @@ def test_an_adapter_goes_up_to_the_last_tap_and_brings_its_statistics(folder, tm
 
 def test_a_linear_segmenter_reads_all_of_them(folder, single, tmp_path):
     model = DiTForSemanticSegmentation.from_pretrained(folder, num_labels=3, calibration_images=images(), **FIELDS)
-    assert model.decoder.classifier.in_channels == 128
+    assert model.decode_head.classifier.in_channels == 128
     tokens = side_by_side(single, ORDER, images(4))
     with torch.no_grad():
-        tokens = model.decoder.standardization[0](tokens, (4, 4)).transpose(1, 2).unflatten(-1, (4, 4))
-        expected = nn.functional.interpolate(model.decoder([tokens])[0], size=(8, 8), mode="bilinear")
+        tokens = model.decode_head.standardization[0](tokens, (4, 4)).transpose(1, 2).unflatten(-1, (4, 4))
+        expected = nn.functional.interpolate(model.decode_head([tokens])[0], size=(8, 8), mode="bilinear")
     torch.testing.assert_close(logits(model, images(4)), expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(DiTForSemanticSegmentation.from_pretrained(tmp_path)), logits(model))
@@ -504,16 +507,16 @@ def test_upernet_reads_each_timestep_and_feature_at_its_stages(folder, single, t
     for block, stage in zip(blocks, stages, strict=True):
         features = ("hidden", "query") if block >= 0 else ("hidden",)  # the stem has no other
         assert stage == [(t, block, feature) for t in (60, 5) for feature in features]
-    assert [each.scale.numel() for each in model.decoder.standardization] == [16 * len(stage) for stage in stages]
+    assert [each.scale.numel() for each in model.decode_head.standardization] == [16 * len(stage) for stage in stages]
     seen = []
-    model.decoder.register_forward_pre_hook(lambda _, given: seen.extend(given[0]))
+    model.decode_head.register_forward_pre_hook(lambda _, given: seen.extend(given[0]))
     calls = count_calls(model)
     labels = torch.zeros(4, 8, 8, dtype=torch.long)
     loss = model.train()(images(4), labels=labels).loss
     loss.backward()
     assert loss.isfinite() and max(calls) == blocks[-1] and set(calls.values()) == {2}
     if blocks[0] >= 0:
-        for each, own, stage in zip(model.decoder.standardization, seen, stages, strict=True):
+        for each, own, stage in zip(model.decode_head.standardization, seen, stages, strict=True):
             expected = each(side_by_side(single, stage, images(4)), (4, 4))
             assert torch.equal(own.flatten(2).transpose(1, 2), expected)
     model.save_pretrained(tmp_path)
@@ -558,7 +561,7 @@ def test_a_segmenters_timestep_is_selected_for_all_of_them(folder, fields):
     assert model.config.standardized_grid == [4, 4]
     fixed = {**given, "timestep": model.config.timestep}
     other = DiTForSemanticSegmentation.from_pretrained(folder, num_labels=3, calibration_images=images(), **fixed)
-    for one, same in zip(model.decoder.standardization, other.decoder.standardization, strict=True):
+    for one, same in zip(model.decode_head.standardization, other.decode_head.standardization, strict=True):
         torch.testing.assert_close(one.scale, same.scale)
         torch.testing.assert_close(one.shift, same.shift)
 
@@ -574,7 +577,7 @@ def test_one_timestep_is_selected_for_all_taps_at_the_first(folder, tmp_path):
     # Of every tap it was asked which channels dwarf all others.
     assert config.zeroed_channels == {f"{block}.hidden": [] for block in range(8)}
     alone = classifier(folder, timestep=config.timestep, block=6, feature="hidden", calibration_images=images())
-    torch.testing.assert_close(model.head.standardization.scale[96:112], alone.head.standardization.scale)
+    torch.testing.assert_close(model.classifier.standardization.scale[96:112], alone.classifier.standardization.scale)
     model.save_pretrained(tmp_path)
     again = DiTForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(model)) and again.config.selection == config.selection
@@ -630,7 +633,7 @@ def test_a_record_of_another_timestep_removes_the_statistics(folder, caplog):
     model.apply_selection(TimestepSelection.from_dict(here.to_dict()))
     assert torch.equal(logits(model), expected)
     model.apply_selection(TimestepSelection.from_dict(elsewhere.to_dict()))
-    assert model.head.standardization.scale is None and "are removed" in caplog.text
+    assert model.classifier.standardization.scale is None and "are removed" in caplog.text
     model.apply_selection(here)
     torch.testing.assert_close(logits(model), expected)
 
@@ -732,7 +735,7 @@ def test_every_family_is_read_at_several(tmp_path, name, fields, width):
     model = DiTForImageClassification.from_pretrained(
         tmp_path, num_labels=3, calibration_images=images(4, size=32), freeze_backbone=False, **HEAD, **fields
     )
-    assert model.config.feature_size == width == model.head.standardization.scale.numel()
+    assert model.config.feature_size == width == model.classifier.standardization.scale.numel()
     pixel_values = images(2, size=32)
     with torch.no_grad():
         found = model.extract_features(pixel_values)

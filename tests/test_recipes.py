@@ -80,7 +80,7 @@ def train(monkeypatch, pixel_folder, parquet, tmp_path):
 def test_probes_move_the_head_alone(train, recipe, tmp_path):
     trainer = train(recipe)
     assert trainer.moved == trainer.trainable
-    assert {name.split(".")[0] for name in trainer.moved} == {"head"}
+    assert {name.split(".")[0] for name in trainer.moved} == {"classifier"}
     again = DiTForImageClassification.from_pretrained(tmp_path / "out")
     assert again.config.head == recipe.removesuffix("_probe")
     assert again.config.id2label == {0: "dark", 1: "bright"}
@@ -161,7 +161,7 @@ def test_the_learning_rate_falls_from_block_to_block(train):
         (value,) = group["params"]
         rates[names[id(value)]] = group["initial_lr"]
         assert group["weight_decay"] == (0.05 if value.ndim > 1 else 0.0)
-    assert {rate for name, rate in rates.items() if name.startswith("head.")} == {0.01}
+    assert {rate for name, rate in rates.items() if name.startswith("classifier.")} == {0.01}
     assert {rate for name, rate in rates.items() if "transformer_blocks.1." in name} == {0.005}
     assert {rate for name, rate in rates.items() if "transformer_blocks.0." in name} == {0.0025}
     assert {rate for name, rate in rates.items() if "pos_embed" in name} == {0.00125}
@@ -184,7 +184,7 @@ def test_lora_moves_adapters_and_head_and_saves_them_alone(train, pixel_folder, 
         "0.attn1.to_v",
         "1.attn1.to_q",
     }
-    assert all("lora_" in name or "head.modules_to_save" in name for name in trainer.moved)
+    assert all("lora_" in name or "classifier.modules_to_save" in name for name in trainer.moved)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert ASelectConfig.from_pretrained(tmp_path / "out").timestep == 5

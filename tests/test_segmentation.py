@@ -189,7 +189,7 @@ def test_pixels_of_no_class_have_no_share_in_the_loss(deep_folder, pixels, label
 
 def test_the_auxiliary_head_counts_in_training_alone(deep_folder, pixels, labels):
     model = load(deep_folder, "upernet")
-    for parameter in model.decoder.auxiliary_head.parameters():
+    for parameter in model.decode_head.auxiliary_head.parameters():
         nn.init.constant_(parameter, 0.3)
     torch.manual_seed(0)
     model.train()
@@ -197,7 +197,7 @@ def test_the_auxiliary_head_counts_in_training_alone(deep_folder, pixels, labels
         with_head = float(model(pixels, labels=labels).loss)
         model.config.auxiliary_loss_weight = 0.0
         assert float(model(pixels, labels=labels).loss) < with_head
-    assert load(deep_folder, "upernet", auxiliary_hidden_size=0).decoder.auxiliary_head is None
+    assert load(deep_folder, "upernet", auxiliary_hidden_size=0).decode_head.auxiliary_head is None
 
 
 def test_a_timestep_is_selected_for_a_segmenter_too(deep_folder, pixels):
@@ -324,7 +324,7 @@ def test_accumulated_gradients_of_a_segmenter_are_those_of_one_batch(deep_folder
         torch.manual_seed(0)
         model = load(deep_folder, "linear")
         take_one_step(model, rows, size, tmp_path / "out")
-        weights.append({name: value.detach().clone() for name, value in model.decoder.named_parameters()})
+        weights.append({name: value.detach().clone() for name, value in model.decode_head.named_parameters()})
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, msg=name)
 
@@ -436,7 +436,7 @@ def test_labels_may_be_of_any_integer_dtype(deep_folder, pixels, labels, dtype):
 def test_a_part_of_the_decoder_is_refused(deep_folder, tmp_path, decoder):
     load(deep_folder, decoder=decoder).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    name = next(name for name in weights if name.startswith("decoder.") and name.endswith("weight"))
+    name = next(name for name in weights if name.startswith("decode_head.") and name.endswith("weight"))
     del weights[name]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"a part of the decoder only: 1 of its \d+ tensors are missing.*{name}"):

@@ -224,14 +224,16 @@ def test_a_model_is_loaded_at_several_selected_timesteps(classifier):
     config = classifier.config
     assert isinstance(config.timestep, list) and len(config.timestep) == config.num_timesteps == 3
     assert config.selection["selected_timesteps"] == config.timestep and config.is_selection_in_use()
-    assert config.feature_size == 48 == classifier.head.standardization.scale.shape[0]
+    assert config.feature_size == 48 == classifier.classifier.standardization.scale.shape[0]
     record = TimestepSelection.from_dict(config.selection)
     assert record.is_of(config) and config.resolved_timestep() == record.timestep
     # Each timestep has the statistics of its own.
     alone = DiTForImageClassification.from_pretrained(
         config.name_or_path, timestep=config.timestep[2], calibration_images=images(), num_labels=4, head="linear"
     )
-    torch.testing.assert_close(classifier.head.standardization.scale[32:], alone.head.standardization.scale)
+    torch.testing.assert_close(
+        classifier.classifier.standardization.scale[32:], alone.classifier.standardization.scale
+    )
 
 
 def test_saved_and_loaded_it_is_the_same(classifier, tmp_path):
@@ -299,7 +301,7 @@ def test_a_record_that_does_not_fit_is_rejected(selection, wrong):
 def test_the_head_is_fitted_on_them(classifier, folder):
     labels = (images().mean((2, 3)) > 0).long() @ torch.tensor([1, 2, 0])
     fit = classifier.fit_head({"pixel_values": images(), "labels": labels})
-    assert fit.num_images == 48 and classifier.head.classifier.in_features == 48
+    assert fit.num_images == 48 and classifier.classifier.output_projection.in_features == 48
 
 
 def test_the_callback_selects_several(folder, tmp_path):

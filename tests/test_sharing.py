@@ -17,6 +17,7 @@ from writable_hub import WritableHub, serve
 
 from hf_aselect import ASelectImageProcessor
 from hf_aselect.hub.push import write_model_card
+from hf_aselect.model.configuration_aselect import AUTO_MAP
 
 pytestmark = pytest.mark.process
 
@@ -166,10 +167,7 @@ def test_all_that_a_stranger_needs_is_there(hub, pushed):
     assert "modeling_classification.py" in paths and "__init__.py" not in paths
     assert not [path for path in paths if "/" in path]
     config = json.loads(hub.bytes_of("model", "me/classifier", "config.json"))
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_aselect.ASelectConfig",
-        "AutoModelForImageClassification": "modeling_classification.DiTForImageClassification",
-    }
+    assert config["auto_map"] == AUTO_MAP
     card = ModelCard(hub.bytes_of("model", "me/classifier", "README.md").decode())
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
     assert "mine" in card.data.tags and card.data.datasets == ["noise"]
@@ -224,7 +222,7 @@ model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/shared")
     python(code, pixel_folder, tmp_path / "out", hub=hub, home=tmp_path / "home")
     paths = hub.paths("model", "me/shared")
     assert {*own, "model.safetensors"} <= set(paths) and "secret.py" not in paths
-    assert "modeling_classification.py" not in paths  # of the first push
+    assert "modeling_classification.py" in paths  # the code of every model goes along
 
 
 def test_branches_and_pull_requests_leave_the_main_one_alone(hub, push):
@@ -328,7 +326,11 @@ def test_the_trainer_pushes_all_of_it_with_our_card(hub, pixel_folder, tmp_path,
     assert hub.repos["model", "me/trained"].private
     # While it trains, too: whoever takes one of those commits has the code that its configuration names.
     commits = [set(files) for files in hub.repos["model", "me/trained"].commits.values()]
-    assert all("modeling_classification.py" in files for files in commits if "model.safetensors" in files)
+    assert all(
+        {"modeling_classification.py", "modeling_segmentation.py"} <= files
+        for files in commits
+        if "model.safetensors" in files
+    )
     for files in hub.repos["model", "me/trained"].commits.values():
         assert "_README.md" not in files
         if "model.safetensors" in files:
@@ -479,7 +481,8 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 base = AutoModelForImageClassification.from_pretrained("me/classifier", trust_remote_code=sys.argv[2] == "trust")
 if sys.argv[1] == "push":
     from hf_aselect import ASelectCallback
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], modules_to_save=["head"], init_lora_weights=False)
+    layers = {"target_modules": ["to_q", "to_v"], "modules_to_save": ["classifier"]}
+    config = peft.LoraConfig(r=2, **layers, init_lora_weights=False)
     model = peft.get_peft_model(base, config)
     rows = [{"pixel_values": value, "labels": index} for index, value in enumerate(pixels)]
     args = TrainingArguments(sys.argv[4], max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,

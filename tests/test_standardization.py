@@ -86,7 +86,7 @@ def test_what_differs_between_images_has_a_mean_square_of_one(pixel_folder):
     )
     with torch.no_grad():
         raw = model.extract_features(images())
-        tokens = model.head.standardization(raw, (4, 4))
+        tokens = model.classifier.standardization(raw, (4, 4))
     # Not so before: the images' tokens are almost equal.
     assert float((between(raw) / raw.square().mean((0, 1))).max()) < 0.02
     torch.testing.assert_close(between(tokens), torch.ones(16), rtol=1e-3, atol=1e-3)
@@ -105,7 +105,7 @@ def test_an_attention_head_learns_where_it_could_not(pixel_folder):
         )
         with torch.no_grad():
             features = model.extract_features(train)
-        optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=1e-2)
         for _ in range(20):
             loss = model(features=features, labels=labels).loss
             optimizer.zero_grad()
@@ -120,7 +120,7 @@ def test_a_selection_standardizes_the_head(pixel_folder, pixels, tmp_path):
         pixel_folder, timestep="auto", calibration_images=pixels, num_labels=4, **HEAD
     )
     with torch.no_grad():
-        tokens = model.head.standardization(model.extract_features(pixels), (4, 4))
+        tokens = model.classifier.standardization(model.extract_features(pixels), (4, 4))
     torch.testing.assert_close(between(tokens), torch.ones(16), rtol=1e-3, atol=1e-3)
     record = model.config.selection
     assert 0 < record["share_between_images"] < 1 and "standardization" not in record
@@ -143,7 +143,7 @@ def test_statistics_are_of_all_noise_draws(pixel_folder, pixels):
         pixel_folder, timestep="auto", calibration_images=pixels, num_noise_draws=3, num_labels=4, **HEAD
     )
     with torch.no_grad():
-        tokens = model.head.standardization(model.extract_features(pixels))
+        tokens = model.classifier.standardization(model.extract_features(pixels))
     torch.testing.assert_close(between(tokens), torch.ones(16), rtol=1e-3, atol=1e-3)
 
 
@@ -156,10 +156,10 @@ def test_fresh_noise_in_training_leaves_positions_as_they_are(pixel_folder, pixe
         num_labels=4,
         **HEAD,
     )
-    shift = model.head.standardization.shift
+    shift = model.classifier.standardization.shift
     assert torch.equal(shift, shift[:1, :1].expand_as(shift))
     with torch.no_grad():
-        tokens = model.head.standardization(model.extract_features(pixels))
+        tokens = model.classifier.standardization(model.extract_features(pixels))
     torch.testing.assert_close(tokens.mean((0, 1)), torch.zeros(16), rtol=0, atol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_zeroed_channels_stay_zero(pixel_folder, pixels):
         pixel_folder, timestep=300, calibration_images=pixels, zeroed_channels=[3], num_labels=4, **HEAD
     )
     with torch.no_grad():
-        tokens = model.head.standardization(model.extract_features(pixels))
+        tokens = model.classifier.standardization(model.extract_features(pixels))
     assert not tokens[..., 3].any() and tokens[..., 2].any()
 
 
@@ -237,7 +237,7 @@ def test_without_statistics_nothing_changes(classifier):
     assert classifier.config.standardize_features and classifier.config.standardized_grid is None
     assert not [name for name in classifier.state_dict() if "standardization" in name]
     tokens = torch.randn(2, 16, 16)
-    assert classifier.head.standardization(tokens, (4, 4)) is tokens
+    assert classifier.classifier.standardization(tokens, (4, 4)) is tokens
 
 
 def test_a_checkpoint_from_before_is_not_standardized(classifier, pixels, tmp_path):
@@ -273,11 +273,11 @@ def test_a_grid_that_cannot_be_is_refused(fields):
 
 def test_a_model_built_of_its_configuration_has_no_holes(standardized):
     built = DiTForImageClassification(standardized.config)
-    assert torch.equal(built.head.standardization.scale, torch.ones(16))
-    assert torch.equal(built.head.standardization.shift, torch.zeros(4, 4, 16))
+    assert torch.equal(built.classifier.standardization.scale, torch.ones(16))
+    assert torch.equal(built.classifier.standardization.shift, torch.zeros(4, 4, 16))
     for value in buffers(built).values():
         value.fill_(float("nan"))  # as memory that nobody wrote to
-    built._init_weights(built.head.standardization)
+    built._init_weights(built.classifier.standardization)
     assert all(bool(value.isfinite().all()) for value in buffers(built).values())
 
 
@@ -285,7 +285,7 @@ def test_a_model_built_of_its_configuration_has_no_holes(standardized):
 @pytest.mark.filterwarnings("ignore:Could not find a config file in")  # peft's, of a base that diffusers saved
 def test_an_adapter_brings_its_statistics(standardized, pixel_folder, tmp_path):
     # What diffusers saved has none; the adapter would be read on tokens that its head never saw.
-    config = LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["head"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["classifier"], init_lora_weights=False)
     adapted = get_peft_model(standardized, config)
     expected = logits(adapted)
     adapted.save_pretrained(tmp_path)
@@ -370,10 +370,12 @@ def test_other_sizes_are_read(standardized):
     larger, wide = images(3, size=16), images(3, size=16)[:, :, :8]
     for pixel_values, grid in ((larger, (8, 8)), (wide, (4, 8))):
         raw = standardized.extract_features(pixel_values)
-        tokens = standardized.head.standardization(raw, grid)
-        shift = standardized.head.standardization.shift.permute(2, 0, 1)[None]
+        tokens = standardized.classifier.standardization(raw, grid)
+        shift = standardized.classifier.standardization.shift.permute(2, 0, 1)[None]
         expected = torch.nn.functional.interpolate(shift, size=grid, mode="bilinear")[0].flatten(1).T
-        torch.testing.assert_close(tokens - raw * standardized.head.standardization.scale, expected.expand_as(tokens))
+        torch.testing.assert_close(
+            tokens - raw * standardized.classifier.standardization.scale, expected.expand_as(tokens)
+        )
         assert logits(standardized, pixel_values).isfinite().all()
 
 
@@ -400,10 +402,10 @@ def test_segmenters_standardize_each_tap(deep_folder, tmp_path, fields):
     assert len(buffers(model)) == 2 * len(read_outs) == (8 if fields else 2)
     with torch.no_grad():
         read, grid = model._read(read_outs, images())
-        for each, at in zip(model.decoder.standardization, read_outs, strict=True):
+        for each, at in zip(model.decode_head.standardization, read_outs, strict=True):
             torch.testing.assert_close(between(each(read[at], grid)), torch.ones(16), rtol=1e-3, atol=1e-3)
-        heads = zip(model.decoder.standardization, read_outs, strict=True)
-        found = model.decoder([token_map(each(read[at], grid), *grid) for each, at in heads])[0]
+        heads = zip(model.decode_head.standardization, read_outs, strict=True)
+        found = model.decode_head([token_map(each(read[at], grid), *grid) for each, at in heads])[0]
     torch.testing.assert_close(logits(model, images()), enlarge(found, (8, 8)))
     model.save_pretrained(tmp_path)
     again = DiTForSemanticSegmentation.from_pretrained(tmp_path)
@@ -422,7 +424,7 @@ def test_zeroed_channels_of_an_upernets_other_blocks_stay_zero(deep_folder):
     )
     assert model.backbone.taps()[0] == (1, "query") != (model.config.block, "query")
     with torch.no_grad():
-        tokens = model.decoder.standardization[0](model.extract_features(images(), block=1))
+        tokens = model.decode_head.standardization[0](model.extract_features(images(), block=1))
     assert not tokens[..., 2].any() and tokens[..., 3].any()
 
 

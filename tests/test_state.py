@@ -147,7 +147,7 @@ def by_a_composite(folder, path):
 
 
 def by_peft(folder, path):
-    peft.get_peft_model(by_class(folder, path), lora(modules_to_save=["head"])).save_pretrained(path)
+    peft.get_peft_model(by_class(folder, path), lora(modules_to_save=["classifier"])).save_pretrained(path)
     return peft.PeftModel.from_pretrained(by_class(folder, path), path, is_trainable=True)
 
 

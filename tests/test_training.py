@@ -17,6 +17,7 @@ from transformers.utils import is_accelerate_available
 
 from hf_aselect import ASelectCallback, DiTForImageClassification, TimestepSelection, plots, select_timestep
 from hf_aselect.hub.push import write_model_card
+from hf_aselect.model.configuration_aselect import DIT_XL_2
 from hf_aselect.training import trackers
 from hf_aselect.training.kept_card import keep_card, restore_card
 from hf_aselect.training.metrics import compute_accuracy
@@ -52,7 +53,7 @@ def test_the_plain_trainer_trains_the_head_and_only_the_head(trainer):
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     for name, value in trainer.model.named_parameters():
-        assert value.equal(before[name]) != name.startswith("head."), name
+        assert value.equal(before[name]) != name.startswith("classifier."), name
 
 
 def test_what_the_trainer_saves_is_loaded_again(trainer, pixels):
@@ -144,7 +145,7 @@ def test_the_card_tells_of_the_weights_that_are_loaded_at_the_end(trainer, tmp_p
     ("fields", "expected"),
     [
         ({"base_model": "facebook/DiT-XL-2-256"}, "license: cc-by-nc-4.0"),
-        ({"timestep_embedding": "original"}, "license: cc-by-nc-4.0"),
+        ({"timestep_embedding": "original", "transformer": DIT_XL_2}, "license: cc-by-nc-4.0"),
         ({"base_model": "stabilityai/stable-diffusion-3.5-large"}, "license_name: stabilityai-ai-community"),
         ({"base_model": "black-forest-labs/FLUX.1-dev"}, "license_name: flux-1-dev-non-commercial-license"),
     ],
@@ -217,7 +218,7 @@ def test_the_probe_reads_the_labels_of_the_rows(pixel_folder, pixels, tmp_path):
 @pytest.mark.process
 def test_choosing_leaves_the_random_numbers_of_training_alone(pixel_folder, pixels, tmp_path):
     losses, models = [], [unresolved(pixel_folder), unresolved(pixel_folder)]
-    models[1].head.load_state_dict(models[0].head.state_dict())
+    models[1].classifier.load_state_dict(models[0].classifier.state_dict())
     for model in models:
         torch.manual_seed(1)
         if not losses:
@@ -225,7 +226,7 @@ def test_choosing_leaves_the_random_numbers_of_training_alone(pixel_folder, pixe
             timestep = model.config.timestep
         else:
             model.config.timestep = timestep
-            selected = models[0].head.standardization
+            selected = models[0].classifier.standardization
             model._set_standardization([(selected.scale, selected.shift)])
             trainer = train_with(ASelectCallback(), model, pixels, tmp_path, logging_steps=1)
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
@@ -469,7 +470,7 @@ def test_accumulated_gradients_are_those_of_one_batch(pixel_folder, pixels, tmp_
             pixel_folder, timestep=5, num_labels=4, head="linear", problem_type=problem
         )
         take_one_step(model, rows, size, tmp_path / "out")
-        weights.append(model.head.classifier.weight.detach().clone())
+        weights.append(model.classifier.output_projection.weight.detach().clone())
     torch.testing.assert_close(weights[0], weights[1])
 
 
@@ -495,7 +496,7 @@ def test_a_compiled_model_learns_the_same(pixel_folder, pixels, tmp_path):
                 reason="accelerate puts no whole model on a disk before 1.15",
             ),
         ),
-        {"backbone": "disk", "head": "cpu"},
+        {"backbone": "disk", "classifier": "cpu"},
     ],
     ids=str,
 )

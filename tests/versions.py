@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def requirements(extras: tuple[str, ...] = ("train", "peft", "export", "test")) -> dict[str, str]:
+def requirements(extras: tuple[str, ...] = ("train", "demo", "peft", "export", "test")) -> dict[str, str]:
     """Return the bounds of each requirement of the package and some extras, by its name."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")

@@ -9,8 +9,9 @@ Images, crops, sizes and options are those of `segmentation.py`, and so is the t
 labels. `fit_head` fits the linear decoder to one tap (the default one), to `hidden` of all blocks, and to that at
 three timesteps (`timestep_set` of `read_outs.py`); on the DiT, and on one of random weights. Each is fitted twice:
 with all pixels alike, and with classes that count the same (`balance_classes`), as the mean IoU counts them. A seed is
-that of the noise, and of random weights. Beside them are, of `segmentation.py`, the linear decoder trained by gradient
-on one tap and the UNet that is trained whole; its runs in the same folder are used.
+that of the noise, and of random weights. What random weights tell of is also read without what attention brings from
+other tokens, without positions, and without both. Beside them are, of `segmentation.py`, the linear decoder trained by
+gradient on one tap and the UNet that is trained whole; its runs in the same folder are used.
 
 Each finished fit is a file in `OUTPUT_DIR/runs`, so that a run that was stopped resumes, and several processes may
 share the work (`--part 0 2` and `--part 1 2`). `--summarize` writes `OUTPUT_DIR/read_outs.json` and
@@ -28,7 +29,7 @@ from datasets import Array2D, Array3D, Dataset, Features, Value
 from torch import Tensor
 from transformers import HfArgumentParser, set_seed
 
-from hf_aselect import TimestepSelection
+from hf_aselect import DiTForSemanticSegmentation, TimestepSelection
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -36,6 +37,8 @@ from read_outs import timestep_set
 from segmentation import Benchmark, BenchmarkArguments, Job, collect, read_json, write_json
 
 READ_OUTS = ("one tap", "all blocks", "all blocks, three timesteps")
+# What is taken out of random weights, of which all blocks are read.
+REMOVED = ("attention", "positions", "attention and positions")
 
 
 class ReadOutBenchmark(Benchmark):
@@ -58,16 +61,18 @@ class ReadOutBenchmark(Benchmark):
     def fit_all(self) -> None:
         """Do this process' share of the fits that are not done."""
         every = [
-            (read_out, is_random, is_balanced, seed)
+            (read_out, is_random, is_balanced, removed, seed)
             for read_out in READ_OUTS
             for is_random in (False, True)
             for is_balanced in (False, True)
+            for removed in ("", *(REMOVED if is_random and read_out == "all blocks" else ()))
             for seed in self.args.seeds
         ]
         number, count = self.args.part
         data: list[Dataset] = []
-        for read_out, is_random, is_balanced, seed in every[number::count]:
-            words = [read_out.replace(",", "").replace(" ", "-"), *["random"] * is_random, *["balanced"] * is_balanced]
+        for read_out, is_random, is_balanced, removed, seed in every[number::count]:
+            words = [read_out.replace(",", ""), *["random"] * is_random, *["balanced"] * is_balanced]
+            words = [word.replace(" ", "-") for word in (*words, *[f"without {removed}"] * bool(removed))]
             path = self.folder / "runs" / f"closed-form-{'-'.join(words)}-{seed}.json"
             if path.exists():
                 continue
@@ -75,6 +80,7 @@ class ReadOutBenchmark(Benchmark):
             set_seed(seed)
             fields = self.fields(read_out)
             model = self.load("linear", is_random=is_random, noise_seed=seed, **fields)
+            remove(model, removed)
             started = time.monotonic()
             fit = model.fit_head(data[0], eval_dataset=data[1], balance_classes=is_balanced)
             timesteps = sorted({timestep for timestep, _, _ in model.config.read_outs()})
@@ -86,7 +92,7 @@ class ReadOutBenchmark(Benchmark):
                 "width": model.config.feature_size,
             }
             kept = {"method": "closed form", "timestep": None, "is_random": is_random, "is_balanced": is_balanced}
-            where = {"read_out": read_out, "timesteps": timesteps, "seed": seed}
+            where = {"read_out": read_out, "removed": removed, "timesteps": timesteps, "seed": seed}
             write_json(path, {**kept, **where, **figures})
             print(f"{path.stem}: {100 * figures['mean_iou']:.2f}", flush=True)
 
@@ -95,6 +101,18 @@ class ReadOutBenchmark(Benchmark):
         pixels, masks = self.batches(split)
         num_views = self.args.num_views if split == "train" else 1
         return dataset_of(pixels, masks, torch.arange(num_views).repeat_interleave(len(pixels) // num_views))
+
+
+def remove(model: DiTForSemanticSegmentation, removed: str) -> None:
+    """Take out of a DiT what one of `REMOVED` says."""
+    transformer = model.backbone.denoiser.transformer
+    with torch.no_grad():
+        if "positions" in removed:
+            # Not zeroed: for another grid than the pretraining's the table is computed again.
+            transformer.pos_embed.pos_embed = None
+        for block in transformer.transformer_blocks if "attention" in removed else ():
+            for value in block.attn1.to_out[0].parameters():
+                value.zero_()
 
 
 def dataset_of(pixels: Tensor, masks: Tensor, views: Tensor) -> Dataset:
@@ -114,6 +132,8 @@ def table_of(runs: list[dict[str, Any]]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for run in runs:
         weights = ["random weights"] * run["is_random"]
+        if run.get("removed"):
+            weights.append(f"without {run['removed']}")
         if run["method"] == "closed form":
             timesteps = ", ".join(map(str, run["timesteps"]))
             key = (

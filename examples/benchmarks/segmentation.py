@@ -237,7 +237,7 @@ class Benchmark:
                 norm_num_groups=8,
             )
             return unet, lambda model, batch: model(batch[0], 0).sample
-        decoder = self.load(job.method).decoder
+        decoder = self.load(job.method).decode_head
         if job.method == "linear":
             return decoder, lambda model, batch: model([batch[self.place]])[0]
         return decoder, lambda model, batch: model(batch[:4])[0]

@@ -456,7 +456,7 @@ class DenseHead(AttentionHead):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits, (B, K, N), of tokens, (B, N, D)."""
-        logits: Tensor = self.classifier(self.blocks[0](self.input_projection(tokens)))
+        logits: Tensor = self.output_projection(self.blocks[0](self.input_projection(tokens)))
         return logits.transpose(1, 2)
 
 

@@ -104,10 +104,10 @@ class Comparison:
     def train(self, model: DiTForImageClassification, head: str, tokens: list[Tensor], seed: int) -> list[float]:
         """Train a head with new weights, and return its accuracy on the test images every 20 steps."""
         torch.manual_seed(seed)
-        for module in model.head.modules():
+        for module in model.classifier.modules():
             if not isinstance(module, FeatureStandardization):
                 model._init_weights(module)
-        weights = [weight for weight in model.head.parameters() if weight.requires_grad]
+        weights = [weight for weight in model.classifier.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATES[head], weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, LEARNING_RATES[head], total_steps=self.args.num_steps

@@ -109,17 +109,17 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor) -> list[float]:
 @torch.no_grad()
 def normed(model: DiTForImageClassification, features: Tensor) -> Tensor:
     """Return what the linear layer of a new `LinearHead` reads of pooled tokens, (B, S · D)."""
-    pooled = model.head.pool(features)
+    pooled = model.classifier.pool(features)
     return nn.functional.layer_norm(pooled, pooled.shape[1:])
 
 
 @torch.no_grad()
 def save(model: DiTForImageClassification, heads: Heads, mean: Tensor, spread: Tensor, folder: Path) -> None:
     """Save the model with the first of some heads, and the standardisation in its weights."""
-    model.head.norm.reset_parameters()  # a head that was trained before has another
+    model.classifier.norm.reset_parameters()  # a head that was trained before has another
     weight = heads.weights[0] / spread[:, None]
-    model.head.classifier.weight.copy_(weight.T)
-    model.head.classifier.bias.copy_(heads.biases[0] - mean @ weight)
+    model.classifier.output_projection.weight.copy_(weight.T)
+    model.classifier.output_projection.bias.copy_(heads.biases[0] - mean @ weight)
     model.save_pretrained(folder)
     ASelectImageProcessor.from_model_config(model.config).save_pretrained(folder)
 

@@ -357,7 +357,7 @@ def with_lora(model: DiTForImageClassification, rank: int) -> nn.Module:
 
     return get_peft_model(
         model,
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=model.lora_targets(), modules_to_save=["head"]),
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=model.lora_targets(), modules_to_save=["classifier"]),
     )
 
 

@@ -1,6 +1,6 @@
 """A page on which a diffusion transformer tells what it sees: classes or masks, and its tokens over the noise.
 
-    pip install '.[train,space]'
+    pip install '.[demo,space]'
     python examples/space/app.py                                # the embedded DiT, without network
     python examples/space/app.py --model me/fashion-classifier  # a saved model: a folder, or an id on the Hub
 
@@ -142,7 +142,7 @@ def embedded() -> Seen:
     with torch.no_grad():
         means = torch.cat([model.extract_features(batch).mean(1) for batch in pixels.split(250)])
     labels = torch.tensor(train["label"][:])
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=0.02, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=0.02, weight_decay=0.1)
     for _ in range(200):
         loss = model(features=means, labels=labels).loss
         loss.backward()

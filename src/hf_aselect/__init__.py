@@ -13,9 +13,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-from .checkpoints.convert import convert_diffusers
+from .checkpoints.convert import convert_diffusers, convert_research
 from .hub.card import facts_of_card
 from .model.configuration_aselect import ASelectConfig
+from .model.families import TransformerBlocks, TransformerFamily, register_family, transformer_layout
 from .model.image_processing_aselect import ASelectImageProcessor
 from .model.modeling_aselect import DiTModel
 from .model.modeling_classification import DiTForImageClassification
@@ -40,11 +41,16 @@ __all__ = [
     "MeanIoU",
     "NoiseSchedule",
     "TimestepSelection",
+    "TransformerBlocks",
+    "TransformerFamily",
     "cache_features",
     "convert_diffusers",
+    "convert_research",
     "facts_of_card",
     "plot_confusion_matrix",
+    "register_family",
     "select_timestep",
+    "transformer_layout",
 ]
 
 AutoConfig.register(ASelectConfig.model_type, ASelectConfig)

@@ -148,7 +148,7 @@ def _demo(parsed: argparse.Namespace) -> None:
         from .demo.segmentation import SegmentationDemoSettings, run_segmentation_demo
         from .demo.tables import format_segmentation_table, format_table
     except ModuleNotFoundError as error:
-        raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[train]'") from error
+        raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[demo]'") from error
     # transformers reports the head's new weights, which is what the demo is for.
     logging.set_verbosity_error()
     if parsed.task == "segmentation":
@@ -533,14 +533,16 @@ def _write_selection(selection: Any, output: Path) -> list[Path]:
 def _add_convert(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
-        help="write a diffusers checkpoint as one of ours, without what features do not need",
-        description="Write transformer, VAE encoder and scheduler of a diffusers checkpoint as one of ours, with the "
-        "empty prompt's embeddings in place of text encoders. Weights are streamed; of the Hub only what is needed is "
-        "downloaded.",
+        help="write a diffusers or research checkpoint as an hf_aselect one, without what features do not need",
+        description="Write transformer, VAE encoder and scheduler of a diffusers checkpoint as an hf_aselect one, "
+        "with the empty prompt's embeddings in place of text encoders; or, with --layout, the weights of the research "
+        "code of DiT, SiT, REPA or SRA. Weights are streamed; of the Hub only what is needed is downloaded.",
         epilog="example: hf-aselect convert PixArt-alpha/PixArt-Sigma-XL-2-1024-MS pixart --dtype bfloat16",
     )
     convert.add_argument(
-        "source", metavar="SOURCE", help="pipeline or transformer of diffusers: folder or id on the Hub"
+        "source",
+        metavar="SOURCE",
+        help="pipeline or transformer of diffusers: folder or id on the Hub; with --layout also a file of weights",
     )
     convert.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
     convert.add_argument("--dtype", help="float32, float16 or bfloat16 (default: as they are)")
@@ -560,25 +562,63 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument(
         "--max-shard-size", type=_gigabytes, default=1.0, metavar="GB", help="size of a file of weights (%(default)s)"
     )
-    convert.add_argument("--timestep-embedding", help="of a DiT: diffusers, original or sit (default: by the source)")
+    convert.add_argument(
+        "--timestep-embedding", help="of a DiT: diffusers, original, sit or repa (default: by the source)"
+    )
     convert.add_argument("--image-size", type=int, metavar="PIXELS", help="pixels a side (default: the transformer's)")
+    research = convert.add_argument_group("research weights")
+    research.add_argument(
+        "--layout",
+        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SRA); with --images it is "
+        "checked",
+    )
+    research.add_argument("--vae", metavar="DIR|HUB_ID", help="their VAE (default: none; the model takes latents)")
+    research.add_argument(
+        "--allow-pickle", action="store_true", help="read tensors out of a .pt file, without running code of it"
+    )
+    research.add_argument(
+        "--num-attention-heads", type=int, metavar="N", help="heads of a block, if the size is no published one"
+    )
+    timestep = convert.add_argument_group("timestep")
+    timestep.add_argument(
+        "--timestep",
+        type=_block,
+        nargs="+",
+        metavar="T",
+        help="in [0, 1000), several, or auto to select one on --images (default: left open)",
+    )
+    timestep.add_argument("--num-timesteps", type=int, metavar="K", help="with --timestep auto, select so many (1)")
+    timestep.add_argument("--images", metavar="FOLDER|PARQUET|HUB_ID", help="images to select the timestep on")
+    timestep.add_argument("--image-column", metavar="NAME", help="column of the images (`image`, or the only one)")
+    timestep.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")
     convert.set_defaults(run=_convert)
 
 
 def _convert(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
-    from .checkpoints.convert import convert_diffusers
+    from .checkpoints.convert import convert_diffusers, convert_research
 
     logging.set_verbosity_error()
+    parsed.timestep = _one_or_several(parsed.timestep)
     names = ("dtype", "variant", "revision", "subfolder", "token", "cache_dir", "timestep_embedding", "image_size")
-    made = convert_diffusers(
-        parsed.source,
-        parsed.output,
-        local_files_only=parsed.local_files_only,
-        without=tuple(parsed.without),
-        max_shard_size=int(parsed.max_shard_size * 1e9),
-        **_given(parsed, *names),
-    )
+    given = _given(parsed, *names, "timestep", "num_timesteps")
+    given |= {"local_files_only": parsed.local_files_only, "max_shard_size": int(parsed.max_shard_size * 1e9)}
+    if parsed.images is not None:
+        images, _ = _images_and_labels(argparse.Namespace(label_column=None, **vars(parsed)))
+        given["calibration_images"] = images
+    elif parsed.timestep == "auto":
+        raise ValueError("`--timestep auto` needs `--images` to select it on. Without both it stays open.")
+    research = _given(parsed, "layout", "vae", "num_attention_heads")
+    research |= {"allow_pickle": True} if parsed.allow_pickle else {}
+    if parsed.layout is not None or Path(parsed.source).is_file():
+        if parsed.without:
+            raise ValueError("`--without` is for text encoders of a diffusers checkpoint; research weights have none.")
+        made = convert_research(parsed.source, parsed.output, **research, **given)
+    elif research:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in research)
+        raise ValueError(f"{words}: for research weights. Say by `--layout` whose they are, or leave it out.")
+    else:
+        made = convert_diffusers(parsed.source, parsed.output, without=tuple(parsed.without), **given)
     rows = {
         "transformer": made.transformer_bytes,
         "VAE encoder": made.vae_encoder_bytes,

@@ -11,7 +11,7 @@ import numpy as np
 # Okabe and Ito's colours, told apart by the colour-blind; in grey, line styles and markers tell.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 DPI = 150
-_NO_MATPLOTLIB = "Plots need matplotlib: pip install 'hf_aselect[train]'"
+_NO_MATPLOTLIB = "Plots need matplotlib: pip install 'hf_aselect[demo]'"
 
 
 def plot_timestep_curve(
@@ -253,6 +253,10 @@ def plot_confusion_matrix(
     Raises:
         ValueError: If there are no pictures, the lengths differ, or an index is outside `names`.
         ImportError: If matplotlib is missing.
+
+    Example:
+        >>> from hf_aselect import plot_confusion_matrix
+        >>> plot_confusion_matrix("confusion_matrix.png", [0, 1, 1], [0, 1, 0], ["cat", "dog"])
     """
     true, predicted = np.asarray(true_labels), np.asarray(predicted_labels)
     if not true.size or true.shape != predicted.shape:

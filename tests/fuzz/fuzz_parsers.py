@@ -48,7 +48,8 @@ from hf_aselect.cli import _block, _gigabytes
 from hf_aselect.hub.card import facts_of_card, own_words
 from hf_aselect.model.checks import check_files, read_json, shards_of
 from hf_aselect.model.configuration_aselect import DDPM_LINEAR, DIT_XL_2
-from hf_aselect.model.layouts import FoldedLayout, layout_of, parse_tap_key, tap_key
+from hf_aselect.model.families import layout_of
+from hf_aselect.model.layouts import FoldedLayout, parse_tap_key, tap_key
 from hf_aselect.training.feature_cache import _opened
 
 TIMEOUT = 5  # seconds of one execution

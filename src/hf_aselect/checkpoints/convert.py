@@ -1,4 +1,4 @@
-"""What diffusers saved, converted to an hf_aselect checkpoint: written in shards, whole or not at all."""
+"""What diffusers or research code saved, converted to an hf_aselect checkpoint: in shards, whole or not at all."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,23 @@ from torch import Tensor
 
 from ..model.configuration_aselect import ASelectConfig
 from ..model.image_processing_aselect import ASelectImageProcessor
+from ..model.modeling_aselect import DiTModel
+from ..model.vae import ENCODER_WEIGHTS
 from .atomic import checked_output, whole_folder
-from .diffusers import DTYPES, VAE_ENCODER_KEYS, expected_shapes, find_diffusers, load_diffusers
+from .diffusers import (
+    DTYPES,
+    expected_shapes,
+    find_diffusers,
+    load_diffusers,
+    load_research,
+    scheduler_beside,
+)
 from .empty_prompt import TEXT_PARTS
-from .hub_files import HubOptions
+from .hub_files import HubOptions, locate_vae
+from .layout_check import check_layout
 from .licenses import license_on_card
-from .weight_files import tensor_bytes, weight_files
-
-# The empty prompt's embeddings among a denoiser's weights.
-_PROMPT = ("prompt_embeds", "pooled_prompt_embeds")
+from .research import ResearchWeights, research_file, research_in
+from .weight_files import PICKLES, check_parts, tensor_bytes, weight_files
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ def convert_diffusers(
     without: str | Iterable[str] = (),
     prompt_embeds: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "1GB",
+    calibration_images: Any = None,
+    include_code: bool = True,
     **fields: Any,
 ) -> Conversion:
     """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
@@ -89,6 +99,9 @@ def convert_diffusers(
         without: Parts of the text side to do without: `"text_encoder_3"` of Stable Diffusion 3, its T5.
         prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
         max_shard_size: Size of a file of weights at the most, unless one tensor is larger: bytes, or "5GB", "200MB".
+        calibration_images: Images to select the timestep from, as in `select_timestep`, if `timestep` is "auto", the
+            default. Without them it stays open. The model is loaded for it.
+        include_code: Whether the code of the models is written beside the weights, for who has not this package.
         fields: Fields of `ASelectConfig`.
 
     Returns:
@@ -99,6 +112,10 @@ def convert_diffusers(
             kind; a field is unknown; a number is out of range.
         FileExistsError: If `output` exists and is not empty.
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
+
+    Example:
+        >>> from hf_aselect import convert_diffusers
+        >>> conversion = convert_diffusers("path/to/a/pipeline", "converted")  # doctest: +SKIP
     """
     started = time.monotonic()
     target = checked_output(output)
@@ -121,17 +138,138 @@ def convert_diffusers(
         prompt_embeds=prompt_embeds,
         **fields,
     )
-    with whole_folder(target) as unfinished:
-        written = _write_weights(weights, unfinished, wanted, shard_bytes)
-        _check_fit(config, written, source)
-        config.architectures = ["DiTModel"]
-        config.dtype = wanted or _main_dtype(written)
-        config.save_pretrained(unfinished)
-        # Latents without a VAE are no images.
-        if config.num_channels in (1, 3):
-            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished)
-        decoder_bytes = _dropped_bytes(folder / "vae", variant, kept=VAE_ENCODER_KEYS)
-        text_bytes = sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS)
+    if calibration_images is not None and config.timestep != "auto":
+        raise ValueError(
+            f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
+            "to select it from them, or leave them out."
+        )
+    written = _write(target, config, weights, source, wanted, shard_bytes, include_code, calibration_images)
+    return _conversion(
+        output,
+        written,
+        started,
+        decoder_bytes=_dropped_bytes(folder / "vae", variant, kept=ENCODER_WEIGHTS),
+        text_bytes=sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS),
+    )
+
+
+def convert_research(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    num_attention_heads: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    max_shard_size: int | str = "1GB",
+    calibration_images: Any = None,
+    include_code: bool = True,
+    **fields: Any,
+) -> Conversion:
+    """Write the weights of the research code of DiT, SiT, REPA or SRA as an hf_aselect checkpoint.
+
+    They become a `DiTTransformer2DModel`, whose size, patch, classes and learned variance are read off the tensors.
+    Weights that were averaged over training (`ema`) are taken where there are any. As `convert_diffusers` it works
+    tensor by tensor, and the folder appears whole or not at all.
+
+    Args:
+        source: A file of weights (.safetensors, or .pt with `allow_pickle=True`); or a folder or an id on the Hub of
+            diffusers' form whose safetensors have the names of the research code.
+        output: Folder to write, as in `convert_diffusers`.
+        layout: Whose weights they are, which they do not tell: "dit" (facebookresearch/DiT: diffusion), "sit" (SiT:
+            flow matching with the image at time 1) or "repa" (REPA, SRA: flow matching with the image at time 0). With
+            `calibration_images` it is checked by the losses of a few of them, and a warning says so if another layout
+            predicts them better.
+        vae: The VAE of the latents, as diffusers saved it: a folder or an id on the Hub, of the VAE alone or of a
+            pipeline. Without one, and none beside the weights, the model takes latents.
+        allow_pickle: Whether a pickle may be read. Torch's reader of weights alone does it, which runs no code of it.
+        num_attention_heads: Heads of a block, which the tensors do not tell. Default: those of the published sizes.
+        dtype: As in `convert_diffusers`.
+        variant: Variant of the weights to read, as "fp16".
+        revision: Branch, tag or commit of `source` on the Hub.
+        subfolder: Folder in `source` that holds the checkpoint.
+        token: Token for the Hub, or whether to take the one that is logged in.
+        cache_dir: Folder of downloads.
+        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        max_shard_size: As in `convert_diffusers`.
+        calibration_images: As in `convert_diffusers`; where the timestep is fixed, to check the layout by.
+        include_code: As in `convert_diffusers`.
+        fields: Fields of `ASelectConfig`.
+
+    Returns:
+        What was made and what was dropped.
+
+    Raises:
+        ValueError: If the layout is not said, the source is a pickle and none is allowed, it holds other things than
+            weights, those of another architecture, or too few; a `config.json` beside them contradicts them; a VAE is
+            none or makes other latents; a field is unknown.
+        FileExistsError: If `output` exists and is not empty.
+        OSError: If a file or repository is not found or may not be read, or the Hub cannot be reached.
+
+    Example:
+        >>> from hf_aselect import convert_research
+        >>> conversion = convert_research("SiT-XL-2-256.safetensors", "sit", layout="sit")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    target = checked_output(output)
+    shard_bytes = _bytes_of(max_shard_size)
+    wanted = checked_dtype(dtype)
+    options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
+    vae_folder = None if vae is None else locate_vae(vae, replace(options, revision=None, subfolder=None))
+    scheduler = None
+    if os.path.isfile(source):
+        research = research_file(Path(source), allow_pickle)
+    elif Path(source).suffix in (".safetensors", *PICKLES):
+        raise FileNotFoundError(f"There is no file {str(source)!r}.")
+    else:
+        folder = find_diffusers(source, options)
+        if folder is not None and target.is_relative_to(folder.resolve()):
+            raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
+        research, beside, scheduler = _research_folder(folder, source, variant)
+        vae_folder = vae_folder or beside
+        if not Path(source).exists():
+            fields.setdefault("base_model", str(source))
+        fields.setdefault("base_license", license_on_card(folder or ""))
+    config, weights = load_research(research, vae_folder, scheduler, layout, num_attention_heads, variant, fields)
+    written = _write(
+        target, config, weights, source, wanted, shard_bytes, include_code, calibration_images, is_research=True
+    )
+    decoder_bytes = 0 if vae_folder is None else _dropped_bytes(vae_folder, variant, kept=ENCODER_WEIGHTS)
+    return _conversion(output, written, started, decoder_bytes=decoder_bytes, text_bytes=0)
+
+
+def _research_folder(
+    folder: Path | None, source: str | os.PathLike[str], variant: str | None
+) -> tuple[ResearchWeights, Path | None, dict[str, Any] | None]:
+    """Return the research weights in a folder, the folder of the VAE and the scheduler beside them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = None
+    if folder is not None:
+        inner = folder / "transformer"
+        found = research_in(inner if inner.is_dir() else folder, variant)
+    if folder is None or found is None:
+        raise ValueError(
+            f"{str(source)!r} holds no weights by the names of the research code of DiT, SiT and REPA. What diffusers "
+            "saved is converted without a layout: `convert_diffusers`, or `hf-aselect convert` without `--layout`."
+        )
+    check_parts(folder, ("scheduler", "vae"))
+    return found, folder / "vae" if (folder / "vae").is_dir() else None, scheduler_beside(folder)
+
+
+def _conversion(
+    output: str | os.PathLike[str], written: dict[str, Tensor], started: float, decoder_bytes: int, text_bytes: int
+) -> Conversion:
+    """Return what was made of the weights that were written."""
     return Conversion(
         output=Path(output),
         num_parameters=sum(value.numel() for value in written.values()),
@@ -141,6 +279,59 @@ def convert_diffusers(
         text_encoder_bytes=text_bytes,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _write(
+    target: Path,
+    config: ASelectConfig,
+    weights: Iterator[tuple[str, Tensor]],
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    include_code: bool,
+    images: Any,
+    is_research: bool = False,
+) -> dict[str, Tensor]:
+    """Write a checkpoint into a folder that appears whole.
+
+    Returns:
+        What was written, by name, as tensors without data.
+
+    Raises:
+        ValueError: If the weights do not fit, or the images do not.
+    """
+    with whole_folder(target) as unfinished:
+        written = _write_weights(weights, unfinished, dtype, shard_bytes)
+        _check_fit(config, written, source)
+        config.architectures = ["DiTModel"]
+        config.dtype = dtype or _main_dtype(written)
+        config.save_pretrained(unfinished, include_code=include_code)
+        # Latents without a VAE are no images.
+        if config.num_channels in (1, 3):
+            ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished, include_code=include_code)
+        if images is not None:
+            _look_at_images(config, unfinished, images, is_research)
+            config.save_pretrained(unfinished, include_code=include_code)
+    return written
+
+
+def _look_at_images(config: ASelectConfig, folder: Path, images: Any, is_research: bool) -> None:
+    """Select the timestep of a checkpoint if it is open, and check the layout of research weights.
+
+    Args:
+        config: Its configuration, which takes the selection over.
+        folder: Where it lies.
+        images: As in `select_timestep`.
+        is_research: Whether the weights are of a research code.
+    """
+    is_open = config.timestep == "auto"
+    given = {"calibration_images": images} if is_open else {}
+    model = DiTModel.from_pretrained(folder, dtype=torch.float32, **given)
+    if is_research:
+        check_layout(model, images)
+    if is_open:
+        for name in ("timestep", "num_timesteps", "block", "feature", "zeroed_channels", "selection"):
+            setattr(config, name, getattr(model.config, name))
 
 
 def _bytes_of(size: int | str) -> int:
@@ -255,7 +446,8 @@ def _check_fit(config: ASelectConfig, written: dict[str, Tensor], source: str | 
         ValueError: If they do not.
     """
     expected = expected_shapes(config)
-    shapes = {name: value.shape for name, value in written.items() if name.removeprefix("denoiser.") not in _PROMPT}
+    prompt = {f"denoiser.{name}" for name in config.prompt_shapes or ()}
+    shapes = {name: value.shape for name, value in written.items() if name not in prompt}
     broken = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
     if broken:
         raise ValueError(

@@ -13,26 +13,24 @@ from torch import Tensor
 from ..model.checks import read_json, refuse_other_than_weights
 from ..model.configuration_aselect import DDPM_LINEAR, ASelectConfig
 from ..model.denoisers import build_denoiser, build_vae_encoder
-from ..model.layouts import check_family
+from ..model.families import family_of
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
+from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
 from .hub_files import HubOptions, locate
-from .weight_files import CONFIG, SCHEDULER_CONFIG, check_parts, iterate_weights, weight_files
+from .research import ResearchWeights, is_port, research_in
+from .weight_files import (
+    CONFIG,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    check_parts,
+    iterate_weights,
+    transformer_part,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What a VAE needs to encode; the rest of it turns latents back into pictures.
-VAE_ENCODER_KEYS = ("encoder.", "quant_conv.")
-# DiT-XL/2 with a learned variance is what facebookresearch/DiT trained and nobody trains with diffusers.
-_ORIGINAL_DIT = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "num_layers": 28,
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_embeds_ada_norm": 1000,
-}
 # How diffusers before 0.17 named the attention of a VAE; it renames them on loading, too.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -58,7 +56,9 @@ def find_diffusers(
 
     def needed_text(transformer: dict[str, Any]) -> tuple[str, ...]:
         name = _class_name(transformer)
-        check_family(name)
+        if is_port(name):
+            return ()
+        family_of(name)
         return () if has_prompt else text_parts(str(name), names_of(without))
 
     return locate(source, ASelectConfig.model_type, options, needed_text)
@@ -76,6 +76,8 @@ def load_diffusers(
     dtype: torch.dtype = torch.float32,
     without: str | Iterable[str] = (),
     prompt_embeds: Mapping[str, Tensor] | None = None,
+    layout: str | None = None,
+    num_attention_heads: int | None = None,
     **fields: Any,
 ) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
     """Read a diffusers transformer, with its scheduler and VAE where they lie beside it.
@@ -83,11 +85,13 @@ def load_diffusers(
     Args:
         folder: Folder with `transformer/` and `scheduler/` (and `vae/` for a DiT in latent space), or a bare
             transformer's folder. A bare `DiTTransformer2DModel` is taken for one in pixel space with DiT's own
-            schedule; the other families need `scheduler=`.
+            schedule; the other families need `scheduler=`. The weights may have the names of the research code.
         variant: Variant of the weights, as "fp16".
         dtype: What the empty prompt's embeddings are in, where the transformer needs them; see `encode_empty_prompt`.
         without: Parts of the text side to do without; see `encode_empty_prompt`.
         prompt_embeds: The empty prompt's embeddings by name, in place of computing them.
+        layout: Of weights by the names of the research code, whose they are: see `research.LAYOUTS`.
+        num_attention_heads: Of those, heads of a block, where the size is none of the published ones.
         fields: Fields of `ASelectConfig` that take the place of what was read.
 
     Returns:
@@ -97,21 +101,33 @@ def load_diffusers(
     Raises:
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
-    is_bare = not (folder / "transformer").is_dir()
-    transformer_folder = folder if is_bare else folder / "transformer"
+    fields = _plain(fields)
+    index = read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {}
+    part = transformer_part(index)
+    is_bare = not (folder / part).is_dir()
+    transformer_folder = folder if is_bare else folder / part
+    vae_folder = folder / "vae" if not is_bare and (folder / "vae").is_dir() else None
+    if (weights := research_in(transformer_folder, variant)) is not None:
+        check_parts(folder, ("scheduler", "vae"))
+        beside = folder / "vae" if (folder / "vae").is_dir() else None
+        return load_research(weights, beside, scheduler_beside(folder), layout, num_attention_heads, variant, fields)
+    if layout is not None or num_attention_heads is not None:
+        raise ValueError(
+            f"`layout=` and `num_attention_heads=` are for weights by the names of the research code of DiT, SiT and "
+            f"REPA, and those in {str(transformer_folder)!r} have diffusers' names. Leave them out."
+        )
     transformer = _read_transformer(transformer_folder)
     name = transformer["_class_name"]
     text = () if prompt_embeds is not None else text_parts(name, names_of(without))
-    check_parts(folder, ("transformer", "scheduler", "vae", *text))
+    check_parts(folder, (part, "scheduler", "vae", *text))
     scheduler = _default_scheduler(folder, transformer, fields) if is_bare else _read_scheduler(folder)
+    if part != "transformer":
+        scheduler = {**scheduler, "boundary_ratio": index["boundary_ratio"]}
+        logger.info("%s has two transformers; the one for little noise, %s, is read.", folder.name, part)
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": scheduler}
-    files: dict[str, list[Path]] = {"transformer": weight_files(transformer_folder, variant), "vae": []}
-    if not is_bare and (folder / "vae").is_dir():
-        parts["vae"] = read_json(folder / "vae" / CONFIG)
-        files["vae"] = weight_files(folder / "vae", variant, fall_back=True)
+    weights_of_transformer = iterate_weights(weight_files(transformer_folder, variant))
+    vae_files = _take_vae(parts, vae_folder, variant)
     config = _config_of(parts, fields)
-    if config.vae is None:
-        files["vae"] = []
     # What cannot be built is said so before text encoders are loaded, which takes minutes.
     expected = expected_shapes(config)
     if not config.layout.needs_prompt:
@@ -123,7 +139,67 @@ def load_diffusers(
     else:
         embeddings = checked_embeddings(prompt_embeds, name, dtype)
         _note_prompt(config, embeddings)
-    return config, _weights(files, embeddings, expected, folder.name, name)
+    vae_files = vae_files if config.vae is not None else []
+    return config, _weights(weights_of_transformer, vae_files, embeddings, expected, folder.name, name)
+
+
+def load_research(
+    weights: ResearchWeights,
+    vae_folder: Path | None,
+    scheduler: dict[str, Any] | None,
+    layout: str | None,
+    num_attention_heads: int | None,
+    variant: str | None,
+    fields: dict[str, Any],
+) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
+    """Read weights by the names of the research code as a `DiTTransformer2DModel`.
+
+    Args:
+        weights: Those of the transformer.
+        vae_folder: Folder of a VAE that diffusers saved; None where the model takes latents, or pixels.
+        scheduler: Configuration of the scheduler beside the weights; None for that of the layout.
+        layout: Whose they are: "dit", "sit" or "repa"; or the field `timestep_embedding` that stands for it.
+        num_attention_heads: Heads of a block, where the size is none of the published ones.
+        variant: Variant of the VAE's weights.
+        fields: Fields of `ASelectConfig` that take the place of what was read.
+
+    Returns:
+        As `load_diffusers`.
+
+    Raises:
+        ValueError: If the layout is not said, sizes are not a DiT's or contradict each other, a part is broken, or a
+            field is unknown.
+    """
+    known = weights.layout(layout, fields.get("timestep_embedding"))
+    parts = {
+        "transformer": weights.transformer(num_attention_heads),
+        "scheduler": weights.scheduler(known, scheduler),
+    }
+    vae_files = _take_vae(parts, vae_folder, variant)
+    config = _config_of(parts, {**fields, "timestep_embedding": known.timestep_embedding})
+    expected = expected_shapes(config)
+    weights.check_shapes(expected)
+    vae_files = vae_files if config.vae is not None else []
+    return config, _weights(
+        weights.of_diffusers(), vae_files, {}, expected, weights.where, parts["transformer"]["_class_name"]
+    )
+
+
+def _take_vae(parts: dict[str, Any], folder: Path | None, variant: str | None) -> list[Path]:
+    """Put the configuration of a VAE, if there is one, beside the other parts, and return the files of its weights.
+
+    Raises:
+        ValueError: If it is broken.
+    """
+    if folder is None:
+        return []
+    parts["vae"] = read_json(folder / CONFIG)
+    return weight_files(folder, variant, fall_back=True)
+
+
+def scheduler_beside(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration of the scheduler in a folder; None where there is none."""
+    return _read_scheduler(folder) if (folder / "scheduler" / SCHEDULER_CONFIG).is_file() else None
 
 
 def _read_transformer(folder: Path) -> dict[str, Any]:
@@ -134,7 +210,7 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / CONFIG)
     config["_class_name"] = _class_name(config)
-    check_family(config["_class_name"])
+    family_of(config["_class_name"])
     return config
 
 
@@ -176,8 +252,7 @@ def _default_scheduler(folder: Path, transformer: dict[str, Any], fields: dict[s
     if name != "DiTTransformer2DModel" and "scheduler" not in fields:
         raise ValueError(
             f"{str(folder)!r} is a {name} alone: the noise levels of its timesteps are unknown. Load the whole "
-            "pipeline, or pass `scheduler=`, the configuration of the scheduler that it was trained with "
-            "(`dict(scheduler.config)`, with `_class_name`)."
+            "pipeline, or pass `scheduler=`, the one that it was trained with or its configuration."
         )
     return dict(DDPM_LINEAR)
 
@@ -193,7 +268,18 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
         part.pop("_name_or_path", None)
     config = ASelectConfig(**{**parts, "timestep_embedding": _default_embedding(parts, fields), **fields})
     # Rejects schedulers that are not supported.
-    NoiseSchedule.from_config(config.scheduler or {})
+    num_trained = NoiseSchedule.from_config(config.scheduler or {}).num_trained
+    if beyond := [each for each in config.timesteps() if isinstance(each, int) and each >= num_trained]:
+        raise ValueError(
+            f"`timestep` must be below {num_trained}, got {beyond[0]}: of the pipeline's two transformers the one for "
+            "little noise is read, and it was trained on no others."
+        )
+    if config.timestep_embedding in ("sit", "repa") and not is_flow_matching(config.scheduler or {}):
+        raise ValueError(
+            f"`timestep_embedding={config.timestep_embedding!r}` is of a transformer trained by flow matching, but "
+            f"the scheduler is a {(config.scheduler or {})['_class_name']}. Pass `scheduler=` with `_class_name` "
+            "'FlowMatchEulerDiscreteScheduler', or `timestep_embedding='original'` for DiT's weights."
+        )
     if config.vae is None and config.num_channels not in (1, 3):
         logger.warning(
             "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "
@@ -204,19 +290,45 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
     return config
 
 
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with the configuration in place of an object of diffusers that has one.
+
+    Raises:
+        ValueError: If a transformer or VAE is given as an object, whose weights would be left aside.
+    """
+    plain = dict(fields)
+    for name in ("transformer", "vae", "scheduler"):
+        value = fields.get(name)
+        if value is None or isinstance(value, dict) or not hasattr(value, "config"):
+            continue
+        if name != "scheduler":
+            raise ValueError(
+                f"`{name}=` is a configuration, and a {type(value).__name__} with weights was given, which are not "
+                f"read from it. Save it into {name}/ of the folder by its `save_pretrained`, and leave `{name}=` out."
+            )
+        # Made in memory, its configuration does not name its class.
+        plain[name] = {**value.config, "_class_name": type(value).__name__}
+    return plain
+
+
 def _default_embedding(parts: dict[str, Any], fields: dict[str, Any]) -> str:
     """Return how timesteps are embedded, as far as the files tell."""
     transformer = parts["transformer"]
     if transformer["_class_name"] != "DiTTransformer2DModel" or "timestep_embedding" in fields:
         return "diffusers"
-    is_xl_2 = all(transformer.get(name) == value for name, value in _ORIGINAL_DIT.items())
+    # The code of facebookresearch/DiT learns one, and nothing in diffusers trains it.
+    learns_variance = transformer.get("out_channels") == 2 * transformer.get("in_channels", 0)
     if is_flow_matching(fields.get("scheduler") or parts["scheduler"]):
         logger.warning(
             "A DiT with a flow-matching scheduler: taken for one that was trained with diffusers, conditioned on "
-            "1000 * sigma. If its weights are SiT's own, pass `timestep_embedding='sit'`."
+            "1000 * sigma. If its weights come from SiT's code, pass `timestep_embedding='sit'`; from REPA's or "
+            "SRA's, 'repa'; from other code with the original DiT's frequencies and 1000 * sigma, 'original'."
         )
-    elif is_xl_2:
-        logger.info("A DiT-XL/2 with a learned variance: taken for the weights of facebookresearch/DiT.")
+    elif learns_variance:
+        logger.info(
+            "A DiT with a learned variance: taken for weights of the code of facebookresearch/DiT. If diffusers "
+            "trained it, pass `timestep_embedding='diffusers'`."
+        )
         return "original"
     return "diffusers"
 
@@ -260,19 +372,25 @@ def _note_prompt(config: ASelectConfig, embeddings: dict[str, Tensor]) -> None:
 
 
 def _weights(
-    files: dict[str, list[Path]], embeddings: dict[str, Tensor], expected: Container[str], source: str, kind: str
+    transformer: Iterable[tuple[str, Tensor]],
+    vae_files: list[Path],
+    embeddings: dict[str, Tensor],
+    expected: Container[str],
+    source: str,
+    kind: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights by the names that `DiTModel` gives them, one after the other.
 
     Args:
-        files: Those of the transformer and of the VAE.
+        transformer: Those of the transformer, by diffusers' names.
+        vae_files: Files of those of the VAE.
         embeddings: The empty prompt's.
         expected: Names that the model has a place for; tensors of other names are left out, with a warning.
         source: What they are read from, for that warning.
         kind: The transformer's class, for it.
     """
     left_over = []
-    for key, value in iterate_weights(files["transformer"]):
+    for key, value in transformer:
         name = f"denoiser.transformer.{key}"
         if name in expected:
             refuse_other_than_weights(key, value.dtype)
@@ -281,8 +399,8 @@ def _weights(
             left_over.append(key)
     for key, value in embeddings.items():
         yield f"denoiser.{key}", value
-    for key, value in iterate_weights(files["vae"]):
-        if not key.startswith(VAE_ENCODER_KEYS):
+    for key, value in iterate_weights(vae_files):
+        if not key.startswith(ENCODER_WEIGHTS):
             continue
         name = f"vae.{_renamed(key)}"
         if name in expected:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..model.checks import read_json
-from .weight_files import MODEL_INDEX, weight_files
+from ..model.families import FAMILIES
+from .weight_files import MODEL_INDEX, is_listed, weight_files
 
 # What the text encoders and tokenizers of all pipelines are called.
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -34,18 +35,91 @@ def _flux(pipeline: Any, transformer: dict[str, Any]) -> dict[str, Tensor]:
 def _masked(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
     # The negative prompt: no instruction or system prompt stands before it, as in the guidance of the pipelines.
     _, _, prompt, mask = pipeline.encode_prompt("", do_classifier_free_guidance=True, negative_prompt="")
-    # The transformers attend to what the mask keeps and to nothing else, so the padding need not be stored.
-    return {"prompt_embeds": prompt[:, mask[0].bool()]}
+    return {"prompt_embeds": _kept(prompt, mask)}
 
 
-# By the transformer's class: diffusers' pipeline that encodes a prompt for it, and how.
+def _kept(prompt: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the embeddings that a transformer attends to: it does to no others, so they need not be stored."""
+    return prompt if mask is None else prompt[:, mask[0].bool()]
+
+
+def _whole(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    # These transformers attend to the padding, too.
+    return {"prompt_embeds": pipeline.encode_prompt("")[0]}
+
+
+def _zimage(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    # A list, of what is not padding.
+    return {"prompt_embeds": pipeline.encode_prompt("", do_classifier_free_guidance=False)[0][0][None]}
+
+
+def _qwen_image(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    return {"prompt_embeds": _kept(*pipeline.encode_prompt(""))}
+
+
+def _chroma(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    # The mask keeps one token of padding, as Chroma was trained with. diffusers 0.42 adds it to the attention scores,
+    # by mistake (huggingface/diffusers, issue 13619), and what it is to hide is attended to. Here it is hidden.
+    prompt, _, mask, *_ = pipeline.encode_prompt("", do_classifier_free_guidance=False)
+    return {"prompt_embeds": _kept(prompt, mask)}
+
+
+def _positive(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    prompt, mask, *_ = pipeline.encode_prompt("", do_classifier_free_guidance=False)
+    return {"prompt_embeds": _kept(prompt, mask)}
+
+
+def _prx(pipeline: Any, transformer: dict[str, Any]) -> dict[str, Tensor]:
+    # Cleaning needs ftfy, and there is nothing to clean.
+    pipeline.text_preprocessor.clean_text = str
+    return _positive(pipeline, transformer)
+
+
+def _hunyuan_dit(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    # Whole: what a mask hides is replaced by weights of the transformer, and T5's embeddings are pooled with padding.
+    found: dict[str, Tensor] = {}
+    for index, suffix in enumerate(("", "_2")):
+        prompt, _, mask, _ = pipeline.encode_prompt("", do_classifier_free_guidance=False, text_encoder_index=index)
+        found |= {f"prompt_embeds{suffix}": prompt, f"prompt_mask{suffix}": mask}
+    return found
+
+
+def _wan(pipeline: Any, _: dict[str, Any]) -> dict[str, Tensor]:
+    # As the pipeline calls it; the zeros that the embeddings are padded with are attended to.
+    prompt, _ = pipeline.encode_prompt("", do_classifier_free_guidance=False, max_sequence_length=512)
+    return {"prompt_embeds": prompt}
+
+
+# By the transformer's class: diffusers' pipeline that encodes a prompt for it, and how. The names are those of the
+# family's `prompt_fields`.
 _ENCODERS: dict[str, tuple[str, Encode]] = {
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline", _sd3),
     "PixArtTransformer2DModel": ("PixArtSigmaPipeline", _masked),
     "FluxTransformer2DModel": ("FluxPipeline", _flux),
     "SanaTransformer2DModel": ("SanaPipeline", _masked),
     "Lumina2Transformer2DModel": ("Lumina2Pipeline", _masked),
+    "Flux2Transformer2DModel": ("Flux2KleinPipeline", _whole),
+    "ZImageTransformer2DModel": ("ZImagePipeline", _zimage),
+    "QwenImageTransformer2DModel": ("QwenImagePipeline", _qwen_image),
+    "ChromaTransformer2DModel": ("ChromaPipeline", _chroma),
+    "AuraFlowTransformer2DModel": ("AuraFlowPipeline", _whole),
+    "CogView4Transformer2DModel": ("CogView4Pipeline", _whole),
+    "HunyuanDiT2DModel": ("HunyuanDiTPipeline", _hunyuan_dit),
+    "LuminaNextDiT2DModel": ("LuminaPipeline", _positive),
+    "PRXTransformer2DModel": ("PRXPipeline", _prx),
+    "LongCatImageTransformer2DModel": ("LongCatImagePipeline", _whole),
+    "WanTransformer3DModel": ("WanPipeline", _wan),
 }
+
+
+def _encoder_of(transformer: str) -> tuple[str, Encode] | None:
+    """Return diffusers' pipeline that encodes a prompt for a class of transformers, and how; None if none is known."""
+    if transformer in _ENCODERS:
+        return _ENCODERS[transformer]
+    family = FAMILIES.get(transformer)
+    return None if family is None or family.encode_prompt is None else (family.pipeline, family.encode_prompt)
+
+
 # What diffusers puts zeros in the place of.
 _OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
 _UNREADABLE = (
@@ -71,7 +145,7 @@ def text_parts(transformer: str, without: Iterable[str] = ()) -> tuple[str, ...]
             f"A {transformer} cannot do without {', '.join(needed)}; what can be left out: "
             f"{', '.join(optional) or 'nothing'}."
         )
-    if transformer not in _ENCODERS:
+    if _encoder_of(transformer) is None:
         return ()
     return tuple(part for part in TEXT_PARTS if not (without and part in optional))
 
@@ -100,13 +174,20 @@ def encode_empty_prompt(
 
     Returns:
         Embeddings by name, on the CPU: `prompt_embeds` (1, L, C), and `pooled_prompt_embeds` (1, C) where the
-        transformer has them. Where the pipeline masks the padding, L counts what is not padding.
+        transformer has them. Where the pipeline masks the padding, L counts what is not padding. HunyuanDiT has
+        `prompt_embeds_2` (1, L, C) of a second encoder, and masks of both, `prompt_mask` and `prompt_mask_2` (1, L).
 
     Raises:
         ValueError: If a part is missing, broken or pickled, needs a package that is not installed, or cannot be done
             without; or if embeddings are NaN or infinite.
     """
     kind = transformer["_class_name"]
+    if (encoder := _encoder_of(kind)) is None:
+        raise ValueError(
+            f"The description of {kind} does not say which pipeline encodes a prompt. Pass `prompt_embeds=`, the "
+            "empty prompt's embeddings by name."
+        )
+    name, encode = encoder
     wanted = text_parts(kind, without)
     # diffusers takes seconds to import, and only a conversion needs it.
     try:
@@ -115,6 +196,12 @@ def encode_empty_prompt(
         raise ImportError(f"A {kind} needs diffusers: pip install diffusers") from error
 
     folder = Path(folder)
+    if kind == "Flux2Transformer2DModel" and transformer.get("guidance_embeds"):
+        raise ValueError(
+            f"{str(folder)!r} is a FLUX.2 with `guidance_embeds`, as FLUX.2 [dev], whose prompts are encoded in "
+            "another way than those of FLUX.2 [klein]. Pass `prompt_embeds=`, the empty prompt's embeddings by name, "
+            "as its pipeline's `encode_prompt` makes them."
+        )
     present = [part for part in wanted if (folder / part).is_dir()]
     if not any(part.startswith("text_encoder") for part in present):
         raise ValueError(
@@ -123,13 +210,19 @@ def encode_empty_prompt(
         )
     with torch.device("meta"):
         # Some pipelines ask it for sizes.
-        stand_in = getattr(diffusers, kind).from_config(transformer)
-    name, encode = _ENCODERS[kind]
+        own: Any = FAMILIES[kind].transformer_class if kind in FAMILIES else None
+        stand_in = (own or getattr(diffusers, kind)).from_config(transformer)
     pipeline_class = getattr(diffusers, name)
     known = inspect.signature(pipeline_class.__init__).parameters
     index = read_json(folder / MODEL_INDEX)
     _refuse_other_code(folder, index, known)
-    absent = {part: None for part in TEXT_PARTS if part in known and part not in present}
+    # What the prompt is not encoded with is not loaded: safety checkers, processors of images.
+    absent = {
+        part: None
+        for part, parameter in known.items()
+        if part not in ("self", "transformer", *present)
+        and (part in TEXT_PARTS or is_listed(index, part) or parameter.default is inspect.Parameter.empty)
+    }
     computed_in = torch.bfloat16 if dtype == torch.float16 else dtype
     encoders = {
         part: _load_encoder(folder, part, index, present, variant, computed_in)
@@ -138,7 +231,7 @@ def encode_empty_prompt(
     }
     try:
         pipeline = pipeline_class.from_pretrained(
-            folder, transformer=stand_in, vae=None, scheduler=None, local_files_only=True, **absent, **encoders
+            folder, transformer=stand_in, local_files_only=True, **absent, **encoders
         )
         embeddings = encode(pipeline, transformer)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:

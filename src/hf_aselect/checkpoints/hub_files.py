@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,18 @@ from huggingface_hub.errors import (
 )
 
 from ..model.checks import PickledWeightsError, read_json
-from .weight_files import CONFIG, MODEL_INDEX, PICKLES, is_listed, refuse_pickles, weights_of
+from ..model.vae import VAE_KINDS
+from .research import research_in
+from .weight_files import CONFIG, MODEL_INDEX, PICKLES, is_listed, refuse_pickles, transformer_part, weights_of
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-TRANSFORMER_CONFIG = f"transformer/{CONFIG}"
+# What remains to be said where there are files of weights that nothing describes.
+PICKLES_OF_RESEARCH = (
+    "Of the weights of DiT's, SiT's or REPA's own code convert the file: hf-aselect convert FILE OUTPUT --layout "
+    "dit|sit|repa."
+)
 # What the client raises where it gets no answer: `HTTPError` of the HTTP library that its version uses.
 _NO_ANSWER: type[Exception] = HfHubHTTPError.__mro__[1]
 
@@ -83,16 +90,27 @@ def locate(
     """
     folder = Path(source, options.subfolder or "")
     if folder.is_dir():
-        return folder if _is_diffusers(folder, source, model_type) else None
+        return folder if _is_diffusers(folder, source, model_type, options.variant) else None
     if os.path.isdir(source):
         raise ValueError(f"{str(source)!r} has no folder {options.subfolder!r}, which `subfolder=` names.")
     if os.path.exists(source):
         raise ValueError(f"{str(source)!r} is a file; expected a folder or an id on the Hub.")
+    with explained_hub_errors(source, options):
+        return _fetch(str(source), model_type, options, text_parts)
+
+
+@contextmanager
+def explained_hub_errors(source: str | os.PathLike[str], options: HubOptions) -> Iterator[None]:
+    """Say of what goes wrong with an id on the Hub what to do.
+
+    Raises:
+        OSError: In place of the errors of the client.
+    """
     nothing = f"{str(source)!r} is neither a local folder nor an id on the Hub, which has the form 'owner/name'."
     if re.match(r"[/.~]|\w:", str(source)):
         raise OSError(nothing)
     try:
-        return _fetch(str(source), model_type, options, text_parts)
+        yield
     except HFValidationError as error:
         raise OSError(nothing) from error
     except GatedRepoError as error:
@@ -118,9 +136,35 @@ def locate(
         raise OSError(f"The Hub did not give {str(source)!r}: {error}") from error
 
 
-def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str) -> bool:
+def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
+    """Return the folder of a VAE that diffusers saved, alone or as `vae/` of a pipeline, fetched if need be.
+
+    Args:
+        source: Local folder, or id on the Hub.
+        options: How to fetch.
+
+    Raises:
+        ValueError: If a folder holds no VAE.
+        OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        with explained_hub_errors(source, options):
+            wanted = [f"{part}{file}" for part in ("", "vae/") for file in (CONFIG, "*.safetensors*")]
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted, **options.of_a_download()))
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if config.get("_class_name") not in VAE_KINDS:
+        raise ValueError(
+            f"{str(source)!r} holds no VAE that is supported: expected a {CONFIG} with `_class_name` "
+            f"{' or '.join(VAE_KINDS)}, there or in vae/, got {config.get('_class_name')!r}."
+        )
+    return folder
+
+
+def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str, variant: str | None) -> bool:
     """Return whether a local folder holds a transformer of diffusers, rather than an hf_aselect checkpoint."""
-    if (folder / "transformer").is_dir():
+    if any((folder / part).is_dir() for part in ("transformer", "transformer_2")):
         return True  # what else lies beside it is nobody's weights
     refuse_pickles(folder)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
@@ -128,10 +172,13 @@ def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str)
         return True
     if config.get("model_type") == model_type:
         return False
+    if research_in(folder, variant) is not None:
+        return True
     raise ValueError(
         f"{str(source)!r} holds nothing that can be loaded: expected a checkpoint of hf_aselect ({CONFIG} with "
         f"model_type {model_type!r}), a folder with transformer/ and scheduler/, or a diffusers "
-        f"transformer ({CONFIG} with `_class_name`); found {sorted(path.name for path in folder.iterdir())[:10]}."
+        f"transformer ({CONFIG} with `_class_name`); found {sorted(path.name for path in folder.iterdir())[:10]}. "
+        f"{PICKLES_OF_RESEARCH if any(path.suffix in PICKLES for path in folder.iterdir()) else ''}".rstrip()
     )
 
 
@@ -199,7 +246,7 @@ def _fetch_entry(
         f"{repo_id!r} has neither {MODEL_INDEX} nor {CONFIG} in "
         f"{options.subfolder or 'its first folder'}: it is no checkpoint in diffusers' layout. Where the original "
         "weights are in one repository, diffusers' are often in another, whose name ends in '-diffusers'; a part "
-        "of a repository is named by `subfolder=`."
+        f"of a repository is named by `subfolder=`. {PICKLES_OF_RESEARCH}"
     )
 
 
@@ -209,12 +256,13 @@ def _fetch_transformer_config(repo_id: str, prefix: str, index: dict[str, Any], 
     Raises:
         ValueError: If the pipeline has none.
     """
-    if not is_listed(index, "transformer"):
+    part = transformer_part(index)
+    if not is_listed(index, part):
         raise ValueError(
             f"{repo_id!r} is a {index['_class_name']}, which has no `transformer`: features are read from "
             "diffusion transformers only."
         )
-    return read_json(Path(hf_hub_download(repo_id, prefix + TRANSFORMER_CONFIG, **options.of_a_download())))
+    return read_json(Path(hf_hub_download(repo_id, f"{prefix}{part}/{CONFIG}", **options.of_a_download())))
 
 
 def _files_of(repo_id: str, options: HubOptions) -> list[str]:
@@ -258,12 +306,13 @@ def needed_files(
     if model_index is None:
         return [CONFIG, *weights_of("", files, variant)]
     needed = [MODEL_INDEX, *(file for file in files if file.startswith("scheduler/"))]
-    parts = [part for part in ("transformer", "vae", *text_parts) if is_listed(model_index, part)]
+    transformer = transformer_part(model_index)
+    parts = [part for part in (transformer, "vae", *text_parts) if is_listed(model_index, part)]
     for part in parts:
         inside = [file for file in files if file.startswith(f"{part}/")]
         needed += [file for file in inside if ".safetensors" not in file and not file.endswith(PICKLES)]
         if not part.startswith("tokenizer"):
-            needed += weights_of(part, inside, variant, fall_back=part != "transformer")
+            needed += weights_of(part, inside, variant, fall_back=part != transformer)
     # Notes and weights of other frameworks have no use here; the pickles' index ends as their files do not.
     useless = (".md", ".msgpack", ".h5", ".onnx", ".onnx_data", ".bin.index.json")
     return sorted({file for file in needed if not file.endswith(useless)})

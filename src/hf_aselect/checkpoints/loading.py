@@ -75,6 +75,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
         )
     variant = {name: kwargs.pop(name, None) for name in HUB_OPTIONS}["variant"]
     kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
+    research = {name: kwargs.pop(name, None) for name in ("layout", "num_attention_heads")}
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS | CLASS_FIELDS}
     fields.setdefault("name_or_path", str(source))
     if not os.path.exists(source):
@@ -87,6 +88,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
         dtype=_prompt_dtype(kwargs["dtype"]),
         without=tuple(name for name in text if name != "prompt_embeds"),
         prompt_embeds=text.get("prompt_embeds"),
+        **research,
         **fields,
     )
     if given is not None:

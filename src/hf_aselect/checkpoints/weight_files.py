@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ _MAPPED_BYTES = 2**27
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def is_listed(model_index: dict[str, Any], part: str) -> bool:
+def is_listed(model_index: Mapping[str, Any], part: str) -> bool:
     """Return whether a pipeline has a part: its index then names library and class, else nulls or nothing."""
     named = model_index.get(part)
     return isinstance(named, list) and bool(named) and bool(named[0])
+
+
+def transformer_part(model_index: Mapping[str, Any]) -> str:
+    """Return the folder of a pipeline's transformer; of two (Wan 2.2) that of the one for little noise."""
+    has_two = is_listed(model_index, "transformer_2") and model_index.get("boundary_ratio") is not None
+    return "transformer_2" if has_two else "transformer"
 
 
 def weights_of(

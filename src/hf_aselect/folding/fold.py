@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import Denoiser, placement
+from ..model.denoiser import SteppedDenoiser, placement
 from ..model.layouts import FoldedLayout, ReadOut, tap_key
 from ..selection.distribution import unwrapped
 from ..selection.placement import moved
@@ -87,7 +87,9 @@ def _with_weights(model: Any, config: ASelectConfig, weights: State) -> Any:
 
 
 @torch.no_grad()
-def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, read: Sequence[ReadOut]) -> tuple[FoldedLayout, State]:
+def fold_denoiser(
+    denoiser: SteppedDenoiser, config: ASelectConfig, read: Sequence[ReadOut]
+) -> tuple[FoldedLayout, State]:
     """Return what a denoiser is at the timesteps and taps that it is read at: layout and weights.
 
     At a constant timestep and label (or prompt) the six modulation vectors of a block are constants. With LN the norm

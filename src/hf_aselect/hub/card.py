@@ -24,6 +24,7 @@ KEPT = (
     "model_name",
     "accuracy",
     "mean_iou",
+    "by_set",
     "baselines",
     "dataset",
     "license",
@@ -40,6 +41,7 @@ _MADE_BY_MACHINE = re.compile(r"^hf_aselect:|\[More Information Needed\]|generat
 # Facts that are read from front matters, too: what each must be, and how that is said.
 _KINDS: dict[str, tuple[Any, str]] = {
     "baselines": (Mapping, "figures by name"),
+    "by_set": (Mapping, "figures by the name of a split"),
     "training": (Mapping, "facts by name"),
     "tags": ((list, tuple), "a list of tags"),
     "dataset": (str, "a name"),
@@ -110,6 +112,7 @@ class CardFacts:
         auto_class: Name of the Auto class that loads it; by default the task's.
         accuracy: Accuracy on the evaluation split, in [0, 1]; of several runs (seeds) a sequence.
         mean_iou: Mean intersection over union on the evaluation split, in [0, 1], of a segmenter; or a sequence.
+        by_set: The same on several evaluation splits, by the split's name.
         baselines: The same of what it is compared with, by name.
         dataset: Dataset that it was trained and evaluated on.
         base_model: Model that it was made from, as an id of the Hub.
@@ -151,6 +154,7 @@ class CardFacts:
     auto_class: str | None = None
     accuracy: Figure | None = None
     mean_iou: Figure | None = None
+    by_set: Mapping[str, Figure] | None = None
     baselines: Mapping[str, Figure] | None = None
     dataset: str | None = None
     base_model: str | None = None
@@ -178,21 +182,27 @@ class CardFacts:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"`{name}` must be {what}, got {value!r}.")
-        for name, value in {"accuracy": self.accuracy, "mean_iou": self.mean_iou, **(self.baselines or {})}.items():
+        figures = {
+            "accuracy": self.accuracy,
+            "mean_iou": self.mean_iou,
+            **(self.by_set or {}),
+            **(self.baselines or {}),
+        }
+        for name, value in figures.items():
             if value is not None:
                 _check_figure(name, value)
         for name in ("accuracy", "mean_iou"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _plain_figure(getattr(self, name)))
-        if self.baselines is not None:
-            plain = {str(name): _plain_figure(value) for name, value in self.baselines.items()}
-            object.__setattr__(self, "baselines", plain)
+        for name in ("baselines", "by_set"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, {str(key): _plain_figure(value) for key, value in given.items()})
 
 
 def render_card(facts: CardFacts) -> str:
     """Return the text of a model card: front matter for the Hub, then what is known."""
-    metric, value = _metric(facts)
-    base_license = _base_license(facts)
+    metric, _ = _metric(facts)
+    base_license, auto = _base_license(facts), facts.auto_class or _TASKS[facts.task].auto
     card = ModelCard.from_template(
         _metadata(facts),
         template_str=files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
@@ -200,12 +210,14 @@ def render_card(facts: CardFacts) -> str:
         task=_TASKS[facts.task],
         name=_one_line(facts.model_name),
         command=facts.command and _one_line(facts.command).replace("`", "'"),
-        auto=facts.auto_class or _TASKS[facts.task].auto,
+        auto=auto,
+        # Of a folder transformers' own asks the Hub whether it is there.
+        is_backbone_here=auto == "AutoBackbone" and facts.repo_id is None,
         how=_how(facts),
         choice=_known(_choice_rows(facts)),
         stopped_by=_STOPPED_BY.get(facts.stopped_by or ""),
         metric=metric.replace("mean_iou", "mean IoU"),
-        results={} if value is None else _result_rows({"**this model**": value, **(facts.baselines or {})}),
+        results=_result_rows({**_own_figures(facts), **(facts.baselines or {})}) if _own_figures(facts) else {},
         folder=facts.repo_id or ".",
         training=_known(
             {
@@ -268,6 +280,11 @@ def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: If its front matter cannot be read.
+
+    Example:
+        >>> from hf_aselect import facts_of_card
+        >>> facts_of_card("model_cards/fashion-mnist-classifier/README.md")["dataset"]
+        'fashion_mnist'
     """
     text = read_text(Path(path))
     try:
@@ -391,18 +408,30 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 
 
 def _results(facts: CardFacts) -> list[EvalResult] | None:
-    """Return the figure of the model's task as the Hub has it; None unless it and its dataset are known."""
+    """Return the figures of the model's task as the Hub has them; None unless they and their dataset are known."""
     metric, value = _metric(facts)
-    if value is None or facts.dataset is None:
+    found: list[tuple[str | None, Figure]] = [] if value is None else [(None, value)]
+    found += list((facts.by_set or {}).items())
+    if not found or facts.dataset is None:
         return None
-    result = EvalResult(
-        task_type=facts.task,
-        dataset_type=facts.dataset,
-        dataset_name=facts.dataset,
-        metric_type=metric,
-        metric_value=round(mean(_runs(value)), 4),
-    )
-    return [result]
+    return [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type=facts.dataset,
+            dataset_name=facts.dataset,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=round(mean(_runs(each)), 4),
+        )
+        for split, each in found
+    ]
+
+
+def _own_figures(facts: CardFacts) -> dict[str, Figure]:
+    """Return the figures of the model's task, by what the table calls them: one, or one for each evaluation split."""
+    _, value = _metric(facts)
+    one = {} if value is None else {"**this model**": value}
+    return {**one, **{f"**this model**, {name}": each for name, each in (facts.by_set or {}).items()}}
 
 
 def _kept(facts: CardFacts) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from ..checkpoints.adapters import grid_of_base
-from ..model.configuration_aselect import ASelectConfig
+from ..model.configuration_aselect import DIT_XL_2, ASelectConfig
 from ..model.modeling_aselect import __file__ as MODELING_FILE
 from ..model.modeling_aselect import save_image_processor
 from ..selection.distribution import unwrapped
@@ -235,12 +235,19 @@ def _facts_of_model(config: ASelectConfig, kind: Any) -> dict[str, Any]:
         "auto_class": kind._auto_class,
         **_facts_of_read_out(config),
         "base_model": config.base_model,
-        # By definition: that embedding is of no others' weights.
-        "base_license": "cc-by-nc-4.0" if config.timestep_embedding == "original" else config.base_license,
+        "base_license": "cc-by-nc-4.0" if _is_of_facebook(config) else config.base_license,
         "folded": config.folded or None,
         "has_processor": config.num_channels in (1, 3),
         "needs_diffusers": not config.folded or config.vae is not None,
     }
+
+
+def _is_of_facebook(config: ASelectConfig) -> bool:
+    """Return whether a configuration is that of the weights of facebookresearch/DiT, which are all of one size."""
+    sizes = {name: value for name, value in DIT_XL_2.items() if name != "sample_size"}
+    transformer = config.transformer or {}
+    is_size = all(transformer.get(name) == value for name, value in sizes.items())
+    return is_size and config.timestep_embedding == "original"
 
 
 def _facts_of_read_out(config: ASelectConfig) -> dict[str, Any]:

@@ -13,12 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .layouts import MAX_SIZE, TransformerLayout
+from .layouts import TransformerLayout
 
 NUM_TIMESTEPS = 1000
-# By class of the VAE: the field whose length is the number of its resolutions. Nobody has a VAE of more than so many.
-VAE_LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
-_MAX_VAE_LEVELS = 16
 
 
 def check_timestep(timestep: Any) -> None:
@@ -41,46 +38,6 @@ def check_count(name: str, count: Any) -> None:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"`{name}` must be at least 1, got {count!r}; an integer.")
-
-
-def check_vae(vae: dict[str, Any] | None) -> None:
-    """Refuse a VAE that is none of those we can encode with.
-
-    Raises:
-        ValueError: If `vae` is no configuration of one of them.
-    """
-    if vae is None:
-        return
-    name = vae.get("_class_name")
-    if not isinstance(name, str) or name not in VAE_LEVELS:
-        raise ValueError(f"Unsupported VAE {name!r}; supported are {', '.join(VAE_LEVELS)}.")
-    if missing := [field for field in ("in_channels", VAE_LEVELS[name]) if vae.get(field) is None]:
-        raise ValueError(
-            f"`vae` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
-            "(`dict(vae.config)`)."
-        )
-    if not isinstance(vae[VAE_LEVELS[name]], list | tuple):
-        raise ValueError(f"`vae` must have a list as `{VAE_LEVELS[name]}`, got {vae[VAE_LEVELS[name]]!r}.")
-    channels, levels = vae["in_channels"], vae[VAE_LEVELS[name]]
-    if isinstance(channels, bool) or not isinstance(channels, int) or not 1 <= channels <= MAX_SIZE:
-        raise ValueError(f"`in_channels` of the `vae` must be an integer from 1 on, got {short(channels)}.")
-    if not 1 <= len(levels) <= _MAX_VAE_LEVELS:
-        raise ValueError(
-            f"`{VAE_LEVELS[name]}` of the `vae` must have 1 to {_MAX_VAE_LEVELS} entries, one a resolution, got "
-            f"{len(levels)}."
-        )
-    # Latents would be nothing, or infinite.
-    if not is_finite_number(vae.get("scaling_factor", 1.0)) or not vae.get("scaling_factor", 1.0):
-        raise ValueError(
-            f"`scaling_factor` of the `vae` must be a number, got {short(vae['scaling_factor'])}; finite and not 0."
-        )
-    if not is_finite_number(vae.get("shift_factor") or 0):
-        raise ValueError(f"`shift_factor` of the `vae` must be a finite number, got {short(vae['shift_factor'])}.")
-    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-        raise ValueError(
-            "A VAE with `latents_mean` and `latents_std` is not supported: none of the supported transformers was "
-            "trained on latents that were scaled channel by channel."
-        )
 
 
 def is_finite_number(value: Any) -> bool:
@@ -345,7 +302,8 @@ POOLED_UNSTANDARDIZED = (
     "`standardize_features=False`, as heads in closed form do not need it."
 )
 # Parts of our models that a checkpoint may lack altogether, and that are then new.
-HEADS = ("head", "decoder")
+# By the field of the configuration that says which.
+HEADS = {"head": "classifier", "decoder": "decode_head"}
 
 
 class MismatchedSizesError(ValueError, RuntimeError):
@@ -578,13 +536,13 @@ def _check_head_is_whole(
     source: str | os.PathLike[str], info: dict[str, Any], model: PreTrainedModel, ignore_mismatched_sizes: bool
 ) -> None:
     """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
-    for part in HEADS:
-        of_the_part = f"{part}."
+    for part, module in HEADS.items():
+        of_the_part = f"{module}."
         missing = {name for name in info["missing_keys"] if name.startswith(of_the_part)}
         whole = {name for name in model.state_dict() if name.startswith(of_the_part)}
         left_over = {name for name in info["unexpected_keys"] if name.startswith(of_the_part)}
         # A linear head that was trained on normed tokens means nothing without its norm.
-        has_other_norm = whole and any(name.startswith("head.norm.") for name in left_over)
+        has_other_norm = whole and any(name.startswith("classifier.norm.") for name in left_over)
         if left_over and (missing or has_other_norm):
             if not ignore_mismatched_sizes:
                 raise ValueError(
@@ -592,7 +550,7 @@ def _check_head_is_whole(
                     f"have {sorted(left_over)[:2]}. Pass `ignore_mismatched_sizes=True` to start with a new one, or "
                     f"leave `{part}` as it was saved."
                 )
-            _renew(model, part)
+            _renew(model, module)
         elif missing and missing != whole:
             raise ValueError(
                 f"The weights in {str(source)!r} hold a part of the {part} only: {len(missing)} of its {len(whole)} "

@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .checks import NUM_TIMESTEPS, VAE_LEVELS, check_classes, check_dtype, check_timestep, check_vae, short
+from .checks import NUM_TIMESTEPS, check_classes, check_dtype, check_timestep, short
+from .families import layout_of
 from .layouts import (
     MAX_LAYERS,
     MAX_READ_OUTS,
@@ -25,11 +27,11 @@ from .layouts import (
     TransformerLayout,
     check_feature,
     check_format,
-    layout_of,
     listed,
     parse_tap_key,
     tap_key,
 )
+from .vae import check_vae, image_channels_of, latent_channels_of, vae_scale_factor_of
 
 # By this a folder is known to hold code: every class that travels needs it.
 CODE = "configuration_aselect.py"
@@ -63,6 +65,17 @@ _BESIDE_READ_OUT = (
     "`read_out` names what is read one by one, in place of `timestep`, `block` and `feature`, got {} beside it. Leave "
     "them out, or pass `read_out=None`."
 )
+# What transformers' Auto classes find beside a checkpoint. One module names all models, and imports the others:
+# whichever is loaded, the code of all comes with it and can be saved again.
+ALL_MODELS = "modeling_segmentation"
+AUTO_MAP = {
+    "AutoConfig": "configuration_aselect.ASelectConfig",
+    "AutoImageProcessor": "image_processing_aselect.ASelectImageProcessor",
+    "AutoModel": f"{ALL_MODELS}.DiTModel",
+    "AutoBackbone": f"{ALL_MODELS}.DiTBackbone",
+    "AutoModelForImageClassification": f"{ALL_MODELS}.DiTForImageClassification",
+    "AutoModelForSemanticSegmentation": f"{ALL_MODELS}.DiTForSemanticSegmentation",
+}
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
 _WRITTEN_BY_TRANSFORMERS = {
@@ -81,8 +94,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         transformer: diffusers' configuration of the transformer, with `_class_name`. Default: DiT-XL/2's sizes.
-        vae: diffusers' configuration of the `AutoencoderKL` or `AutoencoderDC`, with `_class_name`; None for a DiT
-            in pixel space.
+        vae: diffusers' configuration of the VAE, with `_class_name`, one of `VAE_KINDS`; None for a DiT in pixel
+            space.
         scheduler: diffusers' configuration of a scheduler of the kind that the transformer was trained with, DDPM-like
             or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
         timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise, or a list of them;
@@ -100,8 +113,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             are then those of its first entry.
         timestep_embedding: Of a `DiTTransformer2DModel`: "diffusers" for one that was trained with diffusers,
             "original" for weights of `facebookresearch/DiT` (the frequencies of diffusers' sinusoidal embedding differ
-            a little from those), "sit" for weights of SiT, which is given 1 - t/1000. The other families have
-            "diffusers" alone.
+            a little from those), "sit" for weights of SiT, which is given 1 - t/1000, "repa" for those of REPA and
+            SRA, which are given t/1000. The other families have "diffusers" alone.
         prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
             weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
         guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
@@ -153,6 +166,14 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     Raises:
         ValueError: If a keyword is unknown or a value does not fit; inside a `StrictDataclassError` of
             huggingface_hub where the value was checked after construction.
+
+    Example:
+        >>> from hf_aselect import ASelectConfig
+        >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "patch_size": 4}
+        >>> transformer = {"_class_name": "DiTTransformer2DModel", "in_channels": 3, "sample_size": 32, **sizes}
+        >>> config = ASelectConfig(transformer=transformer, timestep=[19, 61], block="all", feature="hidden")
+        >>> config.read_outs()[:2], config.feature_size
+        ([(19, 0, 'hidden'), (19, 1, 'hidden')], 256)
     """
 
     model_type = "aselect_dit"
@@ -166,7 +187,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     block: int | list[Any] | str | None = None
     feature: str | list[Any] = "query"
     read_out: list[Any] | None = None
-    timestep_embedding: Literal["diffusers", "original", "sit"] = "diffusers"
+    timestep_embedding: Literal["diffusers", "original", "sit", "repa"] = "diffusers"
     prompt_shapes: dict[str, list[int]] | None = None
     guidance: float = 1.0
     zeroed_channels: list[int] | dict[str, list[int]] | str | None = None
@@ -267,11 +288,19 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         """Save the configuration; with its code where that is wanted, see the models' `save_pretrained`."""
-        # Whoever saves a model has decided already, and shadows `_auto_class`.
-        is_decided = "_auto_class" in vars(self)
-        with_code = is_decided or is_code_saved(self, save_directory, push_to_hub, include_code)
-        with nullcontext() if with_code else without_code(self):
+        # Whoever saves a model has decided already, and says where the code is.
+        source = vars(self).pop("_code_folder", None)
+        with_code = is_code_saved(self, save_directory, push_to_hub, include_code if source is None else bool(source))
+        # A configuration that is pushed alone, or of a user's own class, has transformers write its code alone.
+        is_alone = source is None and (push_to_hub or type(self).__module__ != __name__)
+        kept = vars(self).get("auto_map")
+        with nullcontext() if with_code and is_alone else without_code(self):
+            if with_code and not is_alone:
+                code = write_code(Path(source or Path(__file__).parent), save_directory)
+                self.auto_map = {**code, **(kept or {})} if source else code
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if kept is not None:
+            self.auto_map = kept
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """Return this configuration: there is no text. The host would take `decoder` for one that is nested."""
@@ -393,12 +422,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def num_channels(self) -> int:
         """Number of colour channels of a picture: 1 for grey, 3 for RGB."""
-        return self.layout.num_channels if self.vae is None else int(self.vae["in_channels"])
+        return self.layout.num_channels if self.vae is None else image_channels_of(self.vae)
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels a side that one latent stands for: 1 in pixel space."""
-        return 1 if self.vae is None else 2 ** (len(self.vae[VAE_LEVELS[self.vae["_class_name"]]]) - 1)
+        return vae_scale_factor_of(self.vae)
 
     @property
     def patch_pixels(self) -> int:
@@ -636,7 +665,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_vae(self) -> None:
         """Refuse a VAE whose latents are not what the transformer takes."""
-        made = (self.vae or {}).get("latent_channels")
+        made = latent_channels_of(self.vae) if self.vae else None
         if made is not None and made != self.layout.num_channels:
             raise ValueError(
                 f"The transformer takes latents of {self.layout.num_channels} channels, but the VAE makes {made}. "
@@ -686,6 +715,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, known in (("head", ("linear", "attention")), ("pooling", tuple(POOLINGS))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
+        if self.head == "attention" and self.pooling != "mean":
+            raise ValueError(f"`pooling={self.pooling!r}` needs `head='linear'`: an attention head reads all tokens.")
         if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
             raise ValueError(
                 "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "
@@ -841,6 +872,21 @@ def is_code_saved(saved: Any, folder: str | os.PathLike[str], is_pushed: bool, a
         return asked
     is_copy = any(kind.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME) for kind in type(saved).__mro__)
     return is_pushed or is_copy or Path(folder, CODE).is_file()
+
+
+def write_code(source: Path, folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Copy all modules that are here into a folder, and return the classes that transformers' Auto classes find there.
+
+    Args:
+        source: Where they are: this folder, or in a copy that came with a checkpoint that of the model's class.
+        folder: Made if it is missing.
+    """
+    os.makedirs(folder, exist_ok=True)
+    modules = [path for path in source.glob("*.py") if path.name != "__init__.py"]
+    for path in modules:
+        shutil.copyfile(path, Path(folder, path.name))
+    here = {path.stem for path in modules}
+    return {auto: where for auto, where in AUTO_MAP.items() if where.partition(".")[0] in here}
 
 
 @contextmanager

@@ -55,9 +55,6 @@ class BlockStep(GradientCheckpointingLayer):
 class Denoiser(nn.Module, ABC):
     """A diffusion transformer that is read at taps of its blocks, and run no further than the last of them.
 
-    A family says how a pass begins, what a block's attention reads and how a block is run; `read_taps`, `forward` and
-    `unused_modules` are the same for all.
-
     Args:
         transformer: A transformer of diffusers.
         timestep_embedding: How a timestep is embedded; "diffusers" is what diffusers itself does.
@@ -71,16 +68,8 @@ class Denoiser(nn.Module, ABC):
     # that says how wide each is.
     prompt_fields: ClassVar[dict[str, str]] = {}
     timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
-    # What diffusers calls the module that makes tokens of latents, a block's self-attention, what only the text runs
-    # through before the first block, and what is run after the last.
+    # What diffusers calls the module that makes tokens of latents.
     patch_embedding_name: ClassVar[str] = "pos_embed"
-    attention_name: ClassVar[str] = "attn1"
-    text_input_names: ClassVar[tuple[str, ...]] = ()
-    # What else than the patch embedding the tokens run through before the first block.
-    stem_names: ClassVar[tuple[str, ...]] = ()
-    output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
-    # Whether the former has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
-    has_position_table: ClassVar[bool] = False
 
     transformer: Any  # diffusers is imported when a denoiser is built, not here
     prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
@@ -108,7 +97,6 @@ class Denoiser(nn.Module, ABC):
             self._check_prompt(prompt_shapes)
             for name, shape in prompt_shapes.items():
                 self.register_buffer(name, torch.zeros(shape))
-        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
 
     def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
         """Refuse embeddings of the prompt that the transformer does not take."""
@@ -153,6 +141,63 @@ class Denoiser(nn.Module, ABC):
         blocks: Sequence[Any] = self.transformer.transformer_blocks
         return blocks
 
+    def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
+        """Return the tokens at a tap, (B, N, D), running no block that comes after it; see `read_taps`."""
+        return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
+
+    @abstractmethod
+    def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Return the tokens at several taps from one pass, running no block that comes after the last.
+
+        Args:
+            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
+            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
+            taps: Blocks, counted from the first, and features; (-1, "hidden") is what the first block reads.
+
+        Returns:
+            Tokens of the image at each tap in row-major order, (B, N, D).
+        """
+
+    @abstractmethod
+    def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
+        """Return the modules that have no influence on the tokens at (block, feature)."""
+
+    def unused_parameters(self, taps: Sequence[Tap]) -> list[nn.Parameter]:
+        """Return the parameters that have no influence on the tokens at any of `taps`."""
+        # Tables that hang on the transformer itself belong to its output.
+        own = list(self.transformer.parameters(recurse=False))
+        return own + unused_by_all(self, taps)
+
+    def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return what a module's buffers that no checkpoint holds must be after a build without data, by name."""
+        return {}
+
+
+class SteppedDenoiser(Denoiser):
+    """A denoiser of a family that is written by hand: its blocks are run one after the other.
+
+    A family says how a pass begins, what a block's attention reads and how a block is run; `read_taps` and
+    `unused_modules` are the same for all.
+
+    Args:
+        transformer: A transformer of diffusers.
+        options: See `Denoiser`.
+    """
+
+    # What diffusers calls a block's self-attention, what only the text runs through before the first block, and what
+    # is run after the last.
+    attention_name: ClassVar[str] = "attn1"
+    text_input_names: ClassVar[tuple[str, ...]] = ()
+    output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    # What else than the patch embedding the tokens run through before the first block.
+    stem_names: ClassVar[tuple[str, ...]] = ()
+    # Whether the patch embedding has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
+    has_position_table: ClassVar[bool] = False
+
+    def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(transformer, *args, **options)
+        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
+
     @property
     def position_embedding(self) -> nn.Module | None:
         """The module with a position table, in its buffer `pos_embed`, that checkpoints do not hold; None without."""
@@ -172,6 +217,10 @@ class Denoiser(nn.Module, ABC):
             )
         table: Tensor = fresh.pos_embed
         return table
+
+    def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the position table, if the module is the one that holds it."""
+        return {"pos_embed": self.position_table()} if module is self.position_embedding else {}
 
     @abstractmethod
     def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
@@ -202,21 +251,8 @@ class Denoiser(nn.Module, ABC):
         """Return the picture's tokens, (B, N, D)."""
         return state.hidden_states
 
-    def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
-        """Return the tokens at a tap, (B, N, D), running no block that comes after it; see `read_taps`."""
-        return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
-
     def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Return the tokens at several taps from one pass, running no block that comes after the last.
-
-        Args:
-            noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
-            taps: Blocks, counted from the first, and features; (-1, "hidden") is what the first block reads.
-
-        Returns:
-            Tokens of the picture at each tap in row-major order, (B, N, D).
-        """
+        """Return the tokens at several taps from one pass; see `Denoiser`."""
         if isinstance(timesteps, int):
             timesteps = torch.full(noised_latents.shape[:1], timesteps, device=noised_latents.device)
         state = self.begin(noised_latents, timesteps, None)
@@ -240,12 +276,6 @@ class Denoiser(nn.Module, ABC):
             advance(state)
             return
         state.hidden_states, state.context = step(state.hidden_states, state.context, state=state, advance=advance)
-
-    def unused_parameters(self, block: int, feature: str) -> list[nn.Parameter]:
-        """Return the parameters that have no influence on the tokens at (block, feature)."""
-        # What hangs on the transformer itself modulates its output, as the tables of PixArt and Sana.
-        own = list(self.transformer.parameters(recurse=False))
-        return [*own, *(part for module in self.unused_modules(block, feature) for part in module.parameters())]
 
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature).
@@ -328,9 +358,12 @@ def as_if_called(module: Any, read: Callable[[], Any]) -> Any:
 
 
 def with_own_weights(denoiser: Any, read: Callable[[], Any]) -> Any:
-    """Return what is read with a denoiser that is not called itself, nor its transformer: both may have weights."""
-    for module in (denoiser, getattr(denoiser, "transformer", None)):
-        read = read if module is None else partial(as_if_called, module, read)
+    """Return what is read with a denoiser, which may have weights of its own and is not called.
+
+    Nor is a transformer that is run step by step.
+    """
+    for module in (denoiser, denoiser.transformer) if hasattr(denoiser, "begin") else (denoiser,):
+        read = partial(as_if_called, module, read)
     return read()
 
 
@@ -370,13 +403,27 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     return device or torch.device("meta"), dtype
 
 
+# Below, two processes under FSDP2 learned something else than one, without a word; all else runs on older ones.
+OLDEST_TORCH_OF_FSDP2 = (2, 10)
+
+
 def is_sharded(module: Any) -> bool:
-    """Return whether FSDP2 shards a module: its weights are gathered while it is called."""
+    """Return whether FSDP2 shards a module: its weights are gathered while it is called.
+
+    Raises:
+        RuntimeError: If it does, and torch is too old for that.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(module, FSDPModule)
+    found = isinstance(module, FSDPModule)
+    if found and tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH_OF_FSDP2:
+        raise RuntimeError(
+            f"FSDP2 is supported from torch {'.'.join(map(str, OLDEST_TORCH_OF_FSDP2))} on, got {torch.__version__}: "
+            "older ones train other weights than a single process. Upgrade torch, or train with DDP."
+        )
+    return found
 
 
 def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:
@@ -402,6 +449,14 @@ def modulated_by_table(state: Pass, block: Any) -> Tensor:
 def grid_of(noised_latents: Tensor, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the token grid of latents, (B, C, h, w)."""
     return noised_latents.shape[-2] // patch_size, noised_latents.shape[-1] // patch_size
+
+
+def unused_by_all(denoiser: Any, taps: Sequence[Tap]) -> list[nn.Parameter]:
+    """Return the parameters of the modules of a denoiser that are unused at each of `taps`."""
+    unused = [
+        {id(each): each for module in denoiser.unused_modules(*tap) for each in module.parameters()} for tap in taps
+    ]
+    return [unused[0][key] for key in set.intersection(*map(set, unused))]
 
 
 def zero_channels(tokens: Tensor, channels: Sequence[int]) -> Tensor:

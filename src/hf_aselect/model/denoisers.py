@@ -1,18 +1,21 @@
 """The families of diffusion transformers: how diffusers' classes are read at a tap, and how they are built."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_aselect import ASelectConfig
-from .denoiser import Denoiser, Pass, grid_of, modulated_by_table
+from .denoiser import Denoiser, Pass, SteppedDenoiser, grid_of, modulated_by_table
+from .families import family_of
 from .folded_transformer import FoldedTransformer
-from .layouts import check_family
+from .generic_denoiser import GenericDenoiser
+from .vae import keep_encoder
 
 
-class DiTDenoiser(Denoiser):
+class DiTDenoiser(SteppedDenoiser):
     """A class-conditional DiT, or a SiT in its layout; a tap is read with the null label.
 
     Facts of diffusers' DiT that are dealt with here and nowhere else: its label embedding drops labels at random in
@@ -22,15 +25,17 @@ class DiTDenoiser(Denoiser):
     Args:
         transformer: A `DiTTransformer2DModel`.
         timestep_embedding: "diffusers" leaves diffusers' frequencies, 10000^(-i/127), for models that were trained
-            with them; "original" sets those of `facebookresearch/DiT`, 10000^(-i/128); "sit" sets the latter and
-            conditions on SiT's own time, 1 - t/1000, whose velocity points from the noise to the picture.
+            with them; "original" sets those of `facebookresearch/DiT`, 10000^(-i/128). "sit" and "repa" set the latter
+            and condition on a time in [0, 1]: SiT's is 1 - t/1000, and its velocity points from the noise to the
+            image; REPA's is t/1000, and its velocity points from the image to the noise.
         options: Of all families, see `Denoiser`.
 
     Source: diffusers, `models/transformers/dit_transformer_2d.py`; facebookresearch/DiT, `models.py`,
-    `TimestepEmbedder`; willisma/SiT, `transport/path.py` (x_t = t · picture + (1 - t) · noise).
+    `TimestepEmbedder`; willisma/SiT, `transport/path.py` (x_t = t · image + (1 - t) · noise); sihyun-yu/REPA,
+    `loss.py`, `interpolant` (x_t = (1 - t) · image + t · noise).
     """
 
-    timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers", "original", "sit")
+    timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers", "original", "sit", "repa")
     has_position_table: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("proj_out_1", "proj_out_2")
 
@@ -50,8 +55,9 @@ class DiTDenoiser(Denoiser):
         rows, columns = grid_of(noised_latents, self.patch_size)
         if labels is None:
             labels = torch.full(timesteps.shape, self.num_classes, device=timesteps.device)
-        if self.timestep_embedding == "sit":
-            timesteps = 1 - timesteps / 1000
+        if self.timestep_embedding in ("sit", "repa"):
+            timesteps = timesteps / 1000
+            timesteps = 1 - timesteps if self.timestep_embedding == "sit" else timesteps
         return Pass(self.transformer.pos_embed(noised_latents), rows, columns, (timesteps, labels))
 
     def normed(self, state: Pass, block: Any) -> Tensor:
@@ -66,7 +72,7 @@ class DiTDenoiser(Denoiser):
         state.hidden_states = block(state.hidden_states, timestep=timesteps, class_labels=labels)
 
 
-class PixArtDenoiser(Denoiser):
+class PixArtDenoiser(SteppedDenoiser):
     """A DiT with cross-attention to a text; read with the empty prompt, whose padding is left out.
 
     All blocks share one modulation, to which each adds a table of its own. PixArt-alpha at 1024 pixels is also
@@ -110,7 +116,7 @@ class PixArtDenoiser(Denoiser):
         state.hidden_states = block(state.hidden_states, encoder_hidden_states=state.context, timestep=state.condition)
 
 
-class JointDenoiser(Denoiser):
+class JointDenoiser(SteppedDenoiser):
     """A DiT with blocks of two streams, picture and text, that attend to each other."""
 
     prompt_fields: ClassVar[dict[str, str]] = {
@@ -264,7 +270,7 @@ class FluxDenoiser(JointDenoiser):
         )
 
 
-class SanaDenoiser(Denoiser):
+class SanaDenoiser(SteppedDenoiser):
     """A DiT with linear self-attention, cross-attention to a text and convolutions; read with the empty prompt.
 
     Args:
@@ -322,7 +328,7 @@ class SanaDenoiser(Denoiser):
         )
 
 
-class Lumina2Denoiser(Denoiser):
+class Lumina2Denoiser(SteppedDenoiser):
     """Lumina-Image 2.0: refiners of text and picture, then blocks of both in one line; read with the empty prompt.
 
     The refiners are not counted as blocks. Tokens are the picture's alone. Several heads share a key and a value, so
@@ -406,7 +412,8 @@ class Lumina2Denoiser(Denoiser):
         return True
 
 
-FAMILIES: dict[str, type[Denoiser]] = {
+# Those that are written by hand: folding needs their parts.
+HAND_WRITTEN: dict[str, type[Denoiser]] = {
     "DiTTransformer2DModel": DiTDenoiser,
     "SD3Transformer2DModel": SD3Denoiser,
     "PixArtTransformer2DModel": PixArtDenoiser,
@@ -431,34 +438,32 @@ def build_denoiser(config: ASelectConfig, with_prompt: bool = True) -> Denoiser 
     if (layout := config.folding) is not None:
         return FoldedTransformer(config, layout)
     transformer = dict(config.transformer or {})
-    check_family(transformer.get("_class_name"))
-    return FAMILIES[transformer["_class_name"]](
-        _build(transformer),
-        timestep_embedding=config.timestep_embedding,
-        prompt_shapes=(config.prompt_shapes or {}) if with_prompt else None,
-        guidance=config.guidance,
-        vae_scale_factor=config.vae_scale_factor,
-    )
+    family = family_of(transformer.get("_class_name"))
+    build = partial(_build, transformer, family.transformer_class)
+    options: dict[str, Any] = {
+        "timestep_embedding": config.timestep_embedding,
+        "prompt_shapes": (config.prompt_shapes or {}) if with_prompt else None,
+        "guidance": config.guidance,
+        "vae_scale_factor": config.vae_scale_factor,
+    }
+    if family.name in HAND_WRITTEN:
+        return HAND_WRITTEN[family.name](build(), **options)
+    return GenericDenoiser(build(), family=family, rebuild=build, **options)
 
 
 def build_vae_encoder(config: ASelectConfig) -> nn.Module | None:
     """Build the encoder half of the VAE of a configuration, with new weights; None in pixel space.
 
     Raises:
-        ValueError: If the VAE is neither an `AutoencoderKL` nor an `AutoencoderDC`.
+        ValueError: If diffusers cannot build it.
     """
     if config.vae is None:
         return None
-    vae: Any = _build(config.vae)
-    # Features need no pictures back: the decoder is more than half of the VAE's weights.
-    vae.decoder = None
-    if hasattr(vae, "post_quant_conv"):
-        vae.post_quant_conv = None
-    encoder: nn.Module = vae
-    return encoder
+    return keep_encoder(_build(config.vae))
 
 
-def _build(config: dict[str, Any]) -> Any:
+def _build(config: dict[str, Any], kind: Any = None) -> Any:
+    """Build a model of diffusers of its configuration, or of another class than the one that it names."""
     # diffusers takes seconds to import, and folded models, configurations and heads do not need it. In a `try`, as
     # transformers asks for everything else that a model's code imports.
     try:
@@ -469,7 +474,7 @@ def _build(config: dict[str, Any]) -> Any:
     # diffusers would take its own defaults for what this lists, whatever the configuration says.
     config = {name: value for name, value in config.items() if name != "_use_default_values"}
     try:
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return (kind or getattr(diffusers, config["_class_name"])).from_config(config)
     except Exception as error:  # whatever the class makes of values that it does not check
         raise ValueError(
             f"diffusers cannot build a {config['_class_name']} of its configuration ({type(error).__name__}: "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .denoiser import unused_by_all
 from .folded_blocks import FoldedBlock, FoldedLumina2Block, FoldedSanaBlock, FoldedSingleBlock, Rotary
 from .layouts import FoldedLayout, Tap
 
@@ -23,8 +24,6 @@ class FoldedTransformer(nn.Module):
         layout: The sizes.
     """
 
-    # A position table that is no part of the checkpoint: there is none, it is among the weights.
-    position_embedding = None
     num_classes = 0
     positions: Tensor  # (1, N, D), of those that are added
 
@@ -45,10 +44,6 @@ class FoldedTransformer(nn.Module):
         self.refiners: nn.ModuleList | list[nn.Module] = nn.ModuleList(refiners) if refiners else []
         self.blocks = nn.ModuleList(_build_block(config, layout, index) for index in range(layout.last_block + 1))
 
-    def unused_parameters(self, block: int, feature: str) -> list[nn.Parameter]:
-        """Return the parameters of `unused_modules`."""
-        return [part for module in self.unused_modules(block, feature) for part in module.parameters()]
-
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature): what comes after it.
 
@@ -58,6 +53,14 @@ class FoldedTransformer(nn.Module):
         picture = getattr(self.blocks[block], "picture", None) if block >= 0 else None
         norms = [] if picture is None or picture.query_norm is not None else [picture.key_norm]
         return [*self.blocks[block + 1 :], *(norm for norm in norms if norm is not None)]
+
+    def unused_parameters(self, taps: Sequence[Tap]) -> list[nn.Parameter]:
+        """Return the parameters that have no influence on the tokens at any of `taps`."""
+        return unused_by_all(self, taps)
+
+    def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return nothing: all that it has is in its checkpoint."""
+        return {}
 
     def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
         """Return the tokens at a tap; see `Denoiser.forward`, and of `timesteps` `read_taps`."""

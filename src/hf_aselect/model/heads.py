@@ -1,5 +1,6 @@
 """Heads: tokens, standardized where their statistics are known, to logits of an image."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -9,6 +10,27 @@ from torch.nn.functional import interpolate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .layouts import POOLINGS
+
+# What heads were called in checkpoints of 0.1.0's first months, by what they are called now; the longest first. peft
+# puts a prefix before the names of an adapter.
+FORMER_NAMES = {
+    rf"(?:^|(?<=^base_model\.model\.)){former}\.": f"{name}."
+    for former, name in (
+        (r"head\.classifier", "classifier.output_projection"),
+        ("head", "classifier"),
+        ("decoder", "decode_head"),
+    )
+}
+
+# What `from_pretrained` renames: a linear layer that took the head's place was saved by its own name, too.
+SAVED_NAMES = {**FORMER_NAMES, r"^classifier\.(?=(?:weight|bias)$)": "classifier.output_projection."}
+
+
+def name_today(name: str) -> str:
+    """Return what a weight of a head is called now, of its name in a checkpoint that may be an old one."""
+    for former, today in FORMER_NAMES.items():
+        name = re.sub(former, today, name)
+    return name
 
 
 def without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -134,15 +156,16 @@ class LinearHead(nn.Module):
         super().__init__()
         self.pooling = pooling
         self.standardization = FeatureStandardization(hidden_size, grid)
+        self.in_features = hidden_size
         hidden_size *= POOLINGS[pooling]
         # The tokens of different taps and timesteps differ in scale by orders of magnitude. A head in closed form has
         # that in its weights.
         self.norm = nn.LayerNorm(hidden_size) if has_norm else nn.Identity()
-        self.classifier = nn.Linear(hidden_size, num_labels)
+        self.output_projection = nn.Linear(hidden_size, num_labels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return logits, (B, K), of tokens, (B, N, D), of any grid, or of pooled ones, (B, S · D)."""
-        logits: Tensor = self.classifier(self.norm(self.pool(tokens, grid)))
+        logits: Tensor = self.output_projection(self.norm(self.pool(tokens, grid)))
         return logits
 
     def pool(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -220,13 +243,14 @@ class AttentionHead(nn.Module):
         grid: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        self.in_features = input_size
         self.standardization = FeatureStandardization(input_size, grid)
         self.input_projection = nn.Linear(input_size, hidden_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.blocks = nn.ModuleList(
             AttentionHeadBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers)
         )
-        self.classifier = nn.Linear(hidden_size, num_labels)
+        self.output_projection = nn.Linear(hidden_size, num_labels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return logits, (B, K), of tokens, (B, N, D), of rows and columns `grid`; see `FeatureStandardization`."""
@@ -237,7 +261,7 @@ class AttentionHead(nn.Module):
         for index, block in enumerate(self.blocks):
             # Of the last block only the class token is read: the others need no query and no MLP.
             hidden_states = block(hidden_states, num_outputs=1 if index == last else None)
-        logits: Tensor = self.classifier(hidden_states[:, 0])
+        logits: Tensor = self.output_projection(hidden_states[:, 0])
         return logits
 
 

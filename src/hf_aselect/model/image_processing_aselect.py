@@ -52,6 +52,13 @@ class ASelectImageProcessor(PilBackend):
             otherwise the whole picture is squeezed into it.
         do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1 (as in ADE20K): 0 becomes
             255 and all else is reduced by 1.
+
+    Example:
+        >>> from hf_aselect import ASelectImageProcessor
+        >>> from PIL import Image
+        >>> processor = ASelectImageProcessor(size={"height": 32, "width": 32})
+        >>> processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 32, 32])
     """
 
     valid_kwargs = ASelectImageProcessorKwargs

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
@@ -34,19 +36,22 @@ from .checks import (
     is_of_diffusers,
     refuse_other_than_safetensors,
 )
-from .configuration_aselect import ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
+from .configuration_aselect import ALL_MODELS, ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
 from .denoiser import grid_of, placement, with_own_weights, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
+    SAVED_NAMES,
     AttentionHead,
     FeatureStandardization,
     concatenated,
+    name_today,
     token_map,
     without_rounding,
 )
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import ReadOut, Tap
 from .noise_schedule import NoiseSchedule, kept_noise
+from .vae import encode_images
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +111,7 @@ class TokenReader(PreTrainedModel):
         return self._base().schedule
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Return clean latents of images: the VAE's posterior mean, scaled; the images themselves in pixel space.
+        """Return clean latents of images: the VAE's posterior mean, normalised; the images themselves in pixel space.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W); H and W multiples of a token's side.
@@ -126,12 +131,8 @@ class TokenReader(PreTrainedModel):
         vae_device, vae_dtype = placement(vae)
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
         with torch.autocast(vae_device.type, enabled=False):
-            encoded = vae.encode(pixel_values.to(vae_device, vae_dtype))
-        # An AutoencoderDC has no distribution.
-        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        shift, scale = float(vae.config.get("shift_factor") or 0), float(vae.config.scaling_factor)
-        scaled: Tensor = ((latents - shift) * scale).to(self.device, dtype)
-        return scaled
+            latents = encode_images(vae, pixel_values.to(vae_device, vae_dtype))
+        return latents.to(self.device, dtype)
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
         """Mix latents with the fixed noise of `config.noise_seed`, the same for every image.
@@ -327,18 +328,24 @@ class ShareableModel(TokenReader):
         **kwargs: Any,
     ) -> list[str]:
         """Save as `save_pretrained`, and return the names of the files; none where transformers does all of it."""
+        saving = package("checkpoints.saving")
+        if saving is not None:
+            kwargs = saving.with_whole_state(self, kwargs)
         config, record = self.config, self.config.selection
         asked = self.include_code if include_code is None else include_code
         with_code = is_code_saved(self, folder, push_to_hub, asked)
         if not config.is_selection_in_use():
             config.selection = None
         # What it was loaded from may have been of another class, whose code is not in this folder.
-        config.auto_map = {}
-        atomic, saving = package("checkpoints.atomic"), package("checkpoints.saving")
-        if saving is not None:
-            kwargs = saving.with_whole_state(self, kwargs)
+        kept, config.auto_map = vars(config).get("auto_map"), {}
+        # The configuration writes the code; transformers does so, too, of a class of the user's own, and of one whose
+        # copy came alone.
+        vars(config)["_code_folder"] = os.path.dirname(__file__) if with_code else ""
+        is_users = type(self).__module__.rpartition(".")[0] != __name__.rpartition(".")[0]
+        is_users = is_users or not Path(__file__).with_name(f"{ALL_MODELS}.py").exists()
+        atomic = package("checkpoints.atomic")
         try:
-            with nullcontext() if with_code else without_code(self, config):
+            with nullcontext() if with_code and is_users else without_code(self):
                 # Of a file in the place of the folder transformers says what is wrong.
                 if atomic is None or push_to_hub or os.path.isfile(folder):
                     super().save_pretrained(folder, *args, **kwargs, push_to_hub=push_to_hub)  # type: ignore[misc]
@@ -349,6 +356,8 @@ class ShareableModel(TokenReader):
                     return [path.name for path in unfinished.iterdir()]
         finally:
             config.selection = record
+            vars(config).update({"auto_map": kept} if kept else {})
+            vars(config).pop("_code_folder", None)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -459,7 +468,8 @@ class ASelectPreTrainedModel(ShareableModel):
         super().post_init()
         # accelerate's FSDP rejects a model that names a class which it does not contain: those of other families.
         here = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = {name for name in self._no_split_modules or () if name in here}
+        blocks = {type(block).__name__ for block in self._base().denoiser.blocks}
+        self._no_split_modules = {name for name in self._no_split_modules or () if name in here} | blocks
         if self._base().vae is None:
             self._keep_in_fp32_modules_strict = set()
 
@@ -467,9 +477,9 @@ class ASelectPreTrainedModel(ShareableModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         denoiser = self._base().denoiser
-        if denoiser.position_embedding is not None and module is denoiser.position_embedding:
-            # diffusers keeps the table out of checkpoints, and loading builds the model without data.
-            init.copy_(module.pos_embed, denoiser.position_table())
+        for name, table in denoiser.tables_of(module).items():
+            # diffusers keeps it out of checkpoints, and loading builds the model without data.
+            init.copy_(getattr(module, name), table)
         if module is denoiser:
             # Positions of a folded model, the empty prompt: nothing until they are loaded.
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -504,9 +514,10 @@ class ASelectPreTrainedModel(ShareableModel):
                 (folder or id), or as much of one as `transformer/` and `scheduler/` (and `vae/` for a DiT in latent
                 space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
                 noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
-                empty prompt, which the pipeline's text encoders are loaded for, once. Or an adapter of peft, with
-                the model that it was trained on. None to load nothing, but build
-                the model of `config=` from the weights in `state_dict=`; what is missing there is new.
+                empty prompt, which the pipeline's text encoders are loaded for, once. Or an adapter of peft, with the
+                model that it was trained on. None to load nothing, but build the model of `config=` from the weights
+                in `state_dict=`; what is missing there is new. Safetensors by the names of the code of DiT, SiT or
+                REPA are read with `layout="dit"`, "sit" or "repa".
             args: Passed on to transformers.
             calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
                 new head standardizes its features by them. Without them the transformer generates some for the
@@ -556,14 +567,22 @@ class ASelectPreTrainedModel(ShareableModel):
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load as transformers does, but from safetensors alone: it unpickles shards and adapters of other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
-        for each in (*args, *kwargs.values()):
-            _place_buffers(model, getattr(each, "device_map", None))
+        _place_buffers(model, load_config.device_map)
         if getattr(model.config, "quantization_config", None) is None:
             check_dtypes(checkpoint_files or (), model)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        former = [WeightRenaming(*names) for names in SAVED_NAMES.items()]
+        load_config = replace(load_config, weight_mapping=[*former, *(load_config.weight_mapping or ())])
+        found = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        # transformers would save by the names that it loaded.
+        model._weight_conversions = [each for each in model._weight_conversions if each not in former]
+        return found
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
@@ -580,7 +599,7 @@ class ASelectPreTrainedModel(ShareableModel):
             weights = kwargs.get("adapter_state_dict") or peft.load_peft_weights(
                 str(peft_model_id), device="cpu", **(kwargs.get("adapter_kwargs") or {})
             )
-            plain = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+            plain = {name_today(key.removeprefix("base_model.model.")): value for key, value in weights.items()}
             peft.set_peft_model_state_dict(self, plain, adapter_name=name)
         return loaded
 
@@ -667,6 +686,9 @@ class ASelectPreTrainedModel(ShareableModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Load as torch does, with the statistics of tokens that an adapter of peft's brings along with its head."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if (today := prefix + name_today(key.removeprefix(prefix))) != key:
+                state_dict[today] = state_dict.pop(key)
         for key in [key for key in state_dict if ".standardization." in key and self._standardizations()]:
             if key.endswith("shift"):
                 self.config.standardized_grid = list(state_dict[key].shape[:2])
@@ -719,7 +741,7 @@ class ASelectPreTrainedModel(ShareableModel):
     def lora_targets(self, names: Sequence[str] = LORA_LAYERS) -> list[str]:
         """Return the names of the backbone's layers that LoRA goes on: those of these kinds up to the deepest tap.
 
-            config = peft.LoraConfig(target_modules=model.lora_targets(), modules_to_save=["head"])
+            config = peft.LoraConfig(target_modules=model.lora_targets(), modules_to_save=["classifier"])
 
         Adapters on what comes after the tap would never get a gradient, which DDP takes for an error. Under another
         model, as UperNet, ask its backbone: peft finds its names there, too.
@@ -830,6 +852,13 @@ class DiTModel(ASelectPreTrainedModel):
 
     Args:
         config: The configuration.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTModel
+        >>> model = DiTModel.from_pretrained("src/hf_aselect/assets/fashion_mnist", timestep=19)
+        >>> model(torch.zeros(2, 1, 28, 28)).last_hidden_state.shape
+        torch.Size([2, 49, 128])
     """
 
     schedule: NoiseSchedule
@@ -903,9 +932,8 @@ class DiTModel(ASelectPreTrainedModel):
                 parameter.requires_grad_(False)
         if not self.config.freeze_backbone:
             # What is never run never gets a gradient, which distributed training takes for an error.
-            unused = [{id(part): part for part in self.denoiser.unused_parameters(*tap)} for tap in self.taps()]
-            for name in set.intersection(*(set(parts) for parts in unused)):
-                unused[0][name].requires_grad_(False)
+            for parameter in self.denoiser.unused_parameters(self.taps()):
+                parameter.requires_grad_(False)
 
     def _frozen_modules(self) -> list[nn.Module]:
         """Return the modules that are never trained, of those that the model was built with and has to this day."""

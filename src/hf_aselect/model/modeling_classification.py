@@ -1,15 +1,19 @@
 """A diffusion transformer under a classification head."""
 
+import logging
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from .checks import IGNORED_LABEL, checked_features, checked_labels
 from .configuration_aselect import ASelectConfig
-from .heads import AttentionHead, FeatureStandardization, LinearHead, concatenated
+from .heads import AttentionHead, FeatureStandardization, LinearHead, concatenated, pooled_tokens
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
+
+logger = logging.getLogger(__name__)
 
 
 class DiTForImageClassification(ASelectPreTrainedModel):
@@ -17,6 +21,16 @@ class DiTForImageClassification(ASelectPreTrainedModel):
 
     Args:
         config: The configuration; `head` and its sizes say which head.
+
+    Example:
+        >>> from datasets import load_dataset
+        >>> from hf_aselect import DiTForImageClassification
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> images = load_dataset("parquet", data_files=f"{folder}/train.parquet", split="train[:64]")
+        >>> model = DiTForImageClassification.from_pretrained(folder, timestep=19, head="linear", num_labels=10)
+        >>> fit = model.fit_head(images)
+        >>> 0 <= fit.accuracy <= 1
+        True
     """
 
     task: ClassVar[str] = "image-classification"
@@ -26,7 +40,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         # The host goes by the name of the class, which a subclass may change.
         self.loss_type = "ForImageClassification"
         self.backbone = DiTModel(config)
-        self.head = self._new_head()
+        self.classifier = self._new_head()
         self.post_init()
 
     def _new_head(self) -> LinearHead | AttentionHead:
@@ -46,8 +60,9 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         )
 
     def _standardizations(self) -> list[FeatureStandardization]:
-        """Return what standardizes the tokens that the head reads."""
-        return [self.head.standardization]
+        """Return what standardizes the tokens that the head reads; nothing of a head of the user's own."""
+        standardization = getattr(self.classifier, "standardization", None)
+        return [] if standardization is None else [standardization]
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -85,8 +100,13 @@ class DiTForImageClassification(ASelectPreTrainedModel):
                 here.
         """
         refuse_tap_keywords(kwargs)
-        if sum(given is not None for given in (pixel_values, features, latents)) != 1:
+        inputs = {"pixel_values": pixel_values, "features": features, "latents": latents}
+        names = [name for name, given in inputs.items() if given is not None]
+        if len(names) != 1:
             raise ValueError("Give exactly one of `pixel_values`, `features` and `latents`.")
+        if names[0] != self.main_input_name and not torch.compiler.is_compiling():
+            # By this name Trainer hands inputs to metrics (`include_for_metrics`).
+            self.main_input_name = names[0]
         hidden_states, grid = None, self.config.token_grid
         if features is not None:
             tokens = checked_features(features, self.config).to(self.device, self.dtype)
@@ -95,13 +115,39 @@ class DiTForImageClassification(ASelectPreTrainedModel):
             read, grid = self._read([*own, *every], pixel_values, latents)
             tokens = concatenated([read[each] for each in own])
             hidden_states = tuple(read[each] for each in every) or None
-        # Cached tokens are of images of the configuration's size, or else of those that the head knows.
-        logits = self.head(tokens, grid if tokens.shape[1] == grid[0] * grid[1] else None)
+        logits = self._logits(tokens, grid)
         loss = None
         if labels is not None:
             labels = checked_labels(labels, len(tokens), self.config)
             loss = self._loss(labels.to(self.dtype) if labels.is_floating_point() else labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+
+    def _logits(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return logits, (B, K), of tokens, (B, N, D), or pooled ones, of a model that reads `grid`."""
+        if not self._standardizations():
+            # `model.classifier = nn.Linear(model.classifier.in_features, K)`, as of the models of transformers.
+            mean = tokens if tokens.ndim == 2 else pooled_tokens(tokens, "mean")[:, 0].to(tokens.dtype)
+            own: Tensor = self.classifier(mean)
+            return own
+        # Cached tokens are of images of the configuration's size, or else of those that the head knows.
+        logits: Tensor = self.classifier(tokens, grid if tokens.shape[1] == grid[0] * grid[1] else None)
+        return logits
+
+    def _save(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Save as any model; a linear layer that took the head's place is a linear head without a norm."""
+        layer: nn.Module = self.classifier
+        if isinstance(layer, nn.Linear):
+            config = self.config
+            config.head, config.head_norm, config.pooling, config.standardized_grid = "linear", False, "mean", None
+            if config.num_labels != layer.out_features:
+                config.num_labels = layer.out_features
+        elif not self._standardizations():
+            logger.warning(
+                "The head is a %s, which `from_pretrained` does not build. To load what is saved here: load with "
+                "`ignore_mismatched_sizes=True`, set `model.classifier` again, and load its weights.",
+                type(layer).__name__,
+            )
+        return super()._save(*args, **kwargs)
 
     def _loss(self, labels: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
         """Return the loss; 0 of a batch that is left out whole, as accumulated gradients may have one."""

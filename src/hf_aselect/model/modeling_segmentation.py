@@ -17,6 +17,10 @@ from .configuration_aselect import ASelectConfig
 from .heads import FeatureStandardization, concatenated, token_map
 from .layouts import ReadOut
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
+from .modeling_classification import DiTForImageClassification
+
+# All models, as `configuration_aselect.AUTO_MAP` has it.
+__all__ = ["DiTBackbone", "DiTForImageClassification", "DiTForSemanticSegmentation", "DiTModel"]
 
 POOL_SCALES = (1, 2, 3, 6)
 
@@ -35,6 +39,14 @@ class DiTBackbone(BackboneMixin, DiTModel):
 
     Args:
         config: The configuration.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTBackbone
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> backbone = DiTBackbone.from_pretrained(folder, timestep=19, out_indices=[4, 8])
+        >>> [tuple(each.shape) for each in backbone(torch.zeros(1, 1, 28, 28)).feature_maps]
+        [(1, 128, 7, 7), (1, 128, 7, 7)]
     """
 
     has_attentions = False
@@ -198,6 +210,14 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
     Args:
         config: The configuration; `decoder` says which: "linear" reads what the configuration names, side by side,
             "upernet" the timesteps and features that it names at the four blocks of `config.out_indices`.
+
+    Example:
+        >>> import torch
+        >>> from hf_aselect import DiTForSemanticSegmentation
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> model = DiTForSemanticSegmentation.from_pretrained(folder, timestep=19, num_labels=3, decoder="linear")
+        >>> model(torch.zeros(2, 1, 28, 28)).logits.shape
+        torch.Size([2, 3, 28, 28])
     """
 
     task: ClassVar[str] = "image-segmentation"
@@ -209,11 +229,11 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         self.backbone = DiTBackbone(config) if config.decoder == "upernet" else DiTModel(config)
         widths = [sum(config.widths_of(stage)) for stage in self.backbone.stages()]
         num_labels = int(config.num_labels or 0)
-        self.decoder: LinearDecoder | UperNetDecoder
+        self.decode_head: LinearDecoder | UperNetDecoder
         if config.decoder == "linear":
-            self.decoder = LinearDecoder(widths[0], num_labels, config.standardized_grid)
+            self.decode_head = LinearDecoder(widths[0], num_labels, config.standardized_grid)
         else:
-            self.decoder = UperNetDecoder(
+            self.decode_head = UperNetDecoder(
                 widths,
                 num_labels,
                 config.decoder_hidden_size,
@@ -224,7 +244,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
 
     def _standardizations(self) -> list[FeatureStandardization]:
         """Return what standardizes the tokens of each map that the decoder reads."""
-        return list(self.decoder.standardization)  # type: ignore[arg-type]
+        return list(self.decode_head.standardization)  # type: ignore[arg-type]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -256,7 +276,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         read, grid = self._read([*self.backbone.read_outs(), *every], pixel_values)
         tokens = [concatenated([read[each] for each in stage]) for stage in stages]
         tokens = [each(own, grid) for each, own in zip(self._standardizations(), tokens, strict=True)]
-        logits, auxiliary = self.decoder([token_map(each, *grid) for each in tokens])
+        logits, auxiliary = self.decode_head([token_map(each, *grid) for each in tokens])
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         logits = enlarge(logits, size)
         loss = None

@@ -16,12 +16,19 @@ DDPM_LIKE = (
 )
 # Those that know flow matching alone. Some of the above do it when they are told to.
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# What makes a flow-matching scheduler visit other timesteps than those of one shift: an image's size, an end that is
+# not 0, sigmas spaced in another way.
+_OWN_SPACING = (
+    *("use_dynamic_shifting", "shift_terminal"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+)
 # alpha is 0 at the last timestep of zero-terminal-SNR schedules; sigma at the first one of
 # flow matching: this keeps the log-SNR finite, hence valid in JSON.
 MIN_POWER = 1e-20
 # A grid of timesteps goes no further: beyond, noise is finer than the steps of 8-bit images, or hides all of them.
 # DDPM's linear schedule runs from 9.2 to -10.1.
 MAX_LOG_SNR = 10.2
+_OTHER_LENGTH = "Pass as `scheduler=` the one of 1000 that the transformer was trained with; others cannot be read."
 
 
 class NoiseSchedule:
@@ -31,13 +38,23 @@ class NoiseSchedule:
         alphas: Factor of the signal at each timestep, (1000,), falling, in [0, 1].
         sigmas: Factor of the noise at each timestep, (1000,), rising, in [0, 1].
         sampled: Timesteps that a sampler of 1000 steps visits, (1000,), falling; None where that is not known.
+        num_trained: The first so many timesteps are those that the transformer was trained on.
 
     Raises:
         ValueError: If there are not 1000 timesteps, or the factors do not fall and rise within [0, 1].
+
+    Example:
+        >>> from hf_aselect import NoiseSchedule
+        >>> schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_schedule": "linear"})
+        >>> schedule.timestep_at(0.0)  # where signal and noise are equal
+        261
     """
 
-    def __init__(self, alphas: Tensor, sigmas: Tensor, sampled: Tensor | None = None) -> None:
+    def __init__(
+        self, alphas: Tensor, sigmas: Tensor, sampled: Tensor | None = None, num_trained: int = NUM_TIMESTEPS
+    ) -> None:
         self.sampled = sampled
+        self.num_trained = num_trained
         self.alphas, self.sigmas = (values.to("cpu", torch.float64) for values in (alphas, sigmas))
         for name, falling in (("alphas", self.alphas), ("sigmas", self.sigmas.flip(0))):
             if falling.shape != (NUM_TIMESTEPS,):
@@ -92,15 +109,15 @@ class NoiseSchedule:
             config: diffusers' configuration with `_class_name`; missing values take `DDPMScheduler`'s defaults.
 
         Raises:
-            ValueError: If the scheduler is none of those, has other than 1000 timesteps, or its betas are of an
-                unknown kind.
+            ValueError: If the scheduler is none of those, has other than 1000 timesteps or inverted sigmas, or its
+                betas are of an unknown kind.
 
         Source: diffusers, `schedulers/scheduling_ddpm.py`; computed in float64, diffusers' own in float32.
         """
         if not isinstance(config, dict):
             raise ValueError(f"The scheduler's configuration must be a dictionary, got {type(config).__name__}.")
         name = config.get("_class_name")
-        for field in ("shift", "beta_start", "beta_end"):
+        for field in ("shift", "beta_start", "beta_end", "boundary_ratio"):
             if not is_finite_number(config.get(field, 1.0)):
                 raise ValueError(
                     f"`{field}` of the scheduler must be a number, got {short(config[field])}; a finite one."
@@ -109,15 +126,26 @@ class NoiseSchedule:
             if not isinstance(trained, list | tuple):
                 raise ValueError(f"`trained_betas` of the scheduler must be a list, got {trained!r}.")
             if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
-                raise ValueError(f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers.")
+                wanted = f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers."
+                raise ValueError(f"{wanted} {_OTHER_LENGTH}")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
         if (num_timesteps := config.get("num_train_timesteps", NUM_TIMESTEPS)) != NUM_TIMESTEPS:
-            raise ValueError(f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {num_timesteps}.")
+            wanted = f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {short(num_timesteps)}."
+            raise ValueError(f"{wanted} {_OTHER_LENGTH}")
+        if config.get("invert_sigmas"):
+            raise ValueError(
+                "`invert_sigmas=True` of the scheduler turns the transformer's time around, which is not read here. "
+                "For a DiT that was trained so, pass `timestep_embedding='sit'` and `scheduler=` without it."
+            )
         if is_flow_matching(config):
-            # FLUX's shift depends on the picture's size, and how many-step solvers space their sigmas is their own.
-            is_plain = name in FLOW_MATCHING and not config.get("use_dynamic_shifting")
-            return cls.flow_matching(float(config.get("shift", 1.0)) if is_plain else None)
+            # FLUX's shift depends on the image's size, and how many-step solvers space their sigmas is their own. What
+            # a timestep stands for is the same for all of them: sigma = t / 1000.
+            is_plain = name in FLOW_MATCHING and not any(config.get(field) for field in _OWN_SPACING)
+            schedule = cls.flow_matching(float(config.get("shift", 1.0)) if is_plain else None)
+            # Of Wan 2.2's two transformers one was trained where there is less noise than at this share.
+            schedule.num_trained = max(1, min(NUM_TIMESTEPS, int(NUM_TIMESTEPS * config.get("boundary_ratio", 1))))
+            return schedule
         # On the CPU by name: a model is built on the meta device to be loaded.
         with torch.device("cpu"):
             betas = _betas(config)
@@ -233,7 +261,8 @@ class NoiseSchedule:
     def even_timesteps(self, num: int = 20) -> list[int]:
         """Return up to `num` timesteps from least to most noise, evenly spaced in log-SNR.
 
-        Where little happens between timesteps, few of them are spent.
+        Where little happens between timesteps, few of them are spent. None is such that the transformer was not
+        trained on it.
 
         Args:
             num: Timesteps wanted, at least 1; where two would be the same there is one.
@@ -243,7 +272,7 @@ class NoiseSchedule:
         """
         if isinstance(num, bool) or not isinstance(num, int) or num < 1:
             raise ValueError(f"`num` must be an integer from 1 on, got {num!r}.")
-        first, last = self.log_snr(torch.tensor([0, NUM_TIMESTEPS - 1])).tolist()
+        first, last = self.log_snr(torch.tensor([0, self.num_trained - 1])).tolist()
         # Neither pure noise nor an untouched picture has a finite log-SNR.
         levels = torch.linspace(min(first, MAX_LOG_SNR), max(last, -MAX_LOG_SNR), num)
         return sorted({self.timestep_at(level) for level in levels.tolist()})

@@ -10,7 +10,7 @@ from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap, tap_key
 from .distribution import Share, called_by, refuse_flattened, unwrapped
 from .images import CalibrationPictures
-from .massive_channels import MASSIVE_FEATURES
+from .massive_channels import LARGE, MASSIVE_FEATURES
 from .placement import moved
 from .reader import Reader, eval_mode
 from .record import TimestepSelection
@@ -52,7 +52,7 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
         ValueError: If there are images and nothing to standardize by them.
     """
     config, why = model.config, None
-    is_new = any(name.partition(".")[0] in HEADS for name in info["missing_keys"])
+    is_new = any(name.partition(".")[0] in HEADS.values() for name in info["missing_keys"])
     # Of a head that is read elsewhere than it was trained the statistics are left over.
     is_moved = any(".standardization." in name for name in info["unexpected_keys"])
     if not model._standardizations():
@@ -84,8 +84,8 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
 
 
 def warn_of_unknown_channels(model: Any) -> None:
-    """Say at which taps in the residual stream the configuration says nothing of channels that dwarf all others."""
-    if isinstance(model.config.zeroed_channels, list):
+    """Warn of taps in a large transformer's residual stream whose massive channels the configuration leaves open."""
+    if isinstance(model.config.zeroed_channels, list) or model.config.hidden_size < LARGE:
         return  # whoever wrote a list knows of them
     unsaid = [
         f"{feature} of block {block}"
@@ -94,9 +94,9 @@ def warn_of_unknown_channels(model: Any) -> None:
     ]
     if unsaid:
         logger.warning(
-            "Nothing is set to zero in %s, where a few channels may dwarf all others in large transformers. They "
-            "are found where the timestep is chosen (`timestep='auto'`, or `select_timestep` and "
-            "`apply_selection`); name them by `zeroed_channels=`, or pass `zeroed_channels=[]` if there are none.",
+            "In a transformer of %d channels a few may dwarf all others, and none is set to zero in %s. Select the "
+            "timestep (`timestep='auto'`), which detects them, or pass `zeroed_channels=`, `[]` for none.",
+            model.config.hidden_size,
             ", ".join(unsaid),
         )
 

@@ -58,6 +58,11 @@ def generate_for(
     config = model.config
     if config.folded:
         raise ValueError("A folded model has no layers to generate with. Use the model it was folded from.")
+    if model.noise_schedule.num_trained < NUM_TIMESTEPS:
+        raise ValueError(
+            "This transformer was trained on little noise alone, and images begin as noise. Give images "
+            "(`calibration_images=`) in place of generated ones."
+        )
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     base, sampler = model._base(), build_sampler(config)
     latents = generate_latents(

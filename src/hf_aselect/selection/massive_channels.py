@@ -12,6 +12,9 @@ from .reader import Batch
 # Features of the residual stream, where a few channels may dwarf all others.
 MASSIVE_FEATURES = ("hidden", "normed", "attention")
 
+# Width from which transformers are known to have such channels: DiT-L's. Smaller ones are loaded without a warning.
+LARGE = 1024
+
 # A channel is massive where it exceeds the token's median magnitude so many times, in so large a share of tokens.
 # Normal values never do so; the embedded DiT, which has no such channels, comes to 15 times, published ones to
 # hundreds.

@@ -1,14 +1,15 @@
 """What a diffusion transformer predicts, run to its end: by this it generates. Models that read features never do."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ..model.denoiser import Denoiser, Pass
+from ..model.denoiser import Pass, SteppedDenoiser
 
 
-def predict(denoiser: Denoiser, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+def predict(denoiser: Any, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
     """Return what a transformer predicts, running all of it: what its scheduler's `prediction_type` says.
 
     For flow matching that is the velocity from the image to the noise, whichever way the family itself points. A
@@ -25,13 +26,17 @@ def predict(denoiser: Denoiser, noised_latents: Tensor, timesteps: Tensor, label
     Returns:
         The prediction, (B, C, h, w).
     """
+    finish = _FINISH.get(type(denoiser.transformer).__name__)
+    if finish is None:
+        prediction: Tensor = denoiser.predict(noised_latents, timesteps, labels)
+        return prediction
     state = denoiser.begin(noised_latents, timesteps, labels)
     for block in denoiser.blocks:
         denoiser.advance(state, block)
-    return _FINISH[type(denoiser.transformer).__name__](denoiser, state)
+    return finish(denoiser, state)
 
 
-def _finish_dit(denoiser: Denoiser, state: Pass) -> Tensor:
+def _finish_dit(denoiser: SteppedDenoiser, state: Pass) -> Tensor:
     """Return the prediction of a DiT or SiT.
 
     Source: diffusers, `models/transformers/dit_transformer_2d.py`, `forward`.
@@ -45,20 +50,20 @@ def _finish_dit(denoiser: Denoiser, state: Pass) -> Tensor:
     return -prediction if denoiser.timestep_embedding == "sit" else prediction
 
 
-def _finish_pixart(denoiser: Denoiser, state: Pass) -> Tensor:
+def _finish_pixart(denoiser: SteppedDenoiser, state: Pass) -> Tensor:
     transformer = denoiser.transformer
     shift, scale = (transformer.scale_shift_table[None] + state.output_condition[:, None]).chunk(2, dim=1)
     hidden_states = transformer.norm_out(state.hidden_states) * (1 + scale) + shift
     return _unpatchify(denoiser, transformer.proj_out(hidden_states), state)
 
 
-def _finish_sd3(denoiser: Denoiser, state: Pass) -> Tensor:
+def _finish_sd3(denoiser: SteppedDenoiser, state: Pass) -> Tensor:
     transformer = denoiser.transformer
     patches = transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition))
     return _unpatchify(denoiser, patches, state)
 
 
-def _finish_flux(denoiser: Denoiser, state: Pass) -> Tensor:
+def _finish_flux(denoiser: SteppedDenoiser, state: Pass) -> Tensor:
     transformer = denoiser.transformer
     patches = transformer.proj_out(transformer.norm_out(state.hidden_states, state.condition))  # (B, N, 4C)
     grid = patches.unflatten(-1, (-1, 2, 2)).unflatten(1, (state.rows, state.columns))
@@ -66,18 +71,18 @@ def _finish_flux(denoiser: Denoiser, state: Pass) -> Tensor:
     return image
 
 
-def _finish_sana(denoiser: Denoiser, state: Pass) -> Tensor:
+def _finish_sana(denoiser: SteppedDenoiser, state: Pass) -> Tensor:
     transformer = denoiser.transformer
     hidden_states = transformer.norm_out(state.hidden_states, state.output_condition, transformer.scale_shift_table)
     return _unpatchify(denoiser, transformer.proj_out(hidden_states), state)
 
 
-def _finish_lumina2(denoiser: Denoiser, state: Pass) -> Tensor:
+def _finish_lumina2(denoiser: SteppedDenoiser, state: Pass) -> Tensor:
     patches = denoiser.transformer.norm_out(denoiser.tokens_of(state), state.condition)
     return -_unpatchify(denoiser, patches, state)
 
 
-def _unpatchify(denoiser: Denoiser, patches: Tensor, state: Pass) -> Tensor:
+def _unpatchify(denoiser: SteppedDenoiser, patches: Tensor, state: Pass) -> Tensor:
     """Return the image, (B, C, h, w), of the tokens' patches, (B, N, p · p · C) with channels last.
 
     Channels beyond those of the latents (a learned variance) are left out.
@@ -90,7 +95,7 @@ def _unpatchify(denoiser: Denoiser, patches: Tensor, state: Pass) -> Tensor:
 
 
 # By the name of diffusers' class: where a checkpoint's own code runs, our classes are there twice.
-_FINISH: dict[str, Callable[[Denoiser, Pass], Tensor]] = {
+_FINISH: dict[str, Callable[[SteppedDenoiser, Pass], Tensor]] = {
     "DiTTransformer2DModel": _finish_dit,
     "PixArtTransformer2DModel": _finish_pixart,
     "SD3Transformer2DModel": _finish_sd3,

@@ -63,6 +63,12 @@ class TimestepSelection:
         standardization: What standardizes the tokens of each tap that the model's head reads, by (timestep, block,
             feature): scale, (D,), and shift, (rows, columns, D), float32; for `apply_selection`. Not in the record.
             None where nothing is standardized.
+
+    Example:
+        >>> from hf_aselect import DiTModel, TimestepSelection
+        >>> selection = TimestepSelection.from_dict(
+        ...     DiTModel.from_pretrained("src/hf_aselect/assets/fashion_mnist").config.selection
+        ... )
     """
 
     timestep: int

@@ -112,6 +112,16 @@ def select_timestep(
             `read_out`, the model is folded, or it is sharded and there are no pictures.
 
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
+
+    Example:
+        >>> from datasets import load_dataset
+        >>> from hf_aselect import DiTModel, select_timestep
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> images = load_dataset("parquet", data_files=f"{folder}/train.parquet", split="train[:64]")
+        >>> model = DiTModel.from_pretrained(folder, timestep=0)
+        >>> selection = select_timestep(model, images, timesteps=[19, 100, 900])
+        >>> selection.timestep in (19, 100)
+        True
     """
     started = time.monotonic()
     refuse_flattened(model)

@@ -1,13 +1,15 @@
 """What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.dynamic_module_utils import custom_object_save
 
 from ..hub.push import write_model_card
+from ..model.configuration_aselect import write_code
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.apply import apply_selection
 from ..selection.distribution import unwrapped
@@ -28,9 +30,9 @@ class ASelectCallback(TrainerCallback):
     processes: the first ones of a stream, some from all over a set of known size, which may be sorted.
     `from_pretrained` chooses at once; `model.config.timestep = "auto"` leaves the choice to the callback. While the
     backbone is fine-tuned the choice can be looked at again: how far it goes from the timestep of the beginning is the
-    drift. Choices, also one that was made before, go to the trainer's history, and to TensorBoard and trackio where
-    the trainer reports to them. Card and curve are written after each evaluation, with its accuracy or mean IoU, and
-    at the end of training, by the main process only.
+    drift. Choices, also one that was made before, go to the trainer's history and to all trackers that it reports to.
+    Card and curve are written after each evaluation, with its accuracy or mean IoU (of each set, where there are
+    several), and at the end of training, by the main process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
@@ -46,6 +48,11 @@ class ASelectCallback(TrainerCallback):
         ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
             values in the rows, or, while the backbone is trained, another tap is to be chosen, `reselect_epochs` is
             given with a stream, or a model is to follow a selection of another number of timesteps than it reads.
+
+    Example:
+        >>> from hf_aselect import ASelectCallback
+        >>> callback = ASelectCallback(max_images=256, dataset="my images")
+        >>> trainer = Trainer(model, args, train_dataset=train, callbacks=[callback])  # doctest: +SKIP
     """
 
     def __init__(
@@ -96,21 +103,26 @@ class ASelectCallback(TrainerCallback):
         if model.config.timestep == "auto":
             selection = self._select(model, dataloader)
             model.apply_selection(selection)
-            self._report(args, state, selection)
+            self._report(args, state, control, selection)
         elif self.first_timestep is None:
             self.first_timestep = model.config.resolved_timestep()
             # `from_pretrained` chose.
             if model.config.selection and model.config.is_selection_in_use():
-                self._report(args, state, TimestepSelection.from_dict(model.config.selection))
+                self._report(args, state, control, TimestepSelection.from_dict(model.config.selection))
         # A checkpoint of an epoch's last step is written before the epoch's end.
         if self._is_due(model, state) and round(state.epoch or 0) not in [round(each) for each, _ in self.selections]:
-            self._select_again(args, state, model, dataloader)
+            self._select_again(args, state, control, model, dataloader)
+
+    def _take_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Take the figures of a step; of a dictionary of evaluation sets each comes alone, with its name in theirs."""
+        if any(name.startswith("eval_") for name in metrics):
+            self.metrics_by_step[step] = {**self.metrics_by_step.get(step, {}), **metrics}
 
     def _read_history(self, state: TrainerState) -> None:
         """Take the figures and choices of a training that goes on from the trainer's history."""
-        self.metrics_by_step = {
-            int(row["step"]): row for row in state.log_history if any(name.startswith("eval_") for name in row)
-        }
+        self.metrics_by_step = {}
+        for row in state.log_history:
+            self._take_metrics(int(row["step"]), row)
         history: list[dict[str, Any]] = [row for row in state.log_history if RECORD in row]
         self.selections = [(row["epoch"], TimestepSelection.from_dict(row[RECORD])) for row in history]
         self.first_timestep, self.final_step = None, None
@@ -127,7 +139,7 @@ class ASelectCallback(TrainerCallback):
         """Choose again, where that was asked for and the backbone is trained."""
         model = unwrapped(kwargs["model"])
         if self._is_due(model, state):
-            self._select_again(args, state, model, kwargs["train_dataloader"])
+            self._select_again(args, state, control, model, kwargs["train_dataloader"])
 
     def _is_due(self, model: ASelectPreTrainedModel, state: TrainerState) -> bool:
         """Return whether it is the end of an epoch after which to choose again."""
@@ -141,13 +153,14 @@ class ASelectCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
+        control: TrainerControl,
         model: ASelectPreTrainedModel,
         dataloader: Any,
     ) -> None:
         selection = self._select(model, dataloader)
         if self.follow:
             model.apply_selection(selection)
-        self._report(args, state, selection)
+        self._report(args, state, control, selection)
 
     def _check_reselection(self, model: ASelectPreTrainedModel, dataloader: Any) -> None:
         """Refuse what cannot be done while the backbone is trained."""
@@ -187,7 +200,9 @@ class ASelectCallback(TrainerCallback):
             given["labels"] = [label_of(row) for row in rows]
         return select_timestep(model, pixels, **given)
 
-    def _report(self, args: TrainingArguments, state: TrainerState, selection: TimestepSelection) -> None:
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, selection: TimestepSelection
+    ) -> None:
         """Write a choice to the trainer's history, and to the trackers that it reports to."""
         epoch = round(state.epoch or 0.0, 4)
         self.selections.append((epoch, selection))
@@ -201,7 +216,7 @@ class ASelectCallback(TrainerCallback):
         history: list[dict[str, Any]] = state.log_history
         history.append({**facts, RECORD: selection.to_dict(), "epoch": epoch, "step": state.global_step})
         if state.is_world_process_zero:
-            report_selection(args, state, facts, selection)
+            report_selection(args, state, control, facts, selection)
 
     def on_evaluate(
         self,
@@ -210,11 +225,9 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Write card and curve with the newest figure; evaluations of other sets than Trainer's own do not count."""
-        metrics = kwargs.get("metrics") or {}
+        """Write card and curve with the newest figures; evaluations of other sets than Trainer's own do not count."""
         step = state.global_step if self.final_step is None else self.final_step
-        if any(name.startswith("eval_") for name in metrics):
-            self.metrics_by_step[step] = metrics
+        self._take_metrics(step, kwargs.get("metrics") or {})
         self._write_card(args, state, kwargs["model"], step)
 
     def on_push_begin(
@@ -258,6 +271,7 @@ class ASelectCallback(TrainerCallback):
         model.card_facts = dict(
             accuracy=metrics.get("eval_accuracy"),
             mean_iou=metrics.get("eval_mean_iou"),
+            by_set=_by_set(metrics, "mean_iou" if type(model).task == "image-segmentation" else "accuracy"),
             dataset=self.dataset,
             base_model=self.base_model,
             license=self.license,
@@ -270,11 +284,17 @@ class ASelectCallback(TrainerCallback):
         _write_code(trained, Path(str(args.output_dir)))
 
 
+def _by_set(metrics: dict[str, Any], metric: str) -> dict[str, float] | None:
+    """Return a metric of each of Trainer's evaluation sets, by the set's name; None where there is but one set."""
+    # Of each set Trainer says how long it took, whatever else is measured.
+    names = [name[len("eval_") : -len("_runtime")] for name in metrics if re.fullmatch(r"eval_.+_runtime", name)]
+    return {name: metrics[f"eval_{name}_{metric}"] for name in names if f"eval_{name}_{metric}" in metrics} or None
+
+
 def _write_code(trained: Any, folder: Path) -> None:
     """Write the code of a model into a folder; an adapter of peft's has none."""
-    if unwrapped(trained) is trained and trained._auto_class is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        custom_object_save(trained, str(folder))
+    if unwrapped(trained, keep_adapters=True) is trained and trained._auto_class is not None:
+        write_code(Path(inspect.getfile(type(trained))).parent, folder)
 
 
 def _facts_of_training(

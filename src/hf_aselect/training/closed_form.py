@@ -25,6 +25,8 @@ ROUNDING = 1e-6
 # equally likely, which is what a head that has learned nothing says.
 SCALES = (1.0, 1e4)
 _STEP = 4  # of the strengths that are tried first
+# Added to the variances, which are 1 or 0: the first so that constant features have a solution.
+_JITTERS = (1e-12, 1e-9, 1e-6, 1e-3, 1.0)
 Linear = tuple[Tensor, Tensor]  # weight (K, D) and bias (K,), float64
 
 
@@ -277,9 +279,14 @@ def _solutions(moments: Moments, scale: Tensor, strengths: Sequence[float]) -> l
     cross *= scale[:, None] / moments.weight
     diagonal, found = products.diagonal().clone(), []
     for strength in strengths:
-        products.diagonal().copy_(diagonal + strength + 1e-12)
+        # Products of features far from what they are counted from are rounded, and then not always positive.
+        for jitter in _JITTERS:
+            products.diagonal().copy_(diagonal + strength + jitter)
+            factor, info = torch.linalg.cholesky_ex(products)
+            if int(info) == 0:
+                break
         # Not `solve`: the pivots of its LU can be wrong, or without end, on two threads of some CPUs.
-        solution = torch.cholesky_solve(cross, torch.linalg.cholesky(products))
+        solution = torch.cholesky_solve(cross, factor)
         weight = (solution * scale[:, None]).T.contiguous()
         found.append((weight, target_mean - weight @ (mean + moments.origin)))
     return found

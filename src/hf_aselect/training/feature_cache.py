@@ -75,6 +75,16 @@ def cache_features(
         ValueError: If an argument is out of range, the timestep is not chosen yet, there is no such column, a label is
             negative (but for -100), a picture cannot be read, or a value is beyond `dtype` or not finite.
         OSError: If the disk has too little space, which is looked at before anything is computed.
+
+    Example:
+        >>> from datasets import load_dataset
+        >>> from hf_aselect import DiTForImageClassification, cache_features
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> images = load_dataset("parquet", data_files=f"{folder}/train.parquet", split="train[:8]")
+        >>> model = DiTForImageClassification.from_pretrained(folder, timestep=19, head="linear", num_labels=10)
+        >>> features = cache_features(model, images, "fashion-features", what="pooled")
+        >>> features[:2]["features"].shape
+        torch.Size([2, 128])
     """
     refuse_flattened(model)
     model = unwrapped(model)

@@ -176,13 +176,18 @@ def _check_model(model: Any, options: FitOptions) -> None:
             "`head='linear'`, or pass `replace_head=True`, which drops the head that is there."
         )
     # By their names: code of a checkpoint has classes of its own.
-    part = model.decoder if is_dense else model.head
+    part = model.decode_head if is_dense else model.classifier
     is_whole = type(part).__name__ in ("LinearHead", "AttentionHead", "LinearDecoder")
-    if not is_whole or type(part.classifier) not in (nn.Linear, nn.Conv2d) or part.classifier.weight.is_meta:
+    if not is_whole or type(_layer(part)) not in (nn.Linear, nn.Conv2d) or _layer(part).weight.is_meta:
         raise ValueError(
             "The head of this model has no plain linear layer in memory to write. Fit the head before adapters are "
             "added, and load the model without offloading its head."
         )
+
+
+def _layer(part: Any) -> Any:
+    """Return the last layer of a head or linear decoder, which gives the logits."""
+    return part.classifier if type(part).__name__ == "LinearDecoder" else part.output_projection
 
 
 def _labelled(model: Any, dataset: Any, options: FitOptions) -> LabelledImages:
@@ -204,24 +209,24 @@ def _linear_part(model: Any) -> Iterator[Any]:
     The head's kind is part of the configuration, by which features of a cache are checked.
     """
     if type(model).task == "image-segmentation":
-        yield model.decoder
+        yield model.decode_head
         return
-    config, head = model.config, model.head
+    config, head = model.config, model.classifier
     kept = model._no_split_modules, config.head, config.head_norm, head
     norm = head.norm if config.head == "linear" else None
     try:
         if norm is None:
             config.head, config.head_norm = "linear", False
-            model.head = model._new_head().to(model.device, model.dtype)
-            model.head.standardization = head.standardization
-            model.head.train(head.training)
+            model.classifier = model._new_head().to(model.device, model.dtype)
+            model.classifier.standardization = head.standardization
+            model.classifier.train(head.training)
             parts = {type(module).__name__ for module in model.modules()}
             model._no_split_modules = {name for name in kept[0] if name in parts}
         else:
             config.head_norm, head.norm = False, nn.Identity()
-        yield model.head
+        yield model.classifier
     except BaseException:
-        model._no_split_modules, config.head, config.head_norm, model.head = kept
+        model._no_split_modules, config.head, config.head_norm, model.classifier = kept
         if norm is not None:
             head.norm = norm
         raise
@@ -272,7 +277,7 @@ def _check_size(images: LabelledImages, config: Any, part: Any) -> None:
 
 def _width(part: Any) -> int:
     """Return the width of what the linear layer of a head or decoder reads."""
-    return int(part.classifier.weight.shape[1])
+    return int(_layer(part).weight.shape[1])
 
 
 @contextmanager
@@ -402,8 +407,9 @@ def _write(model: Any, part: Any, targets: Targets, solution: HeadSolution, toke
         # As they were rounded.
         bias = bias + weight @ norm.running_mean.double().cpu()
         weight = weight * (norm.running_var.double().cpu() + norm.eps).sqrt()
-    part.classifier.weight.copy_(weight.view(part.classifier.weight.shape))
-    part.classifier.bias.copy_(bias)
+    layer = _layer(part)
+    layer.weight.copy_(weight.view(layer.weight.shape))
+    layer.bias.copy_(bias)
     if targets.kind in (MULTI, REGRESSION):
         # As transformers' loss has it; its pipeline goes by it.
         model.config.problem_type = targets.kind

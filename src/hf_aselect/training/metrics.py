@@ -14,6 +14,11 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]
 
     `evaluate.load("accuracy")` downloads its code; this is the same figure without network. It may not reflect the
     accuracy on rare classes.
+
+    Example:
+        >>> from hf_aselect import Accuracy
+        >>> Accuracy().compute(predictions=[0, 1, 1], references=[0, 1, 0])["accuracy"]
+        0.6666666666666666
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -51,6 +56,13 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
 
     Raises:
         ValueError: If `num_labels` is less than 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_aselect import MeanIoU
+        >>> metric = MeanIoU(num_labels=2)
+        >>> float(metric.compute(predictions=np.array([[[0, 1]]]), references=np.array([[[0, 1]]]))["mean_iou"])
+        1.0
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any) -> None:

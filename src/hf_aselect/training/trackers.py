@@ -1,13 +1,16 @@
-"""What trackers of experiments are given of a selection: TensorBoard and trackio, where Trainer reports to them."""
+"""What trackers of experiments are given of a selection: all its figures, TensorBoard and trackio its curve, too."""
 
+import copy
 import importlib
+import inspect
 import logging
 import os
 import tempfile
 from typing import Any
 
 from PIL import Image
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from ..selection.record import TimestepSelection
 
@@ -15,21 +18,41 @@ logger = logging.getLogger(__name__)
 
 
 def report_selection(
-    args: TrainingArguments, state: TrainerState, facts: dict[str, float], selection: TimestepSelection
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    facts: dict[str, float],
+    selection: TimestepSelection,
 ) -> None:
     """Write a selection to the trackers that Trainer reports to.
 
     Args:
         args: Trainer's arguments, with the trackers' names.
         state: Trainer's state.
+        control: Trainer's control; it stays as it is.
         facts: Figures of the selection, by name.
         selection: The selection.
     """
+    handler = _calling_handler()
+    if handler is not None:
+        # As Trainer hands its own figures to W&B, MLflow and whoever else listens; that unsets `should_log`.
+        handler.on_log(args, state, copy.copy(control), dict(facts))
     trackers = args.report_to or ()
     if "tensorboard" in trackers:
         _write_tensorboard(args, state, facts, selection)
     if "trackio" in trackers:
         _write_trackio(state, facts, selection)
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """Return what calls Trainer's callbacks, among them ours, just now; Trainer gives a callback no way to log."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def _write_tensorboard(

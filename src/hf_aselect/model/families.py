@@ -1,0 +1,376 @@
+"""The families of transformers: of each class of diffusers what must be known to build it and to read it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layouts import MAX_LAYERS, MAX_SIZE, TransformerLayout
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a transformer is called with, before its family makes keywords of it.
+
+    Args:
+        transformer: The transformer.
+        latents: Noised latents, (B, C, h, w).
+        timesteps: Timesteps in [0, 1000], 0 = least noise, (B,), float32.
+        labels: Class indices, (B,); the null label where features are read.
+        prompt: The empty prompt's embeddings by name, for each image: (B, L, C) or (B, C).
+        guidance: Guidance of a guidance-distilled transformer.
+        vae_scale_factor: Pixels a side that one latent stands for.
+    """
+
+    transformer: Any
+    latents: Tensor
+    timesteps: Tensor
+    labels: Tensor
+    prompt: Mapping[str, Tensor]
+    guidance: float = 1.0
+    vae_scale_factor: int = 1
+
+    @property
+    def text(self) -> Tensor:
+        """The empty prompt's embeddings, (B, L, C)."""
+        return self.prompt["prompt_embeds"]
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Timesteps in [0, 1], 0 = least noise, (B,), float32."""
+        return self.timesteps / 1000
+
+    def grid(self, side: int = 2) -> tuple[int, int]:
+        """Return rows and columns of tokens of `side` × `side` latents."""
+        return self.latents.shape[-2] // side, self.latents.shape[-1] // side
+
+    def packed(self) -> Tensor:
+        """Return 2 × 2 latents in one token, (B, N, 4C), channels first, as FLUX's pipeline packs them."""
+        rows, columns = self.grid()
+        patches = self.latents.unflatten(-1, (columns, 2)).unflatten(2, (rows, 2))  # (B, C, rows, 2, columns, 2)
+        tokens: Tensor = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return tokens
+
+    def places(self, side: int = 2, axes: int = 3) -> Tensor:
+        """Return the image's positions, (N, axes), float32: row and column are the second and third axis."""
+        rows, columns = self.grid(side)
+        places = torch.zeros(rows, columns, axes, device=self.latents.device)
+        places[..., 1] = torch.arange(rows, device=places.device)[:, None]
+        places[..., 2] = torch.arange(columns, device=places.device)
+        return places.flatten(0, 1)
+
+
+def last_tokens(sequence: Tensor, num_tokens: int) -> Tensor:
+    """Return the image's tokens where they are all, or come after the text's, (B, N, D)."""
+    return sequence[:, -num_tokens:]
+
+
+def first_tokens(sequence: Tensor, num_tokens: int) -> Tensor:
+    """Return the image's tokens where they come before the text's, (B, N, D)."""
+    return sequence[:, :num_tokens]
+
+
+def image_of(output: Any, inputs: Inputs) -> Tensor:
+    """Return a transformer's prediction as an image, (B, C, h, w), of an image or of tokens as `Inputs.packed`."""
+    if output.ndim == 3:
+        rows, columns = inputs.grid()
+        patches = output.unflatten(-1, (-1, 2, 2)).unflatten(1, (rows, columns))  # (B, rows, columns, C, 2, 2)
+        output = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    image: Tensor = output[:, : inputs.latents.shape[1]]
+    return image
+
+
+Projections = Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class TransformerBlocks:
+    """A list of blocks of a transformer.
+
+    Args:
+        path: Its name in the transformer.
+        attention: Name of the self-attention in a block. Its first argument is what `normed` means.
+        hidden: Which of a block's outputs has the image, where there are several.
+        projections: Names of query, key and value in the attention; or a function that takes the attention and the
+            tokens that it reads, (B, N, D), and returns the three, where they are one layer.
+        has_attention: Whether the attention ends with an output projection of its own.
+    """
+
+    path: str = "transformer_blocks"
+    attention: str = "attn"
+    hidden: int = 0
+    projections: tuple[str, str, str] | Projections = ("to_q", "to_k", "to_v")
+    has_attention: bool = True
+
+
+@dataclass(frozen=True)
+class TransformerFamily:
+    """A class of transformers: its sizes, how it is called, and where its tokens are.
+
+    Args:
+        name: Name of the class, in diffusers or of `transformer_class`.
+        sizes: Fields of its configuration that must be integers >= 1.
+        layout: Reads the layout off the configuration.
+        call: Makes the keywords of its `forward`; None for the families of `denoisers`, which are written by hand.
+        blocks: Its lists of blocks, in the order in which they are run.
+        tokens: Returns the image's tokens of a sequence, (B, N, D), given N: `last_tokens` or `first_tokens`.
+        output: Makes the prediction, (B, C, h, w), of what `forward` returns first; it points from the image to the
+            noise.
+        prompt_fields: Names of the empty prompt's embeddings, and the field of the configuration that says how wide
+            each is ("" if there is none); empty for a transformer without a text.
+        patch_embedding: Name of the module that makes tokens of latents.
+        timestep_modules: Names of modules that get the timestep rounded in half precision, and what timesteps in
+            [0, 1000] are multiplied by to be what they take.
+        num_classes: Field of the configuration with the number of classes; "" for none.
+        pipeline: Name of diffusers' pipeline that encodes a prompt; "" if embeddings are always given.
+        encode_prompt: Takes this pipeline and the transformer's configuration, and returns the empty prompt's
+            embeddings by name, (1, L, C) or (1, C).
+        transformer_class: The class, if it is none of diffusers'. It has diffusers' `ModelMixin` and `ConfigMixin`.
+    """
+
+    name: str
+    sizes: tuple[str, ...]
+    layout: Callable[[Mapping[str, Any]], TransformerLayout]
+    call: Callable[[Inputs], dict[str, Any]] | None = None
+    blocks: tuple[TransformerBlocks, ...] = (TransformerBlocks(),)
+    tokens: Callable[[Tensor, int], Tensor] = last_tokens
+    output: Callable[[Any, Inputs], Tensor] = image_of
+    prompt_fields: Mapping[str, str] = field(default_factory=dict)
+    patch_embedding: str = "x_embedder"
+    timestep_modules: Mapping[str, float] = field(default_factory=dict)
+    num_classes: str = ""
+    pipeline: str = ""
+    encode_prompt: Callable[[Any, dict[str, Any]], dict[str, Tensor]] | None = None
+    transformer_class: type | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go into a pickle by name: a description consists of functions."""
+        return family_of, (self.name,)
+
+    def __deepcopy__(self, memo: Any) -> "TransformerFamily":
+        """Return itself: nothing of it changes."""
+        return self
+
+
+FAMILIES: dict[str, TransformerFamily] = {}
+
+
+def register_family(family: TransformerFamily) -> None:
+    """Let a class of transformers be read that the package does not know.
+
+    Register it in each program before its checkpoints are loaded: a checkpoint names the class and does not contain
+    the description.
+
+    Args:
+        family: The description. It takes the place of one that was registered for the same class before.
+
+    Raises:
+        ValueError: If it is of a family of the package, has no `call`, or says nothing of how its sizes are read.
+
+    Example:
+        >>> from hf_aselect import TransformerBlocks, TransformerFamily, register_family, transformer_layout
+        >>> register_family(
+        ...     TransformerFamily(
+        ...         "AllegroTransformer3DModel",
+        ...         sizes=("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size"),
+        ...         layout=lambda config: transformer_layout(config, needs_prompt=True),
+        ...         call=lambda inputs: {"hidden_states": inputs.latents, "timestep": inputs.timesteps},
+        ...         blocks=(TransformerBlocks("transformer_blocks", "attn1"),),
+        ...     )
+        ... )
+    """
+    if not isinstance(family, TransformerFamily) or not callable(family.call) or not callable(family.layout):
+        raise ValueError(
+            f"`family` must be a `TransformerFamily` with functions as `call` and `layout`, got {family!r}."
+        )
+    if family.name in _OF_PACKAGE:
+        raise ValueError(f"{family.name} is a family of the package, and cannot be described anew.")
+    FAMILIES[family.name] = family
+
+
+def family_of(name: Any) -> TransformerFamily:
+    """Return the description of a transformer class.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(
+            f"Unsupported transformer {name!r}; supported are {', '.join(FAMILIES)}. Another class can be "
+            "described: before a checkpoint of it is loaded, call `hf_aselect.register_family` with a "
+            "`TransformerFamily` that says how it is called and where its blocks are."
+        )
+    return FAMILIES[name]
+
+
+def layout_of(transformer: Mapping[str, Any]) -> TransformerLayout:
+    """Return the layout of a transformer.
+
+    Args:
+        transformer: diffusers' configuration of it, with `_class_name`.
+
+    Raises:
+        ValueError: If its class is none of the families, or the configuration lacks a size.
+    """
+    family = family_of(transformer.get("_class_name"))
+    if missing := [size for size in family.sizes if transformer.get(size) is None]:
+        raise ValueError(
+            f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
+            "(`dict(transformer.config)`)."
+        )
+    if "axes_lens" in family.sizes:
+        lengths = transformer["axes_lens"]
+        if not isinstance(lengths, list | tuple) or len(lengths) != 3 or not all(map(_is_size, lengths)):
+            raise ValueError(f"`transformer` must have a list of three lengths as `axes_lens`, got {lengths!r}.")
+        shared = transformer.get("num_kv_heads")
+        if shared is not None and not _is_size(shared):
+            raise ValueError(f"`transformer` must have an integer from 1 on as `num_kv_heads`, got {shared!r}.")
+    sizes = {size: transformer[size] for size in family.sizes if size != "axes_lens"}
+    if wrong := {size: value for size, value in sizes.items() if not _is_size(value)}:
+        raise ValueError(
+            f"`transformer` must have sizes that are integers from 1 on, got {wrong}; at most {MAX_SIZE}."
+        )
+    if deep := {size: value for size, value in sizes.items() if "layers" in size and value > MAX_LAYERS}:
+        raise ValueError(f"`transformer` must have at most {MAX_LAYERS} blocks, got {deep}.")
+    return family.layout(transformer)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
+
+
+def transformer_layout(config: Mapping[str, Any], **given: Any) -> TransformerLayout:
+    """Return the layout of a transformer whose configuration has diffusers' usual names, but for what is given.
+
+    Args:
+        config: diffusers' configuration of it.
+        given: Fields of `TransformerLayout`; `needs_prompt` by default true.
+    """
+    width = given.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
+    usual = {
+        "num_layers": "num_layers",
+        "num_attention_heads": "num_attention_heads",
+        "num_channels": "in_channels",
+        "patch_size": "patch_size",
+        "sample_size": "sample_size",
+    }
+    read = {name: config[size] for name, size in usual.items() if name not in given}
+    whole = {"hidden_size": width, "key_value_size": width, "max_grid": None, "needs_prompt": True, **read, **given}
+    return TransformerLayout(**{"num_attention_outputs": whole["num_layers"], **whole})
+
+
+_HEADS = ("num_attention_heads", "attention_head_dim", "in_channels")
+_PLAIN = (*_HEADS, "num_layers", "sample_size", "patch_size")
+
+
+def _flux_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    # diffusers' pipeline packs 2 × 2 latents into one token before the transformer sees them. The size is the
+    # pipeline's, too: the transformer has no position table and takes any. Blocks of two streams come first, then
+    # those of one, which project attention and MLP together.
+    joint, depth = config["num_layers"], config["num_layers"] + config["num_single_layers"]
+    channels = config["in_channels"] // 4
+    packed = transformer_layout(config, num_layers=depth, num_channels=channels, patch_size=2, sample_size=128)
+    return replace(packed, num_attention_outputs=joint)
+
+
+def _lumina2_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    # Rotary positions are tabulated.
+    reach, shared = min(config["axes_lens"][1:]), config.get("num_kv_heads") or heads
+    return transformer_layout(config, hidden_size=width, key_value_size=width // heads * shared, max_grid=reach)
+
+
+def _qwen_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    # 2 × 2 latents are packed into one token, as FLUX's; the size is the pipeline's.
+    return transformer_layout(config, num_channels=config["in_channels"] // 4, patch_size=2, sample_size=128)
+
+
+def _qwen_call(inputs: Inputs) -> dict[str, Any]:
+    size, (rows, columns) = inputs.latents.shape[0], inputs.grid()
+    shapes = [[(1, rows, columns)]] * size
+    packed = {"hidden_states": inputs.packed(), "timestep": inputs.sigmas, "img_shapes": shapes}
+    return {**packed, "encoder_hidden_states": inputs.text}
+
+
+def _zimage_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    return transformer_layout(
+        config,
+        num_layers=config["n_layers"],
+        num_attention_heads=config["n_heads"],
+        hidden_size=config["dim"],
+        patch_size=2,  # The only one of `all_patch_size` that is published.
+        sample_size=128,  # The pipeline's.
+        max_grid=min(config["axes_lens"][1:]),
+    )
+
+
+def _zimage_call(inputs: Inputs) -> dict[str, Any]:
+    # Its own time runs the other way. Images and prompts are lists; an image has one frame.
+    return {
+        "x": list(inputs.latents[:, :, None]),
+        "t": (1000 - inputs.timesteps) / 1000,
+        "cap_feats": list(inputs.text),
+    }
+
+
+def _auraflow_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    depth = config["num_mmdit_layers"] + config["num_single_dit_layers"]
+    return transformer_layout(config, num_layers=depth, max_grid=int(config["pos_embed_max_size"] ** 0.5))
+
+
+# What is tapped before the text and after it lies in one sequence: blocks of two streams, then of one.
+_ALL = (
+    TransformerFamily("DiTTransformer2DModel", _PLAIN, lambda config: transformer_layout(config, needs_prompt=False)),
+    TransformerFamily(
+        "SD3Transformer2DModel",
+        (*_PLAIN, "pos_embed_max_size"),
+        lambda config: transformer_layout(config, max_grid=config["pos_embed_max_size"]),
+    ),
+    TransformerFamily("PixArtTransformer2DModel", _PLAIN, transformer_layout),
+    TransformerFamily("FluxTransformer2DModel", (*_HEADS, "num_layers", "num_single_layers"), _flux_layout),
+    TransformerFamily("SanaTransformer2DModel", _PLAIN, transformer_layout),
+    TransformerFamily(
+        "Lumina2Transformer2DModel",
+        ("hidden_size", "num_attention_heads", "in_channels", "num_layers", "sample_size", "patch_size", "axes_lens"),
+        _lumina2_layout,
+    ),
+    TransformerFamily(
+        "QwenImageTransformer2DModel",
+        (*_HEADS, "num_layers"),
+        _qwen_layout,
+        _qwen_call,
+        (TransformerBlocks(hidden=1),),
+        prompt_fields={"prompt_embeds": "joint_attention_dim"},
+        patch_embedding="img_in",
+        timestep_modules={"time_text_embed.time_proj": 1e-3},
+    ),
+    TransformerFamily(
+        "ZImageTransformer2DModel",
+        ("dim", "n_layers", "n_heads", "in_channels", "axes_lens"),
+        _zimage_layout,
+        _zimage_call,
+        (TransformerBlocks("layers", "attention"),),
+        first_tokens,
+        # A list, and it points from the noise to the image.
+        lambda output, _: -torch.stack(list(output))[:, :, 0],
+        prompt_fields={"prompt_embeds": "cap_feat_dim"},
+        patch_embedding="all_x_embedder",
+    ),
+    TransformerFamily(
+        "AuraFlowTransformer2DModel",
+        (*_HEADS, "num_mmdit_layers", "num_single_dit_layers", "sample_size", "patch_size", "pos_embed_max_size"),
+        _auraflow_layout,
+        lambda inputs: {
+            "hidden_states": inputs.latents,
+            "timestep": inputs.sigmas,
+            "encoder_hidden_states": inputs.text,
+        },
+        (TransformerBlocks("joint_transformer_blocks", hidden=1), TransformerBlocks("single_transformer_blocks")),
+        prompt_fields={"prompt_embeds": "joint_attention_dim"},
+        patch_embedding="pos_embed",
+    ),
+)
+FAMILIES.update({family.name: family for family in _ALL})
+_OF_PACKAGE = frozenset(FAMILIES)

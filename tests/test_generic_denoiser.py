@@ -1,0 +1,274 @@
+"""What is particular to families that are read by hooks on their own call, and to those that users describe."""
+
+import copy
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DESCRIBED
+from generic_pipelines import GENERIC_PIPELINES
+from huggingface_hub.errors import StrictDataclassError
+from test_denoiser_dit import TAPS, build_transformer
+
+from hf_aselect import (
+    ASelectConfig,
+    DiTForImageClassification,
+    DiTModel,
+    TransformerFamily,
+    register_family,
+    transformer_layout,
+)
+from hf_aselect.model.denoisers import DiTDenoiser, build_denoiser
+from hf_aselect.model.families import FAMILIES
+from hf_aselect.selection.prediction import predict
+
+NEW = [name for name in DESCRIBED if name in GENERIC_PIPELINES]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Load a family's tiny pipeline, saved when it is first asked for."""
+    folders = {}
+
+    def loaded(name, kind=DiTModel, **options):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            GENERIC_PIPELINES[name]().save_pretrained(folders[name])
+        return kind.from_pretrained(folders[name], **{"timestep": 141, "image_size": 64, **options})
+
+    return loaded
+
+
+@pytest.fixture
+def registry():
+    """What is registered in a test is forgotten after it."""
+    known = dict(FAMILIES)
+    yield FAMILIES
+    FAMILIES.clear()
+    FAMILIES.update(known)
+
+
+def noised_of(model, size=2, height=8, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, model.denoiser.num_channels, height, width, generator=generator)
+
+
+def shown_family(registry):
+    """The family that contributors are shown."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    exec(text.split("## Adding a family")[1].split("```python\n")[1].split("```")[0], {})
+    return registry["PlainTransformer2DModel"]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_one_changed_patch_changes_one_token_of_the_patch_embedding(load, name):
+    denoiser = load(name).denoiser
+    side = denoiser.patch_size
+    latents = torch.randn(1, denoiser.num_channels, 4 * side, 6 * side)
+    changed = latents.clone()
+    changed[:, :, 2 * side : 3 * side, 5 * side :] += 1
+    with torch.no_grad():
+        # What comes between patches and blocks looks at all of them.
+        for refiner in getattr(denoiser.transformer, "noise_refiner", []):
+            refiner.forward = lambda tokens, *_: tokens
+        before, after = (denoiser(each, 5, -1, "hidden") for each in (latents, changed))
+    assert before.shape[1] == 24
+    assert (before - after).abs().sum((0, 2)).gt(1e-6).nonzero().flatten().tolist() == [2 * 6 + 5]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_an_image_has_the_same_tokens_alone_and_in_a_batch(load, name):
+    model = load(name)
+    noised = noised_of(model, 3, 8, 12)
+    taps = [(1, "query"), (model.config.num_hidden_layers - 1, "hidden")]
+    with torch.no_grad():
+        together, alone = model._read_taps(noised, 141, taps), model._read_taps(noised[1:2], 141, taps)
+    for tap in taps:
+        torch.testing.assert_close(together[tap][1:2], alone[tap], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_two_threads_read_as_one_does(load, name):
+    model = load(name)
+    every = [[(0, "query")], [(1, "hidden")], [(2, "normed"), (0, "value")], [(-1, "hidden"), (1, "attention")]]
+    noised = [noised_of(model, seed=seed) for seed in range(4)]
+    expected = [model._read_taps(*each) for each in zip(noised, [5, 141, 300, 999], every, strict=True)]
+    wrong = []
+
+    @torch.no_grad()
+    def read(which):
+        for _ in range(5):
+            found = model._read_taps(noised[which], [5, 141, 300, 999][which], every[which])
+            wrong.extend(tap for tap in every[which] if not torch.equal(found[tap], expected[which][tap]))
+
+    threads = [threading.Thread(target=read, args=(which,)) for which in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_tables_are_there_after_a_build_without_data(load, name):
+    model = load(name)
+    config = ASelectConfig(**model.config.to_dict())
+    whole = build_denoiser(config)
+    whole.load_state_dict(model.denoiser.state_dict())
+    tensors = {key: value for key, value in whole.named_buffers() if not key.startswith("prompt")}
+    found = dict(model.denoiser.named_buffers())
+    for key, value in tensors.items():
+        assert torch.equal(found[key], value), key
+    noised = noised_of(model)
+    with torch.no_grad():
+        assert torch.equal(whole.eval()(noised, 141, 2, "hidden"), model.denoiser(noised, 141, 2, "hidden"))
+        half = load(name, dtype=torch.bfloat16).float()
+        close = half.denoiser(noised, 141, 2, "hidden") - model.denoiser(noised, 141, 2, "hidden")
+    assert float(close.norm() / model.denoiser(noised, 141, 2, "hidden").norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_timesteps_are_not_rounded_in_half_precision(load, name):
+    """In bfloat16, 998 and 999 are both 1000."""
+    model = load(name, dtype=torch.bfloat16)
+    noised = noised_of(model).bfloat16()
+    with torch.no_grad():
+        tokens = [model.denoiser(noised, timestep, 1, "hidden") for timestep in (998, 999, 1000)]
+        exact = [model.float().denoiser(noised.float(), timestep, 1, "hidden") for timestep in (998, 999, 1000)]
+    assert not torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[1], tokens[2])
+    for half, whole in zip(tokens, exact, strict=True):
+        assert float((half.float() - whole).norm() / whole.norm()) < 0.05
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_family_is_compiled_and_exported(load, name):
+    model = load(name)
+    taps = [(0, "hidden"), (1, "query")]
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, noised):
+            return tuple(model._read_taps(noised, 141, taps).values())
+
+    noised, reader = noised_of(model), Reader().eval()
+    with torch.no_grad():
+        expected = reader(noised)
+        compiled = torch.compile(reader, backend="aot_eager", fullgraph=True)(noised)
+        exported = torch.export.export(reader, (noised,), strict=False)
+        for found in (compiled, exported.module()(noised)):
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        # The blocks after the tap are in neither.
+        everything = torch.export.export(Deep(model, model.config.num_hidden_layers - 1), (noised,), strict=False)
+    assert len(exported.graph.nodes) < len(everything.graph.nodes)
+    assert len(model.denoiser.blocks) == model.config.num_hidden_layers
+
+
+class Deep(torch.nn.Module):
+    """Reads the output of a block."""
+
+    def __init__(self, model, block):
+        super().__init__()
+        self.model, self.block = model, block
+
+    def forward(self, noised):
+        return self.model._read_taps(noised, 141, [(self.block, "hidden")])[self.block, "hidden"]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_an_offloaded_model_reads_as_one_in_memory(load, name):
+    from accelerate import cpu_offload
+
+    model, other = load(name), load(name)
+    cpu_offload(other.denoiser, execution_device=torch.device("cpu"))
+    noised = noised_of(model)
+    taps = [(1, "query"), (2, "hidden")]
+    with torch.no_grad():
+        expected, found = model._read_taps(noised, 141, taps), other.denoiser.read_taps(noised, 141, taps)
+        again = other.denoiser.read_taps(noised, 141, taps)
+    for tap in taps:
+        assert torch.equal(found[tap], expected[tap]) and torch.equal(again[tap], expected[tap])
+    assert all(parameter.is_meta for parameter in other.denoiser.transformer.parameters())
+
+
+def test_a_copy_and_a_pickle_read_as_the_model_does(load):
+    model = load("z_image")
+    noised = noised_of(model)
+    with torch.no_grad():
+        expected = model.denoiser(noised, 141, 1, "query")
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other.denoiser(noised, 141, 1, "query"), expected)
+            assert other.denoiser.family is model.denoiser.family
+
+
+def test_a_described_family_is_not_folded(load):
+    with pytest.raises(ValueError, match="A ZImageTransformer2DModel cannot be folded"):
+        load("z_image").fold()
+
+
+def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp_path):
+    family = shown_family(registry)
+    transformer = build_transformer()
+    ours = DiTDenoiser(transformer).eval()
+    config = {**transformer.config, "_class_name": family.name}
+    model = DiTForImageClassification(ASelectConfig(transformer=config, timestep=141, num_labels=2)).eval()
+    shown = model.backbone.denoiser
+    shown.load_state_dict(ours.state_dict())
+    noised, timesteps = torch.randn(2, 3, 8, 8), torch.full((2,), 141)
+    with torch.no_grad():
+        for block, feature in TAPS:
+            assert torch.equal(shown(noised, timesteps, block, feature), ours(noised, timesteps, block, feature))
+        labels = torch.tensor([0, 1])
+        expected = predict(ours, noised, timesteps, labels)
+        torch.testing.assert_close(predict(shown, noised, timesteps, labels), expected)
+    # Saved with its description's name alone.
+    model.save_pretrained(tmp_path)
+    pixels = torch.rand(1, 3, 8, 8)
+    again = DiTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(pixels).logits, model(pixels).logits)
+    del registry[family.name]
+    with pytest.raises((ValueError, StrictDataclassError), match=r"'PlainTransformer2DModel'.*register_family"):
+        DiTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_what_is_no_description_is_not_registered(registry):
+    family = shown_family(registry)
+    with pytest.raises(ValueError, match="must be a `TransformerFamily`"):
+        register_family("DiTTransformer2DModel")
+    with pytest.raises(ValueError, match="with functions as `call` and `layout`"):
+        register_family(TransformerFamily("Another", (), transformer_layout))
+    for name in ("DiTTransformer2DModel", "ZImageTransformer2DModel"):
+        with pytest.raises(ValueError, match=f"{name} is a family of the package"):
+            register_family(TransformerFamily(name, family.sizes, family.layout, family.call))
+
+
+def test_a_registered_family_without_an_encoder_needs_the_prompt(registry, tmp_path):
+    qwen = FAMILIES["QwenImageTransformer2DModel"]
+    GENERIC_PIPELINES["qwen_image"]().save_pretrained(tmp_path)
+    kind = type("OwnTransformer2DModel", (type(GENERIC_PIPELINES["qwen_image"]().transformer),), {})
+    register_family(
+        TransformerFamily(
+            "OwnTransformer2DModel",
+            qwen.sizes,
+            qwen.layout,
+            qwen.call,
+            qwen.blocks,
+            prompt_fields=qwen.prompt_fields,
+            patch_embedding="img_in",
+            transformer_class=kind,
+        )
+    )
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"QwenImageTransformer2DModel"', '"OwnTransformer2DModel"'))
+    with pytest.raises(ValueError, match="OwnTransformer2DModel does not say which pipeline"):
+        DiTModel.from_pretrained(tmp_path, timestep=5, image_size=64)
+    model = DiTModel.from_pretrained(
+        tmp_path, timestep=5, image_size=64, prompt_embeds={"prompt_embeds": torch.randn(1, 3, 32)}
+    )
+    assert model.denoiser.prompt_embeds.shape == (1, 3, 32)
+    assert model(torch.rand(1, 3, 64, 64)).last_hidden_state.shape == (1, 16, 32)

@@ -1,0 +1,39 @@
+"""One English: the terms of transformers and diffusers, in README, guides and pages for contributors."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDES = [ROOT / "examples" / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "tests/README.md")]
+TEXTS = [*PAGES, *GUIDES]
+# What is said in place of each.
+RETIRED = {
+    r"pictures?": "image",
+    r"the host('s)?": "transformers, diffusers, Trainer, the Hub",
+    r"chosen|chooses": "selected",
+    r"(one|some|those|checkpoints?) of ours": "an hf_aselect checkpoint",
+    r"is refused|are refused": "is rejected",
+    r"a stranger": "a user without the package",
+    r"anew": "again",
+    r"so many": "at most N, as many as",
+    r"from (0|1|2) on": "at least N",
+    r"of no account": "ignored",
+    r"goes on with": "resumes",
+    r"learnt": "learned",
+}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_retired_words_are_not_used(path):
+    # Names in code are a contract of their own.
+    text = re.sub(r"^```.*?^```|`[^`]*`", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for word, instead in RETIRED.items():
+        found = re.search(rf".*\b(?:{word})\b.*", text, re.IGNORECASE)
+        assert found is None, f"say {instead!r}: {found[0].strip()}"
+
+
+def test_contributing_is_read_in_a_few_minutes():
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 200
