@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import MAX_LAYERS, MAX_SIZE, TransformerLayout
+from .layouts import MAX_LAYERS, MAX_SIZE, TransformerLayout, hint_of
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def family_of(name: Any) -> TransformerFamily:
         raise ValueError(
             f"Unsupported transformer {name!r}; supported are {', '.join(FAMILIES)}. Another class can be "
             "described: before a checkpoint of it is loaded, call `hf_aselect.register_family` with a "
-            "`TransformerFamily` that says how it is called and where its blocks are."
+            f"`TransformerFamily` that says how it is called and where its blocks are.{hint_of(name)}"
         )
     return FAMILIES[name]
 
@@ -217,8 +217,8 @@ def layout_of(transformer: Mapping[str, Any]) -> TransformerLayout:
     family = family_of(transformer.get("_class_name"))
     if missing := [size for size in family.sizes if transformer.get(size) is None]:
         raise ValueError(
-            f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
-            "(`dict(transformer.config)`)."
+            f"`transformer` lacks {', '.join(missing)}: give the transformer itself, or the whole configuration that "
+            "diffusers saved."
         )
     if "axes_lens" in family.sizes:
         lengths = transformer["axes_lens"]
