@@ -365,8 +365,9 @@ class ShareableModel(TokenReader):
                     return [path.name for path in unfinished.iterdir()]
         finally:
             config.selection = record
-            vars(config).update({"auto_map": kept} if kept else {})
-            vars(config).pop("_code_folder", None)
+            for name in ("auto_map", "_code_folder"):
+                vars(config).pop(name, None)
+            vars(config).update({} if kept is None else {"auto_map": kept})
 
     def push_to_hub(  # type: ignore[override]
         self,
