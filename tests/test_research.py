@@ -141,6 +141,18 @@ def test_published_sizes_are_read_off_the_tensors(size, patch):
     assert {f"denoiser.transformer.{key}" for key in mapped} == expected.keys()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folded_it_reads_alike(layout, tmp_path, noised):
+    convert(save(weights_of(), tmp_path / "weights.pt"), tmp_path / "out", layout=layout)
+    model = DiTModel.from_pretrained(tmp_path / "out", timestep=300, block=2, feature="hidden")
+    folded = model.fold()
+    assert folded.config.folding.mlp_norm_eps == 1e-6
+    with torch.no_grad():
+        expected, _ = reference(weights_of(), noised, TIMES[layout][2].expand(4), torch.full((4,), CLASSES))
+        found = folded.denoiser.read_taps(noised, 300, [(2, "hidden")])[2, "hidden"]
+    torch.testing.assert_close(found, expected[2], rtol=1e-4, atol=1e-4)
+
+
 def test_averaged_weights_are_taken_and_the_rest_of_a_training_is_left(tmp_path, noised):
     ema, other = weights_of(seed=1), weights_of(seed=2)
     training = {"model": other, "ema": ema, "opt": {"state": {0: {"step": torch.tensor(3.0)}}}, "steps": 7}
@@ -243,7 +255,9 @@ def test_a_vae_is_taken_from_a_folder_or_a_pipeline(pickled, tmp_path, vae_folde
 @pytest.mark.parametrize("source", ["file", "port"])
 def test_whose_weights_they_are_is_asked_for(source, pickled, tmp_path):
     path = pickled if source == "file" else port(tmp_path / "in" / "port")
-    words = r"do not tell whose they are. Pass `layout=` \(`--layout`\): 'dit': .*; 'sit': .*; 'repa': "
+    words = (
+        r"do not tell whose they are. Pass `layout=` \(`hf-aselect convert --layout`\): 'dit': .*; 'sit': .*; 'repa': "
+    )
     with pytest.raises(ValueError, match=words):
         convert(path, tmp_path / "out", layout=None)
     if source == "port":
@@ -519,7 +533,7 @@ def test_the_command_writes_a_timestep_of_any_source(latent_folder, tmp_path, gi
     ("words", "complaint"),
     [
         (["--layout", "sit"], "is a pickle"),
-        (["--allow-pickle"], "Pass `layout=` (`--layout`)"),
+        (["--allow-pickle"], "Pass `layout=` (`hf-aselect convert --layout`)"),
         (["--layout", "sit", "--allow-pickle", "--without", "text_encoder"], "`--without` is for text encoders"),
         (["--layout", "sit", "--allow-pickle", "--timestep", "auto"], "`--timestep auto` needs `--images`"),
     ],

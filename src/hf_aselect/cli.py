@@ -568,8 +568,8 @@ def _add_convert(commands: Any) -> None:
     research = convert.add_argument_group("research weights")
     research.add_argument(
         "--layout",
-        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SRA); with --images it is "
-        "checked",
+        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); with --images "
+        "it is checked",
     )
     research.add_argument("--vae", metavar="DIR|HUB_ID", help="their VAE (default: none; the model takes latents)")
     research.add_argument(

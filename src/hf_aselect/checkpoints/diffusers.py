@@ -112,6 +112,7 @@ def load_diffusers(
     vae_folder = folder / "vae" if not is_bare and (folder / "vae").is_dir() else None
     if (weights := research_in(transformer_folder, variant)) is not None:
         check_parts(folder, ("scheduler", "vae"))
+        _check_no_prompt("DiTTransformer2DModel", prompt_embeds, names_of(without))
         beside = folder / "vae" if (folder / "vae").is_dir() else None
         return load_research(weights, beside, scheduler_beside(folder), layout, num_attention_heads, variant, fields)
     if layout is not None or num_attention_heads is not None:
