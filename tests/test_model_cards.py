@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import example
+from generic_pipelines import chroma, flux2, longcat, prx, wan
 from PIL import Image as PILImage
 from pipelines import ResearchPort, dit, flux_dev, kl, lumina2, pixart_sigma, sana, sd3
 
@@ -217,6 +218,11 @@ SOURCES = {
     "flux-1": ("black-forest-labs/FLUX.1-dev", flux_dev),
     "sana": ("Efficient-Large-Model/Sana_1600M_512px_diffusers", sana),
     "lumina-image-2": ("Alpha-VLLM/Lumina-Image-2.0", lumina2),
+    "flux-2": ("black-forest-labs/FLUX.2-klein-base-4B", flux2),
+    "chroma": ("lodestones/Chroma1-HD", chroma),
+    "longcat-image": ("meituan-longcat/LongCat-Image", longcat),
+    "prx": ("Photoroom/prx-512-t2i-sft", prx),
+    "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", wan),
 }
 
 
@@ -233,7 +239,7 @@ def test_the_code_of_a_sources_card_runs(name, tmp_path, pictures):
     assert source in code
     # The stand-in is smaller than the source, and so are its pictures.
     code = code.replace(source, str(tmp_path / "source")).replace("image_size=512", "image_size=64")
-    scope = {"pictures": pictures}
+    scope = {"pictures": pictures, "images": pictures}
     exec(compile(code, name, "exec"), scope)
     model = scope["model"]
     assert isinstance(model, DiTForImageClassification)
@@ -273,7 +279,9 @@ def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
     for name in SOURCES:
         (tmp_path / name).mkdir()
         # The figures are put in anew, whatever stands there.
-        text = re.sub(r"(<!-- reading_cost: .*? -->\n).*?(<!-- end -->)", r"\1stale\n\2", card(name), flags=re.DOTALL)
+        text = re.sub(
+            r"(<!-- reading_(?:cost|size): .*? -->\n).*?(<!-- end -->)", r"\1stale\n\2", card(name), flags=re.DOTALL
+        )
         (tmp_path / name / "README.md").write_text(text, encoding="utf-8")
     script = ROOT / "examples" / "benchmarks" / "reading_cost.py"
     figures = cards / "reading_cost.json"
