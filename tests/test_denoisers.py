@@ -242,7 +242,7 @@ def test_what_is_called_unused_gets_no_gradient_and_all_else_does(loaded, name):
     model = loaded(name)
     transformer = model.denoiser.transformer
     noised = torch.randn(2, model.denoiser.num_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    for block, feature in all_taps(model.config):
+    for block, feature in [(-1, "hidden"), *all_taps(model.config)]:
         for parameter in transformer.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
