@@ -102,6 +102,9 @@ _OF_TRANSFORMERS = {
     *("_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map"),
     *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config"),
     *("quantization_config", "stage_names", "tie_word_embeddings", "torch_dtype", "use_cache"),
+    # Of transformers 4.
+    *("add_cross_attention", "cross_attention_hidden_size", "is_decoder", "prefix", "pruned_heads"),
+    *("task_specific_params", "tie_encoder_decoder", "torchscript", "use_bfloat16"),
 }
 # Keywords of transformers' scripts that no configuration reads: `i2label` is how one of them spells `id2label`.
 _OF_SCRIPTS = {"finetuning_task", "i2label"}
