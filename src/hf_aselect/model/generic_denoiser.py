@@ -122,6 +122,9 @@ class GenericDenoiser(Denoiser):
         rebuild: Builds the same transformer once more, with new weights: for tables that checkpoints do not hold, and
             that are lost where it was built without data.
         options: Of all families, see `Denoiser`.
+
+    Raises:
+        ValueError: If the description names a module that the transformer does not have.
     """
 
     def __init__(
@@ -134,7 +137,7 @@ class GenericDenoiser(Denoiser):
     ) -> None:
         self.family = family
         self.prompt_fields = family.prompt_fields  # type: ignore[misc, assignment]
-        self.patch_embedding_name = family.patch_embedding  # type: ignore[misc]
+        _check_names(transformer, family)
         super().__init__(transformer, *args, **options)
         # Of buffers, by name: loading empties them after this.
         self._tables: dict[nn.Module, dict[str, Tensor]] = {}
@@ -153,6 +156,12 @@ class GenericDenoiser(Denoiser):
             attention.register_forward_pre_hook(_Hook((index, "normed")), with_kwargs=True)
             attention.register_forward_hook(_Hook((index, "attention")), with_kwargs=True)
             block.register_forward_hook(_Hook((index, "hidden"), part.hidden), with_kwargs=True)
+
+    @property
+    def patch_embedding(self) -> nn.Module:
+        """The module that makes tokens of noised latents."""
+        module: nn.Module = self.transformer.get_submodule(self.family.patch_embedding)
+        return module
 
     def _parts(self) -> list[Any]:
         """Return of each block which list it is in."""
@@ -197,8 +206,9 @@ class GenericDenoiser(Denoiser):
         """Return whether a call may not be ended by an exception: what waits for its end would wait for ever."""
         # Modules are followed in and out.
         is_traced = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        # accelerate puts weights back that it fetched.
-        return is_traced or next(self.blocks[last].parameters()).is_meta
+        # accelerate and diffusers put weights back that they fetched.
+        block = self.blocks[max(last, 0)]
+        return is_traced or hasattr(block, "_diffusers_hook") or next(block.parameters()).is_meta
 
     def _read_sharded(self, inputs: Inputs, taps: Sequence[Tap], last: int) -> dict[Tap, Tensor]:
         """Return the tokens at several taps where FSDP gathers a block's weights while it is called.
@@ -352,6 +362,27 @@ class _WeightsWithoutData(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch."""
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def _check_names(transformer: Any, family: TransformerFamily) -> None:
+    """Refuse a description that names a module which the transformer does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    names = [family.patch_embedding, *family.timestep_modules, *(part.path for part in family.blocks)]
+    modules = {name for name, _ in transformer.named_modules()}
+    for part in family.blocks:
+        attention = f"{part.path}.0.{part.attention}"
+        projections = () if callable(part.projections) else part.projections
+        # A list may be empty.
+        if f"{part.path}.0" in modules:
+            names += [attention, *(f"{attention}.{name}" for name in projections)]
+    if missing := [name for name in names if name not in modules]:
+        raise ValueError(
+            f"The description of {family.name} names {', '.join(missing)}, and the transformer has no such module. "
+            f"It has {', '.join(name for name, _ in transformer.named_children())}."
+        )
 
 
 def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:
