@@ -29,6 +29,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from pipelines import VOCABULARY, WIDTH, flux2_vae, gemma, kl, randomized, t5, tokenizer, video_vae
 from transformers import (
@@ -398,7 +399,7 @@ def prediction_of(name, pipe, noised, timestep):
     """What a pipeline's transformer predicts of latents with the empty prompt, in the pipeline's own call of it."""
     size, _, height, width = noised.shape
     scheduler = OneStep()
-    scheduler.timestep = timestep
+    scheduler.timestep = unshifted(timestep, height * width // 4) if name == "cogview4" else timestep
     trained_with, pipe.scheduler = pipe.scheduler, scheduler
     is_packed = hasattr(pipe, "_unpack_latents")
     latents = pipe._pack_latents(noised, size, noised.shape[1], height, width) if is_packed else noised
@@ -418,6 +419,11 @@ def prediction_of(name, pipe, noised, timestep):
         return output.mT.reshape(noised.shape)
     output = pipe._unpack_latents(output, 8 * height, 8 * width, 8) if is_packed else output
     return output.reshape(noised.shape)
+
+
+def unshifted(timestep, num_tokens):
+    """What CogView4's transformer is given at the noise level of a timestep, which is shifted by the image's size."""
+    return 1000 / (1 + calculate_shift(num_tokens) * (1000 / timestep - 1))
 
 
 CALLED_WITH = {

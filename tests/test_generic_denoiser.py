@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import DESCRIBED, example
+from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from generic_pipelines import GENERIC_PIPELINES
 from huggingface_hub.errors import StrictDataclassError
 from pipelines import PIPELINES as HAND_WRITTEN_PIPELINES
@@ -171,6 +173,18 @@ def test_timesteps_are_not_rounded_in_half_precision(load, name):
     assert not torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[1], tokens[2])
     for half, whole in zip(tokens, exact, strict=True):
         assert float((half.float() - whole).norm() / whole.norm()) < 0.05
+
+
+def test_cogview4_is_given_the_timestep_that_its_scheduler_has_for_a_noise_level(load):
+    model, scheduler = load("cogview4"), GENERIC_PIPELINES["cogview4"]().scheduler
+    timesteps = np.linspace(1000, 1, 10).astype(np.int64).astype(np.float32)
+    # As the pipeline does for 48 × 64 tokens.
+    scheduler.set_timesteps(timesteps=timesteps, sigmas=timesteps / 1000, mu=calculate_shift(48 * 64))
+    inputs = model.denoiser._inputs(noised_of(model, 9, 96, 128), 1000 * scheduler.sigmas[1:10])
+    given = model.denoiser.family.call(inputs)["timestep"]
+    torch.testing.assert_close(given, scheduler.timesteps[1:], rtol=1e-5, atol=1e-3)
+    # It is not a little: the noise is twice of what the timestep seems to say.
+    assert float(1000 * scheduler.sigmas[8] / given[7]) > 2
 
 
 def test_a_guidance_is_not_taken_for_the_timestep(tmp_path):

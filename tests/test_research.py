@@ -489,6 +489,7 @@ def trained():
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=1,
+        norm_eps=1e-6,
     )
     denoiser, schedule = DiTDenoiser(transformer, timestep_embedding="repa"), NoiseSchedule.flow_matching()
     optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
@@ -520,6 +521,17 @@ def test_a_layout_that_the_losses_contradict_is_warned_of(trained, said, tmp_pat
     assert min(losses, key=lambda name: losses[name]) == "repa"
     assert (f"The layout was said to be {said!r}" in caplog.text) == (said != "repa")
     assert model.denoiser.timestep_embedding == LAYOUTS[said].timestep_embedding
+
+
+def test_loading_with_images_checks_the_layout(trained, tmp_path, caplog):
+    trained.save_pretrained(tmp_path / "research")
+    images = drawn(8, torch.Generator().manual_seed(3))
+    options = {"timestep": "auto", "calibration_images": images, "scheduler": LAYOUTS["sit"].scheduler}
+    for said, is_warned in (("sit", True), ("repa", False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="hf_aselect"):
+            DiTModel.from_pretrained(tmp_path / "research", timestep_embedding=said, **options)
+        assert ("the weights predict what 4 images were noised with far better as 'repa'" in caplog.text) == is_warned
 
 
 # The command line.

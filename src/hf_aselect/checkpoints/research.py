@@ -60,6 +60,8 @@ LAYOUTS = {
 # Heads of the published sizes S, B, L and XL, by width: the tensors do not tell them.
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _FREQUENCIES = 256
+# Of all norms of the research code; diffusers' default is another before the MLP.
+NORM_EPS = 1e-6
 _ANCHOR = "x_embedder.proj.weight"
 # Their names, and those of diffusers: of the whole, of the embedders that each block has, and of a block.
 _WHOLE = {
@@ -256,8 +258,7 @@ class ResearchWeights:
             "num_embeds_ada_norm": rows - 1,
         }
         self._check_config(sizes, width, rows)
-        # The original norms have 1e-6 everywhere, diffusers' default is another before the MLP.
-        return {"_class_name": "DiTTransformer2DModel", **sizes, "norm_eps": 1e-6}
+        return {"_class_name": "DiTTransformer2DModel", **sizes, "norm_eps": NORM_EPS}
 
     def _heads(self, width: int, given: int | None) -> int:
         said = self.config.get("num_heads", self.config.get("num_attention_heads"))

@@ -326,9 +326,13 @@ def _auraflow_layout(config: Mapping[str, Any]) -> TransformerLayout:
 
 
 def _cogview4_call(inputs: Inputs) -> dict[str, Any]:
-    size = inputs.image_size
+    size, (rows, columns), sigmas = inputs.image_size, inputs.grid(), inputs.sigmas
+    # Its pipeline shifts the noise levels by the image's size and hands the timesteps over as they were before: what
+    # it conditions on at a level is not 1000 times that. The numbers are those of the published scheduler.
+    shift = 0.25 + 0.75 * (rows * columns / 256) ** 0.5
+    timesteps = 1000 * sigmas / (sigmas + shift * (1 - sigmas))
     sizes = {"original_size": size, "target_size": size, "crop_coords": size * 0}
-    given = {"hidden_states": inputs.latents, "timestep": inputs.timesteps, "encoder_hidden_states": inputs.text}
+    given = {"hidden_states": inputs.latents, "timestep": timesteps, "encoder_hidden_states": inputs.text}
     return {**given, **sizes}
 
 

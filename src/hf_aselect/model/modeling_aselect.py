@@ -580,6 +580,8 @@ class ASelectPreTrainedModel(ShareableModel):
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
         model._settle_timestep(calibration_images, info)
+        if is_diffusers and calibration_images is not None:
+            package("checkpoints.layout_check", "Checking a layout").check_layout(model, calibration_images)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
