@@ -4,7 +4,7 @@
 
 Six families are written by hand in the package, as folding needs their parts. Here they are described as well, as a
 user describes a family, and registered under names of their own. Both forms get the same random weights and read the
-same latents, in turns and in one process, so that both see the same machine.
+same latents, in turns and in one process. The time is that of the processor, as other programs may use the machine, too.
 """
 
 import argparse
@@ -174,16 +174,16 @@ def models(name: str) -> list[DiTModel]:
 
 @torch.no_grad()
 def measure(name: str, num_reads: int, side: int) -> dict[str, float]:
-    """Return the median seconds of one read by each form, and their ratio."""
+    """Return the median seconds of one core for one read by each form, and their ratio."""
     by_hand, described = models(name)
     latents = torch.randn(1, by_hand.config.layout.num_channels, side, side)
     seconds = {"by hand": [], "described": []}
     for number in range(num_reads + 1):
         for which, model in (("by hand", by_hand), ("described", described)):
-            start = time.perf_counter()
+            start = time.process_time()
             model.extract_features(latents=latents)  # at the default tap
             if number:
-                seconds[which].append(time.perf_counter() - start)
+                seconds[which].append(time.process_time() - start)
     median = {which: statistics.median(values) for which, values in seconds.items()}
     return {**median, "ratio": median["described"] / median["by hand"]}
 
