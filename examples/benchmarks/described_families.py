@@ -4,7 +4,7 @@
 
 Six families are written by hand in the package, as folding needs their parts. Here they are described as well, as a
 user describes a family, and registered under names of their own. Both forms get the same random weights and read the
-same latents, in turns and in one process. The time is that of the processor, as other programs may use the machine, too.
+same latents, in turns and in one process. The time is that of the processor: other programs may use the machine, too.
 """
 
 import argparse

@@ -113,8 +113,9 @@ def _run(checkpoints: _Checkpoints, forward: Callable[..., Any], *args: Any, **k
 class GenericDenoiser(Denoiser):
     """A transformer of any family that is described, read by hooks on its own call.
 
-    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in `torch.export`,
-    with offloaded weights and where FSDP shards the blocks, the lists of blocks are cut behind the last tap instead.
+    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in `torch.export`
+    and with offloaded weights, the lists of blocks are cut behind the last tap instead. Where FSDP shards the blocks,
+    the call ends after the last of them.
 
     Args:
         transformer: A transformer of the family.
@@ -213,11 +214,12 @@ class GenericDenoiser(Denoiser):
     def _read_sharded(self, inputs: Inputs, taps: Sequence[Tap], last: int) -> dict[Tap, Tensor]:
         """Return the tokens at several taps where FSDP gathers a block's weights while it is called.
 
-        The call must end in good order, and what is read inside of a block must be what a call of it returns.
+        A block's call must end in good order, and what is read inside of it must be what a call of it returns.
         """
         inner = sorted({block for block, feature in taps if feature != "hidden"})
         outer = [tap for tap in taps if tap[1] == "hidden"]
-        with self._cut(last):
+        # After the last block all is read, and FSDP's own hook has run. Some transformers then look into their blocks.
+        with self._cut(last) if is_sharded(self.transformer) else _ended_after(self.blocks[max(last, 0)]):
             found = self._read(
                 self._call(inputs), inputs, [*outer, *((block, "input") for block in inner)], may_stop=False
             )
@@ -349,6 +351,20 @@ class _FirstBlocks(nn.ModuleList):
 
     def __len__(self) -> int:
         return int(self.__dict__.get("_whole", len(self._modules)))
+
+
+@contextmanager
+def _ended_after(block: nn.Module) -> Iterator[None]:
+    """End the transformer's call when a block and all of its hooks are done, while this lasts."""
+
+    def end(*_: Any) -> None:
+        raise _Stop
+
+    handle = block.register_forward_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _WeightsWithoutData(TorchFunctionMode):
