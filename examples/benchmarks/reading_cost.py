@@ -154,15 +154,16 @@ VAE_WAN = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
+# Its fields have the same names.
 VAE_QWEN = {**VAE_WAN, "_class_name": "AutoencoderKLQwenImage"}
 # Sources whose sizes are in their cards, and no time.
 UNTIMED = {
-    "Qwen/Qwen-Image": ("QwenImageTransformer2DModel", {}, VAE_QWEN, {"prompt_embeds": [1, 9, 3584]}, 512),
+    "Qwen/Qwen-Image": ("QwenImageTransformer2DModel", {}, VAE_QWEN, {"prompt_embeds": [1, 5, 3584]}, 512),
     "Tongyi-MAI/Z-Image": (
         "ZImageTransformer2DModel",
         {"axes_lens": [1536, 512, 512]},
         VAE_16,
-        {"prompt_embeds": [1, 9, 2560]},
+        {"prompt_embeds": [1, 8, 2560]},
         512,
     ),
     "fal/AuraFlow-v0.3": (
