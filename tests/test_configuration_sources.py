@@ -27,6 +27,10 @@ OF_TRANSFORMERS = {
     "problem_type": "regression",
     "architectures": ["A"],
     "tie_word_embeddings": False,
+    # Of transformers 4.
+    "pruned_heads": {},
+    "task_specific_params": {"x": 1},
+    "torchscript": False,
 }
 
 

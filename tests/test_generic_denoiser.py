@@ -143,27 +143,6 @@ def test_tables_are_there_after_a_build_without_data(load, name):
     assert float(close.norm() / model.denoiser(noised, 141, 2, "hidden").norm()) < 0.02
 
 
-@pytest.mark.parametrize("source", READING_COST.UNTIMED)
-def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(source):
-    class_name, _, vae, prompt_shapes, _ = READING_COST.UNTIMED[source]
-    transformer = READING_COST.whole_transformer(source)
-    config = ASelectConfig(
-        transformer={**transformer.config, "_class_name": class_name},
-        vae=vae,
-        scheduler=READING_COST.FLOW,
-        prompt_shapes=prompt_shapes,
-        timestep=5,
-    )
-    with torch.device("meta"):
-        denoiser = DiTModel(config).denoiser
-    theirs = {key: value.shape for key, value in transformer.state_dict().items()}
-    assert {key: value.shape for key, value in denoiser.transformer.state_dict().items()} == theirs
-    assert len(denoiser.blocks) == config.num_hidden_layers
-    assert config.hidden_size in {size for each in denoiser.blocks[0].parameters() for size in each.shape}
-    # It reads, without data, so far as a tap.
-    assert 0 < len(denoiser.unused_parameters([(1, "hidden")])) < len(list(denoiser.parameters()))
-
-
 @pytest.mark.parametrize("name", NEW)
 def test_timesteps_are_not_rounded_in_half_precision(load, name):
     """In bfloat16, 998 and 999 are both 1000."""
@@ -407,3 +386,47 @@ def test_a_described_family_equals_the_one_that_is_written_by_hand_to_the_bit(na
         if tap in taps and name != "lumina2":
             unused = [{id(each) for each in denoiser.unused_parameters([tap])} for denoiser in (ours, shown)]
             assert unused[0] == unused[1], tap
+
+
+# Of published checkpoints, whose sizes are those of copies of their `transformer/config.json` in public code.
+MILLIONS = {
+    "Qwen/Qwen-Image": 20430.4,
+    "Tongyi-MAI/Z-Image": 6154.9,
+    "fal/AuraFlow-v0.3": 6858.6,
+    "zai-org/CogView4-6B": 6369.1,
+    "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": 1500.0,
+    "Alpha-VLLM/Lumina-Next-SFT-diffusers": 1754.9,
+    "black-forest-labs/FLUX.2-klein-base-4B": 3875.5,
+    "lodestones/Chroma1-HD": 8900.0,
+    "meituan-longcat/LongCat-Image": 6270.7,
+    "Photoroom/prx-512-t2i-sft": 1170.7,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1419.0,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14288.5,
+}
+
+
+@pytest.mark.parametrize("name", READING_COST.UNTIMED)
+def test_a_published_checkpoint_would_fit_by_names_and_shapes(name):
+    kind, _, vae, prompt_shapes, _ = READING_COST.UNTIMED[name]
+    transformer, family = READING_COST.whole_transformer(name), FAMILIES[kind]
+    config = {**transformer.config, "_class_name": kind}
+    fields = {"vae": vae, "scheduler": READING_COST.FLOW, "prompt_shapes": prompt_shapes, "timestep": 5}
+    with torch.device("meta"):
+        model = DiTModel(ASelectConfig(transformer=config, **fields))
+    theirs = {f"denoiser.transformer.{key}": value.shape for key, value in transformer.state_dict().items()}
+    assert theirs == {
+        key: value.shape for key, value in model.state_dict().items() if key.startswith("denoiser.transformer.")
+    }
+    layout = layout_of(config)
+    assert len(model.denoiser.blocks) == layout.num_layers
+    assert layout.hidden_size % layout.num_attention_heads == 0
+    attention = model.denoiser.blocks[0].get_submodule(family.blocks[0].attention)
+    if callable(family.blocks[0].projections):
+        assert layout.hidden_size == layout.key_value_size == attention.inner_dim
+    else:
+        query, key, _ = map(attention.get_submodule, family.blocks[0].projections)
+        assert (query.in_features, key.out_features) == (layout.hidden_size, layout.key_value_size)
+    # It reads, without data, as far as a tap.
+    assert 0 < len(model.denoiser.unused_parameters([(1, "hidden")])) < len(list(model.denoiser.parameters()))
+    found = sum(parameter.numel() for parameter in transformer.parameters()) / 1e6
+    assert found == pytest.approx(MILLIONS[name], abs=0.1)
