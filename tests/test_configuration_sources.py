@@ -316,6 +316,13 @@ def test_a_misspelt_argument_of_forward_is_refused(classifier, pixels, name):
     assert classifier(pixels, num_items_in_batch=7, interpolate_pos_encoding=True, return_loss=True).loss is None
 
 
+def test_further_arguments_of_forward_break_no_graph(classifier, pixels):
+    compiled = torch.compile(classifier.eval(), fullgraph=True, backend="eager")
+    labels = torch.zeros(7).long()
+    found = compiled(pixels, labels=labels, num_items_in_batch=7)
+    torch.testing.assert_close(found.loss, classifier(pixels, labels=labels).loss)
+
+
 @pytest.mark.parametrize("given", [{"use_temp_dir": True}, {"safe_serialization": True}, {"tags": None}])
 def test_keywords_of_transformers_are_taken_by_a_push(classifier, monkeypatch, given):
     pushed = {}

@@ -866,7 +866,7 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
-    for name in kwargs:
+    for name in () if torch.compiler.is_compiling() else kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
             raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
 
