@@ -864,6 +864,11 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "`output_attentions=True` asks for attention weights, which are never returned: most kernels do not make "
+            "them. Leave it out; what attention yields is read with `feature='attention'`."
+        )
     for name in kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
             raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
