@@ -26,8 +26,15 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hf_aselect import DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
+from hf_aselect import (
+    DiTBackbone,
+    DiTForImageClassification,
+    DiTForSemanticSegmentation,
+    DiTModel,
+    select_timestep,
+)
 from hf_aselect.model import noise_schedule
+from hf_aselect.selection.apply import apply_selection
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks by its old name
@@ -379,3 +386,17 @@ def test_a_call_does_not_make_a_model_another_one(saved):
     before = pickle.dumps(model)
     model(torch.zeros(1, 3, 24, 16))
     assert pickle.dumps(model) == before
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_another_tap_trains_what_was_trained(saved, is_adapted):
+    """A sibling: under adapters peft froze the backbone, and a selection at another tap leaves it so."""
+    model = by_class(saved[False], None)
+    trained = peft.get_peft_model(model, lora()) if is_adapted else model
+    selection = select_timestep(model, images_of(model, num=8), timesteps=[50, 500], block=1, feature="hidden")
+    apply_selection(trained, selection)
+    blocks = {block: set() for block in range(3)}
+    for name, value in model.backbone.named_parameters():
+        if "transformer_blocks." in name and "lora_" not in name:
+            blocks[int(name.split("transformer_blocks.")[1][0])].add(value.requires_grad)
+    assert blocks == {0: {not is_adapted}, 1: {not is_adapted}, 2: {False}}
