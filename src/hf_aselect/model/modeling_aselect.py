@@ -45,7 +45,7 @@ from .configuration_aselect import (
     refuse_unknown_keywords,
     without_code,
 )
-from .denoiser import grid_of, placement, with_own_weights, zero_channels
+from .denoiser import as_if_called, grid_of, placement, with_own_weights, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
     SAVED_NAMES,
@@ -63,8 +63,8 @@ from .vae import encode_images
 
 logger = logging.getLogger(__name__)
 
-# Layers that LoRA is put on: queries and values, which a folded model has in one.
-LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp")
+# Layers that LoRA is put on: queries and values, which folded models, PRX and FLUX.2's last blocks have in one.
+LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp", "img_qkv_proj", "to_qkv_mlp_proj")
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
@@ -139,7 +139,9 @@ class TokenReader(PreTrainedModel):
         vae_device, vae_dtype = placement(vae)
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
         with torch.autocast(vae_device.type, enabled=False):
-            latents = encode_images(vae, pixel_values.to(vae_device, vae_dtype))
+            encode = partial(encode_images, vae, pixel_values.to(vae_device, vae_dtype))
+            # FLUX.2's statistics hang on a module that is not called.
+            latents = as_if_called(vae.bn, encode) if hasattr(vae, "bn") else encode()
         return latents.to(self.device, dtype)
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
