@@ -295,6 +295,21 @@ def _count(calls, number, *_):
     calls[number] += 1
 
 
+@pytest.mark.parametrize("timestep", [50, [50, 300]])
+def test_a_folded_backbone_is_frozen_and_checkpointed(pixel_folder, timestep):
+    """A sibling: its blocks have weights that hang on no layer, and are what transformers checkpoints."""
+    model = a_classifier(pixel_folder, timestep=timestep, block=2, feature="hidden").fold()
+    assert not any(value.requires_grad for value in model.backbone.parameters())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=model.lora_targets(), lora_dropout=0.5))
+    model.activation_checkpointing_enable()
+    adapted.train()
+    blocks = model.backbone.denoiser.blocks
+    assert all(block.training for block in blocks) and not any(
+        part.training for block in blocks for part in block.modules() if isinstance(part, nn.LayerNorm)
+    )
+    assert all(part.training for part in model.backbone.denoiser.modules() if isinstance(part, nn.Dropout))
+
+
 def test_a_copy_has_the_modes_of_its_model(saved):
     """A sibling: what is its own is known in a copy, too."""
     model = copy.deepcopy(by_class(saved[True], None)).train()
@@ -352,7 +367,8 @@ def test_layers_are_named_by_their_ends_and_found_under_other_models(saved, tmp_
 
 def a_classifier(folder, **options):
     torch.manual_seed(0)
-    return DiTForImageClassification.from_pretrained(folder, timestep=50, head="linear", num_labels=4, **options)
+    given = {"timestep": 50, "head": "linear", "num_labels": 4, **options}
+    return DiTForImageClassification.from_pretrained(folder, **given)
 
 
 def a_segmenter(folder):

@@ -914,10 +914,9 @@ class DiTModel(ASelectPreTrainedModel):
         height, width = (side // config.vae_scale_factor for side in config.image_height_width)
         for draw in range(config.num_noise_draws):
             self.noise((config.layout.num_channels, height, width), draw)
-        # What is frozen, or in eval mode, with the model. What others put in later is theirs. transformers checkpoints
-        # what is in train mode.
+        # What is frozen, or in eval mode, with the model. What others put in later is theirs.
         self._own_modules = {
-            part: [each for each in module.modules() if not isinstance(each, GradientCheckpointingLayer)]
+            part: list(module.modules())
             for part, module in (("denoiser", self.denoiser), ("vae", self.vae))
             if module is not None
         }
@@ -964,7 +963,8 @@ class DiTModel(ASelectPreTrainedModel):
     def freeze(self) -> None:
         """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the last tap."""
         for module in self._frozen_modules():
-            module.training = False
+            # transformers checkpoints what is in train mode.
+            module.training = module.training and isinstance(module, GradientCheckpointingLayer)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         if not self.config.freeze_backbone:
@@ -998,7 +998,7 @@ class DiTModel(ASelectPreTrainedModel):
         """Set train mode, except for what is frozen: it stays as it is used later. What others put in is theirs."""
         super().train(mode)
         for module in self._frozen_modules():
-            module.training = False
+            module.training = module.training and isinstance(module, GradientCheckpointingLayer)
         return self
 
     @can_return_tuple  # type: ignore[untyped-decorator]
