@@ -136,8 +136,8 @@ def hooked(name, pipe, noised, taps):
             if is_input:
                 value = inputs[0] if inputs else keywords["hidden_states"]
             elif isinstance(output, tuple):
-                # A block of two streams gives the text first, an attention the picture.
-                value = output[1] if key[1] == "hidden" else output[0]
+                # A block of two streams gives the text first, but for CogView's, and an attention the image.
+                value = output[1] if key[1] == "hidden" and name != "cogview4" else output[0]
             seen[key] = value[:, image] if third is None else value[:, image, third]
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))

@@ -175,6 +175,25 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
     assert torch.equal(written["denoiser.transformer.proj_out_2.weight"], weights["final_layer.linear.weight"])
 
 
+@pytest.mark.parametrize(
+    ("layout", "outputs", "extra", "sign"),
+    [
+        ("repa", 2 * CHANNELS, {}, "outputs for a variance, as DiT and SiT"),
+        ("sit", CHANNELS, {"projectors.0.0.bias": torch.zeros(3)}, "`projectors`, which REPA's code trains"),
+        ("repa", CHANNELS, {"projectors.0.0.bias": torch.zeros(3)}, None),
+        ("sit", 2 * CHANNELS, {}, None),
+        ("dit", CHANNELS, {"ap_head.linear1.bias": torch.zeros(3)}, None),
+    ],
+)
+def test_tensors_that_speak_against_the_layout_are_told_of(tmp_path, caplog, layout, outputs, extra, sign):
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        path = save(weights_of(outputs=outputs) | extra, tmp_path / "weights.safetensors")
+        convert(path, tmp_path / "out", layout=layout)
+    said = f"is said to be of layout {layout!r}, but has {sign}. Check the layout."
+    assert (said in caplog.text) == (sign is not None)
+    assert ("Check the layout" in caplog.text) == (sign is not None)
+
+
 @pytest.mark.parametrize("head", ["projectors.0.0", "ap_head.linear1"])
 def test_heads_of_an_alignment_are_dropped_with_a_line(tmp_path, caplog, head):
     weights = weights_of() | {f"{head}.{kind}": torch.zeros(3, 3) for kind in ("weight", "bias")}
@@ -489,6 +508,7 @@ def trained():
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=1,
+        norm_eps=1e-6,
     )
     denoiser, schedule = DiTDenoiser(transformer, timestep_embedding="repa"), NoiseSchedule.flow_matching()
     optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
@@ -520,6 +540,17 @@ def test_a_layout_that_the_losses_contradict_is_warned_of(trained, said, tmp_pat
     assert min(losses, key=lambda name: losses[name]) == "repa"
     assert (f"The layout was said to be {said!r}" in caplog.text) == (said != "repa")
     assert model.denoiser.timestep_embedding == LAYOUTS[said].timestep_embedding
+
+
+def test_loading_with_images_checks_the_layout(trained, tmp_path, caplog):
+    trained.save_pretrained(tmp_path / "research")
+    images = drawn(8, torch.Generator().manual_seed(3))
+    options = {"timestep": "auto", "calibration_images": images, "scheduler": LAYOUTS["sit"].scheduler}
+    for said, is_warned in (("sit", True), ("repa", False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="hf_aselect"):
+            DiTModel.from_pretrained(tmp_path / "research", timestep_embedding=said, **options)
+        assert ("the weights predict what 4 images were noised with far better as 'repa'" in caplog.text) == is_warned
 
 
 # The command line.

@@ -117,9 +117,11 @@ _OF_FILE = "_keys_of_file"
 def _plain_on_assignment(kind: Any) -> Any:
     """Let values of numpy and torch, tuples and objects of diffusers be taken by each field of a configuration."""
     assign = kind.__setattr__
+    numbers = {name for name, field in kind.__annotations__.items() if field is float}
 
     def assign_plain(self: Any, name: str, value: Any) -> None:
-        assign(self, name, record_of(value) if name in PARTS else plain(value))
+        value = record_of(value) if name in PARTS else plain(value)
+        assign(self, name, float(value) if name in numbers and type(value) is int else value)
 
     kind.__setattr__ = assign_plain
     return kind

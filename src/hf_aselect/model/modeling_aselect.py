@@ -582,6 +582,8 @@ class ASelectPreTrainedModel(ShareableModel):
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
         model._settle_timestep(calibration_images, info)
+        if is_diffusers and calibration_images is not None:
+            package("checkpoints.layout_check", "Checking a layout").check_layout(model, calibration_images)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
@@ -933,11 +935,6 @@ class DiTModel(ASelectPreTrainedModel):
         if vae is not None:
             vae._apply(without_rounding(fn))
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled, copied and hashed, by `datasets` above all: without the noise of forward passes."""
-        state: dict[str, Any] = super().__getstate__()
-        return state if self.config.folded else {**state, "_noise": {}}
 
     def stages(self, config: ASelectConfig | None = None) -> list[list[ReadOut]]:
         """Return what is concatenated to each of the outputs, of which there is one; as another `config` has it."""

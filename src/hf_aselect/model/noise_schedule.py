@@ -130,9 +130,6 @@ class NoiseSchedule:
             if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
                 wanted = f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers."
                 raise ValueError(f"{wanted} {_OTHER_LENGTH}")
-        if name is None:
-            remedy = "pass `{**scheduler.config, '_class_name': type(scheduler).__name__}` for one made in memory"
-            raise ValueError(f"Unsupported scheduler None: its configuration has no `_class_name`; {remedy}.")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             supported = ", ".join(DDPM_LIKE + FLOW_MATCHING)
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {supported}.{hint_of(name)}")

@@ -24,10 +24,8 @@ def _scaled(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _by_channel(vae: Any, latents: Tensor) -> Tensor:
-    # Plain numbers: nothing is copied to an accelerator, and a compiled graph has constants here. Reciprocals in
-    # float32, as diffusers' pipelines multiply by them.
-    scales = (1 / np.array(vae.config.latents_std, np.float32)).tolist()
-    each = zip(latents.split(1, dim=1), vae.config.latents_mean, scales, strict=True)
+    # Plain numbers: nothing is copied to an accelerator, and a compiled graph has constants here.
+    each = zip(latents.split(1, dim=1), vae.config.latents_mean, vae.latents_scale, strict=True)
     return torch.cat([(channel - mean) * scale for channel, mean, scale in each], dim=1)
 
 
@@ -104,6 +102,11 @@ def check_vae(vae: dict[str, Any] | None) -> None:
         raise ValueError(
             f"`{kind.levels}` of the `vae` must have 1 to {_MAX_LEVELS} entries, one a resolution, got {len(levels)}."
         )
+    if image_channels_of(vae) < 1 or (kind.packing > 1 and vae.get("patch_size") not in (None, [2, 2], (2, 2))):
+        raise ValueError(
+            "`patch_size` of the `vae` must be one that its channels are made of, 2 × 2 in an AutoencoderKLFlux2, "
+            f"got {short(vae.get('patch_size'))}. Save or download the checkpoint again."
+        )
     _check_normalization(vae, kind)
 
 
@@ -113,7 +116,8 @@ def _check_normalization(vae: dict[str, Any], kind: VAEKind) -> None:
         for field in ("latents_mean", "latents_std"):
             values, count = vae[field], vae[kind.latent_channels]
             is_list = isinstance(values, list | tuple) and len(values) == count and all(map(is_finite_number, values))
-            if not is_list or (field == "latents_std" and 0 in values):
+            # In float32 less is nothing.
+            if not is_list or (field == "latents_std" and min(map(abs, values)) < 1e-30):
                 raise ValueError(
                     f"`{field}` of the `vae` must be a list of {count} numbers, one for each channel of the latents, "
                     f"got {short(values)}; finite, and deviations not 0."
@@ -175,6 +179,9 @@ def keep_encoder(vae: Any) -> nn.Module:
         for name in ("running_mean", "running_var"):
             statistics.register_buffer(name, getattr(vae.bn, name))
         vae.bn = statistics
+    if VAE_KINDS[type(vae).__name__].normalize is _by_channel:
+        # Reciprocals in float32, as diffusers' pipelines multiply by them.
+        vae.latents_scale = (1 / np.array(vae.config.latents_std, np.float32)).tolist()
     encoder: nn.Module = vae
     return encoder
 
