@@ -27,6 +27,10 @@ OF_TRANSFORMERS = {
     "problem_type": "regression",
     "architectures": ["A"],
     "tie_word_embeddings": False,
+    # Of transformers 4.
+    "pruned_heads": {},
+    "task_specific_params": {"x": 1},
+    "torchscript": False,
 }
 
 
@@ -310,6 +314,13 @@ def test_a_misspelt_argument_of_forward_is_refused(classifier, pixels, name):
         classifier(pixels, **{name: torch.zeros(7).long()})
     # What transformers and its trainers pass to any model.
     assert classifier(pixels, num_items_in_batch=7, interpolate_pos_encoding=True, return_loss=True).loss is None
+
+
+def test_further_arguments_of_forward_break_no_graph(classifier, pixels):
+    compiled = torch.compile(classifier.eval(), fullgraph=True, backend="eager")
+    labels = torch.zeros(7).long()
+    found = compiled(pixels, labels=labels, num_items_in_batch=7)
+    torch.testing.assert_close(found.loss, classifier(pixels, labels=labels).loss)
 
 
 @pytest.mark.parametrize("given", [{"use_temp_dir": True}, {"safe_serialization": True}, {"tags": None}])

@@ -33,6 +33,7 @@ from .layouts import (
     record_of,
     tap_key,
 )
+from .noise_schedule import count_trained
 from .vae import check_vae, image_channels_of, latent_channels_of, vae_scale_factor_of
 
 logger = logging.get_logger(__name__)
@@ -101,6 +102,9 @@ _OF_TRANSFORMERS = {
     *("_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map"),
     *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config"),
     *("quantization_config", "stage_names", "tie_word_embeddings", "torch_dtype", "use_cache"),
+    # Of transformers 4.
+    *("add_cross_attention", "cross_attention_hidden_size", "is_decoder", "prefix", "pruned_heads"),
+    *("task_specific_params", "tie_encoder_decoder", "torchscript", "use_bfloat16"),
 }
 # Keywords of transformers' scripts that no configuration reads: `i2label` is how one of them spells `id2label`.
 _OF_SCRIPTS = {"finetuning_task", "i2label"}
@@ -608,6 +612,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuse what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
         for _, block, feature in self.read_outs():
             self.check_tap(block, feature)
+        limit = count_trained(self.scheduler) if isinstance(self.scheduler, dict) else NUM_TIMESTEPS
+        if beyond := [each for each in self.timesteps() if isinstance(each, int) and each >= limit]:
+            raise ValueError(
+                f"`timestep` must be below {limit}, got {beyond[0]}: of the pipeline's two transformers the one for "
+                "little noise is read, and it was trained on no others."
+            )
         count, is_open = self.num_timesteps, self.timestep == "auto"
         if count not in (range(1, 1 + NUM_TIMESTEPS) if is_open else (1, len(self.timesteps()))):
             raise ValueError(f"`num_timesteps` must be at least 1, and 1 but for timestep='auto', got {count}.")

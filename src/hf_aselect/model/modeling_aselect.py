@@ -873,7 +873,7 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             "`output_attentions=True` asks for attention weights, which are never returned: most kernels do not make "
             "them. Leave it out; what attention yields is read with `feature='attention'`."
         )
-    for name in kwargs:
+    for name in () if torch.compiler.is_compiling() else kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
             raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
 
