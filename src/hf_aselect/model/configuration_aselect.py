@@ -660,12 +660,20 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Args:
             output_hidden_states: Whether they are; None for what the configuration says.
+
+        Raises:
+            ValueError: If they are asked for by name and the model is folded at other features.
         """
         if not (self.output_hidden_states if output_hidden_states is None else output_hidden_states):
             return []
         folded, timestep = self.folding, self.read_outs()[0][0]
         blocks = range(-1, self.num_hidden_layers)
         kept = [block for block in blocks if folded is None or tap_key(block, "hidden") in folded.taps]
+        if output_hidden_states and not kept:
+            raise ValueError(
+                "`output_hidden_states=True` asks for the blocks' outputs, and this model is folded at "
+                f"{', '.join(folded.taps if folded else ())} alone. Ask the model it was folded from."
+            )
         return [(timestep, block, "hidden") for block in kept]
 
     def check_tap(self, block: int, feature: str) -> None:
