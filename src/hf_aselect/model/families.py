@@ -102,6 +102,11 @@ class TransformerBlocks:
         hidden: Which of a block's outputs has the image, where there are several.
         projections: Names of query, key and value in the attention; or a function that takes the attention and the
             tokens that it reads, (B, N, D), and returns the three, where they are one layer.
+
+    Example:
+        >>> from hf_aselect import TransformerBlocks
+        >>> TransformerBlocks("layers", attention="self_attn").projections
+        ('to_q', 'to_k', 'to_v')
     """
 
     path: str = "transformer_blocks"
@@ -133,6 +138,12 @@ class TransformerFamily:
         encode_prompt: Takes this pipeline and the transformer's configuration, and returns the empty prompt's
             embeddings by name, (1, L, C) or (1, C).
         transformer_class: The class, if it is none of diffusers'. It has diffusers' `ModelMixin` and `ConfigMixin`.
+
+    Example:
+        >>> from hf_aselect import TransformerFamily, transformer_layout
+        >>> sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size")
+        >>> TransformerFamily("MyTransformer2DModel", sizes, transformer_layout).name
+        'MyTransformer2DModel'
     """
 
     name: str
@@ -252,6 +263,12 @@ def transformer_layout(config: Mapping[str, Any], **given: Any) -> TransformerLa
     Args:
         config: diffusers' configuration of it.
         given: Fields of `TransformerLayout`; `needs_prompt` by default true.
+
+    Example:
+        >>> from hf_aselect import transformer_layout
+        >>> sizes = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+        >>> transformer_layout({**sizes, "in_channels": 4, "patch_size": 2, "sample_size": 32}).hidden_size
+        32
     """
     width = given.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
     usual = {

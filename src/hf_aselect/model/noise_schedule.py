@@ -48,7 +48,7 @@ class NoiseSchedule:
         >>> from hf_aselect import NoiseSchedule
         >>> schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "beta_schedule": "linear"})
         >>> schedule.timestep_at(0.0)  # where signal and noise are equal
-        261
+        258
     """
 
     def __init__(
