@@ -347,8 +347,9 @@ class ShareableModel(TokenReader):
                     return [path.name for path in unfinished.iterdir()]
         finally:
             config.selection = record
+            for name in ("_code_folder", "auto_map"):
+                vars(config).pop(name, None)
             vars(config).update({"auto_map": kept} if kept else {})
-            vars(config).pop("_code_folder", None)
 
     def push_to_hub(  # type: ignore[override]
         self,
