@@ -38,6 +38,7 @@ from hf_aselect import (
     TimestepSelection,
     cache_features,
     convert_diffusers,
+    convert_research,
     select_timestep,
 )
 from hf_aselect.cli import main as command_line
@@ -473,14 +474,14 @@ CASES = [
         "configuration",
         "a guidance of NaN",
         configured(guidance=NAN),
-        "`guidance` must be a finite number from 0 on, got nan",
+        "`guidance` must be in .0, 1000000., got nan",
         STRICT,
     ),
     Case(
         "configuration",
         "a loss weight of NaN",
         configured(auxiliary_loss_weight=NAN),
-        "at least 0 and finite, got 512, 256 and nan",
+        "`auxiliary_loss_weight` must be in .0, 1000000., got nan",
         STRICT,
     ),
     Case(
@@ -493,7 +494,7 @@ CASES = [
         "configuration",
         "a problem of no kind",
         configured(problem_type="riddle"),
-        "`problem_type` must be one of regression.*got 'riddle'",
+        "`problem_type` must be None or 'regression'.*got 'riddle'",
         STRICT,
     ),
     Case(
@@ -577,6 +578,12 @@ CASES = [
     ),
     Case(
         "noise schedule",
+        "a time that runs backwards",
+        lambda _: NoiseSchedule.from_config({**FLOW, "invert_sigmas": True}),
+        "`invert_sigmas=True` of the scheduler turns the transformer's time around",
+    ),
+    Case(
+        "noise schedule",
         "noise at timestep -1",
         lambda world: world.model.noise_schedule.add_noise(world.pixels, world.pixels, -1),
         r"integer in \[0, 1000\).*got -1",
@@ -611,8 +618,8 @@ CASES = [
     Case("picture", "an array of None", processed(np.full((8, 8, 3), None)), "got values of object"),
     Case(
         "picture",
-        "16-bit numbers in an array",
-        processed(np.full((8, 8, 3), 60000, np.uint16)),
+        "numbers beyond bytes in an array",
+        processed(np.full((8, 8, 3), 60000, np.int32)),
         r"values in \[0, 255\], got values from 60000 to 60000",
     ),
     Case(
@@ -663,13 +670,13 @@ CASES = [
         processed(torch.ones(3, 8, 8).to_sparse()),
         "got one that is a torch.sparse_coo tensor",
     ),
-    Case("picture", "None", processed(None), "one of PIL, an array or a tensor, got NoneType"),
-    Case("picture", "the name of a file", processed("photo.png"), "got str 'photo.png'. Open files first"),
+    Case("picture", "None", processed(None), "one of PIL, a file, encoded bytes, an array or a tensor, got NoneType"),
+    Case("picture", "the name of no file", processed("photo.png"), "cannot be read .*No such file.*photo.png"),
     Case(
         "picture",
         "an address",
         processed(["https://example.org/photo.png"]),
-        "got str 'https://example.org/photo.png'. Open files first",
+        "cannot be an address, got 'https://example.org/photo.png': nothing is",
     ),
     Case("picture", "an empty list", processed([]), "There are no pictures: the list is empty"),
     Case(
@@ -691,7 +698,7 @@ CASES = [
         "picture",
         "a mask that is a number",
         processed(Image.new("RGB", (8, 8)), segmentation_maps=3),
-        "Masks must be pictures of PIL, arrays or tensors, got int",
+        "Masks must be pictures of PIL, files, arrays or tensors, got int",
     ),
     Case(
         "picture",
@@ -861,18 +868,18 @@ CASES = [
         "data set",
         "names for pictures",
         selected(datasets.Dataset.from_dict({"image": ["/etc/passwd"]})),
-        "got str '/etc/passwd'. Open files first",
+        "cannot be read .cannot identify image file",
     ),
     Case(
         "data set",
         "no column of pictures",
         selected(datasets.Dataset.from_dict({"label": [1, 2]})),
-        "a column `image` or exactly one column of PIL pictures, got columns .'label'.",
+        "a column `image`, or exactly one column of pictures, got columns label",
     ),
     Case(
         "data set",
         "pixel values of bytes",
-        selected(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)),
+        selected({"pixel_values": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}),
         "must be floating-point numbers in .-1, 1., got torch.uint8",
     ),
     Case(
@@ -944,7 +951,7 @@ CASES = [
         "data set",
         "a corrupt row, to cache",
         lambda world: cache_features(world.model, world.rows_of(DRAWING, b"no picture"), world.new()),
-        "Picture 1 of the dataset cannot be read .cannot identify",
+        "Picture 1 of the set cannot be read: cannot identify",
     ),
     Case(
         "data set",
@@ -1104,6 +1111,26 @@ CASES = [
     ),
     Case(
         "checkpoint",
+        "a pickle of research weights",
+        lambda world: convert_research(_written(world.new("sit.pt"), "x"), world.new(), layout="sit"),
+        r"is a pickle, .* Pass `allow_pickle=True`",
+    ),
+    Case(
+        "checkpoint",
+        "a pickle that is none",
+        lambda world: convert_research(
+            _written(world.new("sit.pt"), "x"), world.new(), layout="sit", allow_pickle=True
+        ),
+        "is truncated or no file of weights of torch",
+    ),
+    Case(
+        "checkpoint",
+        "a layout of a pipeline",
+        lambda world: DiTModel.from_pretrained(world.pixel, timestep=5, layout="sit"),
+        "`layout=` and `num_attention_heads=` are for weights by the names of the research code",
+    ),
+    Case(
+        "checkpoint",
         "a card of broken YAML",
         lambda world: facts_of_card(_written(world.new("card.md"), "---\n[\n---\n")),
         "The front matter of .* cannot be read",
@@ -1159,7 +1186,7 @@ CASES = [
         "command line",
         "select PIXEL --images (an empty folder)",
         lambda world: world.command("select", world.pixel, "--images", _made(world.new("empty"))),
-        "doesn't contain any data files",
+        "holds no images",
         CommandError,
     ),
     Case(
@@ -1183,6 +1210,20 @@ CASES = [
         "convert PIXEL OUT --max-shard-size inf",
         commanded("convert", "{pixel}", "{out}", "--max-shard-size", "inf"),
         "must be a positive number, got 'inf'",
+        CommandError,
+    ),
+    Case(
+        "command line",
+        "convert PIXEL OUT --timestep auto",
+        commanded("convert", "{pixel}", "{out}", "--timestep", "auto"),
+        "`--timestep auto` needs `--images`",
+        CommandError,
+    ),
+    Case(
+        "command line",
+        "convert PIXEL OUT --vae PIXEL",
+        commanded("convert", "{pixel}", "{out}", "--vae", "{pixel}"),
+        "--vae: for research weights",
         CommandError,
     ),
     Case(
@@ -1256,28 +1297,28 @@ CASES = [
         "configuration",
         "ten million layers in the head",
         configured(head_num_layers=10**7),
-        "`head_num_layers` must be at most 1000",
+        "`head_num_layers` must be in .1, 1000., got",
         STRICT,
     ),
     Case(
         "configuration",
         "a head as wide as a disk",
         configured(head_hidden_size=10**12),
-        "`head_hidden_size` times `head_mlp_ratio` at most",
+        "`head_hidden_size` times `head_mlp_ratio` must be at most",
         STRICT,
     ),
     Case(
         "configuration",
         "a decoder as wide as a disk",
         configured(decoder_hidden_size=10**12),
-        "`decoder_hidden_size` and `auxiliary_hidden_size` must be at most",
+        "`decoder_hidden_size` must be in .1, 65536., got",
         STRICT,
     ),
     Case(
         "configuration",
         "a billion noise draws",
         configured(num_noise_draws=10**9),
-        "`num_noise_draws` must be at least 1, got 1000000000; at most 1000",
+        "`num_noise_draws` must be in .1, 1000., got 1000000000",
         STRICT,
     ),
     Case(
@@ -1291,7 +1332,7 @@ CASES = [
         "configuration",
         "a problem of no kind, of a saved model",
         loaded(lambda world: world.saved, problem_type="junk"),
-        "`problem_type` must be one of regression",
+        "`problem_type` must be None or 'regression'",
         STRICT,
     ),
     Case(

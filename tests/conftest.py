@@ -35,7 +35,7 @@ LONGEST = (
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
 # Families that are read by their description alone, of `generic_pipelines.py`; they are not folded.
-DESCRIBED = ("z_image", "qwen_image", "aura_flow")
+DESCRIBED = ("z_image", "qwen_image", "aura_flow", "flux2", "chroma", "longcat", "prx", "wan")
 # All families but for two, which stand for all in a quick run.
 MATRIX = {"sit", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_dev", "sana", "lumina2", *DESCRIBED}
 # Fixtures that start processes or a server, or are whole runs.

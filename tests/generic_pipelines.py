@@ -29,6 +29,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from pipelines import VOCABULARY, WIDTH, flux2_vae, gemma, kl, randomized, t5, tokenizer, video_vae
 from transformers import (
     BertConfig,
@@ -304,13 +305,16 @@ def prx(**options):
     config = T5GemmaConfig(encoder=dict(LANGUAGE_MODEL), decoder=dict(LANGUAGE_MODEL)).encoder
     # diffusers reads an encoder's sizes off the configuration of a whole model, which is what is published.
     config.encoder = dict(LANGUAGE_MODEL)
-    return PRXPipeline(
+    made = PRXPipeline(
         transformer=randomized(PRXTransformer2DModel(**given)),
         vae=flux_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=randomized(T5GemmaEncoder(config)),
         tokenizer=tokenizer("<s> $A"),
     )
+    # It needs ftfy, and an empty prompt is clean.
+    made.text_preprocessor.clean_text = str
+    return made
 
 
 def longcat(**options):
@@ -387,23 +391,43 @@ class OneStep(FlowMatchEulerDiscreteScheduler):
 
     def step(self, model_output, timestep, sample, **options):
         self.prediction = model_output
-        return (sample,)
+        return FlowMatchEulerDiscreteSchedulerOutput(sample)
 
 
-def prediction_of(pipe, noised, timestep):
+def prediction_of(name, pipe, noised, timestep):
     """What a pipeline's transformer predicts of latents with the empty prompt, in the pipeline's own call of it."""
     size, _, height, width = noised.shape
     scheduler = OneStep()
     scheduler.timestep = timestep
     trained_with, pipe.scheduler = pipe.scheduler, scheduler
-    is_packed = hasattr(pipe, "_pack_latents")
+    is_packed = hasattr(pipe, "_unpack_latents")
     latents = pipe._pack_latents(noised, size, noised.shape[1], height, width) if is_packed else noised
-    given = {"height": 8 * height, "width": 8 * width, "guidance_scale": 0.0, "output_type": "latent"}
+    latents = latents[:, :, None] if name == "wan" else latents
+    pixels = 16 if name == "flux2" else 8
+    given = {"height": pixels * height, "width": pixels * width, "guidance_scale": 0.0, "output_type": "latent"}
+    handles = [pipe.transformer.register_forward_pre_hook(hide_padding, with_kwargs=True)] if name == "chroma" else []
     try:
         pipe.set_progress_bar_config(disable=True)
-        pipe([""] * size, latents=latents, num_inference_steps=1, **given)
+        pipe(prompt=[""] * size, latents=latents, num_inference_steps=1, **{**given, **CALLED_WITH.get(name, {})})
     finally:
         pipe.scheduler = trained_with
+        for handle in handles:
+            handle.remove()
     output = scheduler.prediction
+    if name == "flux2":
+        return output.mT.reshape(noised.shape)
     output = pipe._unpack_latents(output, 8 * height, 8 * width, 8) if is_packed else output
     return output.reshape(noised.shape)
+
+
+CALLED_WITH = {
+    "longcat": {"enable_prompt_rewrite": False},
+    # 1 is no guidance.
+    "prx": {"use_resolution_binning": False, "guidance_scale": 1.0},
+    "wan": {"num_frames": 1},
+}
+
+
+def hide_padding(transformer, args, kwargs):
+    """Make a mask of Chroma's mask, which diffusers 0.42 adds to the attention scores as it is: 0 and 1."""
+    return args, {**kwargs, "attention_mask": kwargs["attention_mask"].bool()}

@@ -1,5 +1,8 @@
 """Tiny pipelines of every transformer family, with random weights: diffusers' own classes."""
 
+import json
+from pathlib import Path
+
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -23,6 +26,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -323,6 +327,74 @@ def lumina2(**options):
         text_encoder=gemma(),
         tokenizer=tokenizer("<s> $A"),
     )
+
+
+# Sizes of tiny weights by the names of the research code of DiT, SiT and REPA.
+RESEARCH = {"width": 64, "heads": 4, "depth": 3, "channels": 4, "classes": 10, "patch": 2, "side": 8}
+
+
+def position_table(width, side):
+    """The original's fixed positions: columns first, then rows, each half sines and half cosines."""
+    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    places = torch.arange(side, dtype=torch.float64)
+    columns, rows = places.repeat(side), places.repeat_interleave(side)
+    halves = [torch.outer(each, omega) for each in (columns, rows)]
+    return torch.cat([part for half in halves for part in (half.sin(), half.cos())], 1)[None].float()
+
+
+def research_shapes(width, depth, patch=2, channels=4, outputs=8, classes=1000, side=32):
+    """Names and shapes of the research code's tensors."""
+    shapes = {
+        "pos_embed": (1, (side // patch) ** 2, width),
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,),
+        "t_embedder.mlp.0.weight": (width, 256),
+        "t_embedder.mlp.0.bias": (width,),
+        "t_embedder.mlp.2.weight": (width, width),
+        "t_embedder.mlp.2.bias": (width,),
+        "y_embedder.embedding_table.weight": (classes + 1, width),
+        "final_layer.linear.weight": (patch**2 * outputs, width),
+        "final_layer.linear.bias": (patch**2 * outputs,),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,),
+    }
+    parts = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    parts |= {"adaLN_modulation.1": (6, 1)}
+    for block in range(depth):
+        for part, (rows, columns) in parts.items():
+            shapes[f"blocks.{block}.{part}.weight"] = (rows * width, columns * width)
+            shapes[f"blocks.{block}.{part}.bias"] = (rows * width,)
+    return shapes
+
+
+def research_weights(seed=0, **sizes):
+    """Random weights by those names, every one of which matters."""
+    names = ("width", "depth", "patch", "channels", "classes", "side")
+    sizes = {name: RESEARCH[name] for name in names} | {"outputs": RESEARCH["channels"], **sizes}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in research_shapes(**sizes).items()}
+    return weights | {"pos_embed": position_table(sizes["width"], sizes["side"] // sizes["patch"])}
+
+
+class ResearchPort:
+    """A SiT in diffusers' folders that keeps the names of the research code, as ports on the Hub do."""
+
+    def __init__(self, scheduler=None, vae=None, **config):
+        self.scheduler, self.vae = scheduler or FlowMatchEulerDiscreteScheduler(), vae
+        self.config = {"_class_name": "SiTTransformer2DModel", "depth": RESEARCH["depth"], "learn_sigma": True}
+        self.config |= {"hidden_size": RESEARCH["width"], "num_heads": RESEARCH["heads"]}
+        self.config |= {"input_size": RESEARCH["side"], "patch_size": RESEARCH["patch"]}
+        self.config |= {"in_channels": RESEARCH["channels"], "num_classes": RESEARCH["classes"], **config}
+
+    def save_pretrained(self, folder):
+        transformer = Path(folder) / "transformer"
+        transformer.mkdir(parents=True)
+        weights = research_weights(outputs=2 * RESEARCH["channels"])
+        save_file(weights, transformer / "diffusion_pytorch_model.safetensors")
+        (transformer / "config.json").write_text(json.dumps(self.config))
+        self.scheduler.save_pretrained(Path(folder) / "scheduler")
+        if self.vae is not None:
+            self.vae.save_pretrained(Path(folder) / "vae")
 
 
 PIPELINES = {

@@ -75,9 +75,9 @@ def test_each_field_is_read_somewhere(name):
         ({"feature": "q"}, "`feature` must be one of hidden, normed, query, key, value, attention, got 'q'"),
         ({"head": "mlp"}, "`head` must be 'linear' or 'attention', got 'mlp'"),
         ({"head_hidden_size": 30}, r"\(30\) must be a multiple of `head_num_attention_heads` \(8\)"),
-        ({"head_num_layers": 0}, "must be at least 1"),
-        ({"num_noise_draws": 0}, "`num_noise_draws` must be at least 1, got 0"),
-        ({"noise_seed": -1}, r"`noise_seed` must be in \[0, 2\*\*32\), got -1"),
+        ({"head_num_layers": 0}, r"`head_num_layers` must be in \[1, 1000\], got 0"),
+        ({"num_noise_draws": 0}, r"`num_noise_draws` must be in \[1, 1000\], got 0"),
+        ({"noise_seed": -1}, r"`noise_seed` must be in \[0, 4294967295\], got -1"),
         ({"noise_seed": "a"}, "'noise_seed'"),
         ({"image_size": 33}, "must be a multiple of 2 pixels.*got 33"),
         ({"image_size": [32, 32, 32]}, r"an integer or \[height, width\]"),
@@ -108,7 +108,7 @@ def test_a_misspelt_keyword_is_refused_on_loading(tmp_path):
 
 
 def test_a_transformer_without_its_sizes_is_refused():
-    with pytest.raises(ValueError, match="`transformer` lacks sample_size: give the whole configuration"):
+    with pytest.raises(ValueError, match="`transformer` lacks sample_size: give the transformer itself, or the whole"):
         ASelectConfig(transformer={name: value for name, value in DIT_XL_2.items() if name != "sample_size"})
 
 

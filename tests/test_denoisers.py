@@ -86,7 +86,7 @@ def conditioning(name, pipe, size):
 def call(name, pipe, noised, timestep):
     """Diffusers' own call of the transformer, as its pipeline makes it; what it predicts, for us."""
     if name in DESCRIBED:
-        return prediction_of(pipe, noised, timestep)
+        return prediction_of(name, pipe, noised, timestep)
     size, _, height, width = noised.shape
     given = conditioning(name, pipe, size)
     timesteps = torch.full((size,), float(timestep))
@@ -112,27 +112,33 @@ def call(name, pipe, noised, timestep):
 def hooked(name, pipe, noised, taps):
     """What forward hooks on diffusers' own modules see during its own call, at the picture's tokens."""
     transformer = pipe.transformer
-    lists = ("joint_transformer_blocks", "transformer_blocks", "single_transformer_blocks", "layers")
+    lists = ("joint_transformer_blocks", "transformer_blocks", "single_transformer_blocks", "layers", "blocks")
     blocks = [block for each in lists for block in getattr(transformer, each, [])]
-    num_tokens = noised.shape[-1] * noised.shape[-2] // (1 if name == "sana" else 4)
+    num_tokens = noised.shape[-1] * noised.shape[-2] // (1 if name in ("sana", "flux2") else 4)
     image = slice(num_tokens) if name == "z_image" else slice(-num_tokens, None)
     seen, handles = {}, []
     for index, feature in taps:
         block = blocks[index]
         attention = next(getattr(block, each) for each in ("attn1", "attn", "attention") if hasattr(block, each))
         modules = {"query": "to_q", "key": "to_k", "value": "to_v"}
+        # Query, key and value, and maybe the MLP, in one layer.
+        fused = next((each for each in ("img_qkv_proj", "to_qkv_mlp_proj") if hasattr(attention, each)), None)
+        third = None
+        if fused and feature in modules:
+            third = slice(list(modules).index(feature) * WIDTH, (list(modules).index(feature) + 1) * WIDTH)
+            modules = dict.fromkeys(modules, fused)
         # What the attention reads is its first argument, however the family calls it.
         is_input = feature == "normed"
         module = block if feature == "hidden" else getattr(attention, modules.get(feature, ""), attention)
 
-        def keep(_module, inputs, keywords, output, key=(index, feature), is_input=is_input):
+        def keep(_module, inputs, keywords, output, key=(index, feature), is_input=is_input, third=third):
             value = output
             if is_input:
                 value = inputs[0] if inputs else keywords["hidden_states"]
             elif isinstance(output, tuple):
                 # A block of two streams gives the text first, an attention the picture.
                 value = output[1] if key[1] == "hidden" else output[0]
-            seen[key] = value[:, image]
+            seen[key] = value[:, image] if third is None else value[:, image, third]
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
     with torch.no_grad():
@@ -186,7 +192,7 @@ def test_tokens_of_a_picture_that_is_not_square_equal_diffusers_own(saved, loade
 
 
 # tests/test_vae.py has the VAEs of other kinds.
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "qwen_image"])
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("qwen_image", "flux2", "wan")])
 def test_latents_are_scaled_as_the_familys_pipeline_has_them(saved, loaded, name):
     pipe, model = saved(name)[0], loaded(name)
     height, width = model.config.image_height_width
@@ -223,8 +229,11 @@ def test_a_classifier_selects_trains_saves_and_reloads(saved, name, tmp_path):
     model.save_pretrained(tmp_path)
     again = DiTForImageClassification.from_pretrained(tmp_path)
     with torch.no_grad():
-        # Not to the bit: how a tensor lies in memory decides by which way a CPU multiplies it.
-        close(again(pixel_values).logits, model.eval()(pixel_values).logits)
+        # Not to the bit: how a tensor lies in memory decides by which way a CPU multiplies it. Where images differ in
+        # a millionth of the features' variance, standardizing them makes much of that.
+        first, second = model.eval().backbone(pixel_values), again.backbone(pixel_values)
+        close(second.last_hidden_state, first.last_hidden_state)
+        close(again(pixel_values).logits, model(pixel_values).logits, 1e-2)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import COMMIT, LoopbackHub, serve
-from pipelines import dit, dit_transformer, pixart_sigma, sd3, sd35
+from pipelines import ResearchPort, dit, dit_transformer, pixart_sigma, research_weights, sd3, sd35
+from safetensors.torch import save_file
 
 from hf_aselect import DiTModel
 from hf_aselect.checkpoints.hub_files import needed_files
@@ -21,7 +22,7 @@ STEPS = """
 import json, os, sys
 import torch
 from transformers import AutoBackbone
-from hf_aselect import DiTForImageClassification, DiTModel, convert_diffusers
+from hf_aselect import DiTForImageClassification, DiTModel, convert_diffusers, convert_research
 
 def step(name, call):
     try:
@@ -68,6 +69,14 @@ step("half", lambda: described(DiTModel.from_pretrained("us/half", timestep=5, l
 step("another", lambda: described(DiTModel.from_pretrained("us/unet", timestep=5)))
 step("local", lambda: described(DiTModel.from_pretrained("us/dit", timestep=5, local_files_only=True)))
 step("local ours", lambda: described(DiTModel.from_pretrained("us/ours", local_files_only=True)))
+def with_vae(source, name):
+    output = f"{sys.argv[1]}/{name}"
+    convert_research(f"{sys.argv[1]}/sit.safetensors", output, layout="sit", num_attention_heads=4, vae=source)
+    return DiTModel.from_pretrained(output, timestep=5).config.num_channels
+
+step("vae of a pipeline", lambda: with_vae("us/whole", "of-pipeline"))
+step("vae alone", lambda: with_vae("us/vae", "of-vae"))
+step("vae that is none", lambda: with_vae("us/vit", "of-none"))
 step("not local", lambda: described(DiTModel.from_pretrained("us/other", timestep=5, local_files_only=True)))
 """
 
@@ -108,6 +117,8 @@ def outcome(tmp_path_factory):
     (root / "vit" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (root / "original").mkdir()
     (root / "original" / "sd3_medium.safetensors").write_bytes(b"weights")
+    dit().save_pretrained(root / "whole")
+    dit().vae.save_pretrained(root / "vae")
     repos = {f"us/{path.name}": path for path in root.iterdir()}
     repos["us/pickled@refs/pr/1"] = repos.pop("us/pulled")
     hub = LoopbackHub(repos, gated={"us/gated": "hf_right"})
@@ -126,6 +137,7 @@ def outcome(tmp_path_factory):
         (cache / "refs").mkdir()
         (cache / "refs" / "main").write_text(COMMIT)
         work = tmp_path_factory.mktemp("work")
+        save_file(research_weights(), work / "sit.safetensors")
         finished = subprocess.run(
             [sys.executable, "-c", STEPS, str(work), COMMIT],
             capture_output=True,
@@ -223,8 +235,28 @@ def test_what_is_not_supported_is_not_downloaded(outcome):
     assert downloads == ["us/hunyuan/model_index.json", "us/hunyuan/transformer/config.json"]
 
 
+def test_of_a_vae_for_research_weights_nothing_else_is_downloaded(outcome):
+    assert outcome[0]["vae of a pipeline"] == outcome[0]["vae alone"] == 3
+    assert "holds no VAE that is supported" in outcome[0]["vae that is none"]
+    downloads = {name for name in outcome[1] if name.startswith("us/whole/")}
+    assert downloads == {"us/whole/vae/config.json", "us/whole/vae/diffusion_pytorch_model.safetensors"}
+
+
 def test_half_a_download_is_said_to_be_one(outcome):
     assert "lacks vae/, which its model_index.json lists. Download or copy the whole pipeline" in outcome[0]["half"]
+
+
+def test_a_port_with_research_names_is_found_on_the_hub(tmp_path):
+    folder = tmp_path / "models--us--sit" / "snapshots" / COMMIT
+    ResearchPort().save_pretrained(folder)
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "SiTPipeline", "transformer": ["transformer_sit", "SiTTransformer2DModel"]})
+    )
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "main").write_text(COMMIT)
+    model = DiTModel.from_pretrained("us/sit", cache_dir=tmp_path, layout="sit", timestep=5)
+    assert model.config.timestep_embedding == "sit"
+    assert model.config.base_model == "us/sit"
 
 
 @pytest.mark.slow  # the client tries for half a minute

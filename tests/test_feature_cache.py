@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import END_OF_PROCESSES
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets.fingerprint import Hasher
 from forking import offline
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -195,6 +196,19 @@ def test_trainer_learns_the_same_from_features_as_from_pictures(classifier, data
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[1][-1] != losses[1][0]
+
+
+@pytest.mark.parametrize("kind", ["model", "classifier"])
+def test_a_forward_pass_changes_no_fingerprint(request, pixels, kind):
+    """`datasets` hashes a model that a function of `map` holds, and computes again what has another hash."""
+    given = request.getfixturevalue(kind).eval()
+    before = Hasher.hash(given)
+    with torch.no_grad():
+        given(pixels)
+    assert Hasher.hash(given) == before
+    copied = copy.deepcopy(given)
+    with torch.no_grad():
+        assert all(map(torch.equal, copied(pixels).values(), given(pixels).values()))
 
 
 def test_a_second_call_computes_nothing(model, data, tmp_path, monkeypatch):
@@ -417,7 +431,7 @@ def test_a_broken_picture_is_named(model, tmp_path):
     broken = good.read_bytes()[:40]
     rows = {"image": [{"bytes": good.read_bytes(), "path": None}, {"bytes": broken, "path": None}]}
     data = Dataset.from_dict(rows, features=Features(image=datasets.Image()))
-    with pytest.raises(ValueError, match=r"Picture 1 of the dataset cannot be read"):
+    with pytest.raises(ValueError, match=r"Picture 1 of the set cannot be read"):
         cache_features(model, data, tmp_path / "cache")
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import example
+from generic_pipelines import chroma, flux2, longcat, prx, wan
 from PIL import Image as PILImage
-from pipelines import dit, flux_dev, lumina2, pixart_sigma, sana, sd3, sit
+from pipelines import ResearchPort, dit, flux_dev, kl, lumina2, pixart_sigma, sana, sd3
 
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, select_timestep
 
@@ -210,13 +211,18 @@ def test_segmenting_takes_the_memory_that_the_card_says():
 SOURCES = {
     # card: what its code names, and a tiny pipeline in its place
     "dit": ("facebook/DiT-XL-2-256", dit),
-    "sit": ("path/to/sit-in-dit-layout", sit),
+    "sit": ("path/to/SiT-XL-2-256", lambda: ResearchPort(vae=kl())),
     # The paper's block is there.
     "stable-diffusion-3": ("stabilityai/stable-diffusion-3-medium-diffusers", partial(sd3, num_layers=11)),
     "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", pixart_sigma),
     "flux-1": ("black-forest-labs/FLUX.1-dev", flux_dev),
     "sana": ("Efficient-Large-Model/Sana_1600M_512px_diffusers", sana),
     "lumina-image-2": ("Alpha-VLLM/Lumina-Image-2.0", lumina2),
+    "flux-2": ("black-forest-labs/FLUX.2-klein-base-4B", flux2),
+    "chroma": ("lodestones/Chroma1-HD", chroma),
+    "longcat-image": ("meituan-longcat/LongCat-Image", longcat),
+    "prx": ("Photoroom/prx-512-t2i-sft", prx),
+    "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", wan),
 }
 
 
@@ -233,7 +239,7 @@ def test_the_code_of_a_sources_card_runs(name, tmp_path, pictures):
     assert source in code
     # The stand-in is smaller than the source, and so are its pictures.
     code = code.replace(source, str(tmp_path / "source")).replace("image_size=512", "image_size=64")
-    scope = {"pictures": pictures}
+    scope = {"pictures": pictures, "images": pictures}
     exec(compile(code, name, "exec"), scope)
     model = scope["model"]
     assert isinstance(model, DiTForImageClassification)
@@ -273,7 +279,9 @@ def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
     for name in SOURCES:
         (tmp_path / name).mkdir()
         # The figures are put in anew, whatever stands there.
-        text = re.sub(r"(<!-- reading_cost: .*? -->\n).*?(<!-- end -->)", r"\1stale\n\2", card(name), flags=re.DOTALL)
+        text = re.sub(
+            r"(<!-- reading_(?:cost|size): .*? -->\n).*?(<!-- end -->)", r"\1stale\n\2", card(name), flags=re.DOTALL
+        )
         (tmp_path / name / "README.md").write_text(text, encoding="utf-8")
     script = ROOT / "examples" / "benchmarks" / "reading_cost.py"
     figures = cards / "reading_cost.json"

@@ -95,6 +95,11 @@ def test_other_schedulers_are_refused():
         NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler"})
 
 
+def test_of_a_scheduler_in_memory_the_class_is_asked_for():
+    with pytest.raises(ValueError, match=r"no `_class_name`; pass .*type\(scheduler\).__name__"):
+        NoiseSchedule.from_config(dict(diffusers.DDPMScheduler().config))
+
+
 def test_other_numbers_of_timesteps_are_refused():
     remedy = "Pass as `scheduler=` the one of 1000 that the transformer was trained with"
     with pytest.raises(ValueError, match=f"`num_train_timesteps` of the scheduler must be 1000, got 4000. {remedy}"):

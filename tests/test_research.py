@@ -1,7 +1,6 @@
 """Weights by the names of the research code: converted, their hidden states are those of the original formulas."""
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -10,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_vae
-from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from pipelines import RESEARCH, ResearchPort, position_table, research_shapes
+from pipelines import research_weights as weights_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,53 +25,12 @@ from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.model.noise_schedule import NoiseSchedule
 from hf_aselect.selection.prediction import predict
 
-WIDTH, HEADS, DEPTH, CHANNELS, CLASSES, PATCH, SIDE = 64, 4, 3, 4, 10, 2, 8
+WIDTH, HEADS, DEPTH, CHANNELS, CLASSES, PATCH, SIDE = (
+    RESEARCH[name] for name in ("width", "heads", "depth", "channels", "classes", "patch", "side")
+)
 TIMESTEPS = torch.tensor([20, 100, 300, 700])
 # The time that the original code gives a noise level, t/1000 of noise.
 TIMES = {"dit": TIMESTEPS.float(), "sit": 1 - TIMESTEPS / 1000, "repa": TIMESTEPS / 1000}
-
-
-def position_table(width, side):
-    """The original's fixed positions: columns first, then rows, each half sines and half cosines."""
-    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    places = torch.arange(side, dtype=torch.float64)
-    columns, rows = places.repeat(side), places.repeat_interleave(side)
-    halves = [torch.outer(each, omega) for each in (columns, rows)]
-    return torch.cat([part for half in halves for part in (half.sin(), half.cos())], 1)[None].float()
-
-
-def shapes_of(width, depth, patch=2, channels=4, outputs=8, classes=1000, side=32):
-    """Names and shapes of the research code's tensors."""
-    shapes = {
-        "pos_embed": (1, (side // patch) ** 2, width),
-        "x_embedder.proj.weight": (width, channels, patch, patch),
-        "x_embedder.proj.bias": (width,),
-        "t_embedder.mlp.0.weight": (width, 256),
-        "t_embedder.mlp.0.bias": (width,),
-        "t_embedder.mlp.2.weight": (width, width),
-        "t_embedder.mlp.2.bias": (width,),
-        "y_embedder.embedding_table.weight": (classes + 1, width),
-        "final_layer.linear.weight": (patch**2 * outputs, width),
-        "final_layer.linear.bias": (patch**2 * outputs,),
-        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
-        "final_layer.adaLN_modulation.1.bias": (2 * width,),
-    }
-    parts = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
-    parts |= {"adaLN_modulation.1": (6, 1)}
-    for block in range(depth):
-        for part, (rows, columns) in parts.items():
-            shapes[f"blocks.{block}.{part}.weight"] = (rows * width, columns * width)
-            shapes[f"blocks.{block}.{part}.bias"] = (rows * width,)
-    return shapes
-
-
-def weights_of(seed=0, **sizes):
-    """Random weights, every one of which matters."""
-    sizes = {"classes": CLASSES, "side": SIDE, "outputs": CHANNELS, "channels": CHANNELS, **sizes}
-    generator = torch.Generator().manual_seed(seed)
-    shapes = shapes_of(WIDTH, DEPTH, PATCH, **sizes)
-    weights = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
-    return weights | {"pos_embed": position_table(WIDTH, sizes["side"] // PATCH)}
 
 
 def reference(weights, latents, times, labels):
@@ -166,7 +126,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 @pytest.mark.parametrize("size", SIZES)
 def test_published_sizes_are_read_off_the_tensors(size, patch):
     width, depth, heads = SIZES[size]
-    shapes = shapes_of(width, depth, patch)
+    shapes = research_shapes(width, depth, patch)
     table = position_table(width, 32 // patch)
     weights = ResearchWeights("there", shapes, lambda _: iter([("pos_embed", table)]), {})
     transformer = weights.transformer()
@@ -179,6 +139,18 @@ def test_published_sizes_are_read_off_the_tensors(size, patch):
     # Every tensor of the model has its source.
     mapped = {key for name in weights.names if name != "pos_embed" for key, _ in weights._mapped(name, torch.empty(3))}
     assert {f"denoiser.transformer.{key}" for key in mapped} == expected.keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folded_it_reads_alike(layout, tmp_path, noised):
+    convert(save(weights_of(), tmp_path / "weights.pt"), tmp_path / "out", layout=layout)
+    model = DiTModel.from_pretrained(tmp_path / "out", timestep=300, block=2, feature="hidden")
+    folded = model.fold()
+    assert folded.config.folding.mlp_norm_eps == 1e-6
+    with torch.no_grad():
+        expected, _ = reference(weights_of(), noised, TIMES[layout][2].expand(4), torch.full((4,), CLASSES))
+        found = folded.denoiser.read_taps(noised, 300, [(2, "hidden")])[2, "hidden"]
+    torch.testing.assert_close(found, expected[2], rtol=1e-4, atol=1e-4)
 
 
 def test_averaged_weights_are_taken_and_the_rest_of_a_training_is_left(tmp_path, noised):
@@ -220,19 +192,9 @@ def test_blocks_that_repa_counted_anew_follow_the_others(tmp_path):
     assert all(torch.equal(new[name], value) for name, value in old.items())
 
 
-def port(folder, class_name="SiTTransformer2DModel", scheduler=None, vae=None, **config):
+def port(folder, scheduler=None, vae=None, **config):
     """A port in diffusers' folders that keeps the research names."""
-    save_file(
-        weights_of(outputs=2 * CHANNELS),
-        folder.joinpath("transformer").mkdir(parents=True)
-        or (folder / "transformer" / "diffusion_pytorch_model.safetensors"),
-    )
-    said = {"_class_name": class_name, "depth": DEPTH, "hidden_size": WIDTH, "num_heads": HEADS, "input_size": SIDE}
-    said |= {"patch_size": PATCH, "in_channels": CHANNELS, "num_classes": CLASSES, "learn_sigma": True, **config}
-    (folder / "transformer" / "config.json").write_text(json.dumps(said))
-    (scheduler or FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "scheduler")
-    if vae is not None:
-        vae.save_pretrained(folder / "vae")
+    ResearchPort(scheduler, vae, **config).save_pretrained(folder)
     return folder
 
 
@@ -293,7 +255,9 @@ def test_a_vae_is_taken_from_a_folder_or_a_pipeline(pickled, tmp_path, vae_folde
 @pytest.mark.parametrize("source", ["file", "port"])
 def test_whose_weights_they_are_is_asked_for(source, pickled, tmp_path):
     path = pickled if source == "file" else port(tmp_path / "in" / "port")
-    words = r"do not tell whose they are. Pass `layout=` \(`--layout`\): 'dit': .*; 'sit': .*; 'repa': "
+    words = (
+        r"do not tell whose they are. Pass `layout=` \(`hf-aselect convert --layout`\): 'dit': .*; 'sit': .*; 'repa': "
+    )
     with pytest.raises(ValueError, match=words):
         convert(path, tmp_path / "out", layout=None)
     if source == "port":
@@ -569,7 +533,7 @@ def test_the_command_writes_a_timestep_of_any_source(latent_folder, tmp_path, gi
     ("words", "complaint"),
     [
         (["--layout", "sit"], "is a pickle"),
-        (["--allow-pickle"], "Pass `layout=` (`--layout`)"),
+        (["--allow-pickle"], "Pass `layout=` (`hf-aselect convert --layout`)"),
         (["--layout", "sit", "--allow-pickle", "--without", "text_encoder"], "`--without` is for text encoders"),
         (["--layout", "sit", "--allow-pickle", "--timestep", "auto"], "`--timestep auto` needs `--images`"),
     ],

@@ -154,7 +154,7 @@ def configuration(name, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("wan", {"latents_std": None}, "`vae` lacks latents_std: give the whole configuration"),
+        ("wan", {"latents_std": None}, "`vae` lacks latents_std: give the VAE itself"),
         ("qwen", {"latents_mean": [0.0] * 15}, "`latents_mean` of the `vae` must be a list of 16 numbers"),
         ("wan", {"latents_std": [0.0] + [1.0] * 15}, "`latents_std` of the `vae` .*; finite, and deviations not 0"),
         ("wan", {"latents_std": [float("nan")] * 16}, "`latents_std` of the `vae` must be a list of 16 numbers"),

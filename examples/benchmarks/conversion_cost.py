@@ -2,9 +2,11 @@
 
     python examples/benchmarks/conversion_cost.py --work_dir /tmp/dit-xl --output cost.json
     python examples/benchmarks/conversion_cost.py --work_dir /tmp/pixart --pipeline pixart-sigma --output cost.json
+    python examples/benchmarks/conversion_cost.py --work_dir /tmp/pt --pipeline dit-xl-pt --output cost.json
 
 No weights can be downloaded everywhere, so a pipeline of the sizes of DiT-XL/2-256 (3.3 GB in float32) or PixArt-Sigma
-with its text encoder T5-XXL (11 GB in bfloat16) gets random ones (seed 0) and is saved by diffusers itself. Conversion
+with its text encoder T5-XXL (11 GB in bfloat16) gets random ones (seed 0) and is saved by diffusers itself. The pickle
+of `dit-xl-pt`, 2.7 GB, is what the code of facebookresearch/DiT saves, with a VAE of diffusers beside it. Conversion
 and classification run in processes of their own, whose peak memory is the kernel's count (`ru_maxrss`), mapped files
 included.
 """
@@ -35,8 +37,12 @@ def make_pipeline(folder: Path, name: str) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
-        scaling_factor=0.18215 if name == "dit-xl" else 0.13025,
+        scaling_factor=0.18215 if name.startswith("dit-xl") else 0.13025,
     )
+    if name == "dit-xl-pt":
+        vae.save_pretrained(folder / "vae")
+        torch.save(research_weights(), folder / "dit-xl-2.pt")
+        return
     if name == "dit-xl":
         transformer = diffusers.DiTTransformer2DModel(sample_size=32, num_embeds_ada_norm=1000)
         scheduler = diffusers.DDIMScheduler()
@@ -50,6 +56,35 @@ def make_pipeline(folder: Path, name: str) -> None:
         text_encoder=_t5_xxl(),
         tokenizer=_tokenizer(),
     ).save_pretrained(folder)
+
+
+def research_weights() -> dict[str, torch.Tensor]:
+    """Return random weights of DiT-XL/2 by the names of facebookresearch/DiT; positions are sines and cosines."""
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    width, depth = 1152, 28
+    linears = {
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.linear": (2 * 2 * 8, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    for block in range(depth):
+        linears[f"blocks.{block}.attn.qkv"] = 3 * width, width
+        linears[f"blocks.{block}.attn.proj"] = width, width
+        linears[f"blocks.{block}.mlp.fc1"] = 4 * width, width
+        linears[f"blocks.{block}.mlp.fc2"] = width, 4 * width
+        linears[f"blocks.{block}.adaLN_modulation.1"] = 6 * width, width
+    weights = {
+        "pos_embed": get_2d_sincos_pos_embed(width, 16, output_type="pt")[None].float(),
+        "x_embedder.proj.weight": torch.randn(width, 4, 2, 2) * 0.02,
+        "x_embedder.proj.bias": torch.zeros(width),
+        "y_embedder.embedding_table.weight": torch.randn(1001, width) * 0.02,
+    }
+    for name, shape in linears.items():
+        weights[f"{name}.weight"] = torch.randn(shape) * 0.02
+        weights[f"{name}.bias"] = torch.zeros(shape[0])
+    return weights
 
 
 def _t5_xxl() -> torch.nn.Module:
@@ -82,10 +117,16 @@ def _tokenizer() -> object:
 
 def convert(source: Path, output: Path, dtype: str | None) -> dict[str, float]:
     """Convert, and return what it cost."""
-    from hf_aselect import convert_diffusers
+    from hf_aselect import convert_diffusers, convert_research
 
-    made = convert_diffusers(source, output, dtype=dtype)
+    file = source / "dit-xl-2.pt"
+    if file.is_file():
+        options = {"layout": "dit", "vae": source / "vae", "allow_pickle": True}
+        made = convert_research(file, output, dtype=dtype, **options)
+    else:
+        made = convert_diffusers(source, output, dtype=dtype)
     return {
+        **({"source_bytes": file.stat().st_size} if file.is_file() else {}),
         "seconds": made.seconds,
         "parameters": made.num_parameters,
         "transformer_bytes": made.transformer_bytes,
@@ -136,7 +177,9 @@ def main() -> None:
     """Run all steps, or one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, help="folder for some 8 GB of checkpoints; those of before are used")
-    parser.add_argument("--pipeline", choices=("dit-xl", "pixart-sigma"), default="dit-xl", help="whose sizes")
+    parser.add_argument(
+        "--pipeline", choices=("dit-xl", "pixart-sigma", "dit-xl-pt"), default="dit-xl", help="whose sizes"
+    )
     parser.add_argument("--output", type=Path, help="JSON to write")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -153,7 +196,7 @@ def main() -> None:
     if args.work_dir is None:
         parser.error("--work_dir is needed")
     source = args.work_dir / "pipeline"
-    if not (source / "model_index.json").is_file():
+    if not any((source / name).is_file() for name in ("model_index.json", "dit-xl-2.pt")):
         # Not here: a new process counts what its parent had in memory as its own peak.
         in_a_process("make", str(source), args.pipeline)
     results: dict[str, object] = {
@@ -161,7 +204,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     # T5-XXL takes 19 GB in float32.
-    for dtype in (None, "bfloat16") if args.pipeline == "dit-xl" else ("bfloat16",):
+    for dtype in ("bfloat16",) if args.pipeline == "pixart-sigma" else (None, "bfloat16"):
         output = args.work_dir / f"converted-{dtype or 'float32'}"
         shutil.rmtree(output, ignore_errors=True)
         words = ["convert", str(source), str(output), *([dtype] if dtype else [])]

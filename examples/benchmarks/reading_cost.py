@@ -142,11 +142,64 @@ SOURCES = {
 }
 
 
+VAE_FLUX2 = {
+    "_class_name": "AutoencoderKLFlux2",
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 32,
+}
+VAE_WAN = {
+    "_class_name": "AutoencoderKLWan",
+    "dim_mult": [1, 2, 4, 4],
+    "z_dim": 16,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+}
+# Sources whose sizes are in their cards, and no time.
+UNTIMED = {
+    "black-forest-labs/FLUX.2-klein-base-4B": (
+        "Flux2Transformer2DModel",
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        VAE_FLUX2,
+        {"prompt_embeds": [1, 512, 7680]},
+        512,
+    ),
+    "lodestones/Chroma1-HD": ("ChromaTransformer2DModel", {}, VAE_16, {"prompt_embeds": [1, 2, 4096]}, 512),
+    "meituan-longcat/LongCat-Image": (
+        "LongCatImageTransformer2DModel",
+        {"num_layers": 10, "num_single_layers": 20},
+        VAE_16,
+        {"prompt_embeds": [1, 512, 3584]},
+        512,
+    ),
+    "Photoroom/prx-512-t2i-sft": ("PRXTransformer2DModel", {}, VAE_16, {"prompt_embeds": [1, 1, 2304]}, 512),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (
+        "WanTransformer3DModel",
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        VAE_WAN,
+        {"prompt_embeds": [1, 512, 4096]},
+        512,
+    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (
+        "WanTransformer3DModel",
+        {},
+        VAE_WAN,
+        {"prompt_embeds": [1, 512, 4096]},
+        512,
+    ),
+}
+
+
 def whole_transformer(name: str) -> torch.nn.Module:
     """Return the whole transformer of a source, without data."""
     import diffusers
 
-    class_name, sizes, *_ = SOURCES[name]
+    class_name, sizes, *_ = {**SOURCES, **UNTIMED}[name]
     with torch.device("meta"):
         return getattr(diffusers, class_name)(**sizes)
 
@@ -199,6 +252,51 @@ def measure(name: str, num_runs: int) -> dict[str, object]:
     }
 
 
+def size(name: str) -> dict[str, int]:
+    """Return what is read of a source at its default tap, without reading it."""
+    class_name, _, vae, prompt_shapes, image_size = UNTIMED[name]
+    config = ASelectConfig(
+        transformer={**whole_transformer(name).config, "_class_name": class_name},
+        vae=vae,
+        scheduler=FLOW,
+        prompt_shapes=prompt_shapes,
+        image_size=image_size,
+        timestep=141,
+    )
+    with torch.device("meta"):
+        model = DiTModel(config)
+    unused = {id(each) for each in model.denoiser.unused_parameters(model.taps())}
+    every = list(model.denoiser.parameters())
+    return {
+        "parameters": sum(each.numel() for each in every),
+        "blocks": config.num_hidden_layers,
+        "block": config.block,
+        "parameters_read": sum(each.numel() for each in every if id(each) not in unused),
+        "vae_parameters": sum(each.numel() for each in model.vae.parameters()),
+        "image_size": image_size,
+        "tokens": (image_size // config.patch_pixels) ** 2,
+        "width": config.hidden_size,
+    }
+
+
+def size_table(names: list[str]) -> str:
+    """Return the sizes of some sources as a Markdown table."""
+    lines = [
+        "| source | parameters | read for the default tap | in bfloat16 | VAE encoder, float32 | image | tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in names:
+        row = size(name)
+        lines.append(
+            f"| {name} | {row['parameters'] / 1e6:,.0f} M, {row['blocks']} blocks "
+            f"| {row['parameters_read'] / 1e6:,.0f} M, query of block {row['block']} "
+            f"| {2 * row['parameters_read'] / 1e9:.1f} of {2 * row['parameters'] / 1e9:.1f} GB "
+            f"| {4 * row['vae_parameters'] / 1e9:.2f} GB "
+            f"| {row['image_size']} × {row['image_size']} | {row['tokens']:,} × {row['width']:,} |"
+        )
+    return "\n".join(lines)
+
+
 def table(results: dict[str, dict[str, float]], names: list[str]) -> str:
     """Return the figures of some sources as a Markdown table."""
     lines = [
@@ -225,9 +323,18 @@ def fill_cards(results: dict[str, dict[str, float]], folder: Path) -> None:
         "median of three runs (`examples/benchmarks/reading_cost.py`). What comes after the tap is never run; here\n"
         "it was not built either, while `from_pretrained` maps the whole checkpoint and reads it as it runs.\n"
     )
+    size_marks = re.compile(r"(<!-- reading_size: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    size_note = (
+        "\n\nSizes of diffusers' class (`examples/benchmarks/reading_cost.py`). No time was measured. What comes\n"
+        "after the tap is never run, and `from_pretrained` maps the whole checkpoint and reads it as it runs.\n"
+        "Activations come on top.\n"
+    )
     for path in sorted(folder.glob("*/README.md")):
         text = path.read_text(encoding="utf-8")
         filled = marks.sub(lambda found: f"{found[1]}{table(results, found[2].split(', '))}{note}{found[3]}", text)
+        filled = size_marks.sub(
+            lambda found: f"{found[1]}{size_table(found[2].split(', '))}{size_note}{found[3]}", filled
+        )
         if filled != text:
             temporary = path.with_name(".README.md.incomplete")
             temporary.write_text(filled, encoding="utf-8")

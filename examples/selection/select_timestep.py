@@ -14,10 +14,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
 from transformers import HfArgumentParser
 
 from hf_aselect import DiTModel, select_timestep
+from hf_aselect.images.sources import read_images
 
 
 @dataclass
@@ -41,18 +41,9 @@ class SelectionArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the sample, the bootstrap and the noise."})
 
 
-def load_images(source: str, split: str) -> Dataset:
-    """Return a dataset with an image column from a folder, a parquet file or the Hub."""
-    if Path(source).is_dir():
-        return load_dataset("imagefolder", data_dir=source, split=split)
-    if source.endswith(".parquet"):
-        return load_dataset("parquet", data_files=source, split="train")
-    return load_dataset(source, split=split)
-
-
 def main() -> None:
     (args,) = HfArgumentParser(SelectionArguments).parse_args_into_dataclasses()
-    rows = load_images(args.images, args.split)
+    rows = read_images(args.images, args.split)
     taps = {}
     if args.block is not None:
         taps["block"] = "auto" if args.block == ["auto"] else [int(block) for block in args.block]

@@ -64,7 +64,13 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
 
 
 def random_crop_and_flip(image: Image.Image, mask: Image.Image, min_crop: float) -> tuple[Image.Image, Image.Image]:
-    """Return a random part of a picture, mirrored half of the time, and the same of its mask."""
+    """Return a random part of a picture, mirrored half of the time, and the same of its mask.
+
+    Raises:
+        ValueError: If they are of other sizes, as where `datasets` turned the picture by its EXIF entry.
+    """
+    if image.size != mask.size:
+        raise ValueError(f"A mask has {mask.size} pixels and its picture {image.size}; they must be equal.")
     share = float(torch.empty(()).uniform_(min_crop, 1))
     width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
     left = int(torch.randint(image.width - width + 1, ()))
@@ -134,7 +140,7 @@ def main() -> None:
         **given,
     )
     # Whoever segments a picture with the model wants all of it, as it is evaluated here.
-    processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=False)
+    processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=False, do_exif_transpose=False)
     metric = MeanIoU(num_labels=len(names), ignore_index=model.config.semantic_loss_ignore_index)
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool) -> dict[str, Any]:

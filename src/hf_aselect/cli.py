@@ -277,24 +277,13 @@ def _images_and_labels(parsed: argparse.Namespace) -> tuple[Any, dict[str, Any]]
 
 
 def _load_images(source: str, split: str) -> Any:
-    """Return a dataset of pictures from a folder, a parquet file or the Hub."""
+    """Return a dataset of images from a folder, a parquet file or the Hub."""
     try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
+        # It takes seconds to import, which `--help` should not.
+        from .images.sources import read_images
     except ModuleNotFoundError as error:
         raise ImportError("Reading pictures needs datasets: pip install 'hf_aselect[train]'") from error
-    path = Path(source)
-    if path.suffix == ".parquet" and not path.exists():
-        raise ValueError(f"There is no file {source!r}.")
-    try:
-        if path.is_dir():
-            return load_dataset("imagefolder", data_dir=source, split=split)
-        if path.suffix == ".parquet":
-            return load_dataset("parquet", data_files=source, split="train")
-        return load_dataset(source, split=split)
-    except (DatasetsError, ValueError) as error:
-        # It says that something is wrong with the data; its cause says what.
-        raise ValueError(f"{source!r} cannot be read as pictures: {error.__cause__ or error}") from error
+    return read_images(source, split)
 
 
 def _column(rows: Any, name: str) -> Any:
@@ -327,6 +316,9 @@ def _add_fit(commands: Any) -> None:
         nargs="+",
         metavar="NAME",
         help="names of the classes, where the dataset has none, as of masks",
+    )
+    data.add_argument(
+        "--ignore-index", type=int, metavar="N", help="value of mask pixels of no class (SOURCE's, or 255)"
     )
     data.add_argument("--num-images", type=int, metavar="N", help="fit to a random sample of so many (default: all)")
     data.add_argument("--eval-images", metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to evaluate on")
@@ -455,6 +447,13 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
         shown = shown.remove_columns(parsed.label_column) if isinstance(kind, Image) else shown
         images = shown.shuffle(parsed.seed).select(range(min(256, len(shown))))
     is_dense = isinstance(kind, Image)
+    if is_dense and (parsed.ignore_index if parsed.ignore_index is not None else 255) in range(len(names)):
+        raise ValueError(
+            f"There are {len(names)} classes, and {parsed.ignore_index or 255} stands for pixels of no class: name "
+            "another value by `--ignore-index`, one that no class has."
+        )
+    if is_dense and parsed.ignore_index is not None:
+        given["semantic_loss_ignore_index"] = parsed.ignore_index
     if is_dense and parsed.pooling is not None:
         raise ValueError("`--pooling` is for classifiers, and the labels are masks: a segmenter pools nothing.")
     head = {"decoder": "linear"} if is_dense else {"head": "linear", "head_norm": False}
@@ -579,8 +578,8 @@ def _add_convert(commands: Any) -> None:
     research = convert.add_argument_group("research weights")
     research.add_argument(
         "--layout",
-        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SRA); with --images it is "
-        "checked",
+        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); with --images "
+        "it is checked",
     )
     research.add_argument("--vae", metavar="DIR|HUB_ID", help="their VAE (default: none; the model takes latents)")
     research.add_argument(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..model.configuration_aselect import ASelectConfig
 from ..model.image_processing_aselect import ASelectImageProcessor
+from ..model.layouts import plain
 from ..model.modeling_aselect import DiTModel
 from ..model.vae import ENCODER_WEIGHTS
 from .atomic import checked_output, whole_folder
@@ -119,7 +120,7 @@ def convert_diffusers(
     """
     started = time.monotonic()
     target = checked_output(output)
-    shard_bytes = _bytes_of(max_shard_size)
+    shard_bytes = _bytes_of(plain(max_shard_size))
     wanted = checked_dtype(dtype)
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
     folder = find_diffusers(source, options, without, prompt_embeds is not None)

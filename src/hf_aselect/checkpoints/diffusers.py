@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.checks import read_json, refuse_other_than_weights
-from ..model.configuration_aselect import DDPM_LINEAR, ASelectConfig
+from ..model.configuration_aselect import DDPM_LINEAR, PARTS, ASelectConfig
 from ..model.denoisers import build_denoiser, build_vae_encoder
 from ..model.families import family_of
+from ..model.layouts import record_of
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
@@ -92,7 +93,8 @@ def load_diffusers(
         prompt_embeds: The empty prompt's embeddings by name, in place of computing them.
         layout: Of weights by the names of the research code, whose they are: see `research.LAYOUTS`.
         num_attention_heads: Of those, heads of a block, where the size is none of the published ones.
-        fields: Fields of `ASelectConfig` that take the place of what was read.
+        fields: Fields of `ASelectConfig` that take the place of what was read. A transformer or VAE of diffusers that
+            is given as an object brings its weights along.
 
     Returns:
         The configuration, and the weights by the names that `DiTModel` gives them, one after the other, in the dtype
@@ -101,7 +103,8 @@ def load_diffusers(
     Raises:
         ValueError: If a part is missing or broken, the transformer's class is unsupported, or a field is unknown.
     """
-    fields = _plain(fields)
+    modules = {part: fields[part] for part in PARTS if isinstance(fields.get(part), nn.Module)}
+    fields |= {part: record_of(fields[part]) for part in PARTS if part in fields}
     index = read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {}
     part = transformer_part(index)
     is_bare = not (folder / part).is_dir()
@@ -109,6 +112,7 @@ def load_diffusers(
     vae_folder = folder / "vae" if not is_bare and (folder / "vae").is_dir() else None
     if (weights := research_in(transformer_folder, variant)) is not None:
         check_parts(folder, ("scheduler", "vae"))
+        _check_no_prompt("DiTTransformer2DModel", prompt_embeds, names_of(without))
         beside = folder / "vae" if (folder / "vae").is_dir() else None
         return load_research(weights, beside, scheduler_beside(folder), layout, num_attention_heads, variant, fields)
     if layout is not None or num_attention_heads is not None:
@@ -125,6 +129,7 @@ def load_diffusers(
         scheduler = {**scheduler, "boundary_ratio": index["boundary_ratio"]}
         logger.info("%s has two transformers; the one for little noise, %s, is read.", folder.name, part)
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": scheduler}
+    weights_of_transformer: Iterable[tuple[str, Tensor]]
     weights_of_transformer = iterate_weights(weight_files(transformer_folder, variant))
     vae_files = _take_vae(parts, vae_folder, variant)
     config = _config_of(parts, fields)
@@ -139,8 +144,13 @@ def load_diffusers(
     else:
         embeddings = checked_embeddings(prompt_embeds, name, dtype)
         _note_prompt(config, embeddings)
-    vae_files = vae_files if config.vae is not None else []
-    return config, _weights(weights_of_transformer, vae_files, embeddings, expected, folder.name, name)
+    weights_of_vae: Iterable[tuple[str, Tensor]]
+    weights_of_vae = iterate_weights(vae_files if config.vae is not None else [])
+    if "transformer" in modules:
+        weights_of_transformer = modules["transformer"].state_dict().items()
+    if "vae" in modules:
+        weights_of_vae = modules["vae"].state_dict().items()
+    return config, _weights(weights_of_transformer, weights_of_vae, embeddings, expected, folder.name, name)
 
 
 def load_research(
@@ -179,9 +189,9 @@ def load_research(
     config = _config_of(parts, {**fields, "timestep_embedding": known.timestep_embedding})
     expected = expected_shapes(config)
     weights.check_shapes(expected)
-    vae_files = vae_files if config.vae is not None else []
+    of_vae = iterate_weights(vae_files if config.vae is not None else [])
     return config, _weights(
-        weights.of_diffusers(), vae_files, {}, expected, weights.where, parts["transformer"]["_class_name"]
+        weights.of_diffusers(), of_vae, {}, expected, weights.where, parts["transformer"]["_class_name"]
     )
 
 
@@ -290,27 +300,6 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
     return config
 
 
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return fields with the configuration in place of an object of diffusers that has one.
-
-    Raises:
-        ValueError: If a transformer or VAE is given as an object, whose weights would be left aside.
-    """
-    plain = dict(fields)
-    for name in ("transformer", "vae", "scheduler"):
-        value = fields.get(name)
-        if value is None or isinstance(value, dict) or not hasattr(value, "config"):
-            continue
-        if name != "scheduler":
-            raise ValueError(
-                f"`{name}=` is a configuration, and a {type(value).__name__} with weights was given, which are not "
-                f"read from it. Save it into {name}/ of the folder by its `save_pretrained`, and leave `{name}=` out."
-            )
-        # Made in memory, its configuration does not name its class.
-        plain[name] = {**value.config, "_class_name": type(value).__name__}
-    return plain
-
-
 def _default_embedding(parts: dict[str, Any], fields: dict[str, Any]) -> str:
     """Return how timesteps are embedded, as far as the files tell."""
     transformer = parts["transformer"]
@@ -373,7 +362,7 @@ def _note_prompt(config: ASelectConfig, embeddings: dict[str, Tensor]) -> None:
 
 def _weights(
     transformer: Iterable[tuple[str, Tensor]],
-    vae_files: list[Path],
+    vae: Iterable[tuple[str, Tensor]],
     embeddings: dict[str, Tensor],
     expected: Container[str],
     source: str,
@@ -383,7 +372,7 @@ def _weights(
 
     Args:
         transformer: Those of the transformer, by diffusers' names.
-        vae_files: Files of those of the VAE.
+        vae: Those of the VAE.
         embeddings: The empty prompt's.
         expected: Names that the model has a place for; tensors of other names are left out, with a warning.
         source: What they are read from, for that warning.
@@ -399,7 +388,7 @@ def _weights(
             left_over.append(key)
     for key, value in embeddings.items():
         yield f"denoiser.{key}", value
-    for key, value in iterate_weights(vae_files):
+    for key, value in vae:
         if not key.startswith(ENCODER_WEIGHTS):
             continue
         name = f"vae.{_renamed(key)}"

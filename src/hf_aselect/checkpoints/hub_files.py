@@ -149,8 +149,9 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         with explained_hub_errors(source, options):
-            wanted = [f"{part}{file}" for part in ("", "vae/") for file in (CONFIG, "*.safetensors*")]
-            folder = Path(snapshot_download(str(source), allow_patterns=wanted, **options.of_a_download()))
+            folder = Path(
+                snapshot_download(str(source), allow_patterns=_vae_files(source, options), **options.of_a_download())
+            )
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if config.get("_class_name") not in VAE_KINDS:
@@ -159,6 +160,24 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
             f"{' or '.join(VAE_KINDS)}, there or in vae/, got {config.get('_class_name')!r}."
         )
     return folder
+
+
+def _vae_files(source: str | os.PathLike[str], options: HubOptions) -> list[str] | None:
+    """Return the files of a repository that are needed of its VAE; None where the cache has to do.
+
+    Raises:
+        ValueError: If it has no weights as safetensors.
+    """
+    # The cache alone knows nothing of what the Hub would say.
+    files = [] if options.local_files_only or constants.HF_HUB_OFFLINE else _files_of(str(source), options)
+    if not files:
+        return None
+    part = "vae" if f"vae/{CONFIG}" in files else ""
+    config = f"{part}/{CONFIG}" if part else CONFIG
+    inside = [file for file in files if os.path.dirname(file) == part]
+    # Whatever it is, its configuration says.
+    has_weights = any(file.endswith((".safetensors", *PICKLES)) for file in inside)
+    return [config, *(weights_of(part, inside, options.variant, fall_back=True) if has_weights else [])]
 
 
 def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str, variant: str | None) -> bool:

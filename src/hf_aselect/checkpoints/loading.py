@@ -7,19 +7,20 @@ from typing import Any
 import torch
 
 from ..model.checks import short
-from ..model.configuration_aselect import OWN_FIELDS, ASelectConfig
+from ..model.configuration_aselect import OWN_FIELDS, TAKEN, ASelectConfig
 from .atomic import finish_files
 from .diffusers import DTYPES, find_diffusers, load_diffusers
 from .empty_prompt import TEXT_PARTS
 from .hub_files import HubOptions
 from .licenses import license_on_card
 
-# Keywords that name a value of the configuration but are a field of transformers.
-CLASS_FIELDS = {"num_labels", "id2label", "label2id", "problem_type"}
+# What transformers' own loading takes out of the keywords.
+OF_LOADING = {"dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"}
 # What diffusers' files say, and where they come from.
 TOLD_BY_FILES = {"transformer", "vae", "scheduler", "prompt_shapes", "folded", "folded_layout"}
 TOLD_BY_FILES |= {"base_model", "base_license", "out_features", "out_indices"}
-TOLD_BY_CONFIG = (OWN_FIELDS - TOLD_BY_FILES) | {"id2label", "label2id", "problem_type"}
+TOLD_BY_CONFIG = (OWN_FIELDS - TOLD_BY_FILES) | {"id2label", "label2id", "problem_type", "output_attentions"}
+TOLD_BY_CONFIG |= {"output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"}
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "variant")
 
 
@@ -76,7 +77,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
     variant = {name: kwargs.pop(name, None) for name in HUB_OPTIONS}["variant"]
     kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
     research = {name: kwargs.pop(name, None) for name in ("layout", "num_attention_heads")}
-    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS | CLASS_FIELDS}
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TAKEN - OF_LOADING}
     fields.setdefault("name_or_path", str(source))
     if not os.path.exists(source):
         # An id on the Hub; the path of a machine is nobody's business.

@@ -334,7 +334,7 @@ class ResearchWeights:
         if name is None:
             raise ValueError(
                 f"{self.where!r} holds weights in the research layout of DiT, SiT and REPA, and they do not tell "
-                f"whose they are. Pass `layout=` (`--layout`): {known}.{hint}"
+                f"whose they are. Pass `layout=` (`hf-aselect convert --layout`): {known}.{hint}"
             )
         if name not in LAYOUTS:
             raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {short(name)}. {known}.")

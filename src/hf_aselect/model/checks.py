@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from .layouts import TransformerLayout
+from .layouts import TransformerLayout, plain
 
+logger = logging.get_logger(__name__)
 NUM_TIMESTEPS = 1000
 
 
@@ -24,6 +26,7 @@ def check_timestep(timestep: Any) -> None:
     Raises:
         ValueError: If `timestep` is not an integer or lies outside [0, 1000).
     """
+    timestep = plain(timestep)
     if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < NUM_TIMESTEPS:
         raise ValueError(
             f"`timestep` must be an integer in [0, {NUM_TIMESTEPS}) or 'auto' (0 = least noise), got {timestep!r}."
@@ -36,6 +39,7 @@ def check_count(name: str, count: Any) -> None:
     Raises:
         ValueError: If `count` is none.
     """
+    count = plain(count)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"`{name}` must be at least 1, got {count!r}; an integer.")
 
@@ -68,31 +72,37 @@ def check_dtype(dtype: Any) -> None:
     raise ValueError(f"`dtype` must be float32, bfloat16, float16 or float64, got {short(dtype)}.")
 
 
-def check_classes(names: Any, numbers: Any, num_labels: Any) -> None:
-    """Refuse classes that are not counted from 0 on, or not named each.
+def class_maps(fields: dict[str, Any], num_labels: Any) -> dict[str, dict[Any, Any]]:
+    """Return `id2label` and `label2id` by name, each derived from the other where it is not given; none of neither.
 
     Args:
-        names: The field `id2label`.
-        numbers: The field `label2id`.
+        fields: Of a configuration, those two among them.
         num_labels: How many there are, where that is said.
 
     Raises:
-        ValueError: If one of them is not what it must be.
+        ValueError: If one of them is not what it must be: classes are counted from 0 on, and named each.
     """
+    names, numbers = (plain(fields.get(name)) for name in ("id2label", "label2id"))
     if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
         raise ValueError(f"`num_labels` must be an integer from 1 on, got {short(num_labels)}.")
     if numbers is not None and not isinstance(numbers, dict):
         raise ValueError(f"`label2id` must be a dictionary of classes by name, got {short(numbers)}.")
+    given, shown = "id2label", names
+    if names is None and numbers:
+        given, shown, names = "label2id", numbers, {str(number): name for name, number in numbers.items()}
     if names is None:
-        return
+        return {}
     # JSON has words for keys.
     keys = {str(key) for key in names} if isinstance(names, dict) else set()
-    if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(names):
+    if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(shown):
         raise ValueError(
-            f"`id2label` must name the classes by their numbers, from 0 on and each once, got {short(names)}."
+            f"`{given}` must name the classes by their numbers, from 0 on and each once, got {short(shown)}."
         )
     if num_labels is not None and len(names) != num_labels:
-        raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes: {names}.")
+        raise ValueError(f"`num_labels` is {num_labels}, but `{given}` names {len(names)} classes: {shown}.")
+    named = {int(number): name for number, name in names.items()}
+    named = dict(sorted(named.items())) if given == "label2id" else named
+    return {"id2label": named, "label2id": numbers or {name: number for number, name in named.items()}}
 
 
 # Of a configuration, an index or a card; the index of the largest model has a few.
@@ -427,11 +437,22 @@ def check_masks(labels: Tensor, pixel_values: Tensor, config: PreTrainedConfig) 
             f"{tuple(labels.shape)}. `ASelectImageProcessor` makes them from `segmentation_maps=`."
         )
     num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
+    if is_readable(labels) and labels.numel():
+        warn_of_foreground(labels, ignored)
     if outside := _outside(labels, num_labels, ignored):
         raise ValueError(
             f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels of no class, got "
             f"{outside}. Load the model with `num_labels=` the number of classes, and "
             "`semantic_loss_ignore_index=` what the masks have for no class."
+        )
+
+
+def warn_of_foreground(masks: Any, ignored: int) -> None:
+    """Say so where masks, an array or tensor, are of 0 and 255 alone, and 255 stands for no class."""
+    if ignored == 255 and masks.min() == 0 and masks.max() == 255 and bool(((masks == 0) | (masks == 255)).all()):
+        logger.warning_once(
+            "Masks hold 0 and 255 alone, and 255 stands for no class, here as in transformers' processors. If it is "
+            "the foreground, give masks of 0 and 1 (`mask > 0`)."
         )
 
 

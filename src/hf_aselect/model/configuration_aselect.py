@@ -1,7 +1,6 @@
 """Configuration of the A-SelecT models: every value that changes their output."""
 
 import difflib
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,9 +11,10 @@ from typing import Any, Literal, Self
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import logging
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .checks import NUM_TIMESTEPS, check_classes, check_dtype, check_timestep, short
+from .checks import NUM_TIMESTEPS, check_dtype, check_timestep, class_maps, short
 from .families import layout_of
 from .layouts import (
     MAX_LAYERS,
@@ -29,10 +29,13 @@ from .layouts import (
     check_format,
     listed,
     parse_tap_key,
+    plain,
+    record_of,
     tap_key,
 )
 from .vae import check_vae, image_channels_of, latent_channels_of, vae_scale_factor_of
 
+logger = logging.get_logger(__name__)
 # By this a folder is known to hold code: every class that travels needs it.
 CODE = "configuration_aselect.py"
 # Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
@@ -57,8 +60,25 @@ DDPM_LINEAR = {
     "beta_schedule": "linear",
 }
 # Nobody needs more; with more, building a model would take the machine's memory, or its time.
-_MAX_DRAWS = 1000
 _MAX_TOKENS = 2**20
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "head": ("linear", "attention"),
+    "pooling": tuple(POOLINGS),
+    "decoder": ("linear", "upernet"),
+    "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
+}
+_RANGES: dict[str, tuple[int, float]] = {
+    **dict.fromkeys(("head_hidden_size", "head_mlp_ratio", "head_num_attention_heads"), (1, MAX_SIZE)),
+    "head_num_layers": (1, MAX_LAYERS),
+    "decoder_hidden_size": (1, MAX_SIZE),
+    "auxiliary_hidden_size": (0, MAX_SIZE),
+    **dict.fromkeys(("auxiliary_loss_weight", "guidance", "initializer_range"), (0, 10**6)),
+    "num_noise_draws": (1, 1000),
+    "noise_seed": (0, 2**32 - 1),
+    "semantic_loss_ignore_index": (-(2**63), 2**63 - 1),
+}
+# Fields that are configurations of diffusers' objects.
+PARTS = ("transformer", "vae", "scheduler")
 # What a read-out takes the place of, by default.
 _OF_READ_OUT = {"timestep": "auto", "block": None, "feature": "query"}
 _BESIDE_READ_OUT = (
@@ -76,15 +96,36 @@ AUTO_MAP = {
     "AutoModelForImageClassification": f"{ALL_MODELS}.DiTForImageClassification",
     "AutoModelForSemanticSegmentation": f"{ALL_MODELS}.DiTForSemanticSegmentation",
 }
-_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# Written by transformers itself into a config (`to_dict`, `Trainer`), hence no misspelt keywords of a user.
-_WRITTEN_BY_TRANSFORMERS = {
+# What transformers takes beside the fields of its own configurations, or writes into one (`to_dict`, `Trainer`).
+_OF_TRANSFORMERS = {
     *("_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map"),
-    *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions"),
+    *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config"),
     *("quantization_config", "stage_names", "tie_word_embeddings", "torch_dtype", "use_cache"),
 }
+# Keywords of transformers' scripts that no configuration reads: `i2label` is how one of them spells `id2label`.
+_OF_SCRIPTS = {"finetuning_task", "i2label"}
+# Fields of ViT: what is read off the transformer may be given as it is, and dropout as 0.
+_READ_OFF = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels", "patch_size"}
+_DROPOUTS = {"hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"}
+_OF_VIT = _READ_OFF | _DROPOUTS | {"encoder_stride", "hidden_act", "intermediate_size", "layer_norm_eps", "qkv_bias"}
+# Keys of a file that transformers would read as those of a text model.
+_OF_TEXT = {"head_dim", "layer_types", "mlp_layer_types", "rope_parameters", "rope_scaling", "rope_theta"}
+# By this name keys of a file that are no fields go past the check of keywords.
+_OF_FILE = "_keys_of_file"
 
 
+def _plain_on_assignment(kind: Any) -> Any:
+    """Let values of numpy and torch, tuples and objects of diffusers be taken by each field of a configuration."""
+    assign = kind.__setattr__
+
+    def assign_plain(self: Any, name: str, value: Any) -> None:
+        assign(self, name, record_of(value) if name in PARTS else plain(value))
+
+    kind.__setattr__ = assign_plain
+    return kind
+
+
+@_plain_on_assignment
 @strict
 class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a diffusion transformer that is read at a timestep and a tap, or at several of them.
@@ -222,13 +263,16 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what is derived from the transformer and refuse unknown keywords."""
+        others, kwargs = kwargs.pop(_OF_FILE, {}), plain(kwargs)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
-        refuse_unknown_keywords(kwargs.keys() - _WRITTEN_BY_TRANSFORMERS)
-        names, num_labels = self.id2label, kwargs.get("num_labels")
-        check_classes(names, self.label2id, num_labels)
-        kwargs.pop("stage_names", None)  # follow from the depth
-        if num_labels is None:
+        refuse_unknown_keywords(kwargs.keys() - TAKEN)
+        of_vit = {name: kwargs.pop(name) for name in _OF_VIT & kwargs.keys()}
+        # The names of the stages follow from the depth.
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_SCRIPTS | {"stage_names"}}
+        if kwargs.get("num_labels") is None:
             kwargs.pop("num_labels", None)
+        for name, classes in class_maps(vars(self), kwargs.get("num_labels")).items():
+            setattr(self, name, classes)
         for dtype in (self.dtype, kwargs.get("torch_dtype")):
             check_dtype(dtype)
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
@@ -242,6 +286,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             self.block = 3 * layout.num_layers // 8
         if self.image_size is None:
             self.image_size = layout.sample_size * self.vae_scale_factor
+        for name, value in of_vit.items():
+            self._refuse_other_than(name, value)
         # The host's names: what the first block reads, then each block.
         self.stage_names = ["stem", *(f"stage{number}" for number in range(1, layout.num_layers + 1))]
         if out_features is None and out_indices is None:
@@ -249,7 +295,17 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if out_indices is not None:
             self._check_order(out_indices)
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs, **others)
+
+    def _refuse_other_than(self, name: str, value: Any) -> None:
+        """Refuse a field of ViT that is something else here."""
+        own = getattr(self, name) if name in _READ_OFF else 0 if name in _DROPOUTS else None
+        if value is None or value != own:
+            what = f"is {own}" if own is not None else "follows from `_class_name`"
+            raise ValueError(
+                f"`{name}` cannot be set: it {what}, as `transformer` and `vae` say, diffusers' configurations; got "
+                f"{short(value)}."
+            )
 
     def _take_read_out(self, read_out: list[Any]) -> None:
         """Let timestep, block and feature be those of the first entry of a read-out, where they are not given."""
@@ -333,21 +389,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
             )
-        check_classes(None, None, kwargs.get("num_labels"))
-        check_classes(config_dict.get("id2label"), config_dict.get("label2id"), None)
-        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS | {"problem_type"}}
-        num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
-        if kwargs.get("id2label") is not None:
-            check_classes(kwargs["id2label"], kwargs.get("label2id"), num_labels)
-            # Numbers, as the pipelines look them up, and each name its number; as the constructor has them.
-            named = {int(number): name for number, name in kwargs.pop("id2label").items()}
-            numbers = kwargs.pop("label2id", None) or {name: number for number, name in named.items()}
-            own_fields |= {"id2label": named, "label2id": numbers}
-            kwargs.pop("num_labels", None)
-            config_dict = {name: value for name, value in config_dict.items() if name != "num_labels"}
-        elif num_labels is not None and names is not None and len(names) != num_labels:
+        known = cls.__dataclass_fields__.keys() | _OF_TRANSFORMERS | OWN_FIELDS
+        others = {name: value for name, value in config_dict.items() if name not in known | _OF_TEXT}
+        _warn_of_unknown(others.keys() - _OF_SCRIPTS - _OF_VIT)
+        # What is a method or property of ours is nothing that a file could say.
+        others = {name: value for name, value in others.items() if not hasattr(cls, name)}
+        config_dict = {name: value for name, value in config_dict.items() if name in known}
+        own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TAKEN - _DTYPES}
+        maps, num_labels = class_maps(config_dict, None), plain(own_fields.get("num_labels"))
+        own_fields |= (given := class_maps(own_fields, num_labels))
+        if given or (num_labels is not None and maps and len(maps["id2label"]) != num_labels):
             # Another number of classes has other names.
-            config_dict = {name: value for name, value in config_dict.items() if name not in ("id2label", "label2id")}
+            config_dict = {name: value for name, value in config_dict.items() if name not in (*maps, "num_labels")}
         if "model_type" in config_dict:
             # A checkpoint from before there was such a field.
             config_dict = {"standardize_features": False, **config_dict}
@@ -361,14 +414,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         elif of_read_out and config_dict.get("read_out") is not None and "read_out" not in own_fields:
             raise ValueError(_BESIDE_READ_OUT.format(", ".join(sorted(of_read_out))))
         is_unused_asked = kwargs.pop("return_unused_kwargs", False)
-        config, unused = super().from_dict({**config_dict, **own_fields}, return_unused_kwargs=True, **kwargs)
+        values = {**config_dict, **own_fields, _OF_FILE: others}
+        config, unused = super().from_dict(values, return_unused_kwargs=True, **kwargs)
         if own_fields and config_dict.get("standardized_grid"):
             saved = super().from_dict(dict(config_dict))
             if config._what_is_read() != saved._what_is_read():
                 config.standardized_grid = None
         if is_unused_asked:
             return config, unused
-        refuse_unknown_keywords({name for name in unused if not name.startswith("_")} - _WRITTEN_BY_TRANSFORMERS)
+        refuse_unknown_keywords({name for name in unused if not name.startswith("_")})
         return config
 
     def _what_is_read(self) -> tuple[Any, ...]:
@@ -516,7 +570,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         if block is None:
             return self.read_outs()[0][1]
-        depth = self.num_hidden_layers
+        block, depth = plain(block), self.num_hidden_layers
         if isinstance(block, str):
             raise ValueError(f"`block` must be an integer, a list of integers or 'all', got {block!r}.")
         if isinstance(block, bool) or not isinstance(block, int) or not -depth <= block < depth:
@@ -673,13 +727,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_prompt(self) -> None:
-        """Refuse the empty prompt's shapes where the transformer has none, and a guidance that is no number."""
+        """Refuse the empty prompt's shapes where the transformer has none."""
         if self.prompt_shapes and not self.layout.needs_prompt:
             raise ValueError(
                 f"`prompt_shapes` are given, but a {self.transformer['_class_name']} is not conditioned on a text."  # type: ignore[index]
             )
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"`guidance` must be a finite number from 0 on, got {self.guidance}.")
 
     def validate_zeroed_channels(self) -> None:
         """Refuse channels that the tokens do not have."""
@@ -710,24 +762,23 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"lists by tap, got {channels!r}."
                 )
 
-    def validate_head(self) -> None:
-        """Refuse an unknown head or pooling, and sizes that do not divide."""
-        for name, known in (("head", ("linear", "attention")), ("pooling", tuple(POOLINGS))):
+    def validate_ranges(self) -> None:
+        """Refuse unknown names, and numbers that are out of range."""
+        for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
-        if self.head == "attention" and self.pooling != "mean":
-            raise ValueError(f"`pooling={self.pooling!r}` needs `head='linear'`: an attention head reads all tokens.")
-        if self.head_hidden_size < 1 or self.head_num_layers < 1 or self.head_mlp_ratio < 1:
+        for name, (low, high) in _RANGES.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"`{name}` must be in [{low}, {high}], got {value}.")
+
+    def validate_head(self) -> None:
+        """Refuse sizes of the attention head that do not divide, or exceed all measure together."""
+        if self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
             raise ValueError(
-                "`head_hidden_size`, `head_num_layers` and `head_mlp_ratio` must be at least 1, got "
-                f"{self.head_hidden_size}, {self.head_num_layers} and {self.head_mlp_ratio}."
+                f"`head_hidden_size` times `head_mlp_ratio` must be at most {MAX_SIZE}, got {self.head_hidden_size} "
+                f"and {self.head_mlp_ratio}."
             )
-        if self.head_num_layers > MAX_LAYERS or self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
-            raise ValueError(
-                f"`head_num_layers` must be at most {MAX_LAYERS}, `head_hidden_size` times `head_mlp_ratio` at most "
-                f"{MAX_SIZE}, got {self.head_num_layers}, {self.head_hidden_size} and {self.head_mlp_ratio}."
-            )
-        if self.head_num_attention_heads < 1 or self.head_hidden_size % self.head_num_attention_heads:
+        if self.head_hidden_size % self.head_num_attention_heads:
             raise ValueError(
                 f"`head_hidden_size` ({self.head_hidden_size}) must be a multiple of `head_num_attention_heads` "
                 f"({self.head_num_attention_heads})."
@@ -743,26 +794,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_decoder(self) -> None:
-        """Refuse an unknown decoder, sizes out of range, and other than four blocks for UperNet."""
-        if self.decoder not in ("linear", "upernet"):
-            raise ValueError(f"`decoder` must be 'linear' or 'upernet', got {self.decoder!r}.")
-        if not -(2**63) <= self.semantic_loss_ignore_index < 2**63:
-            raise ValueError(
-                f"`semantic_loss_ignore_index` must be a value that a mask can have, got "
-                f"{self.semantic_loss_ignore_index}."
-            )
-        is_weight = 0 <= self.auxiliary_loss_weight < math.inf
-        if self.decoder_hidden_size < 1 or self.auxiliary_hidden_size < 0 or not is_weight:
-            raise ValueError(
-                "`decoder_hidden_size` must be at least 1, `auxiliary_hidden_size` and `auxiliary_loss_weight` at "
-                f"least 0 and finite, got {self.decoder_hidden_size}, {self.auxiliary_hidden_size} and "
-                f"{self.auxiliary_loss_weight}."
-            )
-        if max(self.decoder_hidden_size, self.auxiliary_hidden_size) > MAX_SIZE:
-            raise ValueError(
-                f"`decoder_hidden_size` and `auxiliary_hidden_size` must be at most {MAX_SIZE}, got "
-                f"{self.decoder_hidden_size} and {self.auxiliary_hidden_size}."
-            )
+        """Refuse other than four blocks for UperNet."""
         if self.decoder != "upernet":
             return
         if self.num_hidden_layers < 4:
@@ -786,22 +818,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_host_fields(self) -> None:
         """Refuse values that the host takes as they are and trips over later."""
-        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
-            raise ValueError(f"`problem_type` must be one of {', '.join(_PROBLEM_TYPES)}, got {self.problem_type!r}.")
         classes = self.architectures
         if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
             raise ValueError(f"`architectures` must be a list of names of classes, got {classes!r}.")
-        if not 0 <= self.initializer_range < math.inf:
-            raise ValueError(f"`initializer_range` must be a finite number from 0 on, got {self.initializer_range}.")
-
-    def validate_noise(self) -> None:
-        """Refuse fewer than one noise draw and a seed that a generator does not take."""
-        if not 1 <= self.num_noise_draws <= _MAX_DRAWS:
-            raise ValueError(
-                f"`num_noise_draws` must be at least 1, got {self.num_noise_draws}; at most {_MAX_DRAWS}."
-            )
-        if not 0 <= self.noise_seed < 2**32:
-            raise ValueError(f"`noise_seed` must be in [0, 2**32), got {self.noise_seed}.")
 
     def validate_image_size(self) -> None:
         """Refuse picture sizes that do not divide into tokens."""
@@ -842,20 +861,32 @@ OWN_FIELDS = {name for name in ASelectConfig.__annotations__ if not name.startsw
 }
 
 
-def refuse_unknown_keywords(names: set[str]) -> None:
+# What a call may give beside: what transformers and its scripts know.
+_DTYPES = {"dtype", "torch_dtype"}
+TAKEN = OWN_FIELDS | PreTrainedConfig.__dataclass_fields__.keys() | _OF_TRANSFORMERS | _OF_SCRIPTS | _OF_VIT | _DTYPES
+
+
+def _nearest(names: Iterable[str]) -> dict[str, str]:
+    """Return the nearest field of each of some names that has one."""
+    near = {name: difflib.get_close_matches(name, sorted(OWN_FIELDS | {"num_labels"}), n=1) for name in names}
+    return {name: found[0] for name, found in near.items() if found}
+
+
+def _warn_of_unknown(names: Iterable[str]) -> None:
+    """Say which keys of a file may be misspelt fields."""
+    for name, field in sorted(_nearest(names).items()):
+        logger.warning_once(f"The configuration has a key `{name}`, which is no field; did you mean `{field}`?")
+
+
+def refuse_unknown_keywords(names: Iterable[str]) -> None:
     """Refuse keywords that are no fields of the configuration, naming the nearest field.
 
     Raises:
-        ValueError: If `names` is not empty.
+        ValueError: If there are `names`.
     """
-    if not names:
-        return
-    fields = sorted(OWN_FIELDS | {"num_labels"})
-    hints = []
-    for name in sorted(names):
-        near = difflib.get_close_matches(name, fields, n=1)
-        hints.append(f"`{name}`" + (f" (did you mean `{near[0]}`?)" if near else ""))
-    raise ValueError(f"ASelectConfig has no field {', '.join(hints)}.")
+    near = _nearest(names)
+    if hints := [f"`{name}`" + f" (did you mean `{near.get(name)}`?)" * (name in near) for name in sorted(names)]:
+        raise ValueError(f"ASelectConfig has no field {', '.join(hints)}.")
 
 
 def is_code_saved(saved: Any, folder: str | os.PathLike[str], is_pushed: bool, asked: bool | None) -> bool:

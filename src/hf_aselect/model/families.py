@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import MAX_LAYERS, MAX_SIZE, TransformerLayout
+from .layouts import MAX_LAYERS, MAX_SIZE, TransformerLayout, hint_of
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def family_of(name: Any) -> TransformerFamily:
         raise ValueError(
             f"Unsupported transformer {name!r}; supported are {', '.join(FAMILIES)}. Another class can be "
             "described: before a checkpoint of it is loaded, call `hf_aselect.register_family` with a "
-            "`TransformerFamily` that says how it is called and where its blocks are."
+            f"`TransformerFamily` that says how it is called and where its blocks are.{hint_of(name)}"
         )
     return FAMILIES[name]
 
@@ -217,8 +217,8 @@ def layout_of(transformer: Mapping[str, Any]) -> TransformerLayout:
     family = family_of(transformer.get("_class_name"))
     if missing := [size for size in family.sizes if transformer.get(size) is None]:
         raise ValueError(
-            f"`transformer` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
-            "(`dict(transformer.config)`)."
+            f"`transformer` lacks {', '.join(missing)}: give the transformer itself, or the whole configuration that "
+            "diffusers saved."
         )
     if "axes_lens" in family.sizes:
         lengths = transformer["axes_lens"]
@@ -320,6 +320,66 @@ def _auraflow_layout(config: Mapping[str, Any]) -> TransformerLayout:
     return transformer_layout(config, num_layers=depth, max_grid=int(config["pos_embed_max_size"] ** 0.5))
 
 
+def _flux_call(inputs: Inputs) -> dict[str, Any]:
+    packed = {"hidden_states": inputs.packed(), "timestep": inputs.sigmas, "encoder_hidden_states": inputs.text}
+    places = inputs.places()
+    return {**packed, "img_ids": places, "txt_ids": places.new_zeros(inputs.text.shape[1], 3)}
+
+
+def _longcat_call(inputs: Inputs) -> dict[str, Any]:
+    # Text and image are told apart by the first axis. The text runs along the diagonal, and the image begins behind
+    # the 512 tokens that a text is padded to.
+    called = _flux_call(inputs)
+    called["txt_ids"][:, 1:] = torch.arange(inputs.text.shape[1], device=inputs.text.device)[:, None]
+    called["img_ids"][:, 0] = 1
+    called["img_ids"][:, 1:] += 512
+    return called
+
+
+def _flux2_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    # Its VAE packs 2 × 2 latents into channels. The size is the pipeline's.
+    joint, depth = config["num_layers"], config["num_layers"] + config["num_single_layers"]
+    return transformer_layout(config, num_layers=depth, num_attention_outputs=joint, patch_size=1, sample_size=64)
+
+
+def _flux2_call(inputs: Inputs) -> dict[str, Any]:
+    places = inputs.places(side=1, axes=4)
+    text = places.new_zeros(inputs.text.shape[1], 4)
+    text[:, 3] = torch.arange(len(text), device=text.device)
+    called = {"hidden_states": inputs.latents.flatten(2).mT, "timestep": inputs.sigmas, "img_ids": places}
+    if inputs.transformer.config.guidance_embeds:
+        called["guidance"] = torch.full_like(inputs.sigmas, inputs.guidance)
+    return {**called, "encoder_hidden_states": inputs.text, "txt_ids": text}
+
+
+def _flux2_projections(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # One layer with the MLP's first.
+    query, key, value = attention.to_qkv_mlp_proj(tokens)[..., : 3 * attention.inner_dim].chunk(3, dim=-1)
+    return query, key, value
+
+
+def _prx_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    return transformer_layout(
+        config,
+        num_layers=config["depth"],
+        num_attention_heads=config["num_heads"],
+        hidden_size=config["hidden_size"],
+        # The pipeline's 512 pixels, with FLUX's VAE or, of 32 channels, with that of 32 pixels a latent.
+        sample_size=16 if config["in_channels"] == 32 else 64,
+    )
+
+
+def _prx_projections(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = attention.img_qkv_proj(tokens).chunk(3, dim=-1)
+    return query, key, value
+
+
+def _wan_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    # It is made for videos of 832 × 480 pixels and more: 512 × 512 are as many. Rotary positions are tabulated.
+    patch_size, reach = config.get("patch_size", (1, 2, 2))[-1], config["rope_max_seq_len"]
+    return transformer_layout(config, patch_size=patch_size, sample_size=64, max_grid=reach)
+
+
 # What is tapped before the text and after it lies in one sequence: blocks of two streams, then of one.
 _ALL = (
     TransformerFamily("DiTTransformer2DModel", _PLAIN, lambda config: transformer_layout(config, needs_prompt=False)),
@@ -370,6 +430,64 @@ _ALL = (
         (TransformerBlocks("joint_transformer_blocks", hidden=1), TransformerBlocks("single_transformer_blocks")),
         prompt_fields={"prompt_embeds": "joint_attention_dim"},
         patch_embedding="pos_embed",
+    ),
+    TransformerFamily(
+        "Flux2Transformer2DModel",
+        (*_HEADS, "num_layers", "num_single_layers"),
+        _flux2_layout,
+        _flux2_call,
+        (
+            TransformerBlocks(hidden=1),
+            TransformerBlocks("single_transformer_blocks", projections=_flux2_projections, has_attention=False),
+        ),
+        output=lambda output, inputs: output.mT.unflatten(2, inputs.latents.shape[2:]),
+        prompt_fields={"prompt_embeds": "joint_attention_dim"},
+        timestep_modules={"time_guidance_embed.time_proj": 1.0},
+    ),
+    TransformerFamily(
+        "ChromaTransformer2DModel",
+        (*_HEADS, "num_layers", "num_single_layers"),
+        _flux_layout,
+        _flux_call,
+        (TransformerBlocks(hidden=1), TransformerBlocks("single_transformer_blocks", has_attention=False)),
+        prompt_fields={"prompt_embeds": "joint_attention_dim"},
+        timestep_modules={"time_text_embed.time_proj": 1.0},
+    ),
+    TransformerFamily(
+        "LongCatImageTransformer2DModel",
+        (*_HEADS, "num_layers", "num_single_layers"),
+        _flux_layout,
+        _longcat_call,
+        (TransformerBlocks(hidden=1), TransformerBlocks("single_transformer_blocks", hidden=1, has_attention=False)),
+        prompt_fields={"prompt_embeds": "joint_attention_dim"},
+        timestep_modules={"time_embed.time_proj": 1.0},
+    ),
+    TransformerFamily(
+        "PRXTransformer2DModel",
+        ("hidden_size", "num_heads", "depth", "in_channels", "patch_size"),
+        _prx_layout,
+        lambda inputs: {
+            "hidden_states": inputs.latents,
+            "timestep": inputs.sigmas,
+            "encoder_hidden_states": inputs.text,
+        },
+        (TransformerBlocks("blocks", "attention", projections=_prx_projections),),
+        prompt_fields={"prompt_embeds": "context_in_dim"},
+        patch_embedding="img_in",
+    ),
+    TransformerFamily(
+        "WanTransformer3DModel",
+        (*_HEADS, "num_layers", "rope_max_seq_len"),
+        _wan_layout,
+        lambda inputs: {
+            "hidden_states": inputs.latents[:, :, None],
+            "timestep": inputs.timesteps,
+            "encoder_hidden_states": inputs.text,
+        },
+        (TransformerBlocks("blocks", "attn1"),),
+        output=lambda output, _: output[:, :, 0],
+        prompt_fields={"prompt_embeds": "text_dim"},
+        patch_embedding="patch_embedding",
     ),
 )
 FAMILIES.update({family.name: family for family in _ALL})

@@ -34,6 +34,8 @@ class _Reading:
         keep: Makes of a sequence the image's tokens.
         waiting: Taps that are still to be read.
         may_stop: Whether the call ends with the last of them.
+        found: What was read.
+        timed: Modules that were given the timesteps; FLUX.2 [dev] has its guidance embedded by the same one, after.
     """
 
     inputs: Inputs
@@ -41,6 +43,7 @@ class _Reading:
     waiting: set[Tap]
     may_stop: bool = True
     found: dict[Tap, Any] = field(default_factory=dict)
+    timed: set[nn.Module] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,9 @@ class _ExactTimesteps:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         reading: _Reading | None = getattr(_NOW, "reading", None)
-        if reading is None or args[0].dtype not in (torch.float16, torch.bfloat16):
+        if reading is None or module in reading.timed or args[0].dtype not in (torch.float16, torch.bfloat16):
             return None
+        reading.timed.add(module)
         return reading.inputs.timesteps * self.scale, *args[1:]
 
 
@@ -245,7 +249,7 @@ class GenericDenoiser(Denoiser):
             parent = self.transformer.get_submodule(parent_path)
             blocks: Any = parent._modules[name]
             whole.append((parent, name, blocks))
-            parent._modules[name] = nn.ModuleList(list(blocks)[:left])
+            parent._modules[name] = _FirstBlocks(blocks, left)
             left = max(left - len(blocks), 0)
         try:
             yield
@@ -301,6 +305,22 @@ class GenericDenoiser(Denoiser):
             setattr(module, name, table)
             if name in module._buffers:
                 self._tables.setdefault(module, {})[name] = table
+
+
+class _FirstBlocks(nn.ModuleList):
+    """The first blocks of a list, which seems to be as long as before: Chroma counts its blocks to find modulations.
+
+    Args:
+        blocks: The whole list.
+        left: How many of them are run.
+    """
+
+    def __init__(self, blocks: Any, left: int) -> None:
+        super().__init__(list(blocks)[:left])
+        self._whole = len(blocks)
+
+    def __len__(self) -> int:
+        return int(self.__dict__.get("_whole", len(self._modules)))
 
 
 class _WeightsWithoutData(TorchFunctionMode):

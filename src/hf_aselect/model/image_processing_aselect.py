@@ -1,9 +1,12 @@
 """Pictures of any kind to `pixel_values` in [-1, 1], masks to `labels`, and logits back to masks."""
 
+import difflib
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -18,14 +21,25 @@ from transformers.models.beit.image_processing_pil_beit import BeitImageProcesso
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-from .checks import is_finite_number
+from .checks import is_finite_number, warn_of_foreground
 from .configuration_aselect import ASelectConfig, is_code_saved, without_code
+from .layouts import plain
 
 logger = logging.get_logger(__name__)
 # Rec. 601, the weights of PIL's conversion to grey.
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 # Of `size`: with more, a picture would take the machine's memory.
 _MAX_PIXELS = 2**28
+# What PIL makes of broken files.
+UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+ADDRESS = re.compile(r"\b(?:https?|ftp|sftp|s3|gs|gcs|abfs|az)://", re.IGNORECASE)
+# What transformers writes into a processor's file.
+_OF_FILE = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class", "backend"}
+NO_CLASS = 255  # in a mask, as transformers' processors write it
+# How an image is turned upright, by its EXIF entry "orientation".
+_ORIENTATION = 0x0112
+_TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270"), start=2))
+_TURNS |= {7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
@@ -34,24 +48,32 @@ class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
     Args:
         num_channels: 3 for RGB, 1 for grey.
         do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1.
+        do_exif_transpose: Whether images are turned upright, and their masks along with them.
     """
 
     num_channels: int | None
     do_reduce_labels: bool | None
+    do_exif_transpose: bool | None
 
 
 class ASelectImageProcessor(PilBackend):
     """Turn pictures into `pixel_values`: RGB or grey, centre crop to the target's shape, resize, scale to [-1, 1].
 
-    Takes PIL pictures of any mode (turned upright by their EXIF entry), arrays and tensors of values in [0, 255].
+    Takes PIL images of any mode, files by their paths, encoded bytes (also as `datasets` has them undecoded), arrays
+    and tensors. Their values are in [0, 255]; those of 16 bits, above 255, are brought to 8. Floating-point values are
+    in [0, 1] where none in a call is above 1, and are then read as such.
 
     Args:
-        size: Height and width of the result in pixels, or one integer for both.
+        size: Height and width of the result in pixels, or one integer for both; `{"shortest_edge": n}` is the latter.
+        crop_size: With `do_center_crop`, what is cut out of the middle afterwards, as transformers' processors do it.
         num_channels: 3 for RGB, 1 for grey.
         do_center_crop: Whether the middle of the picture is cut out in the shape of `size` before it is resized;
             otherwise the whole picture is squeezed into it.
         do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1 (as in ADE20K): 0 becomes
-            255 and all else is reduced by 1.
+            255 and all else is reduced by 1, but for 255, which stays.
+        do_exif_transpose: Whether an image is turned upright by its EXIF entry. A mask without one is of the stored
+            pixels, by its size, and turned along. transformers' processors turn nothing, and neither does the one that
+            is saved beside a segmenter: its masks are of the pixels as they are stored.
 
     Example:
         >>> from hf_aselect import ASelectImageProcessor
@@ -72,10 +94,30 @@ class ASelectImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_reduce_labels = False
+    do_exif_transpose = True
+    crop_size: Any = None
 
     def __init__(self, **kwargs: Any) -> None:
-        _check_fields(kwargs)
-        super().__init__(**kwargs)
+        _refuse_unknown(kwargs)
+        super().__init__(**self._taken(kwargs))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a processor from the fields of a file, of which those that are none of ours are kept.
+
+        Raises:
+            ValueError: As the constructor, and if a field of the file is a method.
+        """
+        others = {name: value for name, value in image_processor_dict.items() if not _is_field(name)}
+        fields = {name: value for name, value in image_processor_dict.items() if name not in others}
+        for name in others:
+            if hasattr(cls, name):
+                raise ValueError(f"An image processor has no field {name!r}.")
+        _refuse_unknown({name for name in kwargs if _nearest(name)})  # loading takes many more
+        made: Any = super().from_dict(fields, **kwargs)
+        for name, value in others.items():
+            setattr(made[0] if isinstance(made, tuple) else made, name, value)
+        return made
 
     @classmethod
     def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":
@@ -113,9 +155,9 @@ class ASelectImageProcessor(PilBackend):
         """Return `pixel_values`, and `labels` where masks are given.
 
         Args:
-            images: A picture or several: PIL of any mode, or arrays and tensors of values in [0, 255].
-            segmentation_maps: A mask for each picture, of its size: PIL of mode L, P (its indices), 1 or I, or
-                integers, (H, W). It is cropped and resized with its picture, to the nearest value.
+            images: An image or several, see the class.
+            segmentation_maps: A mask for each image, of its size: PIL of mode L, P (its indices), 1 or I, a file, or
+                integers, (H, W). It is turned, cropped and resized with its image, to the nearest value.
             kwargs: What else the processor takes, in place of its own settings.
 
         Returns:
@@ -125,18 +167,22 @@ class ASelectImageProcessor(PilBackend):
             ValueError: If a picture or mask is none, a mask is of another size than its picture, has colours, is empty
                 or holds negative values, or there are not as many masks as pictures.
         """
-        features: BatchFeature = super().preprocess(images, segmentation_maps, **kwargs)
+        _refuse_unknown(kwargs)
+        features: BatchFeature = super().preprocess(images, segmentation_maps, **self._taken(kwargs))
         return features
 
     def _preprocess_image_like_inputs(  # type: ignore[override]
         self, images: Any, segmentation_maps: Any = None, **kwargs: Any
     ) -> BatchFeature:
+        images = self._prepare_images_structure(images)
         prepared = self._prepare_image_like_inputs(images, **kwargs)
         if segmentation_maps is None:
             return self._preprocess(prepared, **kwargs)
-        masks = [_mask_array(mask) for mask in _as_list(segmentation_maps)]
+        masks = _as_list(segmentation_maps)
         if len(masks) != len(prepared):
             raise ValueError(f"Got {len(masks)} masks for {len(prepared)} pictures; each picture needs its own.")
+        is_turned = kwargs["do_exif_transpose"]
+        masks = [_mask_array(mask, image, is_turned) for mask, image in zip(masks, images, strict=True)]
         labels = [
             self._label(mask, picture.shape[-2:], **kwargs) for mask, picture in zip(masks, prepared, strict=True)
         ]
@@ -152,6 +198,7 @@ class ASelectImageProcessor(PilBackend):
         do_resize: bool,
         do_center_crop: bool,
         size: SizeDict,
+        crop_size: SizeDict | None = None,
         do_reduce_labels: bool = False,
         **_: Any,
     ) -> NDArray[np.int64]:
@@ -161,8 +208,13 @@ class ASelectImageProcessor(PilBackend):
                 f"A mask has {mask.shape[0]}×{mask.shape[1]} pixels and its picture "
                 f"{picture_size[0]}×{picture_size[1]}; they must be equal."
             )
+        if do_reduce_labels and mask.max() > NO_CLASS:
+            raise ValueError(
+                f"`do_reduce_labels` writes {NO_CLASS} for pixels of no class, and a mask has {mask.max()}: more "
+                "classes than that. Reduce the masks yourself, with another value as `semantic_loss_ignore_index`."
+            )
         if do_reduce_labels:
-            mask = np.where(mask == 0, 255, mask - 1)
+            mask = np.where((mask == 0) | (mask == NO_CLASS), NO_CLASS, mask - 1)
         array = mask[None]
         if do_center_crop:
             array = (_crop_to_shape if do_resize else self.center_crop)(array, size)
@@ -171,6 +223,8 @@ class ASelectImageProcessor(PilBackend):
             picture = Image.fromarray(array[0].astype(np.int32))
             sides = int(size.width), int(size.height)  # type: ignore[arg-type]
             array = np.asarray(picture.resize(sides, Image.Resampling.NEAREST))[None]
+            if do_center_crop and crop_size is not None:
+                array = self.center_crop(array, crop_size)
         label: NDArray[np.int64] = array[0].astype(np.int64)
         return label
 
@@ -216,19 +270,20 @@ class ASelectImageProcessor(PilBackend):
         return found
 
     def process_image(  # type: ignore[override]
-        self, image: Any, num_channels: int = 3, **kwargs: Any
+        self, image: Any, num_channels: int = 3, do_exif_transpose: bool = True, **kwargs: Any
     ) -> NDArray[Any]:
         """Return a picture as an array, (C, H, W), with the asked number of channels.
 
         Args:
-            image: PIL picture of any mode, or array or tensor, (H, W, C) or (C, H, W), in [0, 255].
+            image: PIL image of any mode, or array or tensor, (H, W, C) or (C, H, W), in [0, 255] or [0, 1].
             num_channels: 3 for RGB, 1 for grey.
+            do_exif_transpose: Whether a PIL image is turned upright.
             kwargs: Passed on to the host.
 
         Raises:
             ValueError: If `num_channels` is neither 1 nor 3, the picture is empty, cannot be read, has another number
                 of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is no number, NaN,
-                infinite values, or values outside [0, 255].
+                infinite values, or values outside [0, 255] (of 16 bits [0, 65535]).
         """
         if num_channels not in (1, 3):
             raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
@@ -236,10 +291,14 @@ class ASelectImageProcessor(PilBackend):
             if not all(image.size):
                 raise ValueError(f"A picture is empty: it has {image.width}×{image.height} pixels.")
             try:
-                array = np.asarray(_upright(image).convert("L" if num_channels == 1 else "RGB"))
-            except (OSError, SyntaxError, struct.error) as error:  # what PIL makes of broken files
+                image = _eight_bits(ImageOps.exif_transpose(image) if do_exif_transpose else image)
+                if isinstance(image, Image.Image):
+                    # PIL knows no other way.
+                    image = image.convert({"La": "LA", "LAB": "RGB"}.get(image.mode, image.mode))
+                    array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
+                    return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
+            except UNREADABLE as error:
                 raise ValueError(f"A picture cannot be read ({error}). Save or download it again.") from error
-            return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
         image = _as_array(image)
         sides = (image.shape[0], image.shape[-1])
         if kwargs.get("input_data_format") is None and not set(sides) & {1, 3}:
@@ -248,11 +307,8 @@ class ASelectImageProcessor(PilBackend):
                 raise ValueError(f"A picture must have 1, 3 or 4 channels, first or last, got shape {image.shape}.")
             kwargs["input_data_format"] = "channels_last" if image.shape[-1] == 4 else "channels_first"
         array = super().process_image(image, **kwargs)
-        if array.dtype.kind == "f":
-            if not np.isfinite(array).all():
-                raise ValueError("A picture holds NaN or infinite values; expected values in [0, 255].")
-            if array.max(initial=0) <= 1:
-                _warn_of_fractions()
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError("A picture holds NaN or infinite values; expected values in [0, 255].")
         low, high = float(array.min()), float(array.max())
         # Rounding and resampling may pass the ends by a little.
         if not (low >= -0.5 and high <= 255.5):
@@ -280,17 +336,15 @@ class ASelectImageProcessor(PilBackend):
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         # The host takes no grey arrays without an axis of channels, and would fetch what a name or an address names.
+        images = _opened(images)
         several = list(images) if isinstance(images, list | tuple) else [images]
         # The host takes lists in the list, too.
         parts = [part for each in several for part in (each if isinstance(each, list | tuple) else [each])]
         for image in parts:
             if not isinstance(image, Image.Image | np.ndarray | Tensor):
-                named = (
-                    f"{type(image).__name__} {str(image)[:100]!r}" if isinstance(image, str) else type(image).__name__
-                )
                 raise ValueError(
-                    f"A picture must be one of PIL, an array or a tensor, got {named}. Open files first "
-                    "(`PIL.Image.open`)."
+                    "A picture must be one of PIL, a file, encoded bytes, an array or a tensor, got "
+                    f"{type(image).__name__}."
                 )
         if not parts or (getattr(images, "ndim", 0) == 4 and not len(images)):
             raise ValueError("There are no pictures: the list is empty.")
@@ -304,11 +358,31 @@ class ASelectImageProcessor(PilBackend):
         self, images: list[NDArray[Any]], *, do_resize: bool, do_center_crop: bool, size: SizeDict, **kwargs: Any
     ) -> BatchFeature:
         _check_settings(size, do_resize or do_center_crop, kwargs)
+        if kwargs["do_rescale"] and (scale := kwargs["rescale_factor"]):
+            floats = [image for image in images if image.dtype.kind == "f"]
+            scale = scale if floats and max(image.max() for image in floats) <= 1 else 1
+            images = [_as_bytes(image / scale) if image.dtype.kind == "f" else image for image in images]
         if do_center_crop:
             crop = _crop_to_shape if do_resize else self.center_crop
             images = [crop(image, size) for image in images]
-        kwargs["do_center_crop"] = False
+        kwargs["do_center_crop"] = do_center_crop and do_resize and kwargs["crop_size"] is not None
         return super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
+
+    def _taken(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return fields, of the constructor or a call, as transformers has them: a size by its height and width."""
+        taken = dict(fields)
+        for name in ("size", "crop_size"):
+            value = plain(taken.get(name))
+            if isinstance(value, int | list):
+                value = [value, value] if isinstance(value, int) else value
+                taken[name] = {"height": value[0], "width": value[1]} if len(value) == 2 else value
+            elif isinstance(value, Mapping | SizeDict):
+                sides = {side: plain(length) for side, length in dict(value).items() if length is not None}
+                if sides.keys() == {"shortest_edge"} and taken.get("do_center_crop", self.do_center_crop):
+                    sides = dict.fromkeys(("height", "width"), sides["shortest_edge"])
+                taken[name] = sides
+        _check_fields(taken)
+        return taken
 
     def _validate_preprocess_kwargs(  # type: ignore[override]
         self, do_center_crop: bool | None = None, **kwargs: Any
@@ -321,7 +395,9 @@ def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> N
     """Refuse a size or numbers of a call with which no image can be made."""
     height, width = size.height or 0, size.width or 0
     if is_sized and not (height and width):
-        raise ValueError(f"`size` must be an integer or have `height` and `width`, got {dict(size)}.")
+        raise ValueError(
+            f"`size` must be an integer or have `height` and `width`, got {dict(size)}: images are of one shape."
+        )
     if is_sized and min(height, width) < 1:
         raise ValueError(f"`size` must be 1 or more, got {height}×{width}.")
     if height * width > _MAX_PIXELS:
@@ -332,28 +408,83 @@ def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> N
             raise ValueError(f"`{name}` must be finite{' and not 0' * (name == 'image_std')}, got {kwargs[name]}.")
 
 
+def _refuse_unknown(names: Iterable[str]) -> None:
+    """Refuse keywords that are no fields of the processor, naming the nearest."""
+    for name in names:
+        if not _is_field(name):
+            hint = f" Did you mean {near!r}?" if (near := _nearest(name)) else ""
+            raise ValueError(f"An image processor has no field {name!r}.{hint}")
+
+
+def _nearest(name: str) -> str:
+    """Return the field of the nearest name, if one is near."""
+    return next(iter(difflib.get_close_matches(name, sorted(ASelectImageProcessorKwargs.__annotations__), n=1)), "")
+
+
+def _is_field(name: str) -> bool:
+    """Return whether a name is a field of the processor, or one that transformers writes into its file."""
+    return name in ASelectImageProcessorKwargs.__annotations__ or name in _OF_FILE
+
+
+def _opened(images: Any) -> Any:
+    """Return images, or masks, with those that are files or encoded bytes opened.
+
+    Raises:
+        ValueError: If one cannot be read, or is an address, of which nothing is fetched.
+    """
+    if isinstance(images, list | tuple):
+        return [_opened(image) for image in images]
+    if isinstance(images, Mapping) and images.keys() == {"bytes", "path"}:  # as `datasets` has them undecoded
+        images = images["path"] if images["bytes"] is None else images["bytes"]
+    if isinstance(images, str) and ADDRESS.match(images):
+        raise ValueError(
+            f"A picture cannot be an address, got {images[:100]!r}: nothing is fetched. Download it first."
+        )
+    if not isinstance(images, str | bytes | os.PathLike):
+        return images
+    try:
+        with Image.open(BytesIO(images) if isinstance(images, bytes) else images) as image:
+            image.load()
+    except (*UNREADABLE, ValueError) as error:  # a path with a zero byte
+        raise ValueError(f"A picture cannot be read ({error}). Save or download it again.") from error
+    return image
+
+
 def _as_list(segmentation_maps: Any) -> list[Any]:
-    if isinstance(segmentation_maps, list | tuple):
-        return list(segmentation_maps)
-    if not isinstance(segmentation_maps, Image.Image | np.ndarray | Tensor):
-        raise ValueError(f"Masks must be pictures of PIL, arrays or tensors, got {type(segmentation_maps).__name__}.")
-    is_one = isinstance(segmentation_maps, Image.Image) or segmentation_maps.ndim == 2
-    return [segmentation_maps] if is_one else [*segmentation_maps]  # type: ignore[misc]
+    maps = _opened(segmentation_maps)
+    if isinstance(maps, list):
+        return maps
+    if not isinstance(maps, Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"Masks must be pictures of PIL, files, arrays or tensors, got {type(maps).__name__}.")
+    return [maps] if isinstance(maps, Image.Image) or maps.ndim == 2 else [*maps]
 
 
-def _mask_array(mask: Any) -> NDArray[np.int64]:
-    """Return a mask as class indices, (H, W)."""
+def _orientation(image: Any) -> int:
+    """Return the EXIF entry of a PIL image that says how to turn it; 1 for not at all."""
+    return int(image.getexif().get(_ORIENTATION, 1)) if isinstance(image, Image.Image) else 1
+
+
+def _mask_array(mask: Any, image: Any, is_turned: bool) -> NDArray[np.int64]:
+    """Return a mask as class indices, (H, W); turned as its image is, if that is."""
     if isinstance(mask, Image.Image) and mask.mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(
             f"A mask must have one class index a pixel, got a picture of mode {mask.mode}. Map its colours to indices "
             "first, or save it with a palette (mode P)."
         )
-    if isinstance(mask, Image.Image):
-        try:
-            mask = ImageOps.exif_transpose(mask)  # as its picture
-        except (OSError, SyntaxError, struct.error) as error:  # what PIL makes of broken files
-            raise ValueError(f"A mask cannot be read ({error}). Save or download it again.") from error
+    turn = 1
+    try:
+        if is_turned:
+            turn = _orientation(mask)
+            size = mask.size if isinstance(mask, Image.Image) else tuple(getattr(mask, "shape", ()))[:-3:-1]
+            if turn == 1 and isinstance(image, Image.Image) and image.size == size:
+                turn = _orientation(image)
+        if isinstance(mask, Image.Image):
+            mask = np.asarray(mask)
+    except UNREADABLE as error:
+        raise ValueError(f"A mask cannot be read ({error}). Save or download it again.") from error
     array = np.asarray(_in_memory(mask, "mask") if isinstance(mask, Tensor) else mask)
+    if array.ndim == 3 and len(array) == 1:
+        array = array[0]  # with an axis of channels, as `datasets` has them in torch format
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise ValueError(
             f"A mask must hold integers of shape (H, W), one class index a pixel, got {array.dtype} of shape "
@@ -365,26 +496,27 @@ def _mask_array(mask: Any) -> NDArray[np.int64]:
         raise ValueError(f"A mask holds negative values, {array.min()} the least; mark pixels of no class by 255.")
     if array.max() >= 2**31:  # more than PIL keeps on resizing
         raise ValueError(f"A mask holds {array.max()}, expected class indices below 2**31.")
+    if turn in _TURNS:
+        array = np.asarray(Image.fromarray(array.astype(np.int32)).transpose(Image.Transpose[_TURNS[turn]]))
+    warn_of_foreground(array, NO_CLASS)
     return array.astype(np.int64)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the picture turned as its EXIF entry says, 16-bit grey values brought to 8 bits."""
-    image = ImageOps.exif_transpose(image)
-    values = np.asarray(image) if image.mode[0] in "IF" else None
-    if values is not None:
-        low, high = float(values.min()), float(values.max())
-        if not (low >= 0 and high <= 65535):  # NaN, too
-            raise ValueError(
-                f"A picture of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], "
-                "or in [0, 65535] of 16 bits. Scale them first."
-            )
-        if image.mode == "F" and high <= 1:
-            _warn_of_fractions()
-    if values is not None and (image.mode.startswith("I;16") or values.max(initial=0) > 255):
-        # More than 8 bits: `convert` would clip instead of scale.
+def _eight_bits(image: Image.Image) -> Any:
+    """Return an image with values of more than 8 bits brought to 8; of floating-point values the array, (H, W)."""
+    if image.mode[0] not in "IF":
+        return image
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 65535):  # NaN, too
+        raise ValueError(
+            f"A picture of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], or "
+            "in [0, 65535] of 16 bits. Scale them first."
+        )
+    if image.mode.startswith("I;16") or high > 255:
+        # `convert` would clip instead of scale.
         return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
-    return image
+    return values[None] if image.mode == "F" else image
 
 
 def _as_array(image: Any) -> NDArray[Any]:
@@ -398,8 +530,16 @@ def _as_array(image: Any) -> NDArray[Any]:
         )
     if not image.size:
         raise ValueError(f"A picture is empty: it has shape {image.shape}.")
-    array: NDArray[Any] = image
+    is_wide = image.dtype == np.uint16 and image.max() > 255
+    array: NDArray[Any] = (image >> 8).astype(np.uint8) if is_wide else image
     return array
+
+
+def _as_bytes(image: NDArray[Any]) -> NDArray[Any]:
+    """Return whole numbers as bytes, which are resized as those of any image are; other numbers as they are."""
+    whole = np.rint(image)
+    is_whole = whole.min() >= 0 and whole.max() <= 255 and np.abs(image - whole).max() < 1e-3
+    return whole.astype(np.uint8) if is_whole else image
 
 
 def _in_memory(values: Tensor, what: str) -> NDArray[Any]:
@@ -414,27 +554,18 @@ def _in_memory(values: Tensor, what: str) -> NDArray[Any]:
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
-    """Refuse fields of a file that the host takes as they are: they would replace methods, or fail at a picture."""
+    """Refuse numbers that transformers takes as they are, and that fail at an image."""
     for name, value in fields.items():
-        if callable(getattr(ASelectImageProcessor, name, None)):
-            raise ValueError(f"An image processor has no field {name!r}.")
-        if name == "size" and value is not None:
-            sides = list(dict(value).values()) if isinstance(value, Mapping | SizeDict) else [value]
-            if not all(side is None or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):
+        if name in ("size", "crop_size") and value is not None:
+            lengths = value.values() if isinstance(value, dict) else [value]
+            if not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths):
                 raise ValueError(
-                    f"`size` must be an integer, or have integers as `height` and `width`, got {value!r}."
+                    f"`{name}` must be an integer, or have integers as `height` and `width`, got {value!r}."
                 )
         if name in ("image_mean", "image_std") and value is not None:
             numbers = value if isinstance(value, list | tuple) else [value]
             if not all(is_finite_number(number) for number in numbers):
                 raise ValueError(f"`{name}` must be finite numbers, one a channel, got {value!r}.")
-
-
-def _warn_of_fractions() -> None:
-    logger.warning_once(
-        "A picture of floating-point values has no value above 1; values in [0, 255] are expected. Pass "
-        "`do_rescale=False` if they are in [0, 1] already."
-    )
 
 
 def _with_channels(array: NDArray[Any], num_channels: int) -> NDArray[Any]:
@@ -462,7 +593,11 @@ def _middle_seen(processor: ASelectImageProcessor, height: int, width: int) -> t
     """Return top, left, height and width of what the model sees of an image that is cropped."""
     rows, columns = int(processor.size["height"]), int(processor.size["width"])
     if processor.do_resize:
-        return _middle(height, width, rows, columns)
+        top, left, high, wide = _middle(height, width, rows, columns)
+        if processor.crop_size is None:
+            return top, left, high, wide
+        seen = round(high * processor.crop_size["height"] / rows), round(wide * processor.crop_size["width"] / columns)
+        return top + (high - seen[0]) // 2, left + (wide - seen[1]) // 2, *seen
     # Of a smaller image it is larger, filled up with black.
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 

@@ -37,6 +37,30 @@ def check_format(name: str, record: dict[str, Any]) -> None:
         )
 
 
+def plain(value: Any) -> Any:
+    """Return a value with Python's own numbers and lists in the place of numpy's, torch's and tuples, also inside."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {plain(key): plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple | range) else value
+
+
+def hint_of(name: Any) -> str:
+    """Return what to do where a configuration of diffusers has no `_class_name`."""
+    return "" if name else " Give the object itself: the `config` of one that was made has no name of its class in it."
+
+
+def record_of(part: Any) -> Any:
+    """Return diffusers' configuration of a transformer, VAE or scheduler, of the object itself or a dictionary."""
+    config = getattr(part, "config", None)
+    if isinstance(config, dict):
+        # An object that was made, rather than loaded, has no name in it.
+        part = {"_class_name": type(part).__name__, **config}
+        part.pop("_use_default_values", None)
+    return plain(part)
+
+
 def tap_key(block: int, feature: str) -> str:
     """Return what a tap is called in a configuration, as "9.query"."""
     return f"{block}.{feature}"
@@ -61,7 +85,8 @@ def listed(name: str, value: Any) -> list[Any]:
     Raises:
         ValueError: If it is an empty list.
     """
-    values = list(value) if isinstance(value, list | tuple) else [value]
+    value = plain(value)
+    values = value if isinstance(value, list) else [value]
     if not values:
         raise ValueError(f"`{name}` must name at least one {name}, got an empty list.")
     return values

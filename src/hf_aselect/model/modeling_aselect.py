@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -34,7 +35,14 @@ from .checks import (
     is_of_diffusers,
     refuse_other_than_safetensors,
 )
-from .configuration_aselect import ALL_MODELS, ASelectConfig, is_code_saved, refuse_unknown_keywords, without_code
+from .configuration_aselect import (
+    ALL_MODELS,
+    TAKEN,
+    ASelectConfig,
+    is_code_saved,
+    refuse_unknown_keywords,
+    without_code,
+)
 from .denoiser import grid_of, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
@@ -47,7 +55,7 @@ from .heads import (
     without_rounding,
 )
 from .image_processing_aselect import ASelectImageProcessor
-from .layouts import ReadOut, Tap
+from .layouts import ReadOut, Tap, plain
 from .noise_schedule import NoiseSchedule, fixed_noise
 from .vae import encode_images
 
@@ -145,6 +153,7 @@ class TokenReader(PreTrainedModel):
             ValueError: If `timestep` is outside [0, 1000), `draw` is no integer from 0 on, or latents are none.
         """
         check_floats("latents", latents)
+        draw = plain(draw)
         if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
             raise ValueError(f"`draw` must be an integer from 0 on, got {draw!r}.")
         noise = self._base().noise(tuple(latents.shape[1:]), draw)
@@ -362,7 +371,7 @@ class ShareableModel(TokenReader):
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
-        tags: Sequence[str] | str = (),
+        tags: Sequence[str] | str | None = (),
         **facts: Any,
     ) -> Any:
         """Upload configuration, weights, code, image processor, card and curve as one commit.
@@ -392,11 +401,14 @@ class ShareableModel(TokenReader):
             ValueError: If a fact is unknown or of no such kind, before anything is made on the Hub.
             ImportError: If there are facts and the package is not installed.
         """
+        facts.pop("use_temp_dir", None)  # of transformers 4, as is the next one
+        if not facts.pop("safe_serialization", True):
+            raise ValueError("`safe_serialization=False` asks for pickled weights, which are never written.")
         hub = package("hub.push", "A card with facts of its own" if facts else None)
         commit: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
         where: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
         if hub is not None:
-            return hub.push_model(self, repo_id, private, max_shard_size, tags=tags, **commit, **where, **facts)
+            return hub.push_model(self, repo_id, private, max_shard_size, tags=tags or (), **commit, **where, **facts)
         api = HfApi(token=token)
         repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if revision is not None and not revision.startswith("refs/pr/"):
@@ -404,7 +416,7 @@ class ShareableModel(TokenReader):
         with TemporaryDirectory() as folder:
             self._save(folder, max_shard_size=max_shard_size, include_code=True)
             save_image_processor(self, folder)
-            named = [tags] if isinstance(tags, str) else list(tags)
+            named = [tags] if isinstance(tags, str) else list(tags or ())
             create_and_tag_model_card(repo_id, named, token=token).save(Path(folder, "README.md"))  # type: ignore[arg-type]
             commit["commit_message"] = commit_message or "Upload model"
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit, **where)
@@ -419,11 +431,13 @@ class ShareableModel(TokenReader):
 def save_image_processor(model: Any, folder: str | os.PathLike[str], include_code: bool = True) -> None:
     """Write the image processor of a model beside it; nothing for a model of latents that are no images.
 
-    A segmenter is to see the whole of an image, as its masks must cover it; the others see the middle, undistorted.
+    A segmenter is to see the whole of an image, as it is stored, as its masks must cover it; others see the middle,
+    undistorted and upright.
     """
     if model.config.num_channels in (1, 3):
         crop = type(model).task != "image-segmentation"
-        processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=crop)
+        fields = {"do_center_crop": crop, "do_exif_transpose": crop}
+        processor = ASelectImageProcessor.from_model_config(model.config, **fields)
         processor.save_pretrained(folder, include_code=include_code)
 
 
@@ -507,7 +521,8 @@ class ASelectPreTrainedModel(ShareableModel):
                 space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
                 noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
                 empty prompt, which the pipeline's text encoders are loaded for, once. None to load nothing, but build
-                the model of `config=` from the weights in `state_dict=`; what is missing there is new.
+                the model of `config=` from the weights in `state_dict=`; what is missing there is new. Safetensors by
+                the names of the code of DiT, SiT or REPA are read with `layout="dit"`, "sit" or "repa".
             args: Passed on to transformers.
             calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
                 new head standardizes its features by them. Without them the transformer generates some for the
@@ -530,6 +545,7 @@ class ASelectPreTrainedModel(ShareableModel):
                 standardized, and the package is not installed.
         """
         source = pretrained_model_name_or_path
+        source = os.fspath(source) if isinstance(source, os.PathLike) else source  # of any kind, as `os.scandir`'s
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
@@ -749,7 +765,10 @@ def _explained(source: Any) -> Iterator[None]:
         ) from error
     except TypeError as error:
         # transformers passes keywords that it does not know on to the model's `__init__`.
-        refuse_unknown_keywords(set(re.findall(r"unexpected keyword argument '(\w+)'", str(error))))
+        found = set(re.findall(r"unexpected keyword argument '(\w+)'", str(error)))
+        if found & TAKEN:
+            raise ValueError(f"Give {', '.join(found)} in `config=`, which says all that a keyword would.") from error
+        refuse_unknown_keywords(found)
         raise
 
 
@@ -765,12 +784,15 @@ def _zeroed_at(config: ASelectConfig, read_out: ReadOut, width: int) -> list[int
 
 
 def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
-    """Refuse a timestep or tap in `forward`: it would be ignored, as the head was trained at the configuration's."""
+    """Refuse what `forward` would ignore though it is meant: a timestep or tap, and misspelt images or labels."""
     if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "read_out", "num_noise_draws"}):
         raise ValueError(
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
+    for name in kwargs:
+        if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
+            raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
 
 
 class DiTModel(ASelectPreTrainedModel):
@@ -778,6 +800,7 @@ class DiTModel(ASelectPreTrainedModel):
 
     Args:
         config: The configuration.
+        add_pooling_layer: False, as scripts pass it that want ViT without one. There is none to be added.
 
     Example:
         >>> import torch
@@ -791,7 +814,9 @@ class DiTModel(ASelectPreTrainedModel):
     denoiser: Any  # one of the families of `denoisers`
     vae: Any  # diffusers is imported when a VAE is built, not here
 
-    def __init__(self, config: ASelectConfig) -> None:
+    def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False) -> None:
+        if add_pooling_layer:
+            raise ValueError("`add_pooling_layer=True` adds nothing: `pooler_output` is the mean of the tokens.")
         super().__init__(config)
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
@@ -823,6 +848,11 @@ class DiTModel(ASelectPreTrainedModel):
         if vae is not None:
             vae._apply(without_rounding(fn))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled, copied and hashed, by `datasets` above all: without the noise of forward passes."""
+        state: dict[str, Any] = super().__getstate__()
+        return state if self.config.folded else {**state, "_noise": {}}
 
     def stages(self, config: ASelectConfig | None = None) -> list[list[ReadOut]]:
         """Return what is concatenated to each of the outputs, of which there is one; as another `config` has it."""

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import batch_norm, cross_entropy, interpolate
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .checks import check_floats, check_masks
@@ -22,6 +23,7 @@ from .modeling_classification import DiTForImageClassification
 # All models, as `configuration_aselect.AUTO_MAP` has it.
 __all__ = ["DiTBackbone", "DiTForImageClassification", "DiTForSemanticSegmentation", "DiTModel"]
 
+logger = logging.get_logger(__name__)
 POOL_SCALES = (1, 2, 3, 6)
 
 
@@ -100,6 +102,29 @@ def _sequence(each: Tensor) -> Tensor:
     return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
 
 
+class TokenNorm(nn.BatchNorm2d):
+    """Batch norm that takes a single value a channel in training, too: by the statistics that it has.
+
+    The mean of such a batch is the value, which would leave nothing of it, and torch refuses it. Sizes and names are
+    those of `nn.BatchNorm2d`.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return normed maps, (B, D, rows, columns)."""
+        if not self.training or maps.numel() > maps.shape[1]:
+            return super().forward(maps)
+        normed: Tensor = batch_norm(maps, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return normed
+
+
+def _take_single_values(module: nn.Module) -> None:
+    """Let the batch norms inside of a module take a single value a channel."""
+    for part in list(module.modules()):
+        for name, child in part.named_children():
+            if type(child) is nn.BatchNorm2d:
+                setattr(part, name, TokenNorm(child.num_features, child.eps, child.momentum))
+
+
 class LinearDecoder(nn.Module):
     """Batch norm and a linear classifier of each token; logits are enlarged to pixels.
 
@@ -114,7 +139,7 @@ class LinearDecoder(nn.Module):
     def __init__(self, width: int, num_labels: int, grid: Sequence[int] | None = None) -> None:
         super().__init__()
         self.standardization = nn.ModuleList([FeatureStandardization(width, grid)])
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = TokenNorm(width)
         self.classifier = nn.Conv2d(width, num_labels, kernel_size=1)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, None]:
@@ -186,6 +211,7 @@ class UperNetDecoder(nn.Module):
         self.pyramid = FeaturePyramid(widths)
         self.head = UperNetHead(config, in_channels=list(widths))
         self.auxiliary_head = UperNetFCNHead(config, in_channels=list(widths)) if auxiliary_hidden_size else None
+        _take_single_values(self)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return logits, (B, K, 4 · rows, 4 · columns), and the auxiliary head's, (B, K, rows, columns), in training.
@@ -228,7 +254,12 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         super().__init__(config)
         self.backbone = DiTBackbone(config) if config.decoder == "upernet" else DiTModel(config)
         widths = [sum(config.widths_of(stage)) for stage in self.backbone.stages()]
-        num_labels = int(config.num_labels or 0)
+        num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
+        if 0 <= ignored < num_labels:
+            logger.warning_once(
+                f"Class {ignored} of {num_labels} is left out of the loss, and never learnt: it is "
+                "`semantic_loss_ignore_index`, by default 255. Pass a value that no class has, as 65535."
+            )
         self.decode_head: LinearDecoder | UperNetDecoder
         if config.decoder == "linear":
             self.decode_head = LinearDecoder(widths[0], num_labels, config.standardized_grid)

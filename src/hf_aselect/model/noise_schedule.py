@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import NUM_TIMESTEPS, check_timestep, is_finite_number, short
+from .layouts import hint_of, plain, record_of
 
 # The schedulers of diffusers that add noise as DDPM does; they differ only in how they sample.
 DDPM_LIKE = (
@@ -114,6 +115,7 @@ class NoiseSchedule:
 
         Source: diffusers, `schedulers/scheduling_ddpm.py`; computed in float64, diffusers' own in float32.
         """
+        config = record_of(config)
         if not isinstance(config, dict):
             raise ValueError(f"The scheduler's configuration must be a dictionary, got {type(config).__name__}.")
         name = config.get("_class_name")
@@ -128,8 +130,12 @@ class NoiseSchedule:
             if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
                 wanted = f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers."
                 raise ValueError(f"{wanted} {_OTHER_LENGTH}")
+        if name is None:
+            remedy = "pass `{**scheduler.config, '_class_name': type(scheduler).__name__}` for one made in memory"
+            raise ValueError(f"Unsupported scheduler None: its configuration has no `_class_name`; {remedy}.")
         if name not in DDPM_LIKE + FLOW_MATCHING:
-            raise ValueError(f"Unsupported scheduler {name!r}; supported are {', '.join(DDPM_LIKE + FLOW_MATCHING)}.")
+            supported = ", ".join(DDPM_LIKE + FLOW_MATCHING)
+            raise ValueError(f"Unsupported scheduler {name!r}; supported are {supported}.{hint_of(name)}")
         if (num_timesteps := config.get("num_train_timesteps", NUM_TIMESTEPS)) != NUM_TIMESTEPS:
             wanted = f"`num_train_timesteps` of the scheduler must be {NUM_TIMESTEPS}, got {short(num_timesteps)}."
             raise ValueError(f"{wanted} {_OTHER_LENGTH}")
@@ -205,6 +211,7 @@ class NoiseSchedule:
         Raises:
             ValueError: If there is no such index, or a sampler's timesteps depend on more than is known here.
         """
+        index = plain(index)
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < NUM_TIMESTEPS:
             raise ValueError(f"`index` must be an integer in [0, {NUM_TIMESTEPS}), got {index!r}.")
         nearest = int(self._known_sampled()[index].round())
@@ -270,6 +277,7 @@ class NoiseSchedule:
         Raises:
             ValueError: If `num` is no integer from 1 on.
         """
+        num = plain(num)
         if isinstance(num, bool) or not isinstance(num, int) or num < 1:
             raise ValueError(f"`num` must be an integer from 1 on, got {num!r}.")
         first, last = self.log_snr(torch.tensor([0, self.num_trained - 1])).tolist()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from .checks import is_finite_number, short
-from .layouts import MAX_SIZE
+from .layouts import MAX_SIZE, hint_of
 
 # What a VAE needs to encode and to normalise latents; the rest of its weights turns latents back into images.
 ENCODER_WEIGHTS = ("encoder.", "quant_conv.", "bn.running_")
@@ -84,15 +84,14 @@ def check_vae(vae: dict[str, Any] | None) -> None:
     if not isinstance(name, str) or name not in VAE_KINDS:
         raise ValueError(
             f"Unsupported VAE {name!r}; supported are {', '.join(VAE_KINDS)}. Pass `vae=None` to give latents, "
-            "normalised as the VAE's pipeline does, in place of images."
+            f"normalised as the VAE's pipeline does, in place of images.{hint_of(name)}"
         )
     kind = VAE_KINDS[name]
     needed = [kind.levels, *([] if kind.default_channels else [kind.image_channels])]
     needed += [kind.latent_channels, "latents_mean", "latents_std"] if kind.normalize is _by_channel else []
     if missing := [field for field in needed if vae.get(field) is None]:
         raise ValueError(
-            f"`vae` lacks {', '.join(missing)}: give the whole configuration that diffusers saved "
-            "(`dict(vae.config)`)."
+            f"`vae` lacks {', '.join(missing)}: give the VAE itself, or the whole configuration that diffusers saved."
         )
     levels = vae[kind.levels]
     if not isinstance(levels, list | tuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..model.checks import NUM_TIMESTEPS
 from ..model.configuration_aselect import ASelectConfig
 from ..model.denoisers import _build
+from ..model.layouts import plain
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from .prediction import predict
 from .reader import eval_mode
@@ -121,6 +122,7 @@ def generate_latents(
     Source: DDIM, arXiv 2010.02502; classifier-free guidance, arXiv 2207.12598. diffusers' `DiTPipeline` guides the
     first three channels alone; here all are.
     """
+    num_images, num_steps, batch_size, seed = map(plain, (num_images, num_steps, batch_size, seed))
     _check(num_images, num_steps, guidance_scale, batch_size)
     classes, noise = _draw(denoiser, size, num_images, seed)
     is_guided = denoiser.num_classes > 1 and guidance_scale > 1

@@ -1,60 +1,42 @@
-"""Calibration pictures of any kind, as numbered batches of pixel values."""
+"""Calibration images of any kind, as numbered batches of pixel values."""
 
-import re
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
+from ..images.rows import ImageRows, stacked
 from ..model.configuration_aselect import ASelectConfig
 from ..model.image_processing_aselect import ASelectImageProcessor
 
-_ADDRESS = re.compile(r"\b(?:https?|ftp|sftp|s3|gs|gcs|abfs|az)://", re.IGNORECASE)
-# What PIL makes of broken files.
-UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
-
 
 class CalibrationPictures:
-    """A set of pictures that can be read again and again, a part at a time.
+    """A set of images that can be read again and again, a part at a time.
 
     Args:
-        images: PIL pictures or arrays; a `datasets` dataset with an image column, streaming or not; or pixel values,
-            (B, C, H, W), in [-1, 1].
+        images: The images, whatever they come in, see `ImageRows`; or those.
         config: Configuration of the model that they are for.
         max_images: Read so many at the most: a random sample of a set of known size, the first ones of a stream.
         seed: Seed of the sample.
 
     Raises:
-        ValueError: If `images` is none of those or pixel values are outside [-1, 1].
+        ValueError: If `images` is none of those, or pixel values are outside [-1, 1].
     """
 
     def __init__(self, images: Any, config: ASelectConfig, max_images: int, seed: int) -> None:
-        # Of a set or a DataLoader, whose size is known, no picture can be asked for by its number.
-        is_numbered = hasattr(images, "__getitem__") or not hasattr(images, "__len__")
-        is_strange = isinstance(images, (str, bytes, Image.Image, dict)) or getattr(images, "is_sparse", False)
-        if is_strange or not is_numbered or not isinstance(images, Iterable):
-            raise ValueError(
-                "Pictures must be a list of PIL pictures or arrays, a dataset with an image column, or a dense tensor "
-                f"of pixel values, got {type(images).__name__}."
-            )
-        if isinstance(images, Tensor):
-            _check_pixel_values(images)
-        refuse_addresses(images)
         if isinstance(images, Iterator):
             images = list(islice(images, max_images))  # it could not be read again
-        self.images: Any = images
+        self.images = images if isinstance(images, ImageRows) else ImageRows(images)
         self.processor = ASelectImageProcessor.from_model_config(config)
         self.max_images = max_images
         self.order: list[int] | None = None  # of a stream the size is unknown
-        if hasattr(images, "__len__"):
+        if self.images.is_numbered:
             generator = torch.Generator().manual_seed(seed)
-            self.order = torch.randperm(len(images), generator=generator)[:max_images].tolist()
+            self.order = torch.randperm(len(self.images), generator=generator)[:max_images].tolist()
 
     def batches(
         self, start: int, stop: int, batch_size: int, rank: int, world: int
@@ -96,13 +78,13 @@ class CalibrationPictures:
         Raises:
             ValueError: If the mask does not fit the picture.
         """
-        row = self.images[index]
-        if isinstance(self.images, Tensor):
-            labels = torch.as_tensor(mask).long()
-            if labels.shape != row.shape[-2:]:
-                raise ValueError(f"A mask has shape {tuple(labels.shape)}, its picture {tuple(row.shape[-2:])}.")
+        image = self.images.image(self.images.row(index), index)
+        if self.images.is_ready:
+            labels, shape = torch.as_tensor(mask).long(), torch.as_tensor(image).shape[-2:]
+            if labels.shape != shape:
+                raise ValueError(f"A mask has shape {tuple(labels.shape)}, its picture {tuple(shape)}.")
         else:
-            labels = torch.from_numpy(self.processor([_picture_of(row)], [mask])["labels"][0])
+            labels = torch.from_numpy(self.processor([image], [mask])["labels"][0])
         patches = labels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
         has_class = patches != ignored
         # Counted by what is there: the numbers of the classes may be large.
@@ -114,30 +96,20 @@ class CalibrationPictures:
     def _rows(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Yield the index of each picture of the share, and what reads its row."""
         if self.order is None:
-            for index, row in islice(self._numbered(), start + (rank - start) % world, stop, world):
+            for index, row in islice(enumerate(self.images), start + (rank - start) % world, stop, world):
                 yield index, partial(_itself, row)
             return
         for index in self.share(start, stop, rank, world):
-            yield index, partial(self.images.__getitem__, index)
-
-    def _numbered(self) -> Iterator[tuple[int, Any]]:
-        """Yield the rows of a stream with their numbers."""
-        rows = iter(self.images)
-        for index in count():
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except UNREADABLE as error:
-                raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
-            yield index, row
+            yield index, partial(self.images.row, index)
 
     def _read(self, indices: list[int], readers: list[Callable[[], Any]]) -> Tensor:
-        if isinstance(self.images, Tensor):
-            return torch.stack([read() for read in readers])
-        pictures = [self._picture(index, read) for index, read in zip(indices, readers, strict=True)]
-        values: Tensor = self._processed(indices, pictures).pixel_values
-        return values
+        images = [self.images.image(read(), index) for index, read in zip(indices, readers, strict=True)]
+        if self.images.is_ready:
+            values = stacked("pixel_values", indices, images)
+            check_pixel_values(values)
+            return values
+        processed: Tensor = self._processed(indices, images).pixel_values
+        return processed
 
     def _processed(self, indices: list[int], pictures: list[Any], masks: list[Any] | None = None) -> BatchFeature:
         """Return what the processor makes of images and their masks, if any.
@@ -156,64 +128,26 @@ class CalibrationPictures:
                     raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
             raise
 
-    def _picture(self, index: int, read: Callable[[], Any]) -> Any:
-        try:
-            return _picture_of(read())
-        except UNREADABLE as error:
-            raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
-
-
-def refuse_addresses(dataset: Any) -> None:
-    """Refuse a `datasets.Dataset` whose rows are addresses of pictures, which decoding them would fetch.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    features: Any = getattr(dataset, "features", None)
-    table: Any = getattr(dataset, "data", None)
-    if not isinstance(features, dict) or not hasattr(table, "column"):
-        return
-    for name, feature in features.items():
-        if type(feature).__name__ != "Image" or name not in table.column_names:
-            continue
-        for chunk in table.column(name).chunks:
-            # Without bytes it is the path that is opened.
-            paths = chunk.field("path").filter(chunk.field("bytes").is_null()).drop_null().to_pylist()
-            if outside := [path for path in paths if _ADDRESS.search(path)]:
-                raise ValueError(
-                    f"The column {name!r} holds addresses in place of pictures, {outside[0][:100]!r} among them, and "
-                    "nothing is fetched that was not named. Download them first."
-                )
-
 
 def _itself(row: Any) -> Any:
     return row
 
 
-def _check_pixel_values(images: Tensor) -> None:
-    if not images.is_floating_point():
+def check_pixel_values(values: Tensor) -> None:
+    """Refuse what is given for pixel values and is none.
+
+    Raises:
+        ValueError: If it is no floating-point tensor (B, C, H, W) in [-1, 1].
+    """
+    if not values.is_floating_point():
         raise ValueError(
-            f"Pixel values must be floating-point numbers in [-1, 1], got {images.dtype}; give PIL pictures or arrays."
+            f"Pixel values must be floating-point numbers in [-1, 1], got {values.dtype}; give PIL pictures or arrays."
         )
-    if images.ndim != 4:
-        raise ValueError(f"Pixel values must have shape (B, C, H, W), got {tuple(images.shape)}.")
+    if values.ndim != 4:
+        raise ValueError(f"Pixel values must have shape (B, C, H, W), got {tuple(values.shape)}.")
     # Rounding in half precision may pass 1 by a little.
-    if images.numel() and float(images.abs().max()) > 1.01:
-        low, high = float(images.min()), float(images.max())
+    if values.numel() and float(values.abs().max()) > 1.01:
+        low, high = float(values.min()), float(values.max())
         raise ValueError(
             f"Pixel values must be in [-1, 1], got [{low:g}, {high:g}]; give PIL pictures, or scale them."
         )
-
-
-def _picture_of(row: Any) -> Any:
-    """Return the picture of a dataset's row; a row that is a picture already as it is."""
-    if not isinstance(row, dict):
-        return row
-    pictures = [name for name, value in row.items() if isinstance(value, Image.Image)]
-    if "image" in row:
-        return row["image"]
-    if len(pictures) != 1:
-        raise ValueError(
-            f"Expected a dataset with a column `image` or exactly one column of PIL pictures, got columns {list(row)}."
-        )
-    return row[pictures[0]]

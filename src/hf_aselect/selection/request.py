@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL import Image
 
+from ..images.rows import column_of
 from ..model.checks import check_count, check_timestep
 from ..model.configuration_aselect import ASelectConfig
-from ..model.layouts import Tap
+from ..model.layouts import Tap, plain
 from .accumulators import AUTO_FEATURES
 from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, scores_sets, suited
 from .placement import selected_at
@@ -75,6 +76,8 @@ def checked_request(
     Raises:
         ValueError: If an argument is not what `select_timestep` takes.
     """
+    timesteps, block, feature, num_timesteps = map(plain, (timesteps, block, feature, num_timesteps))
+    max_images, batch_size, confidence, seed = map(plain, (max_images, batch_size, confidence, seed))
     criterion = _checked_criterion(criterion, labels)
     masks = _masks(labels, images)
     criterion = suited(criterion, model.config, masks is not None)
@@ -162,7 +165,7 @@ def _masks(labels: Any, images: Any) -> Any:
     """
     if isinstance(labels, str):
         is_there = hasattr(images, "__len__") and labels in getattr(images, "column_names", [])
-        labels = images[labels] if is_there and len(images) else None
+        labels = column_of(images, labels) if is_there and len(images) else None
     if labels is None or not hasattr(labels, "__len__") or not len(labels):
         return None
     if not isinstance(labels[0], Image.Image) and getattr(labels[0], "ndim", 0) != 2:
@@ -190,7 +193,7 @@ def _checked_labels(labels: Any, images: Any) -> list[int]:
                 f"`labels` names the column {labels!r}, but the pictures have "
                 f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
             )
-        labels = images[labels][:]
+        labels = column_of(images, labels)[:]
     if not hasattr(labels, "__len__"):
         raise ValueError(f"`labels` must be a list of class indices, one a picture, got {type(labels).__name__}.")
     if len(labels) != len(images):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..images.rows import as_rows
 from ..model.denoiser import is_sharded
 from .criteria import Criterion, labels_wanted
 from .curve import TimestepCurve
@@ -76,9 +77,11 @@ def select_timestep(
 
     Args:
         model: Model with the tap (`config.block`, `config.feature`) to select a timestep for, or several.
-        images: PIL pictures or arrays; a `datasets` dataset with an image column, streaming or not; or pixel values,
-            (B, C, H, W), in [-1, 1]. A stream is read from its start on several times, so it should be shuffled, with
-            a seed: the same each time. Default: the transformer generates some.
+        images: PIL images, files, arrays or tensors; a dataset of `datasets` or torch, of any format or transform,
+            streaming or not; pairs (image, label); or pixel values, (B, C, H, W), in [-1, 1]. Floating-point values
+            are in [0, 255], in [0, 1], or with negative ones pixel values, see `images.rows.ImageRows`. A stream is
+            read from its start on several times, so it should be shuffled, with a seed: the same each time. Default:
+            the transformer generates some.
         criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on), "hfr" (the paper's, of
             one noise draw), "consensus" (how much of what the features agree on can be read from this one, as
             `config.head` sees it: an attention head sees more than the tokens' mean), "probe" (accuracy of a linear
@@ -124,6 +127,7 @@ def select_timestep(
     """
     started = time.monotonic()
     _check_model(model, images)
+    images = as_rows(images)
     request = checked_request(
         model,
         images,
@@ -180,7 +184,7 @@ def _sweep_of_generated(model: Any, request: Request) -> Sweep:
         count, batch_size=request.batch_size, seed=request.seed, guidance_scale=1.0
     )
     latents = latents.to(model.device)
-    sweep = _sweep_of_given(model, latents.clamp(-1, 1), request)
+    sweep = _sweep_of_given(model, {"pixel_values": latents.clamp(-1, 1)}, request)
     sweep.reader.latents = dict(enumerate(latents))
     sweep.reader.num_forwards = num_forwards
     return sweep

@@ -9,14 +9,16 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub.push import write_model_card
+from ..images.rows import is_stream
 from ..model.configuration_aselect import write_code
+from ..model.layouts import plain
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.apply import apply_selection
 from ..selection.record import TimestepSelection
 from ..selection.select import select_timestep
 from .kept_card import keep_card
 from .trackers import report_selection
-from .training_rows import first_rows, is_stream, label_of
+from .training_rows import first_rows, label_of
 
 # Of a choice, in the trainer's history.
 RECORD = "aselect/selection"
@@ -66,6 +68,7 @@ class ASelectCallback(TrainerCallback):
         follow: bool = False,
         **options: Any,
     ) -> None:
+        max_images, reselect_epochs = plain(max_images), plain(reselect_epochs)
         for name, value in (("max_images", max_images), ("reselect_epochs", reselect_epochs)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
@@ -197,7 +200,7 @@ class ASelectCallback(TrainerCallback):
         given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
         if needs_labels:
             given["labels"] = [label_of(row) for row in rows]
-        return select_timestep(model, pixels, **given)
+        return select_timestep(model, {"pixel_values": pixels}, **given)
 
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, selection: TimestepSelection

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import PIL.Image
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets.fingerprint import Hasher
 
+from ..images.rows import ImageRows, is_transformed, refuse_addresses
 from ..model.checks import IGNORED_LABEL
-from ..model.layouts import tap_key
+from ..model.layouts import plain, tap_key
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.distribution import called_by
-from ..selection.images import refuse_addresses
 from .cached_features import CachedFeatures
 from .feature_parts import STATE, FeatureParts, part_name, write_parts
 from .feature_reader import DTYPES, WHAT, FeatureReader
@@ -52,7 +54,9 @@ def cache_features(
     Args:
         model: The model, with a chosen timestep (unless for "latents"); its head, if any, is of no account. Features
             are read in eval mode, with the fixed noise of `config.noise_seed`.
-        dataset: A `datasets.Dataset` with a column of pictures. Its other columns are kept, but for further pictures.
+        dataset: A `datasets.Dataset` with a column of images. Its other columns are kept, but for further images. Of
+            one with a format those columns that it shows; of one with a transform what that makes, with an image or
+            `pixel_values` among it. What a transform draws at random is drawn once, by `seed`.
         cache_dir: Folder of caches, one sub-folder each. Default: `hf_aselect` in the cache of `datasets`.
         what: "tokens" (N, D); "pooled" (S · D,), what `config.pooling` leaves of them, for linear heads; or "latents"
             (C, h, w), the VAE's posterior mean (the images themselves in pixel space), which stay valid when the
@@ -85,17 +89,19 @@ def cache_features(
         >>> features[:2]["features"].shape
         torch.Size([2, 128])
     """
+    num_views, batch_size, seed = map(plain, (num_views, batch_size, seed))
     _check_dataset(dataset)
     _check_options(what, num_views, augment, batch_size, dtype, seed)
     if what != "latents":
         model.config.resolved_timestep()
-    column = _image_column(dataset, image_column)
     refuse_addresses(dataset)
-    kept = _kept_columns(dataset, column)
-    _check_labels(model, dataset, kept)
-    plain = dataset.with_format(None)
-    reader = FeatureReader(model, Views(plain, column, num_views, augment, seed), what, dtype)
-    parts = FeatureParts(reader, plain, kept, batch_size)
+    rows, source, kept = _transformed(dataset, image_column) or _stored(dataset, image_column)
+    if taken := sorted(kept.keys() & {"features", "latents", "view"}):
+        raise ValueError(f"The dataset has a column {taken[0]!r} already; rename it (`dataset.rename_column`).")
+    if not is_transformed(dataset):
+        _check_labels(model, source, list(kept))
+    reader = FeatureReader(model, Views(rows, num_views, augment, seed), what, dtype)
+    parts = FeatureParts(reader, source, kept, batch_size)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_aselect" if cache_dir is None else Path(cache_dir)
     with called_by(model):
         fingerprint = _fingerprint(parts)
@@ -130,29 +136,60 @@ def _check_options(what: str, num_views: int, augment: Augment | None, batch_siz
         raise ValueError(f"`num_views` must be at most {_MAX_VIEWS}, got {num_views}.")
 
 
-def _image_column(dataset: datasets.Dataset, name: str | None) -> str:
-    """Return the column of the images."""
-    if name is not None:
-        if name not in dataset.column_names:
-            raise ValueError(f"The dataset has no column {name!r}, only {', '.join(dataset.column_names)}.")
-        return name
-    if "image" in dataset.column_names:
-        return "image"
-    found = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
-    if len(found) != 1:
+def _transformed(
+    dataset: datasets.Dataset, image_column: str | None
+) -> tuple[ImageRows, datasets.Dataset, dict[str, Any]] | None:
+    """Return the rows that a transform of the user's makes, the dataset, and its other columns with their kinds.
+
+    None where there is no transform.
+
+    Raises:
+        ValueError: If it makes no image or pixel values, or what `datasets` cannot keep.
+    """
+    if not is_transformed(dataset):
+        return None
+    rows = ImageRows(dataset, image_column=image_column)
+    kept: dict[str, Any] = {}
+    for name, value in rows.first.items():
+        if name != rows.kind and not isinstance(value, PIL.Image.Image):
+            try:
+                kept |= datasets.Dataset.from_dict({name: [plain(value)]}).features
+            except (ValueError, TypeError, pa.ArrowInvalid) as error:
+                raise ValueError(
+                    f"The dataset's transform gives {name!r} as a {type(value).__name__}, which cannot be kept beside "
+                    f"the features: {error}"
+                ) from error
+    return rows, dataset, kept
+
+
+def _stored(dataset: datasets.Dataset, image_column: str | None) -> tuple[ImageRows, datasets.Dataset, dict[str, Any]]:
+    """Return the rows of images that a dataset holds, the dataset without its format, and its other columns.
+
+    A format says in which types values come, which is of no account here, and which columns there are, which is.
+    """
+    form = dataset.format
+    seen = dataset.column_names if form["output_all_columns"] else form["columns"]
+    source = dataset.with_format(None)
+    column = _image_column(source, seen, image_column)
+    kept = {name: source.features[name] for name in source.column_names if name in seen and name != column}
+    rows = ImageRows(source.select_columns([column]), image_column=column)
+    return rows, source, {name: kind for name, kind in kept.items() if not _has_images(kind)}
+
+
+def _image_column(dataset: datasets.Dataset, seen: list[str], name: str | None) -> str:
+    """Return the column of the images, among those that the dataset's format shows."""
+    if name is not None and name not in dataset.column_names:
+        raise ValueError(f"The dataset has no column {name!r}, only {', '.join(dataset.column_names)}.")
+    found = [each for each in seen if isinstance(dataset.features[each], datasets.Image)]
+    column = name or ("image" if "image" in seen else found[0] if len(found) == 1 else None)
+    if column not in seen:
+        hidden = sorted({*dataset.column_names} - {*seen})
+        why = f" The format that is set shows these alone, and not {', '.join(hidden)}." if hidden else ""
         raise ValueError(
-            f"Expected a column `image`, or exactly one with pictures, got {', '.join(dataset.column_names)}. Name it "
-            "by `image_column=`."
+            f"Expected a column `image`, or exactly one with pictures, got {', '.join(seen)}.{why} Name it by "
+            "`image_column=`."
         )
-    return str(found[0])
-
-
-def _kept_columns(dataset: datasets.Dataset, column: str) -> list[str]:
-    """Return the columns that are kept: all without images."""
-    kept = [name for name, kind in dataset.features.items() if name != column and not _has_images(kind)]
-    if taken := sorted(set(kept) & {"features", "latents", "view"}):
-        raise ValueError(f"The dataset has a column {taken[0]!r} already; rename it (`dataset.rename_column`).")
-    return kept
+    return str(column)
 
 
 def _has_images(kind: Any) -> bool:
@@ -220,7 +257,7 @@ def _fingerprint(parts: FeatureParts) -> dict[str, Any]:
         "preprocessing": json.loads(reader.processor.to_json_string()),
         "dataset": parts.dataset._fingerprint,
         "num_rows": parts.num_rows,
-        "columns": [views.column, *parts.kept],
+        "columns": [views.images.kind, *parts.kept],
         "part_rows": parts.part_rows,
         **_facts_of_model(reader.model),
     }

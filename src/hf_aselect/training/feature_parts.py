@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetInfo, Features, Value
 from tqdm.auto import tqdm
 
+from ..images.rows import is_transformed
 from ..selection.reader import eval_mode
 from .cached_features import DESCRIPTION
 from .feature_reader import FeatureReader
@@ -39,12 +40,12 @@ class FeatureParts:
 
     Args:
         reader: What reads the features.
-        dataset: Where the kept columns come from, without a format.
-        kept: Columns that are kept.
+        dataset: Where the kept columns come from, without a format; or made by a transform of the user's.
+        kept: Columns that are kept, and their kinds.
         batch_size: Images in one forward pass.
     """
 
-    def __init__(self, reader: FeatureReader, dataset: Dataset, kept: list[str], batch_size: int) -> None:
+    def __init__(self, reader: FeatureReader, dataset: Dataset, kept: dict[str, Any], batch_size: int) -> None:
         self.reader = reader
         self.dataset = dataset
         self.kept = kept
@@ -75,21 +76,24 @@ class FeatureParts:
         """Return how much of a disk a row takes, rounded up: values, places of nested lists, kept columns."""
         shape = self.reader.shape
         nested = [int(np.prod(shape[:depth])) for depth in range(len(shape))] if len(shape) > 1 else []
-        table = self.dataset.select_columns(self.kept).data if self.kept else None
+        names = [name for name in self.kept if name in self.dataset.column_names]
+        table = self.dataset.select_columns(names).data if names else None
         kept = -(-table.nbytes // max(1, table.num_rows)) if table is not None else 0
         return self.reader.row_bytes + 4 * sum(nested) + kept + -(-HEADER_BYTES // self.batch_size)
 
     def schema(self) -> Features:
         """Return the columns of the result."""
-        features = {self.name: self.reader.kind, **{name: self.dataset.features[name] for name in self.kept}}
+        features = {self.name: self.reader.kind, **self.kept}
         return Features({**features, "view": Value("int32")} if self.reader.views.num_views > 1 else features)
 
     def columns(self, rows: Sequence[int]) -> dict[str, Any]:
         """Compute some rows, and return them by column."""
         places = [self.reader.views.index_and_view(row) for row in rows]
         columns: dict[str, Any] = {self.name: list(self.reader.read(rows))}
-        if self.kept:
-            columns |= self.dataset.select_columns(self.kept)[[index for index, _ in places]]
+        if is_transformed(self.dataset):
+            columns |= {name: self.reader.views.values(rows, name) for name in self.kept}
+        elif self.kept:
+            columns |= self.dataset.select_columns(list(self.kept))[[index for index, _ in places]]
         if self.reader.views.num_views > 1:
             columns["view"] = [view for _, view in places]
         return columns

@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..images.rows import stacked
 from ..model.checks import POOLED_UNSTANDARDIZED
 from ..model.heads import pooled_tokens
 from ..model.image_processing_aselect import ASelectImageProcessor
 from ..model.modeling_aselect import ASelectPreTrainedModel
+from ..selection.images import check_pixel_values
 from .views import Views
 
 WHAT = ("tokens", "pooled", "latents")
@@ -107,7 +109,11 @@ class FeatureReader:
 
     def _pixel_values(self, rows: Sequence[int]) -> Tensor:
         """Return the pixel values of some rows, (B, C, H, W)."""
-        images = [self.views[row] for row in rows]
+        images = self.views.read(rows)
+        if self.views.images.is_ready:
+            given = stacked("pixel_values", list(rows), images)
+            check_pixel_values(given)
+            return given
         try:
             values: Tensor = self.processor(images, return_tensors="pt").pixel_values
         except ValueError:

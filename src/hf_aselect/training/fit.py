@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model.checks import check_count
 from ..model.denoiser import is_sharded
+from ..model.layouts import plain
 from ..selection.apply import batch_size_for
 from ..selection.distribution import Share, gather_objects, is_partitioned
 from ..selection.reader import eval_mode
@@ -44,7 +45,9 @@ class FitOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the numbers, those of numpy and torch, too."""
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
         for name, value in (("max_images", self.max_images), ("batch_size", self.batch_size)):
             if value is not None:
                 check_count(name, value)

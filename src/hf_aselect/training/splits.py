@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, load_dataset
 
+from ..images.sources import read_folder
+
 
 def read_splits(
     *,
@@ -18,7 +20,7 @@ def read_splits(
 
     Args:
         dataset_name: Dataset of the Hub, or a local folder of it.
-        train_dir: Folder with one subfolder of images per class.
+        train_dir: Folder with one subfolder of images per class; see `images.sources.read_folder`.
         train_file: Parquet file, or WebDataset shards (`*.tar`); it becomes the `train` split.
         validation_file: The same, of the `validation` split; it goes with `train_file`.
         columns: Columns that the training split must have.
@@ -32,7 +34,7 @@ def read_splits(
     if dataset_name:
         splits = load_dataset(dataset_name, streaming=streaming)
     elif train_dir:
-        splits = load_dataset("imagefolder", data_dir=train_dir, streaming=streaming)
+        splits = read_folder(train_dir, streaming)
     else:
         splits = _read_files({"train": train_file, "validation": validation_file}, streaming)
     if "train" not in splits:

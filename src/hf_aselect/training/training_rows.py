@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..images.rows import is_stream
+
 
 def first_rows(dataset: Any, num: int) -> list[Any]:
     """Return the first rows of a stream; of a training set of known size some from all over, as it may be sorted.
@@ -20,12 +22,6 @@ def first_rows(dataset: Any, num: int) -> list[Any]:
         random.setstate(states[0])
         np.random.set_state(states[1])
     return rows
-
-
-def is_stream(dataset: Any) -> bool:
-    """Return whether the rows of a training set come one after the other, and cannot be asked for."""
-    is_numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    return isinstance(dataset, torch.utils.data.IterableDataset) or not is_numbered
 
 
 def label_of(row: Any) -> Any:

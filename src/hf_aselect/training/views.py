@@ -2,14 +2,16 @@
 
 import hashlib
 import random
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
+
+from ..images.rows import ImageRows, is_transformed
+from ..model.layouts import plain
 
 # Of a view, as the A-SelecT authors' 512 pixels of 576.
 CROP = 8 / 9
@@ -20,22 +22,27 @@ class Views:
     """The images of a dataset, then so many augmented ones of each: row `v * len(dataset) + i` is view v of image i.
 
     Args:
-        dataset: A dataset without a format.
-        column: Its column of images.
+        images: The rows of the dataset.
         num_views: Views of each image, at least 1; the first is the image itself.
         augment: What makes the others, from an image (PIL) to an image. Default: `crop_and_flip`.
-        seed: Seed of the random numbers of `augment`.
+        seed: Seed of the random numbers of `augment`, and of a transform of the dataset's.
+
+    Raises:
+        ValueError: If there is to be more than one view of what is no image any more.
     """
 
-    def __init__(
-        self, dataset: datasets.Dataset, column: str, num_views: int, augment: Augment | None, seed: int
-    ) -> None:
-        # Alone: reading a row decodes all of its columns.
-        self.images = dataset.select_columns([column])
-        self.column = column
+    def __init__(self, images: ImageRows, num_views: int, augment: Augment | None, seed: int) -> None:
+        if num_views > 1 and images.is_ready:
+            raise ValueError(
+                f"`num_views={num_views}` augments images, and the dataset's transform gives `{images.argument}`. "
+                "Leave the transform out (`dataset.with_format(None)`), or let it augment, and pass `num_views=1`."
+            )
+        self.images = images
         self.num_views = num_views
         self.augment = augment
         self.seed = seed
+        # Rows that were read last: those of a transform are read once.
+        self.read_rows: dict[int, Any] = {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -56,30 +63,50 @@ class Views:
         image = self._image(index)
         return image if view == 0 else self._augmented(image, index, view)
 
+    def read(self, rows: Sequence[int]) -> list[Any]:
+        """Return the images of some rows, and keep what else is in those until the next are read.
+
+        Raises:
+            ValueError: If there is none, or it cannot be read.
+        """
+        self.read_rows = {}
+        return [self[row] for row in rows]
+
+    def values(self, rows: Sequence[int], name: str) -> list[Any]:
+        """Return another column of the rows that were read last."""
+        return [plain(self.read_rows[self.index_and_view(row)[0]][name]) for row in rows]
+
     def _image(self, index: int) -> Any:
-        try:
-            image = self.images[index][self.column]
-        # What PIL makes of broken files.
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-            raise ValueError(f"Picture {index} of the dataset cannot be read ({error}).") from error
+        if index not in self.read_rows:
+            # A transform of the user's may draw numbers: as when another process reads the row, or it is read again.
+            with _seeded(f"{self.seed} {index} 0") if is_transformed(self.images.rows) else nullcontext():
+                self.read_rows[index] = self.images.row(index)
+        image = self.images.image(self.read_rows[index], index)
         if image is None:
-            raise ValueError(f"Row {index} of the dataset has no picture in {self.column!r}.")
+            raise ValueError(f"Row {index} of the dataset has no picture in {self.images.kind!r}.")
         return image
 
     def _augmented(self, image: Any, index: int, view: int) -> Any:
         """Return an augmented view, the same whatever was drawn before and in whichever process."""
-        number = int.from_bytes(hashlib.sha256(f"{self.seed} {index} {view}".encode()).digest()[:4], "big")
-        states = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                random.seed(number)
-                np.random.seed(number)
-                # Not those of accelerators, which would not be restored.
-                torch.default_generator.manual_seed(number)
-                return (self.augment or crop_and_flip)(image)
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        with _seeded(f"{self.seed} {index} {view}"):
+            return (self.augment or crop_and_flip)(image)
+
+
+@contextmanager
+def _seeded(words: str) -> Iterator[None]:
+    """Seed the random numbers of `random`, numpy and torch for a while; then they are as they were."""
+    number = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(number)
+            np.random.seed(number)
+            # Not those of accelerators, which would not be restored.
+            torch.default_generator.manual_seed(number)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def crop_and_flip(image: Image.Image) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Images as people have them: where they lie, and what they come in."""
