@@ -293,6 +293,8 @@ def adapter_pickle(folder: Path) -> None:
 LUMINA = {"_class_name": "Lumina2Transformer2DModel", "hidden_size": 32, "num_attention_heads": 4, "in_channels": 4}
 LUMINA |= {"num_layers": 2, "sample_size": 8, "patch_size": 2}
 VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "block_out_channels": [8]}
+WAN_VAE = {"_class_name": "AutoencoderKLWan", "dim_mult": [1, 2], "z_dim": 4}
+WAN_VAE |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 STRICT = StrictDataclassError
 FIT = r"do not fit their configuration: 1 tensors of the backbone are missing, left over or of another shape"
@@ -416,6 +418,42 @@ CASES = [
         "latents scaled by 0",
         configured(vae={**VAE, "scaling_factor": 0}),
         "must be a number, got 0; finite and not 0",
+    ),
+    Case(
+        "configuration",
+        "a VAE of another kind",
+        configured(vae={"_class_name": "AutoencoderKLLTXVideo"}),
+        r"Unsupported VAE 'AutoencoderKLLTXVideo'; supported are .*AutoencoderKLWan.* Pass `vae=None`",
+    ),
+    Case(
+        "configuration",
+        "a video's VAE without its deviations",
+        configured(vae={**WAN_VAE, "latents_std": None}),
+        "`vae` lacks latents_std",
+    ),
+    Case(
+        "configuration",
+        "a deviation of 1e-300",
+        configured(vae={**WAN_VAE, "latents_std": [1.0, 1e-300, 1.0, 1.0]}),
+        "`latents_std` of the `vae` must be a list of 4 numbers.*; finite, and deviations not 0",
+    ),
+    Case(
+        "configuration",
+        "means of other channels",
+        configured(vae={**WAN_VAE, "latents_mean": [0.0]}),
+        r"`latents_mean` of the `vae` must be a list of 4 numbers.*got \[0.0\]",
+    ),
+    Case(
+        "configuration",
+        "a VAE of 1 channel in patches of 2 x 2",
+        configured(vae={**WAN_VAE, "in_channels": 1, "patch_size": 2}),
+        "`patch_size` of the `vae` must be one that its channels are made of.*got 2",
+    ),
+    Case(
+        "configuration",
+        "a FLUX.2 VAE of other patches",
+        configured(vae={**VAE, "_class_name": "AutoencoderKLFlux2", "patch_size": [4, 4]}),
+        r"`patch_size` of the `vae` must be .*2 × 2 in an AutoencoderKLFlux2, got \[4, 4\]",
     ),
     Case(
         "configuration",
@@ -575,6 +613,12 @@ CASES = [
         "an infinite shift",
         lambda _: NoiseSchedule.from_config({**FLOW, "shift": float("inf")}),
         "`shift` of the scheduler must be a number, got inf; a finite one",
+    ),
+    Case(
+        "noise schedule",
+        "a boundary that is a word",
+        lambda _: NoiseSchedule.from_config({**FLOW, "boundary_ratio": "x"}),
+        "`boundary_ratio` of the scheduler must be a number, got 'x'; a finite one",
     ),
     Case(
         "noise schedule",

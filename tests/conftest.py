@@ -35,7 +35,12 @@ LONGEST = (
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
 # Families that are read by their description alone, of `generic_pipelines.py`; they are not folded.
-DESCRIBED = ("z_image", "qwen_image", "aura_flow", "flux2", "chroma", "longcat", "prx", "wan")
+# fmt: off
+DESCRIBED = (
+    "z_image", "qwen_image", "aura_flow", "cogview4", "hunyuan_dit", "lumina_next",
+    "flux2", "chroma", "longcat", "prx", "wan",
+)
+# fmt: on
 # All families but for two, which stand for all in a quick run.
 MATRIX = {"sit", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_dev", "sana", "lumina2", *DESCRIBED}
 # Fixtures that start processes or a server, or are whole runs.

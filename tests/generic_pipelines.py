@@ -29,6 +29,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from pipelines import VOCABULARY, WIDTH, flux2_vae, gemma, kl, randomized, t5, tokenizer, video_vae
 from transformers import (
@@ -381,9 +382,9 @@ GENERIC_PIPELINES = {
 class OneStep(FlowMatchEulerDiscreteScheduler):
     """A scheduler of one timestep, which keeps what the transformer predicts, as a pipeline hands it over."""
 
-    timestep, prediction = 0, None
+    timestep, prediction, init_noise_sigma = 0, None, 1.0
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         self.num_inference_steps, self.timesteps = 1, torch.tensor([float(self.timestep)])
 
     def scale_model_input(self, sample, timestep=None):
@@ -398,7 +399,7 @@ def prediction_of(name, pipe, noised, timestep):
     """What a pipeline's transformer predicts of latents with the empty prompt, in the pipeline's own call of it."""
     size, _, height, width = noised.shape
     scheduler = OneStep()
-    scheduler.timestep = timestep
+    scheduler.timestep = unshifted(timestep, height * width // 4) if name == "cogview4" else timestep
     trained_with, pipe.scheduler = pipe.scheduler, scheduler
     is_packed = hasattr(pipe, "_unpack_latents")
     latents = pipe._pack_latents(noised, size, noised.shape[1], height, width) if is_packed else noised
@@ -420,7 +421,14 @@ def prediction_of(name, pipe, noised, timestep):
     return output.reshape(noised.shape)
 
 
+def unshifted(timestep, num_tokens):
+    """What CogView4's transformer is given at the noise level of a timestep, which is shifted by the image's size."""
+    return 1000 / (1 + calculate_shift(num_tokens) * (1000 / timestep - 1))
+
+
 CALLED_WITH = {
+    # Else an image has one of the sizes that the model was trained with.
+    "hunyuan_dit": {"use_resolution_binning": False},
     "longcat": {"enable_prompt_rewrite": False},
     # 1 is no guidance.
     "prx": {"use_resolution_binning": False, "guidance_scale": 1.0},

@@ -136,8 +136,8 @@ def hooked(name, pipe, noised, taps):
             if is_input:
                 value = inputs[0] if inputs else keywords["hidden_states"]
             elif isinstance(output, tuple):
-                # A block of two streams gives the text first, an attention the picture.
-                value = output[1] if key[1] == "hidden" else output[0]
+                # A block of two streams gives the text first, but for CogView's, and an attention the image.
+                value = output[1] if key[1] == "hidden" and name != "cogview4" else output[0]
             seen[key] = value[:, image] if third is None else value[:, image, third]
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
@@ -242,7 +242,7 @@ def test_what_is_called_unused_gets_no_gradient_and_all_else_does(loaded, name):
     model = loaded(name)
     transformer = model.denoiser.transformer
     noised = torch.randn(2, model.denoiser.num_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    for block, feature in all_taps(model.config):
+    for block, feature in [(-1, "hidden"), *all_taps(model.config)]:
         for parameter in transformer.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None

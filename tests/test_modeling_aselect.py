@@ -254,7 +254,7 @@ def test_freezing_survives_a_reload(classifier, tmp_path):
 def test_a_frozen_backbone_stays_in_eval_mode(classifier):
     classifier.train()
     assert classifier.classifier.training
-    assert not any(module.training for module in classifier.backbone.denoiser.modules())
+    assert not any(module.training for module in classifier.backbone.denoiser.transformer.modules())
 
 
 def test_gradients_of_a_batch_are_those_of_its_pictures(classifier, pixels):

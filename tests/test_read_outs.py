@@ -472,8 +472,7 @@ def test_it_is_written_as_onnx(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:Could not find a config file in")  # peft's, of a base that diffusers saved
 def test_an_adapter_goes_up_to_the_last_tap_and_brings_its_statistics(folder, tmp_path):
     model = classifier(folder, calibration_images=images(), freeze_backbone=False)
-    script = example("image_classification/train_image_classification.py")
-    layers = list(script.trained_layers(model))
+    layers = model.lora_targets()
     blocks = "backbone.denoiser.transformer.transformer_blocks"
     assert layers == [f"{blocks}.{block}.attn1.{name}" for block in range(3) for name in ("to_q", "to_v")]
     config = LoraConfig(r=2, target_modules=layers, modules_to_save=["classifier"], init_lora_weights=False)

@@ -1,6 +1,7 @@
 """Weights by the names of the research code: converted, their hidden states are those of the original formulas."""
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -237,6 +238,9 @@ def test_safetensors_of_any_name_in_a_folder_are_loaded(tmp_path, vae_folder):
     assert DiTModel.from_pretrained(tmp_path / "bare", **given).config.num_channels == CHANNELS
     shutil.copytree(vae_folder, tmp_path / "bare" / "vae")
     assert DiTModel.from_pretrained(tmp_path / "bare", **given).config.num_channels == 3
+    # What the research code's configuration says beside them.
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({"num_heads": HEADS, "input_size": SIDE}))
+    assert DiTModel.from_pretrained(tmp_path / "bare", layout="sit", timestep=5).config.num_attention_heads == HEADS
     save_file(weights_of(), tmp_path / "bare" / "SiT-other.safetensors")
     with pytest.raises(ValueError, match=r"holds several research checkpoints \(SiT-other.*SiT-tiny"):
         DiTModel.from_pretrained(tmp_path / "bare", **given)
@@ -319,6 +323,15 @@ def replaced(name, value):
     return lambda weights: weights.update({name: value})
 
 
+@pytest.mark.parametrize("class_name", ["LightningDiT2DModel", "JiTTransformer2DModel"])
+def test_other_architectures_are_known_by_their_class(class_name, tmp_path):
+    DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": class_name}))
+    with pytest.raises(ValueError, match=f"A {class_name} is not read: it has rotary positions"):
+        DiTModel.from_pretrained(tmp_path, timestep=5)
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
@@ -331,6 +344,8 @@ def replaced(name, value):
         (replaced("x_embedder.proj.weight", torch.zeros(WIDTH, 16)), "must have 4 dimensions, got shape"),
         (replaced("blocks.0.mlp.fc1.weight", torch.zeros(3 * WIDTH, WIDTH)), "its MLPs are 3 times as wide"),
         (replaced("final_layer.linear.weight", torch.zeros(20, WIDTH)), "of 4 channels it predicts 5"),
+        (replaced("x_embedder.proj.weight", torch.zeros(WIDTH, 4, 0, 0)), "is no DiT of the usual form"),
+        (replaced("x_embedder.proj.weight", torch.zeros(WIDTH, 4, 2, 4)), r"has shape \(64, 4, 2, 4\)"),
         (replaced("blocks.2.attn.qkv.bias", torch.zeros(5)), r"'blocks.2.attn.qkv.bias' .* has shape \(5,\)"),
         (replaced("blocks.1.mlp.fc2.bias", torch.zeros(5)), r"'blocks.1.mlp.fc2.bias' .* has shape \(5,\)"),
         (replaced("blocks.1.mlp.fc2.bias", torch.zeros(WIDTH, dtype=torch.int8)), "int8"),
@@ -396,6 +411,11 @@ def test_a_scheduler_of_another_kind_contradicts_the_layout(tmp_path):
     assert model.config.scheduler["_class_name"] == "DDIMScheduler"
     with pytest.raises(ValueError, match=r"scheduler of .* is a DDIMScheduler, which is not of flow matching"):
         DiTModel.from_pretrained(folder, layout="repa", timestep=5)
+
+
+def test_a_prompt_is_no_option_of_research_weights(tmp_path):
+    with pytest.raises(ValueError, match="`prompt_embeds` are given, but a DiTTransformer2DModel is not conditioned"):
+        DiTModel.from_pretrained(port(tmp_path / "port"), layout="sit", timestep=5, prompt_embeds={})
 
 
 def test_a_layout_is_no_option_of_what_diffusers_named(latent_folder):
@@ -469,6 +489,7 @@ def trained():
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=1,
+        norm_eps=1e-6,
     )
     denoiser, schedule = DiTDenoiser(transformer, timestep_embedding="repa"), NoiseSchedule.flow_matching()
     optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
@@ -500,6 +521,17 @@ def test_a_layout_that_the_losses_contradict_is_warned_of(trained, said, tmp_pat
     assert min(losses, key=lambda name: losses[name]) == "repa"
     assert (f"The layout was said to be {said!r}" in caplog.text) == (said != "repa")
     assert model.denoiser.timestep_embedding == LAYOUTS[said].timestep_embedding
+
+
+def test_loading_with_images_checks_the_layout(trained, tmp_path, caplog):
+    trained.save_pretrained(tmp_path / "research")
+    images = drawn(8, torch.Generator().manual_seed(3))
+    options = {"timestep": "auto", "calibration_images": images, "scheduler": LAYOUTS["sit"].scheduler}
+    for said, is_warned in (("sit", True), ("repa", False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="hf_aselect"):
+            DiTModel.from_pretrained(tmp_path / "research", timestep_embedding=said, **options)
+        assert ("the weights predict what 4 images were noised with far better as 'repa'" in caplog.text) == is_warned
 
 
 # The command line.

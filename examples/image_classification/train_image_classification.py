@@ -43,7 +43,6 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -352,31 +351,13 @@ class EpochCallback(TrainerCallback, ExportableState):
             sampler.set_epoch(epoch)
 
 
-def trained_layers(model: DiTForImageClassification) -> Iterable[str]:
-    """Yield the names of the layers that LoRA goes on: query and value of the blocks up to the last tap."""
-    denoiser = model.backbone.denoiser
-    unused = set.intersection(
-        *(
-            {id(part) for module in denoiser.unused_modules(*tap) for part in module.modules()}
-            for tap in model.backbone.taps()
-        )
-    )
-    for name, module in model.named_modules():
-        names = "to_q", "to_v", "query_key_value", "query_key_value_mlp"
-        is_asked = name.rpartition(".")[2] in names and ".denoiser." in f".{name}"
-        if is_asked and isinstance(module, nn.Linear) and id(module) not in unused:
-            yield name
-
-
 def with_lora(model: DiTForImageClassification, rank: int) -> nn.Module:
     """Return the model with adapters; only they and the head are trained, and saved."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
         model,
-        LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=list(trained_layers(model)), modules_to_save=["classifier"]
-        ),
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=model.lora_targets(), modules_to_save=["classifier"]),
     )
 
 

@@ -239,9 +239,7 @@ def convert_research(
             fields.setdefault("base_model", str(source))
         fields.setdefault("base_license", license_on_card(folder or ""))
     config, weights = load_research(research, vae_folder, scheduler, layout, num_attention_heads, variant, fields)
-    written = _write(
-        target, config, weights, source, wanted, shard_bytes, include_code, calibration_images, is_research=True
-    )
+    written = _write(target, config, weights, source, wanted, shard_bytes, include_code, calibration_images)
     decoder_bytes = 0 if vae_folder is None else _dropped_bytes(vae_folder, variant, kept=ENCODER_WEIGHTS)
     return _conversion(output, written, started, decoder_bytes=decoder_bytes, text_bytes=0)
 
@@ -291,7 +289,6 @@ def _write(
     shard_bytes: int,
     include_code: bool,
     images: Any,
-    is_research: bool = False,
 ) -> dict[str, Tensor]:
     """Write a checkpoint into a folder that appears whole.
 
@@ -311,25 +308,23 @@ def _write(
         if config.num_channels in (1, 3):
             ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished, include_code=include_code)
         if images is not None:
-            _look_at_images(config, unfinished, images, is_research)
+            _look_at_images(config, unfinished, images)
             config.save_pretrained(unfinished, include_code=include_code)
     return written
 
 
-def _look_at_images(config: ASelectConfig, folder: Path, images: Any, is_research: bool) -> None:
+def _look_at_images(config: ASelectConfig, folder: Path, images: Any) -> None:
     """Select the timestep of a checkpoint if it is open, and check the layout of research weights.
 
     Args:
         config: Its configuration, which takes the selection over.
         folder: Where it lies.
         images: As in `select_timestep`.
-        is_research: Whether the weights are of a research code.
     """
     is_open = config.timestep == "auto"
     given = {"calibration_images": images} if is_open else {}
     model = DiTModel.from_pretrained(folder, dtype=torch.float32, **given)
-    if is_research:
-        check_layout(model, images)
+    check_layout(model, images)
     if is_open:
         for name in ("timestep", "num_timesteps", "block", "feature", "zeroed_channels", "selection"):
             setattr(config, name, getattr(model.config, name))

@@ -19,7 +19,7 @@ from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
 from .hub_files import HubOptions, locate
-from .research import ResearchWeights, is_port, research_in
+from .research import ResearchWeights, is_port, refuse_kin, research_in
 from .weight_files import (
     CONFIG,
     MODEL_INDEX,
@@ -59,6 +59,7 @@ def find_diffusers(
         name = _class_name(transformer)
         if is_port(name):
             return ()
+        refuse_kin(name)
         family_of(name)
         return () if has_prompt else text_parts(str(name), names_of(without))
 
@@ -220,6 +221,7 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / CONFIG)
     config["_class_name"] = _class_name(config)
+    refuse_kin(config["_class_name"])
     family_of(config["_class_name"])
     return config
 

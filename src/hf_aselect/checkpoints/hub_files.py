@@ -28,6 +28,7 @@ from .weight_files import CONFIG, MODEL_INDEX, PICKLES, is_listed, refuse_pickle
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"
 # What remains to be said where there are files of weights that nothing describes.
 PICKLES_OF_RESEARCH = (
     "Of the weights of DiT's, SiT's or REPA's own code convert the file: hf-aselect convert FILE OUTPUT --layout "
@@ -242,18 +243,18 @@ def _fetch_entry(
     Raises:
         ValueError: If there is no such file, or it is of a model that cannot be loaded.
     """
-    for name in (MODEL_INDEX, CONFIG):
+    for name in (MODEL_INDEX, CONFIG, ADAPTER_CONFIG):
         try:
             path = Path(hf_hub_download(repo_id, prefix + name, **options.of_a_download()))
         except LocalEntryNotFoundError:
-            if name == CONFIG:
+            if name == ADAPTER_CONFIG:
                 raise
             options = replace(options, local_files_only=True)
             continue
         except EntryNotFoundError:
             continue
         found = read_json(path)
-        if "_class_name" in found or found.get("model_type") == model_type:
+        if "_class_name" in found or found.get("model_type") == model_type or name == ADAPTER_CONFIG:
             return path, found, options
         if name == CONFIG:
             raise ValueError(

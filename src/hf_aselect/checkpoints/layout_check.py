@@ -1,6 +1,7 @@
 """Whether weights predict as the layout has it that they were said to be of."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from ..selection.images import CalibrationPictures
 from ..selection.prediction import predict
 from ..selection.reader import eval_mode
-from .research import LAYOUTS, ResearchLayout
+from .research import LAYOUTS, NORM_EPS, ResearchLayout
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +28,21 @@ def check_layout(model: Any, images: Any, seed: int = 0) -> dict[str, float]:
     """Warn where another layout predicts what images were noised with better than the one that was said.
 
     Args:
-        model: A `DiTModel` of research weights, in float32.
-        images: Images, as in `select_timestep`, of which the first few of a sample are looked at.
+        model: A model of any class; only of research weights there is something to check.
+        images: Images, as in `select_timestep`, of which a sample of four is looked at; of an iterator, which may be
+            used up, none.
         seed: Seed of the sample and of the noise.
 
     Returns:
-        The loss of each layout as a share of that of predicting nothing, the worse one of timesteps 50 and 950.
+        The loss of each layout as a share of that of predicting nothing, the worse one of timesteps 50 and 950; empty
+        where nothing was checked.
     """
-    (said,) = (name for name, each in LAYOUTS.items() if each.timestep_embedding == model.config.timestep_embedding)
+    transformer, names = model.config.transformer, {each.timestep_embedding: name for name, each in LAYOUTS.items()}
+    # The epsilon is that of the research code, and of no default of diffusers.
+    is_research = transformer["_class_name"] == "DiTTransformer2DModel" and transformer.get("norm_eps") == NORM_EPS
+    said = names.get(model.config.timestep_embedding)
+    if not is_research or said is None or isinstance(images, Iterator):
+        return {}
     sample = CalibrationPictures(images, model.config, NUM_IMAGES, seed)
     denoiser = model._base().denoiser
     with torch.no_grad(), eval_mode(denoiser):

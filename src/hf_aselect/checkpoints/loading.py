@@ -103,7 +103,8 @@ def _take_config(config: Any, kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: If it is no configuration of ours, folded, or the keywords name classes as well.
     """
-    if not isinstance(config, ASelectConfig) or config.folded:
+    # By its name: a checkpoint's own code has a class of its own.
+    if getattr(config, "model_type", None) != ASelectConfig.model_type or config.folded:
         raise ValueError(
             "`config=` must be an ASelectConfig that is not folded where diffusers saved the model, whose files say "
             f"what it is, got {type(config).__name__}. Or give fields as keywords (`timestep=`, `block=`, ...)."

@@ -60,6 +60,8 @@ LAYOUTS = {
 # Heads of the published sizes S, B, L and XL, by width: the tensors do not tell them.
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _FREQUENCIES = 256
+# Of all norms of the research code; diffusers' default is another before the MLP.
+NORM_EPS = 1e-6
 _ANCHOR = "x_embedder.proj.weight"
 # Their names, and those of diffusers: of the whole, of the embedders that each block has, and of a block.
 _WHOLE = {
@@ -104,8 +106,10 @@ _OTHERS = (
         "a norm of queries and keys",
     ),
 )
-# What of this diffusers has, as of version 0.42.
-_NOT_THERE = "diffusers has no transformer of this kind that is read here (of RAE it has the autoencoder alone)."
+# Classes by which ports of some of them are known.
+_KIN_CLASSES = re.compile(r"(LightningDiT|JiT|RAEDiT|DiTwDDT)")
+# As of diffusers 0.42, which has RAE's autoencoder alone.
+_NOT_THERE = "diffusers has no transformer of this kind"
 # Classes of ports that keep the research names in diffusers' folders.
 _PORT = re.compile(r"(SiT|DiT|REPA|SRA)([A-Z_0-9].*)?")
 
@@ -113,6 +117,19 @@ _PORT = re.compile(r"(SiT|DiT|REPA|SRA)([A-Z_0-9].*)?")
 def is_port(class_name: Any) -> bool:
     """Return whether the class that a `config.json` names may be a port that keeps the research names."""
     return isinstance(class_name, str) and class_name not in FAMILIES and _PORT.fullmatch(class_name) is not None
+
+
+def refuse_kin(class_name: Any) -> None:
+    """Refuse the class of a port of LightningDiT, JiT or RAE, unless somebody registered it as a family.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if isinstance(class_name, str) and class_name not in FAMILIES and _KIN_CLASSES.match(class_name):
+        raise ValueError(
+            f"A {class_name} is not read: it has rotary positions, SwiGLU and RMSNorm, which a DiTTransformer2DModel "
+            f"has not, and {_NOT_THERE}."
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ class ResearchWeights:
             if found := next((key for key in self.shapes if re.search(pattern, key)), None):
                 raise ValueError(
                     f"{self.where!r} holds the weights of {name} (it has {found!r}). They cannot be converted: a "
-                    f"DiTTransformer2DModel has no {lacking}, and {_NOT_THERE}"
+                    f"DiTTransformer2DModel has no {lacking}, and {_NOT_THERE}."
                 )
         if not self.names:
             raise ValueError(
@@ -214,7 +231,8 @@ class ResearchWeights:
         outputs = self._shape("final_layer.linear.weight", 2)[0] / max(1, patch) ** 2
         mlp_ratio = self._shape("blocks.0.mlp.fc1.weight", 2)[0] / max(1, width)
         frequencies = self._shape("t_embedder.mlp.0.weight", 2)[1]
-        if outputs not in (channels, 2 * channels) or mlp_ratio != 4 or frequencies != _FREQUENCIES:
+        is_usual = outputs in (channels, 2 * channels) and mlp_ratio == 4 and frequencies == _FREQUENCIES
+        if not is_usual or min(width, channels, patch) < 1:
             raise ValueError(
                 f"{self.where!r} is no DiT of the usual form: of {channels} channels it predicts {outputs:g} "
                 f"(expected as many, or twice with a learned variance), its MLPs are {mlp_ratio:g} times as wide as "
@@ -240,8 +258,7 @@ class ResearchWeights:
             "num_embeds_ada_norm": rows - 1,
         }
         self._check_config(sizes, width, rows)
-        # The original norms have 1e-6 everywhere, diffusers' default is another before the MLP.
-        return {"_class_name": "DiTTransformer2DModel", **sizes, "norm_eps": 1e-6}
+        return {"_class_name": "DiTTransformer2DModel", **sizes, "norm_eps": NORM_EPS}
 
     def _heads(self, width: int, given: int | None) -> int:
         said = self.config.get("num_heads", self.config.get("num_attention_heads"))

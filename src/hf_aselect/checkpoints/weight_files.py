@@ -200,5 +200,6 @@ def refuse_pickled_names(where: str, names: Iterable[str]) -> None:
         raise PickledWeightsError(
             f"{where!r} has only pickled weights ({', '.join(pickles)}), which are never unpickled, as "
             "they can run any code. If you trust them, load the pipeline with diffusers and save it again, which "
-            "writes safetensors: `DiffusionPipeline.from_pretrained(source).save_pretrained(folder)`."
+            "writes safetensors: `DiffusionPipeline.from_pretrained(source).save_pretrained(folder)`. What the "
+            "research code of DiT, SiT or REPA saved is converted by `hf-aselect convert FILE OUTPUT --layout ...`."
         )

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import SteppedDenoiser
+from ..model.denoiser import SteppedDenoiser, placement
 from ..model.layouts import FoldedLayout, ReadOut, tap_key
+from ..selection.distribution import unwrapped
 from ..selection.placement import moved
 from ..selection.reader import eval_mode
 from .families import Fold, fold_dit, fold_flux, fold_lumina2, fold_pixart, fold_sana, fold_sd3
@@ -32,6 +33,7 @@ def fold_model(model: Any) -> Any:
         ValueError: If it has no timestep, is folded already, or a part of it is not in memory; and as
             `fold_denoiser`.
     """
+    model = unwrapped(model)
     config = copy.deepcopy(model.config)
     config.resolved_timestep()
     if config.folded:
@@ -113,16 +115,15 @@ def fold_denoiser(
     name = type(denoiser.transformer).__name__
     if name not in _FAMILIES:
         raise ValueError(f"A {name} cannot be folded. Those that can be are {', '.join(_FAMILIES)}.")
-    parameter = next(denoiser.parameters())
-    target = parameter.device, parameter.dtype
+    device, dtype = placement(denoiser.patch_embedding)
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     timesteps = list(dict.fromkeys(int(timestep) for timestep, _, _ in read))
     taps = tuple(dict.fromkeys(tap_key(block, feature) for _, block, feature in read))
     where = {"timestep": timesteps[0], "others": tuple(timesteps[1:]), "taps": taps}
     with eval_mode(denoiser):
-        latents = torch.zeros(1, denoiser.num_channels, height, width, device=parameter.device, dtype=parameter.dtype)
-        steps = [torch.full((1,), timestep, device=parameter.device) for timestep in timesteps]
+        latents = torch.zeros(1, denoiser.num_channels, height, width, device=device, dtype=dtype)
+        steps = [torch.full((1,), timestep, device=device) for timestep in timesteps]
         starts = [denoiser.begin(latents, each, None) for each in steps]
         layout, weights = _FAMILIES[name](denoiser, config, starts, where)
         # Each is rounded as it comes: in float64 all of them would take twice the model's memory.
-        return layout, {name: value.to(*target, copy=True).contiguous() for name, value in weights}
+        return layout, {name: value.to(device, dtype, copy=True).contiguous() for name, value in weights}

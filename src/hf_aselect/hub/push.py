@@ -1,5 +1,6 @@
 """The road to the Hub: a saved model, its image processor, its card and its curve, in one commit."""
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
+from ..checkpoints.adapters import grid_of_base
 from ..model.configuration_aselect import DIT_XL_2, ASelectConfig
 from ..model.modeling_aselect import __file__ as MODELING_FILE
 from ..model.modeling_aselect import save_image_processor
+from ..selection.distribution import unwrapped
 from ..selection.record import TimestepSelection
 from .card import YOURS, CardFacts, own_words, refuse_unknown_facts, write_card
 
@@ -179,19 +182,24 @@ def write_model_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -
     Raises:
         ValueError: If a fact is unknown or wrong.
     """
+    model = unwrapped(model, keep_adapters=True)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         base, model = next(iter(model.peft_config.values())).base_model_name_or_path, model.get_base_model()
         # The path of a machine is nobody's business.
         facts = {"adapter_of": Path(base).resolve().name if os.path.exists(base) else base, **facts}
-        _write_config(model.config, folder)
+        _write_config(model, base, folder)
     write_card_of(model.config, type(model), folder, **facts)
 
 
-def _write_config(config: ASelectConfig, folder: str | os.PathLike[str]) -> None:
+def _write_config(model: Any, base: str, folder: str | os.PathLike[str]) -> None:
     """Write the configuration beside an adapter, which peft saves without.
 
-    Timestep, tap and classes are part of the adapter, and the card's code reads them.
+    Timestep, tap and classes are part of the adapter, and the card's code reads them. The statistics of a head that
+    the adapter brings along come with it: the configuration says what the model under it has.
     """
+    config = copy.deepcopy(model.config)
+    if any(".modules_to_save." in name and name.endswith("shift") for name, _ in model.named_buffers()):
+        config.standardized_grid = grid_of_base(type(config), base)
     os.makedirs(folder, exist_ok=True)
     with TemporaryDirectory(dir=folder) as unfinished:
         config.save_pretrained(unfinished)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .checks import WEIGHT_DTYPES
 from .layouts import BEFORE_ATTENTION, Tap
 
 
@@ -188,6 +189,8 @@ class SteppedDenoiser(Denoiser):
     attention_name: ClassVar[str] = "attn1"
     text_input_names: ClassVar[tuple[str, ...]] = ()
     output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    # What else than the patch embedding the tokens run through before the first block.
+    stem_names: ClassVar[tuple[str, ...]] = ()
     # Whether the patch embedding has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
     has_position_table: ClassVar[bool] = False
 
@@ -277,8 +280,12 @@ class SteppedDenoiser(Denoiser):
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
         """Return the modules that have no influence on the tokens at (block, feature).
 
-        None of them is run, but for those of a text's stream in the last block that is run whole.
+        None of them is run, but for those of a text's stream in the last block that is run whole, and, where only the
+        stem is read, what embeds timestep and text.
         """
+        if block < 0:
+            stem = [getattr(self.transformer, name) for name in self.stem_names]
+            return _others(self.transformer, [self.patch_embedding, *stem])
         unused = [*self.blocks[block + 1 :], *self.output_modules()]
         tapped = self.blocks[block]
         if feature == "hidden":
@@ -333,18 +340,67 @@ class SteppedDenoiser(Denoiser):
 _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
 
 
-def as_if_called(block: Any, read: Callable[[], Any]) -> Any:
-    """Return what a part of a block makes; under FSDP a block's weights are gathered when the block is called."""
-    if not is_sharded(block):
-        return read()
+def as_if_called(module: Any, read: Callable[[], Any]) -> Any:
+    """Return what a part of a module makes, with all that is done where the module is called.
+
+    FSDP gathers its weights then, and hooks of accelerate and diffusers bring them in or cast them.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks = [module._hf_hook] if hasattr(module, "_hf_hook") else []
+    hooks += [] if registry is None else list(registry.hooks.values())
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        return _as_if_called_by_fsdp(module, read) if is_sharded(module) else read()
+    finally:
+        for hook in reversed(hooks):
+            hook.post_forward(module, None)
+
+
+def with_own_weights(denoiser: Any, read: Callable[[], Any]) -> Any:
+    """Return what is read with a denoiser, which may have weights of its own and is not called.
+
+    Nor is a transformer that is run step by step.
+    """
+    for module in (denoiser, denoiser.transformer) if hasattr(denoiser, "begin") else (denoiser,):
+        read = partial(as_if_called, module, read)
+    return read()
+
+
+def _as_if_called_by_fsdp(module: Any, read: Callable[[], Any]) -> Any:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    block.read_tap = read
-    register_fsdp_forward_method(block, "read_tap")
+    module.read_tap = read
+    register_fsdp_forward_method(module, "read_tap")
     try:
-        return block.read_tap()
+        return module.read_tap()
     finally:
-        del block.read_tap
+        del module.read_tap
+
+
+def placement(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Return the device and the dtype that a module computes in: those of hooks, else of its weights.
+
+    Accelerate keeps weights elsewhere while they are not needed, and diffusers in a smaller dtype. The dtype is None
+    where no weight is in one that computes, as where all are quantized.
+    """
+    device = dtype = None
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        registry: Any = getattr(part, "_diffusers_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if device is None and getattr(each, "execution_device", None) is not None:
+                device = torch.device(each.execution_device)
+        for each in () if registry is None else registry.hooks.values():
+            dtype = dtype or getattr(each, "compute_dtype", None)
+            group = getattr(each, "group", None)
+            device = device or getattr(group, "onload_device", None)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if device is None and tensor.device.type != "meta":
+            device = tensor.device
+        if dtype is None and tensor.dtype in WEIGHT_DTYPES.values():
+            dtype = tensor.dtype
+    return device or torch.device("meta"), dtype
 
 
 # Below, two processes under FSDP2 learned something else than one, without a word; all else runs on older ones.

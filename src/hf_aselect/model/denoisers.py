@@ -346,6 +346,7 @@ class Lumina2Denoiser(SteppedDenoiser):
     prompt_fields: ClassVar[dict[str, str]] = {"prompt_embeds": "cap_feat_dim"}
     patch_embedding_name: ClassVar[str] = "x_embedder"
     attention_name: ClassVar[str] = "attn"
+    stem_names: ClassVar[tuple[str, ...]] = ("noise_refiner", "context_refiner", "time_caption_embed")
     output_names: ClassVar[tuple[str, ...]] = ("norm_out",)
 
     def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:

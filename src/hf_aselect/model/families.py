@@ -1,5 +1,6 @@
 """The families of transformers: of each class of diffusers what must be known to build it and to read it."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,6 +42,12 @@ class Inputs:
     def sigmas(self) -> Tensor:
         """Timesteps in [0, 1], 0 = least noise, (B,), float32."""
         return self.timesteps / 1000
+
+    @property
+    def image_size(self) -> Tensor:
+        """Height and width of each image in pixels, (B, 2), float32."""
+        sides = [float(side * self.vae_scale_factor) for side in self.latents.shape[-2:]]
+        return self.timesteps.new_tensor(sides).expand(len(self.timesteps), -1)
 
     def grid(self, side: int = 2) -> tuple[int, int]:
         """Return rows and columns of tokens of `side` × `side` latents."""
@@ -95,14 +102,12 @@ class TransformerBlocks:
         hidden: Which of a block's outputs has the image, where there are several.
         projections: Names of query, key and value in the attention; or a function that takes the attention and the
             tokens that it reads, (B, N, D), and returns the three, where they are one layer.
-        has_attention: Whether the attention ends with an output projection of its own.
     """
 
     path: str = "transformer_blocks"
     attention: str = "attn"
     hidden: int = 0
     projections: tuple[str, str, str] | Projections = ("to_q", "to_k", "to_v")
-    has_attention: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class TransformerFamily:
             each is ("" if there is none); empty for a transformer without a text.
         patch_embedding: Name of the module that makes tokens of latents.
         timestep_modules: Names of modules that get the timestep rounded in half precision, and what timesteps in
-            [0, 1000] are multiplied by to be what they take.
+            [0, 1000] are divided by to be what they take.
         num_classes: Field of the configuration with the number of classes; "" for none.
         pipeline: Name of diffusers' pipeline that encodes a prompt; "" if embeddings are always given.
         encode_prompt: Takes this pipeline and the transformer's configuration, and returns the empty prompt's
@@ -224,9 +229,9 @@ def layout_of(transformer: Mapping[str, Any]) -> TransformerLayout:
         lengths = transformer["axes_lens"]
         if not isinstance(lengths, list | tuple) or len(lengths) != 3 or not all(map(_is_size, lengths)):
             raise ValueError(f"`transformer` must have a list of three lengths as `axes_lens`, got {lengths!r}.")
-        shared = transformer.get("num_kv_heads")
-        if shared is not None and not _is_size(shared):
-            raise ValueError(f"`transformer` must have an integer from 1 on as `num_kv_heads`, got {shared!r}.")
+    shared = transformer.get("num_kv_heads")
+    if shared is not None and not _is_size(shared):
+        raise ValueError(f"`transformer` must have an integer from 1 on as `num_kv_heads`, got {shared!r}.")
     sizes = {size: transformer[size] for size in family.sizes if size != "axes_lens"}
     if wrong := {size: value for size, value in sizes.items() if not _is_size(value)}:
         raise ValueError(
@@ -263,6 +268,7 @@ def transformer_layout(config: Mapping[str, Any], **given: Any) -> TransformerLa
 
 _HEADS = ("num_attention_heads", "attention_head_dim", "in_channels")
 _PLAIN = (*_HEADS, "num_layers", "sample_size", "patch_size")
+_WIDE = ("hidden_size", "num_attention_heads", "in_channels", "num_layers", "sample_size", "patch_size")
 
 
 def _flux_layout(config: Mapping[str, Any]) -> TransformerLayout:
@@ -275,11 +281,10 @@ def _flux_layout(config: Mapping[str, Any]) -> TransformerLayout:
     return replace(packed, num_attention_outputs=joint)
 
 
-def _lumina2_layout(config: Mapping[str, Any]) -> TransformerLayout:
+def _lumina_layout(config: Mapping[str, Any], **given: Any) -> TransformerLayout:
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    # Rotary positions are tabulated.
-    reach, shared = min(config["axes_lens"][1:]), config.get("num_kv_heads") or heads
-    return transformer_layout(config, hidden_size=width, key_value_size=width // heads * shared, max_grid=reach)
+    shared = config.get("num_kv_heads") or heads
+    return transformer_layout(config, hidden_size=width, key_value_size=width // heads * shared, **given)
 
 
 def _qwen_layout(config: Mapping[str, Any]) -> TransformerLayout:
@@ -318,6 +323,68 @@ def _zimage_call(inputs: Inputs) -> dict[str, Any]:
 def _auraflow_layout(config: Mapping[str, Any]) -> TransformerLayout:
     depth = config["num_mmdit_layers"] + config["num_single_dit_layers"]
     return transformer_layout(config, num_layers=depth, max_grid=int(config["pos_embed_max_size"] ** 0.5))
+
+
+def _cogview4_call(inputs: Inputs) -> dict[str, Any]:
+    size, (rows, columns), sigmas = inputs.image_size, inputs.grid(), inputs.sigmas
+    # Its pipeline shifts the noise levels by the image's size and hands the timesteps over as they were before: what
+    # it conditions on at a level is not 1000 times that. The numbers are those of the published scheduler.
+    shift = 0.25 + 0.75 * (rows * columns / 256) ** 0.5
+    timesteps = 1000 * sigmas / (sigmas + shift * (1 - sigmas))
+    sizes = {"original_size": size, "target_size": size, "crop_coords": size * 0}
+    given = {"hidden_states": inputs.latents, "timestep": timesteps, "encoder_hidden_states": inputs.text}
+    return {**given, **sizes}
+
+
+def _hunyuan_dit_call(inputs: Inputs) -> dict[str, Any]:
+    transformer, prompt, (rows, columns) = inputs.transformer, inputs.prompt, inputs.grid()
+    # As the pipeline: positions are those of a grid of 512 pixels, whose middle the image is enlarged or shrunk to.
+    base = 512 // 8 // 2
+    height, width = (base, round(base / rows * columns)) if rows > columns else (round(base / columns * rows), base)
+    top, left = round((base - height) / 2), round((base - width) / 2)
+    rotary = _embeddings().get_2d_rotary_pos_embed(
+        transformer.inner_dim // transformer.num_heads,
+        ((top, left), (top + height, left + width)),
+        (rows, columns),
+        device=inputs.latents.device,
+        output_type="pt",
+    )
+    # Up to version 1.1 it is also conditioned on sizes, of which the first is 1024, and on a style.
+    first = inputs.image_size * 0
+    return {
+        "hidden_states": inputs.latents,
+        "timestep": inputs.timesteps.to(inputs.latents.dtype),
+        "encoder_hidden_states": inputs.text,
+        "text_embedding_mask": prompt["prompt_mask"],
+        "encoder_hidden_states_t5": prompt["prompt_embeds_2"].contiguous(),
+        "text_embedding_mask_t5": prompt["prompt_mask_2"],
+        "image_meta_size": torch.cat([first + 1024, inputs.image_size, first], dim=1).to(inputs.latents.dtype),
+        "style": torch.zeros(len(first), dtype=torch.long, device=first.device),
+        "image_rotary_emb": rotary,
+    }
+
+
+def _lumina_next_call(inputs: Inputs) -> dict[str, Any]:
+    rows, columns = inputs.grid(inputs.transformer.patch_size)
+    # As the pipeline at all timesteps but 0: places are closer together in a larger image, and attention is sharper.
+    (height, width), usual = inputs.latents.shape[-2:], inputs.transformer.sample_size
+    factor = (height * width) ** 0.5 / usual
+    rotary = _embeddings().get_2d_rotary_pos_embed_lumina(
+        inputs.transformer.head_dim, rows, columns, linear_factor=factor
+    )
+    return {
+        "hidden_states": inputs.latents,
+        "timestep": 1 - inputs.sigmas,  # its own time runs the other way
+        "encoder_hidden_states": inputs.text,
+        "encoder_mask": torch.ones(inputs.text.shape[:2], device=inputs.latents.device),
+        "image_rotary_emb": rotary,
+        "cross_attention_kwargs": {"base_sequence_length": (usual // 2) ** 2},
+    }
+
+
+def _embeddings() -> Any:
+    # It is there with the transformer. With an import, transformers would ask for diffusers where none is needed.
+    return sys.modules["diffusers.models.embeddings"]
 
 
 def _flux_call(inputs: Inputs) -> dict[str, Any]:
@@ -380,7 +447,6 @@ def _wan_layout(config: Mapping[str, Any]) -> TransformerLayout:
     return transformer_layout(config, patch_size=patch_size, sample_size=64, max_grid=reach)
 
 
-# What is tapped before the text and after it lies in one sequence: blocks of two streams, then of one.
 _ALL = (
     TransformerFamily("DiTTransformer2DModel", _PLAIN, lambda config: transformer_layout(config, needs_prompt=False)),
     TransformerFamily(
@@ -393,8 +459,9 @@ _ALL = (
     TransformerFamily("SanaTransformer2DModel", _PLAIN, transformer_layout),
     TransformerFamily(
         "Lumina2Transformer2DModel",
-        ("hidden_size", "num_attention_heads", "in_channels", "num_layers", "sample_size", "patch_size", "axes_lens"),
-        _lumina2_layout,
+        (*_WIDE, "axes_lens"),
+        # Rotary positions are tabulated.
+        lambda config: _lumina_layout(config, max_grid=min(config["axes_lens"][1:])),
     ),
     TransformerFamily(
         "QwenImageTransformer2DModel",
@@ -404,7 +471,7 @@ _ALL = (
         (TransformerBlocks(hidden=1),),
         prompt_fields={"prompt_embeds": "joint_attention_dim"},
         patch_embedding="img_in",
-        timestep_modules={"time_text_embed.time_proj": 1e-3},
+        timestep_modules={"time_text_embed.time_proj": 1000},
     ),
     TransformerFamily(
         "ZImageTransformer2DModel",
@@ -432,13 +499,48 @@ _ALL = (
         patch_embedding="pos_embed",
     ),
     TransformerFamily(
+        "CogView4Transformer2DModel",
+        _PLAIN,
+        transformer_layout,
+        _cogview4_call,
+        (TransformerBlocks(attention="attn1"),),
+        prompt_fields={"prompt_embeds": "text_embed_dim"},
+        patch_embedding="patch_embed",
+    ),
+    TransformerFamily(
+        "HunyuanDiT2DModel",
+        _PLAIN,
+        transformer_layout,
+        _hunyuan_dit_call,
+        (TransformerBlocks("blocks", "attn1"),),
+        prompt_fields={
+            "prompt_embeds": "cross_attention_dim",
+            "prompt_mask": "",
+            "prompt_embeds_2": "cross_attention_dim_t5",
+            "prompt_mask_2": "",
+        },
+        patch_embedding="pos_embed",
+        timestep_modules={"time_extra_emb.time_proj": 1},
+    ),
+    TransformerFamily(
+        "LuminaNextDiT2DModel",
+        _WIDE,
+        # Self-attention and cross-attention share the output projection.
+        lambda config: _lumina_layout(config, num_attention_outputs=0),
+        _lumina_next_call,
+        (TransformerBlocks("layers", "attn1"),),
+        output=lambda output, inputs: -image_of(output, inputs),
+        prompt_fields={"prompt_embeds": "cross_attention_dim"},
+        patch_embedding="patch_embedder",
+    ),
+    TransformerFamily(
         "Flux2Transformer2DModel",
         (*_HEADS, "num_layers", "num_single_layers"),
         _flux2_layout,
         _flux2_call,
         (
             TransformerBlocks(hidden=1),
-            TransformerBlocks("single_transformer_blocks", projections=_flux2_projections, has_attention=False),
+            TransformerBlocks("single_transformer_blocks", projections=_flux2_projections),
         ),
         output=lambda output, inputs: output.mT.unflatten(2, inputs.latents.shape[2:]),
         prompt_fields={"prompt_embeds": "joint_attention_dim"},
@@ -449,7 +551,7 @@ _ALL = (
         (*_HEADS, "num_layers", "num_single_layers"),
         _flux_layout,
         _flux_call,
-        (TransformerBlocks(hidden=1), TransformerBlocks("single_transformer_blocks", has_attention=False)),
+        (TransformerBlocks(hidden=1), TransformerBlocks("single_transformer_blocks")),
         prompt_fields={"prompt_embeds": "joint_attention_dim"},
         timestep_modules={"time_text_embed.time_proj": 1.0},
     ),
@@ -458,7 +560,7 @@ _ALL = (
         (*_HEADS, "num_layers", "num_single_layers"),
         _flux_layout,
         _longcat_call,
-        (TransformerBlocks(hidden=1), TransformerBlocks("single_transformer_blocks", hidden=1, has_attention=False)),
+        (TransformerBlocks(hidden=1), TransformerBlocks("single_transformer_blocks", hidden=1)),
         prompt_fields={"prompt_embeds": "joint_attention_dim"},
         timestep_modules={"time_embed.time_proj": 1.0},
     ),

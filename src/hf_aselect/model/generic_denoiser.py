@@ -83,17 +83,31 @@ class _ExactTimesteps:
     """Gives a module the timesteps unrounded, which diffusers hands to it in the model's dtype.
 
     Args:
-        scale: What timesteps in [0, 1000] are multiplied by to be what the module takes.
+        divisor: What timesteps in [0, 1000] are divided by to be what the module takes.
     """
 
-    scale: float
+    divisor: float
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         reading: _Reading | None = getattr(_NOW, "reading", None)
-        if reading is None or module in reading.timed or args[0].dtype not in (torch.float16, torch.bfloat16):
+        if reading is None or module in reading.timed:
             return None
         reading.timed.add(module)
-        return reading.inputs.timesteps * self.scale, *args[1:]
+        return reading.inputs.timesteps / self.divisor, *args[1:]
+
+
+class _Checkpoints(nn.Module):
+    """What transformers switches gradient checkpointing on with, for transformers that have none of their own."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any = None
+
+
+def _run(checkpoints: _Checkpoints, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block, again in the backward pass if that is switched on."""
+    if checkpoints.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoints._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+    return forward(*args, **kwargs)
 
 
 class GenericDenoiser(Denoiser):
@@ -125,8 +139,12 @@ class GenericDenoiser(Denoiser):
         # Of buffers, by name: loading empties them after this.
         self._tables: dict[nn.Module, dict[str, Tensor]] = {}
         self._restore_tables(rebuild)
-        for path, scale in family.timestep_modules.items():
-            transformer.get_submodule(path).register_forward_pre_hook(_ExactTimesteps(scale))
+        for path, divisor in family.timestep_modules.items():
+            transformer.get_submodule(path).register_forward_pre_hook(_ExactTimesteps(divisor))
+        if not hasattr(transformer, "gradient_checkpointing"):
+            self.checkpoints = _Checkpoints()
+            for block in self.blocks:
+                block.forward = partial(_run, self.checkpoints, type(block).forward, block)
         for index, (block, part) in enumerate(zip(self.blocks, self._parts(), strict=True)):
             attention = block.get_submodule(part.attention)
             block.register_forward_pre_hook(_Hook((index, "input")), with_kwargs=True)

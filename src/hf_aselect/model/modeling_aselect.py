@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import create_and_tag_model_card
@@ -43,7 +45,7 @@ from .configuration_aselect import (
     refuse_unknown_keywords,
     without_code,
 )
-from .denoiser import grid_of, zero_channels
+from .denoiser import grid_of, placement, with_own_weights, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
     SAVED_NAMES,
@@ -56,12 +58,13 @@ from .heads import (
 )
 from .image_processing_aselect import ASelectImageProcessor
 from .layouts import ReadOut, Tap, plain
-from .noise_schedule import NoiseSchedule, fixed_noise
+from .noise_schedule import NoiseSchedule, kept_noise
 from .vae import encode_images
 
 logger = logging.getLogger(__name__)
 
-MAX_KEPT_NOISE = 64  # tensors of fixed noise: pictures may be of many sizes
+# Layers that LoRA is put on: queries and values, which a folded model has in one.
+LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp")
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
@@ -101,13 +104,14 @@ class TokenReader(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the weights, of those in memory where accelerate offloads the others."""
-        for parameter in self.parameters():
-            if parameter.device.type != "meta":
-                return parameter.device
-        # All are on a disk, or the model is built without data.
-        hook = getattr(self, "_hf_hook", None)
-        return torch.device("meta" if hook is None else hook.execution_device)
+        """Where inputs go: where the first layer computes, wherever accelerate keeps its weights meanwhile."""
+        return placement(self._base().denoiser.patch_embedding)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What tokens are computed in, whatever hooks of diffusers or a quantization keep weights in."""
+        dtype = placement(self._base().denoiser.patch_embedding)[1] or self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -132,10 +136,10 @@ class TokenReader(PreTrainedModel):
         dtype = torch.promote_types(self.dtype, torch.float32)
         if vae is None:
             return pixel_values.to(self.device, dtype)
-        parameter = next(vae.parameters())
+        vae_device, vae_dtype = placement(vae)
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
-        with torch.autocast(parameter.device.type, enabled=False):
-            latents = encode_images(vae, pixel_values.to(parameter.device, parameter.dtype))
+        with torch.autocast(vae_device.type, enabled=False):
+            latents = encode_images(vae, pixel_values.to(vae_device, vae_dtype))
         return latents.to(self.device, dtype)
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
@@ -243,7 +247,9 @@ class TokenReader(PreTrainedModel):
 
     def _read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,), or one."""
-        tokens: dict[Tap, Tensor] = self._base().denoiser.read_taps(noised_latents.to(self.dtype), timesteps, taps)
+        denoiser = self._base().denoiser
+        read = partial(denoiser.read_taps, noised_latents.to(self.dtype), timesteps, taps)
+        tokens: dict[Tap, Tensor] = with_own_weights(denoiser, read)
         return tokens
 
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
@@ -331,6 +337,9 @@ class ShareableModel(TokenReader):
         **kwargs: Any,
     ) -> list[str]:
         """Save as `save_pretrained`, and return the names of the files; none where transformers does all of it."""
+        saving = package("checkpoints.saving")
+        if saving is not None:
+            kwargs = saving.with_whole_state(self, kwargs)
         config, record = self.config, self.config.selection
         asked = self.include_code if include_code is None else include_code
         with_code = is_code_saved(self, folder, push_to_hub, asked)
@@ -356,9 +365,9 @@ class ShareableModel(TokenReader):
                     return [path.name for path in unfinished.iterdir()]
         finally:
             config.selection = record
-            for name in ("_code_folder", "auto_map"):
+            for name in ("auto_map", "_code_folder"):
                 vars(config).pop(name, None)
-            vars(config).update({"auto_map": kept} if kept else {})
+            vars(config).update({} if kept is None else {"auto_map": kept})
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -520,9 +529,10 @@ class ASelectPreTrainedModel(ShareableModel):
                 (folder or id), or as much of one as `transformer/` and `scheduler/` (and `vae/` for a DiT in latent
                 space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
                 noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
-                empty prompt, which the pipeline's text encoders are loaded for, once. None to load nothing, but build
-                the model of `config=` from the weights in `state_dict=`; what is missing there is new. Safetensors by
-                the names of the code of DiT, SiT or REPA are read with `layout="dit"`, "sit" or "repa".
+                empty prompt, which the pipeline's text encoders are loaded for, once. Or an adapter of peft, with the
+                model that it was trained on. None to load nothing, but build the model of `config=` from the weights
+                in `state_dict=`; what is missing there is new. Safetensors by the names of the code of DiT, SiT or
+                REPA are read with `layout="dit"`, "sit" or "repa".
             args: Passed on to transformers.
             calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
                 new head standardizes its features by them. Without them the transformer generates some for the
@@ -546,6 +556,11 @@ class ASelectPreTrainedModel(ShareableModel):
         """
         source = pretrained_model_name_or_path
         source = os.fspath(source) if isinstance(source, os.PathLike) else source  # of any kind, as `os.scandir`'s
+        adapters = package("checkpoints.adapters")
+        if adapters is not None and (adapter := adapters.find_adapter(source, kwargs)) is not None:
+            kwargs["calibration_images"] = calibration_images
+            with_adapter: Self = adapters.load_with_adapter(cls, adapter, args, kwargs)
+            return with_adapter
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
@@ -564,8 +579,9 @@ class ASelectPreTrainedModel(ShareableModel):
                 model.name_or_path = model._base().name_or_path = model.config.name_or_path = str(source)
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
-        model._base().freeze()  # transformers makes every loaded weight trainable
         model._settle_timestep(calibration_images, info)
+        if is_diffusers and calibration_images is not None:
+            package("checkpoints.layout_check", "Checking a layout").check_layout(model, calibration_images)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
@@ -574,6 +590,7 @@ class ASelectPreTrainedModel(ShareableModel):
     ) -> Any:
         """Load as transformers does, but from safetensors alone: it unpickles shards and adapters of other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
+        _place_buffers(model, load_config.device_map)
         if getattr(model.config, "quantization_config", None) is None:
             check_dtypes(checkpoint_files or (), model)
         former = [WeightRenaming(*names) for names in SAVED_NAMES.items()]
@@ -584,6 +601,25 @@ class ASelectPreTrainedModel(ShareableModel):
         # transformers would save by the names that it loaded.
         model._weight_conversions = [each for each in model._weight_conversions if each not in former]
         return found
+
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
+        name = adapter_name or "default"
+        is_new = name not in getattr(self, "peft_config", {})
+        loaded = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        if is_new:
+            # It is installed where an adapter was loaded, and nobody else needs it. In a `try`, as transformers asks
+            # for everything else that a model's code imports.
+            try:
+                import peft
+            except ImportError:
+                return loaded
+            weights = kwargs.get("adapter_state_dict") or peft.load_peft_weights(
+                str(peft_model_id), device="cpu", **(kwargs.get("adapter_kwargs") or {})
+            )
+            plain = {name_today(key.removeprefix("base_model.model.")): value for key, value in weights.items()}
+            peft.set_peft_model_state_dict(self, plain, adapter_name=name)
+        return loaded
 
     def _standardizations(self) -> list[FeatureStandardization]:
         """Return what standardizes each output of `stages`, as the head reads it; empty without a head."""
@@ -720,6 +756,36 @@ class ASelectPreTrainedModel(ShareableModel):
         """
         package("selection.apply", "Applying a selection").apply_selection(self, selection)
 
+    def lora_targets(self, names: Sequence[str] = LORA_LAYERS) -> list[str]:
+        """Return the names of the backbone's layers that LoRA goes on: those of these kinds up to the deepest tap.
+
+            config = peft.LoraConfig(target_modules=model.lora_targets(), modules_to_save=["classifier"])
+
+        Adapters on what comes after the tap would never get a gradient, which DDP takes for an error. Under another
+        model, as UperNet, ask its backbone: peft finds its names there, too.
+
+        Args:
+            names: Ends of names, as "to_out.0". Default: queries and values, of a folded model with the keys.
+
+        Raises:
+            ValueError: If there is no such layer up to the tap.
+        """
+        base = self._base()
+        unused = [
+            {id(part) for module in base.denoiser.unused_modules(*tap) for part in module.modules()}
+            for tap in base.taps()
+        ]
+        ends = tuple(f".{name}" for name in names)
+        found = [
+            name
+            for name, module in self.named_modules()
+            if name.endswith(ends) and ".denoiser." in f".{name}" and isinstance(module, nn.Linear | nn.Conv2d)
+            if id(module) not in set.intersection(*unused)
+        ]
+        if not found:
+            raise ValueError(f"`names` must be ends of names of layers up to the tap, got {list(names)}.")
+        return found
+
     def fold(self) -> Self:
         """Return a new, smaller model of the same class with equal outputs, at these timesteps and taps alone.
 
@@ -752,6 +818,16 @@ def _take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) 
     if source is not None:
         check_files(source, kwargs.get("subfolder"))
     return False
+
+
+def _place_buffers(model: nn.Module, device_map: Any) -> None:
+    """Add to a device map the buffers that it leaves out: transformers forgets those of a module that it splits."""
+    if not isinstance(device_map, dict) or "" in device_map:
+        return
+    main = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+    for name, _ in model.named_buffers():
+        if not any(f"{name}.".startswith(f"{place}.") for place in device_map):
+            device_map[name] = main
 
 
 @contextmanager
@@ -829,12 +905,17 @@ class DiTModel(ASelectPreTrainedModel):
                 "blocks of a folded model (`model.fold()`) run the host's.",
                 config._attn_implementation,
             )
-        self._noise: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
-        if config.folded:
-            # Made before a graph is compiled or exported, which would have no generator in it.
-            height, width = (side // config.vae_scale_factor for side in config.image_height_width)
-            for draw in range(config.num_noise_draws):
-                self.noise((config.layout.num_channels, height, width), draw)
+        # Made before a graph is compiled or exported, which would have no generator in it.
+        height, width = (side // config.vae_scale_factor for side in config.image_height_width)
+        for draw in range(config.num_noise_draws):
+            self.noise((config.layout.num_channels, height, width), draw)
+        # What is frozen, or in eval mode, with the model. What others put in later is theirs. transformers checkpoints
+        # what is in train mode.
+        self._own_modules = {
+            part: [each for each in module.modules() if not isinstance(each, GradientCheckpointingLayer)]
+            for part, module in (("denoiser", self.denoiser), ("vae", self.vae))
+            if module is not None
+        }
         self.freeze()
         self.post_init()
 
@@ -873,31 +954,46 @@ class DiTModel(ASelectPreTrainedModel):
             shape: Channels, height and width.
             draw: Which of the seed's noise tensors, from 0.
         """
-        key = shape, self.config.noise_seed, draw
-        if key not in self._noise:
-            if len(self._noise) >= MAX_KEPT_NOISE:
-                self._noise.clear()
-            self._noise[key] = fixed_noise(*key)
-        return self._noise[key]
+        return kept_noise(shape, self.config.noise_seed, draw)
 
     def freeze(self) -> None:
         """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the last tap."""
-        if self.config.freeze_backbone:
-            self.denoiser.requires_grad_(False)
-        else:
+        for module in self._frozen_modules():
+            module.training = False
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        if not self.config.freeze_backbone:
             # What is never run never gets a gradient, which distributed training takes for an error.
             for parameter in self.denoiser.unused_parameters(self.taps()):
                 parameter.requires_grad_(False)
-        if self.vae is not None:
-            self.vae.requires_grad_(False)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        """Return the modules that are never trained, of those that the model was built with and has to this day."""
+        parts = ("denoiser", "vae") if self.config.freeze_backbone else ("vae",)
+        present = set(self.modules())
+        # One that was removed is not held on to.
+        self._own_modules = {
+            name: [module for module in modules if module in present] for name, modules in self._own_modules.items()
+        }
+        return [module for name in parts for module in self._own_modules.get(name, ())]
+
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        """Initialize as transformers does. It comes last in a load, by whatever model, and makes weights trainable."""
+        super()._initialize_weights(module, *args)
+        if module is self:
+            self.freeze()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load as torch does, but where weights are taken as they are (`assign=True`), keep what is frozen."""
+        for name, value in state_dict.items():
+            state_dict[name] = value.detach() if isinstance(value, nn.Parameter) else value
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> Self:
-        """Set train mode, except for what is frozen: it stays as it is used later."""
+        """Set train mode, except for what is frozen: it stays as it is used later. What others put in is theirs."""
         super().train(mode)
-        if self.config.freeze_backbone:
-            self.denoiser.eval()
-        if self.vae is not None:
-            self.vae.eval()
+        for module in self._frozen_modules():
+            module.training = False
         return self
 
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -340,6 +340,20 @@ def _checked_timesteps(timesteps: Tensor | int) -> Tensor:
     return given
 
 
+def kept_noise(shape: tuple[int, ...], seed: int, draw: int = 0) -> Tensor:
+    """Return `fixed_noise`, made once for all models: no model holds it, so none is another one once it was called."""
+    key = shape, seed, draw
+    if key not in _KEPT_NOISE:
+        if len(_KEPT_NOISE) >= _MAX_KEPT_NOISE:
+            _KEPT_NOISE.clear()
+        _KEPT_NOISE[key] = fixed_noise(*key)
+    return _KEPT_NOISE[key]
+
+
+_MAX_KEPT_NOISE = 64  # tensors: images may be of many sizes
+_KEPT_NOISE: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
+
+
 # A graph has no generator, and older versions of dynamo warn that they cannot trace one.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def fixed_noise(shape: tuple[int, ...], seed: int, draw: int = 0) -> Tensor:

@@ -104,6 +104,11 @@ def check_vae(vae: dict[str, Any] | None) -> None:
         raise ValueError(
             f"`{kind.levels}` of the `vae` must have 1 to {_MAX_LEVELS} entries, one a resolution, got {len(levels)}."
         )
+    if image_channels_of(vae) < 1 or (kind.packing > 1 and vae.get("patch_size") not in (None, [2, 2], (2, 2))):
+        raise ValueError(
+            "`patch_size` of the `vae` must be one that its channels are made of, 2 × 2 in an AutoencoderKLFlux2, "
+            f"got {short(vae.get('patch_size'))}. Save or download the checkpoint again."
+        )
     _check_normalization(vae, kind)
 
 
@@ -113,7 +118,8 @@ def _check_normalization(vae: dict[str, Any], kind: VAEKind) -> None:
         for field in ("latents_mean", "latents_std"):
             values, count = vae[field], vae[kind.latent_channels]
             is_list = isinstance(values, list | tuple) and len(values) == count and all(map(is_finite_number, values))
-            if not is_list or (field == "latents_std" and 0 in values):
+            # In float32 less is nothing.
+            if not is_list or (field == "latents_std" and min(map(abs, values)) < 1e-30):
                 raise ValueError(
                     f"`{field}` of the `vae` must be a list of {count} numbers, one for each channel of the latents, "
                     f"got {short(values)}; finite, and deviations not 0."

@@ -8,7 +8,7 @@ import torch
 from ..model.checks import HEADS, check_count
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap, tap_key
-from .distribution import Share, called_by
+from .distribution import Share, called_by, refuse_flattened, unwrapped
 from .images import CalibrationPictures
 from .massive_channels import LARGE, MASSIVE_FEATURES
 from .placement import moved
@@ -103,6 +103,8 @@ def warn_of_unknown_channels(model: Any) -> None:
 
 def standardize(model: Any, images: Any, max_images: int) -> None:
     """Standardize the features that a model's head reads, by images; see its `standardize`."""
+    refuse_flattened(model)
+    model = unwrapped(model)
     config, heads = model.config, model._standardizations()
     check_count("max_images", max_images)
     if not heads:
@@ -135,8 +137,10 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
         are_statistics_kept: Whether the statistics that the model has are those of this selection, though it is not
             read as it was selected yet: they came with the weights of a training that goes on.
     """
-    if not isinstance(selection, TimestepSelection):
+    # By what it has: a checkpoint's own code and the package have a class each.
+    if not hasattr(selection, "selected") or not hasattr(selection, "to_dict"):
         raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
+    model = unwrapped(model)
     config, base = model.config, model._base()
     tap, taps, before = (selection.block, selection.feature), config.taps(), base.read_outs()
     new = moved(config, selection.selected, tap)

@@ -12,6 +12,42 @@ from torch import Tensor
 from ..model.denoiser import is_sharded
 
 
+def unwrapped(model: Any, keep_adapters: bool = False) -> Any:
+    """Return the model under what DDP, FSDP, DeepSpeed, torch.compile and peft put around it.
+
+    Args:
+        model: Any of those, or a model itself.
+        keep_adapters: Whether to stop at peft's wrapper, which saves adapters alone.
+
+    Raises:
+        ValueError: If there is another model under it, or none that reads features.
+    """
+    inner = model
+    while not hasattr(type(inner), "_read_taps"):
+        # By what the wrapper itself has: peft's and torch.compile's pass other names on to the model.
+        parts: dict[str, Any] = vars(inner).get("_modules") or {}
+        wrapped = next(
+            (parts[name] for name in ("_orig_mod", "module", "_fsdp_wrapped_module") if name in parts), None
+        )
+        if hasattr(type(inner), "get_base_model"):
+            if keep_adapters:
+                return inner
+            wrapped = inner.get_base_model()
+        if wrapped is None:
+            raise ValueError(_of_another_kind(inner))
+        inner = wrapped
+    return inner
+
+
+def _of_another_kind(model: Any) -> str:
+    """Return what is wrong with a model that does not read features, and what would do."""
+    name = type(model).__name__
+    for part, module in vars(model).get("_modules", {}).items():
+        if hasattr(type(module), "_read_taps"):
+            return f"A {name} is no model of hf_aselect, but its `{part}` is: pass `model.{part}`."
+    return f"Expected a model of hf_aselect, or one that DDP, FSDP, torch.compile or peft wraps, got {name}."
+
+
 def is_partitioned(module: Any) -> bool:
     """Return whether DeepSpeed's ZeRO 3 took a module's weights apart: they look empty until they are gathered."""
     return any(hasattr(value, "ds_id") for value in getattr(module, "parameters", list)())
@@ -46,6 +82,19 @@ def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[No
         vars(module).update(before)
         if then_shard:
             module.reshard()
+
+
+def refuse_flattened(model: Any) -> None:
+    """Refuse a model of FSDP's first version, whose weights are gathered only where the whole is called.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in getattr(model, "modules", list)()):
+        raise ValueError(
+            "FSDP's first version flattens the weights of this model, so that no features can be read from it here. "
+            "Do this before it is wrapped, or use FSDP2 (`fsdp_version: 2`)."
+        )
 
 
 @dataclass(frozen=True)

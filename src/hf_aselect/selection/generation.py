@@ -1,5 +1,6 @@
 """The table of transformer families, and what a configuration asks for of diffusers."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ..model.checks import NUM_TIMESTEPS
 from ..model.configuration_aselect import ASelectConfig
+from ..model.denoiser import placement, with_own_weights
 from ..model.denoisers import _build
 from ..model.layouts import plain
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
@@ -128,15 +130,15 @@ def generate_latents(
     is_guided = denoiser.num_classes > 1 and guidance_scale > 1
     done = []
     with eval_mode(denoiser):
-        parameter = next(denoiser.parameters())
+        device, dtype = placement(denoiser.patch_embedding)
         for start in range(0, num_images, batch_size):
-            labels = classes[start : start + batch_size].to(parameter.device)
+            labels = classes[start : start + batch_size].to(device)
             # In float32 whatever the model's dtype: the first steps divide by a signal factor below 0.01.
-            latents = noise[start : start + batch_size].to(parameter.device)
+            latents = noise[start : start + batch_size].to(device)
             # Anew for each batch: Euler's scheduler counts its steps.
             sampler.set_timesteps(num_steps)
             for timestep in sampler.timesteps:
-                prediction = _predict(denoiser, latents.to(parameter.dtype), timestep, labels, is_guided).float()
+                prediction = _predict(denoiser, latents.to(dtype), timestep, labels, is_guided).float()
                 if is_guided:
                     conditional, null = prediction.chunk(2)
                     prediction = null + guidance_scale * (conditional - null)
@@ -200,4 +202,5 @@ def _predict(
         latents = torch.cat([latents, latents])
         labels = torch.cat([labels, torch.full_like(labels, denoiser.num_classes)])
     timesteps = timestep.to(latents.device).expand(len(latents))
-    return predict(denoiser, latents, timesteps, labels)
+    prediction: Tensor = with_own_weights(denoiser, partial(predict, denoiser, latents, timesteps, labels))
+    return prediction

@@ -13,7 +13,7 @@ from ..images.rows import as_rows
 from ..model.denoiser import is_sharded
 from .criteria import Criterion, labels_wanted
 from .curve import TimestepCurve
-from .distribution import called_by
+from .distribution import called_by, refuse_flattened, unwrapped
 from .generation import count_forwards
 from .images import CalibrationPictures
 from .reader import ReadableModel, eval_mode
@@ -76,7 +76,8 @@ def select_timestep(
     Nothing in the model changes; `model.apply_selection` takes the result.
 
     Args:
-        model: Model with the tap (`config.block`, `config.feature`) to select a timestep for, or several.
+        model: Model with the tap (`config.block`, `config.feature`) to select a timestep for, or several; also where
+            DDP, FSDP2, torch.compile or peft wraps it.
         images: PIL images, files, arrays or tensors; a dataset of `datasets` or torch, of any format or transform,
             streaming or not; pairs (image, label); or pixel values, (B, C, H, W), in [-1, 1]. Floating-point values
             are in [0, 255], in [0, 1], or with negative ones pixel values, see `images.rows.ImageRows`. A stream is
@@ -126,6 +127,8 @@ def select_timestep(
         True
     """
     started = time.monotonic()
+    refuse_flattened(model)
+    model = unwrapped(model)
     _check_model(model, images)
     images = as_rows(images)
     request = checked_request(

@@ -14,6 +14,7 @@ from ..model.configuration_aselect import write_code
 from ..model.layouts import plain
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.apply import apply_selection
+from ..selection.distribution import unwrapped
 from ..selection.record import TimestepSelection
 from ..selection.select import select_timestep
 from .kept_card import keep_card
@@ -93,7 +94,7 @@ class ASelectCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Choose the timestep where none is chosen; a training that goes on keeps its choice and its figures."""
-        model, dataloader = _unwrapped(kwargs["model"]), kwargs["train_dataloader"]
+        model, dataloader = unwrapped(kwargs["model"]), kwargs["train_dataloader"]
         if args.push_to_hub and model.include_code is None:
             # `Trainer` pushes what it copies out of its checkpoints.
             model.include_code = True
@@ -139,7 +140,7 @@ class ASelectCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Choose again, where that was asked for and the backbone is trained."""
-        model = _unwrapped(kwargs["model"])
+        model = unwrapped(kwargs["model"])
         if self._is_due(model, state):
             self._select_again(args, state, control, model, kwargs["train_dataloader"])
 
@@ -251,7 +252,7 @@ class ASelectCallback(TrainerCallback):
         # A checkpoint at the end of a process's time is not announced.
         is_of_checkpoint = control.should_save or (args.enable_jit_checkpoint and self.final_step is None)
         if not is_of_checkpoint:
-            keep_card(_with_adapter(trained), folder)
+            keep_card(unwrapped(trained, keep_adapters=True), folder)
 
     def on_train_end(
         self,
@@ -269,7 +270,7 @@ class ASelectCallback(TrainerCallback):
         """Write card and curve of the weights of a step, by the main process only."""
         if not state.is_world_process_zero:
             return
-        model, metrics = _unwrapped(trained), self.metrics_by_step.get(step, {})
+        model, metrics = unwrapped(trained), self.metrics_by_step.get(step, {})
         model.card_facts = dict(
             accuracy=metrics.get("eval_accuracy"),
             mean_iou=metrics.get("eval_mean_iou"),
@@ -281,7 +282,7 @@ class ASelectCallback(TrainerCallback):
         )
         name = args.hub_model_id if args.push_to_hub else None
         where = {"repo_id": name, "model_name": name.rpartition("/")[2]} if name and "/" in name else {}
-        write_model_card(_with_adapter(trained), str(args.output_dir), **{**model.card_facts, **where})
+        write_model_card(unwrapped(trained, keep_adapters=True), str(args.output_dir), **{**model.card_facts, **where})
         # The card says that it is there, and `save_model` writes it again where it is.
         _write_code(trained, Path(str(args.output_dir)))
 
@@ -295,7 +296,7 @@ def _by_set(metrics: dict[str, Any], metric: str) -> dict[str, float] | None:
 
 def _write_code(trained: Any, folder: Path) -> None:
     """Write the code of a model into a folder; an adapter of peft's has none."""
-    if _unwrapped(trained) is trained and trained._auto_class is not None:
+    if unwrapped(trained, keep_adapters=True) is trained and trained._auto_class is not None:
         write_code(Path(inspect.getfile(type(trained))).parent, folder)
 
 
@@ -314,20 +315,3 @@ def _facts_of_training(
         timesteps = [f"{epoch:g}: {selection.timestep}" for epoch, selection in selections]
         facts["timestep chosen at epoch"] = ", ".join(timesteps)
     return facts
-
-
-def _unwrapped(model: Any) -> Any:
-    """Return our model under what accelerate and peft put around it."""
-    while not isinstance(model, ASelectPreTrainedModel):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
-        if inner is None:
-            raise ValueError(f"ASelectCallback is for the models of hf_aselect, got {type(model).__name__}.")
-        model = inner
-    return model
-
-
-def _with_adapter(trained: Any) -> Any:
-    """Return our model, or peft's around it, under what accelerate puts around."""
-    while not hasattr(trained, "get_base_model") and not isinstance(trained, ASelectPreTrainedModel):
-        trained = trained.module
-    return trained

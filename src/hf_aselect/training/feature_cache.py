@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 import torch
 from datasets.fingerprint import Hasher
 
+from ..checkpoints.saving import in_memory
 from ..images.rows import ImageRows, is_transformed, refuse_addresses
 from ..model.checks import IGNORED_LABEL
 from ..model.layouts import plain, tap_key
 from ..model.modeling_aselect import ASelectPreTrainedModel
-from ..selection.distribution import called_by
+from ..selection.distribution import called_by, refuse_flattened, unwrapped
 from .cached_features import CachedFeatures
 from .feature_parts import STATE, FeatureParts, part_name, write_parts
 from .feature_reader import DTYPES, WHAT, FeatureReader
@@ -89,6 +90,8 @@ def cache_features(
         >>> features[:2]["features"].shape
         torch.Size([2, 128])
     """
+    refuse_flattened(model)
+    model = unwrapped(model)
     num_views, batch_size, seed = map(plain, (num_views, batch_size, seed))
     _check_dataset(dataset)
     _check_options(what, num_views, augment, batch_size, dtype, seed)
@@ -301,7 +304,6 @@ def _facts_of_selection(config: Any) -> dict[str, Any]:
 
 def _hash_of_weights(reader: FeatureReader) -> str | None:
     """Return a hash of the weights that the values depend on; None where they depend on none."""
-    # peft's wrapper has another `base_model`.
     base: Any = reader.model._base()
     part = base.vae if reader.what == "latents" else base
     if part is None:
@@ -315,7 +317,8 @@ def _hash_of_weights(reader: FeatureReader) -> str | None:
             digest.update(repr((name, *switches, sorted(module.scaling.items()))).encode())
     for name, value in sorted(part.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole: Any = in_memory(part, name, value)
+        digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

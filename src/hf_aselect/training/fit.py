@@ -15,7 +15,7 @@ from ..model.checks import check_count
 from ..model.denoiser import is_sharded
 from ..model.layouts import plain
 from ..selection.apply import batch_size_for
-from ..selection.distribution import Share, gather_objects, is_partitioned
+from ..selection.distribution import Share, gather_objects, is_partitioned, refuse_flattened, unwrapped
 from ..selection.reader import eval_mode
 from ..selection.sweep import progress_bar
 from .feature_sums import KEPT_BYTES, TOKEN_BITS, FeatureSums, Rows, check_memory
@@ -111,6 +111,8 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         RuntimeError: If another process failed.
     """
     started = time.monotonic()
+    refuse_flattened(model)
+    model = unwrapped(model)
     _check_model(model, options)
     images = _labelled(model, dataset, options)
     judged = None if eval_dataset is None else _labelled(model, eval_dataset, replace(options, max_images=None))

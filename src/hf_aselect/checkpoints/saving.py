@@ -1,0 +1,189 @@
+"""What is saved of a model in which diffusers, peft or accelerate changed something: what can be loaded again."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.checks import WEIGHT_DTYPES
+from ..model.denoisers import build_denoiser, build_vae_encoder
+
+logger = logging.getLogger(__name__)
+
+# What diffusers makes of projections that it fuses, and of what, side by side.
+_FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+_FUSED_NAME = re.compile(rf"(.*\.)({'|'.join(_FUSED)})\.(weight|bias)")
+# What torch.compile puts in the place of a module that was compiled by itself.
+_COMPILED = re.compile(r"(^|\.)_orig_mod\.")
+_ADAPTERS = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module|ia3_\w+)\.")
+
+
+def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of `save_pretrained`, with weights as they can be loaded again where the model's are not.
+
+    Weights that accelerate offloaded are brought in, those that diffusers stores in a smaller dtype are in the one
+    that they compute in, and projections that it fused are left out, as their parts are there.
+
+    Args:
+        model: The model, of any head.
+        kwargs: The keywords; `state_dict`, if given, is what is looked at.
+
+    Raises:
+        ValueError: If there is something in the backbone that its configuration does not have, or the other way round,
+            so that it could not be loaded; the message says what to undo.
+    """
+    # Adapters that transformers put in are saved alone, and quantized weights by their quantizer.
+    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "hf_quantizer", None) is not None:
+        return kwargs
+    given = kwargs.get("state_dict")
+    state = dict(model.state_dict() if given is None else given)
+    base = model._base()
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+    whole = _without_fused({_COMPILED.sub(r"\1", name): value for name, value in state.items()})
+    _cast_as_computed(model, whole)
+    with torch.device("meta"):
+        built = nn.ModuleDict({"denoiser": build_denoiser(base.config)})
+        if (vae := build_vae_encoder(base.config)) is not None:
+            built["vae"] = vae
+    _check_names({name.removeprefix(prefix) for name in whole if name.startswith(prefix)}, built)
+    _warn_of_processors(base, built)
+    _check_kinds(
+        {name: value for name, value in whole.items() if name.startswith((f"{prefix}denoiser.", f"{prefix}vae."))}
+    )
+    if not hasattr(model, "hf_device_map"):  # else transformers brings them in, a file at a time
+        whole = {name: in_memory(model, name, value) for name, value in whole.items()}
+    is_same = whole.keys() == state.keys() and all(value is state[name] for name, value in whole.items())
+    return kwargs if is_same else {**kwargs, "state_dict": whole}
+
+
+def in_memory(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Return a tensor of a model's state; one that accelerate offloaded is brought in.
+
+    Raises:
+        ValueError: If nobody knows where it is.
+    """
+    if value.device.type != "meta":
+        return value
+    # Whoever has offloaded weights has it, and nobody else needs it.
+    from accelerate.utils import align_module_device
+
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module, torch.device("cpu")):
+        found: Tensor = getattr(module, own).detach()
+    if found.device.type == "meta":
+        raise ValueError(f"The weight {name!r} is not in memory, and no hook of accelerate brings it in.")
+    return found
+
+
+def _without_fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state without the projections that are fused of others, as long as they are equal to those."""
+    kept = {}
+    for name, value in state.items():
+        found = _FUSED_NAME.fullmatch(name)
+        parts = [state.get(f"{found[1]}{part}.{found[3]}") for part in _FUSED[found[2]]] if found else []
+        is_copy = bool(parts) and all(part is not None for part in parts)
+        if not is_copy or not _are_equal(torch.cat(parts), value):  # type: ignore[arg-type]
+            kept[name] = value
+    return kept
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and (second.device.type == "meta" or torch.equal(first.to(second), second))
+
+
+def _cast_as_computed(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Cast the weights that diffusers' layerwise casting stores in a smaller dtype: a larger one holds them all."""
+    for owner, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in () if registry is None else registry.hooks.values():
+            if (dtype := getattr(hook, "compute_dtype", None)) is None:
+                continue
+            for name, _ in module.named_parameters():
+                name = _COMPILED.sub(r"\1", f"{owner}.{name}")
+                if name in state:
+                    state[name] = state[name].to(dtype)
+
+
+def _check_names(names: set[str], built: nn.Module) -> None:
+    """Raise for a backbone that has other weights than one that is built of its configuration.
+
+    Raises:
+        ValueError: If it has; the message says what to undo.
+    """
+    expected = set(built.state_dict())
+    parts = tuple(f"{name}." for name, _ in built.named_children())
+    more = sorted(name for name in names - expected if name.startswith((*parts, "vae.")))
+    missing = sorted(expected - names)
+    if not more and not missing:
+        return
+    remedy = "Put back what was replaced."
+    if any(_ADAPTERS.search(name) for name in more):
+        remedy = (
+            "There are adapters in it. Save them alone (`peft.get_peft_model` in place of `inject_adapter_in_model`, "
+            "or `save_lora_adapter` of the transformer); or merge them, by peft's `merge_and_unload()`, or "
+            "`fuse_lora()` and `unload_lora()` of the transformer; or take them out, by "
+            "`diffusers.utils.recurse_remove_peft_layers(transformer)`."
+        )
+    elif any(_FUSED_NAME.fullmatch(name) for name in more):
+        remedy = (
+            "Its fused projections were trained. Copy them to those that they were made of, and call "
+            "`unfuse_qkv_projections()` of the transformer."
+        )
+    elif any("parametrizations." in name for name in more):
+        remedy = "Take out what parametrizes its weights (`torch.nn.utils.parametrize.remove_parametrizations`)."
+    elif any("_packed_params" in name or name.endswith(("scale", "zero_point", ".SCB")) for name in more):
+        remedy = (
+            "Its layers are quantized. Save the model before, and quantize it when it is loaded "
+            "(`quantization_config=`)."
+        )
+    raise ValueError(
+        f"The backbone is not as its configuration says and could not be loaded: {_some('it has also', more)}"
+        f"{'; ' if more and missing else ''}{_some('it lacks', missing)}. {remedy}"
+    )
+
+
+def _some(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    return f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def _warn_of_processors(base: nn.Module, built: nn.Module) -> None:
+    """Log which attention processors are not those that the model is loaded with, as no checkpoint has them."""
+    usual = {name: type(module.processor) for name, module in built.named_modules() if hasattr(module, "processor")}
+    found = {
+        type(module.processor).__name__
+        for name, module in base.named_modules()
+        if name in usual and hasattr(module, "processor") and type(module.processor) is not usual[name]
+    }
+    if others := sorted(name for name in found if not name.startswith("Fused")):
+        logger.warning(
+            "Attention processors are not saved: the model is loaded with diffusers' own in the place of %s. Set "
+            "them again (`set_attn_processor`) if they compute anything else.",
+            ", ".join(others),
+        )
+
+
+def _check_kinds(state: Mapping[str, Tensor]) -> None:
+    """Raise for weights that are quantized in place, whose kind of tensor or dtype is none that is loaded.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    for name, value in state.items():
+        is_plain = type(value) in (Tensor, nn.Parameter) or hasattr(value, "device_mesh")
+        is_number = value.dtype in WEIGHT_DTYPES.values()
+        if not is_plain or not is_number:
+            kind = type(value).__name__ if not is_plain else value.dtype
+            raise ValueError(
+                f"The weight {name!r} is quantized ({kind}) and could not be loaded as it is. Save the model before "
+                "it is quantized, and quantize it when it is loaded (`quantization_config=`)."
+            )
