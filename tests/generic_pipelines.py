@@ -354,10 +354,11 @@ def wan_transformer(**options):
     return randomized(WanTransformer3DModel(**given))
 
 
-def wan(**options):
+def wan(vae=video_vae, expand_timesteps=False, **options):
     return WanPipeline(
         transformer=wan_transformer(**options),
-        vae=video_vae(),
+        vae=vae(),
+        expand_timesteps=expand_timesteps,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         text_encoder=umt5(),
         tokenizer=tokenizer(),
@@ -395,7 +396,7 @@ class OneStep(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(sample)
 
 
-def prediction_of(name, pipe, noised, timestep):
+def prediction_of(name, pipe, noised, timestep, pixels=8):
     """What a pipeline's transformer predicts of latents with the empty prompt, in the pipeline's own call of it."""
     size, _, height, width = noised.shape
     scheduler = OneStep()
@@ -404,7 +405,7 @@ def prediction_of(name, pipe, noised, timestep):
     is_packed = hasattr(pipe, "_unpack_latents")
     latents = pipe._pack_latents(noised, size, noised.shape[1], height, width) if is_packed else noised
     latents = latents[:, :, None] if name == "wan" else latents
-    pixels = 16 if name == "flux2" else 8
+    pixels = 16 if name == "flux2" else pixels
     given = {"height": pixels * height, "width": pixels * width, "guidance_scale": 0.0, "output_type": "latent"}
     handles = [pipe.transformer.register_forward_pre_hook(hide_padding, with_kwargs=True)] if name == "chroma" else []
     try:

@@ -119,6 +119,14 @@ def test_an_integer_of_numpy_may_be_set_afterwards():
     assert (type(config.timestep), config.image_size) == (int, [32, 64])
 
 
+@pytest.mark.parametrize("value", [1, np.int64(1), np.float32(1), torch.tensor(1)])
+def test_whole_numbers_are_taken_for_floats(value):
+    config = ASelectConfig(guidance=value, auxiliary_loss_weight=value)
+    assert config.guidance == config.auxiliary_loss_weight == 1.0
+    with pytest.raises(StrictDataclassError, match="guidance"):
+        ASelectConfig(guidance=True)
+
+
 @pytest.mark.parametrize("value", [np.bool_(True), np.float64(3.0), torch.tensor(3.5)])
 def test_other_numbers_of_a_library_are_still_refused(value):
     with pytest.raises(StrictDataclassError, match="timestep"):

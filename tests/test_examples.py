@@ -29,6 +29,7 @@ from diffusers import (
 )
 from forking import SCRIPT, offline
 from PIL import Image as PILImage
+from PIL import ImageOps
 from pipelines import pixart_sigma
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -515,6 +516,26 @@ def test_classes_named_by_strings_are_those_of_the_training_split(pretrained, tm
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"] == 1.0
     # No --timestep was given, so it was chosen.
     assert model.config.selection["num_images"] == 18
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_pretraining_reads_images_of_any_depth(num_channels):
+    script = example("pretraining/pretrain_dit.py")
+    values = np.random.default_rng(0).integers(0, 256, (9, 7), dtype=np.uint8)
+    images = [PILImage.fromarray(values), PILImage.fromarray(values.astype(np.uint16) * 257)]
+    images += [
+        PILImage.fromarray(values.astype(np.int32) * 257),
+        PILImage.fromarray((values / 255).astype(np.float32)),
+    ]
+    args = SimpleNamespace(
+        image_size=8, num_channels=num_channels, min_crop=1, image_column="image", label_column=None
+    )
+    expected, *others = script.to_tensors({"image": images}, args)["pixels"]
+    assert expected.shape == (num_channels, 8, 8)
+    assert torch.equal(expected[0], script.to_tensors({"image": images[:1]}, args)["pixels"][0][0])
+    whole = np.asarray(ImageOps.fit(images[0].convert("RGB"), (8, 8)), np.float32)[..., 0] / 127.5 - 1
+    assert np.array_equal(expected[0].numpy(), whole)
+    assert all(torch.equal(each, expected) for each in others)
 
 
 def test_training_on_a_folder_of_pictures(pretrained, tmp_path):

@@ -451,9 +451,9 @@ def test_wrong_options_are_refused(model, data, tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_data_are_refused(model, data, tmp_path, pictures):
+def test_wrong_data_are_refused(model, data, tmp_path):
     for wrong, message in (
-        (pictures, "got list"),
+        (7, "got int"),
         (datasets.DatasetDict(train=data), "one split of a DatasetDict"),
         (data.to_iterable_dataset(), "of a stream take a part"),
         (data.select([]), "no rows"),

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -11,9 +12,11 @@ import pytest
 import torch
 from conftest import DESCRIBED, example
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
-from generic_pipelines import GENERIC_PIPELINES
+from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
+from pipelines import video_vae
 from test_denoiser_dit import TAPS, build_transformer
+from test_vae import WAN22
 
 from hf_aselect import (
     ASelectConfig,
@@ -167,6 +170,22 @@ def test_timesteps_are_not_rounded_in_half_precision(load, name):
     assert not torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[1], tokens[2])
     for half, whole in zip(tokens, exact, strict=True):
         assert float((half.float() - whole).norm() / whole.norm()) < 0.05
+
+
+def test_wan_22_of_5b_is_read_with_its_own_vae(tmp_path):
+    """Its pipeline gives the transformer a timestep for each token, all of which are the same for one frame."""
+    pipe = GENERIC_PIPELINES["wan"](
+        vae=partial(video_vae, **WAN22), expand_timesteps=True, in_channels=4, out_channels=4
+    )
+    pipe.save_pretrained(tmp_path)
+    model = DiTModel.from_pretrained(tmp_path, timestep=141, image_size=64)
+    assert (model.config.vae_scale_factor, model.config.patch_pixels) == (16, 32)
+    noised = noised_of(model)
+    with torch.no_grad():
+        expected = prediction_of("wan", pipe, noised, 141, pixels=16)
+        found = predict(model.denoiser, noised, torch.full((2,), 141), torch.zeros(2))
+        assert model(torch.rand(1, 3, 64, 64)).last_hidden_state.shape == (1, 4, 32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_cogview4_is_given_the_timestep_that_its_scheduler_has_for_a_noise_level(load):

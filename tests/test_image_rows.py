@@ -140,6 +140,14 @@ def test_a_selection_sees_the_same_images_whatever_they_come_in(model, chosen, k
     assert found.scores == pytest.approx(chosen.scores, rel=1e-4)
 
 
+def test_a_selection_reads_files_by_their_paths(model, chosen, tmp_path):
+    for index, image in enumerate(PIL):
+        image.save(tmp_path / f"{index}.png")
+    paths = [str(tmp_path / f"{index}.png") for index in range(NUM)]
+    for given in (paths, Dataset.from_dict({"image": paths})):
+        assert selection(model, given).scores == pytest.approx(chosen.scores, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def linear(pixel_folder):
     return DiTForImageClassification.from_pretrained(
@@ -177,6 +185,18 @@ def test_a_cache_applies_what_the_user_set_up(linear, tmp_path, kind):
     assert len(list((tmp_path / kind).iterdir())) == 1 and torch.equal(again["features"][:], cached["features"][:])
 
 
+@pytest.mark.parametrize("kind", ["pairs", "to-tensor", "bytes", "pixel-values", "named", "subset", "list-of-pairs"])
+def test_a_cache_takes_datasets_of_torch(linear, tmp_path, kind):
+    expected = cache_features(linear, rows(), tmp_path / "plain", dtype="float32")
+    cached = cache_features(linear, WITH_LABELS[kind](), tmp_path / kind, dtype="float32", batch_size=5)
+    torch.testing.assert_close(cached["features"][:], expected["features"][:], rtol=1e-4, atol=1e-4)
+    assert cached["label"][:].tolist() == LABELS
+    cache_features(linear, WITH_LABELS[kind](), tmp_path / kind, dtype="float32")
+    assert len(list((tmp_path / kind).iterdir())) == 1
+    other = cache_features(linear, Subset(WITH_LABELS[kind](), range(5)), tmp_path / kind, dtype="float32")
+    assert len(list((tmp_path / kind).iterdir())) == 2 and len(other) == 5
+
+
 def test_another_transform_is_another_cache(linear, tmp_path):
     def darker(batch):
         return {"image": [each.point(lambda value: value // 2) for each in batch["image"]], "label": batch["label"]}
@@ -206,11 +226,11 @@ def test_what_a_transform_draws_is_drawn_by_the_seed(linear, tmp_path):
 def test_a_cache_says_what_it_cannot_apply(linear, tmp_path):
     with pytest.raises(ValueError, match=r"The format that is set shows these alone, and not image"):
         cache_features(linear, rows().with_format("torch", columns=["label"]), tmp_path)
-    with pytest.raises(ValueError, match=r"`num_views=2` augments images.*transform gives `pixel_values`"):
+    with pytest.raises(ValueError, match=r"`num_views=2` augments images.*the dataset gives `pixel_values`"):
         cache_features(linear, rows().with_transform(to_pixel_values), tmp_path, num_views=2)
     with pytest.raises(ValueError, match=r"Expected a dataset with a column `image`"):
         cache_features(linear, rows().with_transform(lambda batch: {"label": batch["label"]}), tmp_path)
-    with pytest.raises(ValueError, match=r"transform gives 'more' as a object, which cannot be kept"):
+    with pytest.raises(ValueError, match=r"The dataset gives 'more' as a object, which cannot be kept"):
         cache_features(
             linear, rows().with_transform(lambda batch: {**to_tensor(batch), "more": [object()] * NUM}), tmp_path
         )

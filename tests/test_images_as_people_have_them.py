@@ -119,6 +119,9 @@ def test_images_of_rare_modes_are_taken(mode, num_channels):
 def test_a_palette_gives_its_colours():
     palette = IMAGE.convert("P", palette=Image.Palette.ADAPTIVE)
     assert torch.equal(values_of(palette), values_of(palette.convert("RGB")))
+    expected = values_of(palette)
+    palette.info["transparency"] = bytes(range(256))  # of which PIL warns
+    assert torch.equal(values_of(palette), expected)
 
 
 @pytest.mark.parametrize("size", [(8, 4), [8, 4], (np.int64(8), 4), {"height": np.int64(8), "width": 4}])
@@ -247,9 +250,10 @@ def test_masks_of_0_and_255_are_said_to_have_no_foreground(warnings):
     assert "If it is the foreground, give masks of 0 and 1" in " ".join(warnings())
 
 
-def test_masks_of_0_and_255_are_said_so_without_the_processor(warnings):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+def test_masks_of_0_and_255_are_said_so_without_the_processor(warnings, dtype):
     model = DiTForSemanticSegmentation(ASelectConfig(transformer=build_transformer(), timestep=1, num_labels=2))
-    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels = torch.zeros(1, 8, 8, dtype=dtype)
     labels[:, 2:6] = 255
     model(torch.zeros(1, 3, 8, 8), labels=labels)
     assert "If it is the foreground" in " ".join(warnings())

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import example
-from generic_pipelines import chroma, flux2, longcat, prx, wan
+from generic_pipelines import (
+    aura_flow,
+    chroma,
+    cogview4,
+    flux2,
+    hunyuan_dit,
+    longcat,
+    lumina_next,
+    prx,
+    qwen_image,
+    wan,
+    z_image,
+)
 from PIL import Image as PILImage
 from pipelines import ResearchPort, dit, flux_dev, kl, lumina2, pixart_sigma, sana, sd3
 
@@ -223,6 +235,12 @@ SOURCES = {
     "longcat-image": ("meituan-longcat/LongCat-Image", longcat),
     "prx": ("Photoroom/prx-512-t2i-sft", prx),
     "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", wan),
+    "qwen-image": ("Qwen/Qwen-Image", qwen_image),
+    "z-image": ("Tongyi-MAI/Z-Image", z_image),
+    "auraflow": ("fal/AuraFlow-v0.3", aura_flow),
+    "cogview4": ("zai-org/CogView4-6B", cogview4),
+    "hunyuan-dit": ("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", hunyuan_dit),
+    "lumina-next": ("Alpha-VLLM/Lumina-Next-SFT-diffusers", lumina_next),
 }
 
 

@@ -175,6 +175,25 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
     assert torch.equal(written["denoiser.transformer.proj_out_2.weight"], weights["final_layer.linear.weight"])
 
 
+@pytest.mark.parametrize(
+    ("layout", "outputs", "extra", "sign"),
+    [
+        ("repa", 2 * CHANNELS, {}, "outputs for a variance, as DiT and SiT"),
+        ("sit", CHANNELS, {"projectors.0.0.bias": torch.zeros(3)}, "`projectors`, which REPA's code trains"),
+        ("repa", CHANNELS, {"projectors.0.0.bias": torch.zeros(3)}, None),
+        ("sit", 2 * CHANNELS, {}, None),
+        ("dit", CHANNELS, {"ap_head.linear1.bias": torch.zeros(3)}, None),
+    ],
+)
+def test_tensors_that_speak_against_the_layout_are_told_of(tmp_path, caplog, layout, outputs, extra, sign):
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        path = save(weights_of(outputs=outputs) | extra, tmp_path / "weights.safetensors")
+        convert(path, tmp_path / "out", layout=layout)
+    said = f"is said to be of layout {layout!r}, but has {sign}. Check the layout."
+    assert (said in caplog.text) == (sign is not None)
+    assert ("Check the layout" in caplog.text) == (sign is not None)
+
+
 @pytest.mark.parametrize("head", ["projectors.0.0", "ap_head.linear1"])
 def test_heads_of_an_alignment_are_dropped_with_a_line(tmp_path, caplog, head):
     weights = weights_of() | {f"{head}.{kind}": torch.zeros(3, 3) for kind in ("weight", "bias")}

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pipelines import dc, dit_transformer, flux2_vae, images_of, kl, video_vae
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, convert_diffusers
+from hf_aselect.model.vae import encode_images, keep_encoder
 
 # Deviations and means that Wan 2.2 publishes are other ones; for a test any will do.
 WAN22 = {
@@ -141,6 +142,27 @@ def test_encoding_leaves_nothing_in_the_vae(saved, name):
     with torch.no_grad():
         model.encode(images_of(model, (32, 32)))
     assert set(vars(model.vae)) == before
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_encoding_is_compiled_without_a_break_and_exported(name):
+    vae, pixel_values = keep_encoder(VAES[name]()).eval(), torch.rand(1, 3, 32, 32) * 2 - 1
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = vae
+
+        def forward(self, images):
+            return encode_images(self.vae, images)
+
+    encoder = Encoder().eval()
+    with torch.no_grad():
+        expected = encoder(pixel_values)
+        compiled = torch.compile(encoder, backend="eager", fullgraph=True)(pixel_values)
+        exported = torch.export.export(encoder, (pixel_values,), strict=False).module()(pixel_values)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(exported, expected)
 
 
 def configuration(name, **changes):

@@ -6,6 +6,8 @@ was asked of the device before is computed. Here tensors that raise when they ar
 
 import pytest
 import torch
+from conftest import DESCRIBED
+from generic_pipelines import GENERIC_PIPELINES
 from pipelines import PIPELINES
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,7 +71,7 @@ def pipelines(tmp_path_factory):
     def folder(family):
         if family not in saved:
             saved[family] = tmp_path_factory.mktemp(family)
-            PIPELINES[family]().save_pretrained(saved[family])
+            {**PIPELINES, **GENERIC_PIPELINES}[family]().save_pretrained(saved[family])
         return saved[family]
 
     return folder
@@ -95,7 +97,7 @@ def check_step(model, labels=None, train=False):
 
 
 @pytest.mark.family
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", [*PIPELINES, *DESCRIBED])
 def test_tokens_of_every_family(pipelines, family):
     model = load(pipelines(family), DiTModel, block=1, zeroed_channels=[3], feature="hidden")
     check_step(model)

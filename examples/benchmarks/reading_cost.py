@@ -154,8 +154,59 @@ VAE_WAN = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
+# Its fields have the same names.
+VAE_QWEN = {**VAE_WAN, "_class_name": "AutoencoderKLQwenImage"}
 # Sources whose sizes are in their cards, and no time.
 UNTIMED = {
+    "Qwen/Qwen-Image": ("QwenImageTransformer2DModel", {}, VAE_QWEN, {"prompt_embeds": [1, 5, 3584]}, 512),
+    "Tongyi-MAI/Z-Image": (
+        "ZImageTransformer2DModel",
+        {"axes_lens": [1536, 512, 512]},
+        VAE_16,
+        {"prompt_embeds": [1, 8, 2560]},
+        512,
+    ),
+    "fal/AuraFlow-v0.3": (
+        "AuraFlowTransformer2DModel",
+        {"pos_embed_max_size": 9216},
+        VAE,
+        {"prompt_embeds": [1, 256, 2048]},
+        512,
+    ),
+    "zai-org/CogView4-6B": (
+        "CogView4Transformer2DModel",
+        {"num_layers": 28, "num_attention_heads": 32, "attention_head_dim": 128},
+        VAE_16,
+        {"prompt_embeds": [1, 16, 4096]},
+        512,
+    ),
+    "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": (
+        "HunyuanDiT2DModel",
+        {
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 128,
+            "hidden_size": 1408,
+            "num_layers": 40,
+            "mlp_ratio": 4.3637,
+            "use_style_cond_and_image_meta_size": False,
+        },
+        VAE,
+        {
+            "prompt_embeds": [1, 77, 1024],
+            "prompt_mask": [1, 77],
+            "prompt_embeds_2": [1, 256, 2048],
+            "prompt_mask_2": [1, 256],
+        },
+        512,
+    ),
+    "Alpha-VLLM/Lumina-Next-SFT-diffusers": (
+        "LuminaNextDiT2DModel",
+        {"num_layers": 24, "num_kv_heads": 8},
+        VAE,
+        {"prompt_embeds": [1, 1, 2048]},
+        512,
+    ),
     "black-forest-labs/FLUX.2-klein-base-4B": (
         "Flux2Transformer2DModel",
         {

@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from hf_aselect import ASelectImageProcessor
 from hf_aselect.training.splits import read_splits
 
 
@@ -162,9 +163,12 @@ def vae_digest(vae: AutoencoderKL | None) -> str | None:
 
 def to_tensors(batch: dict[str, list], args: PretrainingArguments) -> dict[str, list]:
     """Crop squares out of pictures and resize them to (C, H, W) tensors in [-1, 1]."""
-    mode = "L" if args.num_channels == 1 else "RGB"
     size = (args.image_size, args.image_size)
-    pictures = [picture.convert(mode) for picture in batch[args.image_column]]
+    # Of any mode, as the models read them: `convert` would clip what has more than 8 bits.
+    whole = {"do_resize": False, "do_center_crop": False, "do_normalize": False}
+    values = ASelectImageProcessor(num_channels=args.num_channels, **whole)(batch[args.image_column])["pixel_values"]
+    values = [np.rint(255 * each).astype(np.uint8) for each in values]
+    pictures = [Image.fromarray(each[0] if len(each) == 1 else np.moveaxis(each, 0, -1)) for each in values]
     if args.min_crop < 1:
         pictures = [random_square(picture, args.min_crop) for picture in pictures]
     pictures = [ImageOps.fit(picture, size) for picture in pictures]

@@ -624,7 +624,7 @@ def _convert(parsed: argparse.Namespace) -> None:
             raise ValueError("`--without` is for text encoders of a diffusers checkpoint; research weights have none.")
         made = convert_research(parsed.source, parsed.output, **research, **given)
         if parsed.images is None:
-            print("The layout was not checked, as it is where some images are given by --images.\n")
+            print("The layout was not checked. Pass --images to check it on a few images.\n")
     elif research:
         words = ", ".join(f"--{name.replace('_', '-')}" for name in research)
         raise ValueError(f"{words}: for research weights. Say by `--layout` whose they are, or leave it out.")

@@ -43,12 +43,14 @@ from hf_aselect.checkpoints.convert import _bytes_of
 from hf_aselect.checkpoints.empty_prompt import _refuse_other_code
 from hf_aselect.checkpoints.hub_files import needed_files
 from hf_aselect.checkpoints.licenses import license_on_card
+from hf_aselect.checkpoints.research import research_file
 from hf_aselect.checkpoints.weight_files import check_parts, iterate_weights, tensor_bytes
 from hf_aselect.cli import _block, _gigabytes
 from hf_aselect.hub.card import facts_of_card, own_words
 from hf_aselect.model.checks import check_files, read_json, shards_of
 from hf_aselect.model.configuration_aselect import DDPM_LINEAR, DIT_XL_2
 from hf_aselect.model.families import layout_of
+from hf_aselect.model.folded_transformer import sincos_table
 from hf_aselect.model.layouts import FoldedLayout, parse_tap_key, tap_key
 from hf_aselect.training.feature_cache import _opened
 
@@ -144,6 +146,45 @@ def safetensors_header(data: bytes) -> None:
     check(all(isinstance(size, int) and size >= 0 for size in sizes.values()), "sizes")
     for _, value in iterate_weights([path]):
         check(value.nbytes <= len(data), "inside the file")
+
+
+def research_pickle(data: bytes) -> None:
+    weights = research_file(written("weights.pt", data), allow_pickle=True)
+    sizes = weights.transformer(1)
+    check(sizes["num_layers"] >= 1 and weights.layout("sit").timestep_embedding == "sit", "sizes")
+    for _, value in weights.of_diffusers():
+        check(value.nbytes <= len(data), "inside the file")
+
+
+def research_seeds() -> list[bytes]:
+    """Pickles of the weights of a DiT of one block, alone and in a checkpoint of a training."""
+    width = 4
+    shapes = {
+        "x_embedder.proj": (width, 1, 2, 2),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+    }
+    shapes |= {"final_layer.linear": (4, width), "final_layer.adaLN_modulation.1": (2 * width, width)}
+    parts = {
+        "attn.qkv": (3, 1),
+        "attn.proj": (1, 1),
+        "mlp.fc1": (4, 1),
+        "mlp.fc2": (1, 4),
+        "adaLN_modulation.1": (6, 1),
+    }
+    shapes |= {f"blocks.0.{part}": (rows * width, columns * width) for part, (rows, columns) in parts.items()}
+    weights = {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": torch.ones(shape[0]) for name, shape in shapes.items()}
+    weights |= {
+        "y_embedder.embedding_table.weight": torch.ones(3, width),
+        "pos_embed": sincos_table(width, 2, 2, 2, 1),
+    }
+    seeds = []
+    for content in (weights, {"ema": weights, "args": argparse.Namespace(model="SiT-S/2"), "steps": 1}):
+        file = io.BytesIO()
+        torch.save(content, file)
+        seeds.append(file.getvalue())
+    return seeds
 
 
 FILES = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "vae/config.json"]
@@ -368,6 +409,9 @@ def parsers() -> dict[str, Parser]:
         "model_index": Parser(model_index, dumped(INDEX), words=[b'"os"', b'["evil", "X"]', *PATHS]),
         "note": Parser(note, dumped(["a.json"], []), words=PATHS),
         "safetensors_header": Parser(safetensors_header, [tensors], words=[b"data_offsets", b"F64", b"[0,8]"]),
+        "research_pickle": Parser(
+            research_pickle, research_seeds(), words=[b"posix\nsystem\n", b"blocks.1.", b"ema", b"R.", b"cos\nmkdir\n"]
+        ),
         "card": Parser(
             card, [CARD, b"# A card\n"], words=[b"---\n", b"&a ", b"*a", b"!!python/name:os.system", b": "]
         ),

@@ -280,12 +280,7 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
         part.pop("_name_or_path", None)
     config = ASelectConfig(**{**parts, "timestep_embedding": _default_embedding(parts, fields), **fields})
     # Rejects schedulers that are not supported.
-    num_trained = NoiseSchedule.from_config(config.scheduler or {}).num_trained
-    if beyond := [each for each in config.timesteps() if isinstance(each, int) and each >= num_trained]:
-        raise ValueError(
-            f"`timestep` must be below {num_trained}, got {beyond[0]}: of the pipeline's two transformers the one for "
-            "little noise is read, and it was trained on no others."
-        )
+    NoiseSchedule.from_config(config.scheduler or {})
     if config.timestep_embedding in ("sit", "repa") and not is_flow_matching(config.scheduler or {}):
         raise ValueError(
             f"`timestep_embedding={config.timestep_embedding!r}` is of a transformer trained by flow matching, but "

@@ -203,6 +203,11 @@ class ResearchWeights:
         """Number of blocks."""
         return _depth(self.names, "blocks")
 
+    @property
+    def predicted_channels(self) -> float:
+        """Channels that are predicted: those of the latents, or twice as many with a learned variance."""
+        return self._shape("final_layer.linear.weight", 2)[0] / max(1, self._shape(_ANCHOR, 4)[2]) ** 2
+
     def _expected(self) -> set[str]:
         """Return the names that a DiT of so many blocks has."""
         blocks = [f"blocks.{block}.{part}" for block in range(self.num_layers) for part in (_QKV, *_BLOCK)]
@@ -228,7 +233,7 @@ class ResearchWeights:
         """
         width, channels, patch, _ = self._shape(_ANCHOR, 4)
         rows = self._shape("y_embedder.embedding_table.weight", 2)[0]
-        outputs = self._shape("final_layer.linear.weight", 2)[0] / max(1, patch) ** 2
+        outputs = self.predicted_channels
         mlp_ratio = self._shape("blocks.0.mlp.fc1.weight", 2)[0] / max(1, width)
         frequencies = self._shape("t_embedder.mlp.0.weight", 2)[1]
         is_usual = outputs in (channels, 2 * channels) and mlp_ratio == 4 and frequencies == _FREQUENCIES
@@ -361,6 +366,14 @@ class ResearchWeights:
                 f"`layout={name!r}` has `timestep_embedding={layout.timestep_embedding!r}`, got "
                 f"{timestep_embedding!r} beside it. Leave one of the two out."
             )
+        learns_variance = self.predicted_channels == 2 * self._shape(_ANCHOR, 4)[1]
+        if (name == "repa" and learns_variance) or (name != "repa" and has_projectors):
+            sign = (
+                "`projectors`, which REPA's code trains"
+                if has_projectors
+                else "outputs for a variance, as DiT and SiT"
+            )
+            logger.warning("%s is said to be of layout %r, but has %s. Check the layout.", self.where, name, sign)
         return layout
 
     def scheduler(self, layout: ResearchLayout, found: dict[str, Any] | None) -> dict[str, Any]:

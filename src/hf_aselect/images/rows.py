@@ -165,6 +165,18 @@ class ImageRows:
         """
         return self._of(row, index, self.label, 1)
 
+    def others(self, row: Any) -> dict[str, Any]:
+        """Return what a row has beside its image, by name: all but further images, and of a pair its label."""
+        if self.is_pair:
+            return {"label": row[1]} if len(row) > 1 else {}
+        if not _is_named(self.first):
+            return {}
+        return {
+            str(name): value
+            for name, value in row.items()
+            if name != self.kind and not isinstance(value, Image.Image) and _is_named_or_plain(value)
+        }
+
     def _of(self, row: Any, index: int, name: str | None, place: int) -> Any:
         """Return a value of a row, by its name or, of a pair, its place."""
         if not self.is_pair and not _is_named(self.first):
@@ -385,6 +397,11 @@ def _wanted(found: Any) -> str:
 def _is_named(row: Any) -> bool:
     """Return whether a row has its values by name, and is not an encoded image, as `datasets` has them undecoded."""
     return isinstance(row, Mapping) and row.keys() != {"bytes", "path"}
+
+
+def _is_named_or_plain(value: Any) -> bool:
+    """Return whether a value is no encoded image."""
+    return not isinstance(value, Mapping) or _is_named(value)
 
 
 def _columns(

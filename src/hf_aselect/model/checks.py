@@ -438,7 +438,7 @@ def check_masks(labels: Tensor, pixel_values: Tensor, config: PreTrainedConfig) 
         )
     num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
     if is_readable(labels) and labels.numel():
-        warn_of_foreground(labels, ignored)
+        warn_of_foreground(labels.long(), ignored)  # torch compares no 16-bit integers
     if outside := _outside(labels, num_labels, ignored):
         raise ValueError(
             f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels of no class, got "

@@ -33,6 +33,7 @@ from .layouts import (
     record_of,
     tap_key,
 )
+from .noise_schedule import count_trained
 from .vae import check_vae, image_channels_of, latent_channels_of, vae_scale_factor_of
 
 logger = logging.get_logger(__name__)
@@ -117,9 +118,11 @@ _OF_FILE = "_keys_of_file"
 def _plain_on_assignment(kind: Any) -> Any:
     """Let values of numpy and torch, tuples and objects of diffusers be taken by each field of a configuration."""
     assign = kind.__setattr__
+    numbers = {name for name, field in kind.__annotations__.items() if field is float}
 
     def assign_plain(self: Any, name: str, value: Any) -> None:
-        assign(self, name, record_of(value) if name in PARTS else plain(value))
+        value = record_of(value) if name in PARTS else plain(value)
+        assign(self, name, float(value) if name in numbers and type(value) is int else value)
 
     kind.__setattr__ = assign_plain
     return kind
@@ -606,6 +609,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuse what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
         for _, block, feature in self.read_outs():
             self.check_tap(block, feature)
+        limit = count_trained(self.scheduler) if isinstance(self.scheduler, dict) else NUM_TIMESTEPS
+        if beyond := [each for each in self.timesteps() if isinstance(each, int) and each >= limit]:
+            raise ValueError(
+                f"`timestep` must be below {limit}, got {beyond[0]}: of the pipeline's two transformers the one for "
+                "little noise is read, and it was trained on no others."
+            )
         count, is_open = self.num_timesteps, self.timestep == "auto"
         if count not in (range(1, 1 + NUM_TIMESTEPS) if is_open else (1, len(self.timesteps()))):
             raise ValueError(f"`num_timesteps` must be at least 1, and 1 but for timestep='auto', got {count}.")

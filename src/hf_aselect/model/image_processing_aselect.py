@@ -293,8 +293,9 @@ class ASelectImageProcessor(PilBackend):
             try:
                 image = _eight_bits(ImageOps.exif_transpose(image) if do_exif_transpose else image)
                 if isinstance(image, Image.Image):
-                    # PIL knows no other way.
-                    image = image.convert({"La": "LA", "LAB": "RGB"}.get(image.mode, image.mode))
+                    # PIL knows no other way, or warns of another.
+                    ways = {"La": "LA", "LAB": "RGB"} | ({"P": "RGBA"} if "transparency" in image.info else {})
+                    image = image.convert(ways.get(image.mode, image.mode))
                     array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
                     return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
             except UNREADABLE as error:

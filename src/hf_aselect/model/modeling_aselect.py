@@ -930,11 +930,6 @@ class DiTModel(ASelectPreTrainedModel):
             vae._apply(without_rounding(fn))
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled, copied and hashed, by `datasets` above all: without the noise of forward passes."""
-        state: dict[str, Any] = super().__getstate__()
-        return state if self.config.folded else {**state, "_noise": {}}
-
     def stages(self, config: ASelectConfig | None = None) -> list[list[ReadOut]]:
         """Return what is concatenated to each of the outputs, of which there is one; as another `config` has it."""
         return [(config or self.config).read_outs()]

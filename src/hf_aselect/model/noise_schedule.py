@@ -130,9 +130,6 @@ class NoiseSchedule:
             if len(trained) != NUM_TIMESTEPS or not all(map(is_finite_number, trained)):
                 wanted = f"`trained_betas` of the scheduler must be a list of {NUM_TIMESTEPS} finite numbers."
                 raise ValueError(f"{wanted} {_OTHER_LENGTH}")
-        if name is None:
-            remedy = "pass `{**scheduler.config, '_class_name': type(scheduler).__name__}` for one made in memory"
-            raise ValueError(f"Unsupported scheduler None: its configuration has no `_class_name`; {remedy}.")
         if name not in DDPM_LIKE + FLOW_MATCHING:
             supported = ", ".join(DDPM_LIKE + FLOW_MATCHING)
             raise ValueError(f"Unsupported scheduler {name!r}; supported are {supported}.{hint_of(name)}")
@@ -149,8 +146,7 @@ class NoiseSchedule:
             # a timestep stands for is the same for all of them: sigma = t / 1000.
             is_plain = name in FLOW_MATCHING and not any(config.get(field) for field in _OWN_SPACING)
             schedule = cls.flow_matching(float(config.get("shift", 1.0)) if is_plain else None)
-            # Of Wan 2.2's two transformers one was trained where there is less noise than at this share.
-            schedule.num_trained = max(1, min(NUM_TIMESTEPS, int(NUM_TIMESTEPS * config.get("boundary_ratio", 1))))
+            schedule.num_trained = count_trained(config)
             return schedule
         # On the CPU by name: a model is built on the meta device to be loaded.
         with torch.device("cpu"):
@@ -315,6 +311,15 @@ class NoiseSchedule:
 def _shifted(sigmas: Tensor, shift: float) -> Tensor:
     """Return sigmas moved toward noise. Source: diffusers' flow-matching schedulers."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def count_trained(config: dict[str, Any]) -> int:
+    """Return how many timesteps, from 0 on, the transformer of a scheduler's configuration was trained on.
+
+    They are fewer than 1000 for one of Wan 2.2's two, which was trained where there is less noise than at a share.
+    """
+    share = config.get("boundary_ratio", 1)
+    return max(1, min(NUM_TIMESTEPS, int(NUM_TIMESTEPS * share))) if is_finite_number(share) else NUM_TIMESTEPS
 
 
 def is_flow_matching(config: dict[str, Any]) -> bool:

@@ -24,10 +24,8 @@ def _scaled(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _by_channel(vae: Any, latents: Tensor) -> Tensor:
-    # Plain numbers: nothing is copied to an accelerator, and a compiled graph has constants here. Reciprocals in
-    # float32, as diffusers' pipelines multiply by them.
-    scales = (1 / np.array(vae.config.latents_std, np.float32)).tolist()
-    each = zip(latents.split(1, dim=1), vae.config.latents_mean, scales, strict=True)
+    # Plain numbers: nothing is copied to an accelerator, and a compiled graph has constants here.
+    each = zip(latents.split(1, dim=1), vae.config.latents_mean, vae.latents_scale, strict=True)
     return torch.cat([(channel - mean) * scale for channel, mean, scale in each], dim=1)
 
 
@@ -181,6 +179,9 @@ def keep_encoder(vae: Any) -> nn.Module:
         for name in ("running_mean", "running_var"):
             statistics.register_buffer(name, getattr(vae.bn, name))
         vae.bn = statistics
+    if VAE_KINDS[type(vae).__name__].normalize is _by_channel:
+        # Reciprocals in float32, as diffusers' pipelines multiply by them.
+        vae.latents_scale = (1 / np.array(vae.config.latents_std, np.float32)).tolist()
     encoder: nn.Module = vae
     return encoder
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets.fingerprint import Hasher
 
 from ..checkpoints.saving import in_memory
-from ..images.rows import ImageRows, is_transformed, refuse_addresses
+from ..images.rows import ImageRows, as_rows, is_stream, is_transformed, refuse_addresses
 from ..model.checks import IGNORED_LABEL
 from ..model.layouts import plain, tap_key
 from ..model.modeling_aselect import ASelectPreTrainedModel
@@ -57,7 +56,8 @@ def cache_features(
             are read in eval mode, with the fixed noise of `config.noise_seed`.
         dataset: A `datasets.Dataset` with a column of images. Its other columns are kept, but for further images. Of
             one with a format those columns that it shows; of one with a transform what that makes, with an image or
-            `pixel_values` among it. What a transform draws at random is drawn once, by `seed`.
+            `pixel_values` among it. What a transform draws at random is drawn once, by `seed`. Or a map-style dataset
+            of torch, of images, pairs (image, label) or rows by name, which is read once more to know what it holds.
         cache_dir: Folder of caches, one sub-folder each. Default: `hf_aselect` in the cache of `datasets`.
         what: "tokens" (N, D); "pooled" (S · D,), what `config.pooling` leaves of them, for linear heads; or "latents"
             (C, h, w), the VAE's posterior mean (the images themselves in pixel space), which stay valid when the
@@ -94,32 +94,35 @@ def cache_features(
     model = unwrapped(model)
     num_views, batch_size, seed = map(plain, (num_views, batch_size, seed))
     _check_dataset(dataset)
+    dataset = as_rows(dataset)
     _check_options(what, num_views, augment, batch_size, dtype, seed)
     if what != "latents":
         model.config.resolved_timestep()
     refuse_addresses(dataset)
-    rows, source, kept = _transformed(dataset, image_column) or _stored(dataset, image_column)
+    is_stored = isinstance(dataset, datasets.Dataset) and not is_transformed(dataset)
+    rows, stored, kept = _stored(dataset, image_column) if is_stored else _made(dataset, image_column)
     if taken := sorted(kept.keys() & {"features", "latents", "view"}):
         raise ValueError(f"The dataset has a column {taken[0]!r} already; rename it (`dataset.rename_column`).")
-    if not is_transformed(dataset):
-        _check_labels(model, source, list(kept))
-    reader = FeatureReader(model, Views(rows, num_views, augment, seed), what, dtype)
-    parts = FeatureParts(reader, source, kept, batch_size)
+    if stored is not None:
+        _check_labels(model, stored, list(kept))
+    views = Views(rows, num_views, augment, seed, is_made=stored is None)
+    parts = FeatureParts(FeatureReader(model, views, what, dtype), kept, batch_size, stored)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_aselect" if cache_dir is None else Path(cache_dir)
     with called_by(model):
-        fingerprint = _fingerprint(parts)
+        fingerprint = _fingerprint(parts, _hash_of_rows(dataset if stored is None else stored, views))
         target = folder / hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
         write_parts(parts, target, fingerprint)
     return CachedFeatures.of(_opened(parts, target))
 
 
 def _check_dataset(dataset: Any) -> None:
-    if not isinstance(dataset, datasets.Dataset):
+    if is_stream(dataset) or isinstance(dataset, datasets.DatasetDict | str | bytes):
         raise ValueError(
-            f"`dataset` must be a `datasets.Dataset` with a column of pictures, got {type(dataset).__name__}. Give "
-            "one split of a DatasetDict; of a stream take a part (`datasets.Dataset.from_list(list(stream.take(n)))`)."
+            "`dataset` must be a `datasets.Dataset` with a column of pictures, a list, or a map-style torch dataset; "
+            f"got {type(dataset).__name__}. Give one split of a DatasetDict; of a stream take a part "
+            "(`datasets.Dataset.from_list(list(stream.take(n)))`)."
         )
-    if not dataset.num_rows:
+    if not len(dataset):
         raise ValueError("The dataset has no rows.")
 
 
@@ -139,30 +142,23 @@ def _check_options(what: str, num_views: int, augment: Augment | None, batch_siz
         raise ValueError(f"`num_views` must be at most {_MAX_VIEWS}, got {num_views}.")
 
 
-def _transformed(
-    dataset: datasets.Dataset, image_column: str | None
-) -> tuple[ImageRows, datasets.Dataset, dict[str, Any]] | None:
-    """Return the rows that a transform of the user's makes, the dataset, and its other columns with their kinds.
-
-    None where there is no transform.
+def _made(dataset: Any, image_column: str | None) -> tuple[ImageRows, None, dict[str, Any]]:
+    """Return the rows that a transform or a dataset of torch makes, nothing, and their other values with their kinds.
 
     Raises:
-        ValueError: If it makes no image or pixel values, or what `datasets` cannot keep.
+        ValueError: If there is no image or pixel values among them, or what `datasets` cannot keep.
     """
-    if not is_transformed(dataset):
-        return None
     rows = ImageRows(dataset, image_column=image_column)
     kept: dict[str, Any] = {}
-    for name, value in rows.first.items():
-        if name != rows.kind and not isinstance(value, PIL.Image.Image):
-            try:
-                kept |= datasets.Dataset.from_dict({name: [plain(value)]}).features
-            except (ValueError, TypeError, pa.ArrowInvalid) as error:
-                raise ValueError(
-                    f"The dataset's transform gives {name!r} as a {type(value).__name__}, which cannot be kept beside "
-                    f"the features: {error}"
-                ) from error
-    return rows, dataset, kept
+    for name, value in rows.others(rows.first).items():
+        try:
+            kept |= datasets.Dataset.from_dict({name: [plain(value)]}).features
+        except (ValueError, TypeError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"The dataset gives {name!r} as a {type(value).__name__}, which cannot be kept beside the features: "
+                f"{error}"
+            ) from error
+    return rows, None, kept
 
 
 def _stored(dataset: datasets.Dataset, image_column: str | None) -> tuple[ImageRows, datasets.Dataset, dict[str, Any]]:
@@ -177,6 +173,16 @@ def _stored(dataset: datasets.Dataset, image_column: str | None) -> tuple[ImageR
     kept = {name: source.features[name] for name in source.column_names if name in seen and name != column}
     rows = ImageRows(source.select_columns([column]), image_column=column)
     return rows, source, {name: kind for name, kind in kept.items() if not _has_images(kind)}
+
+
+def _hash_of_rows(dataset: Any, views: Views) -> str:
+    """Return a hash of a dataset: its own fingerprint, or that of all its rows, which are read for it."""
+    if isinstance(dataset, datasets.Dataset):
+        return str(dataset._fingerprint)
+    digest = hashlib.sha256()
+    for index in range(len(views.images)):
+        digest.update(Hasher.hash(views.row(index)).encode())
+    return digest.hexdigest()
 
 
 def _image_column(dataset: datasets.Dataset, seen: list[str], name: str | None) -> str:
@@ -248,7 +254,7 @@ def _opened(parts: FeatureParts, target: Path) -> Any:
     return opened
 
 
-def _fingerprint(parts: FeatureParts) -> dict[str, Any]:
+def _fingerprint(parts: FeatureParts, rows: str) -> dict[str, Any]:
     """Return all that the values depend on, as JSON has it."""
     reader, views = parts.reader, parts.reader.views
     made_from = {
@@ -258,7 +264,7 @@ def _fingerprint(parts: FeatureParts) -> dict[str, Any]:
         "shape": list(reader.shape),
         "weights": _hash_of_weights(reader),
         "preprocessing": json.loads(reader.processor.to_json_string()),
-        "dataset": parts.dataset._fingerprint,
+        "dataset": rows,
         "num_rows": parts.num_rows,
         "columns": [views.images.kind, *parts.kept],
         "part_rows": parts.part_rows,

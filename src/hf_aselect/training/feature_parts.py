@@ -20,7 +20,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetInfo, Features, Value
 from tqdm.auto import tqdm
 
-from ..images.rows import is_transformed
 from ..selection.reader import eval_mode
 from .cached_features import DESCRIPTION
 from .feature_reader import FeatureReader
@@ -40,14 +39,17 @@ class FeatureParts:
 
     Args:
         reader: What reads the features.
-        dataset: Where the kept columns come from, without a format; or made by a transform of the user's.
         kept: Columns that are kept, and their kinds.
         batch_size: Images in one forward pass.
+        stored: Dataset that the kept columns come from, without a format; None where they are those of the rows that
+            the images are read from.
     """
 
-    def __init__(self, reader: FeatureReader, dataset: Dataset, kept: dict[str, Any], batch_size: int) -> None:
+    def __init__(
+        self, reader: FeatureReader, kept: dict[str, Any], batch_size: int, stored: Dataset | None = None
+    ) -> None:
         self.reader = reader
-        self.dataset = dataset
+        self.stored = stored
         self.kept = kept
         self.batch_size = batch_size
         self.num_rows = len(reader.views)
@@ -76,8 +78,7 @@ class FeatureParts:
         """Return how much of a disk a row takes, rounded up: values, places of nested lists, kept columns."""
         shape = self.reader.shape
         nested = [int(np.prod(shape[:depth])) for depth in range(len(shape))] if len(shape) > 1 else []
-        names = [name for name in self.kept if name in self.dataset.column_names]
-        table = self.dataset.select_columns(names).data if names else None
+        table = self.stored.select_columns(list(self.kept)).data if self.stored is not None and self.kept else None
         kept = -(-table.nbytes // max(1, table.num_rows)) if table is not None else 0
         return self.reader.row_bytes + 4 * sum(nested) + kept + -(-HEADER_BYTES // self.batch_size)
 
@@ -90,10 +91,10 @@ class FeatureParts:
         """Compute some rows, and return them by column."""
         places = [self.reader.views.index_and_view(row) for row in rows]
         columns: dict[str, Any] = {self.name: list(self.reader.read(rows))}
-        if is_transformed(self.dataset):
+        if self.stored is None:
             columns |= {name: self.reader.views.values(rows, name) for name in self.kept}
         elif self.kept:
-            columns |= self.dataset.select_columns(list(self.kept))[[index for index, _ in places]]
+            columns |= self.stored.select_columns(list(self.kept))[[index for index, _ in places]]
         if self.reader.views.num_views > 1:
             columns["view"] = [view for _, view in places]
         return columns

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images.rows import ImageRows, is_transformed
+from ..images.rows import ImageRows
 from ..model.layouts import plain
 
 # Of a view, as the A-SelecT authors' 512 pixels of 576.
@@ -25,22 +25,26 @@ class Views:
         images: The rows of the dataset.
         num_views: Views of each image, at least 1; the first is the image itself.
         augment: What makes the others, from an image (PIL) to an image. Default: `crop_and_flip`.
-        seed: Seed of the random numbers of `augment`, and of a transform of the dataset's.
+        seed: Seed of the random numbers of `augment`, and of code of the user's that makes the rows.
+        is_made: Whether such code makes the rows: a transform, or a dataset of torch.
 
     Raises:
         ValueError: If there is to be more than one view of what is no image any more.
     """
 
-    def __init__(self, images: ImageRows, num_views: int, augment: Augment | None, seed: int) -> None:
+    def __init__(
+        self, images: ImageRows, num_views: int, augment: Augment | None, seed: int, is_made: bool = False
+    ) -> None:
         if num_views > 1 and images.is_ready:
             raise ValueError(
-                f"`num_views={num_views}` augments images, and the dataset's transform gives `{images.argument}`. "
-                "Leave the transform out (`dataset.with_format(None)`), or let it augment, and pass `num_views=1`."
+                f"`num_views={num_views}` augments images, and the dataset gives `{images.argument}`. Leave its "
+                "transform out (`dataset.with_format(None)`), or let it augment, and pass `num_views=1`."
             )
         self.images = images
         self.num_views = num_views
         self.augment = augment
         self.seed = seed
+        self.is_made = is_made
         # Rows that were read last: those of a transform are read once.
         self.read_rows: dict[int, Any] = {}
 
@@ -73,14 +77,29 @@ class Views:
         return [self[row] for row in rows]
 
     def values(self, rows: Sequence[int], name: str) -> list[Any]:
-        """Return another column of the rows that were read last."""
-        return [plain(self.read_rows[self.index_and_view(row)[0]][name]) for row in rows]
+        """Return another column of the rows that were read last.
+
+        Raises:
+            ValueError: If one does not have it.
+        """
+        found = []
+        for row in rows:
+            index, _ = self.index_and_view(row)
+            others = self.images.others(self.read_rows[index])
+            if name not in others:
+                raise ValueError(f"Row {index} of the dataset has no {name!r}, as the first row has.")
+            found.append(plain(others[name]))
+        return found
+
+    def row(self, index: int) -> Any:
+        """Return a row of the dataset."""
+        # Code of the user's may draw numbers: as when another process reads the row, or it is read again.
+        with _seeded(f"{self.seed} {index} 0") if self.is_made else nullcontext():
+            return self.images.row(index)
 
     def _image(self, index: int) -> Any:
         if index not in self.read_rows:
-            # A transform of the user's may draw numbers: as when another process reads the row, or it is read again.
-            with _seeded(f"{self.seed} {index} 0") if is_transformed(self.images.rows) else nullcontext():
-                self.read_rows[index] = self.images.row(index)
+            self.read_rows[index] = self.row(index)
         image = self.images.image(self.read_rows[index], index)
         if image is None:
             raise ValueError(f"Row {index} of the dataset has no picture in {self.images.kind!r}.")
