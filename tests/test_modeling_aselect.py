@@ -172,7 +172,7 @@ def test_a_folded_model_gives_the_hidden_states_that_it_has(classifier, pixels):
     assert torch.equal(given, folded.extract_features(pixels))
 
 
-@pytest.mark.skipif(not hasattr(DiTModel, "activation_checkpointing_enable"), reason="of transformers 5.20 and later")
+@pytest.mark.skipif(not hasattr(DiTModel, "activation_checkpointing_enable"), reason="of later transformers")
 def test_every_other_block_is_checkpointed_where_the_host_says_so(pixel_folder, pixels):
     model = DiTModel.from_pretrained(pixel_folder, timestep=50, block=2, feature="key", freeze_backbone=False).train()
     model(pixels).last_hidden_state.sum().backward()
