@@ -60,6 +60,7 @@ def warnings(caplog):
         pytest.param(torch.from_numpy(PIXELS.astype(np.uint16) * 257), id="16-bits-tensor"),
         pytest.param(file_of(IMAGE), id="encoded"),
         pytest.param({"bytes": file_of(IMAGE), "path": None}, id="undecoded"),
+        pytest.param(bytearray(file_of(IMAGE)), id="bytearray"),
     ],
 )
 def test_an_image_of_any_kind_has_the_values_of_its_pil_image(image):
@@ -122,6 +123,22 @@ def test_a_palette_gives_its_colours():
     expected = values_of(palette)
     palette.info["transparency"] = bytes(range(256))  # of which PIL warns
     assert torch.equal(values_of(palette), expected)
+
+
+def test_a_mean_is_taken_from_any_library():
+    expected = values_of(IMAGE, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.6, 0.7])
+    given = {"image_mean": np.array([0.5, 0.4, 0.3]), "image_std": torch.tensor([0.5, 0.6, 0.7], dtype=torch.float64)}
+    assert torch.equal(values_of(IMAGE, **given), expected)
+    assert torch.equal(values_of(IMAGE, call=given), expected)
+    with pytest.raises(ValueError, match="`image_mean` must be finite numbers"):
+        values_of(IMAGE, image_mean=np.array([np.nan] * 3))
+
+
+def test_an_open_file_is_read(tmp_path):
+    IMAGE.save(tmp_path / "a.png")
+    with (tmp_path / "a.png").open("rb") as file:
+        assert torch.equal(values_of(file), values_of(IMAGE))
+    assert torch.equal(values_of([io.BytesIO(file_of(IMAGE))]), values_of(IMAGE))
 
 
 @pytest.mark.parametrize("size", [(8, 4), [8, 4], (np.int64(8), 4), {"height": np.int64(8), "width": 4}])

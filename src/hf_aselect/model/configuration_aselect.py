@@ -102,6 +102,9 @@ _OF_TRANSFORMERS = {
     *("_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map"),
     *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config"),
     *("quantization_config", "stage_names", "tie_word_embeddings", "torch_dtype", "use_cache"),
+    # Of transformers 4.
+    *("add_cross_attention", "cross_attention_hidden_size", "is_decoder", "prefix", "pruned_heads"),
+    *("task_specific_params", "tie_encoder_decoder", "torchscript", "use_bfloat16"),
 }
 # Keywords of transformers' scripts that no configuration reads: `i2label` is how one of them spells `id2label`.
 _OF_SCRIPTS = {"finetuning_task", "i2label"}
@@ -657,12 +660,20 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Args:
             output_hidden_states: Whether they are; None for what the configuration says.
+
+        Raises:
+            ValueError: If they are asked for by name and the model is folded at other features.
         """
         if not (self.output_hidden_states if output_hidden_states is None else output_hidden_states):
             return []
         folded, timestep = self.folding, self.read_outs()[0][0]
         blocks = range(-1, self.num_hidden_layers)
         kept = [block for block in blocks if folded is None or tap_key(block, "hidden") in folded.taps]
+        if output_hidden_states and not kept:
+            raise ValueError(
+                "`output_hidden_states=True` asks for the blocks' outputs, and this model is folded at "
+                f"{', '.join(folded.taps if folded else ())} alone. Ask the model it was folded from."
+            )
         return [(timestep, block, "hidden") for block in kept]
 
     def check_tap(self, block: int, feature: str) -> None:

@@ -371,7 +371,7 @@ class ASelectImageProcessor(PilBackend):
 
     def _taken(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return fields, of the constructor or a call, as transformers has them: a size by its height and width."""
-        taken = dict(fields)
+        taken = {name: plain(value) for name, value in fields.items()}
         for name in ("size", "crop_size"):
             value = plain(taken.get(name))
             if isinstance(value, int | list):
@@ -441,10 +441,10 @@ def _opened(images: Any) -> Any:
         raise ValueError(
             f"A picture cannot be an address, got {images[:100]!r}: nothing is fetched. Download it first."
         )
-    if not isinstance(images, str | bytes | os.PathLike):
+    if not isinstance(images, str | bytes | bytearray | os.PathLike) and not hasattr(images, "read"):
         return images
     try:
-        with Image.open(BytesIO(images) if isinstance(images, bytes) else images) as image:
+        with Image.open(BytesIO(images) if isinstance(images, bytes | bytearray) else images) as image:
             image.load()
     except (*UNREADABLE, ValueError) as error:  # a path with a zero byte
         raise ValueError(f"A picture cannot be read ({error}). Save or download it again.") from error
