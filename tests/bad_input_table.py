@@ -1,6 +1,6 @@
 """Bad inputs, one by one, and what is said of each: `python tests/bad_input_table.py` prints them as a table.
 
-`test_bad_input.py` holds that each is refused with the right error, in words that say what is wrong.
+`test_bad_input.py` holds that each is rejected with the right error, in words that say what is wrong.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ NAN = float("nan")
 
 
 class CommandError(Exception):
-    """What the command line said on stderr, in one line, when it refused; it ended with 1 or, for its words, 2."""
+    """What the command line said on stderr, in one line, when it rejected; it ended with 1 or, for its words, 2."""
 
 
 class World:
@@ -120,12 +120,12 @@ class World:
         return datasets.Dataset.from_dict({"image": self.pictures, "label": [0, 1, 2] * 2})
 
     def rows_of(self, *files: bytes | None) -> datasets.Dataset:
-        """A data set whose pictures are files."""
+        """A data set whose images are files."""
         rows = [None if file is None else {"bytes": file, "path": None} for file in files]
         return datasets.Dataset.from_dict({"image": rows}, features=datasets.Features(image=datasets.Image()))
 
     def rows_at(self, *paths: str) -> datasets.Dataset:
-        """A data set whose pictures are elsewhere."""
+        """A data set whose images are elsewhere."""
         rows = [{"bytes": None, "path": path} for path in paths]
         return datasets.Dataset.from_dict({"image": rows}, features=datasets.Features(image=datasets.Image()))
 
@@ -457,14 +457,14 @@ CASES = [
     ),
     Case(
         "configuration",
-        "a picture of 2**40 pixels a side",
+        "an image of 2**40 pixels a side",
         configured(image_size=2**40),
         "`image_size` must be at most 65536 pixels a side",
         STRICT,
     ),
     Case(
         "configuration",
-        "a picture of -32 pixels",
+        "an image of -32 pixels",
         configured(image_size=-32),
         "must be a multiple of 2 pixels .a token's side., got -32",
         STRICT,
@@ -638,19 +638,19 @@ CASES = [
         lambda world: world.model.noise_schedule.even_timesteps(0),
         "`num` must be an integer from 1 on, got 0",
     ),
-    # Pictures.
+    # Images.
     Case(
         "picture",
         "a truncated JPEG",
         processed(Image.open(io.BytesIO(PHOTO[:700]))),
-        "A picture cannot be read .image file is truncated",
+        "An image cannot be read .image file is truncated",
     ),
-    Case("picture", "of no pixels", processed(Image.new("RGB", (0, 5))), "A picture is empty: it has 0×5 pixels"),
+    Case("picture", "of no pixels", processed(Image.new("RGB", (0, 5))), "An image is empty: it has 0×5 pixels"),
     Case(
         "picture",
         "an array of no rows",
         processed(np.zeros((0, 8, 3), np.uint8)),
-        r"A picture is empty: it has shape \(0, 8, 3\)",
+        r"An image is empty: it has shape \(0, 8, 3\)",
     ),
     Case(
         "picture",
@@ -682,13 +682,13 @@ CASES = [
         "picture",
         "NaN in PIL's mode F",
         processed(Image.fromarray(np.full((8, 8), NAN, np.float32))),
-        "A picture of mode F holds values from nan to nan",
+        "An image of mode F holds values from nan to nan",
     ),
     Case(
         "picture",
         "infinity in PIL's mode F",
         processed(Image.fromarray(np.full((8, 8), np.inf, np.float32))),
-        "A picture of mode F holds values from inf to inf",
+        "An image of mode F holds values from inf to inf",
     ),
     Case(
         "picture",
@@ -722,7 +722,7 @@ CASES = [
         processed(["https://example.org/photo.png"]),
         "cannot be an address, got 'https://example.org/photo.png': nothing is",
     ),
-    Case("picture", "an empty list", processed([]), "There are no pictures: the list is empty"),
+    Case("picture", "an empty list", processed([]), "There are no images: the list is empty"),
     Case(
         "picture", "a size of -8", processed(Image.new("RGB", (8, 8)), size=-8), "`size` must be 1 or more, got -8×-8"
     ),
@@ -742,7 +742,7 @@ CASES = [
         "picture",
         "a mask that is a number",
         processed(Image.new("RGB", (8, 8)), segmentation_maps=3),
-        "Masks must be pictures of PIL, files, arrays or tensors, got int",
+        "Masks must be images of PIL, files, arrays or tensors, got int",
     ),
     Case(
         "picture",
@@ -755,7 +755,7 @@ CASES = [
         "tensor",
         "pixel values of bytes",
         lambda world: world.model((world.pixels * 99).byte()),
-        "`pixel_values` must be floating-point numbers, got torch.uint8. Pictures of bytes go through",
+        "`pixel_values` must be floating-point numbers, got torch.uint8. Images of bytes go through",
     ),
     Case(
         "tensor",
@@ -794,7 +794,7 @@ CASES = [
     ),
     Case(
         "tensor",
-        "one picture without a batch",
+        "one image without a batch",
         lambda world: world.model(world.pixels[0]),
         r"must have shape \(B, C, H, W\), got \(3, 8, 8\)",
     ),
@@ -802,7 +802,7 @@ CASES = [
         "tensor",
         "four channels",
         lambda world: world.model(torch.zeros(1, 4, 8, 8)),
-        "takes pictures of 3 channels, got 4",
+        "takes images of 3 channels, got 4",
     ),
     Case(
         "tensor",
@@ -860,9 +860,9 @@ CASES = [
     ),
     Case(
         "tensor",
-        "three labels of two pictures",
+        "three labels of two images",
         lambda world: world.classifier(world.pixels, labels=torch.tensor([0, 1, 2])),
-        r"one for each of 2 pictures, got shape \(3,\)",
+        r"one for each of 2 images, got shape \(3,\)",
     ),
     Case(
         "tensor",
@@ -883,42 +883,42 @@ CASES = [
         r"class indices in \[0, 4\), or 255 for pixels of no class, got \[9\]",
     ),
     # Data sets.
-    Case("data set", "empty", selected([]), "No pictures to choose a timestep from"),
+    Case("data set", "empty", selected([]), "No images to select a timestep from"),
     Case(
         "data set",
         "a corrupt row",
         lambda world: selected(world.rows_of(DRAWING, DRAWING[:40]))(world),
-        "Picture 1 of the set cannot be read: cannot identify image file",
+        "Image 1 of the set cannot be read: cannot identify image file",
     ),
     Case(
         "data set",
         "a truncated JPEG in a stream",
         lambda world: selected(world.rows_of(PHOTO, PHOTO[:700]).to_iterable_dataset())(world),
-        "Picture 1 of the set cannot be read: image file is truncated",
+        "Image 1 of the set cannot be read: image file is truncated",
     ),
     Case(
         "data set",
-        "a row without a picture",
+        "a row without an image",
         lambda world: selected(world.rows_of(DRAWING, None))(world),
-        "Picture 1 of the set cannot be read: .*got NoneType",
+        "Image 1 of the set cannot be read: .*got NoneType",
     ),
     Case(
         "data set",
-        "numbers for pictures",
+        "numbers for images",
         selected(datasets.Dataset.from_dict({"image": [1, 2]})),
-        "Picture 0 of the set cannot be read: .*got int",
+        "Image 0 of the set cannot be read: .*got int",
     ),
     Case(
         "data set",
-        "names for pictures",
+        "names for images",
         selected(datasets.Dataset.from_dict({"image": ["/etc/passwd"]})),
         "cannot be read .cannot identify image file",
     ),
     Case(
         "data set",
-        "no column of pictures",
+        "no column of images",
         selected(datasets.Dataset.from_dict({"label": [1, 2]})),
-        "a column `image`, or exactly one column of pictures, got columns label",
+        "a column `image`, or exactly one column of images, got columns label",
     ),
     Case(
         "data set",
@@ -942,7 +942,7 @@ CASES = [
         "data set",
         "one class for the probe",
         lambda _: leave_one_out_hits(torch.eye(3), torch.tensor([5, 5, 5])),
-        "pictures of at least 2 classes",
+        "images of at least 2 classes",
     ),
     Case(
         "data set",
@@ -954,18 +954,18 @@ CASES = [
         "data set",
         "labels that are a number",
         selected(criterion="probe", labels=5),
-        "a list of class indices, one a picture, got int",
+        "a list of class indices, one an image, got int",
     ),
     Case(
         "data set",
         "a mask of another size",
         selected(criterion="patch_probe", labels=[np.zeros((9, 12), int)] * 6),
-        "A mask has 9×12 pixels and its picture 10×12",
+        "A mask has 9×12 pixels and its image 10×12",
     ),
     Case(
         "data set", "timesteps that are a number", selected(timesteps=5), r"a list of integers in \[0, 1000\), got 5"
     ),
-    Case("data set", "2.5 pictures at the most", selected(max_images=2.5), "`max_images` must be an integer, got 2.5"),
+    Case("data set", "2.5 images at the most", selected(max_images=2.5), "`max_images` must be an integer, got 2.5"),
     Case("data set", "no criterion", selected(criterion=None), "`criterion` must be one of hfr.*got None"),
     Case(
         "data set",
@@ -983,19 +983,19 @@ CASES = [
         "data set",
         "a column of numbers, to cache",
         lambda world: cache_features(world.model, world.rows, world.new(), image_column="label"),
-        "Picture 0 of the dataset cannot be read: .*got int",
+        "Image 0 of the dataset cannot be read: .*got int",
     ),
     Case(
         "data set",
-        "a row without a picture, to cache",
+        "a row without an image, to cache",
         lambda world: cache_features(world.model, world.rows_of(DRAWING, None), world.new()),
-        "Row 1 of the dataset has no picture in 'image'",
+        "Row 1 of the dataset has no image in 'image'",
     ),
     Case(
         "data set",
         "a corrupt row, to cache",
-        lambda world: cache_features(world.model, world.rows_of(DRAWING, b"no picture"), world.new()),
-        "Picture 1 of the set cannot be read: cannot identify",
+        lambda world: cache_features(world.model, world.rows_of(DRAWING, b"no image"), world.new()),
+        "Image 1 of the set cannot be read: cannot identify",
     ),
     Case(
         "data set",
@@ -1235,11 +1235,11 @@ CASES = [
     ),
     Case(
         "command line",
-        "select PIXEL --images (a folder with a broken picture)",
+        "select PIXEL --images (a folder with a broken image)",
         lambda world: world.command(
-            "select", world.pixel, "--images", _written(_made(world.new()) / "a.png", "no picture").parent
+            "select", world.pixel, "--images", _written(_made(world.new()) / "a.png", "no image").parent
         ),
-        "Picture 0 of the set cannot be read",
+        "Image 0 of the set cannot be read",
         CommandError,
     ),
     Case(
@@ -1367,7 +1367,7 @@ CASES = [
     ),
     Case(
         "configuration",
-        "a picture of a billion tokens",
+        "an image of a billion tokens",
         configured(image_size=65536),
         "`image_size` must give at most 1048576 tokens",
         STRICT,
@@ -1385,12 +1385,12 @@ CASES = [
         loaded(lambda world: world.saved, id2label={"0": "a", "5": "b"}),
         "`id2label` must name the classes by their numbers",
     ),
-    Case("picture", "lists of nothing", lambda _: ASelectImageProcessor(size=8)([[]]), "There are no pictures"),
+    Case("picture", "lists of nothing", lambda _: ASelectImageProcessor(size=8)([[]]), "There are no images"),
     Case(
         "picture",
-        "a batch of no pictures",
+        "a batch of no images",
         processed(torch.zeros(0, 3, 8, 8)),
-        "There are no pictures",
+        "There are no images",
     ),
     Case("picture", "a size of words", lambda _: ASelectImageProcessor(size={"height": "8", "width": 8}), "integers"),
     Case("picture", "a size that is a list of words", lambda _: ASelectImageProcessor(size=["a"]), "an integer, or"),
@@ -1433,7 +1433,7 @@ CASES = [
         "tensor",
         "labels of several classes that are indices",
         lambda world: world.with_problem("multi_label_classification", torch.tensor([0, 3])),
-        r"`labels` of several classes a picture must be of 0 and 1, \(2, 4\), got \(2,\)",
+        r"`labels` of several classes an image must be of 0 and 1, \(2, 4\), got \(2,\)",
     ),
     Case(
         "tensor",
@@ -1473,21 +1473,21 @@ CASES = [
     ),
     Case(
         "data set",
-        "an address in place of a picture",
+        "an address in place of an image",
         lambda world: select_timestep(world.model, world.rows_at("http://127.0.0.1:9/a.png"), timesteps=[10, 500]),
-        "holds addresses in place of pictures, 'http://127.0.0.1:9/a.png' among them",
+        "holds addresses in place of images, 'http://127.0.0.1:9/a.png' among them",
     ),
     Case(
         "data set",
-        "an address in place of a picture, to cache",
+        "an address in place of an image, to cache",
         lambda world: cache_features(world.model, world.rows_at("http://127.0.0.1:9/a.png"), world.new()),
-        "holds addresses in place of pictures",
+        "holds addresses in place of images",
     ),
     Case(
         "data set",
-        "one picture again and again",
+        "one image again and again",
         selected([Image.new("RGB", (12, 10))] * 9, criterion="consensus"),
-        "The pictures do not differ",
+        "The images do not differ",
     ),
     Case(
         "data set",
@@ -1551,7 +1551,7 @@ CASES = [
         "command line",
         "select PIXEL --images (a folder whose list is no JSON)",
         lambda world: world.command("select", world.pixel, "--images", _listed(world.new())),
-        "cannot be read as pictures",
+        "cannot be read as images",
         CommandError,
     ),
     Case(

@@ -142,7 +142,7 @@ class DeprecationHandler(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def no_deprecations():
-    """The host's deprecations fail our tests on the day they appear."""
+    """Transformers' deprecations fail our tests on the day they appear."""
     handler = DeprecationHandler()
     for name in ("transformers", "diffusers"):
         logging.getLogger(name).addHandler(handler)
@@ -191,7 +191,7 @@ def build_vae():
 
 @pytest.fixture(scope="session")
 def pixel_folder(tmp_path_factory):
-    """transformer/ and scheduler/ of a DiT on RGB pictures of 8 × 8."""
+    """transformer/ and scheduler/ of a DiT on RGB images of 8 × 8."""
     from diffusers import DDPMScheduler
 
     folder = tmp_path_factory.mktemp("pixel")
@@ -210,7 +210,7 @@ def bare_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def latent_folder(tmp_path_factory):
-    """transformer/, scheduler/ and vae/ of a DiT on latents of pictures of 16 × 16."""
+    """transformer/, scheduler/ and vae/ of a DiT on latents of images of 16 × 16."""
     from diffusers import DDPMScheduler
 
     folder = tmp_path_factory.mktemp("latent")
@@ -257,7 +257,7 @@ def classifier(loaded_classifier):
 
 @pytest.fixture
 def pixels():
-    """Seven RGB pictures of 8 × 8 in [-1, 1]."""
+    """Seven RGB images of 8 × 8 in [-1, 1]."""
     import torch
 
     return torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
@@ -265,7 +265,7 @@ def pixels():
 
 @pytest.fixture
 def pictures():
-    """Six PIL pictures of 12 × 10."""
+    """Six PIL images of 12 × 10."""
     import torch
     from PIL import Image
 

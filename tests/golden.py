@@ -2,7 +2,7 @@
 
     python tests/golden.py
 
-writes `tests/golden.json` anew. A test compares; another one wants the file's checksum in CHANGELOG.md, with the
+writes `tests/golden.json` again. A test compares; another one wants the file's checksum in CHANGELOG.md, with the
 reason for the change.
 """
 
@@ -28,19 +28,19 @@ TIMESTEPS = (0, 35, 253, 999)
 
 @functools.cache
 def sample() -> list[Any]:
-    """Return pictures."""
+    """Return images."""
     return load_dataset("parquet", data_files=str(EMBEDDED / "train.parquet"), split="train")[:128]["image"]
 
 
 @functools.cache
 def selection(criterion: str) -> TimestepSelection:
-    """Return what a criterion chooses now."""
+    """Return what a criterion selects now."""
     model = DiTModel.from_pretrained(EMBEDDED, timestep=0)
     return select_timestep(model, sample(), criterion=criterion, max_images=128)
 
 
 def scores(criterion: str) -> dict[str, Any]:
-    """Return the choice by a criterion and its scores, as they are now."""
+    """Return the selection by a criterion and its scores, as they are now."""
     found = selection(criterion)
     return {
         "timestep": found.timestep,

@@ -45,7 +45,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def folder_of(self, repo_id, revision):
-        """The folder of a repository; None once it is refused."""
+        """The folder of a repository; None once it is rejected."""
         hub = self.server.hub
         if repo_id in hub.gated and self.headers.get("Authorization") != f"Bearer {hub.gated[repo_id]}":
             self.refuse(403, "GatedRepo", "Access to model is restricted")

@@ -1,4 +1,4 @@
-"""Bad input is refused in words that say what is wrong, and odd input gives what PIL gives; whatever it is."""
+"""Bad input is rejected in words that say what is wrong, and odd input gives what PIL gives; whatever it is."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def test_there_are_enough_of_them_and_each_is_another():
     assert f"holds {len(CASES)} bad inputs" in contributing
 
 
-# A picture of mode P with transparency, among others, has PIL warn.
+# An image of mode P with transparency, among others, has PIL warn.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.kind}: {case.what}" for case in CASES])
 def test_bad_input_is_refused_in_words(case, world):
@@ -63,7 +63,7 @@ def test_the_table_has_a_row_of_each(tmp_path):
 
 
 def noise(mode, width=9, height=7):
-    """A picture of noise."""
+    """An image of noise."""
     values = np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8)
     if mode == "I;16":
         return Image.fromarray(values[..., 0].astype(np.uint16) * 257)
@@ -202,7 +202,7 @@ def test_class_numbers_may_be_large(world):
 @pytest.mark.parametrize("scale", [0.9, 1.0])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_picture_of_fractions_is_near_to_that_of_bytes(dtype, scale):
-    """Resizing keeps them as they are; the host would take whole numbers alone."""
+    """Resizing keeps them as they are; transformers would take whole numbers alone."""
     values = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     processor = ASelectImageProcessor(size=8)
     found = processor((values * dtype(scale)).astype(dtype), return_tensors="pt").pixel_values

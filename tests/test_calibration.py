@@ -1,4 +1,4 @@
-"""The pictures that a timestep is chosen from: parts of a sample, shared by processes."""
+"""The images that a timestep is selected from: parts of a sample, shared by processes."""
 
 import pytest
 import torch

@@ -45,10 +45,10 @@ def test_the_choice_is_printed_and_written_down(pixel_folder, folder, tmp_path, 
     record = TimestepSelection.from_dict(json.loads((tmp_path / "report" / "selection.json").read_text()))
     assert record.num_images == 6
     shown = capsys.readouterr().out
-    (chosen,) = [line for line in shown.splitlines() if line.endswith("<- chosen")]
+    (chosen,) = [line for line in shown.splitlines() if line.endswith("<- selected")]
     assert chosen.split()[0] == str(record.timestep)
     assert f"Timestep {record.timestep} for query of block 1, confidence" in shown
-    assert "from 6 given pictures in" in shown
+    assert "from 6 given images in" in shown
     assert (tmp_path / "report" / "timestep_curve.png").stat().st_size > 1000
 
 
@@ -84,7 +84,7 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
     assert run(pixel_folder, *words, "--block", "auto", "--feature", "auto") == 0
     record = json.loads((tmp_path / "report" / "selection.json").read_text())
     assert record["criterion"] == "probe"
-    # Each picture is there seven times, so that its class is known from the others.
+    # Each image is there seven times, so that its class is known from the others.
     assert max(record["scores"]) == 1.0
     assert len(record["table"]) == 4
     assert (tmp_path / "report" / "timestep_curve_heat_map.png").stat().st_size > 1000
@@ -93,7 +93,7 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
     taps = shown.split("best timestep  mean of neighbours\n")[1].split("\n\n")[0].splitlines()
     assert len(taps) == 4
     assert taps[0].split()[:3] == [str(record[name]) for name in ("block", "feature", "timestep")]
-    assert [line.endswith("<- chosen") for line in taps] == [True, False, False, False]
+    assert [line.endswith("<- selected") for line in taps] == [True, False, False, False]
     # What the resamples voted for need not be the highest.
     selection = TimestepSelection.from_dict(record)
     voted = next(timestep for timestep in record["timesteps"] if timestep != record["timestep"])
@@ -107,7 +107,7 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
 
 def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
     assert run(pixel_folder, "--max-images", "4") == 0
-    assert "from 4 generated pictures" in capsys.readouterr().out
+    assert "from 4 generated images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_column_that_is_not_there_is_named(pixel_folder, parquet, capsys):
     assert run(pixel_folder, "--images", parquet, "--image-column", "picture") == 1
     assert "have no column 'picture', only photo, thumbnail" in capsys.readouterr().err
     assert run(pixel_folder, "--images", parquet) == 1
-    assert "exactly one column of pictures" in capsys.readouterr().err
+    assert "exactly one column of images" in capsys.readouterr().err
 
 
 def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_fold_takes_what_diffusers_saved(pixel_folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "No timestep is chosen"),
+        ([], "No timestep is selected"),
         (["--timestep", "1000"], "`timestep` must be an integer in [0, 1000)"),
         (["--timestep", "3", "--feature", "mlp"], "`feature` must be one of"),
         (["--timestep", "3", "--dtype", "int8"], "`dtype` must be one of"),

@@ -58,7 +58,7 @@ def test_a_keyword_beside_a_saved_configuration_is_checked(tmp_path):
 def test_each_field_is_read_somewhere(name):
     sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
     reads = rf"(config|self)\.{name}\b"
-    # The host reads this one.
+    # Transformers reads this one.
     assert name == "initializer_range" or any(re.search(reads, source) for source in sources)
 
 

@@ -1,4 +1,4 @@
-"""What views of the same pictures agree on, and how much of it one view tells: against long-hand computations."""
+"""What views of the same images agree on, and how much of it one view tells: against long-hand computations."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def at(timestep):
 
 
 def views(noise, width=48, count=NUM_PICTURES):
-    """Features of 5 views of 40 hidden numbers of each picture, each with noise of its own."""
+    """Features of 5 views of 40 hidden numbers of each image, each with noise of its own."""
     generator = torch.Generator().manual_seed(0)
     content = torch.randn(count, 40, generator=generator)
     return {
@@ -161,7 +161,7 @@ def test_the_head_says_what_is_read(head, pooling):
 
 
 def test_a_larger_projection_is_nearer_to_the_features_themselves():
-    """Against components of all standardised features side by side, which nobody keeps of many pictures."""
+    """Against components of all standardised features side by side, which nobody keeps of many images."""
     pooled = views([1.0] * 5)
     whole = torch.cat([(values[:, 0] - values[:, 0].mean(0)) / values[:, 0].std(0) for values in pooled.values()], 1)
     exact = torch.linalg.svd(whole - whole.mean(0), full_matrices=False)[0][:, :NUM_COMPONENTS]
@@ -193,7 +193,7 @@ def test_a_reference_that_is_the_same_for_the_first_pictures_has_no_share(roundi
     assert scores[5] < 0.05
 
 
-@pytest.mark.parametrize(("count", "words"), [(1, "One picture is too few"), (8, "The pictures do not differ")])
+@pytest.mark.parametrize(("count", "words"), [(1, "One image is too few"), (8, "The images do not differ")])
 def test_pictures_without_a_difference_are_refused(count, words):
     pooled = {key: values[:1].repeat(count, 1, 1) for key, values in views([1.0] * 5).items()}
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""Loading: the three sources, what comes back, and every folder that is refused."""
+"""Loading: the three sources, what comes back, and every folder that is rejected."""
 
 import json
 import pickle
@@ -593,7 +593,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(latent_folder, tmp_path):
 def test_latents_without_a_vae_are_said_to_be_no_pictures(latent_folder, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="hf_aselect"):
         made = convert_diffusers(latent_folder, tmp_path / "out", subfolder="transformer")
-    assert "latents of 4 channels, and no VAE beside it: it cannot be given pictures" in caplog.text
+    assert "latents of 4 channels, and no VAE beside it: it cannot be given images" in caplog.text
     assert not (made.output / "preprocessor_config.json").exists()
     caplog.clear()
     with caplog.at_level("WARNING", logger="hf_aselect"):
@@ -746,7 +746,7 @@ def test_what_cannot_be_built_is_said_before_text_encoders_are_loaded(sd3_folder
 
 
 def test_a_transformer_that_takes_more_than_latents_is_refused(sd3_folder, tmp_path):
-    """As FLUX.1-Fill, which takes a picture and a mask beside them."""
+    """As FLUX.1-Fill, which takes an image and a mask beside them."""
     folder = shutil.copytree(sd3_folder, tmp_path / "in")
     change_config(folder / "vae" / "config.json", latent_channels=4)
     with pytest.raises(StrictDataclassError, match="takes latents of 16 channels, but the VAE makes 4"):
@@ -797,7 +797,7 @@ def test_a_broken_configuration_is_refused_before_anything_is_written(latent_fol
 
 @pytest.mark.parametrize("change", ["renamed", "one gone"])
 def test_a_text_encoder_that_lacks_weights_is_refused(sd3_folder, tmp_path, change):
-    """The host gives it new ones, and the embeddings would be random."""
+    """Transformers gives it new ones, and the embeddings would be random."""
     folder = shutil.copytree(sd3_folder, tmp_path / "in")
 
     def break_it(weights):

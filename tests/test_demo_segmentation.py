@@ -61,7 +61,7 @@ def test_the_card_has_the_figures_and_says_that_scenes_are_composed(finished):
     card = (folder / "model" / "README.md").read_text()
     assert f"| **this model** | {results['mean_iou']['upernet']:.1%} |" in card
     assert f"| grey level of a pixel | {results['mean_iou']['colours']:.1%} |" in card
-    assert "Scenes are composed of pictures of single clothes on black" in card
+    assert "Scenes are composed of images of single clothes on black" in card
 
 
 @pytest.mark.parametrize("name", ["timestep_curve.png", "overlays.png", "model/timestep_curve.png"])
@@ -78,7 +78,7 @@ def test_the_table_has_a_row_for_each_figure(finished):
     table = format_segmentation_table(finished[1])
     for share in finished[1]["mean_iou"].values():
         assert f"{share:.1%}" in table
-    assert "composed of two pictures" in table
+    assert "composed of two images" in table
 
 
 def test_scenes_are_the_same_each_time_and_of_either_split_s_items():

@@ -110,7 +110,7 @@ def call(name, pipe, noised, timestep):
 
 
 def hooked(name, pipe, noised, taps):
-    """What forward hooks on diffusers' own modules see during its own call, at the picture's tokens."""
+    """What forward hooks on diffusers' own modules see during its own call, at the image's tokens."""
     transformer = pipe.transformer
     lists = ("joint_transformer_blocks", "transformer_blocks", "single_transformer_blocks", "layers", "blocks")
     blocks = [block for each in lists for block in getattr(transformer, each, [])]
@@ -212,7 +212,7 @@ def test_latents_are_scaled_as_the_familys_pipeline_has_them(saved, loaded, name
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_classifier_selects_trains_saves_and_reloads(saved, name, tmp_path):
-    # Without pictures: each family generates its own.
+    # Without images: each family generates its own.
     options = {"num_labels": 3, "timestep": "auto", **HEAD, **OPTIONS.get(name, {})}
     if name.startswith("sd3"):
         options["image_size"] = 64

@@ -1,4 +1,4 @@
-"""The same pictures give the same tokens, scores and timestep: in any batch, on any number of threads or processes."""
+"""The same images give the same tokens, scores and timestep: in any batch, on any number of threads or processes."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
         text=True,
     )
     assert alone.returncode == 0, alone.stderr
-    # Processes find each other, and share the pictures, where accelerate's state was made first.
+    # Processes find each other, and share the images, where accelerate's state was made first.
     shared = "from accelerate import PartialState; PartialState()\n" + code
     for name, script, threads, world in (
         ("second", code, 1, 1),

@@ -1,4 +1,4 @@
-"""The example scripts, each run as a user runs it: as a process, on few pictures.
+"""The example scripts, each run as a user runs it: as a process, on few images.
 
 The process is a fork of one that has imported the libraries, unless it is to be `alone`.
 """
@@ -74,7 +74,7 @@ def test_a_script_for_several_processes_ends_with_its_group_closed(script):
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    """Forty grey pictures of 8 × 8 in two classes: dark and bright."""
+    """Forty grey images of 8 × 8 in two classes: dark and bright."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     values = generator.integers(0, 100, (40, 8, 8)) + 150 * (np.arange(40) % 2)[:, None, None]
@@ -159,7 +159,7 @@ def test_pretraining_needs_no_labels(parquet, tmp_path):
     model = DiTModel.from_pretrained(tmp_path, timestep=5)
     assert model.config.transformer["num_embeds_ada_norm"] == 1
     assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
-    # Half of the timesteps have more picture than noise, and not a quarter, as by default.
+    # Half of the timesteps have more image than noise, and not a quarter, as by default.
     assert model.noise_schedule.log_snr(torch.tensor([490, 510])).sign().tolist() == [1, -1]
 
 
@@ -184,7 +184,7 @@ def test_without_labels_the_samples_are_of_no_class(tmp_path):
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 1, "sample_size": 8}
     model = DiTTransformer2DModel(**sizes, patch_size=2, num_embeds_ada_norm=1).eval()
     for name, value in (("plain", 0.0), ("nan", float("nan"))):
-        # The class that no picture was trained with, and that must not be used.
+        # The class that no image was trained with, and that must not be used.
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.embedding_table.weight.data[0] = value
         script.sample_grid(model, DDPMScheduler(), tmp_path / f"{name}.png", null_label=1, seed=0)
@@ -462,7 +462,7 @@ def test_training_a_classifier_ends_with_everything_in_its_folder(parquet, pretr
     assert (model.config.feature, model.config.block, model.config.head) == ("hidden", -1, "linear")
     assert model.config.id2label == {0: "dark", 1: "bright"}
     assert model.config.selection["num_images"] == 8
-    # Dark and bright pictures are told apart: training did something.
+    # Dark and bright images are told apart: training did something.
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"] == 1.0
 
 
@@ -497,7 +497,7 @@ def test_a_validation_split_may_have_its_classes_in_another_order(script, tmp_pa
 
 
 def test_classes_named_by_strings_are_those_of_the_training_split(pretrained, tmp_path):
-    """Validation lacks the first class; its pictures must still be scored against the right ones."""
+    """Validation lacks the first class; its images must still be scored against the right ones."""
     levels = {"black": 0, "grey": 120, "white": 250}
     names = {"train": ["black", "grey", "white"] * 6, "test": ["grey", "white"] * 4}
     for split, labels in names.items():
@@ -514,7 +514,7 @@ def test_classes_named_by_strings_are_those_of_the_training_split(pretrained, tm
     model = DiTForImageClassification.from_pretrained(tmp_path / "out")
     assert list(model.config.id2label.values()) == ["black", "grey", "white"]
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"] == 1.0
-    # No --timestep was given, so it was chosen.
+    # No --timestep was given, so it was selected.
     assert model.config.selection["num_images"] == 18
 
 
@@ -552,7 +552,7 @@ def test_training_on_a_folder_of_pictures(pretrained, tmp_path):
 
 
 def test_training_a_segmenter_ends_with_everything_in_its_folder(pretrained, tmp_path):
-    """Pictures of a dark and a bright half, on either side."""
+    """Images of a dark and a bright half, on either side."""
     rng = np.random.default_rng(0)
     pictures, masks = [], []
     for _ in range(16):
@@ -679,7 +679,7 @@ def test_the_classification_benchmark_fills_its_table_and_goes_on(parquet, pretr
         "LoRA",
         "all weights",
     }
-    assert results["rows"]["raw pixels, linear"]["0"]["accuracy"] >= 0.9  # dark and bright pictures
+    assert results["rows"]["raw pixels, linear"]["0"]["accuracy"] >= 0.9  # dark and bright images
     assert str(tmp_path) not in json.dumps(results)
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(lines) == 2 + len(results["rows"]) + 1 and "85.73" in lines[-1]
@@ -905,7 +905,7 @@ def test_the_linear_probe_picks_a_learning_rate_and_saves_what_it_measured(pretr
     said = run("image_classification/linear_probe.py", *words, "--num_train_epochs=20", "--learning_rates", 1e-9, 1e-2)
     result = json.loads((output / "results.json").read_text())
     assert result["learning_rate"] == 0.01 and "learning rate 0.01: validation accuracy" in said
-    assert result["test_accuracy"] >= 0.9  # dark and bright pictures
+    assert result["test_accuracy"] >= 0.9  # dark and bright images
     model = DiTForImageClassification.from_pretrained(output)
     processor = ASelectImageProcessor.from_pretrained(output)
     rows = Dataset.from_parquet(str(parquet))
@@ -935,7 +935,7 @@ def test_accelerates_own_loop_trains_and_saves(pretrained, parquet, tmp_path, ca
         (events,) = (tmp_path / "out" / "hf_aselect").glob("events*")
         logged = EventAccumulator(str(events)).Reload()
         assert [len(logged.Scalars(name)) for name in ("accuracy", "train_loss")] == [8, 8]
-    # None is asked for, so that one would be chosen were it not for the training that goes on.
+    # None is asked for, so that one would be selected were it not for the training that goes on.
     run(script, *words, "--num_train_epochs=9", "--resume_from_checkpoint=latest")
     assert DiTForImageClassification.from_pretrained(tmp_path / "out").config.timestep == 50
     assert len(list((tmp_path / "out").glob("step_*"))) == 9

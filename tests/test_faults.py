@@ -1,4 +1,4 @@
-"""Whatever stops a run, the old state is there or the new one: kills, Ctrl-C, a full disk, folders that refuse."""
+"""Whatever stops a run, the old state is there or the new one: kills, Ctrl-C, a full disk, folders that reject."""
 
 import json
 import os

@@ -38,7 +38,7 @@ def make_dataset(num=NUM_PICTURES, seed=5):
     rows = {
         "image": [Image.fromarray(value.numpy()) for value in values],
         "label": [index % 4 for index in range(num)],
-        "name": [f"picture {index}" for index in range(num)],
+        "name": [f"image {index}" for index in range(num)],
     }
     return Dataset.from_dict(
         rows, features=Features(image=datasets.Image(), label=ClassLabel(num_classes=4), name=Value("string"))
@@ -52,7 +52,7 @@ def data():
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    """Parts of three rows, so that ten pictures make several."""
+    """Parts of three rows, so that ten images make several."""
     monkeypatch.setattr(feature_parts, "MIN_PARTS", 4)
     monkeypatch.setattr(feature_parts, "MIN_PART_ROWS", 3)
 
@@ -420,7 +420,7 @@ def test_the_need_is_told_before_it_starts(model, data, tmp_path, capsys):
 def test_values_beyond_float16_are_refused(model, data, tmp_path, monkeypatch):
     extract = DiTModel.extract_features
     monkeypatch.setattr(DiTModel, "extract_features", lambda *args: extract(*args) * 1e7)
-    with pytest.raises(ValueError, match=r"tokens of picture 0 hold values that float16 does not.*dtype='float32'"):
+    with pytest.raises(ValueError, match=r"tokens of image 0 hold values that float16 does not.*dtype='float32'"):
         cache_features(model, data, tmp_path)
     assert cache_features(model, data, tmp_path, dtype="float32").num_rows == NUM_PICTURES
 
@@ -431,7 +431,7 @@ def test_a_broken_picture_is_named(model, tmp_path):
     broken = good.read_bytes()[:40]
     rows = {"image": [{"bytes": good.read_bytes(), "path": None}, {"bytes": broken, "path": None}]}
     data = Dataset.from_dict(rows, features=Features(image=datasets.Image()))
-    with pytest.raises(ValueError, match=r"Picture 1 of the set cannot be read"):
+    with pytest.raises(ValueError, match=r"Image 1 of the set cannot be read"):
         cache_features(model, data, tmp_path / "cache")
 
 
@@ -457,7 +457,7 @@ def test_wrong_data_are_refused(model, data, tmp_path):
         (datasets.DatasetDict(train=data), "one split of a DatasetDict"),
         (data.to_iterable_dataset(), "of a stream take a part"),
         (data.select([]), "no rows"),
-        (data.remove_columns("image"), "exactly one with pictures"),
+        (data.remove_columns("image"), "exactly one with images"),
         (data.rename_column("label", "features"), "has a column 'features' already"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -610,8 +610,8 @@ def test_a_process_that_fails_keeps_no_other_waiting(pixel_folder, tmp_path):
     code, said = start_script(FAILING + END_OF_PROCESSES, pixel_folder, tmp_path / "cache", world=2).wait()
     assert code == 0, said[-2000:]
     said = [(tmp_path / f"cache-{rank}").read_text() for rank in (0, 1)]
-    assert said[1] == "ValueError: Picture 3 of the dataset cannot be read"
-    assert said[0].startswith("RuntimeError: Another process failed (ValueError: Picture 3 of the dataset cannot")
+    assert said[1] == "ValueError: Image 3 of the dataset cannot be read"
+    assert said[0].startswith("RuntimeError: Another process failed (ValueError: Image 3 of the dataset cannot")
 
 
 def test_the_need_counts_what_lies_beside_the_features(model, pictures, tmp_path, monkeypatch):

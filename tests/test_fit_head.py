@@ -508,7 +508,7 @@ BAD = {
     "mixed rows": (lambda train: [*train.select(range(9)), {"image": 0}], "has not `image` and `label`, as the first"),
     "unreadable": (
         lambda train: [*zip(train["image"], train["label"], strict=True), (None, 0)],
-        "Picture 120 of the s",
+        "Image 120 of the s",
     ),
     "bytes for pixel values": (
         lambda train: {"pixel_values": torch.full((9, 3, 8, 8), 255.0), "labels": torch.arange(9) % 4},
@@ -764,7 +764,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
     ("words", "complaint"),
     [
         (["--images", "missing.parquet"], "There is no file 'missing.parquet'."),
-        (["--label-column", "kind"], "The pictures have no column 'kind', only image, label."),
+        (["--label-column", "kind"], "The images have no column 'kind', only image, label."),
         (["--label-column", "image"], "The labels in 'image' are masks: name their classes by `--class-names`."),
         (["--eval-split", "test"], "A parquet file has no splits. Name a file to evaluate on by `--eval-images`."),
         (["--timestep", "1000"], "`timestep` must be an integer in [0, 1000)"),

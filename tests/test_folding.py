@@ -290,7 +290,9 @@ def test_half_of_diffusers_weights_and_more_are_gone():
     assert count / total <= 0.30
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the host by its old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks transformers by its old name
 def test_lora_trains_the_folded_layers_alone(classifier, pixels):
     classifier.config.timestep = TIMESTEP
     folded = classifier.fold()
@@ -472,7 +474,9 @@ def test_zeroed_channels_of_another_tap_stay_there(tmp_path):
             assert distance(got, expected) <= 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the host by its old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks transformers by its old name
 def test_adapters_on_the_patch_embedding_must_be_merged_too(classifier):
     classifier.config.timestep = TIMESTEP
     adapted = get_peft_model(classifier, LoraConfig(target_modules=["pos_embed.proj"], r=2))
@@ -492,7 +496,9 @@ def test_a_folded_model_is_not_folded_again(classifier):
         classifier.fold().fold()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the host by its old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks transformers by its old name
 def test_adapters_must_be_merged_first(classifier):
     classifier.config.timestep = TIMESTEP
     adapted = get_peft_model(classifier, LoraConfig(target_modules=["to_q"], r=2))
@@ -525,7 +531,7 @@ def test_what_is_no_longer_there_is_not_read(classifier, pixels, tmp_path):
         folded.extract_features(pixels, timestep=0)
     with pytest.raises(ValueError, match=r"was folded to be read at 1\.query"):
         folded.extract_features(pixels, block=0)
-    with pytest.raises(ValueError, match=r"there is nothing to choose"):
+    with pytest.raises(ValueError, match=r"there is nothing to select"):
         select_timestep(folded, pixels)
     with pytest.raises(ValueError, match=r"no layers to generate with"):
         folded.generate_latents(2)

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def difference(folded, model, given=None):
-    """The relative difference of what two models say of the same pictures."""
+    """The relative difference of what two models say of the same images."""
     given = images_of(model) if given is None else given
     with torch.no_grad():
         outputs, expected = folded(given), model(given)
@@ -270,7 +270,9 @@ def test_gradients_with_checkpoints_are_those_without(load, name):
         torch.testing.assert_close(gradients[1][key], gradient, msg=key)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the host by its old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks transformers by its old name
 def test_lora_trains_the_shared_layers(load, tmp_path):
     folded = load("dit", DiTForImageClassification, **SEVERAL, **HEAD).fold()
     adapted = get_peft_model(folded, LoraConfig(target_modules=["query_key_value", "down_projection"], r=2))

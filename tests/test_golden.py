@@ -34,7 +34,7 @@ def test_tokens(found, expected):
 
 
 def test_the_card(found, expected):
-    """But for its figures of the choice, which are compared above."""
+    """But for its figures of the selection, which are compared above."""
 
     def text(card):
         return [line for line in card.splitlines() if not line.startswith(("| score", "| confidence", "**How sure"))]

@@ -1,4 +1,4 @@
-"""What half precision changes: tokens by rounding alone, the chosen timestep by no more than a step of the grid."""
+"""What half precision changes: tokens by rounding alone, the selected timestep by no more than a step of the grid."""
 
 from importlib.resources import files
 
@@ -52,7 +52,7 @@ def test_the_chosen_timestep_moves_by_a_step_at_the_most(exact, chosen, sample, 
 
 
 def test_noise_is_added_before_anything_is_rounded():
-    """At t = 0 the noise is a hundredth of the picture: rounding that first would take the place of some of it."""
+    """At t = 0 the noise is a hundredth of the image: rounding that first would take the place of some of it."""
     model = DiTModel.from_pretrained(EMBEDDED, timestep=0, dtype=torch.bfloat16)
     pixels = torch.linspace(-1, 1, 28 * 28).reshape(1, 1, 28, 28)
     latents = model.encode(pixels)

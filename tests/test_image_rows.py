@@ -277,9 +277,7 @@ def test_an_image_of_another_kind_than_the_first_is_named():
     images = [array / 255 for array in ARRAYS * 3]
     images[10] = images[10] * 255
     read = ImageRows(images)
-    with pytest.raises(
-        ValueError, match=r"Picture 10 of the set has values from .* expected \[0, 1\] as in the others"
-    ):
+    with pytest.raises(ValueError, match=r"Image 10 of the set has values from .* expected \[0, 1\] as in the others"):
         read.image(read.row(10), 10)
 
 
@@ -288,7 +286,7 @@ def test_an_image_of_another_kind_than_the_first_is_named():
     [
         (lambda: DataLoader(MapStyle("pairs")), "Give the `dataset` of a DataLoader"),
         (lambda: datasets.DatasetDict(train=rows()), "Of a `DatasetDict` give one split"),
-        (lambda: rows().remove_columns("image"), "exactly one column of pictures, got columns label, name"),
+        (lambda: rows().remove_columns("image"), "exactly one column of images, got columns label, name"),
         (lambda: "folder", "got str"),
         (lambda: torch.zeros(3, 8, 8), "must have four axes"),
         (lambda: np.zeros((8, 8, 3)), "must have four axes"),

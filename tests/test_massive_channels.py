@@ -89,7 +89,7 @@ LOADED = {}
 
 
 def load(folder, pixels, **fields):
-    """The model whose timestep is chosen from `pixels`, the same each time: chosen once, and copied."""
+    """The model whose timestep is selected from `pixels`, the same each time: selected once, and copied."""
     fields = {"timestep": "auto", "block": 1, "feature": "hidden", **fields}
     if str(fields) not in LOADED:
         LOADED[str(fields)] = DiTModel.from_pretrained(folder, calibration_images=pixels, **fields)
@@ -153,7 +153,7 @@ def test_a_backbone_zeroes_each_stage_s_own_channels(dominated, pixels):
 
 
 def test_a_selection_is_applied_as_it_was_scored(dominated, pixels, tmp_path):
-    """README's way: choose, then take the choice with all that belongs to it."""
+    """README's way: select, then take the selection with all that belongs to it."""
     expected = load(dominated, pixels)
     model = DiTModel.from_pretrained(dominated, timestep=0, block=1, feature="hidden")
     model.apply_selection(select_timestep(model, pixels))
@@ -190,7 +190,7 @@ def test_channels_set_later_are_checked_where_they_are_used(dominated, pixels, c
     model = DiTModel.from_pretrained(dominated, timestep=5, block=1, feature="hidden", zeroed_channels=[])
     model.config.zeroed_channels = channels
     with pytest.raises(
-        ValueError, match=r"`zeroed_channels` must be integers in \[0, 16\) once the timestep is chosen"
+        ValueError, match=r"`zeroed_channels` must be integers in \[0, 16\) once the timestep is selected"
     ):
         model(pixels)
 
@@ -235,14 +235,14 @@ def test_a_fixed_timestep_in_the_residual_stream_of_a_large_transformer_is_warne
 
 
 def test_pictures_count_alike_in_the_search_whatever_the_batch(pixel_folder, pixels, monkeypatch):
-    """Seven pictures in batches of three: the last one must not weigh as much as three."""
+    """Seven images in batches of three: the last one must not weigh as much as three."""
     model = DiTModel.from_pretrained(pixel_folder, timestep=5, block=1, feature="hidden")
     found = []
     monkeypatch.setattr(
         "hf_aselect.selection.massive_channels.massive_channels",
         lambda shares: found.append(torch.stack(shares)) or [],
     )
-    # Each picture has a share of its own.
+    # Each image has a share of its own.
     monkeypatch.setattr(
         "hf_aselect.selection.massive_channels.outlier_share",
         lambda tokens: tokens.float().std(dim=-2).flatten(0, 1).double().mean(0),

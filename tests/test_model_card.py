@@ -34,7 +34,7 @@ FACTS = CardFacts(
 
 CARDS = {
     "classifier": FACTS,
-    # Several runs, a choice that is in doubt, and weights that are not for commercial use.
+    # Several runs, a selection that is in doubt, and weights that are not for commercial use.
     "doubtful": replace(
         FACTS,
         repo_id="me/clothes",
@@ -43,7 +43,7 @@ CARDS = {
         pictures="generated",
         score=0.51234,
         interval=(0.5, 0.52),
-        warnings=("The curve is flat: t = 61 is hardly better than t = 50.", "More pictures would help."),
+        warnings=("The curve is flat: t = 61 is hardly better than t = 50.", "More images would help."),
         accuracy=(0.87, 0.88, 0.86),
         baselines={"logistic regression on raw pixels": 0.83, "linear probe at t = 0": (0.8, 0.82)},
         base_model="facebook/DiT-XL-2-256",
@@ -146,7 +146,7 @@ def test_what_would_make_a_wrong_card_is_refused(facts):
 @pytest.mark.parametrize("name", CRITERIA)
 def test_how_the_timestep_was_chosen_is_said_of_each_criterion(name):
     card = render_card(CardFacts(model_name="Clothes", timestep=61, criterion=name))
-    (how,) = [line for line in card.splitlines() if line.startswith("Chosen by")]
+    (how,) = [line for line in card.splitlines() if line.startswith("Selected by")]
     needs = {"probe": "with labels.", "patch_probe": "with masks."}
     assert how.endswith(needs.get(name, "without labels or training."))
 
@@ -170,7 +170,7 @@ def test_the_card_is_of_the_models_task(task, auto):
 def test_what_is_unknown_is_left_out():
     card = render_card(CardFacts(model_name="Clothes", timestep=61))
     assert "None" not in card
-    assert "Chosen by" not in card
+    assert "Selected by" not in card
     for section in ("## Results", "## Training", "## Limits", "Command:", "license", "model-index"):
         assert section not in card
 

@@ -131,9 +131,7 @@ def test_the_cards_costs_are_the_measured_ones():
     rise = {(each["num_images"], each["num_timesteps"]): round(each["rise_mib"]) for each in cost["memory"]}
     for count, words in ((64, "64"), (4096, "4,096")):
         few, many = rise[count, 3], rise[count, 20]
-        assert (
-            f"| memory beside the model, {words} pictures, at 3 and at 20 timesteps | {few} and {many} MiB |" in card
-        )
+        assert f"| memory beside the model, {words} images, at 3 and at 20 timesteps | {few} and {many} MiB |" in card
         assert f"{words} images {few} MiB beside the model at 3 timesteps and {many} at 20" in readme
 
 
@@ -255,7 +253,7 @@ def test_the_code_of_a_sources_card_runs(name, tmp_path, pictures):
     build().save_pretrained(tmp_path / "source")
     (code,) = re.findall(r"```python\n(.*?)```", card(name), re.DOTALL)
     assert source in code
-    # The stand-in is smaller than the source, and so are its pictures.
+    # The stand-in is smaller than the source, and so are its images.
     code = code.replace(source, str(tmp_path / "source")).replace("image_size=512", "image_size=64")
     scope = {"pictures": pictures, "images": pictures}
     exec(compile(code, name, "exec"), scope)
@@ -296,7 +294,7 @@ def test_the_sources_cards_have_the_figures_of_their_file(tmp_path):
     cards = ROOT / "model_cards"
     for name in SOURCES:
         (tmp_path / name).mkdir()
-        # The figures are put in anew, whatever stands there.
+        # The figures are put in again, whatever stands there.
         text = re.sub(
             r"(<!-- reading_(?:cost|size): .*? -->\n).*?(<!-- end -->)", r"\1stale\n\2", card(name), flags=re.DOTALL
         )
@@ -489,17 +487,17 @@ def test_what_the_benchmark_on_cifar10_is_to_reach(cifar10):
         (found,) = [name for name in rows if all(word in name for word in words)]
         return 100 * statistics.mean(rows[found])
 
-    head = mean("DiT, chosen", "attention head")
+    head = mean("DiT, selected", "attention head")
     assert head - mean("random weights", "attention head") >= 12
     assert mean("LoRA") >= head
     others = ("raw pixels", "DiT, t = 0", "best t", "worst t", "all weights", "UNet (DDAE)", "EfficientNet")
     assert all(any(other in name for name in rows) for other in others)
-    # As many pictures as the UNet gets through in the core-hours of the DiT, which learnt on two cores.
+    # As many images as the UNet gets through in the core-hours of the DiT, which learned on two cores.
     assert {name: log[-1]["pictures"] for name, log in results["pretraining"].items()} == {
         "DiT": 1_320_000,
         "UNet": 254_016,
     }
-    linear = mean("DiT, chosen", "linear"), mean("random weights", "linear")
+    linear = mean("DiT, selected", "linear"), mean("random weights", "linear")
     quoted = (head, mean("random weights", "attention head"), *linear)
     readme = " ".join((ROOT / "examples" / "pretraining" / "README.md").read_text(encoding="utf-8").split())
     assert "{:.1f} % of the test images with an attention head (random weights: {:.1f} %)".format(*quoted) in readme

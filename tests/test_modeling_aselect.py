@@ -137,7 +137,7 @@ def test_without_a_checkpoint_the_weights_are_those_given(model):
 
 
 def test_there_is_no_text_configuration(model):
-    # The host takes a field of the name `decoder` for one.
+    # Transformers takes a field of the name `decoder` for one.
     assert model.config.get_text_config(decoder=True) is model.config
 
 
@@ -209,7 +209,7 @@ def test_a_classifiers_checkpoint_gives_its_backbone(classifier, pixels, tmp_pat
 
 def test_the_number_of_labels_can_change_on_loading(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
-    # The kind of error that the host raises, which is no ValueError.
+    # The kind of error that transformers raises, which is no ValueError.
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes=True"):
         DiTForImageClassification.from_pretrained(tmp_path, num_labels=7)
     again = DiTForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
@@ -310,7 +310,7 @@ def test_loading_without_pictures_chooses_from_those_that_the_transformer_makes(
         model = DiTModel.from_pretrained(pixel_folder, timestep="auto")
     assert model.config.timestep == model.config.selection["timestep"]
     assert model.config.selection["pictures"] == "generated"
-    assert "No pictures to choose a timestep from are given: the transformer makes" in caplog.text
+    assert "No images to select a timestep from are given: the transformer makes" in caplog.text
 
 
 def test_loading_with_pictures_chooses_and_records(pixel_folder, pictures):
@@ -350,7 +350,7 @@ def test_a_record_that_no_longer_fits_is_dropped(pixel_folder, pictures, tmp_pat
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((2, 1, 8, 8), "takes pictures of 3 channels, got 1"),
+        ((2, 1, 8, 8), "takes images of 3 channels, got 1"),
         ((2, 3, 8, 9), "must be multiples of 2 pixels .a token's side., got 8×9"),
         ((2, 3, 0, 8), "got 0×8"),
         ((3, 8, 8), r"must have shape \(B, C, H, W\), got \(3, 8, 8\)"),

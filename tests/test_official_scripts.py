@@ -1,4 +1,4 @@
-"""The calls of transformers' scripts for images, one after the other, on checkpoints of ours.
+"""The calls of transformers' scripts for images, one after the other, on hf_aselect checkpoints.
 
 As `run_image_classification.py`, `run_semantic_segmentation.py` and their `_no_trainer` forms make them
 (github.com/huggingface/transformers, examples/pytorch, 4.56); the scripts themselves are run by

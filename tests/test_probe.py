@@ -36,7 +36,7 @@ def test_a_constant_feature_does_no_harm():
 
 
 def test_the_strength_is_the_one_that_leaving_each_picture_out_prefers():
-    """Against scikit-learn: 40 noisy pictures, each predicted by a ridge that was fitted on the other 39."""
+    """Against scikit-learn: 40 noisy images, each predicted by a ridge that was fitted on the other 39."""
     features, labels = blobs(40, 0, 3.0)
     features = ((features - features.mean(0)) / features.std(0)).double()
     targets = one_hot(labels).double() * 2 - 1
@@ -71,7 +71,7 @@ def test_a_single_class_is_refused():
 
 
 def test_leaving_each_picture_out_is_training_on_the_others():
-    """Against scikit-learn at the strength that was chosen, which is found by trying all."""
+    """Against scikit-learn at the strength that was selected, which is found by trying all."""
     features, labels = blobs(40, 0, 3.0)
     standard = ((features - features.mean(0)) / features.std(0)).double()
     targets = one_hot(labels).double() * 2 - 1
@@ -123,7 +123,7 @@ def test_held_out_hits_are_those_of_a_classifier_of_the_other_folds():
 
 
 def test_what_comes_together_is_left_out_together():
-    """Rows of a picture tell of each other: left out one by one, they would be told right."""
+    """Rows of an image tell of each other: left out one by one, they would be told right."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.arange(40).repeat_interleave(4)
     features = torch.randn(40, 60, generator=generator)[pictures] + 0.01 * torch.randn(160, 60, generator=generator)
@@ -134,7 +134,7 @@ def test_what_comes_together_is_left_out_together():
 
 def test_one_fold_or_class_is_refused():
     for labels, folds in (([0, 0, 0], [0, 1, 2]), ([0, 1, 0], [0, 0, 0])):
-        with pytest.raises(ValueError, match="at least 2 classes, from at least 2 pictures"):
+        with pytest.raises(ValueError, match="at least 2 classes, from at least 2 images"):
             held_out_hits(torch.randn(3, 2), torch.tensor(labels), torch.tensor(folds))
 
 

@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    """Forty-eight colour pictures of 10 × 12 in two classes, dark and bright."""
+    """Forty-eight colour images of 10 × 12 in two classes, dark and bright."""
     path = tmp_path_factory.mktemp("data") / "train.parquet"
     generator = np.random.default_rng(0)
     values = generator.integers(0, 100, (48, 10, 12, 3)) + 150 * (np.arange(48) % 2)[:, None, None, None]
@@ -105,7 +105,7 @@ def test_one_step_moves_what_is_trained_by_its_gradient_alone(train, recipe):
 
 
 def test_the_best_epoch_is_told_by_training_pictures_that_are_not_trained_on(train, parquet, tmp_path):
-    # Ten of twelve labels are wrong, so that no share of the training pictures gives such a figure.
+    # Ten of twelve labels are wrong, so that no share of the training images gives such a figure.
     test = load_dataset("parquet", data_files=str(parquet), split="train").select(range(12))
     kind = test.features["label"]
     test = test.remove_columns("label").add_column("label", [0, 1] + 5 * [1, 0]).cast_column("label", kind)
@@ -117,7 +117,7 @@ def test_the_best_epoch_is_told_by_training_pictures_that_are_not_trained_on(tra
     assert not {row.tobytes() for row in picked["image"]} & {row.tobytes() for row in trained["image"]}
     first, second, last = (entry for entry in trainer.state.log_history if "eval_accuracy" in entry)
     assert trainer.state.best_metric == max(first["eval_accuracy"], second["eval_accuracy"])
-    # Of the test split, and the best epoch's, of whole pictures: what was saved gives the same.
+    # Of the test split, and the best epoch's, of whole images: what was saved gives the same.
     model = DiTForImageClassification.from_pretrained(tmp_path / "out")
     processor = ASelectImageProcessor.from_pretrained(tmp_path / "out")
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_with_persistent_workers_the_set_that_is_asked_for_is_judged(train):
 
 
 def test_a_share_that_cannot_hold_each_class_is_refused(train):
-    with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training pictures cannot hold each class"):
+    with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training images cannot hold each class"):
         train("attention_probe", "--held_out_share", "0.01")
 
 
@@ -203,7 +203,7 @@ def test_lora_moves_adapters_and_head_and_saves_them_alone(train, pixel_folder, 
 
 @pytest.mark.parametrize("recipe", ["linear_probe", "lora"])
 def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, caplog):
-    """Another choice (other pictures, another version, another machine) would not fit the head."""
+    """Another choice (other images, another version, another machine) would not fit the head."""
     words = ["--timestep", "auto", "--num_calibration_images", "8", "--save_steps", "1"]
     words += ["--per_device_train_batch_size", "24"]
     with caplog.at_level(logging.INFO, logger="hf_aselect"):
@@ -243,7 +243,7 @@ def test_a_frozen_backbone_is_not_chosen_for_again(train):
         (["--layer_decay", "1.5"], "--layer_decay must be in (0, 1], got 1.5"),
         (["--crop_share", "0"], "--crop_share must be in (0, 1], got 0.0"),
         (["--held_out_share", "-0.1"], "--held_out_share must be in [0, 1), got -0.1"),
-        (["--held_out_share", "0.1"], "sets pictures aside that nothing looks at: give --eval_strategy epoch"),
+        (["--held_out_share", "0.1"], "sets images aside that nothing looks at: give --eval_strategy epoch"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(words, complaint, capsys):
@@ -253,14 +253,14 @@ def test_arguments_that_would_do_nothing_are_refused(words, complaint, capsys):
 
 
 def test_a_recipe_is_not_abbreviated():
-    """The host would take it, and its arguments would not be the recipe's."""
+    """Transformers would take it, and its arguments would not be the recipe's."""
     with pytest.raises(ValueError, match=r"not used by the HfArgumentParser: .*--recip"):
         TRAIN.parse(["--model_name_or_path", "x", "--output_dir", "out", "--recip", "lora"])
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "checkpoint"])
 def test_the_card_of_an_adapter_loads_it(train, kind, pixel_folder, tmp_path, monkeypatch):
-    """Its base may be what diffusers saved, or a checkpoint of ours without a head, at another timestep."""
+    """Its base may be what diffusers saved, or an hf_aselect checkpoint without a head, at another timestep."""
     words = ["--timestep", "7", "--feature", "value"]
     if kind == "checkpoint":
         DiTModel.from_pretrained(pixel_folder, timestep=300).save_pretrained(tmp_path / "base")

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    """Forty-eight colour pictures of 10 × 12 in two classes."""
+    """Forty-eight colour images of 10 × 12 in two classes."""
     path = tmp_path_factory.mktemp("data") / "train.parquet"
     values = np.random.default_rng(0).integers(0, 256, (48, 10, 12, 3), dtype=np.uint8)
     columns = {"image": [PILImage.fromarray(value) for value in values], "label": (np.arange(48) % 2).tolist()}
@@ -62,7 +62,7 @@ def loop_words(pixel_folder, parquet, output):
 
 @pytest.fixture(scope="module")
 def noisy_folder(pixel_folder, tmp_path_factory):
-    """A checkpoint of ours whose training draws numbers: fresh noise for each picture."""
+    """A checkpoint of ours whose training draws numbers: fresh noise for each image."""
     folder = tmp_path_factory.mktemp("noisy")
     DiTModel.from_pretrained(pixel_folder, timestep=5, resample_noise_in_training=True).save_pretrained(folder)
     return folder

@@ -179,7 +179,7 @@ def test_an_index_cannot_name_pickles(in_shards, canary, name):
 
 
 def test_shards_of_other_names_are_refused_wherever_they_come_from(in_shards, canary, monkeypatch):
-    # Of a repository of the Hub the index is read by the host alone.
+    # Of a repository of the Hub the index is read by transformers alone.
     monkeypatch.setattr("hf_aselect.model.modeling_aselect.check_files", lambda *_: None)
     (in_shards / "pytorch_model.bin").write_bytes(canary[0])
     with_index(in_shards, lambda names: {**names, next(iter(names)): "pytorch_model.bin"})
@@ -337,7 +337,7 @@ def test_a_parser_refuses_what_it_does_not_take(name):
     found = fuzz(name, executions=200, seconds=5, seed=1)
     assert found.failures == []
     assert found.executions >= 20
-    # A parser that refuses everything has not been tried.
+    # A parser that rejects everything has not been tried.
     assert found.taken > 0
 
 

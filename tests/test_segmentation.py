@@ -1,4 +1,4 @@
-"""Dense models: backbone, decoders, the host's heads on a DiT, masks and the metric."""
+"""Dense models: backbone, decoders, transformers' heads on a DiT, masks and the metric."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,7 +56,7 @@ SHALLOW = {**build_transformer().config, "_class_name": "DiTTransformer2DModel",
 
 @pytest.fixture(scope="module")
 def deep_folder(tmp_path_factory):
-    """A DiT of eight blocks on RGB pictures of 8 × 8: enough for four stages."""
+    """A DiT of eight blocks on RGB images of 8 × 8: enough for four stages."""
     folder = tmp_path_factory.mktemp("deep")
     transformer = build_transformer(num_layers=8)
     transformer.save_pretrained(folder)
@@ -124,7 +124,7 @@ def test_a_backbone_is_loaded_from_what_any_of_our_models_saved(deep_folder, pix
     backbone.save_pretrained(tmp_path / "saved")
     config = AutoConfig.from_pretrained(tmp_path / "saved")
     assert config.out_indices == [1, 4] and config.out_features == ["stage1", "stage4"]
-    # Of the host's `AutoBackbone`, from_pretrained knows ids of the Hub alone: test_diffusers_files.py has one.
+    # Of transformers' `AutoBackbone`, from_pretrained knows ids of the Hub alone: test_diffusers_files.py has one.
     assert isinstance(AutoBackbone.from_config(config), DiTBackbone)
 
 
@@ -226,7 +226,7 @@ class TellingModel:
 
 
 def halves(count):
-    """Pictures of a bright and a dark half, and their masks; a row of no class."""
+    """Images of a bright and a dark half, and their masks; a row of no class."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(count, 8, 8, dtype=torch.long)
     for mask, side in zip(masks, torch.randint(0, 4, (count,), generator=generator), strict=True):
@@ -248,8 +248,8 @@ def test_the_probe_of_patches_finds_the_timestep_that_tells_their_class():
 def test_few_images_with_masks_are_not_advised_to_be_none():
     images, masks = halves(8)
     record = select_timestep(TellingModel(), images, criterion="probe", labels=list(masks), timesteps=[0, 300])
-    (few,) = [text for text in record.warnings if text.startswith("it rests on 8 pictures")]
-    assert few.endswith("however sure it seems. Give more pictures.")
+    (few,) = [text for text in record.warnings if text.startswith("it rests on 8 images")]
+    assert few.endswith("however sure it seems. Give more images.")
 
 
 def test_masks_of_a_dataset_are_cut_and_resized_with_its_pictures(deep_folder):
@@ -278,7 +278,7 @@ def test_a_patch_has_the_class_of_most_of_its_pixels(deep_folder):
     pictures = CalibrationPictures(torch.zeros(1, 3, 4, 4), config, 1, 0)
     mask = torch.tensor([[0, 2, 255, 255], [2, 2, 255, 255], [255, 255, 1, 1], [255, 0, 0, 1]])
     assert pictures.patch_labels(0, mask, 2, 2, 255).tolist() == [2, -1, 0, 1]
-    with pytest.raises(ValueError, match=r"A mask has shape \(4, 3\), its picture \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"A mask has shape \(4, 3\), its image \(4, 4\)"):
         pictures.patch_labels(0, mask[:, :3], 2, 2, 255)
 
 
@@ -286,7 +286,7 @@ def test_a_probe_of_patches_needs_masks(deep_folder, pixels):
     model = DiTModel.from_pretrained(deep_folder, timestep=50)
     with pytest.raises(ValueError, match="needs masks as `labels`"):
         select_timestep(model, pixels, criterion="patch_probe", labels=[0, 1, 0, 1, 0, 1, 0])
-    with pytest.raises(ValueError, match="There must be a mask for each picture, got 2 masks for 7 pictures"):
+    with pytest.raises(ValueError, match="There must be a mask for each image, got 2 masks for 7 images"):
         select_timestep(model, pixels, criterion="probe", labels=[np.zeros((8, 8), dtype=int)] * 2)
     with pytest.raises(ValueError, match="`num_patches` of 'patch_probe' must be at least 1, got 0"):
         PatchProbe(num_patches=0)
@@ -296,7 +296,7 @@ def test_a_probe_of_patches_needs_masks(deep_folder, pixels):
 def test_a_segmenter_trains_with_trainer_and_segments_in_a_pipeline(
     deep_folder, pixels, labels, tmp_path, decoder, monkeypatch
 ):
-    # The host's logger does not propagate.
+    # Transformers' logger does not propagate.
     complaints = []
     monkeypatch.setattr("transformers.pipelines.base.logger.error", complaints.append)
     model = load(deep_folder, decoder)
@@ -317,7 +317,7 @@ def test_a_segmenter_trains_with_trainer_and_segments_in_a_pipeline(
 
 
 def test_accumulated_gradients_of_a_segmenter_are_those_of_one_batch(deep_folder, pixels, labels, tmp_path):
-    # One picture, as the decoder's batch norm sees each batch alone.
+    # One image, as the decoder's batch norm sees each batch alone.
     rows = [{"pixel_values": pixels[0], "labels": labels[0]}] * 4
     weights = []
     for size in (4, 1):
@@ -496,7 +496,7 @@ def processor():
 
 
 def gradient(height, width):
-    """A picture whose red is its row and green its column, and a mask of its quarters."""
+    """An image whose red is its row and green its column, and a mask of its quarters."""
     rows, columns = np.mgrid[:height, :width]
     picture = np.stack([rows * 255 // height, columns * 255 // width, 0 * rows], axis=-1).astype(np.uint8)
     mask = (2 * (rows >= height // 2) + (columns >= width // 2)).astype(np.uint8)
@@ -510,7 +510,7 @@ def test_a_mask_is_cut_and_resized_as_its_picture(processor, size, crop):
     batch = processor(picture, mask, do_center_crop=crop, return_tensors="pt")
     assert batch.pixel_values.shape == (1, 3, 8, 8) and batch.labels.shape == (1, 8, 8)
     assert batch.labels.dtype == torch.int64
-    # The picture tells where its middle is.
+    # The image tells where its middle is.
     red, green = batch.pixel_values[0, 0], batch.pixel_values[0, 1]
     expected = 2 * (red > 0).long() + (green > 0).long()
     far = (red.abs() > 0.15) & (green.abs() > 0.15)  # pixels at the border are a matter of rounding
@@ -538,8 +538,8 @@ def test_labels_can_be_reduced(processor):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((8, 9), dtype=np.uint8), r"A mask has 8×9 pixels and its picture 8×8; they must be equal"),
-        (Image.new("RGB", (8, 8)), "got a picture of mode RGB. Map its colours to indices"),
+        (np.zeros((8, 9), dtype=np.uint8), r"A mask has 8×9 pixels and its image 8×8; they must be equal"),
+        (Image.new("RGB", (8, 8)), "got an image of mode RGB. Map its colours to indices"),
         (np.zeros((8, 8, 3), dtype=np.uint8), r"integers of shape \(H, W\)"),
         (np.zeros((8, 8)), "got float64"),
         (np.zeros((0, 8), dtype=np.uint8), r"A mask is empty: it has shape \(0, 8\)"),
@@ -553,7 +553,7 @@ def test_bad_masks_are_refused(processor, mask, message):
 
 
 def test_as_many_masks_as_pictures_are_wanted(processor):
-    with pytest.raises(ValueError, match="Got 1 masks for 2 pictures"):
+    with pytest.raises(ValueError, match="Got 1 masks for 2 images"):
         processor([np.zeros((8, 8, 3), dtype=np.uint8)] * 2, [np.zeros((8, 8), dtype=np.uint8)])
 
 
@@ -565,7 +565,7 @@ class Logits:
 
 @pytest.mark.parametrize("do_resize", [True, False])
 def test_a_mask_lies_where_the_model_saw_the_picture(do_resize):
-    """A picture of 8 × 24 is cut to its middle third; what is left and right of it was not seen."""
+    """An image of 8 × 24 is cut to its middle third; what is left and right of it was not seen."""
     processor = ASelectImageProcessor(size=8, do_resize=do_resize)
     (mask,) = processor.post_process_semantic_segmentation(Logits, target_sizes=[(8, 24)])
     assert mask.tolist() == [[1] * 10 + [2] * 14] * 8
@@ -586,7 +586,7 @@ def test_a_mask_covers_a_picture_that_was_seen_whole():
 
 
 def corner(rows, columns):
-    """A black picture whose left quarter is white."""
+    """A black image whose left quarter is white."""
     values = np.zeros((rows, columns, 3), dtype=np.uint8)
     values[:, : columns // 4] = 255
     return Image.fromarray(values)

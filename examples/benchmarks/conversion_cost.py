@@ -1,4 +1,4 @@
-"""What it takes to convert a full-size checkpoint: seconds, peak memory, bytes; and to classify a picture with it.
+"""What it takes to convert a full-size checkpoint: seconds, peak memory, bytes; and to classify an image with it.
 
     python examples/benchmarks/conversion_cost.py --work_dir /tmp/dit-xl --output cost.json
     python examples/benchmarks/conversion_cost.py --work_dir /tmp/pixart --pipeline pixart-sigma --output cost.json
@@ -138,7 +138,7 @@ def convert(source: Path, output: Path, dtype: str | None) -> dict[str, float]:
 
 
 def classify(source: Path) -> dict[str, float]:
-    """Load a classifier and classify one picture of 256 × 256; return what it cost."""
+    """Load a classifier and classify one image of 256 × 256; return what it cost."""
     from hf_aselect import ASelectImageProcessor, DiTForImageClassification
 
     started = time.monotonic()

@@ -7,7 +7,8 @@
 
 Several read-outs of one pass at one timestep, each pooled in every way, under a linear head in closed form
 (`fit_head`) that is fitted to all training images, and to few: of each class as many, drawn by five seeds. `--output`
-holds every accuracy on the test images; a pair that is there already is measured anew. `--summarize` prints the table.
+holds every accuracy on the test images; a pair that is there already is measured again. `--summarize` prints
+the table.
 """
 
 import argparse

@@ -10,7 +10,7 @@
 
 What is compared takes turns, and ratios are those of each round, of which the median is taken. Seconds are those of
 the wall clock and of the processor (of all threads together): beside other work only the latter say what something
-costs. The file grows section by section, and its tables are printed; `--sections` measures some anew.
+costs. The file grows section by section, and its tables are printed; `--sections` measures some again.
 """
 
 import argparse

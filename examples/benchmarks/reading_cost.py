@@ -1,12 +1,12 @@
-"""What reading a published transformer at its default tap takes: parameters, seconds a picture, peak memory.
+"""What reading a published transformer at its default tap takes: parameters, seconds an image, peak memory.
 
     python examples/benchmarks/reading_cost.py --output model_cards/reading_cost.json
     python examples/benchmarks/reading_cost.py --output model_cards/reading_cost.json --cards model_cards
 
 No weights can be downloaded everywhere, and time and memory do not depend on them: each transformer is built with
 random ones, in bfloat16, as far as its default tap and no further, with its VAE encoder in float32, and reads one
-picture. The median of some runs after a first one. Each source runs in a process of its own; the largest, FLUX.1,
-takes some 16 GB. With `--source` some alone are measured anew. The second command measures nothing and puts the
+image. The median of some runs after a first one. Each source runs in a process of its own; the largest, FLUX.1,
+takes some 16 GB. With `--source` some alone are measured again. The second command measures nothing and puts the
 figures into the cards that ask for them.
 """
 
@@ -264,7 +264,7 @@ def cut(config: dict[str, object], block: int) -> dict[str, object]:
 
 
 def measure(name: str, num_runs: int) -> dict[str, object]:
-    """Read one picture with random weights; return what it took."""
+    """Read one image with random weights; return what it took."""
     class_name, _, vae, prompt_shapes, image_size = SOURCES[name]
     whole = whole_transformer(name)
     full = {**whole.config, "_class_name": class_name}
@@ -351,7 +351,7 @@ def size_table(names: list[str]) -> str:
 def table(results: dict[str, dict[str, float]], names: list[str]) -> str:
     """Return the figures of some sources as a Markdown table."""
     lines = [
-        "| source | parameters | read for the default tap | picture | tokens | seconds a picture | peak memory |",
+        "| source | parameters | read for the default tap | image | tokens | seconds an image | peak memory |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
@@ -370,7 +370,7 @@ def fill_cards(results: dict[str, dict[str, float]], folder: Path) -> None:
     """Put the figures into the cards of a folder, between the marks that name the sources."""
     marks = re.compile(r"(<!-- reading_cost: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
     note = (
-        "\n\nRandom weights in bfloat16, the VAE encoder in float32, one picture at a time on two CPU cores, the\n"
+        "\n\nRandom weights in bfloat16, the VAE encoder in float32, one image at a time on two CPU cores, the\n"
         "median of three runs (`examples/benchmarks/reading_cost.py`). What comes after the tap is never run; here\n"
         "it was not built either, while `from_pretrained` maps the whole checkpoint and reads it as it runs.\n"
     )

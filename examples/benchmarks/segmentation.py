@@ -5,9 +5,9 @@ r"""What does the timestep do for segmentation? A DiT under both decoders at eve
         --class_names sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist \
         --image_size 72 96 --output_dir segmentation
 
-Mean intersection over union on the test pictures, of `--seeds` trainings each: the linear decoder and UperNet on the
-frozen DiT at every timestep of a grid, with the one that `select_timestep` chose (without labels, from the training
-pictures) and t = 0 among them; the same at the chosen timestep on a DiT of random weights; a multi-layer perceptron on
+Mean intersection over union on the test images, of `--seeds` trainings each: the linear decoder and UperNet on the
+frozen DiT at every timestep of a grid, with the one that `select_timestep` selected (without labels, from the training
+images) and t = 0 among them; the same at the selected timestep on a DiT of random weights; a multi-layer perceptron on
 the colour of single pixels; and a UNet of about the DiT's size, trained whole. All see the same crops: UperNet and
 UNet `--num_epochs` times, the other two, which have little to learn, `--num_linear_epochs` times. Tokens of a timestep
 are read once and kept in half precision; each finished training is a file in `OUTPUT_DIR/runs`, so that a run that was
@@ -50,24 +50,24 @@ DECODERS = ("linear", "upernet")
 
 @dataclass
 class BenchmarkArguments:
-    """Which DiT, which pictures, how long, where to write."""
+    """Which DiT, which images, how long, where to write."""
 
     output_dir: str = field(metadata={"help": "Folder for the results."})
     model_name_or_path: str = field(metadata={"help": "The DiT."})
-    train_file: str = field(metadata={"help": "Parquet file with pictures and masks."})
-    test_file: str = field(metadata={"help": "Parquet file with pictures and masks."})
+    train_file: str = field(metadata={"help": "Parquet file with images and masks."})
+    test_file: str = field(metadata={"help": "Parquet file with images and masks."})
     class_names: str = field(metadata={"help": "Names of the classes, with commas."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
     annotation_column: str = field(default="annotation", metadata={"help": "Column with the masks."})
     ignore_index: int = field(default=255, metadata={"help": "Value of mask pixels that have no class."})
     image_size: list[int] = field(default_factory=lambda: [72, 96], metadata={"help": "Height and width."})
     num_timesteps: int = field(default=8, metadata={"help": "Timesteps of the grid, evenly spaced in log-SNR."})
-    num_views: int = field(default=4, metadata={"help": "Crops of each training picture, half of them mirrored."})
+    num_views: int = field(default=4, metadata={"help": "Crops of each training image, half of them mirrored."})
     min_crop: float = field(default=0.6, metadata={"help": "Least side of a crop, as a share of the whole."})
     num_epochs: int = field(default=3, metadata={"help": "Times that UperNet and the UNet see each crop."})
     num_linear_epochs: int = field(default=10, metadata={"help": "Times that the linear decoder and the MLP do."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, with one cycle."})
-    batch_size: int = field(default=16, metadata={"help": "Pictures a step."})
+    batch_size: int = field(default=16, metadata={"help": "Images a step."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the trainings."})
     part: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Which share of how many to do."})
     summarize: bool = field(default=False, metadata={"help": "Only write table, figures and curve."})
@@ -88,7 +88,7 @@ class Job:
 
 
 class Benchmark:
-    """Pictures, masks and the DiT."""
+    """Images, masks and the DiT."""
 
     def __init__(self, args: BenchmarkArguments) -> None:
         self.args, self.folder = args, Path(args.output_dir)
@@ -120,7 +120,7 @@ class Benchmark:
         return model
 
     def batches(self, split: str) -> tuple[Tensor, Tensor]:
-        """Return pixel values, (n, C, H, W), and masks, (n, H, W): crops of training pictures, or whole test ones."""
+        """Return pixel values, (n, C, H, W), and masks, (n, H, W): crops of training images, or whole test ones."""
         rows = self.train if split == "train" else self.test
         images, masks = rows[self.args.image_column][:], rows[self.args.annotation_column][:]
         if split == "train":
@@ -137,7 +137,7 @@ class Benchmark:
     def crop(
         self, image: Image.Image, mask: Image.Image, generator: torch.Generator
     ) -> tuple[Image.Image, Image.Image]:
-        """Return a random part of a picture in its own proportions, mirrored half of the time, and of its mask."""
+        """Return a random part of an image in its own proportions, mirrored half of the time, and of its mask."""
         share, left, top, mirror = torch.rand(4, generator=generator).tolist()
         share = self.args.min_crop + share * (1 - self.args.min_crop)
         width, height = round(share * image.width), round(share * image.height)
@@ -148,7 +148,7 @@ class Benchmark:
         return pair[0], pair[1]
 
     def selection(self) -> dict[str, Any]:
-        """Return the choice of the timestep, made once."""
+        """Return the selection of the timestep, made once."""
         path = self.folder / "selection.json"
         if not path.exists():
             record = select_timestep(self.load("linear"), self.train.select_columns([self.args.image_column]))
@@ -204,7 +204,7 @@ class Benchmark:
             if job.timestep is None:
                 inputs = {split: [values] for split, values in pixels.items()}
             else:
-                # Random weights are drawn anew for each seed.
+                # Random weights are drawn again for each seed.
                 key = (job.timestep, job.is_random, seed if job.is_random else None)
                 if read[0] != key:
                     read = (key, self.maps(job, seed, pixels))
@@ -245,7 +245,7 @@ class Benchmark:
     def train_and_test(
         self, job: Job, seed: int, inputs: dict[str, list[Tensor]], masks: dict[str, Tensor]
     ) -> dict[str, Any]:
-        """Train from scratch and return the figures on the test pictures."""
+        """Train from scratch and return the figures on the test images."""
         args = self.args
         set_seed(seed)
         model, logits_of = self.build(job, inputs["train"])
@@ -285,7 +285,7 @@ class Benchmark:
 
 
 def collect(args: BenchmarkArguments) -> dict[str, Any]:
-    """Return everything that is known: arguments, the choice, and all runs."""
+    """Return everything that is known: arguments, the selection, and all runs."""
     folder = Path(args.output_dir)
     kept = {name: value for name, value in asdict(args).items() if name not in ("output_dir", "part", "summarize")}
     # Names of files, not paths: they say nothing to another machine.
@@ -321,15 +321,15 @@ def table_of(content: dict[str, Any]) -> str:
             difference = f"{statistics.mean(each):+.2f} ({min(each):+.2f} to {max(each):+.2f})"
         return f"{statistics.mean(values):.2f} | {', '.join(f'{value:.2f}' for value in values)} | {difference} |"
 
-    lines = ["| decoder | features | mIoU, mean | seeds | against the chosen t |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| decoder | features | mIoU, mean | seeds | against the selected t |", "| --- | --- | --- | --- | --- |"]
     for decoder in reversed(DECODERS):
         own = figures_of(content, decoder, chosen)
         means = {t: statistics.mean(figures_of(content, decoder, t)) for t in timesteps_of(content, decoder)}
         best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
         over = statistics.mean(means.values())
         lines += [
-            f"| {decoder} | t = {chosen}, chosen without labels | {cells(own)}",
-            f"| {decoder} | best t = {best}, by the test pictures | {cells(figures_of(content, decoder, best), own)}",
+            f"| {decoder} | t = {chosen}, selected without labels | {cells(own)}",
+            f"| {decoder} | best t = {best}, by the test images | {cells(figures_of(content, decoder, best), own)}",
             f"| {decoder} | t = 0 | {cells(figures_of(content, decoder, 0), own)}",
             f"| {decoder} | random t (mean over the grid) | {over:.2f} |  | {over - statistics.mean(own):+.2f} |",
             f"| {decoder} | worst t = {worst} | {cells(figures_of(content, decoder, worst), own)}",
@@ -354,9 +354,9 @@ def draw(path: Path, content: dict[str, Any]) -> None:
         )
         random = statistics.mean(figures_of(content, decoder, chosen, is_random=True))
         axes.axhline(random, color=colour, linestyle="--", linewidth=1, label=f"{decoder}, random weights")
-    axes.axvline(timesteps.index(chosen), color="black", linestyle=":", label=f"chosen, t = {chosen}")
+    axes.axvline(timesteps.index(chosen), color="black", linestyle=":", label=f"selected, t = {chosen}")
     axes.set_xticks(places, [str(t) for t in timesteps])
-    axes.set(xlabel="timestep (0 = least noise)", ylabel="mIoU on test pictures, %")
+    axes.set(xlabel="timestep (0 = least noise)", ylabel="mIoU on test images, %")
     axes.legend(frameon=False, fontsize=8)
     temporary = path.with_suffix(".incomplete.png")
     figure.savefig(temporary, dpi=130)

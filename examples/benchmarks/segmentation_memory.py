@@ -1,11 +1,11 @@
-"""What memory segmenting one picture of 512 × 512 takes, against diffusers' own forward of the same tokens.
+"""What memory segmenting one image of 512 × 512 takes, against diffusers' own forward of the same tokens.
 
     python examples/benchmarks/segmentation_memory.py --source path/to/a/pipeline --output memory.json
 
 `--source` is a pipeline that diffusers saved, DiT-XL/2 for instance (`conversion_cost.py --work_dir DIR` leaves one of
-random weights in `DIR/pipeline`): a picture of 512 × 512 is 1,024 tokens. Each measurement is a process of its own:
+random weights in `DIR/pipeline`): an image of 512 × 512 is 1,024 tokens. Each measurement is a process of its own:
 diffusers' transformer, loaded and run on latents of that size; and `DiTForSemanticSegmentation` by either decoder
-(UperNet of the default 512 channels), loaded and run on a picture, its VAE encoder included. Peak memory is the
+(UperNet of the default 512 channels), loaded and run on an image, its VAE encoder included. Peak memory is the
 kernel's count (`ru_maxrss`) less that of a process that has imported the same and loaded nothing; medians.
 """
 

@@ -1,10 +1,10 @@
-r"""What does a choice of the timestep cost, and does another seed choose the same?
+r"""What does a selection of the timestep cost, and does another seed select the same?
 
     python examples/benchmarks/selection_cost.py --model_name_or_path src/hf_aselect/assets/fashion_mnist \
         --image_file fashion-mnist/train.parquet --output_dir cost
 
 Seconds and forward passes of the default selection (median of several), the choices of 20 seeds, each with other
-noise and other pictures, and the memory that a selection takes with 64 and with 4,096 pictures, at 3 and at 20
+noise and other images, and the memory that a selection takes with 64 and with 4,096 images, at 3 and at 20
 timesteps. Memory is measured on Linux, each in a process of its own: how far the peak rises above what the process
 held just before, after a first small selection. Everything is in `OUTPUT_DIR/cost.json`.
 """
@@ -30,16 +30,16 @@ from hf_aselect.selection.criteria import CRITERIA
 
 @dataclass
 class CostArguments:
-    """Which model, which pictures, where to write."""
+    """Which model, which images, where to write."""
 
     model_name_or_path: str = field(metadata={"help": "The DiT."})
-    image_file: str = field(metadata={"help": "Parquet file with pictures."})
+    image_file: str = field(metadata={"help": "Parquet file with images."})
     output_dir: str = field(metadata={"help": "Folder for cost.json."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
     criterion: str | None = field(default=None, metadata={"help": "Criterion. Default: that of `select_timestep`."})
-    num_seeds: int = field(default=20, metadata={"help": "Seeds of noise and pictures."})
+    num_seeds: int = field(default=20, metadata={"help": "Seeds of noise and images."})
     num_images: list[int] = field(
-        default_factory=lambda: [64, 4096], metadata={"help": "Numbers of pictures whose peak memory is compared."}
+        default_factory=lambda: [64, 4096], metadata={"help": "Numbers of images whose peak memory is compared."}
     )
     num_timesteps: list[int] = field(
         default_factory=lambda: [3, 20], metadata={"help": "Numbers of timesteps whose peak memory is compared."}
@@ -51,7 +51,7 @@ class CostArguments:
 
 
 def load(args: CostArguments) -> tuple[DiTModel, Dataset, dict[str, Any]]:
-    """Return the model, the pictures and the options of a selection."""
+    """Return the model, the images and the options of a selection."""
     model = DiTModel.from_pretrained(args.model_name_or_path, timestep=0)
     images = load_dataset("parquet", data_files=args.image_file, split="train").select_columns([args.image_column])
     return model, images, {} if args.criterion is None else {"criterion": args.criterion}
@@ -64,17 +64,17 @@ def mebibytes(name: str) -> float:
 
 
 def measure_memory(args: CostArguments) -> None:
-    """Print as JSON how far the peak rises while some pictures are read at some timesteps."""
+    """Print as JSON how far the peak rises while some images are read at some timesteps."""
     count, num_timesteps = args.num_images[0], args.num_timesteps[0]
     model, images, options = load(args)
     if len(images) < count:
-        raise ValueError(f"{args.image_file} has {len(images)} pictures, fewer than {count}.")
+        raise ValueError(f"{args.image_file} has {len(images)} images, fewer than {count}.")
     criterion = CRITERIA[
         options.get("criterion") or inspect.signature(select_timestep).parameters["criterion"].default
     ]
-    # All pictures in the first round, so that none are left out for a choice that is sure before.
+    # All images in the first round, so that none are left out for a selection that is sure before.
     in_one_round = type("InOneRound", (type(criterion),), {"first_round": count})()
-    # What the first pass allocates once is none of the pictures' or of the timesteps'.
+    # What the first pass allocates once is none of the images' or of the timesteps'.
     select_timestep(model, images, max_images=8, timesteps=[0, 500], **options)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here on
     before = mebibytes("VmRSS")

@@ -79,21 +79,21 @@ Hits = dict[tuple[str, Tap], np.ndarray]
 
 @dataclass
 class BenchmarkArguments:
-    """Which pair, how many pictures, where to write."""
+    """Which pair, how many images, where to write."""
 
     output_dir: str = field(metadata={"help": "Folder for NAME.json and, with --summarize, table.md."})
     name: str | None = field(default=None, metadata={"help": "Name of the pair."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The DiT."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and labels."})
-    test_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and labels."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and labels."})
+    test_file: str | None = field(default=None, metadata={"help": "Parquet file with images and labels."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices."})
     annotation_column: str | None = field(
         default=None, metadata={"help": "Column with maps of class indices, 255 where there is none: segmentation."}
     )
     ignore_index: int = field(default=UNLABELLED, metadata={"help": "Class index that stands for no label."})
-    num_train: int = field(default=1500, metadata={"help": "Pictures that a ridge classifier is fitted to."})
-    num_test: int = field(default=2500, metadata={"help": "Pictures that it is tried on."})
+    num_train: int = field(default=1500, metadata={"help": "Images that a ridge classifier is fitted to."})
+    num_test: int = field(default=2500, metadata={"help": "Images that it is tried on."})
     attention_features: list[str] = field(
         default_factory=lambda: ["hidden", "query"],
         metadata={"help": "Features that an attention head is trained on, too; 'none' for no such head."},
@@ -102,16 +102,16 @@ class BenchmarkArguments:
         default_factory=list,
         metadata={"help": "Those of them that it is also trained on without the mean of each position taken out."},
     )
-    num_attention_train: int = field(default=1500, metadata={"help": "Pictures that the head is trained on."})
+    num_attention_train: int = field(default=1500, metadata={"help": "Images that the head is trained on."})
     num_timesteps: int = field(default=20, metadata={"help": "Timesteps of the exhaustive search."})
-    num_measured: int = field(default=128, metadata={"help": "Pictures for RankMe, alpha-ReQ and LiDAR."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures in one forward pass."})
+    num_measured: int = field(default=128, metadata={"help": "Images for RankMe, alpha-ReQ and LiDAR."})
+    batch_size: int = field(default=64, metadata={"help": "Images in one forward pass."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of the selections."})
     looked_at_once: bool = field(
         default=False, metadata={"help": "Whether nothing was developed with this pair in sight."}
     )
     own_pictures: bool = field(
-        default=True, metadata={"help": "Also select on pictures that the DiT makes itself, which takes longest."}
+        default=True, metadata={"help": "Also select on images that the DiT makes itself, which takes longest."}
     )
     search_only: bool = field(
         default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
@@ -120,13 +120,13 @@ class BenchmarkArguments:
 
 
 class Pair:
-    """A DiT and a dataset: what every timestep and tap is worth, and what each way of choosing loses."""
+    """A DiT and a dataset: what every timestep and tap is worth, and what each way of selecting loses."""
 
     def __init__(self, args: BenchmarkArguments) -> None:
         self.args = args
         self.model = DiTModel.from_pretrained(args.model_name_or_path, timestep=0)
         self.head = self.model.config.head
-        self.saved_seconds = 0.0  # that pictures of its own would have taken to make again
+        self.saved_seconds = 0.0  # that images of its own would have taken to make again
         self.make_own_pictures_once()
         self.processor = ASelectImageProcessor.from_model_config(self.model.config)
         self.train = sample(args.train_file, args.num_train)
@@ -142,22 +142,22 @@ class Pair:
 
     @property
     def per_picture(self) -> bool:
-        """Whether a label belongs to a picture rather than to a patch."""
+        """Whether a label belongs to an image rather than to a patch."""
         return self.args.annotation_column is None
 
     def pixel_values(self, rows: Dataset) -> Tensor:
-        """Return pictures as (n, C, H, W)."""
+        """Return images as (n, C, H, W)."""
         return self.processor(rows[self.args.image_column][:], return_tensors="pt").pixel_values
 
     def read_labels(self, rows: Dataset) -> np.ndarray:
-        """Return the label of each picture, (n,), or of each of its patches, (n, N)."""
+        """Return the label of each image, (n,), or of each of its patches, (n, N)."""
         if self.per_picture:
             return np.array(rows[self.args.label_column][:])
         side = self.model.config.image_size
         cells = side // self.model.config.patch_pixels
         labels = []
         for annotation in rows[self.args.annotation_column][:]:
-            # The same resizing and centre crop as the picture's, without mixing classes.
+            # The same resizing and centre crop as the image's, without mixing classes.
             scale = side / min(annotation.size)
             width, height = (round(scale * size) for size in annotation.size)
             resized = np.array(annotation.resize((width, height), Image.Resampling.NEAREST))
@@ -181,7 +181,7 @@ class Pair:
                 drawn = noise[start : start + self.args.batch_size]
                 noised = self.model.noise_schedule.add_noise(batch, drawn, timesteps)
             for tap, tokens in self.model._read_taps(noised, timesteps, self.taps).items():
-                # Whole tokens of thousands of pictures are kept only where a classifier reads them.
+                # Whole tokens of thousands of images are kept only where a classifier reads them.
                 keep = noise is None and (not self.per_picture or tap in self.attention_taps)
                 parts[tap].append(tokens if keep else tokens.mean(1, keepdim=True))
         return {tap: torch.cat(values) for tap, values in parts.items()}
@@ -189,7 +189,7 @@ class Pair:
     def exhaustive_search(self) -> tuple[Hits, dict[str, dict[Tap, list[float]]], float]:
         """Return hits, (T, m), of each truth and tap, the literature's measures of each tap, and the seconds."""
         path = Path(self.args.output_dir) / f"{self.args.name}.search.npz"
-        # A search of other pictures or taps is another search.
+        # A search of other images or taps is another search.
         weights = sum(float(values.double().abs().sum()) for values in self.model.state_dict().values())
         given = {name: value for name, value in asdict(self.args).items() if name in OF_THE_SEARCH}
         settings = {**given, "taps": self.taps, "grid": self.grid, "weights": weights}
@@ -218,7 +218,7 @@ class Pair:
         return hits, measures, seconds
 
     def try_timestep(self, train: Tensor, test: Tensor, timestep: int) -> dict[str, np.ndarray]:
-        """Return for each test picture whether each tap's classifiers are right about it, and the measures."""
+        """Return for each test image whether each tap's classifiers are right about it, and the measures."""
         generator = torch.Generator().manual_seed(0)
         measured = train[: self.args.num_measured]
         draws = [torch.randn(measured.shape, generator=generator) for _ in range(4)]
@@ -354,7 +354,7 @@ class Pair:
         return rows
 
     def make_own_pictures_once(self) -> None:
-        """Let the DiT keep the pictures that it makes: each tap asks for the same, and they take longest."""
+        """Let the DiT keep the images that it makes: each tap asks for the same, and they take longest."""
         generate = self.model.generate_latents
         kept: dict[str, tuple[Tensor, float]] = {}
 
@@ -380,7 +380,7 @@ class Pair:
         correlation: float | None = None,
         truths: Iterable[str] = ("ridge", "attention"),
     ) -> dict[str, Any]:
-        """Return what choosing a timestep loses at a tap, in points, by each truth."""
+        """Return what selecting a timestep loses at a tap, in points, by each truth."""
         row: dict[str, Any] = {"criterion": name, "block": tap[0], "feature": tap[1], "timestep": timestep}
         place = self.grid.index(timestep)
         for truth in truths:
@@ -416,7 +416,7 @@ def sample(path: str, size: int) -> Dataset:
 
 
 def ridge_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray) -> np.ndarray:
-    """Return for each test picture whether a ridge classifier on standardised features is right about it.
+    """Return for each test image whether a ridge classifier on standardised features is right about it.
 
     With labels per patch, (n, N), the classifier reads tokens and the share of the labelled ones that it is right
     about is returned.
@@ -494,7 +494,7 @@ def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels
 
 
 def loss(hits: np.ndarray, place: int) -> float:
-    """Return how many points the choice of one half of the pictures gains over `place` on the other half."""
+    """Return how many points the selection of one half of the images gains over `place` on the other half."""
     losses = []
     for seed in range(NUM_HALVES):
         order = np.random.default_rng(seed).permutation(hits.shape[1])
@@ -522,7 +522,7 @@ def alpha_req(features: np.ndarray) -> float:
 
 
 def lidar(views: np.ndarray) -> float:
-    """Return the rank of the between-picture scatter, whitened by that of noise draws (LiDAR, arXiv 2312.04000)."""
+    """Return the rank of the between-image scatter, whitened by that of noise draws (LiDAR, arXiv 2312.04000)."""
     centres = views.mean(0)  # (n, D)
     between = np.cov(centres.T)
     rest = (views - centres).reshape(-1, views.shape[-1])

@@ -3,15 +3,15 @@
     python examples/benchmarks/speed.py --output_dir speed
 
 On two CPU cores with nothing else running it takes about 80 minutes, and 13 GB of disk under `--output_dir` meanwhile.
-`--sizes S/2 B/2 --batches 1 8` takes a third; `--sections` measures a part anew. On a CUDA device (`--device cuda`) it
-measures with events, and memory by torch's count.
+`--sizes S/2 B/2 --batches 1 8` takes a third; `--sections` measures a part again. On a CUDA device (`--device cuda`)
+it measures with events, and memory by torch's count.
 
 All DiTs have random weights and their real sizes, 32 × 32 latents of 4 channels, 256 tokens; features are the query of
 the block at half depth, at timestep 121, with the null label. Ways of reading them:
 
 - `diffusers`: the whole forward of `DiTTransformer2DModel` with a hook on the projection, which is what others do;
 - `early exit`: this package, which stops at the tap;
-- `folded`: `model.fold()`; with `eager` the host's plain attention in place of its default kernel, with `onnx`
+- `folded`: `model.fold()`; with `eager` transformers' plain attention in place of its default kernel, with `onnx`
   exported and run by onnxruntime (on CPUs, with the `export` extra).
 
 Times are medians of `--repetitions`, one of each way after the other, after one round that does not count; the least
@@ -24,7 +24,7 @@ until `from_pretrained` returns, and until each page of the weights was read onc
 XL/2's size with T5-XXL, in bfloat16 (11 GB). What it folds to holds what the empty prompt adds, and no encoder.
 `--sections read_outs` measures models that read the hidden states of all blocks, at one timestep and at three, as they
 are and folded.
-`speed.json` has everything, `speed.md` the tables, `speed.png` the picture.
+`speed.json` has everything, `speed.md` the tables, `speed.png` the image.
 """
 
 import argparse
@@ -318,7 +318,7 @@ def matrix_share(size: str, batch: int, repetitions: int) -> list[dict[str, Any]
 
 @torch.inference_mode()
 def growth(repetitions: int, device: str) -> list[dict[str, Any]]:
-    """Return milliseconds of a folded DiT at batch 4 over the tokens of a picture, and over the blocks that run."""
+    """Return milliseconds of a folded DiT at batch 4 over the tokens of an image, and over the blocks that run."""
     rows = []
     for what, values in (("tokens", (16, 32, 64)), ("blocks", (3, 6, 9, 11))):
         runs, models = {}, {}
@@ -546,7 +546,7 @@ def device_memory(size: str, batches: list[int]) -> list[dict[str, Any]]:
 
 
 def random_pictures(num: int) -> Dataset:
-    """Return random colour pictures of 32 × 32 in ten classes."""
+    """Return random colour images of 32 × 32 in ten classes."""
     values = np.random.default_rng(0).integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)
     rows = {"image": [PILImage.fromarray(value) for value in values], "label": [index % 10 for index in range(num)]}
     return Dataset.from_dict(rows, features=Features(image=Image(), label=ClassLabel(num_classes=10)))
@@ -574,7 +574,7 @@ def train_seconds(model: DiTForImageClassification, rows: Dataset, folder: Path,
 
 
 def head_training(folder: Path, device: str, repetitions: int) -> list[dict[str, Any]]:
-    """Return seconds of 28 epochs of training a head on DiT-S/2 from pictures, and from cached features."""
+    """Return seconds of 28 epochs of training a head on DiT-S/2 from images, and from cached features."""
     pictures = random_pictures(NUM_PICTURES)
     heads = {
         "linear": ("pooled", {}),
@@ -644,7 +644,7 @@ def import_seconds(repetitions: int) -> dict[str, float]:
 
 def tables(result: dict[str, Any]) -> str:
     """Return the results as Markdown tables."""
-    lines = ["| DiT | batch | way | ms (least to greatest) | pictures/s | times diffusers |", "| --- |" + " --- |" * 5]
+    lines = ["| DiT | batch | way | ms (least to greatest) | images/s | times diffusers |", "| --- |" + " --- |" * 5]
     for row in result["speeds"]:
         lines.append(
             f"| {row['size']} | {row['batch']} | {row['way']} | {row['milliseconds']:.0f} ({row['least']:.0f} to "
@@ -710,7 +710,7 @@ def read_out_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw pictures per second by size and way at the middle batch size."""
+    """Draw images per second by size and way at the middle batch size."""
     from matplotlib.figure import Figure
 
     batches = sorted({row["batch"] for row in result["speeds"]})
@@ -737,7 +737,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.bar_label(bars, [f"{found[size]['times_as_fast']:.1f}×" for size in sizes], fontsize=7)
     axes.set_yscale("log")
     axes.set_xticks(range(len(sizes)), [f"DiT-{size}" for size in sizes])
-    axes.set_ylabel(f"pictures per second, batch {batch}")
+    axes.set_ylabel(f"images per second, batch {batch}")
     axes.set_title(f"Features at half depth, {result['machine']['device']}")
     axes.legend(ncols=5, fontsize=8, loc="upper right")
     low, high = axes.get_ylim()
@@ -773,7 +773,7 @@ def main() -> None:
         "--sections",
         nargs="+",
         choices=(*SECTIONS, READ_OUTS),
-        help="measure these anew, and keep the others of the folder (all but read_outs)",
+        help="measure these again, and keep the others of the folder (all but read_outs)",
     )
     parser.add_argument("--child", choices=("load", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

@@ -2,13 +2,13 @@
 
     python examples/benchmarks/training.py --output_dir training
 
-Half an hour on two CPU cores with nothing else running. Random weights and pictures, a DiT-S/2 on 32 × 32
-latents (pictures of 4 channels stand for them), read at block 4 of 12, the default:
+Half an hour on two CPU cores with nothing else running. Random weights and images, a DiT-S/2 on 32 × 32
+latents (images of 4 channels stand for them), read at block 4 of 12, the default:
 
 - `waiting`: the shares of the time of a training from cached features (`cache_features`) in which batches are read and
   put together, and that passes between two steps, which has the trainer's own work there in it, too: for the attention
   head in batches of 16, and for linear heads, whose steps take milliseconds, in batches of 64;
-- `processes`: pictures a second of one process on one thread, and of two on one thread each, over gloo: for a head on
+- `processes`: images a second of one process on one thread, and of two on one thread each, over gloo: for a head on
   the frozen transformer, and for all weights, whose gradients are summed at each step.
 
 Each is measured `--repetitions` times, turn by turn, after the first steps; figures are medians, with the least and
@@ -55,7 +55,7 @@ TRANSFORMER = {
 }
 BATCH = 16
 SKIPPED = 2  # first steps, which allocate
-# Head, what is cached, pictures a step, passes: of short steps there are to be enough.
+# Head, what is cached, images a step, passes: of short steps there are to be enough.
 FROM_CACHE = {
     "attention head, tokens": ("attention", "tokens", BATCH, 1),
     "linear head, tokens": ("linear", "tokens", 4 * BATCH, 50),
@@ -189,7 +189,7 @@ def waiting(num_pictures: int, num_repetitions: int) -> dict[str, dict[str, dict
 
 
 def child(kind: str, num_steps: int) -> None:
-    """Train in one of the processes; the first one prints pictures a second of all."""
+    """Train in one of the processes; the first one prints images a second of all."""
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     model = build(4, freeze_backbone=kind == "head")
@@ -201,7 +201,7 @@ def child(kind: str, num_steps: int) -> None:
 
 
 def ask(kind: str, num_processes: int, num_steps: int) -> float:
-    """Return the pictures a second of a training in so many processes."""
+    """Return the images a second of a training in so many processes."""
     launcher = [sys.executable]
     if num_processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
@@ -213,7 +213,7 @@ def ask(kind: str, num_processes: int, num_steps: int) -> float:
 
 
 def processes(kind: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return pictures a second of one process and of two, turn by turn."""
+    """Return images a second of one process and of two, turn by turn."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(args.repetitions):
         for number, values in rates.items():
@@ -252,8 +252,8 @@ def table(result: dict[str, Any]) -> str:
     for kind, found in result.get("processes", {}).items():
         name = names[kind]
         lines += [
-            f"| {name}: pictures/s, one process of one thread | {cell(found['pictures_per_second_of_one'], 1, 2)} |",
-            f"| {name}: pictures/s, two processes of one each | {cell(found['pictures_per_second_of_two'], 1, 2)} |",
+            f"| {name}: images/s, one process of one thread | {cell(found['pictures_per_second_of_one'], 1, 2)} |",
+            f"| {name}: images/s, two processes of one each | {cell(found['pictures_per_second_of_two'], 1, 2)} |",
             f"| {name}: two processes, per core, against one | {cell(found['two_per_core'], 1, 2)} |",
         ]
     return "\n".join(lines) + "\n"
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["waiting", "processes"], choices=("waiting", "processes"))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--num_steps", type=int, default=12, help="steps of a training in processes")
-    parser.add_argument("--num_pictures", type=int, default=128, help="pictures of a training from cached tokens")
+    parser.add_argument("--num_pictures", type=int, default=128, help="images of a training from cached tokens")
     parser.add_argument("--child", choices=("head", "all"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     host_logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 r"""Linear probe with a sweep of learning rates, all heads at once on one pass of features.
 
-On the pictures that ship in the package, from a checkout of the repository (half a minute on two CPU cores):
+On the images that ship in the package, from a checkout of the repository (half a minute on two CPU cores):
 
     python examples/image_classification/linear_probe.py \
         --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep 35 \
@@ -9,7 +9,7 @@ On the pictures that ship in the package, from a checkout of the repository (hal
 
 The features' means are read once (`cache_features`), normed as `LinearHead` does, and standardised; then one linear
 layer for each learning rate learns from the same batches, as the probes of DINOv2 and DDAE do. A tenth of the training
-pictures, by `--seed`, picks the learning rate; the test pictures are looked at once, with that one, trained on all of
+images, by `--seed`, picks the learning rate; the test images are looked at once, with that one, trained on all of
 them. What is saved is a `DiTForImageClassification` with a linear head.
 """
 
@@ -28,11 +28,11 @@ from hf_aselect.training.splits import read_splits, train_and_validation
 
 @dataclass
 class ProbeArguments:
-    """What is probed, on which pictures, and how."""
+    """What is probed, on which images, and how."""
 
     model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or what diffusers saved."})
-    train_file: str = field(metadata={"help": "Parquet file with pictures and labels."})
-    test_file: str = field(metadata={"help": "Parquet file of the test pictures."})
+    train_file: str = field(metadata={"help": "Parquet file with images and labels."})
+    test_file: str = field(metadata={"help": "Parquet file of the test images."})
     output_dir: str = field(metadata={"help": "Folder of the probe, and of the features in `features/`."})
     timestep: list[str] | None = field(
         default=None, metadata={"help": "Timestep, several, or auto (the model's; if none, auto)."}
@@ -41,7 +41,7 @@ class ProbeArguments:
         default=None, metadata={"help": "Block to read at, several, or all (the model's)."}
     )
     feature: list[str] | None = field(default=None, metadata={"help": "Feature to read, or several (the model's)."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices."})
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
@@ -50,7 +50,7 @@ class ProbeArguments:
     num_train_epochs: int = field(default=28, metadata={"help": "Epochs."})
     batch_size: int = field(default=64, metadata={"help": "Batch size."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    num_views: int = field(default=1, metadata={"help": "Views of each training picture."})
+    num_views: int = field(default=1, metadata={"help": "Views of each training image."})
     seed: int = field(default=0, metadata={"help": "Seed of the split, the heads and the batches."})
 
 
@@ -131,7 +131,7 @@ def main() -> None:
     splits = read_splits(train_file=args.train_file, validation_file=args.test_file, columns=columns)
     train, test = train_and_validation(splits.select_columns(columns), args.seed, args.label_column)
     if len(train) < 10:
-        raise ValueError(f"A tenth of the training pictures picks the learning rate; got {len(train)} of them.")
+        raise ValueError(f"A tenth of the training images picks the learning rate; got {len(train)} of them.")
     names = train.features[args.label_column].names
     words = {name: getattr(args, name) for name in ("timestep", "block", "feature") if getattr(args, name) is not None}
     given = {name: one_or_several([int_or_word(word) for word in several]) for name, several in words.items()}
@@ -152,7 +152,7 @@ def main() -> None:
     cached = cache_features(model, test, output / "features", **options)
     test_features, test_labels = normed(model, cached["features"][:]), cached[args.label_column][:]
 
-    # All views of a picture are on the same side.
+    # All views of an image are on the same side.
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))[: len(train) // 10]
     is_held_out = torch.zeros(len(train), dtype=torch.bool).index_fill(0, chosen, True).repeat(args.num_views)
     mean, spread = features[~is_held_out].mean(0), features[~is_held_out].std(0).clamp_min(1e-6)

@@ -1,6 +1,6 @@
 r"""Train a classifier on a diffusion transformer with the plain `Trainer`, on any `datasets` source.
 
-On the pictures that ship in the package, from a checkout of the repository (a minute or two on two CPU cores):
+On the images that ship in the package, from a checkout of the repository (a minute or two on two CPU cores):
 
     python examples/image_classification/train_image_classification.py \
         --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep auto \
@@ -12,8 +12,8 @@ On the pictures that ship in the package, from a checkout of the repository (a m
 `--recipe` names a set of arguments, each of which can still be given (`RECIPES` below has their values):
 
 - `attention_probe`: the A-SelecT authors': their attention head on frozen features, AdamW with a learning rate of 3e-3
-  and a cosine schedule, batches of 8, 28 epochs, random crops and flips; a tenth of the training pictures, of each
-  class alike, tells which epoch is best, and that one is evaluated, on whole pictures as the saved model sees them
+  and a cosine schedule, batches of 8, 28 epochs, random crops and flips; a tenth of the training images, of each
+  class alike, tells which epoch is best, and that one is evaluated, on whole images as the saved model sees them
   (theirs on the middle 8/9);
 - `linear_probe`: a linear head on frozen features (`linear_probe.py` tries several learning rates at once);
 - `fine_tune`: all weights up to the last tap, with a learning rate that falls by a quarter from block to block;
@@ -21,11 +21,11 @@ On the pictures that ship in the package, from a checkout of the repository (a m
   extra).
 
 `--resume_from_checkpoint latest` goes on from the last whole checkpoint in `--output_dir`, at the timestep that was
-chosen then: on a CPU the weights that come out are bit for bit those of a training that was not interrupted.
+selected then: on a CPU the weights that come out are bit for bit those of a training that was not interrupted.
 
-`--streaming True --max_steps N` reads the pictures as they come, and keeps none: parquet files or WebDataset shards
+`--streaming True --max_steps N` reads the images as they come, and keeps none: parquet files or WebDataset shards
 (`--train_file 'shards/*.tar' --image_column png --label_column cls --class_names dark,bright`). Process 0 reads for
-all of them, and fills a last batch that cannot be shared evenly with pictures of the first;
+all of them, and fills a last batch that cannot be shared evenly with images of the first;
 `--accelerator_config '{"dispatch_batches": false}'` lets each read files of its own, of which there must be as many as
 processes (for evaluation process 0 reads all the same). A resumed stream is read again up to where it stopped; in
 its first epoch the weights that come out are the same, too.
@@ -84,31 +84,31 @@ from hf_aselect.training.splits import read_splits, train_and_validation
 
 @dataclass
 class DataArguments:
-    """What to train on, and which pictures the timestep is chosen from."""
+    """What to train on, and which images the timestep is selected from."""
 
     model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or a folder that diffusers saved."})
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local folder of it."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of pictures a class."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images a class."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Parquet file with pictures and labels, or WebDataset shards (`*.tar`)."}
+        default=None, metadata={"help": "Parquet file with images and labels, or WebDataset shards (`*.tar`)."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same of the validation split."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices or names."})
     class_names: str | None = field(
         default=None, metadata={"help": "Names of the classes, by commas, where the data do not tell."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the pictures as they come, and keep none."})
+    streaming: bool = field(default=False, metadata={"help": "Read the images as they come, and keep none."})
     num_calibration_images: int = field(default=256, metadata={"help": "Training images for timestep and new head."})
     recipe: str | None = field(default=None, metadata={"help": "A named set of arguments, see above."})
     crop_share: float = field(
         default=1.0,
-        metadata={"help": "Train on random crops of this share of each side, and flips; evaluate on whole pictures."},
+        metadata={"help": "Train on random crops of this share of each side, and flips; evaluate on whole images."},
     )
     held_out_share: float = field(
         default=0.0,
         metadata={
-            "help": "Evaluate epochs on this share of the training pictures, of each class alike, which are not "
+            "help": "Evaluate epochs on this share of the training images, of each class alike, which are not "
             "trained on; the evaluation split is then looked at once, at the end."
         },
     )
@@ -119,7 +119,7 @@ class DataArguments:
     reselect_epochs: int | None = field(
         default=None,
         metadata={
-            "help": "Choose the timestep again after every so many epochs of fine-tuning, and report the drift."
+            "help": "Select the timestep again after every so many epochs of fine-tuning, and report the drift."
         },
     )
 
@@ -183,7 +183,7 @@ def parse(words: list[str]) -> tuple[DataArguments, Any, TrainingArguments]:
     if not 0 <= data.held_out_share < 1:
         parser.error(f"--held_out_share must be in [0, 1), got {data.held_out_share}.")
     if data.held_out_share and training.eval_strategy == "no":
-        parser.error("--held_out_share sets pictures aside that nothing looks at: give --eval_strategy epoch, or 0.")
+        parser.error("--held_out_share sets images aside that nothing looks at: give --eval_strategy epoch, or 0.")
     return args
 
 
@@ -230,7 +230,7 @@ def divided(train: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, Da
         parts = train.train_test_split(args.held_out_share, seed=seed, stratify_by_column=args.label_column)
     except ValueError as error:
         raise ValueError(
-            f"A share of {args.held_out_share} of {len(train)} training pictures cannot hold each class: give another "
+            f"A share of {args.held_out_share} of {len(train)} training images cannot hold each class: give another "
             f"--held_out_share, or 0 to evaluate epochs on the evaluation split. ({error})"
         ) from error
     return parts["train"], parts["test"]
@@ -239,13 +239,13 @@ def divided(train: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, Da
 class Pictures(torch.utils.data.Dataset):
     """A split as `pixel_values` and `labels`, made when a row is read.
 
-    What is random depends on the seed, the epoch and the picture alone: a resumed training sees the same crops.
+    What is random depends on the seed, the epoch and the image alone: a resumed training sees the same crops.
 
     Args:
-        split: Rows with a picture and a class index.
-        processor: What makes pixel values of pictures.
+        split: Rows with an image and a class index.
+        processor: What makes pixel values of images.
         args: Names of the columns, and how much is cropped.
-        seed: Seed of the crops; None for whole pictures, as the saved model sees them.
+        seed: Seed of the crops; None for whole images, as the saved model sees them.
     """
 
     def __init__(
@@ -265,11 +265,11 @@ class Pictures(torch.utils.data.Dataset):
         self.shared_epoch.fill_(value)
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one picture and its label."""
+        """Return one image and its label."""
         row = self.split[index]
         picture = row[self.args.image_column]
         if self.seed is not None and self.args.crop_share < 1:
@@ -296,7 +296,7 @@ def as_pixels(
         picture = row[args.image_column]
         if seed is not None and args.crop_share < 1:
             # By the place in the shuffled stream, which is another one in another epoch: whoever reads it, and
-            # whether it is read anew.
+            # whether it is read again.
             worker = torch.utils.data.get_worker_info()
             numbers = random.Random(f"{seed} {os.environ.get('RANK', 0)} {worker.id if worker else 0} {index}")
             picture = cropped(picture, args.crop_share, numbers)
@@ -313,13 +313,13 @@ def as_pixels(
 
 
 class EpochCallback(TrainerCallback, ExportableState):
-    """Tells sampler and pictures of the epoch: the host does not, where a training goes on in the middle of one.
+    """Tells sampler and images of the epoch: transformers does not, where a training goes on in the middle of one.
 
     Each checkpoint holds of how many processes it is, by which one is known that some of them had not yet written.
     """
 
     def state(self) -> dict[str, dict[str, int]]:
-        """Return what the host keeps in a checkpoint."""
+        """Return what transformers keeps in a checkpoint."""
         return {"args": {}, "attributes": {"num_processes": num_processes()}}
 
     def on_train_begin(
@@ -382,7 +382,7 @@ class LayerWiseTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """Return the loader; process 0 reads a stream for all of them, or some rows would be judged twice."""
         if eval_dataset is not None:
-            # With persistent workers the host keeps one loader, and gives it for any other set.
+            # With persistent workers transformers keeps one loader, and gives it for any other set.
             self.__dict__.pop("_eval_dataloaders", None)
         settings = self.accelerator.dataloader_config
         before, settings.dispatch_batches = settings.dispatch_batches, None
@@ -472,7 +472,7 @@ def last_checkpoint(folder: str) -> str:
 
 
 def check_unused(folder: str) -> None:
-    """Refuse a folder with an earlier training's checkpoints, which would pass for the new one's."""
+    """Reject a folder with an earlier training's checkpoints, which would pass for the new one's."""
     try:
         last = last_checkpoint(folder)
     except ValueError:
@@ -516,12 +516,12 @@ def main() -> None:
     )
     if args.reselect_epochs is not None and model.config.freeze_backbone:
         raise ValueError(
-            "--reselect_epochs chooses again while the backbone is fine-tuned, and it is frozen: give --recipe "
+            "--reselect_epochs selects again while the backbone is fine-tuned, and it is frozen: give --recipe "
             "fine_tune or lora, or --freeze_backbone False."
         )
     processor = ASelectImageProcessor.from_model_config(model.config)
 
-    judged: list[EvalPrediction] = []  # of the last evaluation, for the picture
+    judged: list[EvalPrediction] = []  # of the last evaluation, for the image
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         judged[:] = [prediction]

@@ -1,6 +1,6 @@
 r"""Train a classifier on a diffusion transformer with accelerate's own loop, for those who want to change the loop.
 
-On the pictures that ship in the package, from a checkout of the repository (a minute or two on two CPU cores):
+On the images that ship in the package, from a checkout of the repository (a minute or two on two CPU cores):
 
     accelerate launch examples/image_classification/train_image_classification_no_trainer.py \
         --model_name_or_path src/hf_aselect/assets/fashion_mnist --timestep auto \
@@ -10,10 +10,10 @@ On the pictures that ship in the package, from a checkout of the repository (a m
         --output_dir fashion-classifier --num_train_epochs 5 --learning_rate 1e-3 --per_device_train_batch_size 64
 
 It goes on where a checkpoint ends (`--resume_from_checkpoint DIR`, or `latest`), at the very batch and at the timestep
-that was chosen then, and the weights that come out are those of a run that was not interrupted. `--cache_dir` reads
+that was selected then, and the weights that come out are those of a run that was not interrupted. `--cache_dir` reads
 the features once. `--with_tracking` writes to the trackers that are installed.
 
-The features are frozen, and whole pictures are seen; recipes, crops, streams and the best epoch are in
+The features are frozen, and whole images are seen; recipes, crops, streams and the best epoch are in
 `train_image_classification.py`. `--push_to_hub` shares the model with its card.
 """
 
@@ -49,12 +49,14 @@ logger = logging.getLogger("train_image_classification_no_trainer")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="a checkpoint of ours, or what diffusers saved")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="an hf_aselect checkpoint, or what diffusers saved"
+    )
     parser.add_argument("--dataset_name", help="dataset of the Hub, or a local folder of it")
-    parser.add_argument("--train_dir", help="folder with one sub-folder of pictures a class")
-    parser.add_argument("--train_file", help="parquet file with pictures and labels")
+    parser.add_argument("--train_dir", help="folder with one sub-folder of images a class")
+    parser.add_argument("--train_file", help="parquet file with images and labels")
     parser.add_argument("--validation_file", help="parquet file of the validation split (a tenth of train)")
-    parser.add_argument("--image_column", default="image", help="column with the pictures (%(default)s)")
+    parser.add_argument("--image_column", default="image", help="column with the images (%(default)s)")
     parser.add_argument("--label_column", default="label", help="column with the class indices (%(default)s)")
     parser.add_argument("--timestep", type=int_or_word, nargs="+", help="a timestep, several, or auto (the model's)")
     parser.add_argument("--num_calibration_images", type=int, default=256, help="for timestep and head (%(default)s)")
@@ -63,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head_num_layers", type=int, default=2)
     parser.add_argument("--head_num_attention_heads", type=int, default=8)
     parser.add_argument("--cache_dir", help="read features once, and keep them here")
-    parser.add_argument("--num_views", type=int, default=1, help="views of a picture in the cache (%(default)s)")
+    parser.add_argument("--num_views", type=int, default=1, help="views of an image in the cache (%(default)s)")
     parser.add_argument("--per_device_train_batch_size", type=int, default=8)
     parser.add_argument("--per_device_eval_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
@@ -183,7 +185,7 @@ def main() -> None:
     processor = ASelectImageProcessor.from_model_config(model.config)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        # The state of a checkpoint has no configuration, and a training that goes on needs the choice.
+        # The state of a checkpoint has no configuration, and a training that goes on needs the selection.
         write_config(model.config, output)
 
     def transform(batch: dict[str, list]) -> dict[str, Any]:

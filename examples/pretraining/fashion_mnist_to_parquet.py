@@ -8,7 +8,7 @@ folder read parquet, so this is the first step of training the embedded DiT agai
     python examples/pretraining/fashion_mnist_to_parquet.py /usr/share/datasets/fashion-mnist sample \
         --num_train 4000 --num_test 2000
 
-The second command makes the sample that ships in the package: the first pictures of each split, so its test pictures
+The second command makes the sample that ships in the package: the first images of each split, so its test images
 are among the split that the embedded DiT never saw.
 """
 
@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="Folder with the four gzipped IDX files.")
     parser.add_argument("output", type=Path, help="Folder to write train.parquet and test.parquet to.")
-    parser.add_argument("--num_train", type=int, default=60_000, help="Keep the first so many training pictures.")
-    parser.add_argument("--num_test", type=int, default=10_000, help="Keep the first so many test pictures.")
+    parser.add_argument("--num_train", type=int, default=60_000, help="Keep the first so many training images.")
+    parser.add_argument("--num_test", type=int, default=10_000, help="Keep the first so many test images.")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for split, prefix, count in (("train", "train", args.num_train), ("test", "t10k", args.num_test)):
@@ -43,7 +43,7 @@ def main() -> None:
         columns = {"image": [PILImage.fromarray(picture) for picture in pictures], "label": labels.tolist()}
         path = args.output / f"{split}.parquet"
         Dataset.from_dict(columns, features=features).to_parquet(path)
-        print(f"{path}: {len(labels)} pictures, {path.stat().st_size / 1e6:.1f} MB")
+        print(f"{path}: {len(labels)} images, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

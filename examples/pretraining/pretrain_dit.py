@@ -63,13 +63,13 @@ class PretrainingArguments:
 
     output_dir: str = field(metadata={"help": "Folder for transformer/, scheduler/, samples and checkpoints."})
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of pictures a class."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and labels."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images a class."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and labels."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str | None = field(
         default="label", metadata={"help": "Column with the class indices; `none` trains without labels."}
     )
-    image_size: int = field(default=32, metadata={"help": "Side of the pictures in pixels; a multiple of patch_size."})
+    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels; a multiple of patch_size."})
     min_crop: float = field(
         default=1.0,
         metadata={"help": "Least side of a random square crop, as a share of the short side; 1: the middle, always."},
@@ -79,8 +79,8 @@ class PretrainingArguments:
     num_layers: int = field(default=8, metadata={"help": "Transformer blocks."})
     num_attention_heads: int = field(default=2, metadata={"help": "Attention heads."})
     attention_head_dim: int = field(default=64, metadata={"help": "Width of a head."})
-    num_pictures: int = field(default=960_000, metadata={"help": "Pictures to train on, repetitions counted."})
-    batch_size: int = field(default=128, metadata={"help": "Pictures a step and process."})
+    num_pictures: int = field(default=960_000, metadata={"help": "Images to train on, repetitions counted."})
+    batch_size: int = field(default=128, metadata={"help": "Images a step and process."})
     optim: Literal["adamw", "muon"] = field(
         default="adamw",
         metadata={"help": "Optimizer; `muon` is for the matrices in the blocks, all else is left to AdamW."},
@@ -105,7 +105,7 @@ class PretrainingArguments:
         default=None,
         metadata={"help": "`AutoencoderKL` whose latents are learned; sizes of images are those before it."},
     )
-    label_dropout: float = field(default=0.1, metadata={"help": "Share of pictures shown with the null label."})
+    label_dropout: float = field(default=0.1, metadata={"help": "Share of images shown with the null label."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged weights, which are saved."})
     mixed_precision: str | None = field(
         default=None,
@@ -114,10 +114,10 @@ class PretrainingArguments:
     save_dtype: str = field(default="float32", metadata={"help": "`float32`, `float16` or `bfloat16`."})
     stages: list[int] = field(
         default_factory=list,
-        metadata={"help": "Also keep the DiT as it is after about so many pictures, in OUTPUT_DIR/stage-PICTURES."},
+        metadata={"help": "Also keep the DiT as it is after about so many images, in OUTPUT_DIR/stage-PICTURES."},
     )
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, order of pictures, noise and samples."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order of images, noise and samples."})
 
 
 # Where things lie and how they are written; images and VAE are known by digests, and may have been moved.
@@ -144,7 +144,7 @@ def load_pictures(args: PretrainingArguments) -> Dataset:
 
 
 def digest(dataset: Dataset, image_column: str) -> str:
-    """Return a digest of the number of pictures and of some of them, by which they are known wherever they lie."""
+    """Return a digest of the number of images and of some of them, by which they are known wherever they lie."""
     found = hashlib.sha256(str(len(dataset)).encode())
     for picture in dataset.select(np.linspace(0, len(dataset) - 1, 16).astype(int))[image_column]:
         found.update(np.asarray(picture).tobytes())
@@ -162,7 +162,7 @@ def vae_digest(vae: AutoencoderKL | None) -> str | None:
 
 
 def to_tensors(batch: dict[str, list], args: PretrainingArguments) -> dict[str, list]:
-    """Crop squares out of pictures and resize them to (C, H, W) tensors in [-1, 1]."""
+    """Crop squares out of images and resize them to (C, H, W) tensors in [-1, 1]."""
     size = (args.image_size, args.image_size)
     # Of any mode, as the models read them: `convert` would clip what has more than 8 bits.
     whole = {"do_resize": False, "do_center_crop": False, "do_normalize": False}
@@ -178,7 +178,7 @@ def to_tensors(batch: dict[str, list], args: PretrainingArguments) -> dict[str, 
 
 
 def random_square(picture: Image.Image, min_crop: float) -> Image.Image:
-    """Cut a square of random place and side out of a picture, and mirror it half of the time."""
+    """Cut a square of random place and side out of an image, and mirror it half of the time."""
     share, left, top, mirror = torch.rand(4).tolist()
     side = round((min_crop + share * (1 - min_crop)) * min(picture.size))
     left, top = round(left * (picture.width - side)), round(top * (picture.height - side))
@@ -187,7 +187,7 @@ def random_square(picture: Image.Image, min_crop: float) -> Image.Image:
 
 
 def picture_order(num_pictures: int, args: PretrainingArguments, num_processes: int) -> list[list[int]]:
-    """Return the picture indices of every batch of the run: a function of the seed, so a resumed run repeats it."""
+    """Return the image indices of every batch of the run: a function of the seed, so a resumed run repeats it."""
     total = args.num_pictures + args.batch_size * num_processes
     epochs = [
         torch.randperm(num_pictures, generator=torch.Generator().manual_seed(args.seed + epoch))
@@ -359,7 +359,7 @@ class Pretraining:
         self.accelerator = accelerator = Accelerator(mixed_precision=args.mixed_precision)
         self.dataset = load_pictures(args)
         if args.label_column in ("none", ""):
-            # One class that is never shown: every picture has the null label.
+            # One class that is never shown: every image has the null label.
             args.label_column, args.label_dropout = None, 1.0
         self.num_classes = self.dataset.features[args.label_column].num_classes if args.label_column else 1
         self.batches = picture_order(len(self.dataset), args, accelerator.num_processes)
@@ -398,7 +398,7 @@ class Pretraining:
         self.step = self.log[-1]["step"] if self.log else 0
 
     def check_arguments(self) -> None:
-        """Refuse options that do not go together, before anything is read or written."""
+        """Reject options that do not go together, before anything is read or written."""
         args, is_flow_matching = self.args, self.args.prediction_type == "flow_matching"
         if not 1e-6 <= args.shift <= 1e6:  # what `DiTModel.from_pretrained` takes
             raise ValueError(f"--shift must be above 0, in [1e-6, 1e6], got {args.shift}. 1 moves nothing.")
@@ -414,7 +414,7 @@ class Pretraining:
             )
 
     def check_image_size(self) -> None:
-        """Refuse sides of images that leave a rest."""
+        """Reject sides of images that leave a rest."""
         size, multiple = self.args.image_size, self.multiple()
         if size < 1 or size % multiple:
             raise ValueError(
@@ -435,13 +435,13 @@ class Pretraining:
         processes = self.accelerator.num_processes
         return {
             **given,
-            "digest of the pictures": pictures,
+            "digest of the images": pictures,
             "digest of the VAE": vae_digest(self.vae),
             "processes": processes,
         }
 
     def check_recipe(self) -> None:
-        """Refuse to go on from the checkpoint of another run."""
+        """Reject to go on from the checkpoint of another run."""
         path = self.checkpoint / "recipe.json"
         before = json.loads(path.read_text()) if path.exists() else {}  # older ones do not tell
         now = self.recipe()
@@ -517,7 +517,7 @@ class Pretraining:
         return optimizers
 
     def train(self) -> None:
-        """Train to the end, with a checkpoint every few minutes; a finished run only writes its results anew."""
+        """Train to the end, with a checkpoint every few minutes; a finished run only writes its results again."""
         if self.step == self.num_steps:
             if self.accelerator.is_main_process:
                 self.write_averaged_model()
@@ -532,7 +532,7 @@ class Pretraining:
         bar = tqdm(
             total=self.num_steps * self.batch_size,
             initial=self.step * self.batch_size,
-            unit=" pictures",
+            unit=" images",
             mininterval=5,
             disable=not accelerator.is_main_process,
         )

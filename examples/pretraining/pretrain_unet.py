@@ -4,9 +4,9 @@
         --num_pictures 254000 --optim muon --learning_rate 2e-3 --batch_size 64
 
 Data, noise, loss, optimizer, averaged weights and checkpoints are that script's, and so are all options; those of the
-transformer's sizes have no meaning here, and those of flow matching and of a VAE are refused. The UNet has 5.6 million
-weights in three stages of 64, 96 and 128 channels, with attention in the two smaller ones. What is written has `unet/`
-in place of `transformer/`.
+transformer's sizes have no meaning here, and those of flow matching and of a VAE are rejected. The UNet has 5.6
+million weights in three stages of 64, 96 and 128 channels, with attention in the two smaller ones. What is written
+has `unet/` in place of `transformer/`.
 """
 
 from diffusers import UNet2DModel
@@ -22,7 +22,7 @@ class UNetPretraining(Pretraining):
     hidden = r"blocks?\..*(conv\w*|to_\w+|to_out\.0)\.weight"
 
     def check_arguments(self) -> None:
-        """Refuse what is for `pretrain_dit.py` alone."""
+        """Reject what is for `pretrain_dit.py` alone."""
         super().check_arguments()
         if self.args.prediction_type == "flow_matching":
             raise ValueError(

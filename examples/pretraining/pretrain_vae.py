@@ -54,7 +54,7 @@ class VAEPretraining(Pretraining):
     hidden = r"blocks?\..*conv\w*\.weight"
 
     def check_arguments(self) -> None:
-        """Refuse a second autoencoder."""
+        """Reject a second autoencoder."""
         super().check_arguments()
         if self.args.vae_name_or_path is not None:
             raise ValueError(

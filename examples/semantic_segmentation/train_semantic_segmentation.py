@@ -8,9 +8,9 @@ r"""Train a segmenter on a diffusion transformer with the plain `Trainer`, on an
         --output_dir street-segmenter --num_train_epochs 30 --learning_rate 1e-3
 
 `--output_dir` ends with `config.json`, `model.safetensors`, `preprocessor_config.json`, the card, `README.md`, and
-`overlays.png`: pictures, masks, predictions and the classes' colours. Every field of `ASelectConfig` is an option
-(`--timestep`, `--block`, `--decoder`, ...), and so is every one of `TrainingArguments`. Training pictures are cropped
-at random and mirrored, mask and picture alike; evaluation sees whole pictures, squeezed into the model's size, and
+`overlays.png`: images, masks, predictions and the classes' colours. Every field of `ASelectConfig` is an option
+(`--timestep`, `--block`, `--decoder`, ...), and so is every one of `TrainingArguments`. Training images are cropped
+at random and mirrored, mask and image alike; evaluation sees whole images, squeezed into the model's size, and
 counts pixels there.
 """
 
@@ -36,18 +36,18 @@ import matplotlib.pyplot as plt
 
 @dataclass
 class DataArguments:
-    """What to train on, and how training pictures are changed."""
+    """What to train on, and how training images are changed."""
 
     model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or what diffusers saved: folder or id."})
     class_names: str = field(metadata={"help": "Names of the classes, in the order of their indices, with commas."})
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local folder of it."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file with pictures and masks."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and masks."})
     validation_file: str | None = field(default=None, metadata={"help": "Parquet file of the evaluation split."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
     annotation_column: str = field(default="annotation", metadata={"help": "Column with the masks."})
     num_calibration_images: int = field(default=256, metadata={"help": "Training images for timestep and new head."})
     min_crop: float = field(default=0.5, metadata={"help": "Least side of a random crop, as a share of the whole."})
-    num_overlays: int = field(default=4, metadata={"help": "Pictures in overlays.png."})
+    num_overlays: int = field(default=4, metadata={"help": "Images in overlays.png."})
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
@@ -64,13 +64,13 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
 
 
 def random_crop_and_flip(image: Image.Image, mask: Image.Image, min_crop: float) -> tuple[Image.Image, Image.Image]:
-    """Return a random part of a picture, mirrored half of the time, and the same of its mask.
+    """Return a random part of an image, mirrored half of the time, and the same of its mask.
 
     Raises:
-        ValueError: If they are of other sizes, as where `datasets` turned the picture by its EXIF entry.
+        ValueError: If they are of other sizes, as where `datasets` turned the image by its EXIF entry.
     """
     if image.size != mask.size:
-        raise ValueError(f"A mask has {mask.size} pixels and its picture {image.size}; they must be equal.")
+        raise ValueError(f"A mask has {mask.size} pixels and its image {image.size}; they must be equal.")
     share = float(torch.empty(()).uniform_(min_crop, 1))
     width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
     left = int(torch.randint(image.width - width + 1, ()))
@@ -96,7 +96,7 @@ def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArgument
 
 @torch.no_grad()
 def draw_overlays(model: DiTForSemanticSegmentation, split: Dataset, names: list[str], path: Path, count: int) -> None:
-    """Draw pictures, their masks and what the model says, with a legend of the classes."""
+    """Draw images, their masks and what the model says, with a legend of the classes."""
     model.eval()
     rows = [split[index] for index in range(min(count, len(split)))]
     colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)[:, :3]
@@ -124,7 +124,7 @@ def main() -> None:
     args, config_args, training_args = parser.parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     set_seed(training_args.seed)
-    training_args.remove_unused_columns = False  # the transform needs the picture's column
+    training_args.remove_unused_columns = False  # the transform needs the image's column
     training_args.batch_eval_metrics = True  # masks are counted batch by batch, and not kept
     splits = load_splits(args, training_args.seed)
     names = [name.strip() for name in args.class_names.split(",")]
@@ -139,7 +139,7 @@ def main() -> None:
         label2id={name: index for index, name in enumerate(names)},
         **given,
     )
-    # Whoever segments a picture with the model wants all of it, as it is evaluated here.
+    # Whoever segments an image with the model wants all of it, as it is evaluated here.
     processor = ASelectImageProcessor.from_model_config(model.config, do_center_crop=False, do_exif_transpose=False)
     metric = MeanIoU(num_labels=len(names), ignore_index=model.config.semantic_loss_ignore_index)
 

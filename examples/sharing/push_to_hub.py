@@ -4,7 +4,7 @@ r"""Share a saved model on the Hub, with its card, curve, image processor and co
     python examples/sharing/push_to_hub.py --model_name_or_path fashion-classifier --repo_id me/fashion-classifier
 
 What the model's card says of results, data, training and licence is kept; `--accuracy`, `--dataset` and `--license`
-say it anew. A repository that is there is updated by one commit. `HF_ENDPOINT` names another Hub.
+say it again. A repository that is there is updated by one commit. `HF_ENDPOINT` names another Hub.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -180,22 +180,22 @@ def _demo(parsed: argparse.Namespace) -> None:
 def _add_select(commands: Any) -> None:
     select = commands.add_parser(
         "select",
-        help="choose the timestep for a diffusion transformer, and show how sure the choice is",
-        description="Choose the timestep whose features at one tap score best, print the curve, and write it down.",
-        epilog="example: hf-aselect select path/to/a/dit --images pictures/ --output report/",
+        help="select the timestep for a diffusion transformer, and show how sure the selection is",
+        description="Select the timestep whose features at one tap score best, print the curve, and write it down.",
+        epilog="example: hf-aselect select path/to/a/dit --images images/ --output report/",
     )
     select.add_argument("source", metavar="SOURCE", help="anything that DiTModel.from_pretrained takes")
     select.add_argument(
         "--images",
         metavar="FOLDER|PARQUET|HUB_ID",
-        help="pictures to look at; without them the transformer makes its own",
+        help="images to look at; without them the transformer makes its own",
     )
-    select.add_argument("--image-column", metavar="NAME", help="column of the pictures (`image`, or the only one)")
+    select.add_argument("--image-column", metavar="NAME", help="column of the images (`image`, or the only one)")
     select.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")
     select.add_argument(
         "--label-column",
         metavar="NAME",
-        help="column of the class indices, or of masks; the timestep is then chosen by a linear probe",
+        help="column of the class indices, or of masks; the timestep is then selected by a linear probe",
     )
     select.add_argument("--criterion", help="consensus (default), signal_hfr, hfr; with labels probe or patch_probe")
     select.add_argument("--head", help="what reads the features: attention or linear (default: as SOURCE has it)")
@@ -218,11 +218,13 @@ def _add_select(commands: Any) -> None:
     select.add_argument(
         "--num-timesteps", type=int, metavar="K", help="select so many that complement each other (default: 1)"
     )
-    select.add_argument("--confidence", type=float, metavar="P", help="end once the choice is as sure as this (0.95)")
-    select.add_argument("--max-images", type=int, metavar="N", help="look at so many pictures at the most")
-    select.add_argument("--batch-size", type=int, metavar="N", help="noised pictures in one forward pass")
+    select.add_argument(
+        "--confidence", type=float, metavar="P", help="end once the selection is as sure as this (0.95)"
+    )
+    select.add_argument("--max-images", type=int, metavar="N", help="look at so many images at the most")
+    select.add_argument("--batch-size", type=int, metavar="N", help="noised images in one forward pass")
     select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
-    select.add_argument("--output", metavar="DIR", help="folder for selection.json and pictures of the curve")
+    select.add_argument("--output", metavar="DIR", help="folder for selection.json and images of the curve")
     select.set_defaults(run=_select)
 
 
@@ -236,7 +238,7 @@ def _select(parsed: argparse.Namespace) -> None:
     images, labels = _images_and_labels(parsed)
     parsed.block, parsed.feature = _one_or_several(parsed.block), _one_or_several(parsed.feature)
     given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names, "num_timesteps"), **labels}
-    # Any timestep will do here: it only keeps loading from choosing one.
+    # Any timestep will do here: it only keeps loading from selecting one.
     model = DiTModel.from_pretrained(parsed.source, timestep=0, read_out=None, **_given(parsed, "head"))
     selection = select_timestep(model, images, **given)
     _print_curve(selection)
@@ -244,7 +246,7 @@ def _select(parsed: argparse.Namespace) -> None:
         _print_taps(selection)
     print(
         f"Timestep {selection.timestep} for {selection.feature} of block {selection.block}, confidence "
-        f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} pictures in "
+        f"{selection.confidence:.2f}, from {selection.num_images} {selection.pictures} images in "
         f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
     )
     for timestep, before, after in zip(selection.selected[1:], *_steps(selection.joint_scores), strict=True):
@@ -269,7 +271,7 @@ def _images_and_labels(parsed: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     labels = {}
     if parsed.label_column is not None:
         if images is None:
-            raise ValueError("`--label-column` needs `--images`: generated pictures have no labels.")
+            raise ValueError("`--label-column` needs `--images`: generated images have no labels.")
         labels = {"labels": _column(images, parsed.label_column)[parsed.label_column][:]}
     if images is not None and parsed.image_column is not None:
         images = _column(images, parsed.image_column)
@@ -282,14 +284,14 @@ def _load_images(source: str, split: str) -> Any:
         # It takes seconds to import, which `--help` should not.
         from .images.sources import read_images
     except ModuleNotFoundError as error:
-        raise ImportError("Reading pictures needs datasets: pip install 'hf_aselect[train]'") from error
+        raise ImportError("Reading images needs datasets: pip install 'hf_aselect[train]'") from error
     return read_images(source, split)
 
 
 def _column(rows: Any, name: str) -> Any:
     """Return the rows with one column alone."""
     if name not in rows.column_names:
-        raise ValueError(f"The pictures have no column {name!r}, only {', '.join(rows.column_names)}.")
+        raise ValueError(f"The images have no column {name!r}, only {', '.join(rows.column_names)}.")
     return rows.select_columns([name])
 
 
@@ -507,7 +509,7 @@ def _print_curve(selection: Any) -> None:
     print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  mean of neighbours")
     columns = selection.timesteps, selection.log_snr, selection.scores, selection.intervals, selection.smoothed
     for timestep, level, score, (low, high), mean in zip(*columns, strict=True):
-        mark = "  <- chosen" if timestep in selection.selected else ""
+        mark = "  <- selected" if timestep in selection.selected else ""
         print(f"{timestep:>8} {level:>8.2f} {score:>12.4f}   {low:.4f} to {high:.4f}  {mean:.4f}{mark}")
     print()
 
@@ -519,7 +521,7 @@ def _print_taps(selection: Any) -> None:
     for tap in selection.table or []:
         is_chosen = (tap["block"], tap["feature"]) == (selection.block, selection.feature)
         means = tap["smoothed"]
-        # What was chosen need not be the highest of its tap, where few of the resamples chose that.
+        # What was selected need not be the highest of its tap, where few of the resamples selected that.
         place = selection.timesteps.index(selection.timestep) if is_chosen else means.index(max(means))
         rows.append((means[place], not is_chosen, tap["block"], tap["feature"], selection.timesteps[place]))
     for mean, is_other, block, feature, timestep in sorted(rows, key=lambda row: (-row[0], row[1])):
@@ -658,7 +660,7 @@ def _add_fold(commands: Any) -> None:
         type=_block,
         action="append",
         metavar="T",
-        help="timestep to fold at, in [0, 1000), or auto to choose one on pictures that the transformer makes itself "
+        help="timestep to fold at, in [0, 1000), or auto to select one on images that the transformer makes itself "
         "(default: the one that SOURCE was saved with); once for each of several, and so --block and --feature",
     )
     fold.add_argument(
@@ -717,8 +719,8 @@ def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
         kind, kept, has_timestep = _class_of(config) or DiTModel, "auto", config.timestep != "auto"
     if "timestep" not in given and not has_timestep:
         raise ValueError(
-            f"No timestep is chosen in {parsed.source!r} yet. Name one by `--timestep`, as one that `hf-aselect "
-            "select` found on your pictures, or pass `--timestep auto` to choose it on pictures that the transformer "
+            f"No timestep is selected in {parsed.source!r} yet. Name one by `--timestep`, as one that `hf-aselect "
+            "select` found on your images, or pass `--timestep auto` to select it on images that the transformer "
             "makes."
         )
     return kind.from_pretrained(parsed.source, dtype=dtype or kept, **hub, **given)

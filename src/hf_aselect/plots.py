@@ -1,4 +1,4 @@
-"""Pictures for reports: the timestep's curve and a sheet of predictions. matplotlib is imported on first use only."""
+"""Images for reports: the timestep's curve and a sheet of predictions. matplotlib is imported on first use only."""
 
 import math
 import os
@@ -28,7 +28,7 @@ def plot_timestep_curve(
     accuracy_name: str = "accuracy",
     others: Sequence[int] = (),
 ) -> None:
-    """Draw a criterion, and where given a probe's accuracy, over the timestep, the choice marked, as a PNG.
+    """Draw a criterion, and where given a probe's accuracy, over the timestep, the selection marked, as a PNG.
 
     The timesteps are spaced by their log-SNR, which stands below; a step to the right is as much more noise anywhere.
 
@@ -37,10 +37,10 @@ def plot_timestep_curve(
         timesteps: Timesteps, rising.
         scores: The criterion at each.
         log_snr: 2·ln(alpha / sigma) at each.
-        chosen: The chosen timestep, one of `timesteps`.
+        chosen: The selected timestep, one of `timesteps`.
         intervals: Low and high end of each score's interval.
-        smoothed: Each score averaged with its neighbours, if the choice was made by that; it need not be the highest,
-            where draws of the pictures do not agree.
+        smoothed: Each score averaged with its neighbours, if the selection was made by that; it need not be the
+            highest, where draws of the images do not agree.
         criterion: Name of the criterion.
         accuracies: Accuracy at each, in [0, 1], or at timesteps of their own.
         accuracy_log_snr: The log-SNR of those timesteps.
@@ -48,7 +48,7 @@ def plot_timestep_curve(
         others: Timesteps that were selected beside it, in the order of their selection, of `timesteps`.
 
     Raises:
-        ValueError: If the lengths differ or `chosen` or one of `others` is none of the timesteps.
+        ValueError: If the lengths differ or `selected` or one of `others` is none of the timesteps.
         ImportError: If matplotlib is missing.
     """
     accuracy_log_snr = log_snr if accuracy_log_snr is None else accuracy_log_snr
@@ -58,7 +58,7 @@ def plot_timestep_curve(
     _check_length("accuracies", accuracies, len(accuracy_log_snr))
     for each in (chosen, *others):
         if each not in timesteps:
-            raise ValueError(f"The chosen timestep {each} is none of those in the curve: {list(timesteps)}.")
+            raise ValueError(f"The selected timestep {each} is none of those in the curve: {list(timesteps)}.")
     figure = _new_figure(8, 4.8)
     axes = figure.add_subplot()
     positions = [-value for value in log_snr]
@@ -68,7 +68,7 @@ def plot_timestep_curve(
     if accuracies is not None:
         lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
     mark = positions[list(timesteps).index(chosen)]
-    lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"chosen: t = {chosen}"))
+    lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"selected: t = {chosen}"))
     name = f"then: t = {', '.join(map(str, others))}"
     marks = [positions[list(timesteps).index(other)] for other in others]
     beside = [axes.axvline(mark, color=GREY, linestyle=(0, (1, 4)), linewidth=1.5, label=name) for mark in marks]
@@ -120,7 +120,7 @@ def plot_timestep_heat_map(
 ) -> None:
     """Draw values over taps and timesteps as a heat map, as a PNG.
 
-    The choice and the best timestep of each tap are marked. The timesteps stand side by side, equally wide,
+    The selection and the best timestep of each tap are marked. The timesteps stand side by side, equally wide,
     with their log-SNR below.
 
     Args:
@@ -129,13 +129,13 @@ def plot_timestep_heat_map(
         log_snr: 2·ln(alpha / sigma) at each.
         taps: Names of the taps, such as "block 3, query": the rows, from the top.
         values: For each tap, the value at each timestep; the largest is the best, and of equal ones the first.
-        chosen_tap: Name of the chosen tap, one of `taps`.
-        chosen_timestep: The chosen timestep, one of `timesteps`.
+        chosen_tap: Name of the selected tap, one of `taps`.
+        chosen_timestep: The selected timestep, one of `timesteps`.
         label: What the values are.
         others: Timesteps that were selected beside it, of `timesteps`.
 
     Raises:
-        ValueError: If the lengths differ, or the choice is none of the taps or of the timesteps.
+        ValueError: If the lengths differ, or the selection is none of the taps or of the timesteps.
         ImportError: If matplotlib is missing.
     """
     if len(values) != len(taps):
@@ -144,10 +144,10 @@ def plot_timestep_heat_map(
     for tap, row in zip(taps, values, strict=True):
         _check_length(f"values of {tap}", row, len(timesteps))
     if chosen_tap not in taps:
-        raise ValueError(f"The chosen tap {chosen_tap!r} is none of those in the heat map: {list(taps)}.")
+        raise ValueError(f"The selected tap {chosen_tap!r} is none of those in the heat map: {list(taps)}.")
     for each in (chosen_timestep, *others):
         if each not in timesteps:
-            raise ValueError(f"The chosen timestep {each} is none of those in the heat map: {list(timesteps)}.")
+            raise ValueError(f"The selected timestep {each} is none of those in the heat map: {list(timesteps)}.")
     figure = _new_figure(8, 1.9 + 0.27 * len(taps))
     axes = figure.add_subplot()
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
@@ -156,7 +156,7 @@ def plot_timestep_heat_map(
     dots = _mark_best(axes, values)
     down, named = list(taps).index(chosen_tap), ", ".join(map(str, (chosen_timestep, *others)))
     for each in (*others, chosen_timestep):
-        box = _mark_cell(axes, list(timesteps).index(each), down, f"chosen: {chosen_tap}, t = {named}")
+        box = _mark_cell(axes, list(timesteps).index(each), down, f"selected: {chosen_tap}, t = {named}")
     # Lines must not widen what the map takes up.
     axes.set_xlim(-0.5, len(timesteps) - 0.5)
     axes.set_ylim(len(taps) - 0.5, -0.5)
@@ -192,23 +192,23 @@ def plot_predictions(
     predicted_names: Sequence[str],
     columns: int = 8,
 ) -> None:
-    """Draw pictures with their true and predicted names as a PNG; wrong ones have a cross, a frame and both names.
+    """Draw images with their true and predicted names as a PNG; wrong ones have a cross, a frame and both names.
 
     Args:
         path: File to write; it appears whole or not at all.
-        images: PIL pictures.
-        true_names: Name of each picture's class.
+        images: PIL images.
+        true_names: Name of each image's class.
         predicted_names: Name of the class predicted for each.
-        columns: Pictures in a row.
+        columns: Images in a row.
 
     Raises:
-        ValueError: If there are no pictures or the lengths differ.
+        ValueError: If there are no images or the lengths differ.
         ImportError: If matplotlib is missing.
     """
     if not len(images) or not len(images) == len(true_names) == len(predicted_names):
         raise ValueError(
-            "There must be one true and one predicted name for each picture, and at least one picture; got "
-            f"{len(images)} pictures, {len(true_names)} true and {len(predicted_names)} predicted names."
+            "There must be one true and one predicted name for each image, and at least one image; got "
+            f"{len(images)} images, {len(true_names)} true and {len(predicted_names)} predicted names."
         )
     rows = math.ceil(len(images) / columns)
     figure = _new_figure(1.45 * columns, 1.8 * rows)
@@ -241,17 +241,17 @@ def plot_confusion_matrix(
 
     Rows are true classes, columns predicted ones, in shares of the row, from 0 to 1; the classes are sorted by their
     accuracy, the worst at the top. Of more than `max_classes` the worst are drawn, and what they are taken for beyond
-    these is in no column. Classes without a picture are left out.
+    these is in no column. Classes without an image are left out.
 
     Args:
         path: File to write; it appears whole or not at all.
-        true_labels: Class index of each picture.
+        true_labels: Class index of each image.
         predicted_labels: The predicted one.
         names: Name of each class.
         max_classes: Draw so many at the most.
 
     Raises:
-        ValueError: If there are no pictures, the lengths differ, or an index is outside `names`.
+        ValueError: If there are no images, the lengths differ, or an index is outside `names`.
         ImportError: If matplotlib is missing.
 
     Example:
@@ -261,7 +261,7 @@ def plot_confusion_matrix(
     true, predicted = np.asarray(true_labels), np.asarray(predicted_labels)
     if not true.size or true.shape != predicted.shape:
         raise ValueError(
-            f"There must be one true and one predicted class for each picture, and at least one picture; got "
+            f"There must be one true and one predicted class for each image, and at least one image; got "
             f"{true.size} and {predicted.size}."
         )
     if min(true.min(), predicted.min()) < 0 or max(true.max(), predicted.max()) >= len(names):
@@ -278,7 +278,7 @@ def plot_confusion_matrix(
     _draw_shares(left, counts[np.ix_(order, order)] / sizes[order, None], [names[index] for index in order])
     _draw_class_accuracies(right, accuracies[order], sizes[order], accuracies[found].mean())
     dropped = f"; the worst {len(order)} of {len(found)} classes" if len(order) < len(found) else ""
-    figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} pictures right{dropped}", fontsize=10)
+    figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} images right{dropped}", fontsize=10)
     _save(figure, path)
 
 
@@ -318,28 +318,28 @@ def plot_overlays(
     predictions: Sequence[Any],
     names: Sequence[str],
 ) -> None:
-    """Draw pictures, their masks and predicted masks side by side, with a legend of the classes, as a PNG.
+    """Draw images, their masks and predicted masks side by side, with a legend of the classes, as a PNG.
 
     Args:
         path: File to write; it appears whole or not at all.
-        images: Pictures as arrays, (H, W) or (H, W, 3), in [0, 1].
+        images: Images as arrays, (H, W) or (H, W, 3), in [0, 1].
         truths: Their masks of class indices, (H, W); pixels of no class, which are none of `names`, are black.
         predictions: The predicted masks, (H, W).
         names: Names of the classes.
 
     Raises:
-        ValueError: If there are no pictures or the lengths differ.
+        ValueError: If there are no images or the lengths differ.
         ImportError: If matplotlib is missing.
     """
     if not len(images) or not len(images) == len(truths) == len(predictions):
         raise ValueError(
-            "There must be one true and one predicted mask for each picture, and at least one picture; got "
-            f"{len(images)} pictures, {len(truths)} true and {len(predictions)} predicted masks."
+            "There must be one true and one predicted mask for each image, and at least one image; got "
+            f"{len(images)} images, {len(truths)} true and {len(predictions)} predicted masks."
         )
     height, width = images[0].shape[:2]
     figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)
     colours = _class_colours(len(names))
-    titles = ("picture", "truth (black: no class)", "prediction")
+    titles = ("image", "truth (black: no class)", "prediction")
     for row, (image, *masks) in enumerate(zip(images, truths, predictions, strict=True)):
         for column, shown in enumerate((image, *(_coloured(np.asarray(mask), colours) for mask in masks))):
             axes = figure.add_subplot(len(images), 3, 3 * row + column + 1)

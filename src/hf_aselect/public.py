@@ -64,7 +64,7 @@ AutoImageProcessor.register(ASelectConfig, image_processor_classes={"pil": ASele
 
 
 class _NoVideoProcessor:
-    """Stands where the host's `pipeline` looks for a video processor, which it does for pictures as well.
+    """Stands where transformers' `pipeline` looks for a video processor, which it does for images as well.
 
     Where nothing is registered it takes the code beside an image processor for that of one, and asks whether it may
     run.
@@ -72,12 +72,12 @@ class _NoVideoProcessor:
 
     @classmethod
     def from_pretrained(cls, *_args: Any, **_kwargs: Any) -> None:
-        """Say that there is none, as the host finds of most models.
+        """Say that there is none, as transformers finds of most models.
 
         Raises:
             ValueError: Always.
         """
-        raise ValueError("The models of hf_aselect look at pictures; they have no video processor.")
+        raise ValueError("The models of hf_aselect look at images; they have no video processor.")
 
 
 # The Auto class itself wants torchvision.

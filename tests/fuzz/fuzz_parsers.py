@@ -3,10 +3,10 @@
     python tests/fuzz/fuzz_parsers.py --list
     python tests/fuzz/fuzz_parsers.py --parser weights_index --executions 1000000 --seconds 480 --seed 0
 
-A parser may refuse what it is given by the errors that it promises (`ValueError`, mostly) and by nothing else, must
+A parser may reject what it is given by the errors that it promises (`ValueError`, mostly) and by nothing else, must
 be done within five seconds, and what it takes must hold what is checked here. The first inputs that break this are
 shown; the exit code is then 1. Everything follows from the seed. Where atheris is installed, `--engine atheris` lets
-libFuzzer choose the mutations by the lines that they reach; it ends at the first failure.
+libFuzzer select the mutations by the lines that they reach; it ends at the first failure.
 """
 
 import argparse
@@ -60,7 +60,7 @@ MAX_BYTES = 4096  # of a mutated input, unless its seed is larger
 
 @dataclass
 class Parser:
-    """What is fuzzed: how it is called with bytes, what it starts from, and how it may refuse."""
+    """What is fuzzed: how it is called with bytes, what it starts from, and how it may reject."""
 
     call: Callable[[bytes], None]
     seeds: list[bytes]
@@ -78,7 +78,7 @@ def check(holds: bool, what: str) -> None:
 
 
 def value_of(data: bytes) -> object:
-    """What JSON makes of it, for parsers of what JSON made; refused where it makes nothing."""
+    """What JSON makes of it, for parsers of what JSON made; rejected where it makes nothing."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -142,7 +142,7 @@ def weights_index(data: bytes) -> None:
 
 def safetensors_header(data: bytes) -> None:
     path = written("header.safetensors", data)
-    sizes = tensor_bytes([path])  # never refuses
+    sizes = tensor_bytes([path])  # never rejects
     check(all(isinstance(size, int) and size >= 0 for size in sizes.values()), "sizes")
     for _, value in iterate_weights([path]):
         check(value.nbytes <= len(data), "inside the file")
@@ -212,7 +212,7 @@ def note(data: bytes) -> None:
 
 def card(data: bytes) -> None:
     path = written("README.md", data)
-    license_on_card(FOLDER)  # never refuses
+    license_on_card(FOLDER)  # never rejects
     facts = facts_of_card(path)
     check(all(isinstance(name, str) for name in facts), "names")
     own_words(data.decode())
@@ -280,7 +280,7 @@ def picture(data: bytes) -> None:
 
 def processor(data: bytes) -> None:
     value = value_of(data)
-    if not isinstance(value, dict):  # the host has checked that
+    if not isinstance(value, dict):  # transformers has checked that
         raise ValueError
     made = ASelectImageProcessor(**value)
     check(callable(made.preprocess) and callable(made.process_image), "methods")
@@ -555,7 +555,7 @@ class Outcome:
 def is_refusal(error: BaseException, parser: Parser) -> bool:
     """Whether a parser may say this."""
     if isinstance(error, StrictDataclassClassValidationError):
-        # The host wraps whatever a check raises; types of fields it checks itself.
+        # Transformers wraps whatever a check raises; types of fields it checks itself.
         error = error.__cause__ or error
     return isinstance(error, parser.refusals)
 
@@ -569,10 +569,10 @@ def too_slow(*_: object) -> None:
 
 
 def attempt(parser: Parser, data: bytes) -> BaseException | None:
-    """Return what a parser raises that it may not; None where it takes or refuses what it is given.
+    """Return what a parser raises that it may not; None where it takes or rejects what it is given.
 
     Raises:
-        ValueError: If it refuses it.
+        ValueError: If it rejects it.
     """
     signal.setitimer(signal.ITIMER_REAL, TIMEOUT)
     try:

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import pytest
 import transformers
 
-# The host's tests import each other by dots, so they need a package around them.
+# Transformers' tests import each other by dots, so they need a package around them.
 PACKAGE = "transformers_tests"
 
 
@@ -54,7 +54,7 @@ def fetch() -> Path:
 
 
 def stand_in(name: str, **contents: object) -> None:
-    """Put a module in the place of one of the host's repository that its source distribution lacks."""
+    """Put a module in the place of one of transformers' repository that its source distribution lacks."""
     parent, _, _ = name.rpartition(".")
     if parent and parent not in sys.modules:
         stand_in(parent)
@@ -72,7 +72,7 @@ def _prepare() -> None:
     package.__path__ = [str(folder())]
     package.__spec__ = importlib.machinery.ModuleSpec(PACKAGE, None, is_package=True)
     sys.modules[PACKAGE] = package
-    # Only tests with pictures of the Hub use it.
+    # Only tests with images of the Hub use it.
     stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: url)
     # Tests of exporters and of text generation: mixins that `ModelTesterMixin` inherits from, or looks for.
     stand_in(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
@@ -98,11 +98,11 @@ def _prepare() -> None:
 
 
 def host_module(name: str) -> ModuleType:
-    """Import one of the host's test modules, or skip the module that asks for it."""
+    """Import one of transformers' test modules, or skip the module that asks for it."""
     if not folder().is_dir():
         pytest.skip("transformers' tests are not here: run `python tests/host/host_tests.py`", allow_module_level=True)
     _prepare()
-    # Two modules import the host anew from its source tree, which is not here: the installed one serves.
+    # Two modules import transformers again from its source tree, which is not here: the installed one serves.
     with patch("transformers.utils.direct_transformers_import", lambda path: transformers):
         return importlib.import_module(f"{PACKAGE}.{name}")
 

@@ -25,7 +25,7 @@ TRANSFORMER = {
 
 
 class ModelTester:
-    """What the host's tests ask of each model."""
+    """What transformers' tests ask of each model."""
 
     def prepare_config_and_inputs_for_common(self):
         config = ASelectConfig(transformer=TRANSFORMER, timestep=50, out_features=["stage1", "stage3"])
@@ -33,7 +33,7 @@ class ModelTester:
 
 
 class DiTBackboneTest(HOST.BackboneTesterMixin, unittest.TestCase):
-    """All of the host's tests of a backbone."""
+    """All of transformers' tests of a backbone."""
 
     all_model_classes = (DiTBackbone,)
     config_class = ASelectConfig

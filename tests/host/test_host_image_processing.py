@@ -13,7 +13,7 @@ HOST = host_module("test_image_processing_common")
 
 
 class ProcessorTester(HOST.ImageProcessingTester):
-    """What the host's tests ask of each processor."""
+    """What transformers' tests ask of each processor."""
 
     def __init__(self, parent, **kwargs):
         kwargs.setdefault("size", {"height": 16, "width": 24})
@@ -21,22 +21,22 @@ class ProcessorTester(HOST.ImageProcessingTester):
         super().__init__(parent, **kwargs)
 
     def _get_image_processing_classes(self):
-        # The host looks its own processors up, by the folder of the test.
+        # Transformers looks its own processors up, by the folder of the test.
         return {"pil": ASelectImageProcessor}
 
 
 class ASelectImageProcessorTest(
     HOST.ImageProcessingTestMixin, HOST.PostProcessSemanticSegmentationTestMixin, unittest.TestCase
 ):
-    """The host's tests of an image processor."""
+    """Transformers' tests of an image processor."""
 
     image_processor_tester_class = ProcessorTester
     test_cast_dtype = True
 
-    @unittest.skip("it gives pictures of four channels and asks for four back; ours gives the model's number, 1 or 3")
+    @unittest.skip("it gives images of four channels and asks for four back; ours gives the model's number, 1 or 3")
     def test_call_numpy_4_channels(self):
         """Four channels: see the reason."""
 
-    @unittest.skip("it looks the processor up among the host's own model types")
+    @unittest.skip("it looks the processor up among transformers' own model types")
     def test_new_models_require_torchvision_backend(self):
-        """New models of the host."""
+        """New models of transformers."""

@@ -12,13 +12,13 @@ FILES = sorted(
 )
 EXCEPTIONS = {
     "TRF022": "wants the blocks that are not split to be classes of the file; ours are diffusers' or a family's",
-    "TRF028": "wants the header of the host's own files; the licence of ours stands in LICENSE",
-    "TRF035": "wants no `noqa`; ours say why a signature of the host has `Any`, which the host does not ask",
+    "TRF028": "wants the header of transformers' own files; the licence of ours stands in LICENSE",
+    "TRF035": "wants no `noqa`; ours say why a signature of transformers has `Any`, which transformers does not ask",
     "TRF041": "wants the checkpoints that take each branch on a field; ours are a user's choice (timestep, head, ...)",
     "TRF045": "wants hidden states off the blocks that run; ours run to the tap alone, unless all are asked for",
     "TRF046": "wants nothing written in forward; by `main_input_name` Trainer learns what to hand to metrics",
     "TRF051": "wants no look at the attention kernel; ours only warns that diffusers' blocks do not heed it",
-    "TRF057": "wants generated docstrings, which outside of the host's tree say 'The None Model'",
+    "TRF057": "wants generated docstrings, which outside of transformers' tree say 'The None Model'",
 }
 
 

@@ -15,7 +15,7 @@ CONFIGURATION = host_module("test_configuration_common")
 TRAINING = host_module("test_training_mixin")
 FSDP = host_module("test_fsdp_mixin")
 
-# The host knows a model's task by the name of its class.
+# Transformers knows a model's task by the name of its class.
 for mapping, model in {
     "MODEL_MAPPING_NAMES": DiTModel,
     "MODEL_FOR_BACKBONE_MAPPING_NAMES": DiTBackbone,
@@ -59,7 +59,7 @@ VAE = {
 
 
 class ModelTester:
-    """What the host's tests ask of each model."""
+    """What transformers' tests ask of each model."""
 
     batch_size = 3
     num_hidden_layers = 2
@@ -80,7 +80,7 @@ class ModelTester:
 
 
 class CommonTests(HOST.ModelTesterMixin, TRAINING.TrainingTesterMixin, FSDP.FSDPTesterMixin):
-    """All of the host's tests of a model; here of a DiT on pixels."""
+    """All of transformers' tests of a model; here of a DiT on pixels."""
 
     # Each test class has one model of ours: what one test skips of it is not hidden by what runs of another.
     model_tester = None
@@ -102,7 +102,7 @@ class CommonTests(HOST.ModelTesterMixin, TRAINING.TrainingTesterMixin, FSDP.FSDP
     def test_model_get_set_embeddings(self):
         pass
 
-    @unittest.skip("the host's test makes batches of text alone")
+    @unittest.skip("transformers' test makes batches of text alone")
     def test_training_overfit(self):
         pass
 
@@ -111,12 +111,12 @@ class BackboneTests(CommonTests):
     """What is different in a backbone, which gives maps."""
 
     def test_hidden_states_output(self):
-        # One token stands before those of the picture, as the host's DPT wants them.
+        # One token stands before those of the image, as transformers' DPT wants them.
         self.model_tester.config.reshape_hidden_states = False
         self.model_tester.seq_length = 17
         super().test_hidden_states_output()
 
-    @unittest.skip("a backbone's first output is a tuple of maps, which the host's test takes for one tensor")
+    @unittest.skip("a backbone's first output is a tuple of maps, which transformers' test takes for one tensor")
     def test_retain_grad_hidden_states_attentions(self):
         pass
 
@@ -129,7 +129,7 @@ class LatentTests(CommonTests):
 
 
 class FoldedTests(CommonTests):
-    """A folded model: a plain vision transformer, on the host's attention kernels."""
+    """A folded model: a plain vision transformer, on transformers' attention kernels."""
 
     def fields(self):
         folded = self.all_model_classes[0](ASelectConfig(**FIELDS)).fold().config
@@ -139,7 +139,7 @@ class FoldedTests(CommonTests):
         super().setUp()
         # It has hidden states at its own taps alone, of which one is such.
         self.model_tester.expected_num_hidden_layers = 1
-        # It gives no attention weights back, but that the host's kernels agree can be told.
+        # It gives no attention weights back, but that transformers' kernels agree can be told.
         self.has_attentions = "sdpa" in self._testMethodName or "attention_dynamically" in self._testMethodName
 
 

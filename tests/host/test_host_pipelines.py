@@ -1,4 +1,4 @@
-"""transformers' tests of pipelines, on ours: pictures in, what the task gives out, one by one and in batches."""
+"""transformers' tests of pipelines, on ours: images in, what the task gives out, one by one and in batches."""
 
 import atexit
 import json
@@ -43,7 +43,7 @@ CONFIG = ASelectConfig(
     head_num_attention_heads=2,
 )
 
-# The host's tiny models lie on the Hub; it takes those of a folder if it is told so before it is imported.
+# Transformers' tiny models lie on the Hub; it takes those of a folder if it is told so before it is imported.
 FOLDER = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, FOLDER)
 (FOLDER / "reports").mkdir()
@@ -62,7 +62,7 @@ HOST.transformers_module = SimpleNamespace(ASelectImageProcessor=ASelectImagePro
 
 
 class Examples:
-    """What the host's test asks of a task; the host's own are among those that its source distribution lacks."""
+    """What transformers' test asks of a task; transformers' own are among those that its source distribution lacks."""
 
     def get_test_pipeline(self, model, tokenizer=None, image_processor=None, dtype="float32"):
         pictures = [Image.new("RGB", (12, 10), color) for color in ("red", "white")]
@@ -101,7 +101,7 @@ for task, examples in {
 
 
 class PipelineTest(HOST.PipelineTesterMixin, unittest.TestCase):
-    """The host's tests of all tasks; those that are none of ours skip themselves."""
+    """Transformers' tests of all tasks; those that are none of ours skip themselves."""
 
     pipeline_model_mapping = MODELS
 
@@ -112,7 +112,7 @@ class PipelineTest(HOST.PipelineTesterMixin, unittest.TestCase):
             model(CONFIG).save_pretrained(folder)
             ASelectImageProcessor.from_model_config(CONFIG).save_pretrained(folder)
 
-    # Four of the host's tests want timm, which other models of these tasks need and ours do not.
+    # Four of transformers' tests want timm, which other models of these tasks need and ours do not.
 
     def test_pipeline_image_feature_extraction(self):
         self.run_task_tests("image-feature-extraction")

@@ -1,4 +1,4 @@
-"""transformers' example scripts for images, unmodified, on checkpoints of ours: pushed ones and converted ones."""
+"""transformers' example scripts for images, unmodified, on hf_aselect checkpoints: pushed ones and converted ones."""
 
 import json
 import os

@@ -20,7 +20,7 @@ NOTE = ".complete"  # in it when all is written: the names of files that are to 
 
 
 def checked_output(output: str | os.PathLike[str]) -> Path:
-    """Return the folder to write, with links followed; refuse one that holds something or cannot be replaced.
+    """Return the folder to write, with links followed; reject one that holds something or cannot be replaced.
 
     Raises:
         FileExistsError: If it exists and is not empty, is the current folder or a mount point, or lies in a file.
@@ -75,7 +75,7 @@ def whole_files(folder: str | os.PathLike[str], replaces: str | None = None) -> 
 
     Args:
         folder: The folder to write into, made if it is missing; its other files stay.
-        replaces: Pattern of names in the folder that go unless they are written anew, where one such is written.
+        replaces: Pattern of names in the folder that go unless they are written again, where one such is written.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def convert_diffusers(
     include_code: bool = True,
     **fields: Any,
 ) -> Conversion:
-    """Write a diffusers checkpoint as one of ours: transformer, VAE encoder, scheduler, the empty prompt's embeddings.
+    """Write a diffusers checkpoint as an hf_aselect checkpoint: transformer, VAE encoder, scheduler, empty prompt.
 
     Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
     encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
@@ -109,8 +109,8 @@ def convert_diffusers(
         What was made and what was dropped.
 
     Raises:
-        ValueError: If the source is none, or already one of ours; a part is missing, broken, or of an unsupported
-            kind; a field is unknown; a number is out of range.
+        ValueError: If the source is none, or already an hf_aselect checkpoint; a part is missing, broken, or of an
+            unsupported kind; a field is unknown; a number is out of range.
         FileExistsError: If `output` exists and is not empty.
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
 
@@ -468,5 +468,5 @@ def _dropped_bytes(folder: Path, variant: str | None, kept: tuple[str, ...] = ()
     try:
         sizes = tensor_bytes(weight_files(folder, variant, fall_back=True))
     except ValueError:
-        return 0  # not needed, so not refused
+        return 0  # not needed, so not rejected
     return sum(size for name, size in sizes.items() if not (kept and name.startswith(kept)))

@@ -289,8 +289,8 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
         )
     if config.vae is None and config.num_channels not in (1, 3):
         logger.warning(
-            "A %s on latents of %d channels, and no VAE beside it: it cannot be given pictures, only latents. Load "
-            "the whole pipeline for pictures.",
+            "A %s on latents of %d channels, and no VAE beside it: it cannot be given images, only latents. Load "
+            "the whole pipeline for images.",
             parts["transformer"]["_class_name"],
             config.num_channels,
         )

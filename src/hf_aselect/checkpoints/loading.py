@@ -51,7 +51,7 @@ def take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -
         return True
     if text:
         raise ValueError(
-            f"{', '.join(text)} can only be given with a diffusers pipeline; in a checkpoint of ours the empty "
+            f"{', '.join(text)} can only be given with a diffusers pipeline; in an hf_aselect checkpoint the empty "
             "prompt's embeddings are among the weights."
         )
     return False

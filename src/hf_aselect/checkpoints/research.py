@@ -29,7 +29,7 @@ from .weight_files import CONFIG, PICKLES, iterate_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
-# A pickle is mapped anew after so many bytes, so that what was read before leaves memory.
+# A pickle is mapped again after so many bytes, so that what was read before leaves memory.
 _MAPPED_BYTES = 2**27
 # Where the weights are in a checkpoint of a training, those first that were averaged.
 _INNER = ("ema", "ema_state_dict", "model_ema", "state_dict", "model")
@@ -120,7 +120,7 @@ def is_port(class_name: Any) -> bool:
 
 
 def refuse_kin(class_name: Any) -> None:
-    """Refuse the class of a port of LightningDiT, JiT or RAE, unless somebody registered it as a family.
+    """Reject the class of a port of LightningDiT, JiT or RAE, unless somebody registered it as a family.
 
     Raises:
         ValueError: If it is one.
@@ -152,7 +152,7 @@ class ResearchWeights:
     config: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Refuse tensors of other names, and those that are missing.
+        """Reject tensors of other names, and those that are missing.
 
         Raises:
             ValueError: If there are some.
@@ -191,7 +191,7 @@ class ResearchWeights:
         # Weights that were averaged over training come first.
         prefix = min(prefixes, key=lambda each: ("ema" not in each, len(each)))
         found = {key.removeprefix(prefix): key for key in self.shapes if key.startswith(prefix)}
-        # REPA's first checkpoints count the blocks after the one that is aligned anew.
+        # REPA's first checkpoints count the blocks after the one that is aligned again.
         depth = _depth(found, "blocks")
         return {
             re.sub(r"^decoder_blocks\.(\d+)", lambda block: f"blocks.{depth + int(block[1])}", name): key
@@ -538,7 +538,7 @@ def _of_safetensors(files: Sequence[Path], keys: Sequence[str]) -> Iterator[tupl
 
 
 def _of_pickle(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors of a pickle, which is mapped anew every `_MAPPED_BYTES`."""
+    """Yield tensors of a pickle, which is mapped again every `_MAPPED_BYTES`."""
     waiting = list(keys)
     while waiting:
         mapped, tensors = 0, _unpickled(path)

@@ -103,7 +103,7 @@ def weight_files(folder: Path, variant: str | None = None, fall_back: bool = Fal
 
 
 def check_parts(folder: Path, wanted: Iterable[str]) -> None:
-    """Refuse a pipeline that lacks a part which its `model_index.json` lists: without it, it is another model.
+    """Reject a pipeline that lacks a part which its `model_index.json` lists: without it, it is another model.
 
     Args:
         folder: The pipeline; one without that file may hold what it likes.
@@ -153,7 +153,7 @@ def tensor_bytes(files: Iterable[Path]) -> dict[str, int]:
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each tensor of some safetensors, one after the other.
 
-    A value is a part of the mapped file. A file is mapped anew every `_MAPPED_BYTES`, so that what was read before
+    A value is a part of the mapped file. A file is mapped again every `_MAPPED_BYTES`, so that what was read before
     leaves memory, unless somebody holds on to it.
 
     Raises:
@@ -179,7 +179,7 @@ def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Refuse a folder whose only weights are pickles: unpickling runs whatever code they hold.
+    """Reject a folder whose only weights are pickles: unpickling runs whatever code they hold.
 
     Raises:
         PickledWeightsError: If it is one.
@@ -189,7 +189,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def refuse_pickled_names(where: str, names: Iterable[str]) -> None:
-    """Refuse files whose only weights are pickles; see `refuse_pickles`.
+    """Reject files whose only weights are pickles; see `refuse_pickles`.
 
     Raises:
         PickledWeightsError: If they are.

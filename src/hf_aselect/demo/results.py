@@ -31,7 +31,7 @@ class Stopwatch:
 
 
 def choice_of(selection: TimestepSelection, grid: list[int], probed: list[float]) -> dict[str, Any]:
-    """Return what a demo's results say of the choice and of the exhaustive search beside it."""
+    """Return what a demo's results say of the selection and of the exhaustive search beside it."""
     return {
         "timestep": selection.timestep,
         "log_snr": selection.log_snr[selection.timesteps.index(selection.timestep)],

@@ -10,19 +10,19 @@ EMBEDDED = Path(__file__).parents[1] / "assets" / "fashion_mnist"
 
 
 def load_embedded_split(split: str, size: int) -> Dataset:
-    """Return the first `size` pictures of the embedded sample of Fashion-MNIST, columns `image` and `label`.
+    """Return the first `size` images of the embedded sample of Fashion-MNIST, columns `image` and `label`.
 
     Args:
-        split: "train" (4,000 pictures) or "test" (2,000).
-        size: Number of pictures.
+        split: "train" (4,000 images) or "test" (2,000).
+        size: Number of images.
 
     Raises:
-        ValueError: If the sample has no so many pictures.
+        ValueError: If the sample has no so many images.
     """
     # Not through `load_dataset`, which would copy the sample into a cache.
     dataset = Dataset(pyarrow.parquet.read_table(EMBEDDED / f"{split}.parquet"))
     if not 1 <= size <= len(dataset):
-        raise ValueError(f"The embedded {split} sample has {len(dataset)} pictures, asked for {size}.")
+        raise ValueError(f"The embedded {split} sample has {len(dataset)} images, asked for {size}.")
     return dataset.select(range(size))
 
 

@@ -50,10 +50,10 @@ class SegmentationDemoSettings:
 
     Args:
         seed: Seed of UperNet's weights and the order of the scenes; scenes are the same for every seed, and the
-            timestep is chosen with `select_timestep`'s default seed.
+            timestep is selected with `select_timestep`'s default seed.
         num_train: Training scenes.
         num_test: Test scenes, of other items.
-        num_calibration: Training scenes that the timestep is chosen from.
+        num_calibration: Training scenes that the timestep is selected from.
         num_probe: Training scenes of the linear probes, which are trained at each timestep.
         num_epochs: Epochs of UperNet.
     """
@@ -123,7 +123,7 @@ def run_segmentation_demo(
 
 
 def load_segmenter(train: Dataset, names: list[str], settings: SegmentationDemoSettings) -> DiTForSemanticSegmentation:
-    """Return a segmenter on the embedded DiT, its timestep chosen from training scenes."""
+    """Return a segmenter on the embedded DiT, its timestep selected from training scenes."""
     return DiTForSemanticSegmentation.from_pretrained(
         EMBEDDED,
         timestep="auto",
@@ -302,7 +302,7 @@ def save_segmenter(
         dataset="fashion_mnist",
         mean_iou=figures["upernet"],
         baselines={
-            **probe_baselines("linear probe of tokens", "the chosen timestep", figures),
+            **probe_baselines("linear probe of tokens", "the selected timestep", figures),
             "linear probe of tokens of random weights": figures["random_weights"],
             "grey level of a pixel": figures["colours"],
         },
@@ -314,7 +314,7 @@ def save_segmenter(
             **training_facts(trainer, results),
         },
         command=f"hf-aselect demo --task segmentation --seed {results['seed']}",
-        limits="Scenes are composed of pictures of single clothes on black, which says little of photographs.",
+        limits="Scenes are composed of images of single clothes on black, which says little of photographs.",
     )
 
 

@@ -47,14 +47,14 @@ def format_segmentation_table(results: dict[str, Any]) -> str:
         ("most frequent class", "grey level of a pixel", figures["colours"], seconds["colours"]),
     ]
     notes = [
-        f"Scenes are composed of two pictures of the sample each; trained on {results['num_train']}, the linear",
-        f"probes on the tokens of {results['num_probe']}; tested on {results['num_test']}, of other pictures.",
+        f"Scenes are composed of two images of the sample each; trained on {results['num_train']}, the linear",
+        f"probes on the tokens of {results['num_probe']}; tested on {results['num_test']}, of other images.",
     ]
     return format_rows(results, "segmenter", "test mean IoU", rows, notes)
 
 
 def probe_rows(results: dict[str, Any], figures: dict[str, float], timestep: int, select: float) -> list[Row]:
-    """Return a table's rows of the probe, at the timesteps of `probe_figures`: one was chosen in `select` seconds."""
+    """Return a table's rows of the probe, at the timesteps of `probe_figures`; selecting one took `select` seconds."""
     search = results["seconds"]["exhaustive_search"]
     each = search / len(results["timesteps"])
     return [
@@ -67,7 +67,7 @@ def probe_rows(results: dict[str, Any], figures: dict[str, float], timestep: int
 
 
 def format_rows(results: dict[str, Any], who: str, what: str, rows: list[Row], notes: list[str]) -> str:
-    """Return a demo's table: the choice, then a row for each way, then notes."""
+    """Return a demo's table: the selection, then a row for each way, then notes."""
     select = results["seconds"]["select_timestep"]
     lines = [f"Selected timestep: {results['timestep']} (log-SNR {results['log_snr']:.2f}), in {select:.1f} s", ""]
     lines.append(f"{who:<20} {'features':<40} {what:>13} {'seconds':>8}")

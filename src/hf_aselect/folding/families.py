@@ -276,6 +276,6 @@ def _context(start: Pass) -> Tensor:
 
 
 def _num_cross_tokens(start: Pass) -> int:
-    """Return how many tokens of the prompt cross-attention chooses from; of a single one it reads a constant."""
+    """Return how many tokens of the prompt cross-attention selects from; of a single one it reads a constant."""
     num_tokens = _context(start).shape[1]
     return num_tokens if num_tokens > 1 else 0

@@ -50,13 +50,14 @@ YOURS = "<!-- What follows is yours: it stays when this card is written again. -
 Figure = float | Sequence[float]
 _UNLABELLED = ", without labels or training."
 _HOW = {
-    "consensus": "Chosen by how much of what the transformer's features agree on can be read from these" + _UNLABELLED,
-    "hfr": "Chosen by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
+    "consensus": "Selected by how much of what the transformer's features agree on can be read from these"
     + _UNLABELLED,
-    "signal_hfr": "Chosen by the share of high spatial frequencies in what the features of two noise draws agree on"
+    "hfr": "Selected by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
     + _UNLABELLED,
-    "probe": "Chosen by the accuracy of a linear probe, with labels.",
-    "patch_probe": "Chosen by the accuracy of a linear probe of patches, with masks.",
+    "signal_hfr": "Selected by the share of high spatial frequencies in what the features of two noise draws agree on"
+    + _UNLABELLED,
+    "probe": "Selected by the accuracy of a linear probe, with labels.",
+    "patch_probe": "Selected by the accuracy of a linear probe of patches, with masks.",
 }
 _STOPPED_BY = {
     "confidence": "no more were looked at, as that was sure enough",
@@ -74,9 +75,7 @@ class Task(NamedTuple):
 
 
 _TASKS = {
-    "image-classification": Task(
-        "with a head that classifies pictures", "AutoModelForImageClassification", "classify"
-    ),
+    "image-classification": Task("with a head that classifies images", "AutoModelForImageClassification", "classify"),
     "image-segmentation": Task(
         "with a decoder that tells the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
     ),
@@ -96,18 +95,18 @@ class CardFacts:
         feature: Feature that is read there; a list of several.
         channels: Channels of all taps and timesteps side by side, where there are several.
         read_out: Timestep, block and feature of each of them, where not every combination is read.
-        criterion: Criterion that chose the timestep.
+        criterion: Criterion that selected the timestep.
         log_snr: 2·ln(alpha / sigma) at the timestep.
-        num_images: Pictures that it was chosen from.
-        pictures: "given", or "generated" by the transformer itself.
-        seconds: Seconds that the choice took.
-        confidence: Share of bootstrap resamples that agree with the choice, in [0, 1].
-        stopped_by: Why no more pictures were looked at: "confidence", "max_images" or "all pictures".
+        num_images: Images that it was selected from.
+        images: "given", or "generated" by the transformer itself.
+        seconds: Seconds that the selection took.
+        confidence: Share of bootstrap resamples that agree with the selection, in [0, 1].
+        stopped_by: Why no more images were looked at: "confidence", "max_images" or "all images".
         score: The criterion at the timestep.
         interval: 95 % bootstrap interval of that.
         joint_scores: Of several timesteps that were selected, the criterion of the first, the first two together, ...
-        warnings: What speaks against the choice.
-        figure: Path of the curve's picture, relative to the card.
+        warnings: What speaks against the selection.
+        figure: Path of the curve's image, relative to the card.
         task: What the model does: "image-classification", "image-segmentation" or "image-feature-extraction".
         auto_class: Name of the Auto class that loads it; by default the task's.
         accuracy: Accuracy on the evaluation split, in [0, 1]; of several runs (seeds) a sequence.
@@ -126,7 +125,7 @@ class CardFacts:
         adapter_of: What an adapter (LoRA) of peft is put on: an id on the Hub, or the name of a folder. It is then
             loaded by peft.
         folded: Whether the timestep is in the weights.
-        has_processor: Whether there is an image processor beside it; latents without a VAE are no pictures.
+        has_processor: Whether there is an image processor beside it; latents without a VAE are no images.
         needs_diffusers: Whether it is loaded through diffusers; None: where that is not known.
         tags: Further tags.
     """
@@ -478,7 +477,7 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
         "feature": _listing(facts.feature),
         "channels": _side_by_side(facts),
         "criterion": facts.criterion,
-        "pictures": None if facts.num_images is None else f"{facts.num_images}{made}",
+        "images": None if facts.num_images is None else f"{facts.num_images}{made}",
         "confidence": rounded(facts.confidence, 2),
         "score (95 % interval)": None
         if facts.score is None or facts.interval is None
@@ -523,7 +522,7 @@ def _how(facts: CardFacts) -> str:
     if facts.criterion is None:
         return "Features are read here:"
     # A criterion of the user's own is named in the table.
-    return _HOW.get(facts.criterion, "Chosen by a criterion:")
+    return _HOW.get(facts.criterion, "Selected by a criterion:")
 
 
 def _result_rows(figures: Mapping[str, Figure]) -> dict[str, str]:

@@ -40,7 +40,7 @@ class ImageRows:
 
     - by the name `pixel_values` (or `features`, `latents`): what the model takes as it is;
     - of floating-point numbers: in [-1, 1] with negative ones, which is what an image processor made of one; in
-      [0, 1]; or in [0, 255]. What it is of a set, its first images say, and one that is something else is refused;
+      [0, 1]; or in [0, 255]. What it is of a set, its first images say, and one that is something else is rejected;
     - anything else: what the image processor takes.
     """
 
@@ -149,7 +149,7 @@ class ImageRows:
         # What is no number, the image processor has words for.
         if low < bounds[0] - _SLACK or high > bounds[1] + _SLACK:
             raise ValueError(
-                f"Picture {index} of the set has values from {low:g} to {high:g}, expected {self.scale} as in the "
+                f"Image {index} of the set has values from {low:g} to {high:g}, expected {self.scale} as in the "
                 "others. Pixel values, of an image processor, are in [-1, 1]; images in [0, 1] or [0, 255]."
             )
         if self.scale == _PIXEL_VALUES:
@@ -290,7 +290,7 @@ def columns_of(rows: Any) -> Mapping[str, Any] | None:
 
 
 def refuse_addresses(dataset: Any) -> None:
-    """Refuse a `datasets.Dataset` whose rows are addresses of images, which decoding them would fetch.
+    """Reject a `datasets.Dataset` whose rows are addresses of images, which decoding them would fetch.
 
     Raises:
         ValueError: If there is one.
@@ -307,7 +307,7 @@ def refuse_addresses(dataset: Any) -> None:
             paths = chunk.field("path").filter(chunk.field("bytes").is_null()).drop_null().to_pylist()
             if outside := [path for path in paths if ADDRESS.search(path)]:
                 raise ValueError(
-                    f"The column {name!r} holds addresses in place of pictures, {outside[0][:100]!r} among them, and "
+                    f"The column {name!r} holds addresses in place of images, {outside[0][:100]!r} among them, and "
                     "nothing is fetched that was not named. Download them first."
                 )
 
@@ -333,7 +333,7 @@ def stacked(name: str, indices: list[int], values: list[Any]) -> Tensor:
 
 
 def _unreadable(index: int, error: BaseException) -> ValueError:
-    return ValueError(f"Picture {index} of the set cannot be read: {error}")
+    return ValueError(f"Image {index} of the set cannot be read: {error}")
 
 
 def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:
@@ -348,7 +348,7 @@ def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:
         # Grey images need no axis of channels; what has three or four in its place is one image.
         if dataset.ndim != 4 and (dataset.ndim != 3 or {dataset.shape[0], dataset.shape[-1]} & {1, 3, 4}):
             raise ValueError(
-                f"A set of pictures must have four axes, as (B, C, H, W), or grey ones three, as (B, H, W), got shape "
+                f"A set of images must have four axes, as (B, C, H, W), or grey ones three, as (B, H, W), got shape "
                 f"{tuple(dataset.shape)}."
             )
     else:
@@ -400,7 +400,7 @@ def _from_mapping(columns: Mapping[str, Any]) -> _Columns:
 def _wanted(found: Any) -> str:
     hint = ". Give the `dataset` of a DataLoader." if isinstance(found, torch.utils.data.DataLoader) else ""
     return (
-        "Pictures must be a list of PIL pictures or arrays, a dataset with a column of them (and of labels, where "
+        "Images must be a list of PIL images or arrays, a dataset with a column of them (and of labels, where "
         "those are needed), pairs (image, label), a dense tensor, or a dictionary of `pixel_values` (or `features`, "
         f"`latents`) and `labels`, got {type(found).__name__}{hint}"
     )
@@ -434,7 +434,7 @@ def _columns(
         found = [name for name, value in row.items() if name not in (*LABELS, label) and _is_image(value)]
         if len(found) != 1:
             raise ValueError(
-                "Expected a dataset with a column `image`, or exactly one column of pictures, got columns "
+                "Expected a dataset with a column `image`, or exactly one column of images, got columns "
                 f"{names}. Name it by `image_column=`, or give that column alone (`select_columns`)."
             )
         kind = found[0]

@@ -76,4 +76,4 @@ def read_images(source: str, split: str = "train") -> Any:
         return load_dataset(source, split=split)
     except (DatasetsError, ValueError) as error:
         # It says that something is wrong with the data; its cause says what.
-        raise ValueError(f"{source!r} cannot be read as pictures: {error.__cause__ or error}") from error
+        raise ValueError(f"{source!r} cannot be read as images: {error.__cause__ or error}") from error

@@ -21,7 +21,7 @@ NUM_TIMESTEPS = 1000
 
 
 def check_timestep(timestep: Any) -> None:
-    """Refuse anything but an integer timestep in [0, 1000).
+    """Reject anything but an integer timestep in [0, 1000).
 
     Raises:
         ValueError: If `timestep` is not an integer or lies outside [0, 1000).
@@ -34,7 +34,7 @@ def check_timestep(timestep: Any) -> None:
 
 
 def check_count(name: str, count: Any) -> None:
-    """Refuse anything but an integer from 1 on.
+    """Reject anything but an integer from 1 on.
 
     Raises:
         ValueError: If `count` is none.
@@ -61,7 +61,7 @@ def short(value: Any) -> str:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Refuse what no weights are in; the host looks it up in torch, whatever it is.
+    """Reject what no weights are in; transformers looks it up in torch, whatever it is.
 
     Raises:
         ValueError: If `dtype` is neither None nor float32, bfloat16, float16 or float64, of torch or by name.
@@ -175,7 +175,7 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def refuse_other_than_safetensors(files: Iterable[str | os.PathLike[str]]) -> None:
-    """Refuse weights that are no safetensors by their names, before one of them is opened.
+    """Reject weights that are no safetensors by their names, before one of them is opened.
 
     Raises:
         PickledWeightsError: If there are any.
@@ -188,7 +188,7 @@ def refuse_other_than_safetensors(files: Iterable[str | os.PathLike[str]]) -> No
 
 
 def refuse_other_than_weights(name: str, dtype: str | torch.dtype) -> None:
-    """Refuse a tensor that cannot be a weight as it is: integers and 8-bit numbers want a scale that is elsewhere.
+    """Reject a tensor that cannot be a weight as it is: integers and 8-bit numbers want a scale that is elsewhere.
 
     Raises:
         ValueError: If `dtype`, torch's or the name that safetensors has for it, is none of `WEIGHT_DTYPES`.
@@ -216,7 +216,7 @@ def is_readable(values: Tensor) -> bool:
 
 
 def check_floats(name: str, values: Any) -> None:
-    """Refuse what is no tensor of floating-point numbers in memory: others are numbers that stand for something else.
+    """Reject what is no tensor of floating-point numbers in memory: others are numbers that stand for something else.
 
     Raises:
         ValueError: If it is none.
@@ -227,7 +227,7 @@ def check_floats(name: str, values: Any) -> None:
         return
     if not values.is_floating_point():
         raise ValueError(
-            f"`{name}` must be floating-point numbers, got {values.dtype}. Pictures of bytes go through "
+            f"`{name}` must be floating-point numbers, got {values.dtype}. Images of bytes go through "
             "`ASelectImageProcessor.from_model_config(model.config)` first."
         )
     if values.is_meta or values.layout != torch.strided:
@@ -236,7 +236,7 @@ def check_floats(name: str, values: Any) -> None:
 
 
 def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
-    """Refuse latents that a transformer cannot read.
+    """Reject latents that a transformer cannot read.
 
     Args:
         latents: What was given as latents, to be (B, C, h, w).
@@ -254,13 +254,13 @@ def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
         )
     _check_sides(latents, side, limit, "Height and width of `latents`")
     if not torch.compiler.is_compiling() and not len(latents):
-        raise ValueError("`latents` are an empty batch; give those of one picture or more.")
+        raise ValueError("`latents` are an empty batch; give those of one image or more.")
     if is_readable(latents) and not bool(latents.isfinite().all()):
         raise ValueError("`latents` hold NaN or infinite values.")
 
 
 def _check_sides(images: Tensor, side: int, limit: int | None, what: str, unit: str = "", remedy: str = "") -> None:
-    """Refuse sides that are no multiples of a token's, or longer than `limit` tokens, where positions end."""
+    """Reject sides that are no multiples of a token's, or longer than `limit` tokens, where positions end."""
     height, width = images.shape[-2:]
     if limit is not None and max(height, width) > limit * side:
         raise ValueError(
@@ -272,10 +272,10 @@ def _check_sides(images: Tensor, side: int, limit: int | None, what: str, unit: 
 
 
 def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
-    """Refuse pictures that a model cannot read.
+    """Reject images that a model cannot read.
 
     Args:
-        pixel_values: What was given as pictures, to be (B, C, H, W) in [-1, 1].
+        pixel_values: What was given as images, to be (B, C, H, W) in [-1, 1].
         config: Of the model.
 
     Raises:
@@ -286,14 +286,14 @@ def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
         raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
     if (num_channels := pixel_values.shape[1]) != config.num_channels:
         raise ValueError(
-            f"The model takes pictures of {config.num_channels} channels, got {num_channels}. Use "
+            f"The model takes images of {config.num_channels} channels, got {num_channels}. Use "
             f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."
         )
     resizes_to = "×".join(map(str, config.image_height_width))
     remedy = f" Use `ASelectImageProcessor.from_model_config(model.config)`, which resizes to {resizes_to}."
     _check_sides(pixel_values, config.patch_pixels, config.layout.max_grid, "Height and width", " pixels", remedy)
     if not torch.compiler.is_compiling() and not len(pixel_values):
-        raise ValueError("`pixel_values` are an empty batch; give one picture or more.")
+        raise ValueError("`pixel_values` are an empty batch; give one image or more.")
     if not is_readable(pixel_values):
         return
     largest = float(pixel_values.detach().abs().max())
@@ -317,7 +317,7 @@ HEADS = {"head": "classifier", "decoder": "decode_head"}
 
 
 class MismatchedSizesError(ValueError, RuntimeError):
-    """A head of other shapes than the configuration says; the host's own is a `RuntimeError`, which some catch."""
+    """A head of other shapes than the configuration says; transformers' own is a `RuntimeError`, which some catch."""
 
 
 def checked_features(features: Tensor, config: PreTrainedConfig) -> Tensor:
@@ -393,7 +393,7 @@ def _checked_rows(labels: Tensor, shape: tuple[int, int]) -> Tensor:
     if labels.shape != shape or is_wrong:
         largest = f" of values up to {float(labels.abs().max()):g}" if is_readable(labels) and labels.numel() else ""
         raise ValueError(
-            f"`labels` of several classes a picture must be of 0 and 1, {shape}, got {tuple(labels.shape)}{largest}."
+            f"`labels` of several classes an image must be of 0 and 1, {shape}, got {tuple(labels.shape)}{largest}."
         )
     return labels.to(torch.promote_types(labels.dtype, torch.float32))
 
@@ -402,8 +402,8 @@ def _checked_indices(labels: Tensor, count: int, num_labels: int) -> Tensor:
     """Return class indices, one an image."""
     if labels.ndim == 0 or labels.numel() != count:
         raise ValueError(
-            f"`labels` must be one for each of {count} pictures, got shape {tuple(labels.shape)}. Of several "
-            "classes a picture, load the model with `problem_type='multi_label_classification'`."
+            f"`labels` must be one for each of {count} images, got shape {tuple(labels.shape)}. Of several "
+            "classes an image, load the model with `problem_type='multi_label_classification'`."
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         # transformers would take them for another kind of problem, from then on.
@@ -418,7 +418,7 @@ def _checked_indices(labels: Tensor, count: int, num_labels: int) -> Tensor:
 
 
 def check_masks(labels: Tensor, pixel_values: Tensor, config: PreTrainedConfig) -> None:
-    """Refuse masks that are not of these images, or name classes that a segmenter does not have.
+    """Reject masks that are not of these images, or name classes that a segmenter does not have.
 
     Args:
         labels: What was given as labels, to be (B, H, W) of any integer dtype.
@@ -475,10 +475,10 @@ def is_of_diffusers(source: str | os.PathLike[str]) -> bool:
 
 
 def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:
-    """Refuse a local folder whose adapter is none or a pickle, or an index of which leads elsewhere.
+    """Reject a local folder whose adapter is none or a pickle, or an index of which leads elsewhere.
 
-    The host joins such names to the folder as they are, and opens what it finds there. Of what comes from the Hub its
-    client lets no file lie outside of its cache.
+    Transformers joins such names to the folder as they are, and opens what it finds there. Of what comes from the
+    Hub its client lets no file lie outside of its cache.
 
     Raises:
         ValueError: If there is one.
@@ -499,7 +499,7 @@ def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:
 
 
 def check_dtypes(files: Iterable[str | os.PathLike[str]], model: PreTrainedModel) -> None:
-    """Refuse weights in what is no floating-point dtype: the host would cast numbers that stand for something else.
+    """Reject weights of no floating-point dtype: transformers would cast numbers that stand for something else.
 
     Raises:
         ValueError: If there are any.
@@ -510,7 +510,7 @@ def check_dtypes(files: Iterable[str | os.PathLike[str]], model: PreTrainedModel
             with safe_open(path, framework="pt") as opened:
                 for name in weights.intersection(opened.keys()):
                     refuse_other_than_weights(name, opened.get_slice(name).get_dtype())
-        except (OSError, SafetensorError):  # the host says what is wrong with it
+        except (OSError, SafetensorError):  # transformers says what is wrong with it
             return
 
 
@@ -521,11 +521,11 @@ def check_loaded(
     ignore_mismatched_sizes: bool,
     is_info_asked: bool,
 ) -> None:
-    """Refuse a checkpoint whose backbone or head is incomplete or of other shapes.
+    """Reject a checkpoint whose backbone or head is incomplete or of other shapes.
 
     Args:
         source: Where it was loaded from, for the error.
-        info: The host's loading info.
+        info: Transformers' loading info.
         model: What was loaded.
         ignore_mismatched_sizes: Whether a head of other shapes, or another kind of head, was asked to be replaced by
             a new one.
@@ -541,7 +541,7 @@ def check_loaded(
 
 
 def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, Any], is_info_asked: bool) -> None:
-    """Refuse a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
+    """Reject a checkpoint that lacks a part of the backbone or does not fit it: random weights would go unnoticed."""
     unfit = {entry[0] for entry in info["mismatched_keys"]}
     if not is_info_asked:
         unfit |= {*info["missing_keys"], *info["unexpected_keys"]}
@@ -556,7 +556,7 @@ def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, 
 def _check_head_is_whole(
     source: str | os.PathLike[str], info: dict[str, Any], model: PreTrainedModel, ignore_mismatched_sizes: bool
 ) -> None:
-    """Refuse a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
+    """Reject a checkpoint with some but not all of the head: the rest would be random. None at all is a new head."""
     for part, module in HEADS.items():
         of_the_part = f"{module}."
         missing = {name for name in info["missing_keys"] if name.startswith(of_the_part)}
@@ -580,7 +580,7 @@ def _check_head_is_whole(
 
 
 def _renew(model: PreTrainedModel, part: str) -> None:
-    """Initialise a head anew: some of its tensors may have been those of another kind of head, by the same names."""
+    """Initialise a head again: some of its tensors may have been those of another kind of head, by the same names."""
     head: nn.Module = getattr(model, part)
     for name, tensor in (*head.named_parameters(), *head.named_buffers()):
         # transformers' mark of what was loaded. The statistics of the tokens are the same for another head.
@@ -589,7 +589,7 @@ def _renew(model: PreTrainedModel, part: str) -> None:
 
 
 def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose head has other shapes than the configuration says."""
+    """Reject a checkpoint whose head has other shapes than the configuration says."""
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise MismatchedSizesError(

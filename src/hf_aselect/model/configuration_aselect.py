@@ -136,7 +136,7 @@ def _plain_on_assignment(kind: Any) -> Any:
 class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a diffusion transformer that is read at a timestep and a tap, or at several of them.
 
-    Unknown keywords are refused, unlike in `PreTrainedConfig`. `hidden_size`, `num_hidden_layers`,
+    Unknown keywords are rejected, unlike in `PreTrainedConfig`. `hidden_size`, `num_hidden_layers`,
     `num_attention_heads` and `num_channels` are read off `transformer` and `vae` and cannot be set.
 
     Args:
@@ -146,7 +146,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         scheduler: diffusers' configuration of a scheduler of the kind that the transformer was trained with, DDPM-like
             or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
         timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise, or a list of them;
-            "auto" as long as none is chosen.
+            "auto" as long as none is selected.
         num_timesteps: How many timesteps are selected for "auto"; several complement each other, the best one first.
         block: Block at which features are read, 0-based, negative from the end; a list of them, or "all". Default:
             `3 * num_hidden_layers // 8`, the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable
@@ -169,10 +169,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             (an empty one: none, anywhere), or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A
             few channels dwarf all others in the residual stream of large transformers. "auto": those that
             `select_timestep` finds to be so, with the timestep. Default: "auto" for `hidden`, `normed` and
-            `attention` where the timestep is chosen; else none.
-        noise_seed: Seed of the fixed noise that pictures are mixed with.
+            `attention` where the timestep is selected; else none.
+        noise_seed: Seed of the fixed noise that images are mixed with.
         num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
-        resample_noise_in_training: Whether train mode draws fresh noise for every picture (an augmentation).
+        resample_noise_in_training: Whether train mode draws fresh noise for every image (an augmentation).
         freeze_backbone: Whether only the head is trained.
         head: Classification head: "attention" (the A-SelecT authors') or "linear" (pooling, layer norm, linear).
         head_hidden_size: Width of the attention head.
@@ -195,13 +195,14 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         semantic_loss_ignore_index: Value of mask pixels that have no class.
         out_features: Stages that a backbone returns: "stem" is what the first block reads, "stage1" the first block.
         out_indices: Or their indices, rising, negative from the end: 0 is the stem, 1 the first block. Default: the
-            last block, as the host's backbones; for "upernet" the blocks at 1, 3, 5 and 6 eighths of the depth.
+            last block, as transformers' backbones; for "upernet" the blocks at 1, 3, 5 and 6 eighths of the depth.
         reshape_hidden_states: Whether a backbone returns maps, (B, D, rows, columns); else tokens, (B, 1 + N, D),
-            behind their mean in the place of a class token, as the host's DPT wants them.
+            behind their mean in the place of a class token, as transformers' DPT wants them.
         image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
             down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
-            and Sana make their position table anew, scaled to it as diffusers does; Stable Diffusion 3 cuts the middle
-            out of its table, which ends at 192 tokens a side (3.5-medium: 384); FLUX and Lumina have rotary positions.
+            and Sana make their position table again, scaled to it as diffusers does; Stable Diffusion 3 cuts the
+            middle out of its table, which ends at 192 tokens a side (3.5-medium: 384); FLUX and Lumina have rotary
+            positions.
         folded: Whether the timesteps' conditioning is in the weights, as `model.fold()` makes it: the model reads at
             its own timesteps and taps alone.
         folded_layout: What a folded transformer is built of, as from `FoldedLayout.to_dict()`. Written by `fold`.
@@ -268,7 +269,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill what is derived from the transformer and refuse unknown keywords."""
+        """Fill what is derived from the transformer and reject unknown keywords."""
         others, kwargs = kwargs.pop(_OF_FILE, {}), plain(kwargs)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         refuse_unknown_keywords(kwargs.keys() - TAKEN)
@@ -284,7 +285,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         self.transformer = dict(DIT_XL_2) if self.transformer is None else self.transformer
         self.scheduler = dict(DDPM_LINEAR) if self.scheduler is None else self.scheduler
         layout = layout_of(self.transformer)
-        _ = self.folding  # refused before anything is read off it
+        _ = self.folding  # rejected before anything is read off it
         check_vae(self.vae)
         if self.read_out is not None:
             self._take_read_out(self.read_out)
@@ -294,7 +295,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             self.image_size = layout.sample_size * self.vae_scale_factor
         for name, value in of_vit.items():
             self._refuse_other_than(name, value)
-        # The host's names: what the first block reads, then each block.
+        # Transformers' names: what the first block reads, then each block.
         self.stage_names = ["stem", *(f"stage{number}" for number in range(1, layout.num_layers + 1))]
         if out_features is None and out_indices is None:
             out_indices = self._default_out_indices()
@@ -304,7 +305,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs, **others)
 
     def _refuse_other_than(self, name: str, value: Any) -> None:
-        """Refuse a field of ViT that is something else here."""
+        """Reject a field of ViT that is something else here."""
         own = getattr(self, name) if name in _READ_OFF else 0 if name in _DROPOUTS else None
         if value is None or value != own:
             what = f"is {own}" if own is not None else "follows from `_class_name`"
@@ -326,7 +327,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 setattr(self, name, value)
 
     def _default_out_indices(self) -> list[int]:
-        """Return the stages that are read where none are named: the last, as the host's; or UperNet's four."""
+        """Return the stages that are read where none are named: the last, as transformers'; or UperNet's four."""
         depth = len(self.stage_names) - 1
         is_deep_enough = self.decoder == "upernet" and depth >= 4
         return [1 + share * depth // 8 for share in UPERNET_EIGHTHS] if is_deep_enough else [depth]
@@ -365,11 +366,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             self.auto_map = kept
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
-        """Return this configuration: there is no text. The host would take `decoder` for one that is nested."""
+        """Return this configuration: there is no text. Transformers would take `decoder` for one that is nested."""
         return self
 
     def _check_order(self, out_indices: list[int] | tuple[int, ...]) -> None:
-        """Refuse stages that there are not, or that are out of order; the host takes the first wrong one for right."""
+        """Reject stages that do not exist or are out of order, of which transformers takes the first wrong one."""
         depth = len(self.stage_names)
         if not isinstance(out_indices, list | tuple):
             raise ValueError(f"`out_indices` must be a list of integers, got {out_indices!r}.")
@@ -383,7 +384,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a dictionary, with `kwargs` in place of its values.
 
-        The host sets `kwargs` on the finished configuration, past the checks; here they are checked like any value.
+        Transformers sets `kwargs` on the finished configuration, past the checks; here they are checked as any value.
 
         Raises:
             ValueError: As the constructor, and if `config_dict` is no dictionary of fields by name.
@@ -391,7 +392,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
             raise ValueError(f"A configuration must be a dictionary of fields by name, got {short(config_dict)}.")
         if not isinstance(config_dict.get("quantization_config", {}), dict):
-            # The host asks it for things that only a dictionary has.
+            # Transformers asks it for things that only a dictionary has.
             raise ValueError(
                 f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
             )
@@ -481,7 +482,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_channels(self) -> int:
-        """Number of colour channels of a picture: 1 for grey, 3 for RGB."""
+        """Number of colour channels of an image: 1 for grey, 3 for RGB."""
         return self.layout.num_channels if self.vae is None else image_channels_of(self.vae)
 
     @property
@@ -499,7 +500,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def image_height_width(self) -> tuple[int, int]:
-        """Height and width of a picture in pixels."""
+        """Height and width of an image in pixels."""
         if isinstance(self.image_size, list):
             return self.image_size[0], self.image_size[1]
         return self.image_size, self.image_size  # type: ignore[return-value]
@@ -541,7 +542,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return self._checked_read_outs(named)
 
     def _checked_read_outs(self, named: list[Any]) -> list[ReadOut]:
-        """Return what is read, blocks counted from the first; refuse what there is not, and what is named twice."""
+        """Return what is read, blocks counted from the first; reject what there is not, and what is named twice."""
         folded = self.folded_layout or {}  # looked at when the configuration was made
         folded_at = [folded["timestep"], *folded.get("others", ())] if folded else []
         for timestep, _, feature in named:
@@ -609,7 +610,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return is_of_tap and self.timesteps() == (selected or [record.get("timestep")])
 
     def validate_tap(self) -> None:
-        """Refuse what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
+        """Reject what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
         for _, block, feature in self.read_outs():
             self.check_tap(block, feature)
         limit = count_trained(self.scheduler) if isinstance(self.scheduler, dict) else NUM_TIMESTEPS
@@ -677,7 +678,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return [(timestep, block, "hidden") for block in kept]
 
     def check_tap(self, block: int, feature: str) -> None:
-        """Refuse a feature that there is not, or not at this block, counted from the first.
+        """Reject a feature that there is not, or not at this block, counted from the first.
 
         Raises:
             ValueError: If `feature` is unknown, or the block has none of that name, or there is no such block.
@@ -710,12 +711,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return None if self.folded_layout is None else FoldedLayout.from_dict(self.folded_layout)
 
     def validate_selection(self) -> None:
-        """Refuse the record of a selection that a later version wrote in another way."""
+        """Reject the record of a selection that a later version wrote in another way."""
         if self.selection is not None:
             check_format("selection", self.selection)
 
     def validate_folding(self) -> None:
-        """Refuse a timestep or sizes other than those that a model was folded at."""
+        """Reject a timestep or sizes other than those that a model was folded at."""
         folded = self.folding
         if self.folded != (folded is not None):
             raise ValueError(
@@ -738,23 +739,23 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_vae(self) -> None:
-        """Refuse a VAE whose latents are not what the transformer takes."""
+        """Reject a VAE whose latents are not what the transformer takes."""
         made = latent_channels_of(self.vae) if self.vae else None
         if made is not None and made != self.layout.num_channels:
             raise ValueError(
                 f"The transformer takes latents of {self.layout.num_channels} channels, but the VAE makes {made}. "
-                "Transformers that take more beside the latents, as FLUX.1-Fill a masked picture, are not supported."
+                "Transformers that take more beside the latents, as FLUX.1-Fill a masked image, are not supported."
             )
 
     def validate_prompt(self) -> None:
-        """Refuse the empty prompt's shapes where the transformer has none."""
+        """Reject the empty prompt's shapes where the transformer has none."""
         if self.prompt_shapes and not self.layout.needs_prompt:
             raise ValueError(
                 f"`prompt_shapes` are given, but a {self.transformer['_class_name']} is not conditioned on a text."  # type: ignore[index]
             )
 
     def validate_zeroed_channels(self) -> None:
-        """Refuse channels that the tokens do not have."""
+        """Reject channels that the tokens do not have."""
         channels = self.zeroed_channels
         if channels is None or channels == "auto":
             return
@@ -783,7 +784,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_ranges(self) -> None:
-        """Refuse unknown names, and numbers that are out of range."""
+        """Reject unknown names, and numbers that are out of range."""
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
@@ -792,7 +793,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be in [{low}, {high}], got {value}.")
 
     def validate_head(self) -> None:
-        """Refuse sizes of the attention head that do not divide, or exceed all measure together."""
+        """Reject sizes of the attention head that do not divide, or exceed all measure together."""
         if self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
             raise ValueError(
                 f"`head_hidden_size` times `head_mlp_ratio` must be at most {MAX_SIZE}, got {self.head_hidden_size} "
@@ -805,7 +806,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_standardized_grid(self) -> None:
-        """Refuse statistics of a token grid that there cannot be."""
+        """Reject statistics of a token grid that there cannot be."""
         grid = [1, 1] if self.standardized_grid is None else self.standardized_grid
         if len(grid) != 2 or bool in map(type, grid) or min(grid) < 1 or grid[0] * grid[1] > _MAX_TOKENS:
             raise ValueError(
@@ -814,7 +815,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_decoder(self) -> None:
-        """Refuse other than four blocks for UperNet."""
+        """Reject other than four blocks for UperNet."""
         if self.decoder != "upernet":
             return
         if self.num_hidden_layers < 4:
@@ -827,7 +828,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         self.check_stages()
 
     def check_stages(self) -> None:
-        """Refuse stages whose block does not have the feature.
+        """Reject stages whose block does not have the feature.
 
         Raises:
             ValueError: If there is one.
@@ -837,13 +838,13 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 self.check_tap(block, feature)
 
     def validate_host_fields(self) -> None:
-        """Refuse values that the host takes as they are and trips over later."""
+        """Reject values that transformers takes as they are and trips over later."""
         classes = self.architectures
         if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
             raise ValueError(f"`architectures` must be a list of names of classes, got {classes!r}.")
 
     def validate_image_size(self) -> None:
-        """Refuse picture sizes that do not divide into tokens."""
+        """Reject image sizes that do not divide into tokens."""
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
             raise ValueError(f"`image_size` must be an integer or [height, width], got {self.image_size}.")
         for side in self.image_height_width:
@@ -874,7 +875,7 @@ _HOW_TO_RESOLVE = (
     "or set `model.config.timestep` to an integer in [0, 1000) yourself"
 )
 
-# What a user may give: the fields, and the two that the host keeps under other names.
+# What a user may give: the fields, and the two that transformers keeps under other names.
 OWN_FIELDS = {name for name in ASelectConfig.__annotations__ if not name.startswith("_")} | {
     "out_features",
     "out_indices",
@@ -899,7 +900,7 @@ def _warn_of_unknown(names: Iterable[str]) -> None:
 
 
 def refuse_unknown_keywords(names: Iterable[str]) -> None:
-    """Refuse keywords that are no fields of the configuration, naming the nearest field.
+    """Reject keywords that are no fields of the configuration, naming the nearest field.
 
     Raises:
         ValueError: If there are `names`.

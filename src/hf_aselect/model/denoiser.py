@@ -19,7 +19,7 @@ class Pass:
     """What runs from block to block.
 
     Args:
-        hidden_states: Tokens, (B, N, D): the picture's, or, where there is one stream, text and picture.
+        hidden_states: Tokens, (B, N, D): the image's, or, where there is one stream, text and image.
         rows: Rows of the token grid.
         columns: Its columns.
         condition: What the blocks are modulated with.
@@ -38,7 +38,7 @@ class Pass:
 
 
 class BlockStep(GradientCheckpointingLayer):
-    """Runs a block so that the host can have it computed anew in the backward pass; has no weights of its own.
+    """Runs a block so that transformers can have it computed again in the backward pass; has no weights of its own.
 
     diffusers' transformers have the same in a `forward` that is not used here.
     """
@@ -99,7 +99,7 @@ class Denoiser(nn.Module, ABC):
                 self.register_buffer(name, torch.zeros(shape))
 
     def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
-        """Refuse embeddings of the prompt that the transformer does not take."""
+        """Reject embeddings of the prompt that the transformer does not take."""
         name = type(self.transformer).__name__
         if set(shapes) != set(self.prompt_fields):
             raise ValueError(
@@ -228,10 +228,10 @@ class SteppedDenoiser(Denoiser):
 
     @abstractmethod
     def normed(self, state: Pass, block: Any) -> Tensor:
-        """Return what the block's attention reads of the picture's tokens, (B, N, D)."""
+        """Return what the block's attention reads of the image's tokens, (B, N, D)."""
 
     def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
-        """Return what the block's attention yields for the picture, after the output projection, (B, N, D)."""
+        """Return what the block's attention yields for the image, after the output projection, (B, N, D)."""
         tokens: Tensor = self.attention_of(block)(normed)
         return tokens
 
@@ -248,7 +248,7 @@ class SteppedDenoiser(Denoiser):
         return getattr(block, self.attention_name)
 
     def tokens_of(self, state: Pass) -> Tensor:
-        """Return the picture's tokens, (B, N, D)."""
+        """Return the image's tokens, (B, N, D)."""
         return state.hidden_states
 
     def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
@@ -270,7 +270,7 @@ class SteppedDenoiser(Denoiser):
         return tokens
 
     def _step(self, state: Pass, index: int) -> None:
-        """Run a block, changing the state; with checkpoints, if the host asked for them."""
+        """Run a block, changing the state; with checkpoints, if transformers asked for them."""
         advance, step = partial(self.advance, block=self.blocks[index]), self.steps[index]
         if not step.gradient_checkpointing:
             advance(state)

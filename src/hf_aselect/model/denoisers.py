@@ -76,7 +76,7 @@ class PixArtDenoiser(SteppedDenoiser):
     """A DiT with cross-attention to a text; read with the empty prompt, whose padding is left out.
 
     All blocks share one modulation, to which each adds a table of its own. PixArt-alpha at 1024 pixels is also
-    conditioned on the picture's size and aspect ratio: they are the picture's own here, as in diffusers' pipeline.
+    conditioned on the image's size and aspect ratio: they are the image's own here, as in diffusers' pipeline.
 
     Source: diffusers, `models/transformers/pixart_transformer_2d.py` and `models/attention.py`,
     `BasicTransformerBlock` with `ada_norm_single`.
@@ -117,7 +117,7 @@ class PixArtDenoiser(SteppedDenoiser):
 
 
 class JointDenoiser(SteppedDenoiser):
-    """A DiT with blocks of two streams, picture and text, that attend to each other."""
+    """A DiT with blocks of two streams, image and text, that attend to each other."""
 
     prompt_fields: ClassVar[dict[str, str]] = {
         "prompt_embeds": "joint_attention_dim",
@@ -141,9 +141,9 @@ class JointDenoiser(SteppedDenoiser):
 
 
 class SD3Denoiser(JointDenoiser):
-    """An MMDiT of two streams, picture and text, that attend to each other; read with the empty prompt.
+    """An MMDiT of two streams, image and text, that attend to each other; read with the empty prompt.
 
-    Tokens are the picture's alone. `query`, `key` and `value` are taken before the head split and before the norm of
+    Tokens are the image's alone. `query`, `key` and `value` are taken before the head split and before the norm of
     queries and keys that Stable Diffusion 3.5 has. In its dual-attention blocks the first attention is read, the joint
     one; `normed` is what that one reads.
 
@@ -163,12 +163,12 @@ class SD3Denoiser(JointDenoiser):
         )
 
     def normed(self, state: Pass, block: Any) -> Tensor:
-        """Return what the joint attention reads of the picture, (B, N, D)."""
+        """Return what the joint attention reads of the image, (B, N, D)."""
         tokens: Tensor = block.norm1(state.hidden_states, emb=state.condition)[0]
         return tokens
 
     def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
-        """Return what the joint attention yields for the picture, (B, N, D)."""
+        """Return what the joint attention yields for the image, (B, N, D)."""
         if block.context_pre_only:
             context = block.norm1_context(state.context, state.condition)
         else:
@@ -184,10 +184,10 @@ class SD3Denoiser(JointDenoiser):
 
 
 class FluxDenoiser(JointDenoiser):
-    """FLUX.1: blocks of two streams (picture and text), then blocks of one; read with the empty prompt.
+    """FLUX.1: blocks of two streams (image and text), then blocks of one; read with the empty prompt.
 
     Blocks are numbered in one line, those of two streams first. A block of one stream projects attention and MLP
-    together, so it has no `attention`. Tokens are the picture's alone. `query` and `key` are taken before the head
+    together, so it has no `attention`. Tokens are the image's alone. `query` and `key` are taken before the head
     split, their norm and the rotary positions. The guidance-distilled FLUX.1-dev is conditioned on `guidance`. A token
     stands for 2 × 2 latents, which diffusers' pipeline packs before the transformer sees them.
 
@@ -241,13 +241,13 @@ class FluxDenoiser(JointDenoiser):
         return [block.norm1 if self.is_joint(block) else block.norm]
 
     def normed(self, state: Pass, block: Any) -> Tensor:
-        """Return what the attention reads of the picture, (B, N, D)."""
+        """Return what the attention reads of the image, (B, N, D)."""
         (norm,) = self.norms_of(block)
         tokens: Tensor = norm(state.hidden_states, emb=state.condition)[0]
         return tokens
 
     def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
-        """Return what the attention of a block of two streams yields for the picture, (B, N, D).
+        """Return what the attention of a block of two streams yields for the image, (B, N, D).
 
         Raises:
             ValueError: If the block is one of one stream.
@@ -329,11 +329,11 @@ class SanaDenoiser(SteppedDenoiser):
 
 
 class Lumina2Denoiser(SteppedDenoiser):
-    """Lumina-Image 2.0: refiners of text and picture, then blocks of both in one line; read with the empty prompt.
+    """Lumina-Image 2.0: refiners of text and image, then blocks of both in one line; read with the empty prompt.
 
-    The refiners are not counted as blocks. Tokens are the picture's alone. Several heads share a key and a value, so
+    The refiners are not counted as blocks. Tokens are the image's alone. Several heads share a key and a value, so
     `key` and `value` are narrower than `query`; these are taken before the head split, the norms and the rotary
-    positions. Lumina's own time runs the other way, 1 - t/1000, and its velocity points from the noise to the picture;
+    positions. Lumina's own time runs the other way, 1 - t/1000, and its velocity points from the noise to the image;
     the empty prompt has no system prompt before it, as in diffusers' guidance.
 
     Args:
@@ -387,16 +387,16 @@ class Lumina2Denoiser(SteppedDenoiser):
         return Pass(together, rows, columns, condition, rotary=rotary)
 
     def tokens_of(self, state: Pass) -> Tensor:
-        """Return the picture's tokens, (B, N, D): they come after the text's."""
+        """Return the image's tokens, (B, N, D): they come after the text's."""
         return state.hidden_states[:, -state.rows * state.columns :]
 
     def normed(self, state: Pass, block: Any) -> Tensor:
-        """Return what the attention reads of the picture, (B, N, D)."""
+        """Return what the attention reads of the image, (B, N, D)."""
         tokens: Tensor = block.norm1(self.tokens_of(state), state.condition)[0]
         return tokens
 
     def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
-        """Return what the attention yields for the picture, (B, N, D)."""
+        """Return what the attention yields for the image, (B, N, D)."""
         together = block.norm1(state.hidden_states, state.condition)[0]
         tokens: Tensor = block.attn(
             hidden_states=together, encoder_hidden_states=together, image_rotary_emb=state.rotary

@@ -202,7 +202,7 @@ def register_family(family: TransformerFamily) -> None:
             f"`family` must be a `TransformerFamily` with functions as `call` and `layout`, got {family!r}."
         )
     if family.name in _OF_PACKAGE:
-        raise ValueError(f"{family.name} is a family of the package, and cannot be described anew.")
+        raise ValueError(f"{family.name} is a family of the package, and cannot be described again.")
     FAMILIES[family.name] = family
 
 

@@ -23,7 +23,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return what attention yields, (B, N, heads, d), and its weights: the host's `attn_implementation="eager"`.
+    """Return what attention yields, (B, N, heads, d), and its weights: transformers' `attn_implementation="eager"`.
 
     Args:
         module: The block; its `num_key_value_groups`, if any, says how many heads share a key and a value.
@@ -48,7 +48,7 @@ def eager_attention_forward(
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return what the host's attention kernel yields, (B, N, D), of queries, keys and values, (B, heads, N, d).
+    """Return what transformers' attention kernel yields, (B, N, D), of queries, keys and values, (B, heads, N, d).
 
     Args:
         module: What attends: `config` names the kernel, `scaling` is the factor of the scores.
@@ -87,7 +87,7 @@ class PromptAttention(nn.Module):
     """Cross-attention to the constant prompt, of which only keys and values are left.
 
     Args:
-        config: The model's configuration, which names the host's attention kernel in `_attn_implementation`.
+        config: The model's configuration, which names transformers' attention kernel in `_attn_implementation`.
         width: Channels of the tokens.
         size: Channels of queries, keys and values.
         num_heads: Heads.
@@ -95,7 +95,7 @@ class PromptAttention(nn.Module):
         norm_eps: Epsilon of the norm of queries, of all heads together; None where there is none.
     """
 
-    is_causal = False  # the host's kernels ask
+    is_causal = False  # transformers' kernels ask
 
     def __init__(
         self, config: Any, width: int, size: int, num_heads: int, num_tokens: int, norm_eps: float | None = None
@@ -237,12 +237,12 @@ class FoldedLayer(GradientCheckpointingLayer):
     """What blocks of all kinds share: how far they are run, and what is read of them on the way.
 
     Args:
-        config: The model's configuration, which names the host's attention kernel in `_attn_implementation`.
+        config: The model's configuration, which names transformers' attention kernel in `_attn_implementation`.
         layout: The sizes.
-        index: Which block; -1 for a refiner, which is run on the picture alone, before the first.
+        index: Which block; -1 for a refiner, which is run on the image alone, before the first.
     """
 
-    is_causal = False  # the host's kernels ask
+    is_causal = False  # transformers' kernels ask
     projection_name: ClassVar[str] = "query_key_value"
     sizes: Sequence[int] = ()  # of what it makes, `parts`
     has_shift: ClassVar[bool] = True  # of the modulation
@@ -276,7 +276,7 @@ class FoldedLayer(GradientCheckpointingLayer):
         return dict(zip(self.parts, together.split(self.sizes, -1), strict=True))
 
     def read(self, normed: Tensor, projected: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-        """Return what is read before attention, (B, N, D) each: of the last `size` tokens, which are the picture's."""
+        """Return what is read before attention, (B, N, D) each: of the last `size` tokens, which are the image's."""
         tapped = {name: values[:, -size:] for name, values in projected.items() if name in self.features}
         if "normed" in self.features:
             scaled = normed[:, -size:] if self.normed_scale is None else normed[:, -size:] * self.normed_scale
@@ -314,9 +314,9 @@ class FoldedBlock(FoldedLayer):
         """Return the tokens after the block, those of the text, and the tokens of each feature that was folded for.
 
         Args:
-            hidden_states: Tokens of the picture, (B, N, D).
+            hidden_states: Tokens of the image, (B, N, D).
             text: Tokens of the text, (B, L, D), where there are any, and attention looks at them. Sana's does not.
-            places: Rotary positions of the text's tokens, as far as there are any, and the picture's; of Sana rows and
+            places: Rotary positions of the text's tokens, as far as there are any, and the image's; of Sana rows and
                 columns of the tokens.
             number: Which of the layout's timesteps.
         """
@@ -351,7 +351,7 @@ class FoldedBlock(FoldedLayer):
     def _mix(
         self, picture: dict[str, Tensor], text: Tensor | None, rotary: Rotary | None, number: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what attention yields for the picture, (B, N, D), and for the text, where that is used."""
+        """Return what attention yields for the image, (B, N, D), and for the text, where that is used."""
         if self.text is None or text is None:
             return attend(self, **picture), None
         other = self.text.heads(self.text.project(run_norm(self.text.attention_norm, text, number)))
@@ -364,7 +364,7 @@ class FoldedBlock(FoldedLayer):
         joined = {name: torch.cat(values, 2) for name, values in both.items()}
         joined.setdefault("query", picture["query"])
         if rotary is not None:
-            # Where the text has no queries, those of the picture are the last.
+            # Where the text has no queries, those of the image are the last.
             last = joined["query"].shape[2]
             joined["query"] = rotated(joined["query"], (rotary[0][-last:], rotary[1][-last:]))
             joined["key"] = rotated(joined["key"], rotary)
@@ -377,7 +377,7 @@ class FoldedBlock(FoldedLayer):
 
 
 class FoldedSingleBlock(FoldedLayer):
-    """A block of FLUX in which text and picture are one stream, and attention and MLP stand beside each other."""
+    """A block of FLUX in which text and image are one stream, and attention and MLP stand beside each other."""
 
     has_offset = False
     projection_name = "query_key_value_mlp"
@@ -522,7 +522,7 @@ class FoldedLumina2Block(FoldedLayer):
         width, num_heads, count = layout.hidden_size, layout.num_attention_heads, self.num_timesteps
         head_size, num_key_value_heads = width // num_heads, layout.num_key_value_heads or num_heads
         self.num_key_value_heads = num_key_value_heads
-        self.num_key_value_groups = num_heads // num_key_value_heads  # the host's kernels ask
+        self.num_key_value_groups = num_heads // num_key_value_heads  # transformers' kernels ask
         self.attention_norm = build_norm(nn.RMSNorm, width, layout.attention_norm_eps, count)
         narrow = num_key_value_heads * head_size
         self.sizes = [width if name == "query" else narrow for name in self.projections]
@@ -554,7 +554,7 @@ class FoldedLumina2Block(FoldedLayer):
         if not self.is_attending:
             return hidden_states, text, tapped
         if not self.is_text_used:
-            # From here on only the picture is of use; the text was looked at.
+            # From here on only the image is of use; the text was looked at.
             line, projected["query"] = hidden_states, projected["query"][:, -size:]
         attended = self.projection(self._mix(projected, places))
         if "attention" in self.features:
@@ -573,7 +573,7 @@ class FoldedLumina2Block(FoldedLayer):
         return hidden_states, text, tapped
 
     def _mix(self, projected: dict[str, Tensor], rotary: Rotary | None) -> Tensor:
-        """Return what attention yields, (B, N, D), of queries, keys and values; the last are the picture's."""
+        """Return what attention yields, (B, N, D), of queries, keys and values; the last are the image's."""
         query = self.query_norm(split_heads(projected["query"], self.num_attention_heads))
         key = self.key_norm(split_heads(projected["key"], self.num_key_value_heads))
         value = split_heads(projected["value"], self.num_key_value_heads)

@@ -16,7 +16,7 @@ class FoldedTransformer(nn.Module):
 
     It stands in the place of a `Denoiser` and is read like one, but at its own timesteps and taps alone. All of its
     layers are plain ones (`nn.Linear`, `nn.LayerNorm` or `nn.RMSNorm`, `nn.Conv2d`), and attention goes through the
-    host's kernels, but for Sana's linear attention, for which the host has none. Several timesteps share them, but
+    host's kernels, but for Sana's linear attention, for which transformers has none. Several timesteps share them, but
     for scales and shifts of the norms, and gates, of which each has its own.
 
     Args:
@@ -135,7 +135,7 @@ class FoldedTransformer(nn.Module):
         return table.to(self.positions.device)
 
     def _rotary(self, rows: int, columns: int, device: torch.device) -> Rotary:
-        """Return cosines and sines of text and picture, (L + N, d) each.
+        """Return cosines and sines of text and image, (L + N, d) each.
 
         Source: diffusers, `models/embeddings.py`, `get_1d_rotary_pos_embed` with `repeat_interleave_real`; of Lumina
         `Lumina2RotaryPosEmbed`, whose complex numbers are the same pairs of channels.

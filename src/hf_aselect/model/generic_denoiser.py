@@ -381,7 +381,7 @@ class _WeightsWithoutData(TorchFunctionMode):
 
 
 def _check_names(transformer: Any, family: TransformerFamily) -> None:
-    """Refuse a description that names a module which the transformer does not have.
+    """Reject a description that names a module which the transformer does not have.
 
     Raises:
         ValueError: If there is one.

@@ -1,4 +1,4 @@
-"""Pictures of any kind to `pixel_values` in [-1, 1], masks to `labels`, and logits back to masks."""
+"""Images of any kind to `pixel_values` in [-1, 1], masks to `labels`, and logits back to masks."""
 
 import difflib
 import os
@@ -28,7 +28,7 @@ from .layouts import plain
 logger = logging.get_logger(__name__)
 # Rec. 601, the weights of PIL's conversion to grey.
 LUMINANCE = np.array([0.299, 0.587, 0.114])
-# Of `size`: with more, a picture would take the machine's memory.
+# Of `size`: with more, an image would take the machine's memory.
 _MAX_PIXELS = 2**28
 # What PIL makes of broken files.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
@@ -43,7 +43,7 @@ _TURNS |= {7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
-    """Keyword arguments of the image processor beyond the host's.
+    """Keyword arguments of the image processor beyond transformers'.
 
     Args:
         num_channels: 3 for RGB, 1 for grey.
@@ -57,7 +57,7 @@ class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class ASelectImageProcessor(PilBackend):
-    """Turn pictures into `pixel_values`: RGB or grey, centre crop to the target's shape, resize, scale to [-1, 1].
+    """Turn images into `pixel_values`: RGB or grey, centre crop to the target's shape, resize, scale to [-1, 1].
 
     Takes PIL images of any mode, files by their paths, encoded bytes (also as `datasets` has them undecoded), arrays
     and tensors. Their values are in [0, 255]; those of 16 bits, above 255, are brought to 8. Floating-point values are
@@ -67,8 +67,8 @@ class ASelectImageProcessor(PilBackend):
         size: Height and width of the result in pixels, or one integer for both; `{"shortest_edge": n}` is the latter.
         crop_size: With `do_center_crop`, what is cut out of the middle afterwards, as transformers' processors do it.
         num_channels: 3 for RGB, 1 for grey.
-        do_center_crop: Whether the middle of the picture is cut out in the shape of `size` before it is resized;
-            otherwise the whole picture is squeezed into it.
+        do_center_crop: Whether the middle of the image is cut out in the shape of `size` before it is resized;
+            otherwise the whole image is squeezed into it.
         do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1 (as in ADE20K): 0 becomes
             255 and all else is reduced by 1, but for 255, which stays.
         do_exif_transpose: Whether an image is turned upright by its EXIF entry. A mask without one is of the stored
@@ -87,7 +87,7 @@ class ASelectImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = 0.5
     image_std = 0.5
-    size = {"height": 256, "width": 256}  # noqa: RUF012 - the host's way to give a default
+    size = {"height": 256, "width": 256}  # noqa: RUF012 - transformers' way to give a default
     num_channels = 3
     do_resize = True
     do_center_crop = True
@@ -121,12 +121,12 @@ class ASelectImageProcessor(PilBackend):
 
     @classmethod
     def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":
-        """Return the processor that fits a model: its picture size and number of channels.
+        """Return the processor that fits a model: its image size and number of channels.
 
         Args:
             config: The model's.
             fields: The processor's own fields, in place of its defaults; `do_center_crop=False` for a segmenter, which
-                is to see the whole of each picture.
+                is to see the whole of each image.
         """
         height, width = config.image_height_width
         values: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
@@ -164,8 +164,8 @@ class ASelectImageProcessor(PilBackend):
             `pixel_values`, (C, H, W) each, and `labels`, (H, W) each, int64.
 
         Raises:
-            ValueError: If a picture or mask is none, a mask is of another size than its picture, has colours, is empty
-                or holds negative values, or there are not as many masks as pictures.
+            ValueError: If an image or mask is none, a mask is of another size than its image, has colours, is empty
+                or holds negative values, or there are not as many masks as images.
         """
         _refuse_unknown(kwargs)
         features: BatchFeature = super().preprocess(images, segmentation_maps, **self._taken(kwargs))
@@ -180,7 +180,7 @@ class ASelectImageProcessor(PilBackend):
             return self._preprocess(prepared, **kwargs)
         masks = _as_list(segmentation_maps)
         if len(masks) != len(prepared):
-            raise ValueError(f"Got {len(masks)} masks for {len(prepared)} pictures; each picture needs its own.")
+            raise ValueError(f"Got {len(masks)} masks for {len(prepared)} images; each image needs its own.")
         is_turned = kwargs["do_exif_transpose"]
         masks = [_mask_array(mask, image, is_turned) for mask, image in zip(masks, images, strict=True)]
         labels = [
@@ -202,10 +202,10 @@ class ASelectImageProcessor(PilBackend):
         do_reduce_labels: bool = False,
         **_: Any,
     ) -> NDArray[np.int64]:
-        """Return a mask as its picture is cut and resized, (H, W)."""
+        """Return a mask as its image is cut and resized, (H, W)."""
         if mask.shape != tuple(picture_size):
             raise ValueError(
-                f"A mask has {mask.shape[0]}×{mask.shape[1]} pixels and its picture "
+                f"A mask has {mask.shape[0]}×{mask.shape[1]} pixels and its image "
                 f"{picture_size[0]}×{picture_size[1]}; they must be equal."
             )
         if do_reduce_labels and mask.max() > NO_CLASS:
@@ -231,22 +231,22 @@ class ASelectImageProcessor(PilBackend):
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
     ) -> list[Any]:
-        """Turn logits of any head into masks, as the host's processors do it, where the model saw the picture.
+        """Turn logits of any head into masks, as transformers' processors do it, where the model saw the image.
 
-        With `do_center_crop` it saw the middle of the picture, in the shape of `size`. The mask lies there; the rest
-        of the picture gets what is at the crop's nearest edge, and a warning is logged.
+        With `do_center_crop` it saw the middle of the image, in the shape of `size`. The mask lies there; the rest
+        of the image gets what is at the crop's nearest edge, and a warning is logged.
 
         Args:
             outputs: With `logits`, (B, K, h, w).
-            target_sizes: Height and width of each picture. Default: the masks stay as large as the logits.
+            target_sizes: Height and width of each image. Default: the masks stay as large as the logits.
             return_segmentation_scores: Whether the probabilities, (K, height, width), are returned beside each mask.
 
         Returns:
-            A mask of class indices, (height, width), of each picture; or one of the host's outputs with `segmentation`
-            and `segmentation_scores`.
+            A mask of class indices, (height, width), of each image; or one of transformers' outputs with
+            `segmentation` and `segmentation_scores`.
 
         Raises:
-            ValueError: If there are not as many target sizes as pictures.
+            ValueError: If there are not as many target sizes as images.
         """
         post_process = BeitImageProcessorPil.post_process_semantic_segmentation
         if target_sizes is None or not self.do_center_crop:
@@ -259,7 +259,7 @@ class ASelectImageProcessor(PilBackend):
             if middle[2:] == size:
                 continue
             logger.warning_once(
-                "The model saw the middle of a picture alone; its mask is continued to the edges. Load the processor "
+                "The model saw the middle of an image alone; its mask is continued to the edges. Load the processor "
                 "with `do_center_crop=False`, so that it sees the whole."
             )
             if return_segmentation_scores:
@@ -272,16 +272,16 @@ class ASelectImageProcessor(PilBackend):
     def process_image(  # type: ignore[override]
         self, image: Any, num_channels: int = 3, do_exif_transpose: bool = True, **kwargs: Any
     ) -> NDArray[Any]:
-        """Return a picture as an array, (C, H, W), with the asked number of channels.
+        """Return an image as an array, (C, H, W), with the asked number of channels.
 
         Args:
             image: PIL image of any mode, or array or tensor, (H, W, C) or (C, H, W), in [0, 255] or [0, 1].
             num_channels: 3 for RGB, 1 for grey.
             do_exif_transpose: Whether a PIL image is turned upright.
-            kwargs: Passed on to the host.
+            kwargs: Passed on to transformers.
 
         Raises:
-            ValueError: If `num_channels` is neither 1 nor 3, the picture is empty, cannot be read, has another number
+            ValueError: If `num_channels` is neither 1 nor 3, the image is empty, cannot be read, has another number
                 of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is no number, NaN,
                 infinite values, or values outside [0, 255] (of 16 bits [0, 65535]).
         """
@@ -289,7 +289,7 @@ class ASelectImageProcessor(PilBackend):
             raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
         if isinstance(image, Image.Image):
             if not all(image.size):
-                raise ValueError(f"A picture is empty: it has {image.width}×{image.height} pixels.")
+                raise ValueError(f"An image is empty: it has {image.width}×{image.height} pixels.")
             try:
                 image = _eight_bits(ImageOps.exif_transpose(image) if do_exif_transpose else image)
                 if isinstance(image, Image.Image):
@@ -299,31 +299,31 @@ class ASelectImageProcessor(PilBackend):
                     array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
                     return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
             except UNREADABLE as error:
-                raise ValueError(f"A picture cannot be read ({error}). Save or download it again.") from error
+                raise ValueError(f"An image cannot be read ({error}). Save or download it again.") from error
         image = _as_array(image)
         sides = (image.shape[0], image.shape[-1])
         if kwargs.get("input_data_format") is None and not set(sides) & {1, 3}:
-            # The host would say only that it cannot tell which axis is which.
+            # Transformers would say only that it cannot tell which axis is which.
             if 4 not in sides:
-                raise ValueError(f"A picture must have 1, 3 or 4 channels, first or last, got shape {image.shape}.")
+                raise ValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {image.shape}.")
             kwargs["input_data_format"] = "channels_last" if image.shape[-1] == 4 else "channels_first"
         array = super().process_image(image, **kwargs)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError("A picture holds NaN or infinite values; expected values in [0, 255].")
+            raise ValueError("An image holds NaN or infinite values; expected values in [0, 255].")
         low, high = float(array.min()), float(array.max())
         # Rounding and resampling may pass the ends by a little.
         if not (low >= -0.5 and high <= 255.5):
             raise ValueError(
-                f"A picture must hold values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
+                f"An image must hold values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
             )
         return _with_channels(array, num_channels)
 
     def resize(  # type: ignore[override]
         self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any
     ) -> NDArray[Any]:
-        """Return a picture, (C, H, W), in another size.
+        """Return an image, (C, H, W), in another size.
 
-        Floating-point values stay such; the host makes bytes of them first, and takes whole numbers and [0, 1] alone.
+        Floating-point values stay such; transformers makes bytes of them first, of whole numbers or [0, 1] alone.
         """
         if image.dtype.kind != "f":
             resized: NDArray[Any] = super().resize(image, size, resample=resample, **kwargs)
@@ -336,19 +336,19 @@ class ASelectImageProcessor(PilBackend):
         return np.stack([np.asarray(channel) for channel in channels]).clip(*ends)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
-        # The host takes no grey arrays without an axis of channels, and would fetch what a name or an address names.
+        # Transformers takes no grey arrays without an axis of channels, and would fetch what an address names.
         images = _opened(images)
         several = list(images) if isinstance(images, list | tuple) else [images]
-        # The host takes lists in the list, too.
+        # Transformers takes lists in the list, too.
         parts = [part for each in several for part in (each if isinstance(each, list | tuple) else [each])]
         for image in parts:
             if not isinstance(image, Image.Image | np.ndarray | Tensor):
                 raise ValueError(
-                    "A picture must be one of PIL, a file, encoded bytes, an array or a tensor, got "
+                    "An image must be one of PIL, a file, encoded bytes, an array or a tensor, got "
                     f"{type(image).__name__}."
                 )
         if not parts or (getattr(images, "ndim", 0) == 4 and not len(images)):
-            raise ValueError("There are no pictures: the list is empty.")
+            raise ValueError("There are no images: the list is empty.")
         if getattr(images, "ndim", None) == 2:
             images = [images]
         if isinstance(images, list | tuple):
@@ -388,12 +388,12 @@ class ASelectImageProcessor(PilBackend):
     def _validate_preprocess_kwargs(  # type: ignore[override]
         self, do_center_crop: bool | None = None, **kwargs: Any
     ) -> None:
-        # The host asks for a `crop_size` of its own; ours is `size`.
+        # Transformers asks for a `crop_size` of its own; ours is `size`.
         super()._validate_preprocess_kwargs(**kwargs)
 
 
 def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> None:
-    """Refuse a size or numbers of a call with which no image can be made."""
+    """Reject a size or numbers of a call with which no image can be made."""
     height, width = size.height or 0, size.width or 0
     if is_sized and not (height and width):
         raise ValueError(
@@ -410,7 +410,7 @@ def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> N
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
-    """Refuse keywords that are no fields of the processor, naming the nearest."""
+    """Reject keywords that are no fields of the processor, naming the nearest."""
     for name in names:
         if not _is_field(name):
             hint = f" Did you mean {near!r}?" if (near := _nearest(name)) else ""
@@ -439,7 +439,7 @@ def _opened(images: Any) -> Any:
         images = images["path"] if images["bytes"] is None else images["bytes"]
     if isinstance(images, str) and ADDRESS.match(images):
         raise ValueError(
-            f"A picture cannot be an address, got {images[:100]!r}: nothing is fetched. Download it first."
+            f"An image cannot be an address, got {images[:100]!r}: nothing is fetched. Download it first."
         )
     if not isinstance(images, str | bytes | bytearray | os.PathLike) and not hasattr(images, "read"):
         return images
@@ -447,7 +447,7 @@ def _opened(images: Any) -> Any:
         with Image.open(BytesIO(images) if isinstance(images, bytes | bytearray) else images) as image:
             image.load()
     except (*UNREADABLE, ValueError) as error:  # a path with a zero byte
-        raise ValueError(f"A picture cannot be read ({error}). Save or download it again.") from error
+        raise ValueError(f"An image cannot be read ({error}). Save or download it again.") from error
     return image
 
 
@@ -456,7 +456,7 @@ def _as_list(segmentation_maps: Any) -> list[Any]:
     if isinstance(maps, list):
         return maps
     if not isinstance(maps, Image.Image | np.ndarray | Tensor):
-        raise ValueError(f"Masks must be pictures of PIL, files, arrays or tensors, got {type(maps).__name__}.")
+        raise ValueError(f"Masks must be images of PIL, files, arrays or tensors, got {type(maps).__name__}.")
     return [maps] if isinstance(maps, Image.Image) or maps.ndim == 2 else [*maps]
 
 
@@ -469,7 +469,7 @@ def _mask_array(mask: Any, image: Any, is_turned: bool) -> NDArray[np.int64]:
     """Return a mask as class indices, (H, W); turned as its image is, if that is."""
     if isinstance(mask, Image.Image) and mask.mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(
-            f"A mask must have one class index a pixel, got a picture of mode {mask.mode}. Map its colours to indices "
+            f"A mask must have one class index a pixel, got an image of mode {mask.mode}. Map its colours to indices "
             "first, or save it with a palette (mode P)."
         )
     turn = 1
@@ -511,7 +511,7 @@ def _eight_bits(image: Image.Image) -> Any:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 65535):  # NaN, too
         raise ValueError(
-            f"A picture of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], or "
+            f"An image of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], or "
             "in [0, 65535] of 16 bits. Scale them first."
         )
     if image.mode.startswith("I;16") or high > 255:
@@ -523,14 +523,14 @@ def _eight_bits(image: Image.Image) -> Any:
 def _as_array(image: Any) -> NDArray[Any]:
     """Return an array or tensor as an array of numbers."""
     if isinstance(image, Tensor):
-        image = _in_memory(image, "picture")
+        image = _in_memory(image, "image")
     if image.dtype.kind not in "uif":
         raise ValueError(
-            f"A picture must hold numbers in [0, 255], got values of {image.dtype}. Of a mask of true and false, "
+            f"An image must hold numbers in [0, 255], got values of {image.dtype}. Of a mask of true and false, "
             "multiply by 255."
         )
     if not image.size:
-        raise ValueError(f"A picture is empty: it has shape {image.shape}.")
+        raise ValueError(f"An image is empty: it has shape {image.shape}.")
     is_wide = image.dtype == np.uint16 and image.max() > 255
     array: NDArray[Any] = (image >> 8).astype(np.uint8) if is_wide else image
     return array
@@ -555,7 +555,7 @@ def _in_memory(values: Tensor, what: str) -> NDArray[Any]:
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
-    """Refuse numbers that transformers takes as they are, and that fail at an image."""
+    """Reject numbers that transformers takes as they are, and that fail at an image."""
     for name, value in fields.items():
         if name in ("size", "crop_size") and value is not None:
             lengths = value.values() if isinstance(value, dict) else [value]
@@ -580,7 +580,7 @@ def _with_channels(array: NDArray[Any], num_channels: int) -> NDArray[Any]:
     if len(array) == 3:
         grey = np.tensordot(LUMINANCE, array, axes=1)[None]
         return grey if array.dtype.kind == "f" else grey.round().astype(array.dtype)
-    raise ValueError(f"A picture must have 1, 3 or 4 channels, got {len(array)}.")
+    raise ValueError(f"An image must have 1, 3 or 4 channels, got {len(array)}.")
 
 
 def _crop_to_shape(image: NDArray[Any], size: SizeDict) -> NDArray[Any]:
@@ -604,14 +604,14 @@ def _middle_seen(processor: ASelectImageProcessor, height: int, width: int) -> t
 
 
 def _middle(height: int, width: int, rows: int, columns: int) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of the largest middle part of a picture in the shape of rows × columns."""
+    """Return top, left, height and width of the largest middle part of an image in the shape of rows × columns."""
     scale = min(height / rows, width / columns)
     new_height, new_width = max(1, round(rows * scale)), max(1, round(columns * scale))
     return (height - new_height) // 2, (width - new_width) // 2, new_height, new_width
 
 
 def _continued(values: Tensor, size: tuple[int, int], middle: tuple[int, int, int, int]) -> Tensor:
-    """Return values of the middle of a picture, (..., h, w), for all of it: outside as at the nearest edge."""
+    """Return values of the middle of an image, (..., h, w), for all of it: outside as at the nearest edge."""
     top, left, height, width = middle
     rows = (torch.arange(size[0], device=values.device) - top).clamp(0, height - 1)
     columns = (torch.arange(size[1], device=values.device) - left).clamp(0, width - 1)

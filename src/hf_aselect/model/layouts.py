@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 def check_format(name: str, record: dict[str, Any]) -> None:
-    """Refuse a record that a later version wrote in another way.
+    """Reject a record that a later version wrote in another way.
 
     Raises:
         ValueError: If its `format` is above `FORMAT`, or no number.
@@ -93,7 +93,7 @@ def listed(name: str, value: Any) -> list[Any]:
 
 
 def check_feature(feature: str) -> None:
-    """Refuse a name that is none of the features.
+    """Reject a name that is none of the features.
 
     Raises:
         ValueError: If `feature` is unknown.
@@ -158,30 +158,30 @@ class FoldedLayout:
         mlp_size: Width of the MLPs; where a half of it gates the other, of a half.
         activation: Of the MLPs, "gelu", "gelu_tanh" (its approximation) or "silu".
         blocks: Kind of the blocks: "sana" and "lumina2" for those of these families, "plain" for all others.
-        num_refiners: Blocks that are run on the picture before those that are counted.
+        num_refiners: Blocks that are run on the image before those that are counted.
         rows: Rows of the token grid that it was folded for.
         columns: Its columns.
-        positions: "sincos" for a table that is made anew for other grids, "table" for one whose middle is cut out for
+        positions: "sincos" for a table that is made again for other grids, "table" for one whose middle is cut out for
             smaller grids, "rotary" for rotary embeddings of any grid, "none" where there are none.
         position_base_size: Of a "sincos" table: tokens a side whose places are a whole number apart.
         position_table_size: Of a "table": rows and columns of the whole one, out of whose middle this one was cut.
         position_scale: Of a "sincos" table: what places are divided by.
-        is_size_fixed: Whether the picture's size is in the weights, too, so that no other can be read.
+        is_size_fixed: Whether the image's size is in the weights, too, so that no other can be read.
         attention_norm_eps: Epsilon of the norm before attention.
         mlp_norm_eps: Epsilon of the norm before the MLP.
         query_key_norm_eps: Epsilon of the norms of queries and keys, of each head or, in "sana", of all together; None
             where there are none.
         text_size: Tokens of the text's stream; 0 where there is none.
-        is_text_first: Whether attention has the text before the picture.
+        is_text_first: Whether attention has the text before the image.
         num_cross_tokens: Tokens that a cross-attention of each block reads; 0 where there is none. Of one token there
             is none either: what is read of it is constant.
         num_cross_heads: Heads of the cross-attention; 0 for those of attention.
         cross_size: Channels of its queries, keys and values; 0 for the tokens' width.
-        dual_attention_blocks: Blocks with a second attention, of the picture alone.
+        dual_attention_blocks: Blocks with a second attention, of the image alone.
         num_joint_blocks: Of a transformer with a text's stream: blocks of two streams; those after them have one.
         rotary_sizes: Of rotary positions: channels of a head for each axis (text, row, column).
         rotary_theta: Of rotary positions: base of the frequencies.
-        is_text_placed: Of rotary positions: whether the text's tokens have places one after another, and the picture
+        is_text_placed: Of rotary positions: whether the text's tokens have places one after another, and the image
             the next; else all have the first.
     """
 
@@ -219,7 +219,7 @@ class FoldedLayout:
     others: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse values that no transformer is built of.
+        """Reject values that no transformer is built of.
 
         Raises:
             ValueError: If there is one.
@@ -258,7 +258,7 @@ class FoldedLayout:
             parse_tap_key(key)
 
     def _check(self, is_fit: Callable[[Any], bool], wanted: str, *names: str) -> None:
-        """Refuse fields whose value does not fit."""
+        """Reject fields whose value does not fit."""
         for name in names:
             if not is_fit(value := getattr(self, name)):
                 raise ValueError(f"`folded_layout` must have {wanted} as `{name}`, got {value!r}.")
@@ -329,7 +329,7 @@ class FoldedLayout:
         return self.text_size > 0 and any(self.is_attending(index) for index in later)
 
     def is_single(self, block: int) -> bool:
-        """Return whether text and picture are in one stream at a block."""
+        """Return whether text and image are in one stream at a block."""
         return self.text_size > 0 and block >= self.num_joint_blocks
 
 

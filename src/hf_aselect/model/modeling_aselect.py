@@ -190,7 +190,7 @@ class TokenReader(PreTrainedModel):
             channels, in the order of `config.read_outs(timestep, block, feature)`, from one pass a timestep.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, an argument is out of range, or not exactly one of
+            ValueError: If the timestep is not selected yet, an argument is out of range, or not exactly one of
                 `pixel_values` and `latents` is given.
         """
         wanted = self.config.read_outs(timestep, block, feature)
@@ -207,7 +207,7 @@ class TokenReader(PreTrainedModel):
                 whose tokens lie side by side along the channels.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the images do not fit, or there is no such tap.
+            ValueError: If the timestep is not selected yet, the images do not fit, or there is no such tap.
         """
         timesteps, taps = self.config.timesteps(), [(plain(block), feature) for block, feature in taps]
         read, grid = self._read([(timestep, *tap) for timestep in timesteps for tap in taps], pixel_values)
@@ -408,7 +408,7 @@ class ShareableModel(TokenReader):
             The Hub's `CommitInfo`.
 
         Raises:
-            HfHubHTTPError: If the Hub refuses: a wrong token, no right to write, a name that is none.
+            HfHubHTTPError: If the Hub rejects: a wrong token, no right to write, a name that is none.
             ValueError: If a fact is unknown or of no such kind, before anything is made on the Hub.
             ImportError: If there are facts and the package is not installed.
         """
@@ -802,7 +802,7 @@ class ASelectPreTrainedModel(ShareableModel):
             The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the model is folded already, a layer is none that a plain
+            ValueError: If the timestep is not selected yet, the model is folded already, a layer is none that a plain
                 one could stand for (another kind of norm or activation), it holds adapters or quantized weights, or a
                 part of it is not in memory.
             ImportError: If the package is not installed.
@@ -855,14 +855,14 @@ def _zeroed_at(config: ASelectConfig, read_out: ReadOut, width: int) -> list[int
     channels = config.channels_at(*read_out[1:]) or []
     if config.zeroed_channels == "auto" or any(not 0 <= channel < width for channel in channels):
         raise ValueError(
-            f"`zeroed_channels` must be integers in [0, {width}) once the timestep is chosen, got "
+            f"`zeroed_channels` must be integers in [0, {width}) once the timestep is selected, got "
             f"{config.zeroed_channels!r}. `select_timestep` and `apply_selection` find them."
         )
     return channels
 
 
 def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
-    """Refuse what `forward` would ignore though it is meant: a timestep or tap, and misspelt images or labels."""
+    """Reject what `forward` would ignore though it is meant: a timestep or tap, and misspelt images or labels."""
     if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "read_out", "num_noise_draws"}):
         raise ValueError(
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
@@ -909,7 +909,7 @@ class DiTModel(ASelectPreTrainedModel):
         if not config.folded and config._attn_implementation not in (None, "sdpa"):
             logger.warning(
                 "`attn_implementation=%r` is of no account here: diffusers' blocks run kernels of their own. The "
-                "blocks of a folded model (`model.fold()`) run the host's.",
+                "blocks of a folded model (`model.fold()`) run transformers'.",
                 config._attn_implementation,
             )
         # Made before a graph is compiled or exported, which would have no generator in it.
@@ -1015,10 +1015,10 @@ class DiTModel(ASelectPreTrainedModel):
             latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
             output_hidden_states: Whether to return what the first block reads and each block's output in
                 `hidden_states`, too, (B, N, D) each, at the first timestep; runs all blocks.
-            kwargs: Ignored; the host passes keywords that only some models know. `return_dict=False` gives a tuple.
+            kwargs: Ignored, as transformers passes keywords of other models. `return_dict=False` gives a tuple.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the images do not fit, or a timestep or tap is named here.
+            ValueError: If the timestep is not selected yet, the images do not fit, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
         own, every = self.config.read_outs(), self.config.hidden_read_outs(output_hidden_states)

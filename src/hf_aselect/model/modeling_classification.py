@@ -37,7 +37,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
 
     def __init__(self, config: ASelectConfig) -> None:
         super().__init__(config)
-        # The host goes by the name of the class, which a subclass may change.
+        # Transformers goes by the name of the class, which a subclass may change.
         self.loss_type = "ForImageClassification"
         self.backbone = DiTModel(config)
         self.classifier = self._new_head()
@@ -83,7 +83,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         """Return logits, (B, K), and the loss where labels are given.
 
         Args:
-            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            pixel_values: Images in [-1, 1], (B, C, H, W).
             labels: Class indices in [0, K), (B,); -100 is left out of the loss. Or, as `config.problem_type` says,
                 regression targets or multi-label rows, (B, K).
             features: Tokens, (B, N, D), in place of `pixel_values`, as from `cache_features`; a linear head takes
@@ -96,7 +96,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
 
         Raises:
             ValueError: If not exactly one of `pixel_values`, `features` and `latents` is given, it does not fit the
-                model, a label is outside the classes, the timestep is not chosen yet, or a timestep or tap is named
+                model, a label is outside the classes, the timestep is not selected yet, or a timestep or tap is named
                 here.
         """
         refuse_tap_keywords(kwargs)

@@ -1,4 +1,4 @@
-"""Dense models: a diffusion transformer as a backbone of the host's heads, and under a segmentation decoder."""
+"""Dense models: a diffusion transformer as a backbone of transformers' heads, and under a segmentation decoder."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -33,9 +33,9 @@ class DiTBackbone(BackboneMixin, DiTModel):
     Several timesteps are one pass each. Maps of several timesteps and features lie side by side along the channels,
     timesteps outermost. A `read_out` is asked for its timesteps and features alone: the stages name the blocks.
 
-    Stages are named as the host's: `stem` is what the first block reads, `stage1` the first block, and so on.
+    Stages are named as transformers': `stem` is what the first block reads, `stage1` the first block, and so on.
     `config.out_features` or `config.out_indices` say which are returned, by default the last block; the block that a
-    timestep was chosen for is `out_indices=[config.block_index() + 1]`. Massive channels are found at that block
+    timestep was selected for is `out_indices=[config.block_index() + 1]`. Massive channels are found at that block
     alone; `config.zeroed_channels` takes those of the others by tap. Each map is `config.feature` of its block, the
     stem's its tokens. UperNet, Mask2Former, DPT and the like stand on it, by `backbone_config=`.
 
@@ -73,14 +73,14 @@ class DiTBackbone(BackboneMixin, DiTModel):
         """Return one map, (B, D, rows, columns), of each stage asked for; see `config.reshape_hidden_states`.
 
         Args:
-            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            pixel_values: Images in [-1, 1], (B, C, H, W).
             output_hidden_states: Whether to return the map of every stage in `hidden_states`, too, `hidden` at the
                 first timestep; runs all blocks.
-            kwargs: `return_dict=False` gives a tuple; others are ignored, as the host passes keywords that only some
-                models know.
+            kwargs: `return_dict=False` gives a tuple; others are ignored, as transformers passes keywords that only
+                some models know.
 
         Raises:
-            ValueError: If the timestep is not chosen yet, the images do not fit, or a timestep or tap is named here.
+            ValueError: If the timestep is not selected yet, the images do not fit, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
         every = [[each] for each in self.config.hidden_read_outs(output_hidden_states)]
@@ -105,7 +105,7 @@ def _sequence(each: Tensor) -> Tensor:
 class TokenNorm(nn.BatchNorm2d):
     """Batch norm that takes a single value a channel in training, too: by the statistics that it has.
 
-    The mean of such a batch is the value, which would leave nothing of it, and torch refuses it. Sizes and names are
+    The mean of such a batch is the value, which would leave nothing of it, and torch rejects it. Sizes and names are
     those of `nn.BatchNorm2d`.
     """
 
@@ -257,7 +257,7 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
         if 0 <= ignored < num_labels:
             logger.warning_once(
-                f"Class {ignored} of {num_labels} is left out of the loss, and never learnt: it is "
+                f"Class {ignored} of {num_labels} is left out of the loss, and never learned: it is "
                 "`semantic_loss_ignore_index`, by default 255. Pass a value that no class has, as 65535."
             )
         self.decode_head: LinearDecoder | UperNetDecoder
@@ -288,16 +288,16 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         """Return logits of every pixel, (B, K, H, W), and the loss where labels are given.
 
         Args:
-            pixel_values: Pictures in [-1, 1], (B, C, H, W).
+            pixel_values: Images in [-1, 1], (B, C, H, W).
             labels: Class of each pixel in [0, K), (B, H, W), of any integer dtype;
                 `config.semantic_loss_ignore_index` is left out of the loss.
             output_hidden_states: Whether to return what the first block reads and each block's output in
                 `hidden_states`, too, (B, N, D) each, at the first timestep; runs all blocks.
-            kwargs: Ignored, as the host passes keywords that only some models know. `return_dict=False` gives a tuple.
+            kwargs: Ignored, as transformers passes keywords of other models. `return_dict=False` gives a tuple.
 
         Raises:
-            ValueError: If pictures or labels do not fit the model or each other, a label is outside the classes, the
-                timestep is not chosen yet, or a timestep or tap is named here.
+            ValueError: If images or labels do not fit the model or each other, a label is outside the classes, the
+                timestep is not selected yet, or a timestep or tap is named here.
         """
         refuse_tap_keywords(kwargs)
         if labels is not None:

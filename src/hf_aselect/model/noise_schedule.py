@@ -85,7 +85,7 @@ class NoiseSchedule:
 
         Args:
             shift: Moves the timesteps that sampling and training visit toward noise, and so what an index means; not
-                what a timestep stands for. None where it depends on the picture's size (FLUX).
+                what a timestep stands for. None where it depends on the image's size (FLUX).
 
         Raises:
             ValueError: If `shift` is not above 0, or beyond all measure.
@@ -235,7 +235,7 @@ class NoiseSchedule:
     def _known_sampled(self) -> Tensor:
         if self.sampled is None:
             raise ValueError(
-                "The timesteps of this scheduler depend on the picture's size or on the solver, so an index stands "
+                "The timesteps of this scheduler depend on the image's size or on the solver, so an index stands "
                 "for none of its own. Name the noise level by `timestep_at(log_snr)` or `timestep_at_sigma(sigma)`."
             )
         return self.sampled
@@ -277,7 +277,7 @@ class NoiseSchedule:
         if isinstance(num, bool) or not isinstance(num, int) or num < 1:
             raise ValueError(f"`num` must be an integer from 1 on, got {num!r}.")
         first, last = self.log_snr(torch.tensor([0, self.num_trained - 1])).tolist()
-        # Neither pure noise nor an untouched picture has a finite log-SNR.
+        # Neither pure noise nor an untouched image has a finite log-SNR.
         levels = torch.linspace(min(first, MAX_LOG_SNR), max(last, -MAX_LOG_SNR), num)
         return sorted({self.timestep_at(level) for level in levels.tolist()})
 

@@ -71,7 +71,7 @@ VAE_KINDS = {
 
 
 def check_vae(vae: dict[str, Any] | None) -> None:
-    """Refuse a VAE that is none of those we can encode with.
+    """Reject a VAE that is none of those we can encode with.
 
     Raises:
         ValueError: If `vae` is no configuration of one of them.
@@ -111,7 +111,7 @@ def check_vae(vae: dict[str, Any] | None) -> None:
 
 
 def _check_normalization(vae: dict[str, Any], kind: VAEKind) -> None:
-    """Refuse numbers by which latents would be nothing, or infinite."""
+    """Reject numbers by which latents would be nothing, or infinite."""
     if kind.normalize is _by_channel:
         for field in ("latents_mean", "latents_std"):
             values, count = vae[field], vae[kind.latent_channels]

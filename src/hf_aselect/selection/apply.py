@@ -76,7 +76,7 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
     if images is not None and why is not None:
         raise ValueError(
             f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
-            f"to select it anew, or leave the images out: {why}."
+            f"to select it again, or leave the images out: {why}."
         )
     if images is not None:
         model.standardize(images)

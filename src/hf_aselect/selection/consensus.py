@@ -1,6 +1,6 @@
 """How much of what a transformer's features agree on can be read linearly from one of them.
 
-Every timestep and tap is a view of the same pictures. What many views share is the pictures' content; what only one
+Every timestep and tap is a view of the same images. What many views share is the images' content; what only one
 shows is noise, or detail of no use. Here the shared part is the leading principal components of the means of all
 reference features together, each centred, standardised and weighted equally; a feature scores by the share of their
 variance that a ridge regression predicts from its pooled tokens, for images that it was not fitted to. Pooled are
@@ -22,14 +22,14 @@ from torch.nn.functional import adaptive_avg_pool2d
 NUM_COMPONENTS = 20
 # Sketches keep inner products to about 1 / sqrt(size).
 MAX_FEATURES = 192
-# So many pictures at a timestep are summed up: their features have come to the size of the moments.
+# So many images at a timestep are summed up: their features have come to the size of the moments.
 NUM_KEPT = 2**14
 # So many images at most show how several timesteps go together: second moments of each alone do not.
 NUM_JOINT = 2**10
 # Strengths of the ridge as shares of the mean eigenvalue of the standardised features' covariance.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 1))
 NO_DIFFERENCE = (
-    "The pictures do not differ, or the first of them do not, and a timestep is chosen by what differs. Give others, "
+    "The images do not differ, or the first of them do not, and a timestep is selected by what differs. Give others, "
     "or in another order."
 )
 # In float64 at once.
@@ -39,13 +39,13 @@ Item = TypeVar("Item")
 
 
 class ConsensusSums:
-    """Features and shared targets of the pictures; of features of many pictures only their second moments, by fold.
+    """Features and shared targets of the images; of features of many images only their second moments, by fold.
 
-    A picture is kept as `num_targets` numbers and, up to `NUM_KEPT` of them, at most 192 a timestep: thousands of
-    pictures take less memory than their moments.
+    An image is kept as `num_targets` numbers and, up to `NUM_KEPT` of them, at most 192 a timestep: thousands of
+    images take less memory than their moments.
 
     Args:
-        num_folds: Picture `index % num_folds` is predicted from the pictures of the other folds.
+        num_folds: Image `index % num_folds` is predicted from the images of the other folds.
         num_targets: Size of the sketch of all reference features.
         num_read: How many of the pooled statistics are predicted from, counted from the first, which is the mean.
     """
@@ -187,7 +187,7 @@ class ConsensusSums:
         return self._targets(indices) @ directions
 
     def target_moments(self) -> Tensor:
-        """Return the sum over pictures of (1, target) × (1, target), (1 + m, 1 + m), float64."""
+        """Return the sum over images of (1, target) × (1, target), (1 + m, 1 + m), float64."""
         sums = torch.zeros(1 + self.num_targets, 1 + self.num_targets, dtype=torch.float64)
         for indices in _parts(list(self.targets)):
             targets = self._targets(indices)
@@ -195,7 +195,7 @@ class ConsensusSums:
         return sums
 
     def variance(self, directions: Tensor) -> Tensor:
-        """Return by fold the sum over pictures of the squared shared targets, (F,), float64.
+        """Return by fold the sum over images of the squared shared targets, (F,), float64.
 
         Args:
             directions: What `leading_directions` made of the target moments, (1 + m, k).
@@ -207,7 +207,7 @@ class ConsensusSums:
         return sums
 
     def _targets(self, indices: list[int]) -> Tensor:
-        """Return (1, target) of some pictures, (n, 1 + m), float64."""
+        """Return (1, target) of some images, (n, 1 + m), float64."""
         return _with_ones(torch.stack([self.targets[index] for index in indices])).double()
 
     def _accumulate(self, sums: Tensor, indices: list[int], left: Tensor, right: Tensor) -> None:
@@ -254,7 +254,7 @@ def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
     They are NaN where a sum is not finite.
 
     Args:
-        left: Sums over pictures of (1, feature) × (1, feature), (F, 1 + d, 1 + d), by fold.
+        left: Sums over images of (1, feature) × (1, feature), (F, 1 + d, 1 + d), by fold.
         right: The same of (1, feature) × shared target, (F, 1 + d, k).
         variance: Sum of the squared shared targets, (F,).
     """
@@ -287,19 +287,19 @@ def leading_directions(target_moments: Tensor) -> Tensor:
     It is NaN where a moment is not finite.
 
     Raises:
-        ValueError: If the targets are the same for all pictures, or there is only one.
+        ValueError: If the targets are the same for all images, or there is only one.
     """
     if not target_moments.isfinite().all():
         return torch.full((len(target_moments), 1), torch.nan, dtype=torch.float64)
     count = float(target_moments[0, 0])
     if count < 2:
-        raise ValueError("One picture is too few: a timestep is chosen by what differs from picture to picture.")
+        raise ValueError("One image is too few: a timestep is selected by what differs from image to image.")
     mean = target_moments[0, 1:] / count
     values, vectors = torch.linalg.eigh(_centred(target_moments))
     # One reference alone adds some hundredths.
     if values[-1] <= 1e-9 * count:
         raise ValueError(NO_DIFFERENCE)
-    # Fewer pictures have fewer directions.
+    # Fewer images have fewer directions.
     kept = min(NUM_COMPONENTS, max(1, int((values > 1e-6 * values[-1]).sum()) // 2))
     directions = vectors[:, -kept:] / values[-kept:].clamp_min(1e-12).sqrt()
     return torch.cat([-(mean @ directions)[None], directions])

@@ -1,4 +1,4 @@
-"""The criteria that a timestep can be chosen by: each measures pictures and turns the sums into a score."""
+"""The criteria that a timestep can be selected by: each measures images and turns the sums into a score."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -14,7 +14,7 @@ from .consensus import NUM_COMPONENTS
 from .probe import held_out_hits, leave_one_out_hits
 from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
 
-# A probe of patches is tried on each of so many parts of the pictures.
+# A probe of patches is tried on each of so many parts of the images.
 NUM_FOLDS = 8
 # How many statistics of the tokens a consensus reads: the mean, or the standard deviation, too. By head: all that a
 # linear one sees is the mean.
@@ -41,22 +41,22 @@ class Criterion(Protocol):
     """
 
     name: ClassVar[str]
-    # Pictures of the first round, before the choice is looked at.
+    # Images of the first round, before the selection is looked at.
     first_round: ClassVar[int]
-    # With fewer pictures the choice is warned of, however sure the bootstrap is.
+    # With fewer images the selection is warned of, however sure the bootstrap is.
     min_images: ClassVar[int]
 
     @property
     def num_draws(self) -> int:
-        """Noise draws of each picture; 0 stands for the model's own noise, with which its features are used later."""
+        """Noise draws of each image; 0 stands for the model's own noise, with which its features are used later."""
         ...
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Return numbers that add up over pictures, (B, S), float64 on the CPU, of tokens, (K, B, N, D)."""
+        """Return numbers that add up over images, (B, S), float64 on the CPU, of tokens, (K, B, N, D)."""
         ...
 
     def score(self, sums: Tensor) -> Tensor:
-        """Return scores, (...), of sums over pictures, (..., S)."""
+        """Return scores, (...), of sums over images, (..., S)."""
         ...
 
 
@@ -115,7 +115,7 @@ class HFR:
     with_constant: bool = True
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Return each picture's ratio and a 1 to count it, (B, 2)."""
+        """Return each image's ratio and a 1 to count it, (B, 2)."""
         spectra = _spectra(tokens, rows, columns)
         power = spectra.abs().mean(0).sum(1) if self.amplitude else noisy_power(spectra)
         # On the CPU: not every accelerator has float64.
@@ -137,7 +137,7 @@ class SignalHFR:
     Args:
         cutoff: Radius above which a frequency is high, as a share of Nyquist, in [0, 1).
         with_constant: Whether the constant part (frequency 0) counts in the whole.
-        num_draws: Noise draws of each picture, two or more.
+        num_draws: Noise draws of each image, two or more.
 
     Raises:
         ValueError: If there are fewer draws than two.
@@ -152,12 +152,12 @@ class SignalHFR:
     num_draws: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse a single draw, which agrees with itself in everything."""
+        """Reject a single draw, which agrees with itself in everything."""
         if self.num_draws < 2:
             raise ValueError(f"`num_draws` of 'signal_hfr' must be 2 or more, got {self.num_draws}.")
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Return each picture's high and whole power of the signal, and whole power of the noisy features, (B, 3)."""
+        """Return each image's high and whole power of the signal, and whole power of the noisy features, (B, 3)."""
         spectra = _spectra(tokens, rows, columns)
         signal = band_powers(signal_power(spectra).cpu().double(), self.cutoff, self.with_constant)
         noisy = band_powers(noisy_power(spectra).cpu().double(), self.cutoff, self.with_constant)
@@ -173,16 +173,16 @@ class SignalHFR:
 
 @dataclass(frozen=True)
 class Probe:
-    """Accuracy of a linear probe on mean-pooled tokens, each picture left out in turn. Needs labels.
+    """Accuracy of a linear probe on mean-pooled tokens, each image left out in turn. Needs labels.
 
-    It keeps of each picture its pooled tokens, D numbers a timestep and tap.
+    It keeps of each image its pooled tokens, D numbers a timestep and tap.
     """
 
     name: ClassVar[str] = "probe"
     labels_wanted: ClassVar[str] = CLASSES
     scores_sets: ClassVar[bool] = True
     num_draws: ClassVar[int] = 0
-    first_round: ClassVar[int] = 2**30  # all: its accuracy depends on how many pictures it learns from
+    first_round: ClassVar[int] = 2**30  # all: its accuracy depends on how many images it learns from
     min_images: ClassVar[int] = 32
 
     def suited_to(self, config: ASelectConfig, has_masks: bool) -> "Probe":
@@ -195,11 +195,11 @@ class Probe:
         return ProbeAccumulator(self.measure, self.hits, lambda indices, grid: labels[indices], context)
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Return the mean token of each picture, (B, D), over the noise draws."""
+        """Return the mean token of each image, (B, D), over the noise draws."""
         return tokens.float().mean((0, 2)).cpu()
 
     def hits(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Return for each picture whether the probe is right about it and a 1 to count it, (n, 2), float64.
+        """Return for each image whether the probe is right about it and a 1 to count it, (n, 2), float64.
 
         They are NaN where a feature is not finite.
         """
@@ -215,13 +215,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class PatchProbe(Probe):
-    """The accuracy of a linear probe of single patches, for dense tasks: needs a mask of each picture.
+    """The accuracy of a linear probe of single patches, for dense tasks: needs a mask of each image.
 
-    A ridge classifier of some patches' tokens, on pictures that it was not fitted to. A patch's class is that of most
+    A ridge classifier of some patches' tokens, on images that it was not fitted to. A patch's class is that of most
     of its pixels.
 
     Args:
-        num_patches: Patches of each picture, at the same places in all, at least 1; the whole grid where it has fewer.
+        num_patches: Patches of each image, at the same places in all, at least 1; the whole grid where it has fewer.
 
     Raises:
         ValueError: If `num_patches` is less than 1.
@@ -234,7 +234,7 @@ class PatchProbe(Probe):
     num_patches: int = 16
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Reject numbers out of range."""
         if self.num_patches < 1:
             raise ValueError(f"`num_patches` of 'patch_probe' must be at least 1, got {self.num_patches}.")
 
@@ -248,11 +248,11 @@ class PatchProbe(Probe):
         return order[: self.num_patches].sort().values
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Return the tokens of some patches of each picture, (B, S, D), averaged over the noise draws."""
+        """Return the tokens of some patches of each image, (B, S, D), averaged over the noise draws."""
         return tokens[:, :, self.places(rows * columns)].float().mean(0).cpu()
 
     def hits(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Return of how many patches of each picture the probe is right, and how many have a class, (n, 2), float64.
+        """Return of how many patches of each image the probe is right, and how many have a class, (n, 2), float64.
 
         They are NaN where a feature is not finite.
 
@@ -290,7 +290,7 @@ class Consensus:
             where a says how far images are aligned, from 0.01 (photographs) to 0.7 (digits). With several taps
             regions do not count. Default: 0.5 for "mean" and 0.2 for "mean_std".
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
-            holds is right to about 1 / sqrt(size), and it is kept for each picture; with 128 numbers more accuracy is
+            holds is right to about 1 / sqrt(size), and it is kept for each image; with 128 numbers more accuracy is
             lost.
 
     Raises:
@@ -309,7 +309,7 @@ class Consensus:
     region_weight: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown pooling, and a projection that holds fewer numbers than there are components."""
+        """Reject an unknown pooling, and a projection that holds fewer numbers than there are components."""
         if self.pooling not in (None, *POOLINGS):
             raise ValueError(
                 f"`pooling` of 'consensus' must be one of {', '.join(map(repr, POOLINGS))}, got {self.pooling!r}."
@@ -353,7 +353,7 @@ class Consensus:
         return POOLINGS[self.pooling or "mean_std"]
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Return the statistics of each picture's tokens, averaged over the draws, (B, `num_read`, D), float32."""
+        """Return the statistics of each image's tokens, averaged over the draws, (B, `num_read`, D), float32."""
         averaged = tokens.float().mean(0)
         statistics = [averaged.mean(1)]
         if self.num_read > 1:

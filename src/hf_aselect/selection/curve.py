@@ -1,4 +1,4 @@
-"""A criterion over the timesteps: the choice, and how sure it is by a bootstrap over pictures."""
+"""A criterion over the timesteps: the selection, and how sure it is by a bootstrap over images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,18 +25,18 @@ class TimestepCurve:
 
     timesteps: list[int]
     scores: Tensor  # (A, T)
-    smoothed: Tensor  # (A, T), what the choice is made by where most resamples agree
+    smoothed: Tensor  # (A, T), what the selection is made by where most resamples agree
     intervals: Tensor  # (A, T, 2)
     rivals: list[int]  # places of the best tap's timesteps that are as good as the best in some of the resamples
     best: tuple[int, int]  # which tap, which timestep
     confidence: float
 
     def warnings(self, wanted: float, remedies: tuple[str, str]) -> list[str]:
-        """Return what speaks against trusting the choice, and what to do about it.
+        """Return what speaks against trusting the selection, and what to do about it.
 
         Args:
             wanted: The confidence that was asked for.
-            remedies: What gives more pictures, and what labels would decide.
+            remedies: What gives more images, and what labels would decide.
         """
         more, remedy = remedies
         if len(self.timesteps) < 2:
@@ -45,7 +45,7 @@ class TimestepCurve:
         found += [self._flat_warning(more, remedy), self._peaks_warning(remedy)]
         if self.confidence < wanted:
             found.append(
-                f"its confidence is {self.confidence:.2f}, below {wanted:.2f}: other pictures may give another "
+                f"its confidence is {self.confidence:.2f}, below {wanted:.2f}: other images may give another "
                 f"timestep. Use {more}, or {remedy}."
             )
         return [text for text in found if text]
@@ -83,8 +83,8 @@ class TimestepCurve:
         if highest == self.best[1]:
             return ""
         return (
-            f"timestep {self.timesteps[highest]} scores higher on all pictures together, but fewer draws of them "
-            f"choose near it. Compare both by {remedy}."
+            f"timestep {self.timesteps[highest]} scores higher on all images together, but fewer draws of them "
+            f"select near it. Compare both by {remedy}."
         )
 
     def _flat_warning(self, more: str, remedy: str) -> str:
@@ -112,17 +112,17 @@ class TimestepCurve:
 def bootstrap(
     timesteps: list[int], log_snr: Tensor, sums: Tensor, score: Callable[[Tensor], Tensor], seed: int
 ) -> TimestepCurve:
-    """Return the curve of sums over groups of pictures.
+    """Return the curve of sums over groups of images.
 
-    The choice is the highest smoothed score, unless fewer than half of the resamples choose near it: two peaks may be
-    as high, and what is a little higher on all pictures need not be so on most draws of them. Then, at the same tap,
-    it is the highest smoothed score near the timestep that has most of the resamples near it.
+    The selection is the highest smoothed score, unless fewer than half of the resamples select near it: two peaks
+    may be as high, and what is a little higher on all images need not be so on most draws of them. Then, at the same
+    tap, it is the highest smoothed score near the timestep that has most of the resamples near it.
 
     Args:
         timesteps: T timesteps, rising.
         log_snr: Their log-SNR, (T,).
-        sums: What the criterion measured, by tap, timestep and group of pictures, (A, T, G, S), float64.
-        score: Scores, (...), of sums over pictures, (..., S).
+        sums: What the criterion measured, by tap, timestep and group of images, (A, T, G, S), float64.
+        score: Scores, (...), of sums over images, (..., S).
         seed: Seed of the resampling.
 
     Raises:

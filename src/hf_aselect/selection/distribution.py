@@ -85,7 +85,7 @@ def called_by(module: Any, *names: str, then_shard: bool = False) -> Iterator[No
 
 
 def refuse_flattened(model: Any) -> None:
-    """Refuse a model of FSDP's first version, whose weights are gathered only where the whole is called.
+    """Reject a model of FSDP's first version, whose weights are gathered only where the whole is called.
 
     Raises:
         ValueError: If it is one.

@@ -29,7 +29,7 @@ def build_sampler(config: ASelectConfig) -> Any:
     scheduler = dict(config.scheduler or {})
     schedule = NoiseSchedule.from_config(scheduler)
     if is_flow_matching(scheduler):
-        # A shift that depends on the size of the picture is left out: few coarse steps do not need it.
+        # A shift that depends on the size of the image is left out: few coarse steps do not need it.
         shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
         return _build({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift})
     prediction_type = scheduler.get("prediction_type", "epsilon")
@@ -98,7 +98,7 @@ def generate_latents(
 ) -> Tensor:
     """Sample clean latents of random classes, with classifier-free guidance.
 
-    Classes and starting noise are made on the CPU, picture by picture: a picture depends on `seed` and its place
+    Classes and starting noise are made on the CPU, image by image: an image depends on `seed` and its place
     alone, beyond rounding, and not on `batch_size`, `num_images` or the device. No global random state is touched, and
     each module of the denoiser is in eval mode meanwhile and afterwards in the mode it was in.
 
@@ -112,7 +112,7 @@ def generate_latents(
         num_images: How many, at least 1.
         num_steps: Timesteps on the way from noise, a divisor of 1000.
         guidance_scale: Prediction = null + scale · (class − null), at least 1; 1 is no guidance.
-        batch_size: Pictures at once; with guidance the transformer sees twice as many.
+        batch_size: Images at once; with guidance the transformer sees twice as many.
         seed: Seed of classes and noise.
 
     Returns:
@@ -148,7 +148,7 @@ def generate_latents(
     if not bool(generated.isfinite().all()):
         raise ValueError(
             "The diffusion model generated NaN or infinite values: its weights or its scheduler's `prediction_type` "
-            "may be wrong. Use pictures instead."
+            "may be wrong. Use images instead."
         )
     return generated
 
@@ -183,7 +183,7 @@ def _draw(
     classes, noise = [], []
     for _ in range(num_images):
         drawn = torch.randint(max(num_classes, 1), (), generator=generator)
-        # The null label, `num_classes`, where there are no classes to choose from; a text-conditioned transformer has
+        # The null label, `num_classes`, where there are no classes to select from; a text-conditioned transformer has
         # its empty prompt.
         classes.append(drawn if num_classes > 1 else torch.tensor(num_classes))
         noise.append(torch.randn((denoiser.num_channels, *size), generator=generator))

@@ -44,11 +44,11 @@ class CalibrationPictures:
         """Yield indices in the set, and what reads their pixel values, (B, C, H, W), of one process's share of a part.
 
         Args:
-            start: First picture of the part, counted in the sample.
+            start: First image of the part, counted in the sample.
             stop: End of the part; a shorter sample ends earlier.
-            batch_size: Pictures in a batch.
+            batch_size: Images in a batch.
             rank: Which process this is.
-            world: How many processes share the pictures: each takes every `world`-th of the sample, so that a picture
+            world: How many processes share the images: each takes every `world`-th of the sample, so that an image
                 is of the same process in every part.
         """
         rows = iter(self._rows(start, min(stop, self.max_images), rank, world))
@@ -57,7 +57,7 @@ class CalibrationPictures:
             yield indices, partial(self._read, indices, [row for _, row in batch])
 
     def share(self, start: int, stop: int, rank: int, world: int) -> list[int]:
-        """Return the indices of one process's share of a part, as `batches` yields them, without reading a picture.
+        """Return the indices of one process's share of a part, as `batches` yields them, without reading an image.
 
         A stream may end before.
         """
@@ -66,23 +66,23 @@ class CalibrationPictures:
         return list(range(first, stop, world)) if self.order is None else sorted(self.order[first:stop:world])
 
     def patch_labels(self, index: int, mask: Any, rows: int, columns: int, ignored: int) -> Tensor:
-        """Return the class of each token of a picture, (rows · columns,): that of most of its pixels, -1 if of none.
+        """Return the class of each token of an image, (rows · columns,): that of most of its pixels, -1 if of none.
 
         Args:
-            index: Which picture.
-            mask: Its mask, of its size, as `ASelectImageProcessor` takes them; it is cut and resized as the picture.
+            index: Which image.
+            mask: Its mask, of its size, as `ASelectImageProcessor` takes them; it is cut and resized as the image.
             rows: Rows of the token grid.
             columns: Its columns.
             ignored: Value of mask pixels that have no class.
 
         Raises:
-            ValueError: If the mask does not fit the picture.
+            ValueError: If the mask does not fit the image.
         """
         image = self.images.image(self.images.row(index), index)
         if self.images.is_ready:
             labels, shape = torch.as_tensor(mask).long(), torch.as_tensor(image).shape[-2:]
             if labels.shape != shape:
-                raise ValueError(f"A mask has shape {tuple(labels.shape)}, its picture {tuple(shape)}.")
+                raise ValueError(f"A mask has shape {tuple(labels.shape)}, its image {tuple(shape)}.")
         else:
             labels = torch.from_numpy(self.processor([image], [mask])["labels"][0])
         patches = labels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
@@ -94,7 +94,7 @@ class CalibrationPictures:
         return torch.where(most > 0, classes[found], -1)
 
     def _rows(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """Yield the index of each picture of the share, and what reads its row."""
+        """Yield the index of each image of the share, and what reads its row."""
         if self.order is None:
             for index, row in islice(enumerate(self.images), start + (rank - start) % world, stop, world):
                 yield index, partial(_itself, row)
@@ -125,7 +125,7 @@ class CalibrationPictures:
                 try:
                     self.processor([pictures[place]], mask, return_tensors="pt")
                 except ValueError as error:
-                    raise ValueError(f"Picture {index} of the set cannot be read: {error}") from error
+                    raise ValueError(f"Image {index} of the set cannot be read: {error}") from error
             raise
 
 
@@ -134,20 +134,18 @@ def _itself(row: Any) -> Any:
 
 
 def check_pixel_values(values: Tensor) -> None:
-    """Refuse what is given for pixel values and is none.
+    """Reject what is given for pixel values and is none.
 
     Raises:
         ValueError: If it is no floating-point tensor (B, C, H, W) in [-1, 1].
     """
     if not values.is_floating_point():
         raise ValueError(
-            f"Pixel values must be floating-point numbers in [-1, 1], got {values.dtype}; give PIL pictures or arrays."
+            f"Pixel values must be floating-point numbers in [-1, 1], got {values.dtype}; give PIL images or arrays."
         )
     if values.ndim != 4:
         raise ValueError(f"Pixel values must have shape (B, C, H, W), got {tuple(values.shape)}.")
     # Rounding in half precision may pass 1 by a little.
     if values.numel() and float(values.abs().max()) > 1.01:
         low, high = float(values.min()), float(values.max())
-        raise ValueError(
-            f"Pixel values must be in [-1, 1], got [{low:g}, {high:g}]; give PIL pictures, or scale them."
-        )
+        raise ValueError(f"Pixel values must be in [-1, 1], got [{low:g}, {high:g}]; give PIL images, or scale them.")

@@ -13,7 +13,7 @@ def ridge_probe_accuracy(
     """Return the test accuracy of a ridge classifier on standardised features.
 
     One least-squares target per class (1 for the class, -1 else); the strength is the one with the smallest
-    leave-one-out error on the training set, in closed form, so no test picture takes part in the choice.
+    leave-one-out error on the training set, in closed form, so no test image takes part in the selection.
 
     Args:
         train_features: Features, (n, D); computed in float64.
@@ -52,7 +52,7 @@ def ridge_probe_predictions(train_features: Tensor, train_labels: Tensor, test_f
     if len(train_features) != len(train_labels):
         raise ValueError("There must be one label for each row of features.")
     if len(train_labels.unique()) < 2:
-        raise ValueError("A probe needs training pictures of at least 2 classes.")
+        raise ValueError("A probe needs training images of at least 2 classes.")
     train, test = _standardised(train_features, train_features), _standardised(test_features, train_features)
     targets = torch.nn.functional.one_hot(train_labels.long()).double() * 2 - 1
     offset = targets.mean(0)
@@ -62,10 +62,10 @@ def ridge_probe_predictions(train_features: Tensor, train_labels: Tensor, test_f
 
 
 def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
-    """Return for each picture whether a ridge classifier trained on all the others is right about it.
+    """Return for each image whether a ridge classifier trained on all the others is right about it.
 
-    The classifier and the choice of its strength are those of `ridge_probe_accuracy`; the strength is chosen once, on
-    all pictures, which favours no feature over another.
+    The classifier and the selection of its strength are those of `ridge_probe_accuracy`; the strength is selected
+    once, on all images, which favours no feature over another.
 
     Args:
         features: Features, (n, D); computed in float64.
@@ -85,7 +85,7 @@ def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
     # Counted by what is there: the numbers of the classes may be large.
     classes, labels = labels.unique(return_inverse=True)
     if len(classes) < 2:
-        raise ValueError("A probe needs pictures of at least 2 classes.")
+        raise ValueError("A probe needs images of at least 2 classes.")
     features = _standardised(features, features)
     targets = torch.nn.functional.one_hot(labels.long()).double() * 2 - 1
     offset = targets.mean(0)
@@ -97,8 +97,8 @@ def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
 def held_out_hits(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
     """Return for each row whether a ridge classifier trained on the other folds is right about it.
 
-    For rows that come together, as the patches of a picture: left out one by one, the others would tell of it. The
-    strength is the one with the smallest squared error on what is left out, chosen once.
+    For rows that come together, as the patches of an image: left out one by one, the others would tell of it. The
+    strength is the one with the smallest squared error on what is left out, selected once.
 
     Args:
         features: Features, (n, D); computed in float64.
@@ -113,7 +113,7 @@ def held_out_hits(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
     """
     classes, labels = labels.unique(return_inverse=True)
     if len(classes) < 2 or len(folds.unique()) < 2:
-        raise ValueError("A probe needs rows of at least 2 classes, from at least 2 pictures.")
+        raise ValueError("A probe needs rows of at least 2 classes, from at least 2 images.")
     features = _standardised(features, features)
     targets = torch.nn.functional.one_hot(labels.long()).double() * 2 - 1
     offset = targets.mean(0)

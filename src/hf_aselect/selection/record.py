@@ -1,4 +1,4 @@
-"""The record of a choice of the timestep: everything needed to repeat, to judge and to plot it."""
+"""The record of a selection of the timestep: everything needed to repeat, to judge and to plot it."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,36 +19,36 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TimestepSelection:
-    """Which timestep was chosen, or which several, from what, and how sure the choice of the first is.
+    """Which timestep was selected, or which several, from what, and how sure the selection of the first is.
 
     Args:
-        timestep: The chosen timestep, an integer in [0, 1000), 0 = least noise.
+        timestep: The selected timestep, an integer in [0, 1000), 0 = least noise.
         timesteps: The timesteps that were read, rising.
         scores: The criterion at each of them.
-        smoothed: The same, each averaged with its neighbours: what the choice was made by, unless fewer than half of
-            the resamples choose near the highest. Then it is the highest near where most of them choose.
-        intervals: 95 % bootstrap interval (over groups of pictures) of each score.
+        smoothed: The same, each averaged with its neighbours: what the selection was made by, unless fewer than half
+            of the resamples select near the highest. Then it is the highest near where most of them select.
+        intervals: 95 % bootstrap interval (over groups of images) of each score.
         log_snr: 2·ln(alpha / sigma) at each of them.
-        confidence: Share of bootstrap resamples of the pictures that choose this timestep or one within 1.5 of it in
+        confidence: Share of bootstrap resamples of the images that select this timestep or one within 1.5 of it in
             log-SNR (a neighbour in the default grid), in [0, 1].
         criterion: Name of the criterion.
         settings: Its settings, by name.
-        options: What else the choice depends on: `timesteps` (None where they were read from coarse to fine),
+        options: What else the selection depends on: `timesteps` (None where they were read from coarse to fine),
             `max_images`, `confidence` (the wanted one) and `batch_size` of `select_timestep`, `noise_seed` and
             `num_noise_draws` of the configuration.
         block: Block at which features were read, counted from the first.
         feature: Feature that was read there.
-        num_images: Pictures that were looked at.
-        pictures: "given", or "generated" by the transformer itself.
-        stopped_by: Why no more pictures were looked at: "confidence" (the wanted one was reached), "max_images", or
-            "all pictures".
-        num_forwards: Passes of a picture through the backbone, those that generated pictures included.
+        num_images: Images that were looked at.
+        images: "given", or "generated" by the transformer itself.
+        stopped_by: Why no more images were looked at: "confidence" (the wanted one was reached), "max_images", or
+            "all images".
+        num_forwards: Passes of an image through the backbone, those that generated images included.
         seconds: Time it took.
-        seed: Seed of the sampled or generated pictures, of the bootstrap and, for "hfr" and "signal_hfr", of the
+        seed: Seed of the sampled or generated images, of the bootstrap and, for "hfr" and "signal_hfr", of the
             noise; the other criteria read features with the model's own noise.
-        warnings: What speaks against trusting the choice, and what to do about it.
-        massive_channels: Channels of the chosen tap that dwarf all others in every token, and were set to zero: found
-            by this choice, or by an earlier one; None where they were not looked for.
+        warnings: What speaks against trusting the selection, and what to do about it.
+        massive_channels: Channels of the selected tap that dwarf all others in every token, and were set to zero:
+            found by this choice, or by an earlier one; None where they were not looked for.
         table: Where several taps were compared: for each its block, feature, scores and smoothed scores.
         other_massive_channels: Where the model reads several taps, the same of the others, by tap, as "9.hidden",
             without those at which they were not looked for; None if there are no others.
@@ -139,7 +139,7 @@ class TimestepSelection:
         accuracy_log_snr: Sequence[float] | None = None,
         accuracy_name: str = "accuracy",
     ) -> list[Path]:
-        """Draw the criterion over the timestep, with intervals and the choice, as a PNG.
+        """Draw the criterion over the timestep, with intervals and the selection, as a PNG.
 
         Where several taps were compared, a heat map of all of them is written beside it, as `NAME_heat_map.png`.
 
@@ -220,7 +220,7 @@ def _check_values(record: dict[str, Any]) -> None:
 
 
 def _check_selected(record: dict[str, Any]) -> None:
-    """Refuse several selected timesteps that were not read, or do not fit the rest."""
+    """Reject several selected timesteps that were not read, or do not fit the rest."""
     selected, scores = record.get("selected_timesteps"), record.get("joint_scores")
     if selected is None and scores is None:
         return

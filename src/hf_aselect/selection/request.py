@@ -82,7 +82,7 @@ def checked_request(
     masks = _masks(labels, images)
     criterion = suited(criterion, model.config, masks is not None)
     if labels_wanted(criterion) == MASKS and masks is None:
-        raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each picture.")
+        raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each image.")
     _check_numbers(max_images, batch_size, confidence, seed)
     taps = _checked_taps(model.config, block, feature, several=compares_taps(criterion))
     grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
@@ -150,7 +150,7 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:
         raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, or such an object, got {criterion!r}.")
     if (labels_wanted(criterion) is None) == (labels is not None):
         raise ValueError(
-            "`criterion='probe'` needs `labels`, the class index of each picture or the name of their column."
+            "`criterion='probe'` needs `labels`, the class index of each image or the name of their column."
             if labels is None
             else f"`labels` are given, but {criterion.name!r} uses none; did you mean `criterion='probe'`?"
         )
@@ -158,10 +158,10 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:
 
 
 def _masks(labels: Any, images: Any) -> Any:
-    """Return masks by picture where the labels are masks, else None.
+    """Return masks by image where the labels are masks, else None.
 
     Raises:
-        ValueError: If there are not as many masks as pictures.
+        ValueError: If there are not as many masks as images.
     """
     if isinstance(labels, str):
         is_there = hasattr(images, "__len__") and labels in getattr(images, "column_names", [])
@@ -172,17 +172,17 @@ def _masks(labels: Any, images: Any) -> Any:
         return None
     if not hasattr(images, "__len__") or len(images) != len(labels):
         raise ValueError(
-            f"There must be a mask for each picture, got {len(labels)} masks for "
-            f"{len(images) if hasattr(images, '__len__') else 'a stream of'} pictures."
+            f"There must be a mask for each image, got {len(labels)} masks for "
+            f"{len(images) if hasattr(images, '__len__') else 'a stream of'} images."
         )
     return labels
 
 
 def _checked_labels(labels: Any, images: Any) -> list[int]:
-    """Return the class index of each picture."""
+    """Return the class index of each image."""
     if not hasattr(images, "__len__"):
         raise ValueError(
-            "`labels` need a set of pictures whose size is known, got "
+            "`labels` need a set of images whose size is known, got "
             f"{'none' if images is None else type(images).__name__}. Of a stream, take a part first: "
             "`datasets.Dataset.from_list(list(stream.take(1000)))`."
         )
@@ -190,14 +190,14 @@ def _checked_labels(labels: Any, images: Any) -> list[int]:
         columns = getattr(images, "column_names", [])
         if labels not in columns:
             raise ValueError(
-                f"`labels` names the column {labels!r}, but the pictures have "
+                f"`labels` names the column {labels!r}, but the images have "
                 f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
             )
         labels = column_of(images, labels)[:]
     if not hasattr(labels, "__len__"):
-        raise ValueError(f"`labels` must be a list of class indices, one a picture, got {type(labels).__name__}.")
+        raise ValueError(f"`labels` must be a list of class indices, one an image, got {type(labels).__name__}.")
     if len(labels) != len(images):
-        raise ValueError(f"`labels` must name the class of each of {len(images)} pictures, got {len(labels)} labels.")
+        raise ValueError(f"`labels` must name the class of each of {len(images)} images, got {len(labels)} labels.")
     try:
         indices = [operator.index(label) for label in labels]
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Choosing the timestep by a criterion of the features."""
+"""Selecting the timestep by a criterion of the features."""
 
 import logging
 import time
@@ -44,23 +44,23 @@ def select_timestep(
     seed: int = 0,
     num_timesteps: int | None = None,
 ) -> TimestepSelection:
-    """Choose the timestep whose features at the model's tap score best, or several that complement each other.
+    """Select the timestep whose features at the model's tap score best, or several that complement each other.
 
-    Pictures are looked at in rounds, each adding half of those before, until the choice is as sure as `confidence`
+    Images are looked at in rounds, each adding half of those before, until the selection is as sure as `confidence`
     says. A coarse grid is read first and then the neighbours of the best timestep, until no neighbour is better. Under
-    `accelerate launch` each process takes its share of the pictures and all come to the same choice; only what must be
-    equal everywhere is done by each: pictures that the transformer makes, the first 32 of a consensus, and the 8 that
+    `accelerate launch` each process takes its share of the images and all come to the same choice; only what must be
+    equal everywhere is done by each: images that the transformer makes, the first 32 of a consensus, and the 8 that
     are searched for channels. The processes must have met before: `accelerate.Accelerator()` sees to it, and Trainer.
-    Of a model that FSDP2 shards each process reads all pictures.
+    Of a model that FSDP2 shards each process reads all images.
 
     The best timestep is that whose score is largest in the mean with its neighbours' scores, weighted by 2^-d², where
     d is their distance in log-SNR: a step of DDPM's default grid counts half, and on a much coarser grid each score
-    counts alone. The curve is smooth on that scale and a score from few pictures is not, so this steadies the choice.
-    Where fewer than half of the bootstrap's resamples of the pictures choose within 1.5 of it, others are as good:
-    then it is the largest such mean within 1.5 of the timestep near which most of them choose.
+    counts alone. The curve is smooth on that scale and a score from few images is not, so this steadies the selection.
+    Where fewer than half of the bootstrap's resamples of the images select within 1.5 of it, others are as good:
+    then it is the largest such mean within 1.5 of the timestep near which most of them select.
 
     Where `hidden`, `normed` or `attention` is read (or `config.zeroed_channels` is "auto"), channels that dwarf all
-    others in every token are found on the first pictures and set to zero before anything is scored.
+    others in every token are found on the first images and set to zero before anything is scored.
 
     Several timesteps (`num_timesteps`) are selected one after the other. The first is the best one. Each further one
     is that with which all together score most, of those that were read, by the features that were kept: nothing more
@@ -88,31 +88,31 @@ def select_timestep(
             `config.head` sees it: an attention head sees more than the tokens' mean), "probe" (accuracy of a linear
             probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or one with settings of its own,
             such as `criteria.HFR(cutoff=0.25)`.
-        timesteps: Timesteps to read, integers in [0, 1000): all of them, from every picture. Default: from coarse to
+        timesteps: Timesteps to read, integers in [0, 1000): all of them, from every image. Default: from coarse to
             fine on `model.noise_schedule.even_timesteps()`.
-        labels: For "probe": class index of each picture in `images`; or, for dense tasks, its mask, one class index a
+        labels: For "probe": class index of each image in `images`; or, for dense tasks, its mask, one class index a
             pixel: the probe then classifies patches ("patch_probe"). Or the name of a column with either.
         block: Block to read at in place of the configuration's (first) one; several, or "auto" for every third, to
             select the block, too, by "consensus", "probe" or "patch_probe".
         feature: Feature to read in place of the configuration's (first) one; several, or "auto" for `hidden`, `query`,
             `key` and `value`, to select the feature, too, in the same way.
-        max_images: Look at so many pictures at the most; a larger set is sampled. Of its own pictures the transformer
+        max_images: Look at so many images at the most; a larger set is sampled. Of its own images the transformer
             generates 128 at the most, unguided: each costs 20 passes through all of it.
-        confidence: Look at no more pictures once the choice is as sure as this, in [0, 1].
-        batch_size: Noised pictures in one forward pass; does not change the result beyond rounding.
-        seed: Seed in [0, 2**63) of the sampled or generated pictures, of the bootstrap and, for "hfr" and
+        confidence: Look at no more images once the selection is as sure as this, in [0, 1].
+        batch_size: Noised images in one forward pass; does not change the result beyond rounding.
+        seed: Seed in [0, 2**63) of the sampled or generated images, of the bootstrap and, for "hfr" and
             "signal_hfr", of the noise; the other criteria read features with the model's own noise.
-        num_timesteps: How many timesteps to select, at most as many as are read from every picture. More than one need
+        num_timesteps: How many timesteps to select, at most as many as are read from every image. More than one need
             "consensus" or a probe. Default: `config.num_timesteps`.
 
     Returns:
-        The choice with its curve; ties go to the smaller timestep.
+        The selection with its curve; ties go to the smaller timestep.
 
     Raises:
-        ValueError: If there are no pictures, they do not fit the model, a timestep is outside [0, 1000), `criterion`
-            is unknown or lacks its labels, the labels are not one class index a picture, a tap does not exist, a
+        ValueError: If there are no images, they do not fit the model, a timestep is outside [0, 1000), `criterion`
+            is unknown or lacks its labels, the labels are not one class index an image, a tap does not exist, a
             number is out of range, several timesteps are asked of a criterion that cannot score them together or for a
-            `read_out`, the model is folded, or it is sharded and there are no pictures.
+            `read_out`, the model is folded, or it is sharded and there are no images.
 
     Source: A-SelecT, arXiv 2603.25758, for "hfr"; the rest is ours.
 
@@ -164,10 +164,10 @@ def _check_model(model: ReadableModel, images: Any) -> None:
     if model.config.folded:
         raise ValueError(
             f"This model was folded at timestep {model.config.timestep}, which is in its weights: there is nothing to "
-            "choose. Choose with the model it was folded from, then fold that."
+            "select. Select with the model it was folded from, then fold that."
         )
     if images is None and is_sharded(model):
-        raise ValueError("A model that FSDP2 shards makes no pictures of its own: give some as `images`.")
+        raise ValueError("A model that FSDP2 shards makes no images of its own: give some as `images`.")
 
 
 def _sweep_of_given(model: ReadableModel, images: Any, request: Request) -> Sweep:
@@ -179,7 +179,7 @@ def _sweep_of_generated(model: Any, request: Request) -> Sweep:
     count = request.max_images
     num_forwards = count_forwards(count)
     logger.info(
-        "No pictures to choose a timestep from are given: the transformer makes %d, in %d passes.", count, num_forwards
+        "No images to select a timestep from are given: the transformer makes %d, in %d passes.", count, num_forwards
     )
     # Every process makes all of them.
     # Without guidance: twice as many images for as many passes, as various as those that the model was trained on.
@@ -292,31 +292,31 @@ def _few_images_warnings(sweep: Sweep, is_generated: bool) -> list[str]:
     criterion, count = sweep.request.criterion, sweep.num_images
     if count >= criterion.min_images:
         return []
-    remedy = "Give more pictures"
+    remedy = "Give more images"
     if is_generated:
-        remedy = "Give pictures, or raise `max_images`"
+        remedy = "Give images, or raise `max_images`"
     elif sweep.request.labels is None:
         remedy += ", or none: the transformer then makes its own"
     needed = f"{criterion.name!r} needs {criterion.min_images} or more, however sure it seems"
-    return [f"it rests on {count} picture{'s' * (count > 1)}, and {needed}. {remedy}."]
+    return [f"it rests on {count} image{'s' * (count > 1)}, and {needed}. {remedy}."]
 
 
 def _remedies(sweep: Sweep, is_generated: bool) -> tuple[str, str]:
     """Return what gives more images, and what labels would decide."""
     if is_generated:
-        more = "pictures of your own"
+        more = "images of your own"
     elif sweep.num_images >= sweep.request.max_images:
-        more = "more pictures (`max_images`)"
+        more = "more images (`max_images`)"
     else:
-        more = "more pictures"
+        more = "more images"
     has_labels = labels_wanted(sweep.request.criterion) is not None
-    return more, "more labelled pictures" if has_labels else "`criterion='probe'` with a few labels"
+    return more, "more labelled images" if has_labels else "`criterion='probe'` with a few labels"
 
 
 def _report(selection: TimestepSelection, grid_size: int) -> None:
-    """Log the choice, and what speaks against it."""
+    """Log the selection, and what speaks against it."""
     logger.info(
-        "Chose timestep %d (log-SNR %.2f, confidence %.2f) of %d by %s from %d pictures, %s of block %d, in %.1f s.",
+        "Chose timestep %d (log-SNR %.2f, confidence %.2f) of %d by %s from %d images, %s of block %d, in %.1f s.",
         selection.timestep,
         selection.log_snr[selection.timesteps.index(selection.timestep)],
         selection.confidence,
@@ -335,4 +335,4 @@ def _report(selection: TimestepSelection, grid_size: int) -> None:
             ", ".join(f"{score:.4f}" for score in selection.joint_scores),
         )
     for warning in selection.warnings:
-        logger.warning("The choice of timestep %d: %s", selection.timestep, warning)
+        logger.warning("The selection of timestep %d: %s", selection.timestep, warning)

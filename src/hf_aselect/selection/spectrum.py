@@ -60,7 +60,7 @@ def noisy_power(spectra: Tensor) -> Tensor:
     """Return the power of noisy features, mean over draws, summed over channels.
 
     Args:
-        spectra: Spectra of K noise draws of each picture, (K, B, D, h, w), complex.
+        spectra: Spectra of K noise draws of each image, (K, B, D, h, w), complex.
 
     Returns:
         Power, (B, h, w), float32.
@@ -74,7 +74,7 @@ def signal_power(spectra: Tensor) -> Tensor:
     X = (|Σ_k F_k|² - Σ_k |F_k|²) / (K (K - 1)), the mean of the cross-spectra of all pairs of draws.
 
     Args:
-        spectra: Spectra of K noise draws of each picture, (K, B, D, h, w), complex.
+        spectra: Spectra of K noise draws of each image, (K, B, D, h, w), complex.
 
     Returns:
         Power, (B, h, w), float32.
@@ -99,7 +99,7 @@ def hfr(tokens: Tensor, height: int, width: int, cutoff: float = 0.15) -> Tensor
         cutoff: Radius as a share of the Nyquist frequency, in [0, 1).
 
     Returns:
-        Ratios in [0, 1], (B,), float32: power is pooled over channels, not over pictures.
+        Ratios in [0, 1], (B,), float32: power is pooled over channels, not over images.
 
     Raises:
         ValueError: If the shapes do not fit or `cutoff` is outside [0, 1).
@@ -112,16 +112,16 @@ def hfr(tokens: Tensor, height: int, width: int, cutoff: float = 0.15) -> Tensor
 
 
 def signal_hfr(tokens: Tensor, height: int, width: int, cutoff: float = 0.15) -> Tensor:
-    """Return the high-frequency ratio of what the noise draws of a set of pictures agree on.
+    """Return the high-frequency ratio of what the noise draws of a set of images agree on.
 
     Args:
-        tokens: Tokens of K noise draws of each of B pictures, (K, B, N, D), K at least 2.
+        tokens: Tokens of K noise draws of each of B images, (K, B, N, D), K at least 2.
         height: Rows of the token grid.
         width: Columns of the token grid.
         cutoff: Radius as a share of the Nyquist frequency, in [0, 1).
 
     Returns:
-        One ratio, scalar, float32: powers are averaged over pictures before the ratio. Near [0, 1], but not bound to
+        One ratio, scalar, float32: powers are averaged over images before the ratio. Near [0, 1], but not bound to
         it, as both powers are unbiased estimates.
 
     Raises:

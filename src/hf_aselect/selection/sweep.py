@@ -22,7 +22,7 @@ from .request import Request
 
 # Massive channels are the same in every image, so a few images show them.
 NUM_FOR_CHANNELS = 8
-NO_IMAGES = "No pictures to choose a timestep from: the set is empty."
+NO_IMAGES = "No images to select a timestep from: the set is empty."
 
 
 class Sweep:
@@ -183,15 +183,15 @@ class Sweep:
             curve = bootstrap(timesteps, log_snr, sums, self.request.criterion.score, self.request.seed)
         except ValueError as error:
             why = "the model's features are NaN, infinite or all zero"
-            why += ", or one picture is too few" if self.num_images < 2 else ""
-            raise ValueError(f"{error}: {why}. Check its weights and the pictures.") from error
+            why += ", or one image is too few" if self.num_images < 2 else ""
+            raise ValueError(f"{error}: {why}. Check its weights and the images.") from error
         # Of one process: where the last bits of two machines differ, one of them would go on reading alone.
         first: TimestepCurve = gather_objects(curve)[0]
         return first
 
 
 @contextmanager
-def progress_bar(description: str = "Choosing the timestep") -> Iterator[Any]:
+def progress_bar(description: str = "Selecting the timestep") -> Iterator[Any]:
     """Show the passes of a selection, in the first process alone."""
     # Not `disable=False` in the first process: that would overrule TQDM_DISABLE.
     quiet = {"disable": True} if process()[0] else {}

@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import DatasetCard, HfApi
 from torch import Tensor
 
-DESCRIPTION = "Features of pictures, cached by hf_aselect. "
-# Rows from this size on are copied one by one: a batch of them would be an allocation that the system hands out anew,
+DESCRIPTION = "Features of images, cached by hf_aselect. "
+# Rows from this size on are copied one by one: a batch of them would be an allocation that the system hands out again,
 # page by page, each time.
 LARGE_ROW_BYTES = 2**14
 
@@ -108,7 +108,7 @@ def _plain_columns(dataset: Any) -> dict[str, _Column]:
 
 
 class CachedFeatures(Dataset):  # type: ignore[misc]
-    """Features of pictures. Pushed to the Hub they have a card that says what they were made from."""
+    """Features of images. Pushed to the Hub they have a card that says what they were made from."""
 
     @classmethod
     def of(cls, dataset: Dataset) -> "CachedFeatures":

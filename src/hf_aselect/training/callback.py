@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` is given for our models: a callback that chooses the timestep and writes the card."""
+"""What `transformers.Trainer` is given for our models: a callback that selects the timestep and writes the card."""
 
 import inspect
 import re
@@ -21,34 +21,34 @@ from .kept_card import keep_card
 from .trackers import report_selection
 from .training_rows import first_rows, label_of
 
-# Of a choice, in the trainer's history.
+# Of a selection, in the trainer's history.
 RECORD = "aselect/selection"
 
 
 class ASelectCallback(TrainerCallback):
-    """Chooses the timestep where none is chosen, and writes the model card and the curve into the output folder.
+    """Selects the timestep where none is selected, and writes the model card and the curve into the output folder.
 
-    A model whose timestep is still "auto" when training begins reads it off training pictures, once, the same in all
+    A model whose timestep is still "auto" when training begins reads it off training images, once, the same in all
     processes: the first ones of a stream, some from all over a set of known size, which may be sorted.
-    `from_pretrained` chooses at once; `model.config.timestep = "auto"` leaves the choice to the callback. While the
-    backbone is fine-tuned the choice can be looked at again: how far it goes from the timestep of the beginning is the
-    drift. Choices, also one that was made before, go to the trainer's history and to all trackers that it reports to.
-    Card and curve are written after each evaluation, with its accuracy or mean IoU (of each set, where there are
-    several), and at the end of training, by the main process only.
+    `from_pretrained` selects at once; `model.config.timestep = "auto"` leaves the selection to the callback. While the
+    backbone is fine-tuned the selection can be looked at again: how far it goes from the timestep of the beginning
+    is the drift. Choices, also one that was made before, go to the trainer's history and to all trackers that it
+    reports to. Card and curve are written after each evaluation, with its accuracy or mean IoU (of each set, where
+    there are several), and at the end of training, by the main process only.
 
     Args:
         dataset: Name of the dataset, for the card; left out of it if None.
         base_model: Where the DiT comes from, for the card. Default: the id on the Hub that it was loaded from, if any.
         license: Licence of the trained model, for the card. Default: that of the weights, where it is known.
-        max_images: Look at so many training pictures at the most.
+        max_images: Look at so many training images at the most.
         criterion: As in `select_timestep`; "probe" reads the labels, too.
-        reselect_epochs: Choose again after every so many epochs while the backbone is trained; None: never.
+        reselect_epochs: Select again after every so many epochs while the backbone is trained; None: never.
         follow: Whether the model is read at the new choice from then on; else it is only reported.
         options: Further arguments of `select_timestep`, by name.
 
     Raises:
-        ValueError: If a number is out of range; on training, if the timestep is to be chosen and there are no pixel
-            values in the rows, or, while the backbone is trained, another tap is to be chosen, `reselect_epochs` is
+        ValueError: If a number is out of range; on training, if the timestep is to be selected and there are no pixel
+            values in the rows, or, while the backbone is trained, another tap is to be selected, `reselect_epochs` is
             given with a stream, or a model is to follow a selection of another number of timesteps than it reads.
 
     Example:
@@ -93,7 +93,7 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Choose the timestep where none is chosen; a training that goes on keeps its choice and its figures."""
+        """Select the timestep where none is selected; a training that goes on keeps its choice and its figures."""
         model, dataloader = unwrapped(kwargs["model"]), kwargs["train_dataloader"]
         if args.push_to_hub and model.include_code is None:
             # `Trainer` pushes what it copies out of its checkpoints.
@@ -109,7 +109,7 @@ class ASelectCallback(TrainerCallback):
             self._report(args, state, control, selection)
         elif self.first_timestep is None:
             self.first_timestep = model.config.resolved_timestep()
-            # `from_pretrained` chose.
+            # `from_pretrained` selected.
             if model.config.selection and model.config.is_selection_in_use():
                 self._report(args, state, control, TimestepSelection.from_dict(model.config.selection))
         # A checkpoint of an epoch's last step is written before the epoch's end.
@@ -139,13 +139,13 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Choose again, where that was asked for and the backbone is trained."""
+        """Select again, where that was asked for and the backbone is trained."""
         model = unwrapped(kwargs["model"])
         if self._is_due(model, state):
             self._select_again(args, state, control, model, kwargs["train_dataloader"])
 
     def _is_due(self, model: ASelectPreTrainedModel, state: TrainerState) -> bool:
-        """Return whether it is the end of an epoch after which to choose again."""
+        """Return whether it is the end of an epoch after which to select again."""
         if self.reselect_epochs is None or model.config.freeze_backbone:
             return False
         epoch = round(state.epoch or 0)
@@ -166,7 +166,7 @@ class ASelectCallback(TrainerCallback):
         self._report(args, state, control, selection)
 
     def _check_reselection(self, model: ASelectPreTrainedModel, dataloader: Any) -> None:
-        """Refuse what cannot be done while the backbone is trained."""
+        """Reject what cannot be done while the backbone is trained."""
         if model.config.freeze_backbone:
             return
         follows = self.reselect_epochs is not None and self.follow
@@ -179,8 +179,8 @@ class ASelectCallback(TrainerCallback):
             )
         if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
             raise ValueError(
-                "The optimizer has the weights up to the configuration's tap, so no other can be chosen here "
-                "while the backbone is trained. Choose before (`select_timestep` and `apply_selection`)."
+                "The optimizer has the weights up to the configuration's tap, so no other can be selected here "
+                "while the backbone is trained. Select before (`select_timestep` and `apply_selection`)."
             )
         if self.reselect_epochs is not None and is_stream(dataloader.dataset):
             raise ValueError(
@@ -189,13 +189,13 @@ class ASelectCallback(TrainerCallback):
             )
 
     def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:
-        """Return the choice on training pictures; no random state is touched."""
+        """Return the selection on training images; no random state is touched."""
         needs_labels = getattr(self.criterion, "name", self.criterion) in ("probe", "patch_probe")
         rows = first_rows(dataloader.dataset, self.max_images)
         if not rows or "pixel_values" not in rows[0]:
             raise ValueError(
-                "The timestep is still 'auto', and the training set has no `pixel_values` to choose it from, only "
-                f"{', '.join(rows[0]) if rows else 'no rows'}. Choose it before (`select_timestep`)."
+                "The timestep is still 'auto', and the training set has no `pixel_values` to select it from, only "
+                f"{', '.join(rows[0]) if rows else 'no rows'}. Select it before (`select_timestep`)."
             )
         pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
         given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
@@ -206,7 +206,7 @@ class ASelectCallback(TrainerCallback):
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, selection: TimestepSelection
     ) -> None:
-        """Write a choice to the trainer's history, and to the trackers that it reports to."""
+        """Write a selection to the trainer's history, and to the trackers that it reports to."""
         epoch = round(state.epoch or 0.0, 4)
         self.selections.append((epoch, selection))
         if self.first_timestep is None:
@@ -313,5 +313,5 @@ def _facts_of_training(
     }
     if len(selections) > 1:
         timesteps = [f"{epoch:g}: {selection.timestep}" for epoch, selection in selections]
-        facts["timestep chosen at epoch"] = ", ".join(timesteps)
+        facts["timestep selected at epoch"] = ", ".join(timesteps)
     return facts

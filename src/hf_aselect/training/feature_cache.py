@@ -1,4 +1,4 @@
-"""Features of a data set's pictures, read once and kept on disk as a `datasets` dataset."""
+"""Features of a data set's images, read once and kept on disk as a `datasets` dataset."""
 
 import hashlib
 import inspect
@@ -40,7 +40,7 @@ def cache_features(
     dtype: str = "float16",
     seed: int = 0,
 ) -> Any:
-    """Return the features of a data set's pictures as a dataset, read from disk where they were computed before.
+    """Return the features of a data set's images as a dataset, read from disk where they were computed before.
 
     The backbone then runs once and not in every epoch: `Trainer` trains a head on what comes back, whose columns
     `features` and `label` are what `DiTForImageClassification` takes. It is memory-mapped, so memory does not grow
@@ -52,7 +52,7 @@ def cache_features(
     calls; name another `cache_dir` then.
 
     Args:
-        model: The model, with a chosen timestep (unless for "latents"); its head, if any, is of no account. Features
+        model: The model, with a selected timestep (unless for "latents"); its head, if any, is of no account. Features
             are read in eval mode, with the fixed noise of `config.noise_seed`.
         dataset: A `datasets.Dataset` with a column of images. Its other columns are kept, but for further images. Of
             one with a format those columns that it shows; of one with a transform what that makes, with an image or
@@ -62,12 +62,12 @@ def cache_features(
         what: "tokens" (N, D); "pooled" (S · D,), what `config.pooling` leaves of them, for linear heads; or "latents"
             (C, h, w), the VAE's posterior mean (the images themselves in pixel space), which stay valid when the
             timestep changes: models take them as `latents=`.
-        image_column: Column of the pictures. Default: `image`, or the only one with pictures.
-        num_views: Views of each picture: the picture itself, then so many less one augmented ones. Row `v * len + i`
-            is view v of picture i; the column `view` says v.
-        augment: What makes an augmented view, from a picture (PIL) to a picture. Default: a random crop of 8/9 of each
+        image_column: Column of the images. Default: `image`, or the only one with images.
+        num_views: Views of each image: the image itself, then so many less one augmented ones. Row `v * len + i`
+            is view v of image i; the column `view` says v.
+        augment: What makes an augmented view, from an image (PIL) to an image. Default: a random crop of 8/9 of each
             side and a flip. Random numbers of `random`, numpy and torch are seeded for each view, by `seed`.
-        batch_size: Pictures in one forward pass, at least 1; no part of the fingerprint.
+        batch_size: Images in one forward pass, at least 1; no part of the fingerprint.
         dtype: "float16" or "float32", of what is written.
         seed: Seed of the views.
 
@@ -76,8 +76,8 @@ def cache_features(
         it was made from; `datasets.load_from_disk` reads the folder, too.
 
     Raises:
-        ValueError: If an argument is out of range, the timestep is not chosen yet, there is no such column, a label is
-            negative (but for -100), a picture cannot be read, or a value is beyond `dtype` or not finite.
+        ValueError: If an argument is out of range, the timestep is not selected yet, there is no such column, a
+            label is negative (but for -100), an image cannot be read, or a value is beyond `dtype` or not finite.
         OSError: If the disk has too little space, which is looked at before anything is computed.
 
     Example:
@@ -118,7 +118,7 @@ def cache_features(
 def _check_dataset(dataset: Any) -> None:
     if is_stream(dataset) or isinstance(dataset, datasets.DatasetDict | str | bytes):
         raise ValueError(
-            "`dataset` must be a `datasets.Dataset` with a column of pictures, a list, or a map-style torch dataset; "
+            "`dataset` must be a `datasets.Dataset` with a column of images, a list, or a map-style torch dataset; "
             f"got {type(dataset).__name__}. Give one split of a DatasetDict; of a stream take a part "
             "(`datasets.Dataset.from_list(list(stream.take(n)))`)."
         )
@@ -132,7 +132,7 @@ def _check_options(what: str, num_views: int, augment: Augment | None, batch_siz
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if augment is not None and num_views == 1:
-        raise ValueError("`augment` makes further views: pass `num_views=2` or more. The first is the picture itself.")
+        raise ValueError("`augment` makes further views: pass `num_views=2` or more. The first is the image itself.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"`seed` must be an integer, got {seed!r}.")
     for name, value in (("num_views", num_views), ("batch_size", batch_size)):
@@ -195,7 +195,7 @@ def _image_column(dataset: datasets.Dataset, seen: list[str], name: str | None) 
         hidden = sorted({*dataset.column_names} - {*seen})
         why = f" The format that is set shows these alone, and not {', '.join(hidden)}." if hidden else ""
         raise ValueError(
-            f"Expected a column `image`, or exactly one with pictures, got {', '.join(seen)}.{why} Name it by "
+            f"Expected a column `image`, or exactly one with images, got {', '.join(seen)}.{why} Name it by "
             "`image_column=`."
         )
     return str(column)

@@ -133,7 +133,7 @@ def write_parts(parts: FeatureParts, target: Path, fingerprint: dict[str, Any]) 
         tqdm(
             total=parts.num_rows_of(mine),
             desc=f"Caching {parts.reader.what}, {_size(needed)}",
-            unit="picture",
+            unit="image",
             disable=not processes.is_local_main_process,
         ) as bar,
         eval_mode(parts.reader.model),
@@ -153,7 +153,7 @@ def _processes() -> PartialState:
 def _check_agreement(target: Path) -> None:
     if len(set(gather_object([target.name]))) > 1:
         raise ValueError(
-            "The processes have other pictures or another model each: their caches would have other names. Give all "
+            "The processes have other images or another model each: their caches would have other names. Give all "
             "of them the same dataset (a shuffle needs a seed) and the same weights."
         )
 
@@ -311,7 +311,7 @@ def _give_name(unfinished: Path, target: Path) -> None:
         if not is_finished(target):
             raise OSError(
                 f"The features are whole in {str(unfinished)!r}, but {str(target)!r} is there and is no cache. Remove "
-                "it, and run this again: nothing is computed anew"
+                "it, and run this again: nothing is computed again"
             ) from error
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -102,7 +102,7 @@ class FeatureReader:
             index, _ = self.views.index_and_view(rows[int((~finite).nonzero()[0, 0])])
             worst = float(values.abs().max())
             raise ValueError(
-                f"The {self.what} of picture {index} hold values that {self.dtype} does not (up to {worst:g}). Pass "
+                f"The {self.what} of image {index} hold values that {self.dtype} does not (up to {worst:g}). Pass "
                 "dtype='float32', or zero massive channels (`config.zeroed_channels`)."
             )
         return rounded
@@ -133,4 +133,4 @@ class FeatureReader:
         except ValueError as error:
             index, view = self.views.index_and_view(row)
             made = f", as `augment` made it (view {view})," if view else ""
-            raise ValueError(f"Picture {index} of the dataset{made} cannot be read: {error}") from error
+            raise ValueError(f"Image {index} of the dataset{made} cannot be read: {error}") from error

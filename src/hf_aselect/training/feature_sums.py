@@ -196,7 +196,7 @@ def add_rows(moments: list[Moments], rows: Rows, targets: Targets) -> None:
 
 
 def check_memory(width: int, num_targets: int) -> None:
-    """Refuse features whose moments the memory cannot hold.
+    """Reject features whose moments the memory cannot hold.
 
     Raises:
         ValueError: If they exceed what is available.

@@ -154,7 +154,7 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
 
 
 def _check_model(model: Any, options: FitOptions) -> None:
-    """Refuse a model that has no linear head to be fitted.
+    """Reject a model that has no linear head to be fitted.
 
     Raises:
         ValueError: If it has none.
@@ -267,7 +267,7 @@ def _known_targets(
 
 
 def _check_size(images: LabelledImages, config: Any, part: Any) -> None:
-    """Refuse images whose features are too many to be kept, and too wide to be summed up, where that is known.
+    """Reject images whose features are too many to be kept, and too wide to be summed up, where that is known.
 
     Raises:
         ValueError: If their moments exceed the memory.

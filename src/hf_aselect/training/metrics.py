@@ -25,7 +25,7 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(
             description="Share of predictions that equal their reference.",
             citation="",
-            inputs_description="Class indices: `predictions` and `references`, one each per picture.",
+            inputs_description="Class indices: `predictions` and `references`, one each per image.",
             features=datasets.Features(
                 {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
             ),
@@ -45,14 +45,14 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]
 class MeanIoU(evaluate.Metric):  # type: ignore[misc]
     """Mean intersection over union of segmentation masks, in [0, 1], with pixel and class accuracies.
 
-    Each batch is kept as a matrix of counts, (K, K), so memory does not grow with pictures, and counts of batches and
+    Each batch is kept as a matrix of counts, (K, K), so memory does not grow with images, and counts of batches and
     processes add up. A class that neither masks nor predictions have is left out of the means and named in
     `absent_classes`. The figures are those of `evaluate.load("mean_iou")`, without network.
 
     Args:
         num_labels: Classes, at least 1.
         ignore_index: Value of mask pixels that have no class.
-        kwargs: Passed on to the host (`num_process`, `process_id`, ...).
+        kwargs: Passed on to transformers (`num_process`, `process_id`, ...).
 
     Raises:
         ValueError: If `num_labels` is less than 1.
@@ -91,7 +91,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
         Args:
             predictions: Predicted masks of class indices, (H, W) each, in a list or an array.
             references: The true ones, of the same shapes.
-            kwargs: Passed on to the host.
+            kwargs: Passed on to transformers.
 
         Raises:
             ValueError: If shapes differ, or a value is no class index: outside [0, K), and no `ignore_index` of a

@@ -232,7 +232,7 @@ class LabelCounts:
         self.found = targets[0] if targets and self.num_images else None
 
     def check(self, allow_missing: bool) -> None:
-        """Refuse too few images, and classes without one.
+        """Reject too few images, and classes without one.
 
         Args:
             allow_missing: Whether classes may have none.

@@ -102,7 +102,7 @@ class Views:
             self.read_rows[index] = self.row(index)
         image = self.images.image(self.read_rows[index], index)
         if image is None:
-            raise ValueError(f"Row {index} of the dataset has no picture in {self.images.kind!r}.")
+            raise ValueError(f"Row {index} of the dataset has no image in {self.images.kind!r}.")
         return image
 
     def _augmented(self, image: Any, index: int, view: int) -> Any:
