@@ -161,6 +161,7 @@ def test_tuples_and_arrays_are_taken_for_lists(config_of, name, given, kept):
         (lambda model, pixels, five: model.add_noise(pixels, five, draw=five), "add_noise"),
         (lambda model, pixels, five: model.generate_latents(five, five, five, five), "generate_latents"),
         (lambda model, pixels, five: model.noise_schedule.even_timesteps(five), "even_timesteps"),
+        (lambda model, pixels, five: model.extract_maps(pixels, [(five - 4, "key")])[1, "key"], "extract_maps"),
     ],
 )
 @pytest.mark.parametrize("kind", [np.int64, torch.tensor])

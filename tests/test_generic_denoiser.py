@@ -14,6 +14,7 @@ from conftest import DESCRIBED, example
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from pipelines import PIPELINES as HAND_WRITTEN_PIPELINES
 from pipelines import video_vae
 from test_denoiser_dit import TAPS, build_transformer
@@ -199,6 +200,7 @@ def test_a_guidance_is_not_taken_for_the_timestep(tmp_path):
     assert not torch.equal(*tokens)
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 exports none of them")
 @pytest.mark.parametrize("name", NEW)
 def test_a_family_is_compiled_and_exported(load, name):
     model = load(name)

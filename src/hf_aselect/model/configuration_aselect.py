@@ -361,7 +361,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 code = write_code(Path(source or Path(__file__).parent), save_directory)
                 self.auto_map = {**code, **(kept or {})} if source else code
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        if kept is not None:
+        if kept:
             self.auto_map = kept
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:

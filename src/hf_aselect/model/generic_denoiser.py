@@ -206,7 +206,7 @@ class GenericDenoiser(Denoiser):
     def _must_end(self, last: int) -> bool:
         """Return whether a call may not be ended by an exception: what waits for its end would wait for ever."""
         # Modules are followed in and out.
-        is_traced = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        is_traced = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
         # accelerate and diffusers put weights back that they fetched.
         block = self.blocks[max(last, 0)]
         return is_traced or hasattr(block, "_diffusers_hook") or next(block.parameters()).is_meta

@@ -209,7 +209,7 @@ class TokenReader(PreTrainedModel):
         Raises:
             ValueError: If the timestep is not chosen yet, the images do not fit, or there is no such tap.
         """
-        timesteps = self.config.timesteps()
+        timesteps, taps = self.config.timesteps(), [(plain(block), feature) for block, feature in taps]
         read, grid = self._read([(timestep, *tap) for timestep in timesteps for tap in taps], pixel_values)
         return {tap: token_map(concatenated([read[t, *tap] for t in timesteps]), *grid) for tap in taps}
 

@@ -29,7 +29,16 @@ def settle(model: Any, images: Any) -> None:
         model: The model.
         images: As in `select_timestep`.
     """
-    model.apply_selection(select_timestep(model, images, batch_size=batch_size_for(model.config)))
+    selection = select_timestep(model, images, batch_size=batch_size_for(model.config))
+    if selection.pictures == "generated":
+        # Scripts for any model of transformers have no word for calibration images.
+        logger.warning(
+            "The timestep was open: %s is selected on images that the transformer made itself. To select on your own "
+            "first: `hf-aselect select %s --images FOLDER --output SELECTED`, and load SELECTED.",
+            selection.timestep,
+            model.config.name_or_path or "SOURCE",
+        )
+    model.apply_selection(selection)
 
 
 def batch_size_for(config: Any) -> int:
