@@ -350,3 +350,31 @@ def test_the_module_runs_as_the_command(words, code, stream, message):
     result = subprocess.run([sys.executable, "-m", "hf_aselect", *words], capture_output=True, text=True, check=False)
     assert result.returncode == code
     assert getattr(result, stream).startswith(message)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["convert", "--help"], ["select", "--imagse", "x"]])
+def test_help_waits_for_nothing(words):
+    """Seconds of torch, transformers and diffusers are for commands that run."""
+    command = [sys.executable, "-X", "importtime", "-m", "hf_aselect", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if "--imagse" not in words else 2), done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "hf_aselect" in imported
+    assert not imported & {"torch", "transformers", "diffusers", "huggingface_hub", "numpy", "PIL", "safetensors"}
+
+
+@pytest.mark.process
+def test_the_command_has_all_public_names_when_it_runs():
+    code = """
+import sys
+sys.argv[0] = "/usr/bin/hf-aselect"
+import hf_aselect
+assert "torch" not in sys.modules
+for name in hf_aselect.__all__:
+    getattr(hf_aselect, name)
+from transformers import AutoConfig
+assert AutoConfig.for_model("aselect_dit")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]

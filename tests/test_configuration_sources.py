@@ -161,6 +161,7 @@ def test_tuples_and_arrays_are_taken_for_lists(config_of, name, given, kept):
         (lambda model, pixels, five: model.add_noise(pixels, five, draw=five), "add_noise"),
         (lambda model, pixels, five: model.generate_latents(five, five, five, five), "generate_latents"),
         (lambda model, pixels, five: model.noise_schedule.even_timesteps(five), "even_timesteps"),
+        (lambda model, pixels, five: model.extract_maps(pixels, [(five - 4, "key")])[1, "key"], "extract_maps"),
     ],
 )
 @pytest.mark.parametrize("kind", [np.int64, torch.tensor])
@@ -314,6 +315,13 @@ def test_a_misspelt_argument_of_forward_is_refused(classifier, pixels, name):
         classifier(pixels, **{name: torch.zeros(7).long()})
     # What transformers and its trainers pass to any model.
     assert classifier(pixels, num_items_in_batch=7, interpolate_pos_encoding=True, return_loss=True).loss is None
+
+
+def test_further_arguments_of_forward_break_no_graph(classifier, pixels):
+    compiled = torch.compile(classifier.eval(), fullgraph=True, backend="eager")
+    labels = torch.zeros(7).long()
+    found = compiled(pixels, labels=labels, num_items_in_batch=7)
+    torch.testing.assert_close(found.loss, classifier(pixels, labels=labels).loss)
 
 
 @pytest.mark.parametrize("given", [{"use_temp_dir": True}, {"safe_serialization": True}, {"tags": None}])

@@ -315,6 +315,24 @@ def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_chec
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
 
 
+def test_sharded_over_two_processes_a_described_family_learns_the_same(pixel_folder, tmp_path):
+    """Its call must end in good order, and what is read inside a block must be what a call of it returns."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    describe = text.split("## Adding a family")[1].split("```python\n")[1].split("```")[0]
+    source = shutil.copytree(pixel_folder, tmp_path / "source")
+    config = source / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("DiTTransformer2DModel", "PlainTransformer2DModel"))
+    fields = "freeze_backbone=False, timestep=[5, 60], block=[0, 2], feature=['key', 'attention', 'hidden']"
+    script = SHARDED.replace("freeze_backbone=False)", f"{fields}, zeroed_channels=[])").replace(
+        "model = load(", f"{describe}\nmodel = load(", 1
+    )
+    launch(script, source, tmp_path)
+    launch(script, source, tmp_path, world=2)
+    (alone,), both = notes(tmp_path, "sharded", 1), notes(tmp_path, "sharded", 2)
+    assert both[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert max(each["local"] for each in both) <= 0.6 * alone["local"]
+
+
 def test_sharded_by_accelerate_it_chooses_and_learns_the_same(pixel_folder, tmp_path):
     launch(PREPARED, pixel_folder, tmp_path)
     launch(PREPARED, pixel_folder, tmp_path, world=2)

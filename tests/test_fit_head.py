@@ -736,6 +736,30 @@ def test_the_command_takes_names_numbers_and_masks_for_labels(pixel_folder, trai
     assert "mean IoU" in (tmp_path / "masks" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys):
+    """A mask of 0 and 255, whose foreground would be no class, is the sibling."""
+    images, masks = map(list, zip(*scenes(16), strict=True))
+    values = [np.asarray(mask).astype(np.uint16) * 140 for mask in masks]
+    for each in values:
+        each[each == 255 * 140] = 65535
+    rows = Dataset.from_dict(
+        {"image": images, "mask": [Image.fromarray(each) for each in values]},
+        Features(image=Pictures(), mask=Pictures()),
+    )
+    words = ["fit", str(pixel_folder), "--images", write(rows, tmp_path / "masks.parquet"), "--label-column", "mask"]
+    words += ["--class-names", *map(str, range(300)), "--allow-missing", "--timestep", "20", "--output"]
+    assert main([*words, str(tmp_path / "none")]) == 1
+    assert "There are 300 classes, and 255 stands for pixels of no class" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "many"), "--ignore-index", "65535"]) == 0
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "many")
+    assert model.config.semantic_loss_ignore_index == 65535
+    pixels = ASelectImageProcessor.from_pretrained(tmp_path / "many")(images[:4], return_tensors="pt").pixel_values
+    assert set(model(pixels).logits.argmax(1).unique().tolist()) <= {0, 140, 280}
+    binary = [(image, Image.fromarray((np.asarray(mask) > 0).astype(np.uint8) * 255)) for image, mask in scenes(8)]
+    with pytest.raises(ValueError, match="class"):
+        load(pixel_folder, DiTForSemanticSegmentation, **{**SEGMENTER, "num_labels": 2}).fit_head(binary)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

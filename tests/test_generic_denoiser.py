@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from conftest import DESCRIBED, example
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
+from pipelines import PIPELINES as HAND_WRITTEN_PIPELINES
 from pipelines import video_vae
 from test_denoiser_dit import TAPS, build_transformer
 from test_vae import WAN22
@@ -21,15 +24,19 @@ from hf_aselect import (
     ASelectConfig,
     DiTForImageClassification,
     DiTModel,
+    TransformerBlocks,
     TransformerFamily,
     register_family,
     transformer_layout,
 )
-from hf_aselect.model.denoisers import DiTDenoiser, build_denoiser
+from hf_aselect.model.denoisers import HAND_WRITTEN, DiTDenoiser, build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
+from hf_aselect.model.generic_denoiser import GenericDenoiser
+from hf_aselect.model.layouts import FEATURES
 from hf_aselect.selection.prediction import predict
 
 READING_COST = example("benchmarks/reading_cost.py")
+DESCRIBED_BY_HAND = example("benchmarks/described_families.py")
 NEW = [name for name in DESCRIBED if name in GENERIC_PIPELINES]
 
 
@@ -193,6 +200,7 @@ def test_a_guidance_is_not_taken_for_the_timestep(tmp_path):
     assert not torch.equal(*tokens)
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 exports none of them")
 @pytest.mark.parametrize("name", NEW)
 def test_a_family_is_compiled_and_exported(load, name):
     model = load(name)
@@ -300,6 +308,23 @@ def test_what_is_no_description_is_not_registered(registry):
             register_family(TransformerFamily(name, family.sizes, family.layout, family.call))
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"patch_embedding": "embedder"}, "embedder"),
+        ({"blocks": (TransformerBlocks("layers"),)}, "layers"),
+        ({"blocks": (TransformerBlocks(attention="attention"),)}, r"transformer_blocks\.0\.attention"),
+        ({"timestep_modules": {"time_proj": 1}}, "time_proj"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(registry, changed, named):
+    family = replace(shown_family(registry), **changed)
+    config = {**build_transformer().config, "_class_name": family.name}
+    register_family(family)
+    with pytest.raises(ValueError, match=rf"PlainTransformer2DModel names {named}.* no such module. It has pos_embed"):
+        build_denoiser(ASelectConfig(transformer=config))
+
+
 def test_a_registered_family_without_an_encoder_needs_the_prompt(registry, tmp_path):
     qwen = FAMILIES["QwenImageTransformer2DModel"]
     GENERIC_PIPELINES["qwen_image"]().save_pretrained(tmp_path)
@@ -325,6 +350,44 @@ def test_a_registered_family_without_an_encoder_needs_the_prompt(registry, tmp_p
     )
     assert model.denoiser.prompt_embeds.shape == (1, 3, 32)
     assert model(torch.rand(1, 3, 64, 64)).last_hidden_state.shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize("name", [name for name in HAND_WRITTEN_PIPELINES if name != "sit"])
+def test_a_described_family_equals_the_one_that_is_written_by_hand_to_the_bit(name):
+    transformer = HAND_WRITTEN_PIPELINES[name]().transformer
+    config = {**transformer.config, "_class_name": type(transformer).__name__}
+    family = DESCRIBED_BY_HAND.describe(config["_class_name"])
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        part: [1, config[field]] if part.startswith("pooled") else [1, 5, config[field]]
+        for part, field in family.prompt_fields.items()
+    }
+    options = {"prompt_shapes": shapes, "guidance": 3.5, "vae_scale_factor": 8}
+    ours = HAND_WRITTEN[config["_class_name"]](transformer, **options).eval()
+    shown = GenericDenoiser(transformer, family=family, rebuild=lambda: None, **options).eval()
+    for part, shape in shapes.items():
+        getattr(ours, part).copy_(torch.randn(shape, generator=generator))
+        getattr(shown, part).copy_(getattr(ours, part))
+    layout = layout_of(config)
+    assert replace(family.layout(config), max_grid=layout.max_grid) == layout
+    taps = [
+        (block, feature)
+        for block in range(layout.num_layers)
+        for feature in FEATURES
+        if feature != "attention" or block < layout.num_attention_outputs
+    ]
+    for height, timestep in ((8, 141), (12, 999)):
+        # A DiT of diffusers makes square images alone; of one that is not square it reads the tokens.
+        noised = torch.randn(2, ours.num_channels, height, 8, generator=generator)
+        with torch.no_grad():
+            expected, found = (each.read_taps(noised, timestep, [(-1, "hidden"), *taps]) for each in (ours, shown))
+        for tap in expected:
+            assert torch.equal(found[tap], expected[tap]), (height, tap)
+    for tap in [(1, "query"), (1, "hidden"), (2, "attention"), (layout.num_layers - 1, "hidden")]:
+        # Lumina's own call counts the text's mask in Python: of a mask without data it cannot.
+        if tap in taps and name != "lumina2":
+            unused = [{id(each) for each in denoiser.unused_parameters([tap])} for denoiser in (ours, shown)]
+            assert unused[0] == unused[1], tap
 
 
 # Of published checkpoints, whose sizes are those of copies of their `transformer/config.json` in public code.

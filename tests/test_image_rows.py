@@ -99,6 +99,9 @@ WITH_LABELS = {
     "columns": lambda: rows().with_format("torch", columns=["image", "label"]),
     "transform": lambda: rows().with_transform(to_pixel_values),
     "transform-to-fractions": lambda: rows().with_transform(to_tensor),
+    "pandas-format": lambda: rows().with_format("pandas"),
+    "arrow-format": lambda: rows().with_format("arrow", columns=["image", "label"]),
+    "normalized-arrays": lambda: [(array / 127.5 - 1, label) for array, label in zip(ARRAYS, LABELS, strict=True)],
     "another-name": lambda: rows().rename_column("image", "img").with_format("torch"),
     "arrays": lambda: Dataset.from_dict(
         {"image": [array.tolist() for array in ARRAYS], "label": LABELS},
@@ -169,7 +172,18 @@ def test_a_fit_sees_the_same_images_whatever_they_come_in(linear, fitted, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["undecoded", "torch-format", "numpy-format", "columns", "transform", "transform-to-fractions", "arrays"]
+    "kind",
+    [
+        "pandas-format",
+        "arrow-format",
+        "undecoded",
+        "torch-format",
+        "numpy-format",
+        "columns",
+        "transform",
+        "transform-to-fractions",
+        "arrays",
+    ],
 )
 def test_a_cache_applies_what_the_user_set_up(linear, tmp_path, kind):
     """A transform was met; formats, columns and undecoded images are its siblings."""
@@ -244,6 +258,21 @@ def test_a_dark_image_stays_dark_among_floats():
     assert float(values.max()) < -0.99
 
 
+@pytest.mark.parametrize(
+    "wrap", [np.asarray, torch.from_numpy, lambda given: given / 255, lambda given: given / 127.5 - 1]
+)
+def test_grey_images_need_no_axis_of_channels(wrap):
+    grey = np.stack([array[..., 0] for array in ARRAYS])
+    read = ImageRows(wrap(grey))
+    images = [read.image(read.row(index), index) for index in range(len(read))]
+    if read.is_ready:
+        assert all(image.shape == (1, 8, 8) for image in images)
+    else:
+        processor = ASelectImageProcessor(size=8, num_channels=1)
+        expected = processor([Pictures.fromarray(each) for each in grey], return_tensors="pt").pixel_values
+        assert torch.equal(processor(images, return_tensors="pt").pixel_values, expected)
+
+
 def test_an_image_of_another_kind_than_the_first_is_named():
     images = [array / 255 for array in ARRAYS * 3]
     images[10] = images[10] * 255
@@ -262,6 +291,7 @@ def test_an_image_of_another_kind_than_the_first_is_named():
         (lambda: rows().remove_columns("image"), "exactly one column of pictures, got columns label, name"),
         (lambda: "folder", "got str"),
         (lambda: torch.zeros(3, 8, 8), "must have four axes"),
+        (lambda: np.zeros((8, 8, 3)), "must have four axes"),
     ],
 )
 def test_what_holds_no_images_is_refused(model, images, words):

@@ -35,9 +35,10 @@ WINGS = {
     "hub": "the model card and the push",
     "training": "the callback for Trainer, its trackers, cached features, heads in closed form, metrics",
     "demo": "the demo on the embedded DiT",
+    "public": "the public names, and their registration with the Auto classes",
     "cli": "the command line",
     "__main__": "`python -m hf_aselect`",
-    "__init__": "the public names, and their registration with the Auto classes",
+    "__init__": "the public names, which the command line imports late",
 }
 ORDER = list(WINGS)
 GUIDE = ROOT / "CONTRIBUTING.md"

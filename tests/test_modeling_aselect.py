@@ -172,6 +172,23 @@ def test_a_folded_model_gives_the_hidden_states_that_it_has(classifier, pixels):
     assert torch.equal(given, folded.extract_features(pixels))
 
 
+def test_what_a_folded_model_does_not_have_is_said(classifier, pixels):
+    classifier.config.feature = "key"
+    folded = classifier.fold()
+    with pytest.raises(ValueError, match=r"folded at \d\.key alone\. Ask the model it was folded from"):
+        folded(pixels, output_hidden_states=True)
+    folded.config.output_hidden_states = True  # nobody asked this model
+    assert folded(pixels).hidden_states is None
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_attention_weights_are_not_given_without_a_word(model, pixels, is_folded):
+    """A sibling: of a model that is not folded, too."""
+    with pytest.raises(ValueError, match="attention weights, which are never returned"):
+        (model.fold() if is_folded else model)(pixels, output_attentions=True)
+
+
+@pytest.mark.skipif(not hasattr(DiTModel, "activation_checkpointing_enable"), reason="of later transformers")
 def test_every_other_block_is_checkpointed_where_the_host_says_so(pixel_folder, pixels):
     model = DiTModel.from_pretrained(pixel_folder, timestep=50, block=2, feature="key", freeze_backbone=False).train()
     model(pixels).last_hidden_state.sum().backward()

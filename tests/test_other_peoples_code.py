@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Mask2FormerConfig, MaskFormerConfig, Trainer, TrainerCallback, TrainingArguments
 
 from hf_aselect import ASelectCallback, DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation
 from hf_aselect.hub.push import write_model_card
@@ -198,6 +198,14 @@ def test_metrics_are_handed_the_inputs_whatever_they_are(given, pixel_folder, pi
     run.train()
     run.evaluate()
     assert torch.equal(seen[0], made)
+
+
+@pytest.mark.parametrize("kind", [Mask2FormerConfig, MaskFormerConfig])
+def test_heads_of_transformers_do_not_warn_of_the_backbone(kind, pixel_folder, caplog):
+    """Each of them names the backbones that it warns of not."""
+    config = load(pixel_folder, DiTBackbone, num_labels=2, out_indices=[1, 2, 3]).config
+    assert kind(backbone_config=config).backbone_config is config
+    assert "not a supported model" not in caplog.text
 
 
 def test_the_card_of_a_backbone_in_a_folder_runs(pixel_folder, pixels, tmp_path, monkeypatch):

@@ -26,8 +26,15 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hf_aselect import DiTBackbone, DiTForImageClassification, DiTForSemanticSegmentation, DiTModel
+from hf_aselect import (
+    DiTBackbone,
+    DiTForImageClassification,
+    DiTForSemanticSegmentation,
+    DiTModel,
+    select_timestep,
+)
 from hf_aselect.model import noise_schedule
+from hf_aselect.selection.apply import apply_selection
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks by its old name
@@ -288,6 +295,21 @@ def _count(calls, number, *_):
     calls[number] += 1
 
 
+@pytest.mark.parametrize("timestep", [50, [50, 300]])
+def test_a_folded_backbone_is_frozen_and_checkpointed(pixel_folder, timestep):
+    """A sibling: its blocks have weights that hang on no layer, and are what transformers checkpoints."""
+    model = a_classifier(pixel_folder, timestep=timestep, block=2, feature="hidden").fold()
+    assert not any(value.requires_grad for value in model.backbone.parameters())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=model.lora_targets(), lora_dropout=0.5))
+    model.activation_checkpointing_enable()
+    adapted.train()
+    blocks = model.backbone.denoiser.blocks
+    assert all(block.training for block in blocks) and not any(
+        part.training for block in blocks for part in block.modules() if isinstance(part, nn.LayerNorm)
+    )
+    assert all(part.training for part in model.backbone.denoiser.modules() if isinstance(part, nn.Dropout))
+
+
 def test_a_copy_has_the_modes_of_its_model(saved):
     """A sibling: what is its own is known in a copy, too."""
     model = copy.deepcopy(by_class(saved[True], None)).train()
@@ -345,7 +367,8 @@ def test_layers_are_named_by_their_ends_and_found_under_other_models(saved, tmp_
 
 def a_classifier(folder, **options):
     torch.manual_seed(0)
-    return DiTForImageClassification.from_pretrained(folder, timestep=50, head="linear", num_labels=4, **options)
+    given = {"timestep": 50, "head": "linear", "num_labels": 4, **options}
+    return DiTForImageClassification.from_pretrained(folder, **given)
 
 
 def a_segmenter(folder):
@@ -379,3 +402,17 @@ def test_a_call_does_not_make_a_model_another_one(saved):
     before = pickle.dumps(model)
     model(torch.zeros(1, 3, 24, 16))
     assert pickle.dumps(model) == before
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_another_tap_trains_what_was_trained(saved, is_adapted):
+    """A sibling: under adapters peft froze the backbone, and a selection at another tap leaves it so."""
+    model = by_class(saved[False], None)
+    trained = peft.get_peft_model(model, lora()) if is_adapted else model
+    selection = select_timestep(model, images_of(model, num=8), timesteps=[50, 500], block=1, feature="hidden")
+    apply_selection(trained, selection)
+    blocks = {block: set() for block in range(3)}
+    for name, value in model.backbone.named_parameters():
+        if "transformer_blocks." in name and "lora_" not in name:
+            blocks[int(name.split("transformer_blocks.")[1][0])].add(value.requires_grad)
+    assert blocks == {0: {not is_adapted}, 1: {not is_adapted}, 2: {False}}

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import hf_aselect
@@ -140,3 +141,18 @@ def test_a_model_of_a_copy_of_this_code_is_taken(copied, pixel_folder, dataset, 
     # A configuration of the copy, where diffusers saved the model: a sibling.
     again = DiTForImageClassification.from_pretrained(pixel_folder, config=model.config)
     assert again.config.timestep == model.config.timestep
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # of one process
+@pytest.mark.usefixtures("group")
+def test_the_first_version_of_fsdp_is_rejected_in_a_line(pixel_folder, dataset, tmp_path):
+    wrapped = FullyShardedDataParallel(
+        linear_classifier(pixel_folder), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    for call in (
+        lambda: select_timestep(wrapped, dataset),
+        lambda: cache_features(wrapped, dataset, tmp_path),
+        lambda: fit_head(wrapped, dataset, FitOptions()),
+    ):
+        with pytest.raises(ValueError, match=r"FSDP's first version flattens the weights.*use FSDP2"):
+            call()

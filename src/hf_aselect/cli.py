@@ -1,6 +1,7 @@
 """The command line: `hf-aselect COMMAND`."""
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import math
@@ -10,10 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError  # of a disk that is full, among others
-from transformers.utils import logging
 
 # What a bug report names beside hf_aselect and Python.
 LIBRARIES = (
@@ -36,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words of the command line; those of the process if None.
     """
     parsed = _parser().parse_args(arguments)
+    # Seconds, which `--help` and a misspelt option do not wait for.
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError  # of a disk that is full, among others
+
+    importlib.import_module(".public", __package__)
     try:
         parsed.run(parsed)
     except StrictDataclassError as error:
@@ -59,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     for add in (_add_demo, _add_select, _add_fit, _add_convert, _add_fold, _add_card, _add_env):
         add(commands)
     return parser
+
+
+def _quiet() -> None:
+    """Leave transformers' warnings out of what a command prints."""
+    # Late, as all that takes long to import.
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
 
 
 def _own_version() -> str:
@@ -150,7 +160,7 @@ def _demo(parsed: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ImportError(f"The demo needs {error.name}: pip install 'hf_aselect[demo]'") from error
     # transformers reports the head's new weights, which is what the demo is for.
-    logging.set_verbosity_error()
+    _quiet()
     if parsed.task == "segmentation":
         if parsed.attention_head:
             raise ValueError("`--attention-head` is for `--task classification`.")
@@ -221,7 +231,7 @@ def _select(parsed: argparse.Namespace) -> None:
     from .model.modeling_aselect import DiTModel
     from .selection.select import select_timestep
 
-    logging.set_verbosity_error()
+    _quiet()
     names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
     images, labels = _images_and_labels(parsed)
     parsed.block, parsed.feature = _one_or_several(parsed.block), _one_or_several(parsed.feature)
@@ -357,7 +367,7 @@ def _fit(parsed: argparse.Namespace) -> None:
     from .hub.push import write_model_card
     from .model.modeling_aselect import save_image_processor
 
-    logging.set_verbosity_error()
+    _quiet()
     target = checked_output(parsed.output)
     train, judged = _labelled_splits(parsed)
     model = _load_to_fit(parsed, train)
@@ -597,7 +607,7 @@ def _convert(parsed: argparse.Namespace) -> None:
     # They take seconds to import, which `--help` should not.
     from .checkpoints.convert import convert_diffusers, convert_research
 
-    logging.set_verbosity_error()
+    _quiet()
     parsed.timestep = _one_or_several(parsed.timestep)
     names = ("dtype", "variant", "revision", "subfolder", "token", "cache_dir", "timestep_embedding", "image_size")
     given = _given(parsed, *names, "timestep", "num_timesteps")
@@ -670,7 +680,7 @@ def _fold(parsed: argparse.Namespace) -> None:
     from .hub.push import write_model_card
     from .model.modeling_aselect import save_image_processor
 
-    logging.set_verbosity_error()
+    _quiet()
     target, dtype = checked_output(parsed.output), checked_dtype(parsed.dtype)
     model = _load_to_fold(parsed, dtype)
     folded = model.fold()
@@ -742,7 +752,7 @@ def _card(parsed: argparse.Namespace) -> None:
     from .hub.push import write_card_of
     from .model.configuration_aselect import ASelectConfig
 
-    logging.set_verbosity_error()
+    _quiet()
     is_folder = Path(parsed.model).is_dir()
     if parsed.output is None and not is_folder:
         raise ValueError(f"{parsed.model!r} is no folder: say by `--output` where its card is to be written.")

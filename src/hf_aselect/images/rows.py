@@ -153,7 +153,7 @@ class ImageRows:
                 "others. Pixel values, of an image processor, are in [-1, 1]; images in [0, 1] or [0, 255]."
             )
         if self.scale == _PIXEL_VALUES:
-            return image
+            return _channels_first(image)
         # One that is dark would be taken for one in [0, 1] where it is seen alone.
         return values.clip(0, 1) * 255 if self.scale == _FRACTIONS else _dark_as_bytes(values)
 
@@ -345,10 +345,14 @@ def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:
     elif isinstance(dataset, Tensor | np.ndarray):
         if is_labelled:
             raise ValueError(_wanted(dataset))
-        if dataset.ndim != 4:
+        # Grey images need no axis of channels; what has three or four in its place is one image.
+        if dataset.ndim != 4 and (dataset.ndim != 3 or {dataset.shape[0], dataset.shape[-1]} & {1, 3, 4}):
             raise ValueError(
-                f"A set of pictures must have four axes, as (B, C, H, W), got shape {tuple(dataset.shape)}."
+                f"A set of pictures must have four axes, as (B, C, H, W), or grey ones three, as (B, H, W), got shape "
+                f"{tuple(dataset.shape)}."
             )
+    else:
+        dataset = _by_rows(dataset)
     if isinstance(dataset, Iterator):
         first = next(dataset, None)
         return _Once(chain([] if first is None else [first], dataset)), first
@@ -364,6 +368,14 @@ def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:
         except UNREADABLE as error:
             raise _unreadable(0, error) from error
     raise ValueError(_wanted(dataset))
+
+
+def _by_rows(dataset: Any) -> Any:
+    """Return a dataset whose format gives tables with one that gives rows; any other as it is."""
+    form = getattr(dataset, "format", None)
+    if not isinstance(form, Mapping) or form.get("type") not in ("arrow", "pandas", "polars"):
+        return dataset
+    return dataset.with_format(None, columns=form["columns"], output_all_columns=form["output_all_columns"])
 
 
 def _first_of(dataset: Any) -> Any:
@@ -454,6 +466,14 @@ def _is_floating(image: Any) -> bool:
 def _array(image: Any) -> Any:
     """Return an image of floating-point numbers as an array."""
     return image.detach().cpu().float().numpy() if isinstance(image, Tensor) else image
+
+
+def _channels_first(image: Any) -> Any:
+    """Return pixel values of one image as (C, H, W), whichever axis their channels are on."""
+    if image.ndim == 2:
+        return image[None]
+    is_last = image.ndim == 3 and image.shape[0] not in (1, 3) and image.shape[-1] in (1, 3)
+    return torch.as_tensor(image).movedim(-1, 0) if is_last else image
 
 
 def _dark_as_bytes(values: Any) -> Any:

@@ -361,7 +361,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 code = write_code(Path(source or Path(__file__).parent), save_directory)
                 self.auto_map = {**code, **(kept or {})} if source else code
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        if kept is not None:
+        if kept:
             self.auto_map = kept
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
@@ -660,12 +660,20 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Args:
             output_hidden_states: Whether they are; None for what the configuration says.
+
+        Raises:
+            ValueError: If they are asked for by name and the model is folded at other features.
         """
         if not (self.output_hidden_states if output_hidden_states is None else output_hidden_states):
             return []
         folded, timestep = self.folding, self.read_outs()[0][0]
         blocks = range(-1, self.num_hidden_layers)
         kept = [block for block in blocks if folded is None or tap_key(block, "hidden") in folded.taps]
+        if output_hidden_states and not kept:
+            raise ValueError(
+                "`output_hidden_states=True` asks for the blocks' outputs, and this model is folded at "
+                f"{', '.join(folded.taps if folded else ())} alone. Ask the model it was folded from."
+            )
         return [(timestep, block, "hidden") for block in kept]
 
     def check_tap(self, block: int, feature: str) -> None:

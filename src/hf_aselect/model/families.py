@@ -125,7 +125,7 @@ class TransformerFamily:
             noise.
         prompt_fields: Names of the empty prompt's embeddings, and the field of the configuration that says how wide
             each is ("" if there is none); empty for a transformer without a text.
-        patch_embedding: Name of the module that makes tokens of latents.
+        patch_embedding: Name of the module that makes tokens of latents. Where it is, the model computes.
         timestep_modules: Names of modules that get the timestep rounded in half precision, and what timesteps in
             [0, 1000] are divided by to be what they take.
         num_classes: Field of the configuration with the number of classes; "" for none.
@@ -483,7 +483,7 @@ _ALL = (
         # A list, and it points from the noise to the image.
         lambda output, _: -torch.stack(list(output))[:, :, 0],
         prompt_fields={"prompt_embeds": "cap_feat_dim"},
-        patch_embedding="all_x_embedder",
+        patch_embedding="all_x_embedder.2-1",
     ),
     TransformerFamily(
         "AuraFlowTransformer2DModel",

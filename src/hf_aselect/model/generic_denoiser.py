@@ -113,8 +113,9 @@ def _run(checkpoints: _Checkpoints, forward: Callable[..., Any], *args: Any, **k
 class GenericDenoiser(Denoiser):
     """A transformer of any family that is described, read by hooks on its own call.
 
-    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in `torch.export`,
-    with offloaded weights and where FSDP shards the blocks, the lists of blocks are cut behind the last tap instead.
+    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in `torch.export`
+    and with offloaded weights, the lists of blocks are cut behind the last tap instead. Where FSDP shards the blocks,
+    the call ends after the last of them.
 
     Args:
         transformer: A transformer of the family.
@@ -122,6 +123,9 @@ class GenericDenoiser(Denoiser):
         rebuild: Builds the same transformer once more, with new weights: for tables that checkpoints do not hold, and
             that are lost where it was built without data.
         options: Of all families, see `Denoiser`.
+
+    Raises:
+        ValueError: If the description names a module that the transformer does not have.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class GenericDenoiser(Denoiser):
     ) -> None:
         self.family = family
         self.prompt_fields = family.prompt_fields  # type: ignore[misc, assignment]
-        self.patch_embedding_name = family.patch_embedding  # type: ignore[misc]
+        _check_names(transformer, family)
         super().__init__(transformer, *args, **options)
         # Of buffers, by name: loading empties them after this.
         self._tables: dict[nn.Module, dict[str, Tensor]] = {}
@@ -153,6 +157,12 @@ class GenericDenoiser(Denoiser):
             attention.register_forward_pre_hook(_Hook((index, "normed")), with_kwargs=True)
             attention.register_forward_hook(_Hook((index, "attention")), with_kwargs=True)
             block.register_forward_hook(_Hook((index, "hidden"), part.hidden), with_kwargs=True)
+
+    @property
+    def patch_embedding(self) -> nn.Module:
+        """The module that makes tokens of noised latents."""
+        module: nn.Module = self.transformer.get_submodule(self.family.patch_embedding)
+        return module
 
     def _parts(self) -> list[Any]:
         """Return of each block which list it is in."""
@@ -196,18 +206,20 @@ class GenericDenoiser(Denoiser):
     def _must_end(self, last: int) -> bool:
         """Return whether a call may not be ended by an exception: what waits for its end would wait for ever."""
         # Modules are followed in and out.
-        is_traced = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        # accelerate puts weights back that it fetched.
-        return is_traced or next(self.blocks[last].parameters()).is_meta
+        is_traced = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+        # accelerate and diffusers put weights back that they fetched.
+        block = self.blocks[max(last, 0)]
+        return is_traced or hasattr(block, "_diffusers_hook") or next(block.parameters()).is_meta
 
     def _read_sharded(self, inputs: Inputs, taps: Sequence[Tap], last: int) -> dict[Tap, Tensor]:
         """Return the tokens at several taps where FSDP gathers a block's weights while it is called.
 
-        The call must end in good order, and what is read inside of a block must be what a call of it returns.
+        A block's call must end in good order, and what is read inside of it must be what a call of it returns.
         """
         inner = sorted({block for block, feature in taps if feature != "hidden"})
         outer = [tap for tap in taps if tap[1] == "hidden"]
-        with self._cut(last):
+        # After the last block all is read, and FSDP's own hook has run. Some transformers then look into their blocks.
+        with self._cut(last) if is_sharded(self.transformer) else _ended_after(self.blocks[max(last, 0)]):
             found = self._read(
                 self._call(inputs), inputs, [*outer, *((block, "input") for block in inner)], may_stop=False
             )
@@ -341,6 +353,20 @@ class _FirstBlocks(nn.ModuleList):
         return int(self.__dict__.get("_whole", len(self._modules)))
 
 
+@contextmanager
+def _ended_after(block: nn.Module) -> Iterator[None]:
+    """End the transformer's call when a block and all of its hooks are done, while this lasts."""
+
+    def end(*_: Any) -> None:
+        raise _Stop
+
+    handle = block.register_forward_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _WeightsWithoutData(TorchFunctionMode):
     """Lets modules make their weights without data, while all that is computed is there.
 
@@ -352,6 +378,27 @@ class _WeightsWithoutData(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch."""
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def _check_names(transformer: Any, family: TransformerFamily) -> None:
+    """Refuse a description that names a module which the transformer does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    names = [family.patch_embedding, *family.timestep_modules, *(part.path for part in family.blocks)]
+    modules = {name for name, _ in transformer.named_modules()}
+    for part in family.blocks:
+        attention = f"{part.path}.0.{part.attention}"
+        projections = () if callable(part.projections) else part.projections
+        # A list may be empty.
+        if f"{part.path}.0" in modules:
+            names += [attention, *(f"{attention}.{name}" for name in projections)]
+    if missing := [name for name in names if name not in modules]:
+        raise ValueError(
+            f"The description of {family.name} names {', '.join(missing)}, and the transformer has no such module. "
+            f"It has {', '.join(name for name, _ in transformer.named_children())}."
+        )
 
 
 def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:

@@ -45,7 +45,7 @@ from .configuration_aselect import (
     refuse_unknown_keywords,
     without_code,
 )
-from .denoiser import grid_of, placement, with_own_weights, zero_channels
+from .denoiser import as_if_called, grid_of, placement, with_own_weights, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
     SAVED_NAMES,
@@ -63,8 +63,8 @@ from .vae import encode_images
 
 logger = logging.getLogger(__name__)
 
-# Layers that LoRA is put on: queries and values, which a folded model has in one.
-LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp")
+# Layers that LoRA is put on: queries and values, which folded models, PRX and FLUX.2's last blocks have in one.
+LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp", "img_qkv_proj", "to_qkv_mlp_proj")
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
@@ -139,7 +139,9 @@ class TokenReader(PreTrainedModel):
         vae_device, vae_dtype = placement(vae)
         # In the VAE's own dtype even where a trainer runs the rest in half precision.
         with torch.autocast(vae_device.type, enabled=False):
-            latents = encode_images(vae, pixel_values.to(vae_device, vae_dtype))
+            encode = partial(encode_images, vae, pixel_values.to(vae_device, vae_dtype))
+            # FLUX.2's statistics hang on a module that is not called.
+            latents = as_if_called(vae.bn, encode) if hasattr(vae, "bn") else encode()
         return latents.to(self.device, dtype)
 
     def add_noise(self, latents: Tensor, timestep: int, draw: int = 0) -> Tensor:
@@ -207,7 +209,7 @@ class TokenReader(PreTrainedModel):
         Raises:
             ValueError: If the timestep is not chosen yet, the images do not fit, or there is no such tap.
         """
-        timesteps = self.config.timesteps()
+        timesteps, taps = self.config.timesteps(), [(plain(block), feature) for block, feature in taps]
         read, grid = self._read([(timestep, *tap) for timestep in timesteps for tap in taps], pixel_values)
         return {tap: token_map(concatenated([read[t, *tap] for t in timesteps]), *grid) for tap in taps}
 
@@ -866,7 +868,12 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
             "`model.config`, or call `extract_features`, which takes them."
         )
-    for name in kwargs:
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "`output_attentions=True` asks for attention weights, which are never returned: most kernels do not make "
+            "them. Leave it out; what attention yields is read with `feature='attention'`."
+        )
+    for name in () if torch.compiler.is_compiling() else kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
             raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
 
@@ -909,10 +916,9 @@ class DiTModel(ASelectPreTrainedModel):
         height, width = (side // config.vae_scale_factor for side in config.image_height_width)
         for draw in range(config.num_noise_draws):
             self.noise((config.layout.num_channels, height, width), draw)
-        # What is frozen, or in eval mode, with the model. What others put in later is theirs. transformers checkpoints
-        # what is in train mode.
+        # What is frozen, or in eval mode, with the model. What others put in later is theirs.
         self._own_modules = {
-            part: [each for each in module.modules() if not isinstance(each, GradientCheckpointingLayer)]
+            part: list(module.modules())
             for part, module in (("denoiser", self.denoiser), ("vae", self.vae))
             if module is not None
         }
@@ -954,7 +960,8 @@ class DiTModel(ASelectPreTrainedModel):
     def freeze(self) -> None:
         """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the last tap."""
         for module in self._frozen_modules():
-            module.training = False
+            # transformers checkpoints what is in train mode.
+            module.training = module.training and isinstance(module, GradientCheckpointingLayer)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         if not self.config.freeze_backbone:
@@ -988,7 +995,7 @@ class DiTModel(ASelectPreTrainedModel):
         """Set train mode, except for what is frozen: it stays as it is used later. What others put in is theirs."""
         super().train(mode)
         for module in self._frozen_modules():
-            module.training = False
+            module.training = module.training and isinstance(module, GradientCheckpointingLayer)
         return self
 
     @can_return_tuple  # type: ignore[untyped-decorator]

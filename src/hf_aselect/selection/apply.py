@@ -29,7 +29,16 @@ def settle(model: Any, images: Any) -> None:
         model: The model.
         images: As in `select_timestep`.
     """
-    model.apply_selection(select_timestep(model, images, batch_size=batch_size_for(model.config)))
+    selection = select_timestep(model, images, batch_size=batch_size_for(model.config))
+    if selection.pictures == "generated":
+        # Scripts for any model of transformers have no word for calibration images.
+        logger.warning(
+            "The timestep was open: %s is selected on images that the transformer made itself. To select on your own "
+            "first: `hf-aselect select %s --images FOLDER --output SELECTED`, and load SELECTED.",
+            selection.timestep,
+            model.config.name_or_path or "SOURCE",
+        )
+    model.apply_selection(selection)
 
 
 def batch_size_for(config: Any) -> int:
@@ -160,7 +169,11 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
         known = config.zeroed_channels if isinstance(config.zeroed_channels, dict) else {}
         config.zeroed_channels = {**known, **found}
     if is_another_tap and not config.freeze_backbone:
-        base.denoiser.requires_grad_(True)
+        own = [each for part in base._own_modules["denoiser"] for each in part.parameters(recurse=False)]
+        # peft froze all of them, and trains what it put in.
+        is_trained = any(each.requires_grad for each in own)
+        for each in own if is_trained else ():
+            each.requires_grad_(True)
         base.freeze()  # other blocks come after the tap
     if model._standardizations():
         # What came with weights before there was a timestep is of the timestep that those were trained at.
