@@ -357,9 +357,9 @@ def test_a_sana_with_a_guidance_is_refused():
 
 def test_an_unknown_family_is_refused_by_naming_those_we_have():
     with pytest.raises(
-        ValueError, match=r"Unsupported transformer 'AllegroTransformer3DModel'; supported are DiT.*register_family"
+        ValueError, match=r"Unsupported transformer 'CogVideoXTransformer3DModel'; supported are DiT.*register_family"
     ):
-        ASelectConfig(transformer={"_class_name": "AllegroTransformer3DModel"})
+        ASelectConfig(transformer={"_class_name": "CogVideoXTransformer3DModel"})
 
 
 def test_another_embedding_than_diffusers_is_refused_where_there_is_none(saved):

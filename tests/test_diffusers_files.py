@@ -112,7 +112,7 @@ def outcome(tmp_path_factory):
     sd3().save_pretrained(root / "sd3")
     sd35().save_pretrained(root / "sd35")
     pipe.save_pretrained(root / "hunyuan")
-    changed(root / "hunyuan" / "transformer" / "config.json", _class_name="AllegroTransformer3DModel")
+    changed(root / "hunyuan" / "transformer" / "config.json", _class_name="CogVideoXTransformer3DModel")
     (root / "vit").mkdir()
     (root / "vit" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (root / "original").mkdir()
@@ -203,7 +203,7 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
         ),
         (
             "unsupported",
-            "ValueError: Unsupported transformer 'AllegroTransformer3DModel'; supported are DiTTransformer",
+            "ValueError: Unsupported transformer 'CogVideoXTransformer3DModel'; supported are DiTTransformer",
         ),
         ("vit", "ValueError: 'us/vit' is a checkpoint of vit; expected one of hf_aselect, a pipeline of diffusers"),
         ("original", "ValueError: 'us/original' has neither model_index.json nor config.json in its first folder"),

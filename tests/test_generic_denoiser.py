@@ -1,7 +1,9 @@
 """What is particular to families that are read by hooks on their own call, and to those that users describe."""
 
 import copy
+import importlib
 import pickle
+import shutil
 import threading
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from pipelines import PIPELINES as HAND_WRITTEN_PIPELINES
 from pipelines import video_vae
 from test_denoiser_dit import TAPS, build_transformer
@@ -29,6 +32,7 @@ from hf_aselect import (
     register_family,
     transformer_layout,
 )
+from hf_aselect.model import families
 from hf_aselect.model.denoisers import HAND_WRITTEN, DiTDenoiser, build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
 from hf_aselect.model.generic_denoiser import GenericDenoiser
@@ -295,6 +299,31 @@ def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp
     del registry[family.name]
     with pytest.raises((ValueError, StrictDataclassError), match=r"'PlainTransformer2DModel'.*register_family"):
         DiTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_copy_of_the_code_reads_what_is_registered_with_the_package(registry, tmp_path, monkeypatch):
+    """As where a checkpoint's own code runs: `trust_remote_code` copies it."""
+    family = shown_family(registry)
+    shutil.copytree(Path(families.__file__).parent, tmp_path / "copy_of_the_code")
+    monkeypatch.syspath_prepend(tmp_path)
+    copied = importlib.import_module("copy_of_the_code.families")
+    assert copied.family_of(family.name) is family
+    assert copied.family_of("SanaTransformer2DModel") is copied.FAMILIES["SanaTransformer2DModel"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by its old name
+def test_lora_on_a_projection_is_in_what_is_read(load):
+    model = load("z_image")
+    noised = noised_of(model)
+    with torch.no_grad():
+        before = model.denoiser.read_taps(noised, 141, [(1, "query"), (1, "key"), (2, "hidden")])
+        adapted = get_peft_model(model, LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+        after = adapted.base_model.model.denoiser.read_taps(noised, 141, [(1, "query"), (1, "key"), (2, "hidden")])
+        projection = adapted.base_model.model.denoiser.blocks[1].attention.to_q
+        normed = model.denoiser(noised, 141, 1, "normed")
+    assert torch.equal(after[1, "query"], projection(normed))
+    for tap in before:
+        assert not torch.equal(after[tap], before[tap])
 
 
 def test_what_is_no_description_is_not_registered(registry):

@@ -201,13 +201,16 @@ def family_of(name: Any) -> TransformerFamily:
     Raises:
         ValueError: If there is none.
     """
-    if not isinstance(name, str) or name not in FAMILIES:
+    # Where a checkpoint's own code runs beside the package, it is the package that users register with.
+    package = sys.modules.get("hf_aselect.model.families")
+    known: dict[str, TransformerFamily] = {**getattr(package, "FAMILIES", {}), **FAMILIES}
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"Unsupported transformer {name!r}; supported are {', '.join(FAMILIES)}. Another class can be "
+            f"Unsupported transformer {name!r}; supported are {', '.join(known)}. Another class can be "
             "described: before a checkpoint of it is loaded, call `hf_aselect.register_family` with a "
             f"`TransformerFamily` that says how it is called and where its blocks are.{hint_of(name)}"
         )
-    return FAMILIES[name]
+    return known[name]
 
 
 def layout_of(transformer: Mapping[str, Any]) -> TransformerLayout:
