@@ -121,3 +121,15 @@ def test_an_adapter_that_names_no_model_says_so(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(text.replace(f'"{base}"', "null"))
     with pytest.raises(ValueError, match="has None as its `base_model_name_or_path`"):
         DiTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_what_an_adapter_brings_is_neither_missing_nor_left_over(base, pictures, pixels, tmp_path):
+    """A sibling: loaded into a model that is there, as a Hub id's is, with DoRA's lengths and statistics."""
+    model = classifier(base)
+    model.standardize(pictures)
+    model = adapted(model, use_dora=True).eval()
+    model.save_pretrained(tmp_path)
+    again = classifier(base)
+    info = again.load_adapter(str(tmp_path))
+    assert not info.missing_keys and not info.unexpected_keys
+    torch.testing.assert_close(again(pixels).logits, model(pixel_values=pixels).logits, rtol=1e-5, atol=1e-5)

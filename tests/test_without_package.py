@@ -6,6 +6,7 @@ import re
 
 import pytest
 from forking import Forking
+from generic_pipelines import GENERIC_PIPELINES
 from pipelines import PIPELINES
 from writable_hub import WritableHub, serve
 
@@ -25,6 +26,8 @@ KINDS = {
     "several": ("DiTForImageClassification", "AutoModelForImageClassification", "pixel"),
     "latent": ("DiTForImageClassification", "AutoModelForImageClassification", "latent"),
     "text": ("DiTForImageClassification", "AutoModelForImageClassification", "text"),
+    # Read by its description, with a VAE of videos.
+    "described": ("DiTForImageClassification", "AutoModelForImageClassification", "described"),
 }
 
 OUTPUTS = """
@@ -52,8 +55,8 @@ folders, output, kinds = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.ar
 fields = {"head_hidden_size": 16, "head_num_attention_heads": 2, "head_num_layers": 1, "num_labels": 3}
 for name, (kind, _, source) in kinds.items():
     torch.manual_seed(0)
-    size = {"image_size": 32} if source == "text" else {}
-    side = {"pixel": 8, "latent": 16, "text": 32}[source]
+    size = {"image_size": 32} if source in ("text", "described") else {}
+    side = {"pixel": 8, "latent": 16, "text": 32, "described": 32}[source]
     # With a head, and so with statistics of its tokens.
     given = {"calibration_images": torch.rand(6, 3, side, side) * 2 - 1} if "For" in kind else {}
     several = {"timestep": [5, 60], "block": "all", "feature": ["hidden", "key"], "zeroed_channels": []}
@@ -153,7 +156,14 @@ def pushed(hub, pixel_folder, latent_folder, tmp_path_factory):
     """What the owner computed; all kinds are on the hub."""
     output, text = tmp_path_factory.mktemp("owner"), tmp_path_factory.mktemp("text")
     PIPELINES["sd3"]().save_pretrained(text)
-    folders = {"pixel": str(pixel_folder), "latent": str(latent_folder), "text": str(text)}
+    described = tmp_path_factory.mktemp("described")
+    GENERIC_PIPELINES["wan"]().save_pretrained(described)
+    folders = {
+        "pixel": str(pixel_folder),
+        "latent": str(latent_folder),
+        "text": str(text),
+        "described": str(described),
+    }
     python(OWNER, json.dumps(folders), output, json.dumps(KINDS), hub=hub, home=output / "home", has_package=True)
     return output
 

@@ -297,6 +297,9 @@ class GenericDenoiser(Denoiser):
         """Return the parameters that have no influence on the tokens at any of `taps`.
 
         They are those that autograd gives no gradient in a pass without data.
+
+        Raises:
+            ValueError: If the transformer's call looks at the values of a tensor.
         """
         mine = list(self.parameters())
         weights = [torch.empty_like(each, device="meta", requires_grad=True) for each in mine]
@@ -304,10 +307,17 @@ class GenericDenoiser(Denoiser):
         # A copy, as a transformer may move its tables to where it is run; of what has no data in it.
         twin = copy.deepcopy(self, {**buffers, **{id(each): new for each, new in zip(mine, weights, strict=True)}})
         latents = torch.empty(1, self.num_channels, *2 * [4 * self.patch_size], device="meta", dtype=mine[0].dtype)
-        with torch.enable_grad():
-            tokens = twin.read_taps(latents, 0, list(taps))
-            total = torch.stack([each.sum() for each in tokens.values()]).sum()
-            gradients = torch.autograd.grad(total, weights, allow_unused=True)
+        try:
+            with torch.enable_grad():
+                tokens = twin.read_taps(latents, 0, list(taps))
+                total = torch.stack([each.sum() for each in tokens.values()]).sum()
+                gradients = torch.autograd.grad(total, weights, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"Which weights of a {self.family.name} a tap depends on is found in a pass without data, which "
+                f"failed ({error}): its call, or the description's, looks at values. Keep the backbone frozen "
+                "(`freeze_backbone=True`), or let `call` make its tensors where `inputs.latents` are."
+            ) from error
         return [each for each, gradient in zip(mine, gradients, strict=True) if gradient is None]
 
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:

@@ -620,7 +620,9 @@ class ASelectPreTrainedModel(ShareableModel):
                 str(peft_model_id), device="cpu", **(kwargs.get("adapter_kwargs") or {})
             )
             plain = {name_today(key.removeprefix("base_model.model.")): value for key, value in weights.items()}
-            peft.set_peft_model_state_dict(self, plain, adapter_name=name)
+            found: Any = peft.set_peft_model_state_dict(self, plain, adapter_name=name)
+            loaded.missing_keys &= set(found.missing_keys)
+            loaded.unexpected_keys &= set(found.unexpected_keys)
         return loaded
 
     def _standardizations(self) -> list[FeatureStandardization]:

@@ -169,7 +169,9 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
         known = config.zeroed_channels if isinstance(config.zeroed_channels, dict) else {}
         config.zeroed_channels = {**known, **found}
     if is_another_tap and not config.freeze_backbone:
-        own = [each for part in base._own_modules["denoiser"] for each in part.parameters(recurse=False)]
+        # Code that was pushed before does not say which modules are its own.
+        modules = getattr(base, "_own_modules", {}).get("denoiser", base.denoiser.modules())
+        own = [each for part in modules for each in part.parameters(recurse=False)]
         # peft froze all of them, and trains what it put in.
         is_trained = any(each.requires_grad for each in own)
         for each in own if is_trained else ():
