@@ -37,7 +37,7 @@ def plot_timestep_curve(
         timesteps: Timesteps, rising.
         scores: The criterion at each.
         log_snr: 2·ln(alpha / sigma) at each.
-        selected: The selected timestep, one of `timesteps`.
+        chosen: The selected timestep, one of `timesteps`.
         intervals: Low and high end of each score's interval.
         smoothed: Each score averaged with its neighbours, if the selection was made by that; it need not be the
             highest, where draws of the images do not agree.
