@@ -524,10 +524,10 @@ def test_an_adapter_is_pushed_alone_and_loaded_by_strangers(hub, pushed, tmp_pat
     assert torch.equal(torch.load(tmp_path / "card.pt"), expected)
 
 
-def test_the_readme_letter_by_letter(hub, classifier, tmp_path):
-    """Its section on sharing, in a folder with a saved model and the examples."""
+def test_the_guide_letter_by_letter(hub, classifier, tmp_path):
+    """The guide of sharing, in a folder with a saved model and the examples."""
     root = Path(__file__).parents[1]
-    section = (root / "README.md").read_text(encoding="utf-8").split("## Share a model")[1].split("\n## ")[0]
+    section = (root / "examples" / "sharing" / "README.md").read_text(encoding="utf-8")
     codes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     commands = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     loads = re.findall(r"`(AutoModel\S+\(\"me/fashion-classifier\"\))`", section)
