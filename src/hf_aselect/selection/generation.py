@@ -135,7 +135,7 @@ def generate_latents(
             labels = classes[start : start + batch_size].to(device)
             # In float32 whatever the model's dtype: the first steps divide by a signal factor below 0.01.
             latents = noise[start : start + batch_size].to(device)
-            # Anew for each batch: Euler's scheduler counts its steps.
+            # A new one for each batch: Euler's scheduler counts its steps.
             sampler.set_timesteps(num_steps)
             for timestep in sampler.timesteps:
                 prediction = _predict(denoiser, latents.to(dtype), timestep, labels, is_guided).float()
