@@ -100,7 +100,7 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
     cli._print_taps(replace(selection, timestep=voted))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
     mean = selection.smoothed[record["timesteps"].index(voted)]
-    (chosen,) = (row for row in rows if row[-1] == "chosen")
+    (chosen,) = (row for row in rows if row[-1] == "selected")
     assert chosen[:4] == [str(selection.block), selection.feature, str(voted), f"{mean:.4f}"]
     assert rows == sorted(rows, key=lambda row: -float(row[3]))
 

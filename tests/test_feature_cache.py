@@ -594,7 +594,7 @@ feature_parts.MIN_PARTS, feature_parts.MIN_PART_ROWS = 4, 3
 read = FeatureReader.read
 def broken(self, rows):
     if os.environ["RANK"] == "1":
-        raise ValueError("Picture 3 of the dataset cannot be read")
+        raise ValueError("Image 3 of the dataset cannot be read")
     return read(self, rows)
 FeatureReader.read = broken
 try:

@@ -467,12 +467,18 @@ def without(train, label):
 
 
 BAD = {
-    "no dataset": (lambda train: "train.parquet", "`dataset` must be a dataset with columns of images and labels"),
+    "no dataset": (
+        lambda train: "train.parquet",
+        "Images must be a list of PIL images or arrays, a dataset with a column of them",
+    ),
     "several splits": (lambda train: DatasetDict(train=train), "Of a `DatasetDict` give one split"),
     "no rows": (lambda train: [], "The dataset has no rows"),
     "no labels": (lambda train: train.remove_columns("label"), "no labels, only image. Name their column by `label_c"),
     "images alone": (lambda train: train["image"][:4], "Rows of the dataset must be pairs (image, label)"),
-    "lone tensors": (lambda train: torch.zeros(4, 3, 8, 8), "`dataset` must be a dataset with columns"),
+    "lone tensors": (
+        lambda train: torch.zeros(4, 3, 8, 8),
+        "or a dictionary of `pixel_values` (or `features`, `latents`) and `labels`",
+    ),
     "other lengths": (
         lambda train: {"pixel_values": torch.zeros(4, 3, 8, 8), "labels": torch.zeros(3)},
         "There must be a label for each image, got {'pixel_values': 4, 'labels': 3}",

@@ -167,7 +167,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(ImportError, match=r"pip install 'hf_aselect\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'hf_aselect\[demo\]'"):
         plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, SCORES, LOG_SNR, 50)
 
 

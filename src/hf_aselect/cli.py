@@ -525,7 +525,7 @@ def _print_taps(selection: Any) -> None:
         place = selection.timesteps.index(selection.timestep) if is_chosen else means.index(max(means))
         rows.append((means[place], not is_chosen, tap["block"], tap["feature"], selection.timesteps[place]))
     for mean, is_other, block, feature, timestep in sorted(rows, key=lambda row: (-row[0], row[1])):
-        print(f"{block:>5} {feature:<9} {timestep:>13}  {mean:.4f}{'' if is_other else '  <- chosen'}")
+        print(f"{block:>5} {feature:<9} {timestep:>13}  {mean:.4f}{'' if is_other else '  <- selected'}")
     print()
 
 

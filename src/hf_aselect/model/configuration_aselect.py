@@ -793,7 +793,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be in [{low}, {high}], got {value}.")
 
     def validate_head(self) -> None:
-        """Reject sizes of the attention head that do not divide, or exceed all measure together."""
+        """Reject a pooling without a linear head, and sizes of an attention head that do not fit."""
+        if self.head == "attention" and self.pooling != "mean":
+            raise ValueError(f"`pooling={self.pooling!r}` needs `head='linear'`: an attention head reads all tokens.")
         if self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
             raise ValueError(
                 f"`head_hidden_size` times `head_mlp_ratio` must be at most {MAX_SIZE}, got {self.head_hidden_size} "
