@@ -39,11 +39,11 @@ def test_a_kill_leaves_the_old_state_or_the_new_one(name, hub, forking):
     assert found["old"] + found["new"] == 1
 
 
-# Files may not grow beyond a size: to whoever writes, a disk that is full.
+# Files may not grow beyond a size: to whoever writes, a disk that is full. What is printed goes to a file, too.
 FULL = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
 """
 
 

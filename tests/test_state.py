@@ -381,6 +381,7 @@ def a_segmenter(folder):
 @pytest.mark.parametrize("make", [a_classifier, a_segmenter])
 def test_a_model_compiles_before_it_was_called(pixel_folder, make):
     noise_schedule._KEPT_NOISE.clear()
+    torch._dynamo.reset()  # other tests compiled the same code
     model = make(pixel_folder)
     compiled = torch.compile(model, fullgraph=True, backend="eager")(images_of(model)).logits
     torch.testing.assert_close(compiled, make(pixel_folder)(images_of(model)).logits)
