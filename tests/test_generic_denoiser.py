@@ -332,6 +332,11 @@ def test_what_is_no_description_is_not_registered(registry):
         register_family("DiTTransformer2DModel")
     with pytest.raises(ValueError, match="with functions as `call` and `layout`"):
         register_family(TransformerFamily("Another", (), transformer_layout))
+    with pytest.raises(ValueError, match="`name` of a family must be the name of a class"):
+        register_family(replace(family, name=DiTModel))
+    for blocks in ((), TransformerBlocks(), ("transformer_blocks",)):
+        with pytest.raises(ValueError, match=r"`blocks` of .* must be a tuple of `TransformerBlocks`"):
+            register_family(replace(family, blocks=blocks))
     for name in ("DiTTransformer2DModel", "ZImageTransformer2DModel"):
         with pytest.raises(ValueError, match=f"{name} is a family of the package"):
             register_family(TransformerFamily(name, family.sizes, family.layout, family.call))
@@ -351,6 +356,14 @@ def test_a_description_that_does_not_fit_is_refused(registry, changed, named):
     config = {**build_transformer().config, "_class_name": family.name}
     register_family(family)
     with pytest.raises(ValueError, match=rf"PlainTransformer2DModel names {named}.* no such module. It has pos_embed"):
+        build_denoiser(ASelectConfig(transformer=config))
+
+
+def test_a_layout_of_other_blocks_than_there_are_is_refused(registry):
+    family = shown_family(registry)
+    register_family(replace(family, layout=lambda config: replace(family.layout(config), num_layers=7)))
+    config = {**build_transformer().config, "_class_name": family.name}
+    with pytest.raises(ValueError, match="has a `layout` of 7 blocks, and its `blocks` hold"):
         build_denoiser(ASelectConfig(transformer=config))
 
 

@@ -110,7 +110,7 @@ def test_other_numbers_of_timesteps_are_refused():
 
 def test_a_time_that_runs_the_other_way_is_refused():
     given = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}
-    with pytest.raises(ValueError, match=r"`invert_sigmas=True` .* pass `timestep_embedding='sit'`"):
+    with pytest.raises(ValueError, match=r"`invert_sigmas=True` .* not supported. .* pass `scheduler=` without it"):
         NoiseSchedule.from_config(given)
     NoiseSchedule.from_config({**given, "invert_sigmas": False})
 

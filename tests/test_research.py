@@ -605,3 +605,19 @@ def test_images_have_no_use_at_a_fixed_timestep(latent_folder, tmp_path, picture
     with pytest.raises(ValueError, match="`calibration_images` are given, but the timestep is fixed at 5"):
         convert_diffusers(latent_folder, tmp_path / "out", timestep=5, calibration_images=pictures)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_beside_a_file_is_heard(pickled, tmp_path):
+    (pickled.parent / "config.json").write_text(json.dumps({"depth": DEPTH + 1}))
+    with pytest.raises(ValueError, match="depth"):
+        convert(pickled, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # Of another checkpoint in the same folder.
+    (pickled.parent / "config.json").write_text(json.dumps({"model_type": "vit", "depth": DEPTH + 1}))
+    convert(pickled, tmp_path / "out")
+
+
+def test_a_converted_checkpoint_knows_its_layout(pickled, tmp_path):
+    convert(pickled, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"`layout='sit'` is for research weights, and .* leave it out"):
+        DiTModel.from_pretrained(tmp_path / "out", layout="sit", timestep=5)

@@ -49,6 +49,11 @@ def take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -
     if source is not None and folder is not None:
         take_diffusers(source, folder, text, kwargs)
         return True
+    if kwargs.get("layout") is not None:
+        raise ValueError(
+            f"`layout={kwargs['layout']!r}` is for research weights, and {str(source)!r} is an hf_aselect checkpoint, "
+            "which knows its own: leave it out."
+        )
     if text:
         raise ValueError(
             f"{', '.join(text)} can only be given with a diffusers pipeline; in an hf_aselect checkpoint the empty "

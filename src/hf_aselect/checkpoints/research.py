@@ -24,6 +24,7 @@ from ..model.checks import PickledWeightsError, read_json, refuse_other_than_wei
 from ..model.configuration_aselect import DDPM_LINEAR
 from ..model.families import FAMILIES
 from ..model.folded_transformer import sincos_table
+from ..model.layouts import MAX_SIZE
 from ..model.noise_schedule import DDPM_LIKE, FLOW_MATCHING, is_flow_matching
 from .weight_files import CONFIG, PICKLES, iterate_weights, weight_files
 
@@ -252,6 +253,8 @@ class ResearchWeights:
                 rows,
             )
         heads = self._heads(width, num_attention_heads)
+        if rows > MAX_SIZE:
+            raise ValueError(f"{self.where!r} has embeddings of {rows} classes; at most {MAX_SIZE} are expected.")
         sizes = {
             "num_attention_heads": heads,
             "attention_head_dim": width // heads,
@@ -460,7 +463,7 @@ def research_in(folder: Path, variant: str | None = None) -> ResearchWeights | N
     Raises:
         ValueError: If they are incomplete, of another architecture, or there are several.
     """
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = _config_in(folder)
     class_name = config.get("_class_name")
     if (class_name in FAMILIES and class_name != "DiTTransformer2DModel") or "model_type" in config:
         return None
@@ -491,8 +494,12 @@ def research_file(path: Path, allow_pickle: bool = False) -> ResearchWeights:
         PickledWeightsError: If it is a pickle, and none is allowed.
         ValueError: If it is broken, holds other things than weights, or those of another architecture.
     """
+    config = _config_in(path.parent)
+    if "model_type" in config:
+        config = {}  # of a checkpoint that has nothing to do with it
     if path.suffix == ".safetensors":
-        return ResearchWeights(str(path), _shapes_of([path]), lambda keys: _of_safetensors([path], keys), {})
+        shapes = _shapes_of([path])
+        return ResearchWeights(str(path), shapes, lambda keys: _of_safetensors([path], keys), config)
     if path.suffix not in PICKLES:
         raise ValueError(f"{str(path)!r} is no file of weights: expected .safetensors, {', '.join(PICKLES)}.")
     if not allow_pickle:
@@ -504,7 +511,12 @@ def research_file(path: Path, allow_pickle: bool = False) -> ResearchWeights:
     tensors = _unpickled(path)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     del tensors
-    return ResearchWeights(str(path), shapes, lambda keys: _of_pickle(path, keys), {})
+    return ResearchWeights(str(path), shapes, lambda keys: _of_pickle(path, keys), config)
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """Return the `config.json` of a folder; empty without one."""
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
 
 
 def _is_research(shapes: dict[str, tuple[int, ...]]) -> bool:

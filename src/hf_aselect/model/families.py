@@ -201,6 +201,11 @@ def register_family(family: TransformerFamily) -> None:
         raise ValueError(
             f"`family` must be a `TransformerFamily` with functions as `call` and `layout`, got {family!r}."
         )
+    if not isinstance(family.name, str):
+        raise ValueError(f"`name` of a family must be the name of a class, a string, got {family.name!r}.")
+    is_list = isinstance(family.blocks, tuple) and all(isinstance(part, TransformerBlocks) for part in family.blocks)
+    if not family.blocks or not is_list:
+        raise ValueError(f"`blocks` of {family.name} must be a tuple of `TransformerBlocks`, got {family.blocks!r}.")
     if family.name in _OF_PACKAGE:
         raise ValueError(f"{family.name} is a family of the package, and cannot be described again.")
     FAMILIES[family.name] = family

@@ -409,6 +409,15 @@ def _check_names(transformer: Any, family: TransformerFamily) -> None:
             f"The description of {family.name} names {', '.join(missing)}, and the transformer has no such module. "
             f"It has {', '.join(name for name, _ in transformer.named_children())}."
         )
+    count, expected = (
+        sum(len(transformer.get_submodule(part.path)) for part in family.blocks),
+        family.layout(transformer.config),
+    )
+    if count != expected.num_layers:
+        raise ValueError(
+            f"The description of {family.name} has a `layout` of {expected.num_layers} blocks, and its `blocks` hold "
+            f"{count}."
+        )
 
 
 def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:

@@ -138,8 +138,8 @@ class NoiseSchedule:
             raise ValueError(f"{wanted} {_OTHER_LENGTH}")
         if config.get("invert_sigmas"):
             raise ValueError(
-                "`invert_sigmas=True` of the scheduler turns the transformer's time around, which is not read here. "
-                "For a DiT that was trained so, pass `timestep_embedding='sit'` and `scheduler=` without it."
+                "`invert_sigmas=True` of the scheduler turns the transformer's time around, and such transformers are "
+                "not supported. If yours was not trained so, pass `scheduler=` without it."
             )
         if is_flow_matching(config):
             # FLUX's shift depends on the image's size, and how many-step solvers space their sigmas is their own. What
