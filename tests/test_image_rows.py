@@ -347,3 +347,38 @@ def test_the_command_line_reads_all_images_of_a_folder(pixel_folder, tmp_path, c
     words = ["fit", str(pixel_folder), "--images", str(folder), "--output", str(tmp_path / "out"), "--timestep", "5"]
     assert main(words) == 0
     assert "6 of 2 classes" in capsys.readouterr().out
+
+
+def tree_of(tmp_path, *names):
+    """A folder of small images, or of other files, by their names."""
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            Pictures.new("RGB", (8, 8)).save(path)
+        else:
+            path.write_text("notes")
+    return tmp_path
+
+
+SPLITS = ("train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png")
+
+
+def test_files_that_are_no_images_do_not_decide_on_splits(tmp_path):
+    read = read_folder(tree_of(tmp_path, *SPLITS, "README.md", "train/notes.txt"))
+    assert {name: len(rows) for name, rows in read.items()} == {"train": 2, "test": 2}
+
+
+@pytest.mark.parametrize("stray", ["c.png", "train/c.png"])
+def test_an_image_beside_classes_of_splits_is_told_of(tmp_path, stray):
+    with pytest.raises(ValueError, match=r"has the splits test, train, and 'c\.png' lies beside folders of classes"):
+        read_folder(tree_of(tmp_path, *SPLITS, stray))
+
+
+def test_an_image_as_nested_lists_is_no_pair():
+    """Its first row was taken for an image, and all else for a label."""
+    arrays = [np.random.default_rng(index).random((8, 8, 3)) for index in range(8)]
+    rows = ImageRows([array.tolist() for array in arrays])
+    assert not rows.is_pair
+    pairs = ImageRows([(array, 1) for array in arrays])
+    assert pairs.is_pair

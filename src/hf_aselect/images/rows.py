@@ -66,7 +66,9 @@ class ImageRows:
         elif image_column or label_column:
             raise ValueError("The rows of the dataset are pairs (image, label): there are no columns to name.")
         else:
-            self.is_pair = isinstance(first, tuple | list)
+            # An image as nested lists is a list of its rows.
+            is_nested = isinstance(first, tuple | list) and all(isinstance(each, tuple | list) for each in first)
+            self.is_pair = isinstance(first, tuple | list) and not is_nested
             if is_labelled and not (self.is_pair and len(first) > 1):
                 raise ValueError(
                     "Rows of the dataset must be pairs (image, label) or have both by name, got "

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 # What a folder that has nothing else at its top has splits for: by these names `datasets` knows them.
 _SPLITS = {
@@ -27,14 +28,22 @@ def read_folder(folder: str | Path, streaming: bool = False) -> Any:
         streaming: Read rows as they are asked for, and keep none.
 
     Raises:
-        ValueError: If it holds no images.
+        ValueError: If it holds no images, or folders of several splits with images beside these or their classes.
     """
     folder = Path(folder)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ValueError(f"{str(folder)!r} holds no images.")
-    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    inside = _folders_in(folder)
     splits = {path: _SPLITS.get(path.name.lower()) for path in inside}
-    is_divided = len(inside) > 0 and all(splits.values()) and all(map(_holds_folders_alone, inside))
+    is_divided = len(inside) > 0 and all(splits.values()) and any(_folders_in(path) for path in inside)
+    strays = [image for place in (folder, *inside) for image in _images_in(place)] if is_divided else []
+    if strays:
+        if len(set(splits.values())) > 1:
+            raise ValueError(
+                f"{str(folder)!r} has the splits {', '.join(path.name for path in inside)}, and {strays[0].name!r} "
+                "lies beside folders of classes. Move it, or name the folder of one split."
+            )
+        is_divided = False
     patterns: dict[str, list[str]] = {}
     for path, split in splits.items() if is_divided else [(folder, "train")]:
         patterns.setdefault(str(split), []).append(f"{glob.escape(str(path.resolve()))}/**")
@@ -46,9 +55,14 @@ def read_folder(folder: str | Path, streaming: bool = False) -> Any:
         raise ValueError(f"{str(folder)!r} cannot be read as images: {error.__cause__ or error}") from error
 
 
-def _holds_folders_alone(path: Path) -> bool:
-    """Return whether all that a path holds are folders."""
-    return path.is_dir() and all(each.is_dir() for each in path.iterdir() if not each.name.startswith("."))
+def _folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, by name."""
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Return the images that lie in a folder itself; other files, as a README, are none."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ImageFolder.EXTENSIONS]
 
 
 def read_images(source: str, split: str = "train") -> Any:
