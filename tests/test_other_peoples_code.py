@@ -220,3 +220,12 @@ def test_the_card_of_a_backbone_in_a_folder_runs(pixel_folder, pixels, tmp_path,
         with torch.no_grad():
             expected, found = model(pixels).feature_maps, names["model"](pixels).feature_maps
         assert torch.equal(found[0], expected[0])
+
+
+def test_a_layer_without_a_bias_comes_back(pixel_folder, tmp_path):
+    model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, num_labels=4)
+    model.classifier = nn.Linear(model.classifier.in_features, 4, bias=False)
+    pixel_values = torch.rand(2, 3, 8, 8) * 2 - 1
+    expected = model.eval()(pixel_values).logits
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(DiTForImageClassification.from_pretrained(tmp_path)(pixel_values).logits, expected)

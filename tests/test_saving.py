@@ -195,6 +195,15 @@ def test_saving_says_what_to_undo(saved, tmp_path, change):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_adapters_in_the_head_are_told_of(saved, tmp_path):
+    """They were saved without a word, and loading called them another kind of head."""
+    model = DiTForImageClassification.from_pretrained(saved)
+    peft.inject_adapter_in_model(lora(target_modules=["output_projection"]), model)
+    with pytest.raises(ValueError, match=r"The head could not be loaded: .*base_layer.*merge_and_unload"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
 def test_what_is_to_be_undone_can_be(saved, tmp_path):
     model = DiTForImageClassification.from_pretrained(saved)
     expected = model(images_of(model)).logits

@@ -24,6 +24,13 @@ _FUSED_NAME = re.compile(rf"(.*\.)({'|'.join(_FUSED)})\.(weight|bias)")
 _COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 _ADAPTERS = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module|ia3_\w+)\.")
 
+_OF_ADAPTERS = (
+    "There are adapters in it. Save them alone (`peft.get_peft_model` in place of `inject_adapter_in_model`, "
+    "or `save_lora_adapter` of the transformer); or merge them, by peft's `merge_and_unload()`, or "
+    "`fuse_lora()` and `unload_lora()` of the transformer; or take them out, by "
+    "`diffusers.utils.recurse_remove_peft_layers(transformer)`."
+)
+
 
 def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords of `save_pretrained`, with weights as they can be loaded again where the model's are not.
@@ -53,6 +60,8 @@ def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if (vae := build_vae_encoder(base.config)) is not None:
             built["vae"] = vae
     _check_names({name.removeprefix(prefix) for name in whole if name.startswith(prefix)}, built)
+    if adapted := sorted(name for name in whole if not name.startswith(prefix) and _ADAPTERS.search(name)):
+        raise ValueError(f"The head could not be loaded: {_some('it has also', adapted)}. {_OF_ADAPTERS}")
     _warn_of_processors(base, built)
     _check_kinds(
         {name: value for name, value in whole.items() if name.startswith((f"{prefix}denoiser.", f"{prefix}vae."))}
@@ -126,12 +135,7 @@ def _check_names(names: set[str], built: nn.Module) -> None:
         return
     remedy = "Put back what was replaced."
     if any(_ADAPTERS.search(name) for name in more):
-        remedy = (
-            "There are adapters in it. Save them alone (`peft.get_peft_model` in place of `inject_adapter_in_model`, "
-            "or `save_lora_adapter` of the transformer); or merge them, by peft's `merge_and_unload()`, or "
-            "`fuse_lora()` and `unload_lora()` of the transformer; or take them out, by "
-            "`diffusers.utils.recurse_remove_peft_layers(transformer)`."
-        )
+        remedy = _OF_ADAPTERS
     elif any(_FUSED_NAME.fullmatch(name) for name in more):
         remedy = (
             "Its fused projections were trained. Copy them to those that they were made of, and call "

@@ -139,6 +139,8 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         if isinstance(layer, nn.Linear):
             config = self.config
             config.head, config.head_norm, config.pooling, config.standardized_grid = "linear", False, "mean", None
+            if layer.bias is None:  # a linear head has one
+                layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
             if config.num_labels != layer.out_features:
                 config.num_labels = layer.out_features
         elif not self._standardizations():
