@@ -534,7 +534,7 @@ def main() -> None:
         "--head_epochs", type=int, default=HEAD_TRAINING["num_train_epochs"], help="of attention heads"
     )
     parser.add_argument("--batch_size", type=int, default=250, help="images in one pass (%(default)s)")
-    parser.add_argument("--num_train", type=int, help="look at so many images of each split (all)")
+    parser.add_argument("--num_train", type=int, help="number of images of each split (all)")
     parser.add_argument("--summarize", action="store_true", help="write the tables of what is there")
     args = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")

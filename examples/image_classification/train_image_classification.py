@@ -118,9 +118,7 @@ class DataArguments:
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA on query and value; 0 for none."})
     reselect_epochs: int | None = field(
         default=None,
-        metadata={
-            "help": "Select the timestep again after every so many epochs of fine-tuning, and report the drift."
-        },
+        metadata={"help": "Select the timestep again every N epochs of fine-tuning, and report the drift."},
     )
 
 

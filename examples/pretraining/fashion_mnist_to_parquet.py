@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="Folder with the four gzipped IDX files.")
     parser.add_argument("output", type=Path, help="Folder to write train.parquet and test.parquet to.")
-    parser.add_argument("--num_train", type=int, default=60_000, help="Keep the first so many training images.")
-    parser.add_argument("--num_test", type=int, default=10_000, help="Keep the first so many test images.")
+    parser.add_argument("--num_train", type=int, default=60_000, help="Number of training images to keep.")
+    parser.add_argument("--num_test", type=int, default=10_000, help="Number of test images to keep.")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for split, prefix, count in (("train", "train", args.num_train), ("test", "t10k", args.num_test)):

@@ -114,7 +114,7 @@ class PretrainingArguments:
     save_dtype: str = field(default="float32", metadata={"help": "`float32`, `float16` or `bfloat16`."})
     stages: list[int] = field(
         default_factory=list,
-        metadata={"help": "Also keep the DiT as it is after about so many images, in OUTPUT_DIR/stage-PICTURES."},
+        metadata={"help": "Also keep the DiT as it is after about N images, in OUTPUT_DIR/stage-PICTURES."},
     )
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order of images, noise and samples."})

@@ -221,7 +221,7 @@ def _add_select(commands: Any) -> None:
     select.add_argument(
         "--confidence", type=float, metavar="P", help="end once the selection is as sure as this (0.95)"
     )
-    select.add_argument("--max-images", type=int, metavar="N", help="look at so many images at the most")
+    select.add_argument("--max-images", type=int, metavar="N", help="look at no more than N images")
     select.add_argument("--batch-size", type=int, metavar="N", help="noised images in one forward pass")
     select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
     select.add_argument("--output", metavar="DIR", help="folder for selection.json and images of the curve")
@@ -351,7 +351,7 @@ def _add_fit(commands: Any) -> None:
         metavar="NAME",
         help="what a classifier reads of the tokens: mean, mean_std or regions (default: SOURCE's, else mean)",
     )
-    tap.add_argument("--num-timesteps", type=int, metavar="K", help="with --timestep auto, select so many (1)")
+    tap.add_argument("--num-timesteps", type=int, metavar="K", help="how many --timestep auto selects (1)")
     how = fit.add_argument_group("fit")
     how.add_argument("--balance-classes", action="store_true", help="let each class count the same, whatever its size")
     how.add_argument("--allow-missing", action="store_true", help="allow classes without an image")
@@ -598,7 +598,7 @@ def _add_convert(commands: Any) -> None:
         metavar="T",
         help="in [0, 1000), several, or auto to select one on --images (default: left open)",
     )
-    timestep.add_argument("--num-timesteps", type=int, metavar="K", help="with --timestep auto, select so many (1)")
+    timestep.add_argument("--num-timesteps", type=int, metavar="K", help="how many --timestep auto selects (1)")
     timestep.add_argument("--images", metavar="FOLDER|PARQUET|HUB_ID", help="images to select the timestep on")
     timestep.add_argument("--image-column", metavar="NAME", help="column of the images (`image`, or the only one)")
     timestep.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")

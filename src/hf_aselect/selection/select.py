@@ -96,7 +96,7 @@ def select_timestep(
             select the block, too, by "consensus", "probe" or "patch_probe".
         feature: Feature to read in place of the configuration's (first) one; several, or "auto" for `hidden`, `query`,
             `key` and `value`, to select the feature, too, in the same way.
-        max_images: Look at so many images at the most; a larger set is sampled. Of its own images the transformer
+        max_images: Look at no more images than this; a larger set is sampled. Of its own images the transformer
             generates 128 at the most, unguided: each costs 20 passes through all of it.
         confidence: Look at no more images once the selection is as sure as this, in [0, 1].
         batch_size: Noised images in one forward pass; does not change the result beyond rounding.

@@ -40,9 +40,9 @@ class ASelectCallback(TrainerCallback):
         dataset: Name of the dataset, for the card; left out of it if None.
         base_model: Where the DiT comes from, for the card. Default: the id on the Hub that it was loaded from, if any.
         license: Licence of the trained model, for the card. Default: that of the weights, where it is known.
-        max_images: Look at so many training images at the most.
+        max_images: Look at no more training images than this.
         criterion: As in `select_timestep`; "probe" reads the labels, too.
-        reselect_epochs: Select again after every so many epochs while the backbone is trained; None: never.
+        reselect_epochs: Select again every N epochs while the backbone is trained; None: never.
         follow: Whether the model is read at the new choice from then on; else it is only reported.
         options: Further arguments of `select_timestep`, by name.
 
