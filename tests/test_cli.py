@@ -155,7 +155,7 @@ def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (a token's side), got 7."),
+        (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (the size of a token), got 7."),
         (["--timestep-embedding", "wrong"], "Field 'timestep_embedding' expected one of"),
         (["--dtype", "int8"], "`dtype` must be one of float32, float16, bfloat16, got 'int8'."),
     ],
@@ -269,9 +269,9 @@ def test_card_draws_the_curve_of_the_choice(pixel_folder, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["card", "{}", "--accuracy", "75"], "'accuracy' must be a share in [0, 1]"),
-        (["card", "{}/nothing"], "is no folder: say by `--output`"),
-        (["card", "{}/empty"], "holds no model of ours"),
+        (["card", "{}", "--accuracy", "75"], "'accuracy' must be in [0, 1]"),
+        (["card", "{}/nothing"], "is not a folder. Pass the folder to write the card to as `--output`"),
+        (["card", "{}/empty"], "is not an hf_aselect model"),
     ],
 )
 def test_card_says_in_one_line_what_is_wrong(described, words, complaint, capsys):

@@ -312,7 +312,10 @@ def test_keys_of_lumina_are_narrower_than_its_queries(loaded):
 
 @pytest.mark.parametrize(("name", "limit"), [("sd3", 192), ("lumina2", 256)])
 def test_a_forward_pass_beyond_the_position_table_is_refused(loaded, name, limit):
-    with pytest.raises(ValueError, match=rf"at most {limit} pixels, where the position table.*got {limit + 16}×64"):
+    with pytest.raises(
+        ValueError,
+        match=rf"at most {limit} pixels, the size of this transformer's position table.*got {limit + 16}×64",
+    ):
         loaded(name)(torch.rand(1, 3, limit + 16, 64))
 
 
@@ -328,7 +331,7 @@ def test_flux_has_no_attention_where_it_is_projected_with_the_mlp(loaded):
     assert ASelectConfig(**{**config, "block": 1, "feature": "attention"}).feature == "attention"
     with pytest.raises(ValueError, match=r"Block 3 has no `attention`"):
         DiTBackbone(ASelectConfig(**{**config, "block": 1, "feature": "attention", "out_indices": [2, 4]}))
-    with pytest.raises(ValueError, match=r"Block 2 has no `attention`: only the first 2 blocks"):
+    with pytest.raises(ValueError, match=r"Block 2 has no `attention`, because only the first 2 blocks"):
         model.extract_features(torch.rand(1, 3, 64, 64), block=2, feature="attention")
     with pytest.raises(StrictDataclassError, match="Block 3 has no `attention`"):
         ASelectConfig(**{**model.config.to_dict(), "block": -1, "feature": "attention"})

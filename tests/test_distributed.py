@@ -226,7 +226,7 @@ try:
     select_timestep(model, **options)
     assert WORLD == 1
 except ValueError as error:
-    assert "shards makes no images of its own" in str(error), error
+    assert "sharded by FSDP2 cannot generate images" in str(error), error
 assert model._read_taps.__func__ is methods
 note("prepared", losses=losses, chosen=[each.scores for each in chosen], timesteps=[each.timestep for each in chosen])
 """

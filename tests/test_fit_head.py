@@ -164,8 +164,8 @@ def test_its_card_says_how_it_was_fitted(fitted, tmp_path):
     model, found = fitted
     write_model_card(model, tmp_path, model_name="colours", **model.card_facts)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| head | linear, in closed form (ridge regression) |\n| images that it was fitted on | 120 |" in text
-    assert f"| accuracy on images held out in turn | {found.accuracy:.1%} |" in text
+    assert "| head | linear, in closed form (ridge regression) |\n| images it was fitted on | 120 |" in text
+    assert f"| accuracy on held-out images, each held out once |{found.accuracy:.1%} |" in text
     assert f"| **this model** | {found.evaluation['accuracy']:.1%} |" in text
 
 
@@ -319,7 +319,9 @@ def test_a_folded_model_is_fitted(loaded, fitted, train):
 
 def test_an_attention_head_is_replaced_where_that_is_asked_for(pixel_folder, fitted, train, tmp_path):
     model = load(pixel_folder, head="attention", head_num_layers=1, **HEAD)
-    with pytest.raises(ValueError, match=r"one of kind 'attention'. Load it with `head='linear'`, or pass `replace_h"):
+    with pytest.raises(
+        ValueError, match=r"this model's head is 'attention'. Load it with `head='linear'`, or pass `replace_h"
+    ):
         model.fit_head(train)
     model.fit_head(train, replace_head=True)
     close(model, fitted[0])
@@ -335,7 +337,7 @@ def test_a_fit_that_fails_changes_nothing(pixel_folder, train, head):
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     # The last row cannot be a class.
     rows = [(row["image"], row["label"]) for row in train] + [(train[0]["image"], 9)]
-    with pytest.raises(ValueError, match=r"Labels must be class indices in \[0, 4\), got \[9\]"):
+    with pytest.raises(ValueError, match=r"`labels` must be class indices in \[0, 4\), got \[9\]"):
         model.fit_head(iter(rows), replace_head=True)
     assert model.config.to_dict() == config and model.card_facts == {}
     after = model.state_dict()
@@ -490,15 +492,15 @@ BAD = {
     "in a stream": (lambda train: without(train, 2).to_iterable_dataset(), "1 of 4 classes have no image among 90"),
     "fewer images than classes": (lambda train: train.select(range(3)), "1 of 4 classes have no image among 3"),
     "one class": (lambda train: [(image, 0) for image in train["image"][:9]], "The labels are the same for all"),
-    "one image": (lambda train: train.select([0]), "give at least 2 with a label, got 1"),
-    "none labelled": (lambda train: [(image, -100) for image in train["image"][:9]], "give at least 2 with a label"),
+    "one image": (lambda train: train.select([0]), "at least 2 images with a label, got 1"),
+    "none labelled": (lambda train: [(image, -100) for image in train["image"][:9]], "at least 2 images with a label"),
     "equal images": (
         lambda train: [(train[0]["image"], index % 4) for index in range(20)],
         "The features are the same for all images",
     ),
     "out of range": (
         lambda train: [(image, 4) for image in train["image"][:9]],
-        "Labels must be class indices in [0,",
+        "`labels` must be class indices in [0,",
     ),
     "negative": (lambda train: [(image, -1) for image in train["image"][:9]], "class indices in [0, 4), got [-1]"),
     "names": (
@@ -509,7 +511,7 @@ BAD = {
     "floats": (lambda train: [(image, 0.5) for image in train["image"][:9]], "must be class indices, integers in"),
     "mixed kinds": (
         lambda train: [(train[0]["image"], 1), (train[1]["image"], [0.0, 1.0, 0.0, 0.0])],
-        "The labels are of several kinds: 4 numbers (float32) of image 1, and a number (int64) of image 0",
+        "All labels must be of one kind, got 4 numbers (float32) for image 1, and a number (int64) for image 0",
     ),
     "mixed rows": (lambda train: [*train.select(range(9)), {"image": 0}], "has not `image` and `label`, as the first"),
     "unreadable": (
@@ -569,7 +571,7 @@ def test_bad_models_are_rejected(pixel_folder, model, train):
     adapted = get_peft_model(
         copy.deepcopy(model), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["classifier"])
     ).get_base_model()
-    with pytest.raises(ValueError, match="Fit the head before adapters are added"):
+    with pytest.raises(ValueError, match="Fit the head before you add adapters"):
         adapted.fit_head(train)
     with torch.no_grad():
         model.backbone.denoiser.transformer.transformer_blocks[0].attn1.to_v.weight.fill_(torch.nan)
@@ -579,7 +581,7 @@ def test_bad_models_are_rejected(pixel_folder, model, train):
 
 def test_a_segmenter_is_fitted_with_a_linear_decoder_to_masks(latent_folder, pixel_folder, train, tmp_path):
     model = load(pixel_folder, DiTForSemanticSegmentation, **SEGMENTER)
-    with pytest.raises(ValueError, match="A segmenter is fitted to images and masks, and the dataset has `features`"):
+    with pytest.raises(ValueError, match="needs images and masks, but the dataset has `features`"):
         model.fit_head({"features": torch.zeros(3, 4, 16), "labels": torch.zeros(3, 8, 8)})
     with pytest.raises(ValueError, match="`labels` must be class indices in"):
         model.fit_head([(image, Image.fromarray(np.array(mask) + 3)) for image, mask in scenes(4)])
@@ -588,11 +590,11 @@ def test_a_segmenter_is_fitted_with_a_linear_decoder_to_masks(latent_folder, pix
 
 
 def test_what_cannot_be_balanced_is_rejected(model, pixel_folder, train):
-    with pytest.raises(ValueError, match="an iterator can be read once"):
+    with pytest.raises(ValueError, match="an iterator can only be read once"):
         model.fit_head(((row["image"], row["label"]) for row in train), balance_classes=True)
     values = load(pixel_folder, num_labels=1)
     rows = {"pixel_values": pixel_values(model, train["image"]), "labels": torch.rand(120)}
-    with pytest.raises(ValueError, match="`balance_classes` weights classes"):
+    with pytest.raises(ValueError, match="`balance_classes` needs one class per image"):
         values.fit_head(rows, balance_classes=True)
 
 
@@ -695,7 +697,7 @@ def test_the_command_fits_evaluates_and_saves(pixel_folder, train, test, tmp_pat
     assert f"accuracy, evaluation   {accuracy:.1%} on 40 images" in shown
     assert model.config.standardized_grid == [4, 4] and not model.config.head_norm
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "| images that it was fitted on | 100 |" in card and f"| **this model** | {accuracy:.1%} |" in card
+    assert "| images it was fitted on | 100 |" in card and f"| **this model** | {accuracy:.1%} |" in card
     content = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert content["auto_map"] and (tmp_path / "out" / "preprocessor_config.json").is_file()
     assert not list(tmp_path.glob(".*incomplete*"))
@@ -755,7 +757,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
     words = ["fit", str(pixel_folder), "--images", write(rows, tmp_path / "masks.parquet"), "--label-column", "mask"]
     words += ["--class-names", *map(str, range(300)), "--allow-missing", "--timestep", "20", "--output"]
     assert main([*words, str(tmp_path / "none")]) == 1
-    assert "There are 300 classes, and 255 stands for pixels of no class" in capsys.readouterr().err
+    assert "There are 300 classes, so 255 cannot mark pixels without a class" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "many"), "--ignore-index", "65535"]) == 0
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "many")
     assert model.config.semantic_loss_ignore_index == 65535
@@ -771,8 +773,14 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
     [
         (["--images", "missing.parquet"], "There is no file 'missing.parquet'."),
         (["--label-column", "kind"], "The images have no column 'kind', only image, label."),
-        (["--label-column", "image"], "The labels in 'image' are masks: name their classes by `--class-names`."),
-        (["--eval-split", "test"], "A parquet file has no splits. Name a file to evaluate on by `--eval-images`."),
+        (
+            ["--label-column", "image"],
+            "The labels in 'image' are masks. Pass the names of their classes as `--class-names`.",
+        ),
+        (
+            ["--eval-split", "test"],
+            "A parquet file has no splits, so `--eval-split` cannot be used. Pass the evaluation file as",
+        ),
         (["--timestep", "1000"], "`timestep` must be an integer in [0, 1000)"),
         (["--num-images", "0"], "`max_images` must be at least 1"),
         (["--num-images", "3"], "classes have no image among 3"),

@@ -163,7 +163,7 @@ def test_the_sampler_ends_without_noise():
 
 
 def test_an_unknown_prediction_type_is_refused():
-    with pytest.raises(ValueError, match=r"'score' .* supported for generating are epsilon"):
+    with pytest.raises(ValueError, match=r"must be epsilon, v_prediction or sample .* got 'score'"):
         build_sampler_of(prediction_type="score")
 
 

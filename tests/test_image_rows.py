@@ -238,13 +238,13 @@ def test_what_a_transform_draws_is_drawn_by_the_seed(linear, tmp_path):
 
 
 def test_a_cache_says_what_it_cannot_apply(linear, tmp_path):
-    with pytest.raises(ValueError, match=r"The format that is set shows these alone, and not image"):
+    with pytest.raises(ValueError, match=r"The format set on it shows only these, and not image"):
         cache_features(linear, rows().with_format("torch", columns=["label"]), tmp_path)
-    with pytest.raises(ValueError, match=r"`num_views=2` augments images.*the dataset gives `pixel_values`"):
+    with pytest.raises(ValueError, match=r"`num_views=2` augments images.*the dataset returns `pixel_values`"):
         cache_features(linear, rows().with_transform(to_pixel_values), tmp_path, num_views=2)
     with pytest.raises(ValueError, match=r"Expected a dataset with a column `image`"):
         cache_features(linear, rows().with_transform(lambda batch: {"label": batch["label"]}), tmp_path)
-    with pytest.raises(ValueError, match=r"The dataset gives 'more' as a object, which cannot be kept"):
+    with pytest.raises(ValueError, match=r"The dataset returns 'more' as a object, which cannot be stored"):
         cache_features(
             linear, rows().with_transform(lambda batch: {**to_tensor(batch), "more": [object()] * NUM}), tmp_path
         )

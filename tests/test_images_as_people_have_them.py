@@ -264,7 +264,7 @@ def test_masks_of_0_and_255_are_said_to_have_no_foreground(warnings):
     mask = np.zeros((8, 8), np.uint8)
     mask[2:6] = 255
     ASelectImageProcessor(size=8)(Image.new("RGB", (8, 8)), mask)
-    assert "If it is the foreground, give masks of 0 and 1" in " ".join(warnings())
+    assert "If 255 is the foreground, use masks of 0 and 1" in " ".join(warnings())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])

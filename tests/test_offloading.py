@@ -179,5 +179,5 @@ def test_what_cannot_be_done_says_so_in_a_line(saved, tmp_path):
     model = cpu_offload(saved, tmp_path)
     with pytest.raises(ValueError, match="load the model without offloading its head"):
         model.fit_head({"pixel_values": images_of(load(saved), num=8), "labels": torch.arange(8) % 2})
-    with pytest.raises(ValueError, match=r"not in memory\. Load it without offloading, then fold it"):
+    with pytest.raises(ValueError, match=r"not in memory\. Load it without offloading to fold it"):
         model.fold()

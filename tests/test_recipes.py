@@ -221,7 +221,7 @@ def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, cap
     assert caplog.text.count("Chose timestep") == 1
     again = ASelectConfig.from_pretrained(tmp_path / "out")
     assert (again.timestep, again.selection["timestep"]) == (other, other)
-    with pytest.raises(ValueError, match=f"The training began at timestep {other}, got --timestep 7"):
+    with pytest.raises(ValueError, match=f"This training started with timestep {other}, got --timestep 7"):
         train(recipe, *words, "--timestep", "7")
 
 

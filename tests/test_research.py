@@ -585,7 +585,7 @@ def test_the_command_writes_a_timestep_of_any_source(latent_folder, tmp_path, gi
     [
         (["--layout", "sit"], "is a pickle"),
         (["--allow-pickle"], "Pass `layout=` (`hf-aselect convert --layout`)"),
-        (["--layout", "sit", "--allow-pickle", "--without", "text_encoder"], "`--without` is for text encoders"),
+        (["--layout", "sit", "--allow-pickle", "--without", "text_encoder"], "`--without` names text encoders"),
         (["--layout", "sit", "--allow-pickle", "--timestep", "auto"], "`--timestep auto` needs `--images`"),
     ],
 )
@@ -598,11 +598,11 @@ def test_the_command_says_in_one_line_what_is_wrong(pickled, tmp_path, capsys, w
 
 def test_options_of_research_weights_need_a_layout(latent_folder, tmp_path, capsys):
     assert main(["convert", str(latent_folder), str(tmp_path / "out"), "--allow-pickle"]) == 1
-    assert "--allow-pickle: for research weights. Say by `--layout` whose they are" in capsys.readouterr().err
+    assert "--allow-pickle: only for research weights. Pass `--layout`" in capsys.readouterr().err
 
 
 def test_images_have_no_use_at_a_fixed_timestep(latent_folder, tmp_path, pictures):
-    with pytest.raises(ValueError, match="`calibration_images` are given, but the timestep is fixed at 5"):
+    with pytest.raises(ValueError, match="`calibration_images` were given, but the timestep is fixed at 5"):
         convert_diffusers(latent_folder, tmp_path / "out", timestep=5, calibration_images=pictures)
     assert not list(tmp_path.iterdir())
 

@@ -361,7 +361,7 @@ def test_layers_are_named_by_their_ends_and_found_under_other_models(saved, tmp_
     ]  # queries of block 2 are read
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
-    with pytest.raises(ValueError, match=r"ends of names of layers up to the tap, got \['q_proj'\]"):
+    with pytest.raises(ValueError, match=r"suffixes of the names of layers up to the tap, got \['q_proj'\]"):
         model.eyes.lora_targets(["q_proj"])
 
 

@@ -409,14 +409,14 @@ def test_without_matplotlib_trackio_gets_the_figures(pixel_folder, pixels, tmp_p
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(log=logged.append))
     trackers._write_trackio(TrainerState(global_step=7), {"aselect/drift": 3}, selection)
     assert logged == [{"aselect/drift": 3, "train/global_step": 7}]
-    assert "Without matplotlib, trackio gets no curve" in caplog.text
+    assert "The curve of the selection is not sent to trackio" in caplog.text
 
 
 def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):
     model = unresolved(pixel_folder)
     rows = [{"features": torch.zeros(4, model.config.feature_size), "labels": 0}] * 4
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
-    with pytest.raises(ValueError, match=r"has no `pixel_values` to select it from, only features, labels"):
+    with pytest.raises(ValueError, match=r"has no `pixel_values` to select it on, only features, labels"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[ASelectCallback()]).train()
 
 
@@ -444,13 +444,13 @@ def test_a_training_that_goes_on_keeps_its_choice(pixel_folder, pixels, tmp_path
 
 def test_another_tap_is_not_chosen_while_the_backbone_is_trained(pixel_folder, pixels, tmp_path):
     callback = ASelectCallback(max_images=4, criterion="probe", block="auto")
-    with pytest.raises(ValueError, match="no other can be selected here while the backbone is trained"):
+    with pytest.raises(ValueError, match="No other tap can be selected while the backbone is trained"):
         train_with(callback, unresolved(pixel_folder, freeze_backbone=False), pixels, tmp_path)
     # Nor later: a selected timestep moves, and would take the tap with it.
     model = unresolved(pixel_folder, freeze_backbone=False)
     model.config.timestep = 5
     callback = ASelectCallback(max_images=4, block=2, reselect_epochs=1, follow=True)
-    with pytest.raises(ValueError, match="no other can be selected here while the backbone is trained"):
+    with pytest.raises(ValueError, match="No other tap can be selected while the backbone is trained"):
         train_with(callback, model, pixels, tmp_path)
 
 

@@ -235,13 +235,13 @@ def test_what_needs_the_package_says_so_in_one_line(hub, pushed, pixel_folder, t
     said = python(ASKS, pixel_folder, hub=hub, home=tmp_path)
     lines = dict(line.split(": ", 1) for line in said.splitlines() if "pip install hf_aselect" in line)
     assert lines == {
-        "fold": "Folding needs the package hf_aselect: pip install hf_aselect",
-        "generate": "Generating images needs the package hf_aselect: pip install hf_aselect",
-        "standardize": "Standardizing features needs the package hf_aselect: pip install hf_aselect",
-        "fit": "Fitting a head needs the package hf_aselect: pip install hf_aselect",
-        "select": "Selecting a timestep (`timestep='auto'`) needs the package hf_aselect: pip install hf_aselect",
-        "diffusers": "Loading what diffusers saved needs the package hf_aselect: pip install hf_aselect",
-        "facts": "A card with facts of its own needs the package hf_aselect: pip install hf_aselect",
+        "fold": "Folding needs hf_aselect: pip install hf_aselect",
+        "generate": "Generating images needs hf_aselect: pip install hf_aselect",
+        "standardize": "Standardizing features needs hf_aselect: pip install hf_aselect",
+        "fit": "Fitting a head needs hf_aselect: pip install hf_aselect",
+        "select": "Selecting a timestep (`timestep='auto'`) needs hf_aselect: pip install hf_aselect",
+        "diffusers": "Loading a diffusers checkpoint needs hf_aselect: pip install hf_aselect",
+        "facts": "A model card with facts needs hf_aselect: pip install hf_aselect",
     }
     assert ("model", "me/facts") not in hub.repos
 

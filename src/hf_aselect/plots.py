@@ -58,7 +58,7 @@ def plot_timestep_curve(
     _check_length("accuracies", accuracies, len(accuracy_log_snr))
     for each in (chosen, *others):
         if each not in timesteps:
-            raise ValueError(f"The selected timestep {each} is none of those in the curve: {list(timesteps)}.")
+            raise ValueError(f"The selected timestep must be one of {list(timesteps)}, got {each}.")
     figure = _new_figure(8, 4.8)
     axes = figure.add_subplot()
     positions = [-value for value in log_snr]
@@ -144,10 +144,10 @@ def plot_timestep_heat_map(
     for tap, row in zip(taps, values, strict=True):
         _check_length(f"values of {tap}", row, len(timesteps))
     if chosen_tap not in taps:
-        raise ValueError(f"The selected tap {chosen_tap!r} is none of those in the heat map: {list(taps)}.")
+        raise ValueError(f"The selected tap must be one of {list(taps)}, got {chosen_tap!r}.")
     for each in (chosen_timestep, *others):
         if each not in timesteps:
-            raise ValueError(f"The selected timestep {each} is none of those in the heat map: {list(timesteps)}.")
+            raise ValueError(f"The selected timestep must be one of {list(timesteps)}, got {each}.")
     figure = _new_figure(8, 1.9 + 0.27 * len(taps))
     axes = figure.add_subplot()
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
@@ -207,8 +207,8 @@ def plot_predictions(
     """
     if not len(images) or not len(images) == len(true_names) == len(predicted_names):
         raise ValueError(
-            "There must be one true and one predicted name for each image, and at least one image; got "
-            f"{len(images)} images, {len(true_names)} true and {len(predicted_names)} predicted names."
+            "`images`, `true_names` and `predicted_names` must have the same length of at least 1, got "
+            f"{len(images)}, {len(true_names)} and {len(predicted_names)}."
         )
     rows = math.ceil(len(images) / columns)
     figure = _new_figure(1.45 * columns, 1.8 * rows)
@@ -261,8 +261,7 @@ def plot_confusion_matrix(
     true, predicted = np.asarray(true_labels), np.asarray(predicted_labels)
     if not true.size or true.shape != predicted.shape:
         raise ValueError(
-            f"There must be one true and one predicted class for each image, and at least one image; got "
-            f"{true.size} and {predicted.size}."
+            f"`true` and `predicted` must have the same length of at least 1, got {true.size} and {predicted.size}."
         )
     if min(true.min(), predicted.min()) < 0 or max(true.max(), predicted.max()) >= len(names):
         raise ValueError(f"Class indices must be in [0, {len(names)}), the number of names.")
@@ -277,8 +276,8 @@ def plot_confusion_matrix(
     left, right = figure.subplots(1, 2, width_ratios=(max(2.5, side), 2.5))
     _draw_shares(left, counts[np.ix_(order, order)] / sizes[order, None], [names[index] for index in order])
     _draw_class_accuracies(right, accuracies[order], sizes[order], accuracies[found].mean())
-    dropped = f"; the worst {len(order)} of {len(found)} classes" if len(order) < len(found) else ""
-    figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} images right{dropped}", fontsize=10)
+    dropped = f"; the {len(order)} worst of {len(found)} classes" if len(order) < len(found) else ""
+    figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} images correct{dropped}", fontsize=10)
     _save(figure, path)
 
 
@@ -289,7 +288,7 @@ def _draw_shares(axes: Any, shares: Any, names: Sequence[str]) -> None:
     shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     axes.set_xticks(range(len(shown)), shown, rotation=90)
     axes.set_yticks(range(len(shown)), shown)
-    axes.set_xlabel("taken for")
+    axes.set_xlabel("predicted class")
     axes.set_ylabel("class")
     for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
         share = shares[row, column]
@@ -333,8 +332,8 @@ def plot_overlays(
     """
     if not len(images) or not len(images) == len(truths) == len(predictions):
         raise ValueError(
-            "There must be one true and one predicted mask for each image, and at least one image; got "
-            f"{len(images)} images, {len(truths)} true and {len(predictions)} predicted masks."
+            f"`images`, `truths` and `predictions` must have the same length of at least 1, got {len(images)}, "
+            f"{len(truths)} and {len(predictions)}."
         )
     height, width = images[0].shape[:2]
     figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)

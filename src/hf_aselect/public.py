@@ -77,7 +77,7 @@ class _NoVideoProcessor:
         Raises:
             ValueError: Always.
         """
-        raise ValueError("The models of hf_aselect look at images; they have no video processor.")
+        raise ValueError("hf_aselect models take images, and have no video processor.")
 
 
 # The Auto class itself wants torchvision.

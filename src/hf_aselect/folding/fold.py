@@ -37,11 +37,11 @@ def fold_model(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     config.resolved_timestep()
     if config.folded:
-        raise ValueError("This model is folded already.")
+        raise ValueError("This model is already folded. Fold the model it was folded from.")
     if len(config.read_outs()) == 1:  # a list of one is one
         config = moved(config, [config.resolved_timestep()], config.taps()[0])
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("A part of this model is not in memory. Load it without offloading, then fold it.")
+        raise ValueError("Some weights of this model are not in memory. Load it without offloading to fold it.")
     base = model._base()
     read = list(dict.fromkeys(base.read_outs()))
     if not set(config.read_outs()) <= set(read):
@@ -114,7 +114,7 @@ def fold_denoiser(
     """
     name = type(denoiser.transformer).__name__
     if name not in _FAMILIES:
-        raise ValueError(f"A {name} cannot be folded. Those that can be are {', '.join(_FAMILIES)}.")
+        raise ValueError(f"A {name} cannot be folded. Supported are {', '.join(_FAMILIES)}.")
     device, dtype = placement(denoiser.patch_embedding)
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     timesteps = list(dict.fromkeys(int(timestep) for timestep, _, _ in read))

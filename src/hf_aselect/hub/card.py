@@ -50,19 +50,21 @@ YOURS = "<!-- What follows is yours: it stays when this card is written again. -
 Figure = float | Sequence[float]
 _UNLABELLED = ", without labels or training."
 _HOW = {
-    "consensus": "Selected by how much of what the transformer's features agree on can be read from these"
+    "consensus": "Selected by how much of what the transformer's features have in common can be read from these"
     + _UNLABELLED,
     "hfr": "Selected by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
     + _UNLABELLED,
-    "signal_hfr": "Selected by the share of high spatial frequencies in what the features of two noise draws agree on"
+    "signal_hfr": (
+        "Selected by the share of high spatial frequencies in what the features share between two noise draws"
+    )
     + _UNLABELLED,
     "probe": "Selected by the accuracy of a linear probe, with labels.",
-    "patch_probe": "Selected by the accuracy of a linear probe of patches, with masks.",
+    "patch_probe": "Selected by the accuracy of a linear probe on patches, with masks.",
 }
 _STOPPED_BY = {
-    "confidence": "no more were looked at, as that was sure enough",
-    "max_images": "no more were allowed",
-    "all pictures": "there were no more",
+    "confidence": "stopped early, at the requested confidence",
+    "max_images": "stopped at the maximum number of images",
+    "all pictures": "all images were used",
 }
 
 
@@ -77,9 +79,9 @@ class Task(NamedTuple):
 _TASKS = {
     "image-classification": Task("with a head that classifies images", "AutoModelForImageClassification", "classify"),
     "image-segmentation": Task(
-        "with a decoder that tells the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
+        "with a decoder that predicts the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
     ),
-    "image-feature-extraction": Task("as a vision model, whose output is tokens", "AutoModel", None),
+    "image-feature-extraction": Task("as a vision model that returns tokens", "AutoModel", None),
 }
 
 
@@ -265,7 +267,7 @@ def refuse_unknown_facts(facts: Mapping[str, Any]) -> None:
     """
     known = [each.name for each in fields(CardFacts)]
     if unknown := facts.keys() - set(known):
-        raise ValueError(f"The card has no facts {sorted(unknown)}; it has {', '.join(known)}.")
+        raise ValueError(f"A card has no facts {sorted(unknown)}. Supported are {', '.join(known)}.")
 
 
 def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -339,7 +341,7 @@ def _license(facts: CardFacts) -> tuple[str | None, str | None]:
     if facts.license is None or (is_non_commercial and said != (identifier, name)):
         if facts.license is not None:
             logger.warning(
-                "The card says %s, the licence of %s, which forbids commercial use, in place of %s.",
+                "The licence in the card is %s, that of %s, which forbids commercial use, instead of %s.",
                 name or identifier,
                 facts.base_model,
                 facts.license,
@@ -359,7 +361,7 @@ def _check_figure(name: str, value: Any) -> None:
     except (TypeError, ValueError):
         runs = ()
     if not (runs and all(0 <= share <= 1 for share in runs)):
-        raise ValueError(f"{name!r} must be a share in [0, 1], or one for each run, got {value!r}.")
+        raise ValueError(f"{name!r} must be in [0, 1], or a list of such values with one per run, got {value!r}.")
 
 
 def _runs(value: Figure) -> tuple[float, ...]:
@@ -469,7 +471,7 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
     def rounded(value: float | None, digits: int) -> str | None:
         return None if value is None else f"{value:.{digits}f}"
 
-    made = " that the transformer made itself" if facts.pictures == "generated" else ""
+    made = " that the transformer generated" if facts.pictures == "generated" else ""
     return {
         "timestep": _listing(facts.timestep),
         "log-SNR": rounded(facts.log_snr, 2),
@@ -482,7 +484,7 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
         "score (95 % interval)": None
         if facts.score is None or facts.interval is None
         else f"{facts.score:.4g} ({facts.interval[0]:.4g} to {facts.interval[1]:.4g})",
-        "score of the first, the first two, ... together": None
+        "joint score of the first, the first two, ...": None
         if facts.joint_scores is None
         else ", ".join(f"{score:.4g}" for score in facts.joint_scores),
         "seconds": rounded(facts.seconds, 1),

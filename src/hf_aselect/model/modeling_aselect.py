@@ -88,7 +88,7 @@ def package(module: str, what: str | None = None) -> Any:
             raise
         if what is None:
             return None
-        raise ImportError(f"{what} needs the package hf_aselect: pip install hf_aselect") from error
+        raise ImportError(f"{what} needs hf_aselect: pip install hf_aselect") from error
 
 
 class TokenReader(PreTrainedModel):
@@ -161,7 +161,7 @@ class TokenReader(PreTrainedModel):
         check_floats("latents", latents)
         draw = plain(draw)
         if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
-            raise ValueError(f"`draw` must be an integer from 0 on, got {draw!r}.")
+            raise ValueError(f"`draw` must be an integer >= 0, got {draw!r}.")
         noise = self._base().noise(tuple(latents.shape[1:]), draw)
         return self.noise_schedule.add_noise(latents, noise, timestep)
 
@@ -257,7 +257,7 @@ class TokenReader(PreTrainedModel):
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
         """Return clean latents: those given, or those of the images."""
         if (pixel_values is None) == (latents is None):
-            raise ValueError("Give exactly one of `pixel_values` and `latents`.")
+            raise ValueError("Pass exactly one of `pixel_values` and `latents`.")
         if latents is None:
             return self.encode(pixel_values)  # type: ignore[arg-type]
         check_latents(latents, self.config.layout)
@@ -414,8 +414,10 @@ class ShareableModel(TokenReader):
         """
         facts.pop("use_temp_dir", None)  # of transformers 4, as is the next one
         if not facts.pop("safe_serialization", True):
-            raise ValueError("`safe_serialization=False` asks for pickled weights, which are never written.")
-        hub = package("hub.push", "A card with facts of its own" if facts else None)
+            raise ValueError(
+                "`safe_serialization=False` is not supported, because weights are only saved as safetensors. Omit it."
+            )
+        hub = package("hub.push", "A model card with facts" if facts else None)
         commit: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
         where: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
         if hub is not None:
@@ -565,7 +567,7 @@ class ASelectPreTrainedModel(ShareableModel):
             return with_adapter
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
+            raise ValueError("`use_safetensors=False` is not supported, because pickles can run any code. Omit it.")
         replace_head = kwargs.pop("ignore_mismatched_sizes", False)
         is_diffusers = _take_source(source, kwargs)
         options: Any = {"output_loading_info": True, "use_safetensors": True}  # never unpickle
@@ -732,8 +734,8 @@ class ASelectPreTrainedModel(ShareableModel):
             return
         if config.zeroed_channels == "auto":
             raise ValueError(
-                f"`zeroed_channels='auto'` are found with the timestep, which is fixed at {config.timestep}. Pass "
-                "`timestep='auto'`, or name the channels."
+                f"`zeroed_channels='auto'` needs `timestep='auto'`, but the timestep is fixed at {config.timestep}. "
+                "Pass `timestep='auto'`, or list the channels."
             )
         if not config.is_selection_in_use():
             config.selection = None
@@ -787,7 +789,7 @@ class ASelectPreTrainedModel(ShareableModel):
             if id(module) not in set.intersection(*unused)
         ]
         if not found:
-            raise ValueError(f"`names` must be ends of names of layers up to the tap, got {list(names)}.")
+            raise ValueError(f"`names` must be suffixes of the names of layers up to the tap, got {list(names)}.")
         return found
 
     def fold(self) -> Self:
@@ -816,7 +818,7 @@ class ASelectPreTrainedModel(ShareableModel):
 def _take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> bool:
     """Put what diffusers saved, if it did, into the keywords of `from_pretrained`; return whether it did."""
     needed = source is not None and is_of_diffusers(source)
-    loading = package("checkpoints.loading", "Loading what diffusers saved" if needed else None)
+    loading = package("checkpoints.loading", "Loading a diffusers checkpoint" if needed else None)
     if loading is not None and loading.take_source(source, kwargs):
         return True
     if source is not None:
@@ -841,13 +843,13 @@ def _explained(source: Any) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"The weights in {str(source)!r} are truncated or no safetensors ({error}). Save or download them again."
+            f"The weights in {str(source)!r} are truncated or not safetensors ({error}). Save or download them again."
         ) from error
     except TypeError as error:
         # transformers passes keywords that it does not know on to the model's `__init__`.
         found = set(re.findall(r"unexpected keyword argument '(\w+)'", str(error)))
         if found & TAKEN:
-            raise ValueError(f"Give {', '.join(found)} in `config=`, which says all that a keyword would.") from error
+            raise ValueError(f"Set {', '.join(found)} in `config=` instead of passing keywords beside it.") from error
         refuse_unknown_keywords(found)
         raise
 
@@ -867,13 +869,13 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
     """Reject what `forward` would ignore though it is meant: a timestep or tap, and misspelt images or labels."""
     if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "read_out", "num_noise_draws"}):
         raise ValueError(
-            f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
-            "`model.config`, or call `extract_features`, which takes them."
+            f"`forward` reads the timestep and tap of the configuration, and takes no {', '.join(named)}. Set them "
+            "in `model.config`, or call `extract_features`, which takes them."
         )
     if kwargs.get("output_attentions"):
         raise ValueError(
-            "`output_attentions=True` asks for attention weights, which are never returned: most kernels do not make "
-            "them. Leave it out; what attention yields is read with `feature='attention'`."
+            "`output_attentions=True` is not supported, because most attention kernels return no weights. Omit it; "
+            "`feature='attention'` reads the output of attention."
         )
     for name in () if torch.compiler.is_compiling() else kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
@@ -901,7 +903,9 @@ class DiTModel(ASelectPreTrainedModel):
 
     def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False) -> None:
         if add_pooling_layer:
-            raise ValueError("`add_pooling_layer=True` adds nothing: `pooler_output` is the mean of the tokens.")
+            raise ValueError(
+                "`add_pooling_layer=True` is not supported: `pooler_output` is always the mean of the tokens. Omit it."
+            )
         super().__init__(config)
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
@@ -910,8 +914,8 @@ class DiTModel(ASelectPreTrainedModel):
             self.vae.float()  # in half precision, too, where the model is built of its configuration
         if not config.folded and config._attn_implementation not in (None, "sdpa"):
             logger.warning(
-                "`attn_implementation=%r` is of no account here: diffusers' blocks run kernels of their own. The "
-                "blocks of a folded model (`model.fold()`) run transformers'.",
+                "`attn_implementation=%r` is ignored: diffusers' blocks use their own attention kernels. Folded "
+                "models (`model.fold()`) support it.",
                 config._attn_implementation,
             )
         # Made before a graph is compiled or exported, which would have no generator in it.

@@ -199,12 +199,14 @@ def fit_ridge(
     total = Moments.combined(folds)
     scale = total.scale() if scale is None else scale
     if not bool(scale.any()):
-        raise ValueError("The features are the same for all images, so there is nothing to tell them apart by.")
+        raise ValueError("The features are the same for all images. Check the images, or read a smaller timestep.")
     *_, variance = total.centred(total.mean, total.target_mean)
     if variance <= 0:
         raise ValueError("The labels are the same for all images. A head needs images of at least two classes.")
     if sum(fold.weight > 0 for fold in folds) < 2:
-        raise ValueError("Too few images: some are held out to select the strength of the ridge. Give more.")
+        raise ValueError(
+            "There are too few images to hold some out and select the ridge strength on them. Pass more images."
+        )
     parts = [(fold, None if samples is None else samples[number]) for number, fold in enumerate(folds)]
     trials: dict[int, _Trial] = {}
     places = range(0, len(strengths), _STEP)

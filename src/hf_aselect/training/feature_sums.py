@@ -206,9 +206,9 @@ def check_memory(width: int, num_targets: int) -> None:
     available = available_memory()
     if needed > available:
         raise ValueError(
-            f"The moments of features of width {width} need {needed / 1e9:.1f} GB of memory, of which "
+            f"The moments of features of width {width} need {needed / 1e9:.1f} GB of memory, but "
             f"{available / 1e9:.1f} GB are available. Read fewer taps, or at most {KEPT_BYTES // (4 * width)} images "
-            "(`max_images=`): so many rows of features are kept as they are, without moments."
+            "(`max_images=`), whose features need no moments."
         )
 
 

@@ -123,13 +123,13 @@ def _as_tensor(labels: list[Any], indices: list[int]) -> Tensor:
             each = torch.as_tensor(label)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"The label of image {index} is {short(label)}, and must be a number or numbers. Turn names into "
-                "class indices first (`dataset.class_encode_column`), and leave out images without a label."
+                f"The label of image {index} is {short(label)}, but must be a number or a list of numbers. Convert "
+                "names to class indices first (`dataset.class_encode_column`), and remove images without a label."
             ) from error
         if made and (each.shape != made[0].shape or each.is_floating_point() != made[0].is_floating_point()):
             raise ValueError(
-                f"The labels are of several kinds: {_kind(each)} of image {index}, and {_kind(made[0])} of image "
-                f"{indices[0]}."
+                f"All labels must be of one kind, got {_kind(each)} for image {index}, and {_kind(made[0])} for "
+                f"image {indices[0]}."
             )
         made.append(each)
     return torch.stack(made)
@@ -241,9 +241,7 @@ class LabelCounts:
             ValueError: If there are.
         """
         if self.num_images < 2:
-            raise ValueError(
-                f"A head is fitted to images that differ: give at least 2 with a label, got {self.num_images}."
-            )
+            raise ValueError(f"A head needs at least 2 images with a label, got {self.num_images}.")
         if self.targets.kind == REGRESSION:
             return
         missing = (self.counts == 0).nonzero().flatten().tolist()
@@ -253,7 +251,7 @@ class LabelCounts:
             names = self.config.id2label or {}
             named = ", ".join(f"{names.get(number, number)!r} ({number})" for number in missing[:10])
             raise ValueError(
-                f"{len(missing)} of {len(self.counts)} classes have no image among {self.num_images}: {named}"
-                f"{', ...' * (len(missing) > 10)}. Give images of all classes, load the model with fewer "
-                "(`num_labels=`), or pass `allow_missing=True`: then they are never predicted."
+                f"{len(missing)} of {len(self.counts)} classes have no image among {self.num_images}: "
+                f"{named}{', ...' * (len(missing) > 10)}. Add images of all classes, load the model with fewer "
+                "(`num_labels=`), or pass `allow_missing=True` to never predict them."
             )
