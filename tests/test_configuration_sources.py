@@ -262,7 +262,7 @@ def test_a_misspelt_keyword_of_a_call_is_refused(config_of, given):
 @pytest.mark.parametrize(
     ("name", "fits", "other", "words"),
     [
-        ("num_channels", 3, 1, "because it is 3 in `transformer` or `vae`"),
+        ("num_channels", 3, 1, "it is 3 in `transformer` or `vae`"),
         ("num_hidden_layers", 3, 12, "it is 3"),
         ("patch_size", 2, 16, "it is 2"),
         ("hidden_dropout_prob", 0.0, 0.1, "it is 0"),
@@ -270,7 +270,9 @@ def test_a_misspelt_keyword_of_a_call_is_refused(config_of, given):
 )
 def test_fields_of_vit_are_taken_where_they_are_so_here(converted, name, fits, other, words):
     assert ASelectConfig.from_pretrained(converted, **{name: fits}).timestep == 50
-    with pytest.raises((ValueError, StrictDataclassError), match=f"`{name}` cannot be set: {words}.*got {other}"):
+    with pytest.raises(
+        (ValueError, StrictDataclassError), match=f"`{name}` cannot be set, because {words}.*got {other}"
+    ):
         ASelectConfig.from_pretrained(converted, **{name: other})
 
 
@@ -332,5 +334,5 @@ def test_keywords_of_transformers_are_taken_by_a_push(classifier, monkeypatch, g
     assert pushed["include_code"] is True
     with pytest.raises(ValueError, match="is not supported"):
         classifier.push_to_hub("me/model", safe_serialization=False)
-    with pytest.raises(ValueError, match="The card has no facts"):
+    with pytest.raises(ValueError, match="A card has no facts"):
         classifier.push_to_hub("me/model", use_tempdir=True)

@@ -152,14 +152,14 @@ def test_a_truncated_diffusers_file_is_refused(folder):
 
 def test_a_truncated_checkpoint_of_ours_is_refused(saved):
     cut(saved / "model.safetensors")
-    with pytest.raises(ValueError, match="are truncated or no safetensors"):
+    with pytest.raises(ValueError, match="are truncated or not safetensors"):
         DiTForImageClassification.from_pretrained(saved)
 
 
 def test_a_truncated_shard_of_ours_is_refused(classifier, tmp_path):
     classifier.save_pretrained(tmp_path, max_shard_size="20KB")
     cut(sorted(tmp_path.glob("*.safetensors"))[1])
-    with pytest.raises(ValueError, match="are truncated or no safetensors"):
+    with pytest.raises(ValueError, match="are truncated or not safetensors"):
         DiTForImageClassification.from_pretrained(tmp_path)
 
 

@@ -440,8 +440,8 @@ def test_a_broken_picture_is_named(model, tmp_path):
     [
         ({"what": "maps"}, "`what` must be one of tokens, pooled, latents, got 'maps'"),
         ({"dtype": "bfloat16"}, "`dtype` must be one of float16, float32"),
-        ({"num_views": 0}, "`num_views` must be an integer from 1 on"),
-        ({"batch_size": 0}, "`batch_size` must be an integer from 1 on"),
+        ({"num_views": 0}, "`num_views` must be a positive integer"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer"),
         ({"image_column": "picture"}, "no column 'picture', only image, label, name"),
     ],
 )

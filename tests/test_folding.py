@@ -555,7 +555,7 @@ def test_a_classifier_is_no_backbone_of_other_blocks(classifier, tmp_path):
     ("change", "message"),
     [
         ({"num_attention_heads": 3}, "multiple of `num_attention_heads`"),
-        ({"hidden_size": 0}, "integer from 1 on as `hidden_size`"),
+        ({"hidden_size": 0}, "positive integer as `hidden_size`"),
         ({"taps": []}, "at least one tap"),
         ({"taps": ["x.query"]}, "must be named 'BLOCK.FEATURE'"),
         ({"taps": "1.query"}, "must have lists as taps"),
@@ -564,7 +564,7 @@ def test_a_classifier_is_no_backbone_of_other_blocks(classifier, tmp_path):
         ({"blocks": "mamba"}, "one of plain, sana, lumina2 as `blocks`"),
         ({"num_key_value_heads": 3}, "a divisor of 2 as `num_key_value_heads`"),
         ({"num_cross_heads": 5}, "a divisor of 16 as `num_cross_heads`"),
-        ({"cross_size": -1}, "integer from 0 on as `cross_size`"),
+        ({"cross_size": -1}, "integer >= 0 as `cross_size`"),
         ({"unheard": 1}, "has no unheard"),
         ({"timestep": 7}, "was folded at timestep 7"),
         ({"num_channels": 2}, "num_channels 2"),

@@ -376,7 +376,7 @@ def test_pictures_with_holes_are_refused(model, pixels, value):
         ({"timestep": 5.0}, r"got 5\.0"),
         ({"block": 3}, r"`block` must be in \[-3, 3\) for a transformer of 3 blocks, got 3"),
         ({"feature": "logits"}, "`feature` must be one of hidden, .*, got 'logits'"),
-        ({"num_noise_draws": 0}, "`num_noise_draws` must be at least 1, got 0"),
+        ({"num_noise_draws": 0}, "`num_noise_draws` must be a positive integer, got 0"),
     ],
 )
 def test_taps_that_do_not_exist_are_refused(model, pixels, arguments, words):

@@ -272,7 +272,7 @@ def test_a_bad_index_is_refused(index):
 def test_bad_sigmas_and_shifts_are_refused():
     with pytest.raises(ValueError, match=r"`sigma` must be in \[0, 1\], got 1.5"):
         NoiseSchedule.flow_matching().timestep_at_sigma(1.5)
-    with pytest.raises(ValueError, match="`shift` of a flow-matching scheduler must be in \[1e-6, 1e6\], got 0"):
+    with pytest.raises(ValueError, match=r"`shift` of a flow-matching scheduler must be in \[1e-6, 1e6\], got 0"):
         NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0})
 
 

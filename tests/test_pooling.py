@@ -70,7 +70,7 @@ def test_images_tokens_and_caches_give_the_same_logits(pixel_folder, train, tmp_
     if is_standardized and pooling != "mean":
         with pytest.raises(ValueError, match=r"what='pooled' with pooling=.* is not possible: .*what='tokens'"):
             cache_features(model, train, tmp_path, what="pooled")
-        with pytest.raises(ValueError, match=r"`features` are pooled, .* cannot be standardized afterwards"):
+        with pytest.raises(ValueError, match=r"`features` are pooled .* cannot be standardized afterwards"):
             model(features=torch.zeros(2, config.pooled_size))
     else:
         kinds.append("pooled")

@@ -377,9 +377,9 @@ class Energy:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_timesteps": 0}, "`num_timesteps` must be at least 1, got 0"),
-        ({"num_timesteps": 1.5}, "`num_timesteps` must be at least 1, got 1.5"),
-        ({"num_timesteps": True}, "`num_timesteps` must be at least 1, got True"),
+        ({"num_timesteps": 0}, "`num_timesteps` must be a positive integer, got 0"),
+        ({"num_timesteps": 1.5}, "`num_timesteps` must be a positive integer, got 1.5"),
+        ({"num_timesteps": True}, "`num_timesteps` must be a positive integer, got True"),
         (
             {"num_timesteps": 6},
             "`num_timesteps` must be at most 5, the number of timesteps that are always scored, got 6",

@@ -576,7 +576,7 @@ def test_what_cannot_be_standardized_is_refused(model, classifier):
         model.standardize(images())
     with pytest.raises(ValueError, match="at least 2 images to standardize features, got 1"):
         classifier.standardize(images(1))
-    with pytest.raises(ValueError, match="`max_images` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`max_images` must be a positive integer, got 0"):
         classifier.standardize(images(), max_images=0)
     with pytest.raises(ValueError, match="`images` is empty"):
         classifier.standardize([])

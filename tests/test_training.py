@@ -422,7 +422,7 @@ def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):
 
 @pytest.mark.parametrize("options", [{"max_images": 0}, {"reselect_epochs": 0}, {"reselect_epochs": 1.5}])
 def test_wrong_numbers_are_refused(options):
-    with pytest.raises(ValueError, match="must be an integer from 1 on"):
+    with pytest.raises(ValueError, match="must be a positive integer"):
         ASelectCallback(**options)
 
 

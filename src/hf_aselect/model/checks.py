@@ -34,14 +34,14 @@ def check_timestep(timestep: Any) -> None:
 
 
 def check_count(name: str, count: Any) -> None:
-    """Reject anything but an integer from 1 on.
+    """Reject anything but a positive integer.
 
     Raises:
         ValueError: If `count` is none.
     """
     count = plain(count)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"`{name}` must be an integer >= 1, got {count!r}.")
+        raise ValueError(f"`{name}` must be a positive integer, got {count!r}.")
 
 
 def is_finite_number(value: Any) -> bool:

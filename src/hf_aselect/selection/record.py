@@ -221,7 +221,7 @@ def _check_values(record: dict[str, Any]) -> None:
             if uneven
             else ("its timestep is not among `timesteps`")
         )
-        raise ValueError(f"This saved selection is broken: {why}. Select the timestep again.")
+        raise ValueError(f"A saved selection is broken: {why}. Select the timestep again.")
     _check_selected(record)
 
 
