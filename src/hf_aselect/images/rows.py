@@ -97,7 +97,7 @@ class ImageRows:
             except StopIteration:
                 return
             except UNREADABLE as error:
-                raise _unreadable(index, error) from error
+                raise _unreadable(index, error, self._file_of(index)) from error
             yield row
             index += 1
 
@@ -110,7 +110,20 @@ class ImageRows:
         try:
             return self.rows[index]
         except UNREADABLE as error:
-            raise _unreadable(index, error) from error
+            raise _unreadable(index, error, self._file_of(index)) from error
+
+    def _file_of(self, index: int) -> str | None:
+        """Return the file of an image that cannot be read; None where it has none."""
+        if (
+            not self.is_numbered
+            or type((getattr(self.rows, "features", None) or {}).get(self.kind)).__name__ != "Image"
+        ):
+            return None
+        undecoded = self.rows.with_format(None).cast_column(
+            self.kind, type(self.rows.features[self.kind])(decode=False)
+        )
+        path: str | None = undecoded[index][self.kind]["path"]
+        return path
 
     def rows_of(self, indices: list[int]) -> list[Any]:
         """Return several rows, at once where the set can do that."""
@@ -334,8 +347,8 @@ def stacked(name: str, indices: list[int], values: list[Any]) -> Tensor:
         ) from error
 
 
-def _unreadable(index: int, error: BaseException) -> ValueError:
-    return ValueError(f"Image {index} of the set cannot be read: {error}")
+def _unreadable(index: int, error: BaseException, file: str | None = None) -> ValueError:
+    return ValueError(f"Image {index} of the set{f', {file!r},' if file else ''} cannot be read: {error}")
 
 
 def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:
