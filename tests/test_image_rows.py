@@ -9,6 +9,8 @@ import zipfile
 
 import datasets
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
@@ -110,6 +112,9 @@ WITH_LABELS = {
         features=Features(image=datasets.Array3D((8, 8, 3), "uint8"), label=Value("int64")),
     ),
     "mapping": lambda: {"pixel_values": pixel_values(), "labels": torch.tensor(LABELS)},
+    "a-table-of-pandas": lambda: pandas.DataFrame({"image": PIL, "label": LABELS}, index=LABELS),
+    "a-table-of-pandas-of-arrays": lambda: pandas.DataFrame({"image": ARRAYS, "label": LABELS}),
+    "a-table-of-arrow": lambda: pyarrow.table({"image": [encoded(image) for image in PIL], "label": LABELS}),
 }
 WITHOUT = {
     "arrays-of-fractions": lambda: [array / 255 for array in ARRAYS],
@@ -126,6 +131,7 @@ WITHOUT = {
     "stream-of-torch": Stream,
     "stream": lambda: rows().to_iterable_dataset(),
     "iterator": lambda: iter(PIL),
+    "a-series": lambda: pandas.Series(PIL, index=LABELS),
 }
 
 
@@ -211,6 +217,14 @@ def test_a_cache_takes_datasets_of_torch(linear, tmp_path, kind):
     assert len(list((tmp_path / kind).iterdir())) == 1
     other = cache_features(linear, Subset(WITH_LABELS[kind](), range(5)), tmp_path / kind, dtype="float32")
     assert len(list((tmp_path / kind).iterdir())) == 2 and len(other) == 5
+
+
+def test_a_cache_takes_a_table(linear, tmp_path):
+    names = list(map(str, LABELS))
+    table = pandas.DataFrame({"image": PIL, "label": LABELS, "name": names})
+    cached = cache_features(linear, table, cache_dir=tmp_path)
+    expected = cache_features(linear, rows(), cache_dir=tmp_path)
+    assert np.allclose(cached["features"], expected["features"], atol=1e-5) and cached["name"][:] == names
 
 
 def test_another_transform_is_another_cache(linear, tmp_path):
