@@ -90,9 +90,9 @@ def test_the_default_is_the_criterion_that_loses_least(summary):
 # The card says of each why.
 MISSED = {
     "points lost, linear head, all pairs",
-    "points lost, linear head, pairs looked at once",
+    "points lost, linear head, held-out pairs",
     "points lost, attention head, all pairs",
-    "points lost, attention head, pairs looked at once",
+    "points lost, attention head, held-out pairs",
     "points more with images of its own",
     "forward passes, against the search",
 }
@@ -125,14 +125,14 @@ def test_the_cards_costs_are_the_measured_ones():
     seconds = [cost["median_seconds"], min(cost["seconds"]), max(cost["seconds"])]
     median, least, most = (f"{value:.1f}" for value in seconds)
     assert f"| seconds, median of 20 seeds (least, most) | {median} ({least}, {most}) |" in card
-    assert f"takes {median} s in the median of 20 seeds and {most} at most" in readme
+    assert f"takes {median} s (median of 20 seeds) and at most {most} s" in readme
     forwards = [statistics.median(cost["num_forwards"]), max(cost["num_forwards"])]
     assert "| forward passes, median (most) | {:,.0f} ({:,}) |".format(*forwards) in card
     rise = {(each["num_images"], each["num_timesteps"]): round(each["rise_mib"]) for each in cost["memory"]}
     for count, words in ((64, "64"), (4096, "4,096")):
         few, many = rise[count, 3], rise[count, 20]
         assert f"| memory beside the model, {words} images, at 3 and at 20 timesteps | {few} and {many} MiB |" in card
-        assert f"{words} images {few} MiB beside the model at 3 timesteps and {many} at 20" in readme
+        assert f"with {words} images {few} MiB at 3 timesteps and {many} at 20" in readme
 
 
 def test_each_pair_is_drawn():

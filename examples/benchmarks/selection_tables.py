@@ -60,7 +60,7 @@ def table_of_bars(rows: list[Row]) -> list[str]:
     guesses = {row["criterion"] for row in rows if row["criterion"].startswith("t = ")}
     lines = []
     for head, key in LOSSES.items():
-        for what, part, bars in (("all pairs", default, (0.5, 3.0)), ("pairs looked at once", once, (0.7, 3.0))):
+        for what, part, bars in (("all pairs", default, (0.5, 3.0)), ("held-out pairs", once, (0.7, 3.0))):
             mean, worst = mean_and_worst(key, part)
             lines.append((f"points lost, {head}, {what}", f"mean ≤ {bars[0]}, worst ≤ {bars[1]:g}", mean, worst, bars))
     found = [
@@ -106,7 +106,7 @@ def overall_table(rows: list[Row]) -> list[str]:
     once = list(dict.fromkeys(row["pair"] for row in rows if row["once"]))
     head = ["selected by"]
     for truth in LOSSES:
-        head += [f"{truth}, {what}" for what in ("mean", "worst", "once, mean", "once, worst")]
+        head += [f"{truth}, {what}" for what in ("mean", "worst", "held out, mean", "held out, worst")]
     head += ["rank correlation", "forward passes", "seconds"]
     found = []
     for name in ordered(rows):
@@ -127,7 +127,7 @@ def overall_table(rows: list[Row]) -> list[str]:
         found.append(cells)
     title = (
         f"Accuracy points lost over {len(pairs)} pairs and all of their taps, each of which counts once; and over "
-        f"those that were looked at once ({', '.join(once) or 'none'}). Passes are a share of the exhaustive "
+        f"the held-out ones ({', '.join(once) or 'none'}). Passes are a share of the exhaustive "
         "search's, seconds a median, the rank correlation is over the timesteps that were read."
     )
     return markdown(title, head, found)
