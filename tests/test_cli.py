@@ -186,7 +186,7 @@ def test_fold_writes_a_model_that_reads_alike(classifier, tmp_path, capsys, pixe
     assert folded.config.folded
     with torch.no_grad():
         torch.testing.assert_close(folded(pixels).logits, classifier.eval()(pixels).logits, rtol=1e-4, atol=1e-5)
-    assert "read here alone" in (tmp_path / "folded" / "README.md").read_text()
+    assert "only this timestep can be read" in (tmp_path / "folded" / "README.md").read_text()
     assert (tmp_path / "folded" / "preprocessor_config.json").is_file()
     assert not list(tmp_path.glob(".*incomplete*"))
 
@@ -262,7 +262,7 @@ def test_card_draws_the_curve_of_the_choice(pixel_folder, pictures, tmp_path):
     assert main(["card", str(tmp_path)]) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "timestep_curve.png").is_file() and "(timestep_curve.png)" in text
-    assert f"| timestep | {model.config.timestep} |" in text and "**How sure.**" in text
+    assert f"| timestep | {model.config.timestep} |" in text and "**Confidence.**" in text
     assert all(f"- {warning}\n" in text for warning in model.config.selection["warnings"])
 
 

@@ -783,7 +783,7 @@ def test_what_is_dropped_never_breaks_a_conversion(sd3_folder, tmp_path, text_en
         ("vae", {"scaling_factor": None}, "`scaling_factor` of `vae` must be a finite number other than 0, got None"),
         ("vae", {"block_out_channels": -1}, "`vae` must have a list as `block_out_channels`, got -1"),
         ("scheduler", {"trained_betas": "x"}, "`trained_betas` of the scheduler must be a list, got 'x'"),
-        ("scheduler", {"beta_end": None}, "`beta_end` of the scheduler must be a number, got None"),
+        ("scheduler", {"beta_end": None}, "`beta_end` of the scheduler must be a finite number, got None"),
         ("scheduler", {"num_train_timesteps": 100}, "`num_train_timesteps` of the scheduler must be 1000, got 100"),
     ],
 )

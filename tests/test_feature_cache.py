@@ -455,7 +455,7 @@ def test_wrong_data_are_refused(model, data, tmp_path):
     for wrong, message in (
         (7, "got int"),
         (datasets.DatasetDict(train=data), "one split of a DatasetDict"),
-        (data.to_iterable_dataset(), "of a stream take a part"),
+        (data.to_iterable_dataset(), "or a part of a stream"),
         (data.select([]), "no rows"),
         (data.remove_columns("image"), "exactly one column of images"),
         (data.rename_column("label", "features"), "has a column 'features' already"),

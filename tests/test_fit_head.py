@@ -166,7 +166,7 @@ def test_its_card_says_how_it_was_fitted(fitted, tmp_path):
     write_model_card(model, tmp_path, model_name="colours", **model.card_facts)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| head | linear, in closed form (ridge regression) |\n| images it was fitted on | 120 |" in text
-    assert f"| accuracy on held-out images, each held out once |{found.accuracy:.1%} |" in text
+    assert f"| accuracy on held-out images, each held out once | {found.accuracy:.1%} |" in text
     assert f"| **this model** | {found.evaluation['accuracy']:.1%} |" in text
 
 
@@ -567,7 +567,7 @@ def test_classes_without_an_image_may_be_allowed(model, train, test):
     [
         ({"image_column": "photo"}, "no column 'photo', only image, label"),
         ({"label_column": "kind"}, "no column 'kind', only image, label"),
-        ({"max_images": 0}, "`max_images` must be at least 1"),
+        ({"max_images": 0}, "`max_images` must be a positive integer"),
         ({"batch_size": True}, "`batch_size` must be at least 1"),
         ({"seed": -1}, "`seed` must be an integer in"),
     ],
@@ -799,7 +799,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
             "A parquet file has no splits, so `--eval-split` cannot be used. Pass the evaluation file as",
         ),
         (["--timestep", "1000"], "`timestep` must be an integer in [0, 1000)"),
-        (["--num-images", "0"], "`max_images` must be at least 1"),
+        (["--num-images", "0"], "`max_images` must be a positive integer"),
         (["--num-images", "3"], "classes have no image among 3"),
     ],
 )

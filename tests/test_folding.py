@@ -492,7 +492,7 @@ def test_an_unresolved_model_is_refused(classifier):
 
 def test_a_folded_model_is_not_folded_again(classifier):
     classifier.config.timestep = TIMESTEP
-    with pytest.raises(ValueError, match="is folded already"):
+    with pytest.raises(ValueError, match="is already folded"):
         classifier.fold().fold()
 
 
@@ -531,7 +531,7 @@ def test_what_is_no_longer_there_is_not_read(classifier, pixels, tmp_path):
         folded.extract_features(pixels, timestep=0)
     with pytest.raises(ValueError, match=r"was folded to be read at 1\.query"):
         folded.extract_features(pixels, block=0)
-    with pytest.raises(ValueError, match=r"there is nothing to select"):
+    with pytest.raises(ValueError, match=r"so there is no timestep to select"):
         select_timestep(folded, pixels)
     with pytest.raises(ValueError, match=r"A folded model cannot generate images"):
         folded.generate_latents(2)
@@ -565,7 +565,7 @@ def test_a_classifier_is_no_backbone_of_other_blocks(classifier, tmp_path):
         ({"num_key_value_heads": 3}, "a divisor of 2 as `num_key_value_heads`"),
         ({"num_cross_heads": 5}, "a divisor of 16 as `num_cross_heads`"),
         ({"cross_size": -1}, "integer >= 0 as `cross_size`"),
-        ({"unheard": 1}, "has no unheard"),
+        ({"unheard": 1}, "has unknown keys unheard"),
         ({"timestep": 7}, "was folded at timestep 7"),
         ({"num_channels": 2}, "num_channels 2"),
         ({"mlp_norm_eps": "x"}, "number as `mlp_norm_eps`"),

@@ -422,8 +422,10 @@ def test_training_waits_little_for_data_and_gains_by_a_second_process():
     assert f"at {per_core['head']:.2f} of the speed of one, per core, with a frozen DiT-S/2" in readme
     assert f"and at {per_core['all']:.2f} with all weights" in readme
     shares = [f"{100 * share:.1f} %" for share in reading.values()]
-    assert f"reading takes {shares[0]} of an attention head's training, {shares[2]} of a linear one's with" in readme
-    assert f"{100 * reading['linear head, tokens']:.0f} % with whole tokens" in readme
+    assert (
+        f"reading takes {shares[0]} of an attention head's training, and for a linear head {shares[2]} with" in readme
+    )
+    assert f"{100 * reading['linear head, tokens']:.0f} % with all tokens" in readme
 
 
 CLASSIFIER = ROOT / "model_cards" / "fashion-mnist-classifier"

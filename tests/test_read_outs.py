@@ -264,7 +264,7 @@ def test_without_a_timestep_the_width_is_known(folder):
             "`query` of block 1 is listed twice at timestep 7. List each",
         ),
         ({"timestep": [5, 60, 5]}, "is listed twice at timestep 5"),
-        ({"feature": ["key", "key"]}, "`key` of block 1 is named twice"),
+        ({"feature": ["key", "key"]}, "`key` of block 1 is listed twice"),
         ({"timestep": list(range(1000)), "block": "all", "feature": ["key", "query"]}, "At most 4096 .* got 8000"),
         ({"read_out": []}, r"`read_out` must be a list of 1 to 4096 entries \[timestep, block, feature\]"),
         ({"read_out": [[5, 1]]}, r"with integer timesteps, got \[\[5, 1\]\]"),
@@ -272,12 +272,12 @@ def test_without_a_timestep_the_width_is_known(folder):
         ({"read_out": [["auto", 1, "key"]]}, "with integer timesteps"),
         ({"read_out": [[5, 1, "key"], [1000, 1, "key"]]}, "got 1000"),
         ({"read_out": [[5, 1, "key"], [5, 9, "key"]]}, "4 blocks, got 9"),
-        ({"read_out": [[5, 1, "key"], [5, -3, "key"]]}, "`key` of block 1 is named twice"),
+        ({"read_out": [[5, 1, "key"], [5, -3, "key"]]}, "`key` of block 1 is listed twice"),
         (
             {"read_out": [[5, 1, "key"]], "block": [0, 1]},
             r"`read_out` replaces .*got 5, \[0, 1\], 'key' as well. Omit them",
         ),
-        ({"read_out": [[5, 1, "key"]], "timestep": 6}, "got 6, 1, 'key' beside it.*pass `read_out=None`"),
+        ({"read_out": [[5, 1, "key"]], "timestep": 6}, "got 6, 1, 'key' as well.*pass `read_out=None`"),
         ({"read_out": "all"}, "'read_out'"),
         (
             {"zeroed_channels": [3], "block": [0, 1]},
@@ -370,7 +370,7 @@ def test_a_few_steps_of_trainer_train_the_head_alone(folder, tmp_path, head):
     assert torch.equal(logits(again), logits(model))
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| timestep | 60, 5 |" in card and "| block | 0 to 7 |" in card and "| feature | hidden |" in card
-    assert "| channels | 256, side by side in this order: every timestep, block and feature |" in card
+    assert "| channels | 256, concatenated in this order: every timestep, block and feature |" in card
 
 
 def test_what_comes_after_the_last_tap_of_any_timestep_is_frozen(folder):
@@ -682,7 +682,7 @@ def test_the_card_of_a_listed_read_out_names_each(folder, tmp_path):
     write_model_card(DiTModel.from_pretrained(folder, read_out=LISTED, zeroed_channels=[]), tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     each = "hidden of block 6 at t = 60, key of block 0 at t = 5, value of block 0 at t = 60"
-    assert f"| channels | 48, side by side in this order: {each} |" in card
+    assert f"| channels | 48, concatenated in this order: {each} |" in card
     assert "| timestep | 60, 5 |" in card and "| feature | hidden, key, value |" in card
 
 

@@ -208,7 +208,7 @@ def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, cap
     words += ["--per_device_train_batch_size", "24"]
     with caplog.at_level(logging.INFO, logger="hf_aselect"):
         train(recipe, *words)
-    assert caplog.text.count("Chose timestep") == 1
+    assert caplog.text.count("Selected timestep") == 1
     (path,) = {"lora": [tmp_path / "out"]}.get(recipe, [tmp_path / "out" / "checkpoint-2"])
     config = ASelectConfig.from_pretrained(path)
     other = next(timestep for timestep in config.selection["timesteps"] if timestep != config.timestep)
@@ -218,7 +218,7 @@ def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, cap
     with caplog.at_level(logging.INFO, logger="hf_aselect"):
         trainer = train(recipe, *words)
     assert trainer.state.global_step == 4
-    assert caplog.text.count("Chose timestep") == 1
+    assert caplog.text.count("Selected timestep") == 1
     again = ASelectConfig.from_pretrained(tmp_path / "out")
     assert (again.timestep, again.selection["timestep"]) == (other, other)
     with pytest.raises(ValueError, match=f"This training started with timestep {other}, got --timestep 7"):

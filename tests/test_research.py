@@ -602,7 +602,7 @@ def test_options_of_research_weights_need_a_layout(latent_folder, tmp_path, caps
 
 
 def test_images_have_no_use_at_a_fixed_timestep(latent_folder, tmp_path, pictures):
-    with pytest.raises(ValueError, match="`calibration_images` were given, but the timestep is fixed at 5"):
+    with pytest.raises(ValueError, match="`calibration_images` are given, but the timestep is fixed at 5"):
         convert_diffusers(latent_folder, tmp_path / "out", timestep=5, calibration_images=pictures)
     assert not list(tmp_path.iterdir())
 

@@ -706,7 +706,7 @@ def test_classes_that_neither_has_are_left_out_and_named():
         ),
         (np.zeros((1, 2, 2), int), np.full((1, 2, 2), 5), r"A prediction holds \[5\], expected classes in \[0, 5\)\."),
         (np.full((1, 2, 2), 255), np.zeros((1, 2, 2), int), "at least one pixel with a class, got none"),
-        (np.zeros((2, 2, 2), int), np.zeros((1, 2, 2), int), "Got 1 predicted masks and 2 references"),
+        (np.zeros((2, 2, 2), int), np.zeros((1, 2, 2), int), "got 1 predicted masks and 2 references"),
     ],
 )
 def test_bad_masks_are_refused_by_the_metric(truth, guess, message):

@@ -158,7 +158,7 @@ def test_the_card_says_the_licence_of_what_the_model_is_made_from(classifier, tm
     assert expected in text.split("---")[1]
     if "base_model" in fields:
         assert f"base_model: {fields['base_model']}" in text
-        assert "licence of its weights, and so of these" in text
+        assert "licence of its weights, which also applies here" in text
     # What the user says comes first, but for what forbids commercial use.
     write_model_card(classifier, tmp_path, license="mit")
     is_hidden = "\nlicense: mit\n" in (tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1]

@@ -284,10 +284,10 @@ def draw(pair: Row, path: Path) -> None:
                 axis.plot(ratios, accuracies, color=color, linestyle=line, marker=marker, markersize=3, label=label)
         selected = [row for row in pair["rows"] if (row["block"], row["feature"]) == (block, feature)]
         selected = [row for row in selected if row["criterion"] == DEFAULT]
-        for key, (color, _, _, label) in zip(LOSSES.values(), styles.values(), strict=False):
+        for key, (color, _, _, label), line in zip(LOSSES.values(), styles.values(), (":", "-."), strict=False):
             for timestep in {row["timestep"] for row in selected if key in row}:
                 place = ratios[pair["timesteps"].index(timestep)]
-                axis.axvline(place, color=color, linestyle=":", label=f"selected for the {label}: t = {timestep}")
+                axis.axvline(place, color=color, linestyle=line, label=f"selected for the {label}: t = {timestep}")
         axis.set_title(f"block {block}, {feature}", fontsize=9)
         axis.grid(alpha=0.3)
     # From clean to noisy, as t runs.

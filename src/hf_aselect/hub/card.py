@@ -50,13 +50,11 @@ YOURS = "<!-- What follows is yours: it stays when this card is written again. -
 Figure = float | Sequence[float]
 _UNLABELLED = ", without labels or training."
 _HOW = {
-    "consensus": "Selected by how much of what the transformer's features have in common can be read from these"
+    "consensus": "Selected by how well the features here predict what those of all timesteps have in common"
     + _UNLABELLED,
     "hfr": "Selected by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
     + _UNLABELLED,
-    "signal_hfr": (
-        "Selected by the share of high spatial frequencies in what the features share between two noise draws"
-    )
+    "signal_hfr": "Selected by the share of high spatial frequencies in what the features of two noise draws share"
     + _UNLABELLED,
     "probe": "Selected by the accuracy of a linear probe, with labels.",
     "patch_probe": "Selected by the accuracy of a linear probe on patches, with masks.",
@@ -225,7 +223,7 @@ def render_card(facts: CardFacts) -> str:
                 "dataset": facts.dataset,
                 "adapter of": facts.adapter_of,
                 "base model": facts.base_model,
-                "licence of its weights, and so of these": base_license[1] or base_license[0],
+                "licence of its weights, which also applies here": base_license[1] or base_license[0],
                 **(facts.training or {}),
             }
         ),
@@ -497,7 +495,7 @@ def _folded(facts: CardFacts) -> str | None:
     if not facts.folded:
         return None
     is_one = not isinstance(facts.timestep, list) or len(facts.timestep) == 1
-    return f"the {'timestep is' if is_one else 'timesteps are'} in the weights: it is read here alone"
+    return f"yes, so only {'this timestep' if is_one else 'these timesteps'} can be read"
 
 
 def _listing(values: Any) -> str | None:
@@ -516,15 +514,15 @@ def _side_by_side(facts: CardFacts) -> str | None:
     what = "every timestep, block and feature"
     if facts.read_out is not None:
         what = ", ".join(f"{feature} of block {block} at t = {at}" for at, block, feature in facts.read_out)
-    return f"{facts.channels:,}, side by side in this order: {what}"
+    return f"{facts.channels:,}, concatenated in this order: {what}"
 
 
 def _how(facts: CardFacts) -> str:
     """Return the sentence on how the timestep was selected."""
     if facts.criterion is None:
-        return "Features are read here:"
+        return "The features are read here:"
     # A criterion of the user's own is named in the table.
-    return _HOW.get(facts.criterion, "Selected by a criterion:")
+    return _HOW.get(facts.criterion, "Selected by this criterion:")
 
 
 def _result_rows(figures: Mapping[str, Figure]) -> dict[str, str]:
