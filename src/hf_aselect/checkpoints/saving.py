@@ -85,11 +85,30 @@ def in_memory(model: nn.Module, name: str, value: Tensor) -> Tensor:
 
     owner, _, own = name.rpartition(".")
     module = model.get_submodule(owner)
-    with align_module_device(module, torch.device("cpu")):
-        found: Tensor = getattr(module, own).detach()
-    if found.device.type == "meta":
+    if hasattr(module, "_hf_hook"):
+        with align_module_device(module, torch.device("cpu")):
+            value = getattr(module, own).detach()
+    if value.device.type == "meta":
         raise ValueError(f"The weight {name!r} is not in memory, and no hook of accelerate brings it in.")
-    return found
+    return value
+
+
+def bring_in(module: nn.Module, device: torch.device) -> None:
+    """Keep in memory from now on what accelerate offloaded of a module, so that it can be written to.
+
+    Raises:
+        ValueError: If nobody knows where it is.
+    """
+    state = {name: in_memory(module, name, value) for name, value in module.state_dict(keep_vars=True).items()}
+    if all(value.device.type != "meta" for value in module.state_dict().values()):
+        return
+    # Whoever has offloaded weights has it, and nobody else needs it.
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import set_module_tensor_to_device
+
+    remove_hook_from_module(module, recurse=True)
+    for name, value in state.items():
+        set_module_tensor_to_device(module, name, device, value=value.detach())
 
 
 def _without_fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
