@@ -65,8 +65,8 @@ class LabelledImages(CalibrationPictures):
         rows = ImageRows(dataset, image_column=image_column, label_column=label_column, is_labelled=True)
         names = getattr((getattr(dataset, "features", None) or {}).get(rows.label), "names", None)
         # By name, where `datasets` knows the names of the classes.
-        is_named = names is not None and not is_transformed(dataset)
-        self.class_numbers = {name: number for number, name in enumerate(names)} if is_named else {}
+        names = () if is_transformed(dataset) else names or ()
+        self.class_numbers = {name: number for number, name in enumerate(names)}
         self.is_dense, self.can_repeat = is_dense, rows.can_repeat
         if is_dense and rows.kind in ("features", "latents"):
             raise ValueError(
