@@ -154,7 +154,7 @@ def test_what_travels_is_flat_small_and_complete():
     assert {f"model.{path.stem}" for path in files} == set(hub_modules())
     # Whichever model is pushed: the code of all goes along, so that every Auto class loads it.
     assert len(files) <= 16
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 7800
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 7900
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
