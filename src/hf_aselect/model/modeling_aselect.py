@@ -877,9 +877,12 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             "`output_attentions=True` is not supported, because most attention kernels return no weights. Omit it; "
             "`feature='attention'` reads the output of attention."
         )
+    if masks := [name for name in ("attention_mask", "bool_masked_pos") if kwargs.get(name) is not None]:
+        raise ValueError(f"`{masks[0]}` is not supported, because all tokens are read. Omit it.")
     for name in () if torch.compiler.is_compiling() else kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
-            raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
+            hint = f"did you mean `{near[0]}`?" if near[0] != name else "only models with a head take it"
+            raise ValueError(f"`forward` has no `{name}` ({hint}).")
 
 
 class DiTModel(ASelectPreTrainedModel):
@@ -888,6 +891,7 @@ class DiTModel(ASelectPreTrainedModel):
     Args:
         config: The configuration.
         add_pooling_layer: False, as scripts pass it that want ViT without one. There is none to be added.
+        use_mask_token: False, as of ViT. There is none.
 
     Example:
         >>> import torch
@@ -901,11 +905,13 @@ class DiTModel(ASelectPreTrainedModel):
     denoiser: Any  # one of the families of `denoisers`
     vae: Any  # diffusers is imported when a VAE is built, not here
 
-    def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False) -> None:
+    def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False, use_mask_token: bool = False) -> None:
         if add_pooling_layer:
             raise ValueError(
                 "`add_pooling_layer=True` is not supported: `pooler_output` is always the mean of the tokens. Omit it."
             )
+        if use_mask_token:
+            raise ValueError("`use_mask_token=True` is not supported, because images cannot be masked. Omit it.")
         super().__init__(config)
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
