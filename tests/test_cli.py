@@ -155,7 +155,7 @@ def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (the size of a token), got 7."),
+        (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (a token's size), got 7."),
         (["--timestep-embedding", "wrong"], "Field 'timestep_embedding' expected one of"),
         (["--dtype", "int8"], "`dtype` must be one of float32, float16, bfloat16, got 'int8'."),
     ],

@@ -383,9 +383,7 @@ def test_rows_that_are_kept_need_memory_for_their_number_or_their_width(monkeypa
     monkeypatch.setattr(feature_sums, "available_memory", lambda: 10**9)
     check_memory(20_000, 10, num_rows=1000)
     # They take 256 MB, and their moments many times that.
-    with pytest.raises(
-        ValueError, match=r"need 8.\d GB of memory, of which 1.0 GB are .* at most (\d+) images"
-    ) as some:
+    with pytest.raises(ValueError, match=r"need 8.\d GB of memory, but 1.0 GB are .* at most (\d+) images") as some:
         check_memory(8000, 10, num_rows=8100)
     most = int(re.search(r"at most (\d+) images", str(some.value))[1])
     check_memory(8000, 10, num_rows=most)

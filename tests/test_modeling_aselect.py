@@ -351,7 +351,7 @@ def test_a_record_that_no_longer_fits_is_dropped(pixel_folder, pictures, tmp_pat
     ("shape", "words"),
     [
         ((2, 1, 8, 8), "must have 3 channels, got 1"),
-        ((2, 3, 8, 9), "must be multiples of 2 pixels .the size of a token., got 8×9"),
+        ((2, 3, 8, 9), "must be multiples of 2 pixels .a token's size., got 8×9"),
         ((2, 3, 0, 8), "got 0×8"),
         ((3, 8, 8), r"must have shape \(B, C, H, W\), got \(3, 8, 8\)"),
     ],

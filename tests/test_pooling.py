@@ -120,9 +120,9 @@ def test_half_precision_pools_in_float32():
 
 
 def test_a_head_without_a_grid_says_so():
-    with pytest.raises(ValueError, match="12 tokens, but pooling='regions' needs a known token grid"):
+    with pytest.raises(ValueError, match="12 tokens, but pooling='regions' needs their grid"):
         LinearHead(3, 2, pooling="regions")(torch.randn(1, 12, 3))
-    with pytest.raises(ValueError, match="12 tokens, but pooling='regions' needs a known token grid"):
+    with pytest.raises(ValueError, match="12 tokens, but pooling='regions' needs their grid"):
         LinearHead(3, 2, pooling="regions")(torch.randn(1, 12, 3), (2, 4))
 
 

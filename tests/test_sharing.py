@@ -643,7 +643,7 @@ AutoModelForImageClassification.from_pretrained("me/folded", trust_remote_code=T
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accuracy": 87}, "'accuracy' must be a share in [0, 1]"),
+        ({"accuracy": 87}, "'accuracy' must be in [0, 1]"),
         ({"acuracy": 0.8}, "The card has no facts 'acuracy' (did you mean 'accuracy'?). `hf"),
     ],
 )

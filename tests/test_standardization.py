@@ -344,7 +344,7 @@ def test_cached_features_give_the_same(pixel_folder, tmp_path, head):
 
 
 def test_cached_features_of_another_size_are_refused(standardized):
-    with pytest.raises(ValueError, match="`features` have 9 tokens, but the head's statistics have 4×4"):
+    with pytest.raises(ValueError, match="`features` have 9 tokens, but the head's statistics 4×4"):
         standardized(features=torch.zeros(2, 9, 16))
 
 

@@ -31,7 +31,7 @@ from hf_aselect import (
     DiTModel,
 )
 
-FOLLOWS = "cannot be set: it follows from `_class_name`"
+FOLLOWS = "cannot be set, because it follows from `_class_name`"
 POOLER = "the pooled output is the mean of the tokens"
 # A value that somebody would give, and the reason where it is rejected.
 OF_CONFIG = {
@@ -40,13 +40,13 @@ OF_CONFIG = {
     "encoder_stride": (2, FOLLOWS),
     "pooler_act": ("tanh", POOLER),
     "pooler_output_size": (16, POOLER),
-    "hidden_dropout_prob": (0.1, "cannot be set: it is 0"),
-    "attention_probs_dropout_prob": (0.1, "cannot be set: it is 0"),
-    "hidden_size": (768, "cannot be set: it is 16"),
-    "num_hidden_layers": (12, "cannot be set: it is 3"),
-    "num_attention_heads": (12, "cannot be set: it is 2"),
-    "patch_size": (16, "cannot be set: it is 2"),
-    "num_channels": (1, "cannot be set: it is 3"),
+    "hidden_dropout_prob": (0.1, "cannot be set, because it is 0"),
+    "attention_probs_dropout_prob": (0.1, "cannot be set, because it is 0"),
+    "hidden_size": (768, "cannot be set, because it is 16"),
+    "num_hidden_layers": (12, "cannot be set, because it is 3"),
+    "num_attention_heads": (12, "cannot be set, because it is 2"),
+    "patch_size": (16, "cannot be set, because it is 2"),
+    "num_channels": (1, "cannot be set, because it is 3"),
     "image_size": (16, None),
     "initializer_range": (0.01, None),
     "architectures": (["ViTModel"], None),
@@ -60,7 +60,7 @@ OF_CONFIG = {
     "label2id": ({"a": 0, "b": 1}, None),
     "problem_type": ("regression", None),
 }
-MASKS = "masks tokens, and all are read here"
+MASKS = "is not supported, because all tokens are read"
 OF_FORWARD = {
     "pixel_values": (torch.zeros(2, 3, 8, 8), None),
     "labels": (torch.tensor([0, 1]), None),
@@ -68,7 +68,7 @@ OF_FORWARD = {
     "bool_masked_pos": (torch.ones(2, 16), MASKS),
     "attention_mask": (torch.ones(2, 16), MASKS),
     # Of `kwargs`: what transformers' models and `Trainer` hand over, and older ViTs had.
-    "output_attentions": (True, "attention weights, which are never returned"),
+    "output_attentions": (True, "most attention kernels return no weights"),
     "output_hidden_states": (True, None),
     "return_dict": (True, None),
     "num_items_in_batch": (torch.tensor(2), None),
@@ -195,7 +195,7 @@ def test_an_input_of_vit_is_taken_or_the_reason_is_said(name, classifier, model,
         own, said = value, reason
         if name == "labels":
             own = torch.zeros(2, 8, 8, dtype=torch.long) if each is segmenter else value
-            said = "models with a head have it" if each is model else None
+            said = "only models with a head take it" if each is model else None
         given = {"pixel_values": torch.zeros(2, 3, 8, 8), name: own}
         check(said, lambda each=each, given=given: each(**given))
 
@@ -212,7 +212,10 @@ def test_what_loads_vit_loads_us_or_the_reason_is_said(name, saved, pixel_folder
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("add_pooling_layer", "`pooler_output` is the mean of the tokens"), ("use_mask_token", "is for masked images")],
+    [
+        ("add_pooling_layer", "`pooler_output` is the mean of the tokens"),
+        ("use_mask_token", "is not supported, because images cannot be masked"),
+    ],
 )
 def test_what_makes_vit_makes_a_base_model_or_the_reason_is_said(name, reason, model, saved):
     for value in (False, True):

@@ -144,9 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets without end
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Save or download it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{str(path)!r} must contain a JSON object, got a {type(content).__name__}. Save or download it again."
-        )
+        raise ValueError(f"{str(path)!r} must contain a JSON object, got a {type(content).__name__}.")
     return content
 
 
@@ -183,8 +181,7 @@ def refuse_other_than_safetensors(files: Iterable[str | os.PathLike[str]]) -> No
     if others := [os.path.basename(name) for name in files if not str(name).endswith(".safetensors")]:
         raise PickledWeightsError(
             "Weights are only read from safetensors, because pickles can run any code, got "
-            f"{', '.join(sorted(others)[:4])}. Save the model again with `save_pretrained`, which writes "
-            "safetensors."
+            f"{', '.join(sorted(others)[:4])}. Save the model again with `save_pretrained`."
         )
 
 
@@ -269,9 +266,7 @@ def _check_sides(images: Tensor, side: int, limit: int | None, what: str, unit: 
             f"{height}×{width}."
         )
     if height < side or width < side or height % side or width % side:
-        raise ValueError(
-            f"{what} must be multiples of {side}{unit} (the size of a token), got {height}×{width}.{remedy}"
-        )
+        raise ValueError(f"{what} must be multiples of {side}{unit} (a token's size), got {height}×{width}.{remedy}")
 
 
 def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
@@ -350,9 +345,7 @@ def checked_features(features: Tensor, config: PreTrainedConfig) -> Tensor:
     if features.ndim != 2 and (features.ndim != 3 or shape[-1] != width):
         raise ValueError(f"`features` must be tokens of shape (B, N, {width}), got {shape}.")
     if not torch.compiler.is_compiling() and not features.numel():
-        raise ValueError(
-            f"`features` must hold at least one image, got shape {tuple(features.shape)}. Cache them again."
-        )
+        raise ValueError(f"`features` must hold at least one image, got {tuple(features.shape)}. Cache them again.")
     if is_readable(features) and not bool(features.isfinite().all()):
         raise ValueError("`features` must be finite, got NaN or infinite values. Cache them again.")
     return features
@@ -398,8 +391,7 @@ def _checked_rows(labels: Tensor, shape: tuple[int, int]) -> Tensor:
     if labels.shape != shape or is_wrong:
         largest = f" with values up to {float(labels.abs().max()):g}" if is_readable(labels) and labels.numel() else ""
         raise ValueError(
-            f"`labels` for multi-label classification must be 0 or 1 and have shape {shape}, got "
-            f"{tuple(labels.shape)}{largest}."
+            f"`labels` for multi-label classification must be 0 or 1, {shape}, got {tuple(labels.shape)}{largest}."
         )
     return labels.to(torch.promote_types(labels.dtype, torch.float32))
 

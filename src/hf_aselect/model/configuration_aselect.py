@@ -879,7 +879,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`image_size` must be at most {MAX_SIZE} pixels per side, got {self.image_size}.")
             if side < 1 or side % self.patch_pixels:
                 raise ValueError(
-                    f"`image_size` must be a multiple of {self.patch_pixels} pixels (the size of a token), got "
+                    f"`image_size` must be a multiple of {self.patch_pixels} pixels (a token's size), got "
                     f"{self.image_size}."
                 )
             limit = self.layout.max_grid

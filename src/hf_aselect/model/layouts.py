@@ -278,7 +278,7 @@ class FoldedLayout:
         names = {field.name for field in fields(cls)}
         if unknown := sorted(map(str, values.keys() - names)):
             raise ValueError(
-                f"`folded_layout` has unknown keys {', '.join(unknown)}, written by another version of hf_aselect."
+                f"`folded_layout` has unknown keys {', '.join(unknown)}, from another version of hf_aselect."
             )
         lists = {name: value for name, value in values.items() if name in _LISTS}
         if wrong := [name for name, value in lists.items() if not isinstance(value, list | tuple)]:

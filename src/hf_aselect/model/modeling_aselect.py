@@ -414,9 +414,7 @@ class ShareableModel(TokenReader):
         """
         facts.pop("use_temp_dir", None)  # of transformers 4, as is the next one
         if not facts.pop("safe_serialization", True):
-            raise ValueError(
-                "`safe_serialization=False` is not supported, because weights are only saved as safetensors. Omit it."
-            )
+            raise ValueError("`safe_serialization=False` is not supported: weights are only saved as safetensors.")
         hub = package("hub.push", "A model card with facts" if facts else None)
         commit: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
         where: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
@@ -907,9 +905,7 @@ class DiTModel(ASelectPreTrainedModel):
 
     def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False, use_mask_token: bool = False) -> None:
         if add_pooling_layer:
-            raise ValueError(
-                "`add_pooling_layer=True` is not supported: `pooler_output` is always the mean of the tokens. Omit it."
-            )
+            raise ValueError("`add_pooling_layer=True` is not supported: `pooler_output` is the mean of the tokens.")
         if use_mask_token:
             raise ValueError("`use_mask_token=True` is not supported, because images cannot be masked. Omit it.")
         super().__init__(config)
