@@ -803,6 +803,21 @@ def test_the_command_says_in_one_line_what_is_wrong(pixel_folder, train, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [
+        ([0, 1, None, 1], "Image 2 has no label in 'label'. Leave such images out, or give them the label -100."),
+        ([-100] * 4, "No image has a label in 'label'"),
+        ([0, 1, 10**12, 1], "go up to 1000000000000, so there are 1000000000001 classes, and only 4 images"),
+    ],
+)
+def test_the_command_rejects_numbers_that_are_no_classes(pixel_folder, tmp_path, capsys, labels, complaint):
+    rows = Dataset.from_dict({"image": images_of(np.arange(4)), "label": labels}).cast_column("image", Pictures())
+    words = ["--images", write(rows, tmp_path / "rows.parquet"), "--output", str(tmp_path / "out"), "--timestep", "20"]
+    assert main(["fit", str(pixel_folder), *words]) == 1
+    assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_command_overwrites_nothing(pixel_folder, train, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     split = write(train, tmp_path / "train.parquet")
