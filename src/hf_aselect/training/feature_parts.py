@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetInfo, Features, Value
 from tqdm.auto import tqdm
 
 from ..selection.reader import eval_mode
-from .cached_features import DESCRIPTION
+from .cache_origin import DESCRIPTION
 from .feature_reader import FeatureReader
 
 logger = logging.getLogger(__name__)
