@@ -138,7 +138,7 @@ def test_with_persistent_workers_the_set_that_is_asked_for_is_judged(train):
 
 
 def test_a_share_that_cannot_hold_each_class_is_refused(train):
-    with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training images cannot hold each class"):
+    with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training images cannot contain each class"):
         train("attention_probe", "--held_out_share", "0.01")
 
 
@@ -233,7 +233,7 @@ def test_fine_tuning_takes_the_optimizer_that_is_asked_for(train, tmp_path):
 
 
 def test_a_frozen_backbone_is_not_chosen_for_again(train):
-    with pytest.raises(ValueError, match="fine-tuned, and it is frozen: give --recipe fine_tune or lora"):
+    with pytest.raises(ValueError, match="fine-tuned, but it is frozen: pass --recipe fine_tune or lora"):
         train("attention_probe", "--reselect_epochs", "5")
 
 
@@ -243,7 +243,7 @@ def test_a_frozen_backbone_is_not_chosen_for_again(train):
         (["--layer_decay", "1.5"], "--layer_decay must be in (0, 1], got 1.5"),
         (["--crop_share", "0"], "--crop_share must be in (0, 1], got 0.0"),
         (["--held_out_share", "-0.1"], "--held_out_share must be in [0, 1), got -0.1"),
-        (["--held_out_share", "0.1"], "sets images aside that nothing looks at: give --eval_strategy epoch"),
+        (["--held_out_share", "0.1"], "holds out images that are not used: pass --eval_strategy epoch"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(words, complaint, capsys):

@@ -407,8 +407,8 @@ def build(seen: Seen) -> gr.Blocks:
         middle_of_it = "" if is_segmenter else " (its centre, if it has another shape than the model's input)"
         gr.Markdown(
             f"## Tokens{'' if config.folded else ' at each noise level'}\n\nEach square is the token of a patch of "
-            f"the image{middle_of_it}, with its first three principal components as red, green and blue. Similar tokens "
-            "have similar colours."
+            f"the image{middle_of_it}, with its first three principal components as red, green and blue. Similar "
+            "tokens have similar colours."
         )
         if config.folded:
             gr.Markdown(f"This model is folded at t = {config.timestep}, so other timesteps cannot be shown.")
