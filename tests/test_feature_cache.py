@@ -458,7 +458,7 @@ def test_wrong_data_are_refused(model, data, tmp_path):
         (data.to_iterable_dataset(), "or a part of a stream"),
         (data.select([]), "no rows"),
         (data.remove_columns("image"), "exactly one column of images"),
-        (data.rename_column("label", "features"), "has a column 'features' already"),
+        (data.rename_column("label", "features"), "already has a column 'features'"),
     ):
         with pytest.raises(ValueError, match=message):
             cache_features(model, wrong, tmp_path)

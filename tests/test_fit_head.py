@@ -583,7 +583,7 @@ def test_classes_without_an_image_may_be_allowed(model, train, test):
         ({"image_column": "photo"}, "no column 'photo', only image, label"),
         ({"label_column": "kind"}, "no column 'kind', only image, label"),
         ({"max_images": 0}, "`max_images` must be a positive integer"),
-        ({"batch_size": True}, "`batch_size` must be at least 1"),
+        ({"batch_size": True}, "`batch_size` must be a positive integer"),
         ({"seed": -1}, "`seed` must be an integer in"),
     ],
 )
