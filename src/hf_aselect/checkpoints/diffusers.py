@@ -80,6 +80,8 @@ def load_diffusers(
     prompt_embeds: Mapping[str, Tensor] | None = None,
     layout: str | None = None,
     num_attention_heads: int | None = None,
+    check_layout: bool = True,
+    vae_folder: Path | None = None,
     **fields: Any,
 ) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
     """Read a diffusers transformer, with its scheduler and VAE where they lie beside it.
@@ -94,6 +96,8 @@ def load_diffusers(
         prompt_embeds: The empty prompt's embeddings by name, in place of computing them.
         layout: Of weights by the names of the research code, whose they are: see `research.LAYOUTS`.
         num_attention_heads: Of those, heads of a block, where the size is none of the published ones.
+        check_layout: Of those, whether to reject a layout that the tensors contradict, or warn of it.
+        vae_folder: Folder of a VAE that takes the place of the one beside the transformer.
         fields: Fields of `ASelectConfig` that take the place of what was read. A transformer or VAE of diffusers that
             is given as an object brings its weights along.
 
@@ -110,12 +114,23 @@ def load_diffusers(
     part = transformer_part(index)
     is_bare = not (folder / part).is_dir()
     transformer_folder = folder if is_bare else folder / part
-    vae_folder = folder / "vae" if not is_bare and (folder / "vae").is_dir() else None
+    has_vae = (folder / "vae").is_dir()
     if (weights := research_in(transformer_folder, variant)) is not None:
         check_parts(folder, ("scheduler", "vae"))
         _check_no_prompt("DiTTransformer2DModel", prompt_embeds, names_of(without))
-        beside = folder / "vae" if (folder / "vae").is_dir() else None
-        return load_research(weights, beside, scheduler_beside(folder), layout, num_attention_heads, variant, fields)
+        vae_folder = vae_folder or (folder / "vae" if has_vae else None)
+        return load_research(
+            weights,
+            vae_folder,
+            scheduler_beside(folder),
+            layout,
+            num_attention_heads,
+            variant,
+            fields,
+            check_layout=check_layout,
+            vae=modules.get("vae"),
+        )
+    vae_folder = vae_folder or (folder / "vae" if has_vae and not is_bare else None)
     if layout is not None or num_attention_heads is not None:
         raise ValueError(
             f"`layout=` and `num_attention_heads=` are for weights by the names of the research code of DiT, SiT and "
@@ -162,6 +177,9 @@ def load_research(
     num_attention_heads: int | None,
     variant: str | None,
     fields: dict[str, Any],
+    *,
+    check_layout: bool = True,
+    vae: nn.Module | None = None,
 ) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
     """Read weights by the names of the research code as a `DiTTransformer2DModel`.
 
@@ -173,15 +191,17 @@ def load_research(
         num_attention_heads: Heads of a block, where the size is none of the published ones.
         variant: Variant of the VAE's weights.
         fields: Fields of `ASelectConfig` that take the place of what was read.
+        check_layout: Whether to reject a layout that the tensors contradict, or warn of it.
+        vae: A VAE of diffusers whose configuration is among the fields.
 
     Returns:
         As `load_diffusers`.
 
     Raises:
-        ValueError: If the layout is not said, sizes are not a DiT's or contradict each other, a part is broken, or a
-            field is unknown.
+        ValueError: If the layout is not said or the tensors contradict it, sizes are not a DiT's or contradict each
+            other, a part is broken, or a field is unknown.
     """
-    known = weights.layout(layout, fields.get("timestep_embedding"))
+    known = weights.layout(layout, fields.get("timestep_embedding"), is_checked=check_layout)
     parts = {
         "transformer": weights.transformer(num_attention_heads),
         "scheduler": weights.scheduler(known, scheduler),
@@ -190,7 +210,9 @@ def load_research(
     config = _config_of(parts, {**fields, "timestep_embedding": known.timestep_embedding})
     expected = expected_shapes(config)
     weights.check_shapes(expected)
-    of_vae = iterate_weights(vae_files if config.vae is not None else [])
+    of_vae: Iterable[tuple[str, Tensor]] = iterate_weights(vae_files if config.vae is not None else [])
+    if vae is not None:
+        of_vae = vae.state_dict().items()
     return config, _weights(
         weights.of_diffusers(), of_vae, {}, expected, weights.where, parts["transformer"]["_class_name"]
     )
@@ -287,10 +309,10 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
             f"the scheduler is a {(config.scheduler or {})['_class_name']}. Pass `scheduler=` with `_class_name` "
             "'FlowMatchEulerDiscreteScheduler', or `timestep_embedding='original'` for DiT's weights."
         )
-    if config.vae is None and config.num_channels not in (1, 3):
+    if config.takes_latents:
         logger.warning(
-            "A %s on latents of %d channels, and no VAE beside it: it cannot be given images, only latents. Load "
-            "the whole pipeline for images.",
+            "A %s on latents of %d channels, and no VAE beside it: it cannot be given images, only latents. For "
+            "images pass `vae=` (`--vae`), a folder or an id on the Hub of a VAE or of a pipeline with one.",
             parts["transformer"]["_class_name"],
             config.num_channels,
         )

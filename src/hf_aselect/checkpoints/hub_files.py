@@ -148,6 +148,10 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise ValueError(
+            f"`vae` {str(source)!r} is a file; expected a folder that diffusers saved, or an id on the Hub."
+        )
     if not folder.is_dir():
         with explained_hub_errors(source, options):
             folder = Path(
@@ -161,6 +165,22 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
             f"{' or '.join(VAE_KINDS)}, there or in vae/, got {config.get('_class_name')!r}."
         )
     return folder
+
+
+def named_vae(fields: dict[str, Any], options: HubOptions) -> Path | None:
+    """Return the folder of the VAE that the fields of a configuration name, and take the name out; None without one.
+
+    Args:
+        fields: The fields, of which `vae` may be a folder or an id on the Hub.
+        options: How to fetch, but for the revision.
+
+    Raises:
+        ValueError: As `locate_vae`.
+        OSError: As `locate_vae`.
+    """
+    if not isinstance(fields.get("vae"), str | os.PathLike):
+        return None
+    return locate_vae(fields.pop("vae"), replace(options, revision=None, subfolder=None))
 
 
 def _vae_files(source: str | os.PathLike[str], options: HubOptions) -> list[str] | None:

@@ -21,7 +21,7 @@ from transformers.models.beit.image_processing_pil_beit import BeitImageProcesso
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-from .checks import is_finite_number, warn_of_foreground
+from .checks import NO_VAE, is_finite_number, warn_of_foreground
 from .configuration_aselect import ASelectConfig, is_code_saved, without_code
 from .layouts import plain
 
@@ -286,7 +286,9 @@ class ASelectImageProcessor(PilBackend):
                 infinite values, or values outside [0, 255] (of 16 bits [0, 65535]).
         """
         if num_channels not in (1, 3):
-            raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
+            raise ValueError(
+                f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}. {NO_VAE.format(num_channels)}"
+            )
         if isinstance(image, Image.Image):
             if not all(image.size):
                 raise ValueError(f"An image is empty: it has {image.width}×{image.height} pixels.")
