@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import pickle
 import shutil
 import threading
@@ -29,9 +30,11 @@ from hf_aselect import (
     DiTModel,
     TransformerBlocks,
     TransformerFamily,
+    convert_diffusers,
     register_family,
     transformer_layout,
 )
+from hf_aselect.cli import main
 from hf_aselect.model import families
 from hf_aselect.model.denoisers import HAND_WRITTEN, DiTDenoiser, build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
@@ -272,8 +275,62 @@ def test_a_copy_and_a_pickle_read_as_the_model_does(load):
 
 
 def test_a_described_family_is_not_folded(load):
-    with pytest.raises(ValueError, match="A ZImageTransformer2DModel cannot be folded"):
+    with pytest.raises(ValueError, match="ZImageTransformer2DModel cannot be folded"):
         load("z_image").fold()
+
+
+def edited(folder, copy_to, pipeline=None, **fields):
+    """A copy of a pipeline of another class, or with other fields in its transformer's configuration."""
+    shutil.copytree(folder, copy_to)
+    index, config = copy_to / "model_index.json", copy_to / "transformer" / "config.json"
+    if pipeline:
+        index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": pipeline}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    return copy_to
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "fields", "words"),
+    [
+        ("qwen_image", "QwenImageEditPlusPipeline", {}, "of a QwenImageEditPlusPipeline is not read: .* to be edited"),
+        ("qwen_image", None, {"zero_cond_t": True}, "with `zero_cond_t` is not read: it is trained with an image"),
+        ("qwen_image", None, {"use_additional_t_cond": True}, "several layers of it"),
+        ("longcat", "LongCatImageEditPipeline", {}, "of a LongCatImageEditPipeline is not read"),
+        ("z_image", None, {"siglip_feat_dim": 8}, "with `siglip_feat_dim` is not read: it is conditioned on images"),
+        ("wan", "WanImageToVideoPipeline", {"image_dim": 8}, "with `image_dim` is not read: it makes videos"),
+        # Whose latents have more channels for it.
+        ("wan", "WanImageToVideoPipeline", {"in_channels": 36}, "takes latents of 36 channels, but the VAE makes 16"),
+    ],
+)
+def test_a_transformer_that_takes_an_image_besides_is_refused(load, name, pipeline, fields, words, tmp_path):
+    folder = edited(load(name).name_or_path, tmp_path / "changed", pipeline, **fields)
+    with pytest.raises((ValueError, StrictDataclassError), match=words):
+        DiTModel.from_pretrained(folder, timestep=5)
+    with pytest.raises((ValueError, StrictDataclassError), match=words):
+        convert_diffusers(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_flux_kontext_is_read_as_flux_is(tmp_path):
+    """Its transformer was trained without an image to be edited, too: its pipeline makes images of a text alone."""
+    HAND_WRITTEN_PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
+    folder = edited(tmp_path / "flux", tmp_path / "kontext", "FluxKontextPipeline")
+    one, other = (DiTModel.from_pretrained(each, timestep=141, image_size=64) for each in (tmp_path / "flux", folder))
+    noised = noised_of(one)
+    with torch.no_grad():
+        assert torch.equal(one.denoiser(noised, 141, 1, "hidden"), other.denoiser(noised, 141, 1, "hidden"))
+
+
+@pytest.mark.parametrize("form", ["pipeline", "saved"])
+def test_the_command_refuses_to_fold_a_described_family_before_it_loads(load, form, tmp_path, capsys, monkeypatch):
+    model = load("aura_flow")
+    folder = model.name_or_path
+    if form == "saved":
+        model.save_pretrained(folder := tmp_path / "saved")
+    monkeypatch.setattr(DiTModel, "from_pretrained", None)
+    assert main(["fold", str(folder), str(tmp_path / "out"), "--timestep", "5"]) == 1
+    assert "A AuraFlowTransformer2DModel cannot be folded. Those that can be are DiT" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp_path):

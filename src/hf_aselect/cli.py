@@ -711,14 +711,16 @@ def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
     # They take seconds to import, which `--help` should not.
     from .checkpoints.diffusers import find_diffusers
     from .checkpoints.hub_files import HubOptions
+    from .folding.fold import check_foldable
     from .model.configuration_aselect import ASelectConfig
     from .model.modeling_aselect import DiTModel
 
     given = {name: _one_or_several(value) for name, value in _given(parsed, "timestep", "block", "feature").items()}
     hub = _given(parsed, "revision", "token")
     kind, kept, has_timestep = DiTModel, "float32", False
-    if find_diffusers(parsed.source, HubOptions(**hub)) is None:
+    if find_diffusers(parsed.source, HubOptions(**hub), check=check_foldable) is None:
         config = ASelectConfig.from_pretrained(parsed.source, **hub)
+        check_foldable((config.transformer or {}).get("_class_name"))
         kind, kept, has_timestep = _class_of(config) or DiTModel, "auto", config.timestep != "auto"
     if "timestep" not in given and not has_timestep:
         raise ValueError(

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def find_diffusers(
     options: HubOptions,
     without: str | Iterable[str] = (),
     has_prompt: bool = False,
+    check: Callable[[str | None], None] = lambda _: None,
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for an hf_aselect checkpoint.
 
@@ -49,21 +50,31 @@ def find_diffusers(
         options: How to fetch.
         without: Parts of the text side to do without, which are not fetched.
         has_prompt: Whether the empty prompt's embeddings are given, so that nothing of the text side is fetched.
+        check: Rejects classes of transformers that are of no use, before weights are fetched or read; None stands for
+            weights of the research code.
 
     Raises:
         ValueError: As `hub_files.locate`.
         OSError: As `hub_files.locate`.
     """
 
-    def needed_text(transformer: dict[str, Any]) -> tuple[str, ...]:
+    def needed_text(transformer: dict[str, Any], pipeline: str | None) -> tuple[str, ...]:
         name = _class_name(transformer)
         if is_port(name):
             return ()
         refuse_kin(name)
         family_of(name)
+        check(name)
+        refuse_conditioned(transformer, pipeline)
         return () if has_prompt else text_parts(str(name), names_of(without))
 
-    return locate(source, ASelectConfig.model_type, options, needed_text)
+    folder = locate(source, ASelectConfig.model_type, options, needed_text)
+    if folder is not None:
+        inner = folder / transformer_part(read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {})
+        path = (inner if inner.is_dir() else folder) / CONFIG
+        name = _class_name(read_json(path)) if path.is_file() else None
+        check(None if is_port(name) else name)
+    return folder
 
 
 def names_of(parts: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -138,6 +149,7 @@ def load_diffusers(
         )
     transformer = _read_transformer(transformer_folder)
     name = transformer["_class_name"]
+    refuse_conditioned(transformer, index.get("_class_name"))
     text = () if prompt_embeds is not None else text_parts(name, names_of(without))
     check_parts(folder, (part, "scheduler", "vae", *text))
     scheduler = _default_scheduler(folder, transformer, fields) if is_bare else _read_scheduler(folder)
@@ -246,6 +258,53 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
     refuse_kin(config["_class_name"])
     family_of(config["_class_name"])
     return config
+
+
+# By the pipeline: what a transformer needs beside the noised image, though its class is that of one without.
+_WITH_AN_IMAGE = "it is trained with an image to be edited beside the noised one, in its tokens and in its prompt"
+_CONDITIONED = {
+    "QwenImageEditPipeline": _WITH_AN_IMAGE,
+    "QwenImageEditInpaintPipeline": _WITH_AN_IMAGE,
+    "QwenImageEditPlusPipeline": _WITH_AN_IMAGE,
+    "QwenImageLayeredPipeline": "it is trained with an image to be taken apart, and several layers of it",
+    "LongCatImageEditPipeline": _WITH_AN_IMAGE,
+    "ZImageOmniPipeline": "it is conditioned on images and their embeddings as well",
+    "PRXPixelPipeline": "its noise is stronger than that of any noise level of its scheduler",
+}
+# The same, as far as the configuration of the transformer tells it.
+_CONDITIONING_FIELDS = {
+    "zero_cond_t": ("QwenImageTransformer2DModel", _WITH_AN_IMAGE),
+    "use_additional_t_cond": ("QwenImageTransformer2DModel", _CONDITIONED["QwenImageLayeredPipeline"]),
+    "use_layer3d_rope": ("QwenImageTransformer2DModel", _CONDITIONED["QwenImageLayeredPipeline"]),
+    "siglip_feat_dim": ("ZImageTransformer2DModel", _CONDITIONED["ZImageOmniPipeline"]),
+    "image_dim": ("WanTransformer3DModel", "it makes videos of an image, whose latents and embeddings it takes"),
+}
+
+
+def refuse_conditioned(transformer: Mapping[str, Any], pipeline: str | None) -> None:
+    """Reject a transformer that takes more than a noised image and a text, though others of its class do not.
+
+    Those whose latents have more channels for it, as FLUX.1-Fill's, contradict their VAE.
+
+    Args:
+        transformer: Its configuration.
+        pipeline: Class of its pipeline; None where it lies alone.
+
+    Raises:
+        ValueError: If it does.
+    """
+    name = transformer.get("_class_name")
+    known = [key for key, (kind, _) in _CONDITIONING_FIELDS.items() if kind == name and transformer.get(key)]
+    if pipeline in _CONDITIONED:
+        what, why = f"a {pipeline}", _CONDITIONED[str(pipeline)]
+    elif known:
+        what, why = f"a {name} with `{known[0]}`", _CONDITIONING_FIELDS[known[0]][1]
+    else:
+        return
+    raise ValueError(
+        f"The transformer of {what} is not read: {why}. Load one that makes images of a text alone, as the one that "
+        "it was made from."
+    )
 
 
 def _class_name(config: dict[str, Any]) -> str | None:

@@ -70,7 +70,7 @@ def locate(
     source: str | os.PathLike[str],
     model_type: str,
     options: HubOptions,
-    text_parts: Callable[[dict[str, Any]], Iterable[str]],
+    text_parts: Callable[[dict[str, Any], str | None], Iterable[str]],
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for an hf_aselect checkpoint.
 
@@ -79,8 +79,8 @@ def locate(
         model_type: What the `config.json` of an hf_aselect checkpoint names as its `model_type`.
         options: How to fetch.
         text_parts: Which folders of a pipeline that encode a text are to be fetched, by the configuration of its
-            transformer; raises `ValueError` for a transformer that is not supported. Asked before any weights are
-            fetched.
+            transformer and the name of the pipeline's class, None of a bare transformer; raises `ValueError` for a
+            transformer that is not supported. Asked before any weights are fetched.
 
     Raises:
         ValueError: If a local folder is neither; if the only weights are pickles or of another variant; if the
@@ -225,7 +225,7 @@ def _fetch(
     repo_id: str,
     model_type: str,
     options: HubOptions,
-    text_parts: Callable[[dict[str, Any]], Iterable[str]],
+    text_parts: Callable[[dict[str, Any], str | None], Iterable[str]],
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint of the Hub, with the needed files; None for one of hf_aselect."""
     prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
@@ -235,7 +235,7 @@ def _fetch(
     transformer, index = found, None
     if path.name == MODEL_INDEX:
         transformer, index = _fetch_transformer_config(repo_id, prefix, found, options), found
-    wanted_text = tuple(text_parts(transformer))
+    wanted_text = tuple(text_parts(transformer, None if index is None else index["_class_name"]))
     # The cache alone knows nothing of what the Hub would say: a file that is not in it may be there.
     is_offline = options.local_files_only or constants.HF_HUB_OFFLINE
     files = [] if is_offline else _files_of(repo_id, options)

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,9 +197,9 @@ def unreadable(path: Path, wanted: str, error: Exception) -> ValueError:
     elif path.suffix != ".safetensors" and head[8:9] == b"{":
         what, remedy = "a safetensors file", "Name it .safetensors; `--allow-pickle` is not needed then."
     elif all(each in b"\t\n\r" or 32 <= each < 127 for each in head):
-        what = f"text ({head[:30].decode()!r} ...), and no {wanted}"
-    elif zipfile.is_zipfile(path):
-        what = f"no {wanted}, but a zip archive of other things, or of broken ones"
+        what = f"text, and no {wanted}"  # a link may lead to one that is nobody's business
+    elif head.startswith(b"PK") and b"/data.pkl" not in head:
+        what = f"a zip archive of other things, and no {wanted}"
     elif "mmap can only be used" in str(error):
         what, remedy = "of the kind before torch 1.6, or broken", "Load and save it again with a newer torch."
     return ValueError(f"{str(path)!r} is {what}. {remedy}")
