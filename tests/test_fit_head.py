@@ -11,6 +11,7 @@ from conftest import END_OF_PROCESSES, HEAD, take_one_step
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as Pictures
 from forking import offline
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, pipeline
@@ -287,6 +288,22 @@ def test_a_model_in_training_stays_in_training(model, train):
     model.train()
     model.fit_head(train)
     assert model.training and model.classifier.training and not model.backbone.denoiser.training
+
+
+@pytest.mark.parametrize("kind", [dict, DatasetDict])
+def test_a_head_is_evaluated_on_each_of_several_sets(model, train, test, kind, tmp_path):
+    sets = kind({"near": test, "far_away": test.select(range(20))})
+    found = model.fit_head(train, eval_dataset=sets).evaluation
+    assert found == {
+        f"{name}_{key}": value
+        for name, rows in sets.items()
+        for key, value in model.fit_head(train, eval_dataset=rows).evaluation.items()
+    }
+    model.fit_head(train, eval_dataset=sets)
+    write_model_card(model, tmp_path, **{**model.card_facts, "dataset": "stripes"})
+    card = ModelCard.load(tmp_path / "README.md")
+    results = {each.dataset_split: each.metric_value for each in card.data.eval_results}
+    assert results == {name: pytest.approx(found[f"{name}_accuracy"], abs=1e-4) for name in sets}
 
 
 def test_a_head_of_standardized_features_is_fitted_to_these(pixel_folder, train, test):

@@ -3,13 +3,17 @@
 Of each kind one case was met in somebody's script; its siblings are named by the ids of the tests.
 """
 
+import gc
 import io
+import zipfile
 
 import datasets
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pictures
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -108,6 +112,9 @@ WITH_LABELS = {
         features=Features(image=datasets.Array3D((8, 8, 3), "uint8"), label=Value("int64")),
     ),
     "mapping": lambda: {"pixel_values": pixel_values(), "labels": torch.tensor(LABELS)},
+    "a-table-of-pandas": lambda: pandas.DataFrame({"image": PIL, "label": LABELS}, index=LABELS),
+    "a-table-of-pandas-of-arrays": lambda: pandas.DataFrame({"image": ARRAYS, "label": LABELS}),
+    "a-table-of-arrow": lambda: pyarrow.table({"image": [encoded(image) for image in PIL], "label": LABELS}),
 }
 WITHOUT = {
     "arrays-of-fractions": lambda: [array / 255 for array in ARRAYS],
@@ -124,6 +131,7 @@ WITHOUT = {
     "stream-of-torch": Stream,
     "stream": lambda: rows().to_iterable_dataset(),
     "iterator": lambda: iter(PIL),
+    "a-series": lambda: pandas.Series(PIL, index=LABELS),
 }
 
 
@@ -209,6 +217,14 @@ def test_a_cache_takes_datasets_of_torch(linear, tmp_path, kind):
     assert len(list((tmp_path / kind).iterdir())) == 1
     other = cache_features(linear, Subset(WITH_LABELS[kind](), range(5)), tmp_path / kind, dtype="float32")
     assert len(list((tmp_path / kind).iterdir())) == 2 and len(other) == 5
+
+
+def test_a_cache_takes_a_table(linear, tmp_path):
+    names = list(map(str, LABELS))
+    table = pandas.DataFrame({"image": PIL, "label": LABELS, "name": names})
+    cached = cache_features(linear, table, cache_dir=tmp_path)
+    expected = cache_features(linear, rows(), cache_dir=tmp_path)
+    assert np.allclose(cached["features"], expected["features"], atol=1e-5) and cached["name"][:] == names
 
 
 def test_another_transform_is_another_cache(linear, tmp_path):
@@ -373,6 +389,107 @@ def test_files_that_are_no_images_do_not_decide_on_splits(tmp_path):
 def test_an_image_beside_classes_of_splits_is_told_of(tmp_path, stray):
     with pytest.raises(ValueError, match=r"has the splits test, train, and 'c\.png' lies beside folders of classes"):
         read_folder(tree_of(tmp_path, *SPLITS, stray))
+
+
+METADATA = "file_name,label\n1.png,x\n2.png,y\n"
+# `datasets` closes no table that it reads the first rows of, and PIL no image that is broken.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:Exception ignored in.*(metadata|1\.png):pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture
+def unclosed():
+    """What was left open is collected here, and not in another test."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("unclosed")
+@pytest.mark.parametrize(
+    ("files", "table", "words"),
+    [
+        pytest.param(["1.png", "2.png", "3.png"], "metadata.csv", "names 2 of the 3 images", id="metadata-of-some"),
+        pytest.param(
+            ["a/1.png", "a/2.png", "b/1.png"], "a/metadata.csv", "names 2 of the 3", id="metadata-of-a-class"
+        ),
+        pytest.param(["1.png", "2.png"], "metadata.csv", None, id="metadata-of-all"),
+        pytest.param(["a/1.png", "b/1.png", "b/c/2.png"], None, "as a/1.png and b/c/2.png", id="a-folder-in-a-class"),
+        pytest.param(["1.png", "a/1.png", "b/2.png"], None, "as 1.png and a/1.png", id="an-image-beside-classes"),
+        pytest.param([*SPLITS, "test/b/c/5.png"], None, "as test/a/3.png and test/b/c/5.png", id="in-a-split"),
+        pytest.param(["a/1.png", "b/1.png"], None, None, id="classes"),
+        pytest.param(["x/__a__/1.png", "x/b/1.png"], None, None, id="classes-with-special-names"),
+    ],
+)
+def test_what_a_folder_leaves_out_is_said(tmp_path, caplog, files, table, words):
+    folder = tree_of(tmp_path, *files)
+    if table:
+        (folder / table).write_text(METADATA)
+    splits = read_folder(folder)
+    said = [each.getMessage() for each in caplog.records]
+    assert len(said) == (words is not None) and (words or "") in "".join(said)
+    assert ("label" in splits["train"].features) == (words is None or table is not None)
+    # As they are there, where we say so.
+    theirs = load_dataset("imagefolder", data_dir=str(folder))["train"]
+    if words is not None:
+        assert splits["train"].features == theirs.features and len(splits["train"]) == len(theirs)
+
+
+def test_folders_are_read_whatever_their_names(tmp_path):
+    names = ["a/1.png", "__x__/2.png", "__x/3.png", "__x/__y__/4.png", ".hidden/5.png", "a/.6.png"]
+    assert len(read_folder(tree_of(tmp_path / "__z__", *names))["train"]) == 4
+    classes = read_folder(tree_of(tmp_path / "classes", "cat/1.png", "__dog__/2.png"))["train"]
+    assert classes.features["label"].names == ["__dog__", "cat"]
+
+
+@pytest.mark.usefixtures("unclosed")
+def test_splits_may_have_metadata_in_place_of_classes(tmp_path):
+    folder = tree_of(tmp_path, "train/1.png", "train/2.png", "test/1.png", "test/2.png")
+    for split in ("train", "test"):
+        (folder / split / "metadata.csv").write_text(METADATA)
+    splits = read_folder(folder)
+    assert {name: rows["label"][:] for name, rows in splits.items()} == {"train": ["x", "y"], "test": ["x", "y"]}
+
+
+@pytest.mark.usefixtures("unclosed")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        pytest.param("b.zip", b"PK no archive", r"an archive is broken \(File is not a zip file\)", id="no-zip"),
+        pytest.param("b.zip", None, "an archive is broken", id="a-part-of-a-zip"),
+        pytest.param("metadata.csv", b"id,label\n1,x\n", "`file_name`", id="metadata-of-no-files"),
+        pytest.param("metadata.jsonl", b"{no json", "cannot be read as images", id="no-json"),
+    ],
+)
+def test_what_is_broken_in_a_folder_is_said(tmp_path, name, content, words):
+    folder = tree_of(tmp_path / "a", "1.png", "2.png")
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+            archive.writestr("3.png", np.random.default_rng(0).bytes(4000))
+        content = (tmp_path / "whole.zip").read_bytes()[:2000]
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as found:
+        read_folder(folder)
+    assert str(folder) in str(found.value)
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("notes")
+    with pytest.raises(ValueError, match="holds no images"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.usefixtures("unclosed")
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_an_image_of_a_folder_that_cannot_be_read_is_named(tmp_path, share):
+    folder = folder_of(tmp_path, "a/1.png", "b/1.png")
+    whole = (folder / "b" / "1.png").read_bytes()
+    (folder / "b" / "1.png").write_bytes(whole[: int(share * len(whole))])
+    rows = ImageRows(read_folder(folder)["train"])
+    with pytest.raises(ValueError, match=r"Image 1 of the set, '.*b/1\.png', cannot be read"):
+        list(rows)
+    with pytest.raises(ValueError, match=r"b/1\.png"):
+        rows.row(1)
 
 
 def test_an_image_as_nested_lists_is_no_pair():

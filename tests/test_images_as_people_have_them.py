@@ -88,6 +88,24 @@ def test_fractions_are_judged_together():
     assert values_of([dark, dark])[0].min() > 0.5
 
 
+@pytest.mark.parametrize("others", [np.float32, np.float64])
+def test_fractions_beside_larger_floats_are_said(warnings, others):
+    fractions, bright = np.full((12, 10, 3), 0.8), PIXELS.astype(others)
+    values_of([fractions, bright])
+    assert len(warnings()) == 1 and "multiply it by 255" in warnings()[0]
+
+
+def test_a_black_image_is_one_in_any_range(warnings):
+    for fine in (
+        [np.zeros((12, 10, 3)), PIXELS.astype(float)],
+        [PIXELS / 255, PIXELS],
+        [np.ones((9, 9, 3)), PIXELS * 1.0],
+    ):
+        values_of(fine)
+    values_of(PIXELS / 255, call={"rescale_factor": 1.0})
+    assert warnings() == []
+
+
 def test_whoever_scales_already_says_so_as_before():
     fractions = (PIXELS / 255).astype(np.float32)
     scaled = values_of(fractions, size={"height": 12, "width": 10}, do_rescale=False)
@@ -100,6 +118,7 @@ def test_whoever_scales_already_says_so_as_before():
     ("mode", "dtype", "value"),
     [
         *(("I", np.int32, 128 * 257), ("I;16", np.uint16, 128 * 257), ("F", np.float32, 128 * 257.0)),
+        *(("I;16", np.uint16, 128), ("I;16B", np.dtype(">u2"), 128), ("I;16B", np.dtype(">u2"), 128 * 257)),
         *(("F", np.float32, 128 / 255), ("F", np.float32, 128.0), ("L", np.uint8, 128), ("I", np.int32, 128)),
     ],
 )
@@ -231,6 +250,39 @@ def test_no_class_stays_no_class_where_labels_are_reduced(value):
     theirs = SegformerImageProcessor(size=8, do_reduce_labels=True)(image, mask.copy(), return_tensors="np")
     assert np.array_equal(ours.labels, theirs["labels"])
     assert ours.labels.max() == 255 and ours.labels.min() == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(lambda mask: [mask[..., None]], id="last"),
+        pytest.param(lambda mask: [mask[None]], id="first"),
+        pytest.param(lambda mask: mask[..., None], id="one-alone"),
+        pytest.param(lambda mask: mask[None, ..., None], id="a-batch"),
+        pytest.param(lambda mask: torch.from_numpy(mask)[..., None], id="a-tensor"),
+        pytest.param(lambda mask: [torch.from_numpy(mask)[..., None]], id="tensors"),
+    ],
+)
+def test_a_mask_may_have_an_axis_of_one_channel(given):
+    mask = np.arange(120).reshape(12, 10)
+    processor = ASelectImageProcessor(size={"height": 12, "width": 10}, do_center_crop=False)
+    found = processor([IMAGE], given(mask), return_tensors="np").labels
+    assert np.array_equal(found[0], mask)
+
+
+@pytest.mark.parametrize("value", [-1, -100])
+def test_a_negative_value_may_stand_for_no_class(value, pixel_folder):
+    mask = np.where(np.arange(64).reshape(8, 8) % 3 == 0, value, 1)
+    processor = ASelectImageProcessor(size=8, do_center_crop=False)
+    made = processor([PIXELS[:8, :8]], [mask], return_tensors="pt")
+    assert torch.equal(made.labels[0], torch.from_numpy(mask))
+    options = {"timestep": 5, "num_labels": 2}
+    model = DiTForSemanticSegmentation.from_pretrained(pixel_folder, semantic_loss_ignore_index=value, **options)
+    assert model(**made).loss.item() > 0
+    with pytest.raises(ValueError, match=rf"or 255 for pixels of no class, got \[{value}\]"):
+        DiTForSemanticSegmentation.from_pretrained(pixel_folder, **options)(**made)
+    with pytest.raises(ValueError, match="`do_reduce_labels` takes 0 for pixels of no class"):
+        processor([PIXELS[:8, :8]], [mask], do_reduce_labels=True)
 
 
 def test_more_classes_than_255_cannot_be_reduced_to_255():

@@ -543,9 +543,9 @@ def test_labels_can_be_reduced(processor):
         (np.zeros((8, 8, 3), dtype=np.uint8), r"integers of shape \(H, W\)"),
         (np.zeros((8, 8)), "got float64"),
         (np.zeros((0, 8), dtype=np.uint8), r"A mask is empty: it has shape \(0, 8\)"),
-        (np.full((8, 8), -1), "holds negative values, -1 the least"),
+        (np.full((8, 8), 2**31), "expected class indices below"),
     ],
-    ids=["size", "colours", "axes", "floats", "empty", "negative"],
+    ids=["size", "colours", "axes", "floats", "empty", "large"],
 )
 def test_bad_masks_are_refused(processor, mask, message):
     with pytest.raises(ValueError, match=message):

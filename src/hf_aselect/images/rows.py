@@ -1,7 +1,7 @@
 """Rows of any set of images, numbered or one after the other, and what in a row is the image, or the label."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model.image_processing_aselect import ADDRESS, UNREADABLE
+from ..model.image_processing_aselect import ADDRESS, UNREADABLE, warn_of_fractions
 
 # What a model takes as it is, by the names of its arguments.
 TENSORS = ("features", "latents", "pixel_values")
@@ -20,6 +20,14 @@ _PROBED = 8
 _BYTES, _FRACTIONS, _PIXEL_VALUES = "[0, 255]", "[0, 1]", "[-1, 1]"
 # Rounding, in half precision above all, may pass the ends by a little.
 _SLACK = 0.01
+# Rows of the tables of other libraries, by the name of library and class, none of which need be installed.
+_OF_TABLES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
+    ("pandas", "DataFrame"): lambda table: table.to_dict("records"),
+    ("pandas", "Series"): list,
+    ("polars", "DataFrame"): lambda table: table.to_dicts(),
+    ("polars", "Series"): list,
+    ("pyarrow", "Table"): lambda table: table.to_pylist(),
+}
 
 
 class ImageRows:
@@ -28,7 +36,8 @@ class ImageRows:
     Args:
         dataset: A `datasets` dataset, streaming or not, of any format or transform; a dataset of torch, map-style or
             iterable, or a part of one; a list of images, of pairs (image, label) or of dictionaries; an array or
-            tensor of images, (B, H, W, C) or (B, C, H, W); or a dictionary of tensors by name.
+            tensor of images, (B, H, W, C) or (B, C, H, W); a dictionary of tensors by name; or a table of pandas,
+            polars or pyarrow with such columns.
         image_column: Column of the images. Default: one of `TENSORS`, or `image`, or the only one with images.
         label_column: Column of the labels. Default: the first of `LABELS`.
         is_labelled: Whether labels are needed.
@@ -97,7 +106,7 @@ class ImageRows:
             except StopIteration:
                 return
             except UNREADABLE as error:
-                raise _unreadable(index, error) from error
+                raise _unreadable(index, error, self._file_of(index)) from error
             yield row
             index += 1
 
@@ -110,7 +119,20 @@ class ImageRows:
         try:
             return self.rows[index]
         except UNREADABLE as error:
-            raise _unreadable(index, error) from error
+            raise _unreadable(index, error, self._file_of(index)) from error
+
+    def _file_of(self, index: int) -> str | None:
+        """Return the file of an image that cannot be read; None where it has none."""
+        if (
+            not self.is_numbered
+            or type((getattr(self.rows, "features", None) or {}).get(self.kind)).__name__ != "Image"
+        ):
+            return None
+        undecoded = self.rows.with_format(None).cast_column(
+            self.kind, type(self.rows.features[self.kind])(decode=False)
+        )
+        path: str | None = undecoded[index][self.kind]["path"]
+        return path
 
     def rows_of(self, indices: list[int]) -> list[Any]:
         """Return several rows, at once where the set can do that."""
@@ -267,12 +289,15 @@ def is_stream(dataset: Any) -> bool:
 
 
 def as_rows(dataset: Any) -> Any:
-    """Return a dictionary of tensors as rows of a known number; anything else as it is.
+    """Return a dictionary of tensors, or a table, as rows of a known number; anything else as it is.
 
     Raises:
         ValueError: If it is a dictionary of anything else.
     """
-    return _from_mapping(dataset) if isinstance(dataset, Mapping) else dataset
+    if isinstance(dataset, Mapping):
+        return _from_mapping(dataset)
+    made = _OF_TABLES.get((type(dataset).__module__.partition(".")[0], type(dataset).__name__))
+    return dataset if made is None else made(dataset)
 
 
 def column_of(dataset: Any, name: str) -> Any:
@@ -334,15 +359,14 @@ def stacked(name: str, indices: list[int], values: list[Any]) -> Tensor:
         ) from error
 
 
-def _unreadable(index: int, error: BaseException) -> ValueError:
-    return ValueError(f"Image {index} of the set cannot be read: {error}")
+def _unreadable(index: int, error: BaseException, file: str | None = None) -> ValueError:
+    return ValueError(f"Image {index} of the set{f', {file!r},' if file else ''} cannot be read: {error}")
 
 
 def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:
     """Return a dataset as rows that can be iterated or indexed, and the first of them; None where there is none."""
-    if isinstance(dataset, Mapping):
-        dataset = _from_mapping(dataset)
-    elif isinstance(dataset, str | bytes | os.PathLike | Image.Image) or getattr(dataset, "is_sparse", False):
+    dataset = as_rows(dataset)
+    if isinstance(dataset, str | bytes | os.PathLike | Image.Image) or getattr(dataset, "is_sparse", False):
         raise ValueError(_wanted(dataset))
     elif isinstance(dataset, Tensor | np.ndarray):
         if is_labelled:
@@ -480,4 +504,5 @@ def _channels_first(image: Any) -> Any:
 
 def _dark_as_bytes(values: Any) -> Any:
     """Return an image in [0, 255], with one of no value above 1 as bytes."""
+    warn_of_fractions([values])
     return np.rint(values).astype(np.uint8) if values.size and 0 <= values.min() <= values.max() <= 1 else values

@@ -1,6 +1,10 @@
 """Where images lie: a folder, files, or a dataset of the Hub; as splits of `datasets`, or one of them."""
 
 import glob
+import logging
+import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,61 +12,162 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+logger = logging.getLogger(__name__)
+
 # What a folder that has nothing else at its top has splits for: by these names `datasets` knows them.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# What `datasets` says of a folder that it cannot read, and what it lets through of archives.
+_BROKEN = (
+    DatasetsError,
+    OSError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def read_folder(folder: str | Path, streaming: bool = False) -> Any:
     """Return the images below a folder by split: all of them, whatever files and folders are called.
 
-    A folder has splits where all that lies in it are folders with names of splits, which hold folders and no images
-    themselves, as `train/cat/1.png` and `test/cat/2.png`; else all images are the training split. Their classes are
-    the names of the folders that they lie in, where there are several, all as deep.
+    A folder has splits where all that lies in it are folders with names of splits, which hold folders or a
+    `metadata.csv`, as `train/cat/1.png` and `test/cat/2.png`; else all images are the training split. Their classes
+    are the names of the folders that they lie in, where there are several, all as deep.
+
+    `load_dataset("imagefolder")` also guesses splits from the names of files, and leaves out folders like `__x__`.
+    All else is as there: hidden files are left out, zip archives are opened, and `metadata.csv` (or `.jsonl`,
+    `.parquet`) says which images there are, and what belongs to them in place of classes. A warning says so where that
+    leaves out images, or classes.
 
     Args:
         folder: The folder.
         streaming: Read rows as they are asked for, and keep none.
 
     Raises:
-        ValueError: If it holds no images, or folders of several splits with images beside these or their classes.
+        ValueError: If it holds no images, folders of several splits with images beside these or their classes, or an
+            archive or table that cannot be read.
     """
     folder = Path(folder)
-    if not any(path.is_file() for path in folder.rglob("*")):
+    files = _files_below(folder)
+    if not any(_is_image(path) or path.suffix.lower() == ".zip" for path in files):
         raise ValueError(f"{str(folder)!r} holds no images.")
-    inside = _folders_in(folder)
-    splits = {path: _SPLITS.get(path.name.lower()) for path in inside}
-    is_divided = len(inside) > 0 and all(splits.values()) and any(_folders_in(path) for path in inside)
-    strays = [image for place in (folder, *inside) for image in _images_in(place)] if is_divided else []
-    if strays:
-        if len(set(splits.values())) > 1:
-            raise ValueError(
-                f"{str(folder)!r} has the splits {', '.join(path.name for path in inside)}, and {strays[0].name!r} "
-                "lies beside folders of classes. Move it, or name the folder of one split."
-            )
-        is_divided = False
+    splits, is_divided = _splits_of(folder, files)
     patterns: dict[str, list[str]] = {}
-    for path, split in splits.items() if is_divided else [(folder, "train")]:
-        patterns.setdefault(str(split), []).append(f"{glob.escape(str(path.resolve()))}/**")
+    for path, split in splits.items():
+        patterns.setdefault(split, []).extend(f"{glob.escape(str(each))}/**" for each in _roots(path.resolve()))
+    metadata = [path for path in files if path.name in ImageFolder.METADATA_FILENAMES]
+    is_all_seen = not _has_archive(files)
     # Of several splits `datasets` would look at the first alone to find out whether there are classes.
     labels = {"drop_labels": False} if is_divided else {}
+    if is_all_seen and not metadata:
+        labels["drop_labels"] = not _has_classes(folder, files, is_divided)
     try:
-        return load_dataset("imagefolder", data_files=patterns, streaming=streaming, **labels)
-    except (DatasetsError, FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{str(folder)!r} cannot be read as images: {error.__cause__ or error}") from error
+        found = load_dataset("imagefolder", data_files=patterns, streaming=streaming, **labels)
+    except _BROKEN as error:
+        hint = "" if is_all_seen else " Unpack its archives."
+        raise ValueError(f"{str(folder)!r} cannot be read as images: {_said(error)}{hint}") from error
+    if metadata and is_all_seen and not streaming:
+        _tell_of_metadata(metadata[0], found, sum(map(_is_image, files)))
+    return found
 
 
-def _folders_in(folder: Path) -> list[Path]:
-    """Return the folders in a folder, by name."""
-    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+def _files_below(folder: Path) -> list[Path]:
+    """Return the paths of all files below a folder, but for hidden ones, and those in hidden folders."""
+    files = []
+    for place, inside, names in os.walk(folder, followlinks=True):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    return files
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Return the images that lie in a folder itself; other files, as a README, are none."""
-    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ImageFolder.EXTENSIONS]
+def _splits_of(folder: Path, files: list[Path]) -> tuple[dict[Path, str], bool]:
+    """Return the folders to read, with the split of each, and whether they are splits by their names.
+
+    Raises:
+        ValueError: If an image lies beside the folders of several splits, or beside those of their classes.
+    """
+    inside = sorted({folder / path.relative_to(folder).parts[0] for path in files} - {*files})
+    splits = {path: _SPLITS.get(path.name.lower(), "") for path in inside}
+    told = {path.parent for path in files if path.name in ImageFolder.METADATA_FILENAMES}
+    has_classes = any(path.parent not in (folder, *inside) for path in files)
+    if not inside or not all(splits.values()) or folder in told or not (has_classes or told.intersection(inside)):
+        return {folder: "train"}, False
+    strays = [path for path in files if _is_image(path) and path.parent in {folder, *inside} - told]
+    if strays and len(set(splits.values())) > 1:
+        raise ValueError(
+            f"{str(folder)!r} has the splits {', '.join(path.name for path in inside)}, and {strays[0].name!r} "
+            "lies beside folders of classes. Move it, or name the folder of one split."
+        )
+    return ({folder: "train"}, False) if strays else (splits, True)
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Return a folder, and those below it that `datasets` leaves out for their names, unless they are named."""
+    walk = os.walk(folder, followlinks=True)
+    special = [Path(place, name) for place, inside, _ in walk for name in inside if name.startswith("__")]
+    return [folder, *(path for path in special if _files_below(path))]
+
+
+def _is_image(path: Path) -> bool:
+    """Return whether a file is an image by its name; others, as a README, are none."""
+    return path.suffix.lower() in ImageFolder.EXTENSIONS
+
+
+def _has_archive(files: list[Path]) -> bool:
+    """Return whether there is an archive, and warn where images in folders of classes lie beside it."""
+    archives = [path.name for path in files if path.suffix.lower() == ".zip"]
+    if archives and len({path.parent for path in files if _is_image(path)}) > 1:
+        logger.warning(
+            "Images of the archive %s lie elsewhere than those beside it, and so there may be no classes, here as in "
+            "`datasets`. Unpack it.",
+            archives[0],
+        )
+    return bool(archives)
+
+
+def _has_classes(folder: Path, files: list[Path], is_divided: bool) -> bool:
+    """Return whether images lie in folders of classes: several, or at least one of splits, all as deep."""
+    places: dict[int, Path] = {}
+    for path in files:
+        if _is_image(path):
+            places.setdefault(len(path.parts), path.relative_to(folder))
+    if len(places) > 1:
+        shallow, deep = places[min(places)], places[max(places)]
+        logger.warning(
+            "Images lie in folders of different depths, as %s and %s, and so have no classes, here as in `datasets`. "
+            "Move them, so that each folder of a class holds all of its images.",
+            shallow,
+            deep,
+        )
+        return False
+    return is_divided or len({path.parent.name for path in files if _is_image(path)}) > 1
+
+
+def _tell_of_metadata(metadata: Path, splits: Any, num_images: int) -> None:
+    """Warn where a file of metadata leaves out images, as `datasets` has it."""
+    num_read = sum(len(split) for split in splits.values())
+    if num_read < num_images:
+        logger.warning(
+            "%s names %d of the %d images in its place; the others are left out, here as in `datasets`. Remove or "
+            "rename it to read all images, by the folders that they lie in.",
+            metadata.name,
+            num_read,
+            num_images,
+        )
+
+
+def _said(error: BaseException) -> str:
+    """Return what is wrong with the data: the error says that something is, its cause says what."""
+    said = error.__cause__ or error
+    return (
+        f"an archive is broken ({said})" if isinstance(said, zipfile.BadZipFile | zlib.error | EOFError) else str(said)
+    )
 
 
 def read_images(source: str, split: str = "train") -> Any:
@@ -89,5 +194,4 @@ def read_images(source: str, split: str = "train") -> Any:
             return load_dataset("parquet", data_files=source, split="train")
         return load_dataset(source, split=split)
     except (DatasetsError, ValueError) as error:
-        # It says that something is wrong with the data; its cause says what.
-        raise ValueError(f"{source!r} cannot be read as images: {error.__cause__ or error}") from error
+        raise ValueError(f"{source!r} cannot be read as images: {_said(error)}") from error

@@ -157,15 +157,16 @@ class ASelectImageProcessor(PilBackend):
         Args:
             images: An image or several, see the class.
             segmentation_maps: A mask for each image, of its size: PIL of mode L, P (its indices), 1 or I, a file, or
-                integers, (H, W). It is turned, cropped and resized with its image, to the nearest value.
+                integers, (H, W), with an axis of one channel or without; a negative value, as -100, stays as it is.
+                It is turned, cropped and resized with its image, to the nearest value.
             kwargs: What else the processor takes, in place of its own settings.
 
         Returns:
             `pixel_values`, (C, H, W) each, and `labels`, (H, W) each, int64.
 
         Raises:
-            ValueError: If an image or mask is none, a mask is of another size than its image, has colours, is empty
-                or holds negative values, or there are not as many masks as images.
+            ValueError: If an image or mask is none, a mask is of another size than its image, has colours or is empty,
+                or there are not as many masks as images.
         """
         _refuse_unknown(kwargs)
         features: BatchFeature = super().preprocess(images, segmentation_maps, **self._taken(kwargs))
@@ -212,6 +213,11 @@ class ASelectImageProcessor(PilBackend):
             raise ValueError(
                 f"`do_reduce_labels` writes {NO_CLASS} for pixels of no class, and a mask has {mask.max()}: more "
                 "classes than that. Reduce the masks yourself, with another value as `semantic_loss_ignore_index`."
+            )
+        if do_reduce_labels and mask.min() < 0:
+            raise ValueError(
+                f"`do_reduce_labels` takes 0 for pixels of no class, and a mask holds {mask.min()}. "
+                "Leave it out, and name that value as the model's `semantic_loss_ignore_index`."
             )
         if do_reduce_labels:
             mask = np.where((mask == 0) | (mask == NO_CLASS), NO_CLASS, mask - 1)
@@ -363,7 +369,9 @@ class ASelectImageProcessor(PilBackend):
         _check_settings(size, do_resize or do_center_crop, kwargs)
         if kwargs["do_rescale"] and (scale := kwargs["rescale_factor"]):
             floats = [image for image in images if image.dtype.kind == "f"]
-            scale = scale if floats and max(image.max() for image in floats) <= 1 else 1
+            if max((image.max() for image in floats), default=2) > 1:
+                scale = 1
+                warn_of_fractions(floats)
             images = [_as_bytes(image / scale) if image.dtype.kind == "f" else image for image in images]
         if do_center_crop:
             crop = _crop_to_shape if do_resize else self.center_crop
@@ -392,6 +400,15 @@ class ASelectImageProcessor(PilBackend):
     ) -> None:
         # Transformers asks for a `crop_size` of its own; ours is `size`.
         super()._validate_preprocess_kwargs(**kwargs)
+
+
+def warn_of_fractions(images: Iterable[NDArray[Any]]) -> None:
+    """Say so where an image of floating-point numbers, read as one in [0, 255], may be one in [0, 1]."""
+    if any(image.size and 0 < image.max() <= 1 and bool((image % 1).any()) for image in images):
+        logger.warning_once(
+            "An image has floating-point values of at most 1 beside others that reach 255, and is read as a dark one "
+            "in [0, 255]. If it is one in [0, 1], multiply it by 255."
+        )
 
 
 def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> None:
@@ -459,7 +476,9 @@ def _as_list(segmentation_maps: Any) -> list[Any]:
         return maps
     if not isinstance(maps, Image.Image | np.ndarray | Tensor):
         raise ValueError(f"Masks must be images of PIL, files, arrays or tensors, got {type(maps).__name__}.")
-    return [maps] if isinstance(maps, Image.Image) or maps.ndim == 2 else [*maps]
+    if isinstance(maps, Image.Image) or maps.ndim == 2 or (maps.ndim == 3 and maps.shape[-1] == 1):
+        return [maps]
+    return [*maps]
 
 
 def _orientation(image: Any) -> int:
@@ -486,8 +505,8 @@ def _mask_array(mask: Any, image: Any, is_turned: bool) -> NDArray[np.int64]:
     except UNREADABLE as error:
         raise ValueError(f"A mask cannot be read ({error}). Save or download it again.") from error
     array = np.asarray(_in_memory(mask, "mask") if isinstance(mask, Tensor) else mask)
-    if array.ndim == 3 and len(array) == 1:
-        array = array[0]  # with an axis of channels, as `datasets` has them in torch format
+    if array.ndim == 3 and 1 in (len(array), array.shape[-1]):
+        array = array.squeeze(0 if len(array) == 1 else -1)  # with an axis of channels
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise ValueError(
             f"A mask must hold integers of shape (H, W), one class index a pixel, got {array.dtype} of shape "
@@ -495,10 +514,8 @@ def _mask_array(mask: Any, image: Any, is_turned: bool) -> NDArray[np.int64]:
         )
     if not array.size:
         raise ValueError(f"A mask is empty: it has shape {array.shape}.")
-    if array.min() < 0:
-        raise ValueError(f"A mask holds negative values, {array.min()} the least; mark pixels of no class by 255.")
-    if array.max() >= 2**31:  # more than PIL keeps on resizing
-        raise ValueError(f"A mask holds {array.max()}, expected class indices below 2**31.")
+    if not (array.min() >= -(2**31) and array.max() < 2**31):  # more than PIL keeps on resizing
+        raise ValueError(f"A mask holds {array.min()} to {array.max()}, expected class indices below 2**31.")
     if turn in _TURNS:
         array = np.asarray(Image.fromarray(array.astype(np.int32)).transpose(Image.Transpose[_TURNS[turn]]))
     warn_of_foreground(array, NO_CLASS)
@@ -516,9 +533,11 @@ def _eight_bits(image: Image.Image) -> Any:
             f"An image of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], or "
             "in [0, 65535] of 16 bits. Scale them first."
         )
-    if image.mode.startswith("I;16") or high > 255:
+    if high > 255:
         # `convert` would clip instead of scale.
         return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(values.astype(np.uint8))  # `convert` would scale
     return values[None] if image.mode == "F" else image
 
 

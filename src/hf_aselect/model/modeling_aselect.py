@@ -686,7 +686,7 @@ class ASelectPreTrainedModel(ShareableModel):
                 segmenter masks, (n, H, W). Under torchrun all processes give the same.
             image_column: Column of the images. Default: `image`, or the only one with images.
             label_column: Column of the labels. Default: `labels`, `label`, `label_ids`, `annotation` or `mask`.
-            eval_dataset: Images to evaluate the fitted head on, of the same kind.
+            eval_dataset: Images to evaluate the fitted head on, of the same kind; or several such sets by name.
             max_images: Use at most so many: a random sample, or the first of a stream. Default: all.
             balance_classes: Whether each class counts the same, however many images (or pixels) it has. Unless the
                 labels are known beforehand the images are read twice.

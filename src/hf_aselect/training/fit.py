@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..images.rows import TENSORS
 from ..model.checks import check_count
 from ..model.denoiser import is_sharded
 from ..model.layouts import plain
@@ -69,7 +70,8 @@ class HeadFit:
             fitted to the others is right about, in [0, 1]; None of a regression. On `num_held_out` of them.
         num_held_out: Rows of features that `accuracy` was measured on: all, or a sample where they take more than
             256 MB. A segmenter has a row for each token.
-        evaluation: Figures on `eval_dataset`, by name: `accuracy`, with `mean_iou` of a segmenter, or `error`.
+        evaluation: Figures on `eval_dataset`, by name: `accuracy`, with `mean_iou` of a segmenter, or `error`; of
+            several sets as Trainer names them, `SET_accuracy`.
         seconds: Seconds that it took.
     """
 
@@ -101,7 +103,7 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         model: The model. It is changed once all is read and solved, and by no fit that fails.
         dataset: See `LabelledImages`.
         options: How.
-        eval_dataset: Images to evaluate the fitted head on.
+        eval_dataset: Images to evaluate the fitted head on; or several sets by name.
 
     Returns:
         What is known of the fit; all processes return the same, and their models have the same head.
@@ -115,7 +117,8 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
     model = unwrapped(model)
     _check_model(model, options)
     images = _labelled(model, dataset, options)
-    judged = None if eval_dataset is None else _labelled(model, eval_dataset, replace(options, max_images=None))
+    sets = _named_sets(eval_dataset)
+    judged = {name: _labelled(model, each, replace(options, max_images=None)) for name, each in sets.items()}
     share, batch_size = Share.of_model(model), options.batch_size or batch_size_for(model.config)
     with _linear_part(model) as part:
         known = _known_targets(images, model.config, options, share, batch_size)
@@ -132,11 +135,11 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         # Of one process: where the last bits of two machines differ, so would their heads.
         solution, tokens = gather_objects((solve(moments, rows, targets), reading.tokens))[0]
         _write(model, part, targets, solution, tokens)
-    figures = None
-    if judged is not None:
+    figures = {}
+    for name, each in judged.items():
         evaluation = Evaluation(targets, model.config)
-        _pass(model, judged, share, batch_size, evaluation.add, "Evaluating the head")
-        figures = evaluation.figures(share)
+        _pass(model, each, share, batch_size, evaluation.add, "Evaluating the head")
+        figures[name] = evaluation.figures(share)
     fit = HeadFit(
         strength=solution.strength,
         scale=solution.scale,
@@ -145,10 +148,11 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         error=solution.error,
         accuracy=solution.accuracy,
         num_held_out=len(rows),
-        evaluation=figures,
+        evaluation={f"{name}_{key}".lstrip("_"): value for name, of in figures.items() for key, value in of.items()}
+        or None,
         seconds=round(time.monotonic() - started, 3),
     )
-    model.card_facts = {**model.card_facts, **_card_facts(fit, images.is_dense)}
+    model.card_facts = {**model.card_facts, **_card_facts(fit, figures, images.is_dense)}
     logger.info("Fitted a head on %d images in %.1f s, held-out error %.3f.", fit.num_images, fit.seconds, fit.error)
     return fit
 
@@ -203,6 +207,14 @@ def _labelled(model: Any, dataset: Any, options: FitOptions) -> LabelledImages:
         max_images=options.max_images,
         seed=options.seed,
     )
+
+
+def _named_sets(eval_dataset: Any) -> dict[str, Any]:
+    """Return evaluation sets by name, one alone by none; a dictionary of tensors is one set."""
+    if eval_dataset is None:
+        return {}
+    is_several = isinstance(eval_dataset, Mapping) and not eval_dataset.keys() & {*TENSORS}
+    return dict(eval_dataset) if is_several else {"": eval_dataset}
 
 
 @contextmanager
@@ -418,7 +430,7 @@ def _write(model: Any, part: Any, targets: Targets, solution: HeadSolution, toke
         model.config.problem_type = targets.kind
 
 
-def _card_facts(fit: HeadFit, is_dense: bool) -> dict[str, Any]:
+def _card_facts(fit: HeadFit, evaluated: dict[str, dict[str, float]], is_dense: bool) -> dict[str, Any]:
     """Return what the model's card says of a fit."""
     facts: dict[str, object] = {
         "head": "linear, in closed form (ridge regression)",
@@ -429,12 +441,14 @@ def _card_facts(fit: HeadFit, is_dense: bool) -> dict[str, Any]:
         facts[f"accuracy on {'tokens of ' * is_dense}images held out in turn"] = f"{fit.accuracy:.1%}"
     else:
         facts["share of variance explained, on images held out in turn"] = f"{1 - fit.error:.1%}"
-    figures = fit.evaluation or {}
+    figures, metric = evaluated.get("", {}), "mean_iou" if is_dense else "accuracy"
+    by_set = {name: each[metric] for name, each in evaluated.items() if name and metric in each}
     # Those of a former head do not hold for this one.
     return {
         "training": facts,
         "accuracy": None if is_dense else figures.get("accuracy"),
         "mean_iou": figures.get("mean_iou"),
+        "by_set": by_set or None,
         "baselines": None,
         "command": None,
     }
