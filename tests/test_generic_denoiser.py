@@ -264,6 +264,29 @@ def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     assert all(parameter.is_meta for parameter in other.denoiser.transformer.parameters())
 
 
+@pytest.mark.skipif(not hasattr(DiTModel, "activation_checkpointing_enable"), reason="of later transformers")
+# By diffusers' own checkpoints, with blocks of one stream as well, and by ours where diffusers has none.
+@pytest.mark.parametrize("name", ["z_image", "chroma", "lumina_next"])
+def test_every_other_block_is_checkpointed_where_that_is_asked_for(load, name):
+    model = load(name, block=2, feature="hidden", freeze_backbone=False).train()
+    pixels, runs = torch.rand(1, 3, 64, 64), []
+    for index, block in enumerate(model.denoiser.blocks[:3]):
+        block.get_submodule(model.denoiser._parts()[index].attention).register_forward_pre_hook(
+            lambda *_, index=index: runs.append(index)
+        )
+    gradients = []
+    for number, expected in ((0, [0, 1, 2]), (2, [0, 1, 2, 0, 2]), (1, [0, 1, 2, 0, 1, 2])):
+        if number:
+            model.activation_checkpointing_enable(every_n_layers=number)
+        runs.clear()
+        model.zero_grad()
+        model(pixels).last_hidden_state.sum().backward()
+        assert sorted(runs) == sorted(expected)
+        gradients.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+    for other in gradients[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(gradients[0], other, strict=True))
+
+
 def test_a_copy_and_a_pickle_read_as_the_model_does(load):
     model = load("z_image")
     noised = noised_of(model)

@@ -607,6 +607,13 @@ class ASelectPreTrainedModel(ShareableModel):
         model._weight_conversions = [each for each in model._weight_conversions if each not in former]
         return found
 
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Switch gradient checkpoints on or off; transformers counts its own layers alone."""
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        denoiser = self._base().denoiser
+        if (number := kwargs.get("every_n_layers", 1)) > 1 and hasattr(denoiser, "checkpoint_every"):
+            denoiser.checkpoint_every(number)
+
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
         name = adapter_name or "default"
