@@ -423,6 +423,153 @@ def test_what_is_no_description_is_not_registered(registry):
 
 
 @pytest.mark.parametrize(
+    ("field", "values", "words"),
+    [
+        ("name", ["", 7, None], "must be the name of a class, a string"),
+        ("name", ["PlainTransformer"], "must be that of its class"),
+        ("sizes", ["num_layers", (1,), None, ("",)], "must be a tuple of names of fields"),
+        ("blocks", [(), TransformerBlocks(), ("transformer_blocks",), None], "must be a tuple of `TransformerBlocks`"),
+        ("tokens", [None, "last"], "must be a function, as `last_tokens`"),
+        ("output", [None, torch.zeros(1)], "must be a function of what `forward` returns"),
+        (
+            "prompt_fields",
+            ["prompt_embeds", {"prompt_embeds": None}, {1: "a"}, None],
+            "must be a dictionary of names of",
+        ),
+        ("patch_embedding", ["", None, torch.nn.Linear(1, 1)], "must be the name of a module"),
+        (
+            "timestep_modules",
+            ["time", {"time": 0}, {"time": "1"}, {"time": float("nan")}, {"time": -1000}, None],
+            "must be a dictionary of names of modules and numbers above 0",
+        ),
+        ("num_classes", [None, 1000], 'must be the name of a field, or ""'),
+        ("pipeline", [None, DiTModel], "must be the name of a pipeline"),
+        ("pipeline", ["FluxPipeline"], "must be given both"),
+        ("encode_prompt", ["FluxPipeline"], "must be a function, or None"),
+        ("encode_prompt", [lambda pipe, config: {}], "must be given both"),
+        ("transformer_class", [None], "has no class PlainTransformer2DModel. Pass the class as `transformer_class`"),
+        ("transformer_class", ["DiT", dict, torch.nn.Linear], "must be a class with diffusers' `ModelMixin`"),
+        ("call", [None, "hidden_states"], "with functions as `call` and `layout`"),
+        ("layout", [None, {"num_layers": 2}], "with functions as `call` and `layout`"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_not_registered(registry, field, values, words):
+    family = shown_family(registry)
+    registry.clear()
+    for value in values:
+        with pytest.raises(ValueError, match=words):
+            register_family(replace(family, **{field: value}))
+    assert not registry
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"path": ""},
+        {"path": None},
+        {"attention": 1},
+        {"hidden": -1},
+        {"hidden": 0.5},
+        {"hidden": True},
+        {"projections": ("to_q", "to_k")},
+        {"projections": "qkv"},
+        {"projections": None},
+    ],
+)
+def test_blocks_of_the_wrong_kind_are_not_registered(registry, changed):
+    family = shown_family(registry)
+    with pytest.raises(ValueError, match="must have names of modules as `path` and `attention`, a number from 0 on"):
+        register_family(replace(family, blocks=(replace(family.blocks[0], **changed),)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (lambda config: dict(config), r"must return a `TransformerLayout`, .* got (dict|FrozenDict)"),
+        (lambda config: transformer_layout({}), "reads 'num_attention_heads' of the configuration, which has no such"),
+        (lambda config: transformer_layout(config, width=7), r"failed \(TypeError: .*width"),
+        (lambda config: transformer_layout(config, patch_size=0, needs_prompt=False), "has 0 as `patch_size`"),
+        (lambda config: transformer_layout(config, sample_size=(4, 4), needs_prompt=False), "as `sample_size`"),
+        (lambda config: transformer_layout(config, max_grid="large", needs_prompt=False), "'large' as `max_grid`"),
+        (lambda config: transformer_layout(config, needs_prompt=1), "has 1 as `needs_prompt`"),
+        (transformer_layout, "`needs_prompt=True`, and its `prompt_fields` name no embeddings"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused(registry, layout, words):
+    register_family(replace(shown_family(registry), layout=layout))
+    config = {**build_transformer().config, "_class_name": "PlainTransformer2DModel"}
+    with pytest.raises((ValueError, StrictDataclassError), match=rf"The `layout` of PlainTransformer2DModel.*{words}"):
+        ASelectConfig(transformer=config)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"num_classes": "classes"}, {"num_classes": "norm_type"}, {"prompt_fields": {"prompt_embeds": "width"}}],
+)
+def test_a_field_that_the_configuration_lacks_is_named(registry, changed):
+    family = shown_family(registry)
+    if "prompt_fields" in changed:
+        changed["layout"] = transformer_layout
+    register_family(replace(family, **changed))
+    config = {**build_transformer().config, "_class_name": family.name}
+    with pytest.raises((ValueError, StrictDataclassError), match=r"names the field '(classes|norm_type|size)', of"):
+        ASelectConfig(transformer=config)
+
+
+def sized(**given):
+    return {"layout": lambda config: transformer_layout(config, **{"needs_prompt": False, **given})}
+
+
+def called(change):
+    return {"call": lambda inputs: change({"hidden_states": inputs.latents, "timestep": inputs.timesteps}, inputs)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (sized(patch_size=4), r"has 4 as `patch_size`, so that 8×8 latents are 2×2 tokens, but .* makes 16"),
+        (sized(patch_size=1), r"has 1 as `patch_size`, so that 8×8 latents are 8×8 tokens, but .* makes 16"),
+        (sized(hidden_size=64), "has tokens of 64 channels, .*to_q makes 16 of 16. Pass `hidden_size="),
+        (sized(key_value_size=8), "keys and values of 8, but .*to_k makes 16 of 16"),
+        (called(lambda given, _: tuple(given.values())), "must return the keywords of its `forward`, .* got tuple"),
+        (called(lambda given, _: None), "must return the keywords of its `forward`, .* got NoneType"),
+        (called(lambda given, _: {1: given}), "must return the keywords of its `forward`"),
+        (
+            called(lambda given, _: {**given, "encoder": 1}),
+            "gives encoder, which it does not take",
+        ),
+        (called(lambda given, _: {"timestep": given["timestep"]}), "lacks hidden_states. Its `forward` takes hidden_"),
+        (called(lambda given, _: {**given, "return_dict": False}), "gives return_dict, which is given by itself"),
+        ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, "is 1, but a block returns Tensor; say which"),
+        ({"tokens": lambda sequence, count: sequence}, None),
+        ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 tokens .* got \(2, 15, 16\)"),
+        ({"tokens": lambda sequence, count: None}, "must return the 16 tokens .* got NoneType"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused_at_each_pass(registry, changed, words):
+    family = replace(shown_family(registry), **changed)
+    register_family(family)
+    config = {**build_transformer().config, "_class_name": family.name}
+    denoiser = build_denoiser(ASelectConfig(transformer=config)).eval()
+    for _ in range(2):
+        if words is None:
+            denoiser(torch.randn(2, 3, 8, 8), 141, 1, "hidden")
+            continue
+        with pytest.raises(ValueError, match=rf"PlainTransformer2DModel.*{words}"):
+            denoiser(torch.randn(2, 3, 8, 8), 141, 1, "hidden")
+
+
+@pytest.mark.parametrize("output", [lambda output, _: output, lambda output, _: None, lambda output, _: output[:, :1]])
+def test_a_prediction_of_another_shape_is_refused(registry, output):
+    family = replace(shown_family(registry), output=output)
+    register_family(family)
+    config = {**build_transformer().config, "out_channels": 6, "_class_name": family.name}
+    denoiser = build_denoiser(ASelectConfig(transformer=config)).eval()
+    with pytest.raises(ValueError, match=r"`output` of Plain.* in the shape of the latents, \(2, 3, 8, 8\), got"):
+        predict(denoiser, torch.randn(2, 3, 8, 8), torch.full((2,), 5), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
     ("changed", "named"),
     [
         ({"patch_embedding": "embedder"}, "embedder"),
