@@ -644,7 +644,7 @@ AutoModelForImageClassification.from_pretrained("me/folded", trust_remote_code=T
     ("options", "message"),
     [
         ({"accuracy": 87}, "'accuracy' must be a share in [0, 1]"),
-        ({"acuracy": 0.8}, "The card has no facts ['acuracy']"),
+        ({"acuracy": 0.8}, "The card has no facts 'acuracy' (did you mean 'accuracy'?). `hf"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(hub, push, options, message):

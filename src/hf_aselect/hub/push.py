@@ -89,7 +89,8 @@ def push_model(model: Any, repo_id: str, private: bool | None, max_shard_size: i
     Raises:
         ValueError: If a fact is unknown or wrong, or the token cannot be one, before anything is made on the Hub.
     """
-    refuse_unknown_facts({name: value for name, value in given.items() if name not in PUSH_OPTIONS})
+    options = (*PUSH_OPTIONS, "max_shard_size")
+    refuse_unknown_facts({name: value for name, value in given.items() if name not in PUSH_OPTIONS}, options)
     with TemporaryDirectory() as folder:
         given["private"] = private
         return _push(model, folder, repo_id, given, max_shard_size=max_shard_size, include_code=True)

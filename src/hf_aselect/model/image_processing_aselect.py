@@ -22,7 +22,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from .checks import NO_VAE, is_finite_number, warn_of_foreground
-from .configuration_aselect import ASelectConfig, is_code_saved, without_code
+from .configuration_aselect import TAKEN, ASelectConfig, is_code_saved, without_code
 from .layouts import plain
 
 logger = logging.get_logger(__name__)
@@ -113,7 +113,8 @@ class ASelectImageProcessor(PilBackend):
         for name in others:
             if hasattr(cls, name):
                 raise ValueError(f"An image processor has no field {name!r}.")
-        _refuse_unknown({name for name in kwargs if _nearest(name)})  # loading takes many more
+        # Loading takes many more, and pipelines hand over fields of the model.
+        _refuse_unknown({name for name in kwargs if name not in TAKEN and _nearest(name)})
         made: Any = super().from_dict(fields, **kwargs)
         for name, value in others.items():
             setattr(made[0] if isinstance(made, tuple) else made, name, value)
@@ -433,6 +434,7 @@ def _refuse_unknown(names: Iterable[str]) -> None:
     for name in names:
         if not _is_field(name):
             hint = f" Did you mean {near!r}?" if (near := _nearest(name)) else ""
+            hint = " It is for `AutoImageProcessor.from_pretrained`." if name == "use_fast" else hint
             raise ValueError(f"An image processor has no field {name!r}.{hint}")
 
 
