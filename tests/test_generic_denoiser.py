@@ -381,6 +381,20 @@ def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp
         DiTForImageClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 exports none of them")
+def test_a_registered_family_is_compiled_and_exported(registry):
+    """What is checked at its first pass is no part of a graph."""
+    config = {**build_transformer().config, "_class_name": shown_family(registry).name}
+    reader = Deep(DiTModel(ASelectConfig(transformer=config, timestep=5)), 1).eval()
+    noised = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(reader, backend="aot_eager", fullgraph=True)(noised)
+        exported = torch.export.export(reader, (noised,), strict=False).module()(noised)
+        for found in (compiled, exported):
+            torch.testing.assert_close(found, reader(noised), rtol=1e-5, atol=1e-6)
+
+
 def test_a_copy_of_the_code_reads_what_is_registered_with_the_package(registry, tmp_path, monkeypatch):
     """As where a checkpoint's own code runs: `trust_remote_code` copies it."""
     family = shown_family(registry)
