@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.saving import bring_in
 from ..images.rows import TENSORS
 from ..model.checks import check_count
 from ..model.denoiser import is_sharded
@@ -164,7 +165,7 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
 
 
 def _check_model(model: Any, options: FitOptions) -> None:
-    """Reject a model that has no linear head to be fitted.
+    """Reject a model that has no linear head to be fitted; bring in one that is offloaded, which stays in memory.
 
     Raises:
         ValueError: If it has none.
@@ -191,11 +192,12 @@ def _check_model(model: Any, options: FitOptions) -> None:
     # By their names: code of a checkpoint has classes of its own.
     part = model.decode_head if is_dense else model.classifier
     is_whole = type(part).__name__ in ("LinearHead", "AttentionHead", "LinearDecoder")
-    if not is_whole or type(_layer(part)) not in (nn.Linear, nn.Conv2d) or _layer(part).weight.is_meta:
+    if not is_whole or type(_layer(part)) not in (nn.Linear, nn.Conv2d):
         raise ValueError(
-            "The head of this model has no plain linear layer in memory to write. Fit the head before adapters are "
-            "added, and load the model without offloading its head."
+            f"The head of this model, a {type(part).__name__}, has no plain linear layer to write. Fit it before "
+            "adapters are added, or another module is put in its place."
         )
+    bring_in(part, model.device)
 
 
 def _layer(part: Any) -> Any:
