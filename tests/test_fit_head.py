@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import END_OF_PROCESSES, HEAD, take_one_step
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as Pictures
 from forking import offline
 from huggingface_hub import ModelCard
@@ -235,6 +235,21 @@ def test_cached_features_give_the_same_head(model, fitted, train, tmp_path, what
         close(model, fitted[0])
     # Half precision rounds differences between images.
     assert found.accuracy == pytest.approx(fitted[1].accuracy, abs=0.03)
+
+
+@pytest.mark.parametrize("change", [{"timestep": 500}, {"block": 0}, {"noise_seed": 3}])
+def test_features_that_were_read_elsewhere_are_rejected(model, pixel_folder, train, test, tmp_path, change):
+    other = load(pixel_folder, **change)
+    cached = cache_features(other, train, tmp_path, what="pooled")
+    name = "tap" if "block" in change else next(iter(change))
+    with pytest.raises(ValueError, match=rf"cached with `{name}` .*, and this model reads \[\(20, 1, 'query'\)\]"):
+        model.fit_head(cached)
+    with pytest.raises(ValueError, match="Cache them with this model"):
+        model.fit_head(train, eval_dataset=cached.select(range(8)))
+    other.fit_head(cached.shuffle(seed=0))
+    # What several caches say is no fingerprint.
+    own = cache_features(model, train, tmp_path, what="pooled")
+    model.fit_head(concatenate_datasets([cached, own]))
 
 
 def test_views_of_an_image_are_held_out_together(model, train, tmp_path):
@@ -579,6 +594,10 @@ def test_bad_options_are_rejected(model, train, given, words):
 def test_bad_models_are_rejected(pixel_folder, model, train):
     with pytest.raises(ValueError, match="A DiTModel has no head to fit"):
         DiTModel.from_pretrained(pixel_folder, timestep=20).fit_head(train)
+    replaced = copy.deepcopy(model)
+    replaced.classifier = torch.nn.Linear(16, NUM_LABELS)
+    with pytest.raises(ValueError, match="The head of this model is a Linear that took the place of its own"):
+        replaced.fit_head(train)
     auto = copy.deepcopy(model)
     auto.config.timestep = "auto"
     with pytest.raises(ValueError, match="The timestep of this model is still 'auto'"):
@@ -801,6 +820,21 @@ def test_the_command_says_in_one_line_what_is_wrong(pixel_folder, train, tmp_pat
     assert main(["fit", str(pixel_folder), *given, *words]) == 1
     assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [
+        ([0, 1, None, 1], "Image 2 has no label in 'label'. Leave such images out, or give them the label -100."),
+        ([-100] * 4, "No image has a label in 'label'"),
+        ([0, 1, 10**12, 1], "go up to 1000000000000, so there are 1000000000001 classes, and only 4 images"),
+    ],
+)
+def test_the_command_rejects_numbers_that_are_no_classes(pixel_folder, tmp_path, capsys, labels, complaint):
+    rows = Dataset.from_dict({"image": images_of(np.arange(4)), "label": labels}).cast_column("image", Pictures())
+    words = ["--images", write(rows, tmp_path / "rows.parquet"), "--output", str(tmp_path / "out"), "--timestep", "20"]
+    assert main(["fit", str(pixel_folder), *words]) == 1
+    assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_the_command_overwrites_nothing(pixel_folder, train, tmp_path, capsys):

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.atomic import whole_file
 from ..selection.reader import eval_mode
-from .cached_features import DESCRIPTION
+from .cache_origin import DESCRIPTION
 from .feature_reader import FeatureReader
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from ..selection.apply import batch_size_for
 from ..selection.distribution import Share, gather_objects, is_partitioned, refuse_flattened, unwrapped
 from ..selection.reader import eval_mode
 from ..selection.sweep import progress_bar
+from .cache_origin import check_read_out
 from .feature_sums import KEPT_BYTES, TOKEN_BITS, FeatureSums, Rows, check_memory
 from .head_evaluation import Evaluation
 from .head_solution import HeadSolution, solve
@@ -172,6 +173,12 @@ def _check_model(model: Any, options: FitOptions) -> None:
     """
     config, name = model.config, type(model).__name__
     if not model._standardizations():
+        head = getattr(model, "classifier", None)
+        if head is not None:
+            raise ValueError(
+                f"The head of this model is a {type(head).__name__} that took the place of its own. Fit the head that "
+                "it was loaded with, or save it and load it again."
+            )
         raise ValueError(
             f"A {name} has no head to fit. Load a DiTForImageClassification or DiTForSemanticSegmentation."
         )
@@ -206,7 +213,7 @@ def _layer(part: Any) -> Any:
 
 
 def _labelled(model: Any, dataset: Any, options: FitOptions) -> LabelledImages:
-    return LabelledImages(
+    images = LabelledImages(
         dataset,
         model.config,
         is_dense=type(model).task == "image-segmentation",
@@ -215,6 +222,9 @@ def _labelled(model: Any, dataset: Any, options: FitOptions) -> LabelledImages:
         max_images=options.max_images,
         seed=options.seed,
     )
+    if images.images.kind == "features":
+        check_read_out(str(getattr(getattr(dataset, "info", None), "description", "")), model.config)
+    return images
 
 
 def _named_sets(eval_dataset: Any) -> dict[str, Any]:
