@@ -901,13 +901,13 @@ CASES = [
         "data set",
         "a corrupt row",
         lambda world: selected(world.rows_of(DRAWING, DRAWING[:40]))(world),
-        "Image 1 of the set cannot be read: cannot identify image file",
+        "Image 1 cannot be read: cannot identify image file",
     ),
     Case(
         "data set",
         "a truncated JPEG in a stream",
         lambda world: selected(world.rows_of(PHOTO, PHOTO[:700]).to_iterable_dataset())(world),
-        "Image 1 of the set cannot be read: image file is truncated",
+        "Image 1 cannot be read: image file is truncated",
     ),
     Case(
         "data set",
@@ -1008,7 +1008,7 @@ CASES = [
         "data set",
         "a corrupt row, to cache",
         lambda world: cache_features(world.model, world.rows_of(DRAWING, b"no image"), world.new()),
-        "Image 1 of the set cannot be read: cannot identify",
+        "Image 1 cannot be read: cannot identify",
     ),
     Case(
         "data set",
@@ -1178,7 +1178,7 @@ CASES = [
         lambda world: convert_research(
             _written(world.new("sit.pt"), "x"), world.new(), layout="sit", allow_pickle=True
         ),
-        "is truncated or no file of weights of torch",
+        "is text, and no file of weights of torch",
     ),
     Case(
         "checkpoint",
@@ -1252,7 +1252,7 @@ CASES = [
         lambda world: world.command(
             "select", world.pixel, "--images", _written(_made(world.new()) / "a.png", "no image").parent
         ),
-        "Image 0 of the set cannot be read",
+        "Image 0 cannot be read",
         CommandError,
     ),
     Case(

@@ -431,7 +431,7 @@ def test_a_broken_picture_is_named(model, tmp_path):
     broken = good.read_bytes()[:40]
     rows = {"image": [{"bytes": good.read_bytes(), "path": None}, {"bytes": broken, "path": None}]}
     data = Dataset.from_dict(rows, features=Features(image=datasets.Image()))
-    with pytest.raises(ValueError, match=r"Image 1 of the set cannot be read"):
+    with pytest.raises(ValueError, match=r"Image 1 cannot be read"):
         cache_features(model, data, tmp_path / "cache")
 
 

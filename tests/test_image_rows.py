@@ -293,7 +293,7 @@ def test_an_image_of_another_kind_than_the_first_is_named():
     images = [array / 255 for array in ARRAYS * 3]
     images[10] = images[10] * 255
     read = ImageRows(images)
-    with pytest.raises(ValueError, match=r"Image 10 of the set has values from .* expected \[0, 1\] as in the others"):
+    with pytest.raises(ValueError, match=r"Image 10 has values from .* expected \[0, 1\] as in the others"):
         read.image(read.row(10), 10)
 
 
@@ -486,7 +486,7 @@ def test_an_image_of_a_folder_that_cannot_be_read_is_named(tmp_path, share):
     whole = (folder / "b" / "1.png").read_bytes()
     (folder / "b" / "1.png").write_bytes(whole[: int(share * len(whole))])
     rows = ImageRows(read_folder(folder)["train"])
-    with pytest.raises(ValueError, match=r"Image 1 of the set, '.*b/1\.png', cannot be read"):
+    with pytest.raises(ValueError, match=r"Image 1, '.*b/1\.png', cannot be read"):
         list(rows)
     with pytest.raises(ValueError, match=r"b/1\.png"):
         rows.row(1)

@@ -194,7 +194,7 @@ def _add_select(commands: Any) -> None:
         help="images to select on (default: images that the transformer generates)",
     )
     select.add_argument(
-        "--image-column", metavar="NAME", help=("image column (default: `image`, or the only image column)")
+        "--image-column", metavar="NAME", help="image column (default: `image`, or the only image column)"
     )
     select.add_argument("--split", default="train", help="split of a folder or Hub dataset (%(default)s)")
     select.add_argument(
@@ -203,7 +203,7 @@ def _add_select(commands: Any) -> None:
         help="column with class indices or masks; selects the timestep with a linear probe",
     )
     select.add_argument(
-        "--criterion", help=("consensus (default), signal_hfr or hfr; with labels, probe or patch_probe")
+        "--criterion", help="consensus (default), signal_hfr or hfr; with labels, probe or patch_probe"
     )
     select.add_argument("--head", help="head that will read the features: attention or linear (default: SOURCE's)")
     select.add_argument(
@@ -313,13 +313,13 @@ def _add_fit(commands: Any) -> None:
         "my-classifier",
     )
     fit.add_argument(
-        "source", metavar="SOURCE", help=("hf_aselect checkpoint or diffusers checkpoint: folder or Hub id")
+        "source", metavar="SOURCE", help="hf_aselect checkpoint or diffusers checkpoint: folder or Hub id"
     )
     data = fit.add_argument_group("images")
     data.add_argument("--images", required=True, metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to fit on")
     data.add_argument("--split", default="train", help="split of a folder or Hub dataset (%(default)s)")
     data.add_argument(
-        "--image-column", metavar="NAME", help=("image column (default: `image`, or the only image column)")
+        "--image-column", metavar="NAME", help="image column (default: `image`, or the only image column)"
     )
     data.add_argument(
         "--label-column", default="label", metavar="NAME", help="column of classes or masks (%(default)s)"
@@ -334,12 +334,12 @@ def _add_fit(commands: Any) -> None:
         "--ignore-index",
         type=int,
         metavar="N",
-        help=("mask value of pixels without a class (default: SOURCE's, else 255)"),
+        help="mask value of pixels without a class (default: SOURCE's, else 255)",
     )
     data.add_argument("--num-images", type=int, metavar="N", help="fit on a random sample of N images (default: all)")
     data.add_argument("--eval-images", metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to evaluate on")
     data.add_argument(
-        "--eval-split", metavar="SPLIT", help=("split of --eval-images, or else of --images, to evaluate on")
+        "--eval-split", metavar="SPLIT", help="split of --eval-images, or else of --images, to evaluate on"
     )
     tap = fit.add_argument_group("features")
     tap.add_argument(
@@ -368,15 +368,15 @@ def _add_fit(commands: Any) -> None:
         help="how a classifier pools the tokens: mean, mean_std or regions (default: SOURCE's, else mean)",
     )
     tap.add_argument(
-        "--num-timesteps", type=int, metavar="K", help=("number of timesteps that --timestep auto selects (1)")
+        "--num-timesteps", type=int, metavar="K", help="number of timesteps that --timestep auto selects (1)"
     )
     how = fit.add_argument_group("fit")
     how.add_argument(
-        "--balance-classes", action="store_true", help=("give all classes the same weight, whatever their size")
+        "--balance-classes", action="store_true", help="give all classes the same weight, whatever their size"
     )
     how.add_argument("--allow-missing", action="store_true", help="allow classes without images")
     how.add_argument(
-        "--batch-size", type=int, metavar="N", help=("images per forward pass (default: depends on their size)")
+        "--batch-size", type=int, metavar="N", help="images per forward pass (default: depends on their size)"
     )
     how.add_argument("--seed", type=int, default=0, help="seed for sampling (%(default)s)")
     fit.add_argument("--output", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
@@ -616,7 +616,7 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--token", help="Hub token (default: the one you logged in with)")
     convert.add_argument("--cache-dir", metavar="DIR", help="download cache")
     convert.add_argument(
-        "--local-files-only", action="store_true", help=("use downloaded files only, without contacting the Hub")
+        "--local-files-only", action="store_true", help="use downloaded files only, without contacting the Hub"
     )
     convert.add_argument(
         "--without",
@@ -630,25 +630,31 @@ def _add_convert(commands: Any) -> None:
         type=_gigabytes,
         default=1.0,
         metavar="GB",
-        help=("maximum size of a weight file (%(default)s)"),
+        help="maximum size of a weight file (%(default)s)",
     )
     convert.add_argument(
         "--timestep-embedding",
-        help=("timestep embedding of a DiT: diffusers, original, sit or repa (default: inferred from SOURCE)"),
+        help="timestep embedding of a DiT: diffusers, original, sit or repa (default: inferred from SOURCE)",
     )
     convert.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help=("image height and width (default: the transformer's)")
+        "--image-size", type=int, metavar="PIXELS", help="image height and width (default: the transformer's)"
     )
     research = convert.add_argument_group("research weights")
     research.add_argument(
         "--layout",
-        help="code that saved the weights: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); --images "
-        "checks it",
+        help="code that saved the weights: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); checked "
+        "against the tensors and, with --images, against their predictions",
+    )
+    research.add_argument(
+        "--vae", metavar="DIR|HUB_ID", help="VAE of the weights (default: none; the model takes latents)"
+    )
+    research.add_argument(
+        "--allow-pickle", action="store_true", help="read tensors from a .pt file, without running code in it"
     )
     research.add_argument(
         "--vae",
         metavar="DIR|HUB_ID",
-        help=("VAE of the research weights (default: none, so that the model takes latents)"),
+        help="VAE of the research weights (default: none, so that the model takes latents)",
     )
     research.add_argument(
         "--allow-pickle", action="store_true", help="read tensors from a .pt file, without running code in it"
@@ -657,7 +663,10 @@ def _add_convert(commands: Any) -> None:
         "--num-attention-heads",
         type=int,
         metavar="N",
-        help=("attention heads per block, for sizes that were not published"),
+        help="attention heads per block, for sizes that were not published",
+    )
+    research.add_argument(
+        "--no-layout-check", action="store_true", help="also convert weights that contradict --layout"
     )
     timestep = convert.add_argument_group("timestep")
     timestep.add_argument(
@@ -668,11 +677,11 @@ def _add_convert(commands: Any) -> None:
         help="one or several in [0, 1000), or auto to select one on --images (default: not set)",
     )
     timestep.add_argument(
-        "--num-timesteps", type=int, metavar="K", help=("number of timesteps that --timestep auto selects (1)")
+        "--num-timesteps", type=int, metavar="K", help="number of timesteps that --timestep auto selects (1)"
     )
     timestep.add_argument("--images", metavar="FOLDER|PARQUET|HUB_ID", help="images to select the timestep on")
     timestep.add_argument(
-        "--image-column", metavar="NAME", help=("image column (default: `image`, or the only image column)")
+        "--image-column", metavar="NAME", help="image column (default: `image`, or the only image column)"
     )
     timestep.add_argument("--split", default="train", help="split of a folder or Hub dataset (%(default)s)")
     convert.set_defaults(run=_convert)
@@ -694,19 +703,17 @@ def _convert(parsed: argparse.Namespace) -> None:
         raise ValueError("`--timestep auto` needs `--images` to select the timestep on. Omit both to select it later.")
     research = _given(parsed, "layout", "vae", "num_attention_heads")
     research |= {"allow_pickle": True} if parsed.allow_pickle else {}
+    research |= {"check_layout": False} if parsed.no_layout_check else {}
     if parsed.layout is not None or Path(parsed.source).is_file():
         if parsed.without:
             raise ValueError(
                 "`--without` names text encoders of a diffusers checkpoint, and research weights have none. Omit it."
             )
         made = convert_research(parsed.source, parsed.output, **research, **given)
-        if parsed.images is None:
-            print("The layout was not checked. Pass --images to check it on a few images.\n")
     elif research:
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in research)
-        raise ValueError(
-            f"{words}: only for research weights. Pass `--layout` to say which code saved them, or omit the option."
-        )
+        flags = {"check_layout": "no_layout_check"}
+        words = ", ".join(f"--{flags.get(name, name).replace('_', '-')}" for name in research)
+        raise ValueError(f"{words}: only for research weights. Pass `--layout`, or omit it.")
     else:
         made = convert_diffusers(parsed.source, parsed.output, without=tuple(parsed.without), **given)
     rows = {
@@ -731,7 +738,7 @@ def _add_fold(commands: Any) -> None:
         epilog="example: hf-aselect fold my-classifier my-folded-classifier",
     )
     fold.add_argument(
-        "source", metavar="SOURCE", help=("hf_aselect checkpoint or diffusers checkpoint: folder or Hub id")
+        "source", metavar="SOURCE", help="hf_aselect checkpoint or diffusers checkpoint: folder or Hub id"
     )
     fold.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
     fold.add_argument(
@@ -787,14 +794,16 @@ def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
     # They take seconds to import, which `--help` should not.
     from .checkpoints.diffusers import find_diffusers
     from .checkpoints.hub_files import HubOptions
+    from .folding.fold import check_foldable
     from .model.configuration_aselect import ASelectConfig
     from .model.modeling_aselect import DiTModel
 
     given = {name: _one_or_several(value) for name, value in _given(parsed, "timestep", "block", "feature").items()}
     hub = _given(parsed, "revision", "token")
     kind, kept, has_timestep = DiTModel, "float32", False
-    if find_diffusers(parsed.source, HubOptions(**hub)) is None:
+    if find_diffusers(parsed.source, HubOptions(**hub), check=check_foldable) is None:
         config = ASelectConfig.from_pretrained(parsed.source, **hub)
+        check_foldable((config.transformer or {}).get("_class_name"))
         kind, kept, has_timestep = _class_of(config) or DiTModel, "auto", config.timestep != "auto"
     if "timestep" not in given and not has_timestep:
         raise ValueError(
@@ -819,14 +828,14 @@ def _add_card(commands: Any) -> None:
     card.add_argument("--name", metavar="NAME", help="model name, used as the title")
     card.add_argument("--dataset", metavar="ID", help="dataset that the model was trained and evaluated on")
     card.add_argument(
-        "--accuracy", type=float, nargs="+", metavar="SHARE", help=("accuracy in [0, 1]; one value per run")
+        "--accuracy", type=float, nargs="+", metavar="SHARE", help="accuracy in [0, 1]; one value per run"
     )
     card.add_argument(
         "--mean-iou",
         type=float,
         nargs="+",
         metavar="SHARE",
-        help=("mean IoU of a segmenter in [0, 1]; one value per run"),
+        help="mean IoU of a segmenter in [0, 1]; one value per run",
     )
     card.add_argument("--license", metavar="ID", help="licence identifier, such as apache-2.0")
     card.add_argument("--limits", metavar="TEXT", help="uses that the model is not suited for")
