@@ -281,8 +281,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what is derived from the transformer and reject unknown keywords."""
         others, kwargs = kwargs.pop(_OF_FILE, {}), plain(kwargs)
-        if "model_type" in kwargs:
-            # `to_dict()` has it, and with it what a file, or a user, had in it beside the fields.
+        if "model_type" in kwargs or self.transformers_version is not None:
+            # `to_dict()` has both, and with them what a file, or a user, had in it beside the fields.
             others = {**others, **{name: value for name, value in kwargs.items() if name not in TAKEN}}
             others = {name: value for name, value in others.items() if not hasattr(type(self), name)}
             kwargs = {name: value for name, value in kwargs.items() if name not in others}
