@@ -506,6 +506,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.layout.num_channels if self.vae is None else image_channels_of(self.vae)
 
     @property
+    def takes_latents(self) -> bool:
+        """Whether there is no VAE, and what the transformer reads are no images."""
+        return self.vae is None and self.num_channels not in (1, 3)
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels a side that one latent stands for: 1 in pixel space."""
         return vae_scale_factor_of(self.vae)

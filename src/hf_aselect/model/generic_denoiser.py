@@ -110,6 +110,12 @@ def _run(checkpoints: _Checkpoints, forward: Callable[..., Any], *args: Any, **k
     return forward(*args, **kwargs)
 
 
+def _unless_skipped(checkpoint: Callable[..., Any], skipped: Sequence[Any], run: Any, *args: Any, **kw: Any) -> Any:
+    """Run what is checkpointed, without a checkpoint if it, or the block that `_run` names first, is skipped."""
+    is_skipped = any(block is run or block is args[0] for block in skipped)
+    return run(*args, **kw) if is_skipped else checkpoint(run, *args, **kw)
+
+
 class GenericDenoiser(Denoiser):
     """A transformer of any family that is described, read by hooks on its own call.
 
@@ -157,6 +163,12 @@ class GenericDenoiser(Denoiser):
             attention.register_forward_pre_hook(_Hook((index, "normed")), with_kwargs=True)
             attention.register_forward_hook(_Hook((index, "attention")), with_kwargs=True)
             block.register_forward_hook(_Hook((index, "hidden"), part.hidden), with_kwargs=True)
+
+    def checkpoint_every(self, number: int) -> None:
+        """Let the gradient checkpoints that were just switched on leave out all blocks but each one of a number."""
+        owner: Any = getattr(self, "checkpoints", self.transformer)
+        skipped = [block for index, block in enumerate(self.blocks) if index % number]
+        owner._gradient_checkpointing_func = partial(_unless_skipped, owner._gradient_checkpointing_func, skipped)
 
     @property
     def patch_embedding(self) -> nn.Module:

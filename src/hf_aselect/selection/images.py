@@ -120,7 +120,8 @@ class CalibrationPictures:
         try:
             return self.processor(pictures, masks, return_tensors="pt")
         except ValueError:
-            for place, index in enumerate(indices):
+            is_image_wrong = self.processor.num_channels in (1, 3)  # else the model takes none
+            for place, index in enumerate(indices if is_image_wrong else ()):
                 mask = None if masks is None else [masks[place]]
                 try:
                     self.processor([pictures[place]], mask, return_tensors="pt")
