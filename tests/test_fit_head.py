@@ -879,7 +879,7 @@ def test_values_that_are_all_the_same_are_rejected(pixel_folder, train, monkeypa
     bright = {"pixel_values": pixels, "labels": pixels[:, 0].mean((1, 2))}
     same = {"pixel_values": pixels[:5], "labels": torch.full((5,), 0.1)}
     with pytest.raises(ValueError, match="The labels of `eval_dataset` are the same for all images"):
-        model.fit_head(bright, eval_dataset=same)
+        model.fit_head(bright, eval_dataset=iter([(each, 0.1) for each in train["image"][:5]]))
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         model.fit_head(iter([(each, 1e6 + 0.1) for each in train["image"]]))
     marks = load(pixel_folder, num_labels=2)
@@ -888,6 +888,8 @@ def test_values_that_are_all_the_same_are_rejected(pixel_folder, train, monkeypa
         monkeypatch.setattr(each, "forward", None)
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         model.fit_head(same)
+    with pytest.raises(ValueError, match="The labels of `eval_dataset` are the same for all images"):
+        model.fit_head(bright, eval_dataset=same)
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         marks.fit_head({"pixel_values": pixels, "labels": torch.tensor([[1.0, 0.0]]).repeat(120, 1)})
 

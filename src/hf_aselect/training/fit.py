@@ -310,10 +310,13 @@ def _check_known_labels(name: str, images: LabelledImages, config: Any, targets:
     """
     if (known := images.known_labels()) is None:
         return
+    labels = LabelCounts(config, images.is_dense, targets)
     try:
-        LabelCounts(config, images.is_dense, targets).add(LabelledBatch(sorted(images.order or ()), {}, known))
+        labels.add(LabelledBatch(sorted(images.order or ()), {}, known))
     except ValueError as error:
         raise ValueError(f"The labels of {_eval_name(name)} do not fit: {error}") from error
+    if labels.targets.kind == REGRESSION and not labels.vary:
+        raise ValueError(f"The labels of {_eval_name(name)} are the same for all images: they show no error.")
 
 
 def _known_targets(
