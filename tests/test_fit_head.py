@@ -349,6 +349,21 @@ def test_a_folded_model_is_fitted(loaded, fitted, train):
     close(folded, fitted[0])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+def test_a_head_on_adapters_is_fitted_and_saved_once_they_are_merged(model, train, test, tmp_path, caplog):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    adapted.fit_head(train)
+    assert "The fitted head is no part of the model's adapters, and is not saved with them" in caplog.text
+    expected = logits(adapted, test["image"])
+    caplog.clear()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, test["image"]), expected, rtol=1e-3, atol=1e-3)
+    again.fit_head(train)
+    assert "adapters" not in caplog.text
+
+
 def test_an_attention_head_is_replaced_where_that_is_asked_for(pixel_folder, fitted, train, tmp_path):
     model = load(pixel_folder, head="attention", head_num_layers=1, **HEAD)
     with pytest.raises(ValueError, match=r"one of kind 'attention'. Load it with `head='linear'`, or pass `replace_h"):
