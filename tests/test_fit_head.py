@@ -852,6 +852,19 @@ def test_the_command_rejects_numbers_that_are_no_classes(pixel_folder, tmp_path,
     assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_the_command_looks_at_the_labels_before_it_selects_a_timestep(
+    pixel_folder, train, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(DiTForImageClassification, "from_pretrained", None)
+    for rows, complaint in (
+        (without(train, 2), "1 of 4 classes have no image among 90: '2' (2)"),
+        (train.filter(lambda row: row["label"] == 1), "The labels are the same for all images"),
+    ):
+        words = ["--images", write(rows, tmp_path / "rows.parquet"), "--output", str(tmp_path / "out")]
+        assert main(["fit", str(pixel_folder), *words, "--timestep", "auto"]) == 1
+        assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_command_overwrites_nothing(pixel_folder, train, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     split = write(train, tmp_path / "train.parquet")

@@ -272,3 +272,19 @@ class LabelCounts:
                 f"{', ...' * (len(missing) > 10)}. Give images of all classes, load the model with fewer "
                 "(`num_labels=`), or pass `allow_missing=True`: then they are never predicted."
             )
+
+
+def check_classes(labels: list[Any], names: dict[int, str], allow_missing: bool) -> None:
+    """Reject labels of images that no classifier of these classes can be fitted to.
+
+    Args:
+        labels: A label for each image.
+        names: Names of the classes by their number.
+        allow_missing: Whether classes may be without an image.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    counts = LabelCounts(SimpleNamespace(num_labels=len(names), id2label=names, problem_type=None), is_dense=False)
+    counts.add(LabelledBatch(list(range(len(labels))), {}, labels))
+    counts.check(allow_missing)
