@@ -1165,7 +1165,7 @@ CASES = [
         lambda world: convert_research(
             _written(world.new("sit.pt"), "x"), world.new(), layout="sit", allow_pickle=True
         ),
-        "is truncated or no file of weights of torch",
+        "is text, and no file of weights of torch",
     ),
     Case(
         "checkpoint",

@@ -4,6 +4,7 @@ The names are read off transformers' signatures: one that a later version adds f
 """
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from conftest import HEAD
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     BeitForSemanticSegmentation,
     PreTrainedConfig,
     PreTrainedModel,
+    UperNetConfig,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -149,6 +152,30 @@ def test_every_keyword_has_a_value(table, calls):
     assert names_of(*calls) - table.keys() == set()
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (PreTrainedModel.push_to_hub, DiTForImageClassification.push_to_hub),
+        (PreTrainedConfig.push_to_hub, ASelectConfig.push_to_hub),
+        (ViTImageProcessorPil.push_to_hub, ASelectImageProcessor.push_to_hub),
+        (
+            BeitImageProcessorPil.post_process_semantic_segmentation,
+            ASelectImageProcessor.post_process_semantic_segmentation,
+        ),
+        (ViTForImageClassification.forward, DiTForImageClassification.forward),
+    ],
+    ids=["model", "configuration", "processor", "post-processing", "forward"],
+)
+def test_arguments_have_the_names_and_the_order_of_transformers(theirs, ours):
+    takes_more = any(
+        each.kind == inspect.Parameter.VAR_KEYWORD for each in inspect.signature(ours).parameters.values()
+    )
+    assert takes_more or names_of(theirs) <= names_of(ours)
+    places = [list(inspect.signature(each).parameters) for each in (theirs, ours)]
+    both = [[name for name in each if name in places[0] and name in places[1]] for each in places]
+    assert both[0] == both[1]
+
+
 def test_every_field_of_a_processor_has_a_value():
     fields = {
         name for kind in ViTImageProcessorPil.valid_kwargs.__mro__ for name in getattr(kind, "__annotations__", {})
@@ -180,7 +207,7 @@ def saved(loaded_classifier, tmp_path_factory):
 def test_a_field_of_vit_is_taken_or_the_reason_is_said(name, loaded_classifier, saved):
     value, reason = OF_CONFIG[name]
     fields = loaded_classifier[0].config.to_dict()
-    del fields["model_type"]  # by which what is unknown is kept
+    del fields["model_type"], fields["transformers_version"]  # by which what is unknown is kept
     if name in ("id2label", "label2id"):
         fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
     check(reason, lambda: ASelectConfig(**{**fields, name: value}))
@@ -250,7 +277,7 @@ def test_loading_a_processor_takes_what_belongs_to_the_model(saved):
         assert made[0].keys() == made[1].keys()
 
 
-def test_a_configuration_comes_back_from_its_dictionary(classifier):
+def test_a_configuration_comes_back_from_its_dictionary(classifier, tmp_path):
     """With what a file, or its user, had in it beside the fields; a keyword alone is still rejected."""
     classifier.config.my_run = "x"
     classifier.config.of_a_newer_version = {"a": [1]}
@@ -258,6 +285,12 @@ def test_a_configuration_comes_back_from_its_dictionary(classifier):
     assert again.my_run == "x" and again.to_dict() == classifier.config.to_dict()
     with pytest.raises(ValueError, match="has no field `my_run`"):
         ASelectConfig(my_run="x")
+    # Siblings: of a file, by the model's type, and under another model.
+    classifier.save_pretrained(tmp_path, include_code=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert ASelectConfig(**content).my_run == AutoConfig.for_model(**content).my_run == "x"
+    around = UperNetConfig(backbone_config=ASelectConfig(**content), use_auxiliary_head=False)
+    assert UperNetConfig(**around.to_dict()).backbone_config.of_a_newer_version == {"a": [1]}
 
 
 @pytest.mark.parametrize("name", ["timestep", "feature", "block"])

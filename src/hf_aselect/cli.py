@@ -606,8 +606,8 @@ def _add_convert(commands: Any) -> None:
     research = convert.add_argument_group("research weights")
     research.add_argument(
         "--layout",
-        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); with --images "
-        "it is checked",
+        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); checked by "
+        "what the tensors show and, with --images, by what they predict",
     )
     research.add_argument("--vae", metavar="DIR|HUB_ID", help="their VAE (default: none; the model takes latents)")
     research.add_argument(
@@ -615,6 +615,9 @@ def _add_convert(commands: Any) -> None:
     )
     research.add_argument(
         "--num-attention-heads", type=int, metavar="N", help="heads of a block, if the size is no published one"
+    )
+    research.add_argument(
+        "--no-layout-check", action="store_true", help="convert weights that contradict --layout all the same"
     )
     timestep = convert.add_argument_group("timestep")
     timestep.add_argument(
@@ -647,14 +650,14 @@ def _convert(parsed: argparse.Namespace) -> None:
         raise ValueError("`--timestep auto` needs `--images` to select it on. Without both it stays open.")
     research = _given(parsed, "layout", "vae", "num_attention_heads")
     research |= {"allow_pickle": True} if parsed.allow_pickle else {}
+    research |= {"check_layout": False} if parsed.no_layout_check else {}
     if parsed.layout is not None or Path(parsed.source).is_file():
         if parsed.without:
             raise ValueError("`--without` is for text encoders of a diffusers checkpoint; research weights have none.")
         made = convert_research(parsed.source, parsed.output, **research, **given)
-        if parsed.images is None:
-            print("The layout was not checked. Pass --images to check it on a few images.\n")
     elif research:
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in research)
+        flags = {"check_layout": "no_layout_check"}
+        words = ", ".join(f"--{flags.get(name, name).replace('_', '-')}" for name in research)
         raise ValueError(f"{words}: for research weights. Say by `--layout` whose they are, or leave it out.")
     else:
         made = convert_diffusers(parsed.source, parsed.output, without=tuple(parsed.without), **given)
@@ -734,14 +737,16 @@ def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
     # They take seconds to import, which `--help` should not.
     from .checkpoints.diffusers import find_diffusers
     from .checkpoints.hub_files import HubOptions
+    from .folding.fold import check_foldable
     from .model.configuration_aselect import ASelectConfig
     from .model.modeling_aselect import DiTModel
 
     given = {name: _one_or_several(value) for name, value in _given(parsed, "timestep", "block", "feature").items()}
     hub = _given(parsed, "revision", "token")
     kind, kept, has_timestep = DiTModel, "float32", False
-    if find_diffusers(parsed.source, HubOptions(**hub)) is None:
+    if find_diffusers(parsed.source, HubOptions(**hub), check=check_foldable) is None:
         config = ASelectConfig.from_pretrained(parsed.source, **hub)
+        check_foldable((config.transformer or {}).get("_class_name"))
         kind, kept, has_timestep = _class_of(config) or DiTModel, "auto", config.timestep != "auto"
     if "timestep" not in given and not has_timestep:
         raise ValueError(

@@ -212,7 +212,9 @@ def encode_empty_prompt(
         # Some pipelines ask it for sizes.
         own: Any = FAMILIES[kind].transformer_class if kind in FAMILIES else None
         stand_in = (own or getattr(diffusers, kind)).from_config(transformer)
-    pipeline_class = getattr(diffusers, name)
+    pipeline_class = getattr(diffusers, name, None)
+    if pipeline_class is None:
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}, which the description of {kind} names.")
     known = inspect.signature(pipeline_class.__init__).parameters
     index = read_json(folder / MODEL_INDEX)
     _refuse_other_code(folder, index, known)

@@ -26,6 +26,16 @@ _FAMILIES: dict[str, Fold] = {
 }
 
 
+def check_foldable(name: str | None) -> None:
+    """Reject a class of transformers that cannot be folded; None is none.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if name is not None and name not in _FAMILIES:
+        raise ValueError(f"A {name} cannot be folded. Those that can be are {', '.join(_FAMILIES)}.")
+
+
 def fold_model(model: Any) -> Any:
     """Return a model's folded twin; see its `fold`.
 
@@ -34,6 +44,7 @@ def fold_model(model: Any) -> Any:
             `fold_denoiser`.
     """
     model = unwrapped(model)
+    check_foldable((model.config.transformer or {}).get("_class_name"))
     config = copy.deepcopy(model.config)
     config.resolved_timestep()
     if config.folded:
@@ -113,8 +124,7 @@ def fold_denoiser(
         ValueError: If the family cannot be folded, or a layer is none that a plain one could stand for.
     """
     name = type(denoiser.transformer).__name__
-    if name not in _FAMILIES:
-        raise ValueError(f"A {name} cannot be folded. Those that can be are {', '.join(_FAMILIES)}.")
+    check_foldable(name)
     device, dtype = placement(denoiser.patch_embedding)
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     timesteps = list(dict.fromkeys(int(timestep) for timestep, _, _ in read))

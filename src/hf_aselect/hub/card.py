@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoints.atomic import whole_file
 from ..checkpoints.licenses import NON_COMMERCIAL, license_of
 from ..model.checks import read_text
 
@@ -242,13 +242,8 @@ def write_card(facts: CardFacts, folder: str | os.PathLike[str]) -> None:
     text = render_card(facts)
     if path.is_file():
         text += own_words(path.read_text(encoding="utf-8"))
-    # A name of its own: two may write at once.
-    temporary = path.with_name(f".README.md.incomplete-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def own_words(text: str) -> str:

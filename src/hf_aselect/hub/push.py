@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from ..checkpoints.adapters import grid_of_base
+from ..checkpoints.atomic import whole_files
 from ..model.configuration_aselect import DIT_XL_2, ASelectConfig
 from ..model.modeling_aselect import __file__ as MODELING_FILE
 from ..model.modeling_aselect import save_image_processor
@@ -201,10 +202,8 @@ def _write_config(model: Any, base: str, folder: str | os.PathLike[str]) -> None
     config = copy.deepcopy(model.config)
     if any(".modules_to_save." in name and name.endswith("shift") for name, _ in model.named_buffers()):
         config.standardized_grid = grid_of_base(type(config), base)
-    os.makedirs(folder, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as unfinished:
+    with whole_files(folder) as unfinished:
         config.save_pretrained(unfinished)
-        os.replace(os.path.join(unfinished, "config.json"), os.path.join(folder, "config.json"))
 
 
 def write_card_of(config: ASelectConfig, kind: Any, folder: str | os.PathLike[str], **facts: Any) -> None:

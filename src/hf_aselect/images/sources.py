@@ -70,7 +70,7 @@ def read_folder(folder: str | Path, streaming: bool = False) -> Any:
     try:
         found = load_dataset("imagefolder", data_files=patterns, streaming=streaming, **labels)
     except _BROKEN as error:
-        hint = "" if is_all_seen else " Unpack its archives."
+        hint = "" if is_all_seen else ". Unpack its archives."
         raise ValueError(f"{str(folder)!r} cannot be read as images: {_said(error)}{hint}") from error
     if metadata and is_all_seen and not streaming:
         _tell_of_metadata(metadata[0], found, sum(map(_is_image, files)))

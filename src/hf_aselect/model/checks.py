@@ -235,6 +235,12 @@ def check_floats(name: str, values: Any) -> None:
         raise ValueError(f"`{name}` must be a dense tensor with data, got {kind}.")
 
 
+NO_VAE = (
+    "The model takes latents of {} channels and no images: it has no VAE. Load or convert it with one (`vae=`, "
+    "`hf-aselect convert --vae`), a folder or an id on the Hub, or give `latents`."
+)
+
+
 def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
     """Reject latents that a transformer cannot read.
 
@@ -284,7 +290,9 @@ def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
     check_floats("pixel_values", pixel_values)
     if pixel_values.ndim != 4:
         raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
-    if (num_channels := pixel_values.shape[1]) != config.num_channels:
+    if (num_channels := pixel_values.shape[1]) != config.num_channels and config.takes_latents:
+        raise ValueError(f"`pixel_values` have {num_channels} channels. {NO_VAE.format(config.num_channels)}")
+    if num_channels != config.num_channels:
         raise ValueError(
             f"The model takes images of {config.num_channels} channels, got {num_channels}. Use "
             f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."

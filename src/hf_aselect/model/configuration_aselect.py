@@ -281,8 +281,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what is derived from the transformer and reject unknown keywords."""
         others, kwargs = kwargs.pop(_OF_FILE, {}), plain(kwargs)
-        if "model_type" in kwargs:
-            # `to_dict()` has it, and with it what a file, or a user, had in it beside the fields.
+        if "model_type" in kwargs or self.transformers_version is not None:
+            # `to_dict()` has both, and with them what a file, or a user, had in it beside the fields.
             others = {**others, **{name: value for name, value in kwargs.items() if name not in TAKEN}}
             others = {name: value for name, value in others.items() if not hasattr(type(self), name)}
             kwargs = {name: value for name, value in kwargs.items() if name not in others}
@@ -504,6 +504,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def num_channels(self) -> int:
         """Number of colour channels of an image: 1 for grey, 3 for RGB."""
         return self.layout.num_channels if self.vae is None else image_channels_of(self.vae)
+
+    @property
+    def takes_latents(self) -> bool:
+        """Whether there is no VAE, and what the transformer reads are no images."""
+        return self.vae is None and self.num_channels not in (1, 3)
 
     @property
     def vae_scale_factor(self) -> int:

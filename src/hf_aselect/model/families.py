@@ -173,44 +173,6 @@ class TransformerFamily:
 FAMILIES: dict[str, TransformerFamily] = {}
 
 
-def register_family(family: TransformerFamily) -> None:
-    """Let a class of transformers be read that the package does not know.
-
-    Register it in each program before its checkpoints are loaded: a checkpoint names the class and does not contain
-    the description.
-
-    Args:
-        family: The description. It takes the place of one that was registered for the same class before.
-
-    Raises:
-        ValueError: If it is of a family of the package, has no `call`, or says nothing of how its sizes are read.
-
-    Example:
-        >>> from hf_aselect import TransformerBlocks, TransformerFamily, register_family, transformer_layout
-        >>> register_family(
-        ...     TransformerFamily(
-        ...         "AllegroTransformer3DModel",
-        ...         sizes=("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size"),
-        ...         layout=lambda config: transformer_layout(config, needs_prompt=True),
-        ...         call=lambda inputs: {"hidden_states": inputs.latents, "timestep": inputs.timesteps},
-        ...         blocks=(TransformerBlocks("transformer_blocks", "attn1"),),
-        ...     )
-        ... )
-    """
-    if not isinstance(family, TransformerFamily) or not callable(family.call) or not callable(family.layout):
-        raise ValueError(
-            f"`family` must be a `TransformerFamily` with functions as `call` and `layout`, got {family!r}."
-        )
-    if not isinstance(family.name, str):
-        raise ValueError(f"`name` of a family must be the name of a class, a string, got {family.name!r}.")
-    is_list = isinstance(family.blocks, tuple) and all(isinstance(part, TransformerBlocks) for part in family.blocks)
-    if not family.blocks or not is_list:
-        raise ValueError(f"`blocks` of {family.name} must be a tuple of `TransformerBlocks`, got {family.blocks!r}.")
-    if family.name in _OF_PACKAGE:
-        raise ValueError(f"{family.name} is a family of the package, and cannot be described again.")
-    FAMILIES[family.name] = family
-
-
 def family_of(name: Any) -> TransformerFamily:
     """Return the description of a transformer class.
 
@@ -618,4 +580,3 @@ _ALL = (
     ),
 )
 FAMILIES.update({family.name: family for family in _ALL})
-_OF_PACKAGE = frozenset(FAMILIES)

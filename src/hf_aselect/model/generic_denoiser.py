@@ -66,7 +66,7 @@ class _Hook:
             reading.found[self.tap] = args, kwargs
         else:
             value = outputs[0] if outputs else _first(args, kwargs)
-            reading.found[self.tap] = reading.keep(value[self.output] if isinstance(value, tuple | list) else value)
+            reading.found[self.tap] = reading.keep(value[self.output] if isinstance(value, (tuple, list)) else value)
         reading.waiting.discard(self.tap)
         if reading.may_stop and not reading.waiting:
             raise _Stop
@@ -108,6 +108,12 @@ def _run(checkpoints: _Checkpoints, forward: Callable[..., Any], *args: Any, **k
     if checkpoints.gradient_checkpointing and torch.is_grad_enabled():
         return checkpoints._gradient_checkpointing_func(partial(forward, **kwargs), *args)
     return forward(*args, **kwargs)
+
+
+def _unless_skipped(checkpoint: Callable[..., Any], skipped: Sequence[Any], run: Any, *args: Any, **kw: Any) -> Any:
+    """Run what is checkpointed, without a checkpoint if it, or the block that `_run` names first, is skipped."""
+    is_skipped = any(block is run or block is args[0] for block in skipped)
+    return run(*args, **kw) if is_skipped else checkpoint(run, *args, **kw)
 
 
 class GenericDenoiser(Denoiser):
@@ -157,6 +163,12 @@ class GenericDenoiser(Denoiser):
             attention.register_forward_pre_hook(_Hook((index, "normed")), with_kwargs=True)
             attention.register_forward_hook(_Hook((index, "attention")), with_kwargs=True)
             block.register_forward_hook(_Hook((index, "hidden"), part.hidden), with_kwargs=True)
+
+    def checkpoint_every(self, number: int) -> None:
+        """Let the gradient checkpoints that were just switched on leave out all blocks but each one of a number."""
+        owner: Any = getattr(self, "checkpoints", self.transformer)
+        skipped = [block for index, block in enumerate(self.blocks) if index % number]
+        owner._gradient_checkpointing_func = partial(_unless_skipped, owner._gradient_checkpointing_func, skipped)
 
     @property
     def patch_embedding(self) -> nn.Module:

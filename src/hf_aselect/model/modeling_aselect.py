@@ -567,6 +567,7 @@ class ASelectPreTrainedModel(ShareableModel):
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
         replace_head = kwargs.pop("ignore_mismatched_sizes", False)
+        is_checked = kwargs.get("check_layout", True)
         is_diffusers = _take_source(source, kwargs)
         options: Any = {"output_loading_info": True, "use_safetensors": True}  # never unpickle
         options["ignore_mismatched_sizes"] = True  # checked below, where the error can say what to do
@@ -581,9 +582,11 @@ class ASelectPreTrainedModel(ShareableModel):
                 model.name_or_path = model._base().name_or_path = model.config.name_or_path = str(source)
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
+        if is_diffusers and is_checked:
+            check = package("checkpoints.layout_check", "Checking a layout").compare_layouts
+            if check(model, calibration_images) and model.config.timestep != "auto" and not model._standardizations():
+                calibration_images = None  # that was all that they were for
         model._settle_timestep(calibration_images, info)
-        if is_diffusers and calibration_images is not None:
-            package("checkpoints.layout_check", "Checking a layout").check_layout(model, calibration_images)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
@@ -603,6 +606,13 @@ class ASelectPreTrainedModel(ShareableModel):
         # transformers would save by the names that it loaded.
         model._weight_conversions = [each for each in model._weight_conversions if each not in former]
         return found
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Switch gradient checkpoints on or off; transformers counts its own layers alone."""
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        denoiser = self._base().denoiser
+        if (number := kwargs.get("every_n_layers", 1)) > 1 and hasattr(denoiser, "checkpoint_every"):
+            denoiser.checkpoint_every(number)
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
