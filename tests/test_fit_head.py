@@ -620,7 +620,7 @@ def test_bad_models_are_rejected(pixel_folder, model, train):
     adapted = get_peft_model(
         copy.deepcopy(model), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["classifier"])
     ).get_base_model()
-    with pytest.raises(ValueError, match="Fit the head before adapters are added"):
+    with pytest.raises(ValueError, match="Fit it before adapters are added"):
         adapted.fit_head(train)
     with torch.no_grad():
         model.backbone.denoiser.transformer.transformer_blocks[0].attn1.to_v.weight.fill_(torch.nan)
