@@ -321,11 +321,13 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(model, data, tmp_path, mo
     assert folder.name.endswith(".incomplete")
     parts = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(parts) == 2  # of three rows each, and nothing half-written
+    (folder / ".state.incomplete-0.json").write_text("{")  # of a process that was killed
     calls[:] = [0] * 3
     cached = cache_features(model, data, tmp_path)
     assert sum(calls) == NUM_PICTURES - 6
     (folder,) = tmp_path.iterdir()
     assert all((folder / name).stat().st_mtime_ns == at for name, at in parts.items())
+    assert not list(folder.glob(".*"))
     monkeypatch.setattr(DiTModel, "extract_features", extract)
     whole = cache_features(model, data, tmp_path / "again")
     torch.testing.assert_close(cached["features"][:], whole["features"][:], rtol=1e-3, atol=1e-3)

@@ -460,6 +460,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     from .model.modeling_classification import DiTForImageClassification
     from .model.modeling_segmentation import DiTForSemanticSegmentation
     from .training.config_arguments import needs_images
+    from .training.targets import check_classes
 
     given, kind = _given(parsed, "timestep", "block", "feature"), train.features[parsed.label_column]
     given = {name: _one_or_several(values) for name, values in given.items()} | _given(
@@ -485,6 +486,9 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
         raise ValueError(
             "`--pooling` is for classifiers, but the labels are masks, and a segmenter pools nothing. Omit it."
         )
+    if not is_dense:
+        # Before a timestep is selected, which may take minutes.
+        check_classes(train[parsed.label_column][:], dict(enumerate(names)), parsed.allow_missing)
     head = {"decoder": "linear"} if is_dense else {"head": "linear", "head_norm": False}
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
@@ -647,14 +651,6 @@ def _add_convert(commands: Any) -> None:
     )
     research.add_argument(
         "--vae", metavar="DIR|HUB_ID", help="VAE of the weights (default: none; the model takes latents)"
-    )
-    research.add_argument(
-        "--allow-pickle", action="store_true", help="read tensors from a .pt file, without running code in it"
-    )
-    research.add_argument(
-        "--vae",
-        metavar="DIR|HUB_ID",
-        help="VAE of the research weights (default: none, so that the model takes latents)",
     )
     research.add_argument(
         "--allow-pickle", action="store_true", help="read tensors from a .pt file, without running code in it"

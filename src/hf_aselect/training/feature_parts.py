@@ -266,7 +266,7 @@ def _finish(parts: FeatureParts, unfinished: Path, target: Path, fingerprint: di
     _write_json(unfinished / STATE, _state(parts, target.name[:16]))
     _give_name(unfinished, target)
     # Of processes that were killed.
-    for leftover in target.glob(".data-*"):
+    for leftover in target.glob(".*"):
         leftover.unlink(missing_ok=True)
 
 
