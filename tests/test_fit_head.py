@@ -349,6 +349,21 @@ def test_a_folded_model_is_fitted(loaded, fitted, train):
     close(folded, fitted[0])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+def test_a_head_on_adapters_is_fitted_and_saved_once_they_are_merged(model, train, test, tmp_path, caplog):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    adapted.fit_head(train)
+    assert "The fitted head is no part of the model's adapters, and is not saved with them" in caplog.text
+    expected = logits(adapted, test["image"])
+    caplog.clear()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, test["image"]), expected, rtol=1e-3, atol=1e-3)
+    again.fit_head(train)
+    assert "adapters" not in caplog.text
+
+
 def test_an_attention_head_is_replaced_where_that_is_asked_for(pixel_folder, fitted, train, tmp_path):
     model = load(pixel_folder, head="attention", head_num_layers=1, **HEAD)
     with pytest.raises(ValueError, match=r"one of kind 'attention'. Load it with `head='linear'`, or pass `replace_h"):
@@ -605,7 +620,7 @@ def test_bad_models_are_rejected(pixel_folder, model, train):
     adapted = get_peft_model(
         copy.deepcopy(model), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["classifier"])
     ).get_base_model()
-    with pytest.raises(ValueError, match="Fit the head before adapters are added"):
+    with pytest.raises(ValueError, match="Fit it before adapters are added"):
         adapted.fit_head(train)
     with torch.no_grad():
         model.backbone.denoiser.transformer.transformer_blocks[0].attn1.to_v.weight.fill_(torch.nan)
@@ -837,6 +852,19 @@ def test_the_command_rejects_numbers_that_are_no_classes(pixel_folder, tmp_path,
     assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_the_command_looks_at_the_labels_before_it_selects_a_timestep(
+    pixel_folder, train, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(DiTForImageClassification, "from_pretrained", None)
+    for rows, complaint in (
+        (without(train, 2), "1 of 4 classes have no image among 90: '2' (2)"),
+        (train.filter(lambda row: row["label"] == 1), "The labels are the same for all images"),
+    ):
+        words = ["--images", write(rows, tmp_path / "rows.parquet"), "--output", str(tmp_path / "out")]
+        assert main(["fit", str(pixel_folder), *words, "--timestep", "auto"]) == 1
+        assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_command_overwrites_nothing(pixel_folder, train, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     split = write(train, tmp_path / "train.parquet")
@@ -879,7 +907,7 @@ def test_values_that_are_all_the_same_are_rejected(pixel_folder, train, monkeypa
     bright = {"pixel_values": pixels, "labels": pixels[:, 0].mean((1, 2))}
     same = {"pixel_values": pixels[:5], "labels": torch.full((5,), 0.1)}
     with pytest.raises(ValueError, match="The labels of `eval_dataset` are the same for all images"):
-        model.fit_head(bright, eval_dataset=same)
+        model.fit_head(bright, eval_dataset=iter([(each, 0.1) for each in train["image"][:5]]))
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         model.fit_head(iter([(each, 1e6 + 0.1) for each in train["image"]]))
     marks = load(pixel_folder, num_labels=2)
@@ -888,6 +916,8 @@ def test_values_that_are_all_the_same_are_rejected(pixel_folder, train, monkeypa
         monkeypatch.setattr(each, "forward", None)
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         model.fit_head(same)
+    with pytest.raises(ValueError, match="The labels of `eval_dataset` are the same for all images"):
+        model.fit_head(bright, eval_dataset=same)
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         marks.fit_head({"pixel_values": pixels, "labels": torch.tensor([[1.0, 0.0]]).repeat(120, 1)})
 

@@ -435,6 +435,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     from .model.modeling_classification import DiTForImageClassification
     from .model.modeling_segmentation import DiTForSemanticSegmentation
     from .training.config_arguments import needs_images
+    from .training.targets import check_classes
 
     given, kind = _given(parsed, "timestep", "block", "feature"), train.features[parsed.label_column]
     given = {name: _one_or_several(values) for name, values in given.items()} | _given(
@@ -458,6 +459,9 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
         given["semantic_loss_ignore_index"] = parsed.ignore_index
     if is_dense and parsed.pooling is not None:
         raise ValueError("`--pooling` is for classifiers, and the labels are masks: a segmenter pools nothing.")
+    if not is_dense:
+        # Before a timestep is selected, which may take minutes.
+        check_classes(train[parsed.label_column][:], dict(enumerate(names)), parsed.allow_missing)
     head = {"decoder": "linear"} if is_dense else {"head": "linear", "head_norm": False}
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,

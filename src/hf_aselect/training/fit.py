@@ -161,6 +161,12 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         seconds=round(time.monotonic() - started, 3),
     )
     model.card_facts = {**model.card_facts, **_card_facts(fit, figures, images.is_dense)}
+    if any(hasattr(module, "merged_adapters") for module in model.modules()):
+        # peft's layers. With its head among the adapters, a model has no head to fit.
+        logger.warning(
+            "The fitted head is no part of the model's adapters, and is not saved with them. Merge them "
+            "(`merge_and_unload`) and save the whole model."
+        )
     logger.info("Fitted a head on %d images in %.1f s, held-out error %.3f.", fit.num_images, fit.seconds, fit.error)
     return fit
 
@@ -310,10 +316,13 @@ def _check_known_labels(name: str, images: LabelledImages, config: Any, targets:
     """
     if (known := images.known_labels()) is None:
         return
+    labels = LabelCounts(config, images.is_dense, targets)
     try:
-        LabelCounts(config, images.is_dense, targets).add(LabelledBatch(sorted(images.order or ()), {}, known))
+        labels.add(LabelledBatch(sorted(images.order or ()), {}, known))
     except ValueError as error:
         raise ValueError(f"The labels of {_eval_name(name)} do not fit: {error}") from error
+    if labels.targets.kind == REGRESSION and not labels.vary:
+        raise ValueError(f"The labels of {_eval_name(name)} are the same for all images: they show no error.")
 
 
 def _known_targets(

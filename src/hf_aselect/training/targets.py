@@ -203,6 +203,11 @@ class LabelCounts:
             raise ValueError("The dataset has no image with a label.")
         return self.found
 
+    @property
+    def vary(self) -> bool:
+        """Whether any label of `MULTI` or `REGRESSION` has several values."""
+        return bool((self.range[0] < self.range[1]).any())
+
     def add(self, batch: LabelledBatch, grid: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
         """Return the targets of a batch, and which of them are of an image, or a token, with a label.
 
@@ -252,7 +257,7 @@ class LabelCounts:
                 f"A head is fitted to images that differ: give at least 2 with a label, got {self.num_images}."
             )
         is_exclusive = self.targets.is_exclusive
-        if not is_exclusive and not bool((self.range[0] < self.range[1]).any()):
+        if not is_exclusive and not self.vary:
             raise ValueError("The labels are the same for all images, so there is nothing to predict.")
         if self.targets.kind == REGRESSION:
             return
@@ -267,3 +272,19 @@ class LabelCounts:
                 f"{', ...' * (len(missing) > 10)}. Give images of all classes, load the model with fewer "
                 "(`num_labels=`), or pass `allow_missing=True`: then they are never predicted."
             )
+
+
+def check_classes(labels: list[Any], names: dict[int, str], allow_missing: bool) -> None:
+    """Reject labels of images that no classifier of these classes can be fitted to.
+
+    Args:
+        labels: A label for each image.
+        names: Names of the classes by their number.
+        allow_missing: Whether classes may be without an image.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    counts = LabelCounts(SimpleNamespace(num_labels=len(names), id2label=names, problem_type=None), is_dense=False)
+    counts.add(LabelledBatch(list(range(len(labels))), {}, labels))
+    counts.check(allow_missing)
