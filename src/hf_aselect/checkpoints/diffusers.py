@@ -295,7 +295,7 @@ def refuse_conditioned(transformer: Mapping[str, Any], pipeline: str | None) -> 
     """
     name = transformer.get("_class_name")
     known = [key for key, (kind, _) in _CONDITIONING_FIELDS.items() if kind == name and transformer.get(key)]
-    if pipeline in _CONDITIONED:
+    if isinstance(pipeline, str) and pipeline in _CONDITIONED:
         what, why = f"a {pipeline}", _CONDITIONED[str(pipeline)]
     elif known:
         what, why = f"a {name} with `{known[0]}`", _CONDITIONING_FIELDS[known[0]][1]
