@@ -5,6 +5,7 @@ import importlib
 import json
 import pickle
 import shutil
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ from hf_aselect import (
     transformer_layout,
 )
 from hf_aselect.cli import main
-from hf_aselect.model import families
+from hf_aselect.model import denoisers, families
 from hf_aselect.model.denoisers import HAND_WRITTEN, DiTDenoiser, build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
 from hf_aselect.model.generic_denoiser import GenericDenoiser
@@ -130,6 +131,13 @@ def test_two_threads_read_as_one_does(load, name):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_class_that_an_older_diffusers_lacks_is_named(monkeypatch):
+    older = type("Older", (), {"__version__": "0.36.0"})()
+    monkeypatch.setitem(sys.modules, "diffusers", older)
+    with pytest.raises(ValueError, match="has no LongCatImageTransformer2DModel"):
+        denoisers._build({"_class_name": "LongCatImageTransformer2DModel"})
 
 
 @pytest.mark.parametrize("name", NEW)

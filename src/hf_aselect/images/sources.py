@@ -3,10 +3,10 @@
 import glob
 import logging
 import os
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
@@ -25,7 +25,7 @@ _BROKEN = (
     DatasetsError,
     OSError,
     ValueError,
-    zipfile.BadZipFile,
+    BadZipFile,
     zlib.error,
     EOFError,
     NotImplementedError,
@@ -165,9 +165,7 @@ def _tell_of_metadata(metadata: Path, splits: Any, num_images: int) -> None:
 def _said(error: BaseException) -> str:
     """Return what is wrong with the data: the error says that something is, its cause says what."""
     said = error.__cause__ or error
-    return (
-        f"an archive is broken ({said})" if isinstance(said, zipfile.BadZipFile | zlib.error | EOFError) else str(said)
-    )
+    return f"an archive is broken ({said})" if isinstance(said, BadZipFile | zlib.error | EOFError) else str(said)
 
 
 def read_images(source: str, split: str = "train") -> Any:

@@ -473,6 +473,10 @@ def _build(config: dict[str, Any], kind: Any = None) -> Any:
 
     # diffusers would take its own defaults for what this lists, whatever the configuration says.
     config = {name: value for name, value in config.items() if name != "_use_default_values"}
+    if kind is None and not hasattr(diffusers, config["_class_name"]):
+        raise ValueError(
+            f"diffusers {diffusers.__version__} has no {config['_class_name']}. Upgrade it: pip install -U diffusers"
+        )
     try:
         return (kind or getattr(diffusers, config["_class_name"])).from_config(config)
     except Exception as error:  # whatever the class makes of values that it does not check
