@@ -518,13 +518,12 @@ def test_what_the_benchmark_on_cifar10_is_to_reach(cifar10):
     assert results["pretraining"]["DiT"][-1]["seconds"] >= 2 * 3600
 
 
-def test_a_described_family_takes_as_long_as_one_written_by_hand():
+def test_a_described_family_takes_as_long_as_a_loop_over_its_blocks():
     content = json.loads((SPEED / "described_families.json").read_text(encoding="utf-8"))
     card = (SPEED / "README.md").read_text(encoding="utf-8")
-    assert len(content) == 6
+    assert len(content) == 4
     for name, each in content.items():
         assert 0.95 <= each["ratio"] <= 1.05
         assert (
-            f"| `{name}` | {1000 * each['by hand']:.1f} | {1000 * each['described']:.1f} | {each['ratio']:.3f} |"
-            in card
+            f"| `{name}` | {1000 * each['loop']:.1f} | {1000 * each['described']:.1f} | {each['ratio']:.3f} |" in card
         )
