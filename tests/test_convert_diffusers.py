@@ -28,8 +28,7 @@ from transformers import (
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
 from hf_aselect.checkpoints.diffusers import _default_embedding, expected_shapes
-from hf_aselect.model.denoisers import HAND_WRITTEN
-from hf_aselect.model.families import layout_of
+from hf_aselect.model.families import FAMILIES, layout_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -986,7 +985,7 @@ def test_a_full_size_checkpoint_would_fit_by_names_and_shapes(name):
         assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.05)
     config = {**transformer.config, "_class_name": class_name}
     layout = layout_of(config)
-    widths = {name: transformer.config[field] for name, field in HAND_WRITTEN[class_name].prompt_fields.items()}
+    widths = {name: transformer.config[field] for name, field in FAMILIES[class_name].prompt_fields.items()}
     vae = {"_class_name": "AutoencoderKL", "in_channels": 3, "block_out_channels": [128, 256, 512, 512]}
     fields = {"transformer": config, "vae": {**vae, "latent_channels": layout.num_channels}}
     if layout.needs_prompt:

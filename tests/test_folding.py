@@ -1,5 +1,6 @@
 """Folding: a plain, smaller model whose outputs are equal, from every family that can be folded."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -52,6 +53,38 @@ def assert_same(model, expected):
     with torch.no_grad():
         # Not to the bit: loaded weights lie at other addresses, for which a kernel may sum in another order.
         assert distance(model(images_of(model)).logits, expected(images_of(model)).logits) <= 1e-6
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_the_first_block_is_given_is_what_diffusers_own_call_gives_it(load, name):
+    """Folding writes out what comes before the blocks; the denoiser itself reads diffusers' call."""
+    denoiser = load(name).denoiser
+    noised = torch.randn(2, denoiser.num_channels, 8, 12, generator=torch.Generator().manual_seed(0))
+    timesteps, given = torch.tensor([141, 998]), {}
+    block = denoiser.blocks[0]
+
+    def keep(_module, args, kwargs):
+        given.update(inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments)
+
+    block.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        tokens = denoiser.read_taps(noised, timesteps, [(0, "hidden"), (-1, "hidden")])[-1, "hidden"]
+        begin, _ = folding.FOLDED[type(denoiser.transformer).__name__]
+        start = begin(denoiser, noised, timesteps)
+    assert torch.equal(start.hidden_states, given["hidden_states"])
+    assert torch.equal(start.hidden_states[:, -start.rows * start.columns :], tokens)
+    assert (start.rows, start.columns) == ((8, 12) if name == "sana" else (4, 6))
+    if name in ("dit", "sit"):
+        expected = given["timestep"], given["class_labels"]
+    else:
+        expected = (given["temb" if "temb" in given else "timestep"],)
+    condition = start.condition if isinstance(start.condition, tuple) else (start.condition,)
+    assert all(torch.equal(*pair) for pair in zip(condition, expected, strict=True))
+    if start.context is not None:
+        assert torch.equal(start.context, given["encoder_hidden_states"])
+    if start.rotary is not None:
+        for one, other in zip(start.rotary, given["image_rotary_emb"], strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -508,7 +541,7 @@ def test_adapters_must_be_merged_first(classifier):
 
 
 def test_other_families_are_refused_by_name(load, monkeypatch):
-    monkeypatch.delitem(folding._FAMILIES, "SanaTransformer2DModel")
+    monkeypatch.delitem(folding.FOLDED, "SanaTransformer2DModel")
     with pytest.raises(
         ValueError,
         match=r"A SanaTransformer2DModel cannot be folded. Supported are DiTTransformer2DModel, Pix",

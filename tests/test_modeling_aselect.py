@@ -87,7 +87,7 @@ def test_a_saved_classifier_reloads_to_the_bit(classifier, pixels, tmp_path):
 
 def test_the_position_table_survives_loading(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
-    table = DiTModel.from_pretrained(tmp_path).denoiser.position_embedding.pos_embed
+    table = DiTModel.from_pretrained(tmp_path).denoiser.patch_embedding.pos_embed
     assert bool(table.isfinite().all())
     assert table.abs().max() == 1
 

@@ -142,7 +142,8 @@ def test_what_is_offloaded_does_the_same(saved, pictures, tmp_path, name, offloa
     torch.testing.assert_close(*generated, rtol=1e-4, atol=1e-4)
     options = {"timesteps": [100, 500], "max_images": 6}
     selections = [select_timestep(each, pictures, **options) for each in (model, plain)]
-    torch.testing.assert_close(*(torch.tensor(each.scores) for each in selections), rtol=1e-3, atol=1e-4)
+    # The criterion standardizes, too, and images that differ in 1e-10 of the features' variance make much of rounding.
+    torch.testing.assert_close(*(torch.tensor(each.scores) for each in selections), rtol=1e-2, atol=1e-3)
     model.apply_selection(selections[0])
     plain.apply_selection(selections[0])
     # Standardizing divides by how little the images differ, and enlarges rounding by as much.

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_vae
+from conftest import build_vae, denoiser_of
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from pipelines import RESEARCH, ResearchPort, position_table, research_shapes
 from pipelines import research_weights as weights_of
@@ -33,9 +33,7 @@ from hf_aselect.checkpoints.layout_check import compare_layouts
 from hf_aselect.checkpoints.research import _BLOCK, _EMBEDDERS, _WHOLE, LAYOUTS, ResearchWeights
 from hf_aselect.cli import main
 from hf_aselect.model.configuration_aselect import ASelectConfig
-from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.model.noise_schedule import NoiseSchedule
-from hf_aselect.selection.prediction import predict
 
 WIDTH, HEADS, DEPTH, CHANNELS, CLASSES, PATCH, SIDE = (
     RESEARCH[name] for name in ("width", "heads", "depth", "channels", "classes", "patch", "side")
@@ -120,7 +118,7 @@ def test_hidden_states_and_predictions_are_those_of_the_original_formula(layout,
     with torch.no_grad():
         expected, output = reference(weights, noised, TIMES[layout], labels)
         found = model.denoiser.read_taps(noised, TIMESTEPS, [(block, "hidden") for block in range(DEPTH)])
-        predicted = predict(model.denoiser, noised, TIMESTEPS, labels)
+        predicted = model.denoiser.predict(noised, TIMESTEPS, labels)
     for block in range(DEPTH):
         torch.testing.assert_close(found[block, "hidden"], expected[block], rtol=1e-5, atol=1e-5)
     # SiT's velocity points to the image, and what a variance was learned for is left out.
@@ -671,13 +669,13 @@ def trained():
     )
     first, second = (block.norm1 for block in transformer.transformer_blocks)
     second.emb = first.emb  # one for all blocks, as in the research code
-    denoiser, schedule = DiTDenoiser(transformer, timestep_embedding="repa"), NoiseSchedule.flow_matching()
+    denoiser, schedule = denoiser_of(transformer, "repa"), NoiseSchedule.flow_matching()
     optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
     for _ in range(150):
         images, noise = drawn(32, generator), torch.randn(32, 1, 8, 8, generator=generator)
         timesteps = torch.randint(0, 1000, (32,), generator=generator)
         noised = schedule.add_noise(images, noise, timesteps)
-        loss = F.mse_loss(predict(denoiser, noised, timesteps, torch.ones(32, dtype=torch.long)), noise - images)
+        loss = F.mse_loss(denoiser.predict(noised, timesteps, torch.ones(32, dtype=torch.long)), noise - images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

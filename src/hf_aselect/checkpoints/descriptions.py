@@ -102,6 +102,9 @@ def _check_fields(family: TransformerFamily) -> None:
     check(_is_word(family.patch_embedding), "patch_embedding", "the name of a module")
     check(isinstance(family.num_classes, str), "num_classes", 'the name of a field, or ""')
     check(isinstance(family.pipeline, str), "pipeline", 'the name of a pipeline of diffusers, or ""')
+    check(isinstance(family.output_module, str), "output_module", 'the name of a module, or ""')
+    check(are_words(family.timestep_embeddings), "timestep_embeddings", "a tuple of names")
+    check(family.prepare is None or callable(family.prepare), "prepare", "a function, or None")
     check(family.encode_prompt is None or callable(family.encode_prompt), "encode_prompt", "a function, or None")
     if bool(family.pipeline) != (family.encode_prompt is not None):
         raise ValueError(f"`pipeline` and `encode_prompt` of {family.name} must be given both, or none of them.")

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..model.configuration_aselect import ASelectConfig
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
 from ..selection.images import CalibrationPictures
-from ..selection.prediction import predict
 from ..selection.reader import eval_mode
 from .research import LAYOUTS, NORM_EPS, ResearchLayout
 
@@ -120,7 +119,7 @@ def _loss(denoiser: Any, latents: Tensor, layout: ResearchLayout, seed: int) -> 
     try:
         for timestep in TIMESTEPS:
             noised = schedule.add_noise(latents, noise, timestep)
-            predicted = predict(denoiser, noised, torch.full_like(labels, timestep), labels)
+            predicted = denoiser.predict(noised, torch.full_like(labels, timestep), labels)
             shares.append(float((predicted - target).square().mean() / target.square().mean()))
     finally:
         denoiser.timestep_embedding = own

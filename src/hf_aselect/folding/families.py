@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import Pass
 from ..model.layouts import FoldedLayout
 from .layers import (
     block_state,
@@ -23,6 +22,7 @@ from .layers import (
     stream_of,
     table_modulation,
 )
+from .passes import Pass
 
 Weights = Iterator[tuple[str, Tensor]]
 Folded = tuple[FoldedLayout, Weights]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoiser import unused_by_all
 from .folded_blocks import FoldedBlock, FoldedLumina2Block, FoldedSanaBlock, FoldedSingleBlock, Rotary
 from .layouts import FoldedLayout, Tap
 
@@ -56,7 +55,10 @@ class FoldedTransformer(nn.Module):
 
     def unused_parameters(self, taps: Sequence[Tap]) -> list[nn.Parameter]:
         """Return the parameters that have no influence on the tokens at any of `taps`."""
-        return unused_by_all(self, taps)
+        unused = [
+            {id(each): each for module in self.unused_modules(*tap) for each in module.parameters()} for tap in taps
+        ]
+        return [unused[0][key] for key in set.intersection(*map(set, unused))]
 
     def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
         """Return nothing: all that it has is in its checkpoint."""

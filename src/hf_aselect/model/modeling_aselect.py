@@ -45,7 +45,7 @@ from .configuration_aselect import (
     refuse_unknown_keywords,
     without_code,
 )
-from .denoiser import as_if_called, grid_of, placement, with_own_weights, zero_channels
+from .denoiser import as_if_called, grid_of, placement, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
     SAVED_NAMES,
@@ -251,7 +251,8 @@ class TokenReader(PreTrainedModel):
         """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,), or one."""
         denoiser = self._base().denoiser
         read = partial(denoiser.read_taps, noised_latents.to(self.dtype), timesteps, taps)
-        tokens: dict[Tap, Tensor] = with_own_weights(denoiser, read)
+        # It is not called, and may have weights of its own.
+        tokens: dict[Tap, Tensor] = as_if_called(denoiser, read)
         return tokens
 
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
@@ -607,13 +608,6 @@ class ASelectPreTrainedModel(ShareableModel):
         model._weight_conversions = [each for each in model._weight_conversions if each not in former]
         return found
 
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Switch gradient checkpoints on or off; transformers counts its own layers alone."""
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        denoiser = self._base().denoiser
-        if (number := kwargs.get("every_n_layers", 1)) > 1 and hasattr(denoiser, "checkpoint_every"):
-            denoiser.checkpoint_every(number)
-
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
         name = adapter_name or "default"
@@ -910,7 +904,7 @@ class DiTModel(ASelectPreTrainedModel):
     """
 
     schedule: NoiseSchedule
-    denoiser: Any  # one of the families of `denoisers`
+    denoiser: Any  # a `Denoiser` or a `FoldedTransformer`
     vae: Any  # diffusers is imported when a VAE is built, not here
 
     def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False, use_mask_token: bool = False) -> None:

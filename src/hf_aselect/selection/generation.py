@@ -8,11 +8,10 @@ from torch import Tensor
 
 from ..model.checks import NUM_TIMESTEPS
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import placement, with_own_weights
+from ..model.denoiser import as_if_called, placement
 from ..model.denoisers import _build
 from ..model.layouts import plain
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
-from .prediction import predict
 from .reader import eval_mode
 
 
@@ -107,7 +106,7 @@ def generate_latents(
 
     Args:
         denoiser: The transformer, a `Denoiser`.
-        sampler: A deterministic diffusers scheduler, as from `denoisers.build_sampler`.
+        sampler: A deterministic diffusers scheduler, as from `build_sampler`.
         size: Height and width of the latents, multiples of the patch size.
         num_images: How many, at least 1.
         num_steps: Timesteps on the way from noise, a divisor of 1000.
@@ -202,5 +201,5 @@ def _predict(
         latents = torch.cat([latents, latents])
         labels = torch.cat([labels, torch.full_like(labels, denoiser.num_classes)])
     timesteps = timestep.to(latents.device).expand(len(latents))
-    prediction: Tensor = with_own_weights(denoiser, partial(predict, denoiser, latents, timesteps, labels))
+    prediction: Tensor = as_if_called(denoiser, partial(denoiser.predict, latents, timesteps, labels))
     return prediction

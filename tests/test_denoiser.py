@@ -1,4 +1,4 @@
-"""What is particular to families that are read by hooks on their own call, and to those that users describe."""
+"""What is particular to reading by hooks on a transformer's own call, and to families that users describe."""
 
 import copy
 import importlib
@@ -15,14 +15,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import DESCRIBED, example
+from conftest import DESCRIBED, denoiser_of, example
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from pipelines import PIPELINES as HAND_WRITTEN_PIPELINES
-from pipelines import video_vae
+from pipelines import LOAD_OPTIONS, video_vae
+from pipelines import PIPELINES as FOLDED_PIPELINES
 from test_denoiser_dit import TAPS, build_transformer
 from test_vae import WAN22
 
@@ -38,15 +38,11 @@ from hf_aselect import (
 )
 from hf_aselect.cli import main
 from hf_aselect.model import denoisers, families
-from hf_aselect.model.denoisers import HAND_WRITTEN, DiTDenoiser, build_denoiser
+from hf_aselect.model.denoisers import build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
-from hf_aselect.model.generic_denoiser import GenericDenoiser
-from hf_aselect.model.layouts import FEATURES
-from hf_aselect.selection.prediction import predict
 
 READING_COST = example("benchmarks/reading_cost.py")
-DESCRIBED_BY_HAND = example("benchmarks/described_families.py")
-NEW = [name for name in DESCRIBED if name in GENERIC_PIPELINES]
+PIPELINES = {**FOLDED_PIPELINES, **{name: GENERIC_PIPELINES[name] for name in DESCRIBED}}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +53,9 @@ def load(tmp_path_factory):
     def loaded(name, kind=DiTModel, **options):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            GENERIC_PIPELINES[name]().save_pretrained(folders[name])
-        return kind.from_pretrained(folders[name], **{"timestep": 141, "image_size": 64, **options})
+            PIPELINES[name]().save_pretrained(folders[name])
+        given = {"timestep": 141, **({} if name == "sana" else {"image_size": 64}), **LOAD_OPTIONS.get(name, {})}
+        return kind.from_pretrained(folders[name], **{**given, **options})
 
     return loaded
 
@@ -84,7 +81,7 @@ def shown_family(registry):
     return registry["PlainTransformer2DModel"]
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_one_changed_patch_changes_one_token_of_the_patch_embedding(load, name):
     denoiser = load(name).denoiser
     side = denoiser.patch_size
@@ -100,7 +97,7 @@ def test_one_changed_patch_changes_one_token_of_the_patch_embedding(load, name):
     assert (before - after).abs().sum((0, 2)).gt(1e-6).nonzero().flatten().tolist() == [2 * 6 + 5]
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_an_image_has_the_same_tokens_alone_and_in_a_batch(load, name):
     model = load(name)
     noised = noised_of(model, 3, 8, 12)
@@ -111,7 +108,7 @@ def test_an_image_has_the_same_tokens_alone_and_in_a_batch(load, name):
         torch.testing.assert_close(together[tap][1:2], alone[tap], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_two_threads_read_as_one_does(load, name):
     model = load(name)
     every = [[(0, "query")], [(1, "hidden")], [(2, "normed"), (0, "value")], [(-1, "hidden"), (1, "attention")]]
@@ -140,7 +137,7 @@ def test_a_class_that_an_older_diffusers_lacks_is_named(monkeypatch):
         denoisers._build({"_class_name": "LongCatImageTransformer2DModel"})
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_tables_are_there_after_a_build_without_data(load, name):
     model = load(name)
     config = ASelectConfig(**model.config.to_dict())
@@ -160,7 +157,7 @@ def test_tables_are_there_after_a_build_without_data(load, name):
     assert float(close.norm() / model.denoiser(noised, 141, 2, "hidden").norm()) < 0.02
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_timesteps_are_not_rounded_in_half_precision(load, name):
     """In bfloat16, 998 and 999 are both 1000."""
     model = load(name, dtype=torch.bfloat16)
@@ -184,7 +181,7 @@ def test_wan_22_of_5b_is_read_with_its_own_vae(tmp_path):
     noised = noised_of(model)
     with torch.no_grad():
         expected = prediction_of("wan", pipe, noised, 141, pixels=16)
-        found = predict(model.denoiser, noised, torch.full((2,), 141), torch.zeros(2))
+        found = model.denoiser.predict(noised, torch.full((2,), 141), torch.zeros(2))
         assert model(torch.rand(1, 3, 64, 64)).last_hidden_state.shape == (1, 4, 32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -217,7 +214,7 @@ def test_a_guidance_is_not_taken_for_the_timestep(tmp_path):
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 exports none of them")
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_family_is_compiled_and_exported(load, name):
     model = load(name)
     taps = [(0, "hidden"), (1, "query")]
@@ -256,7 +253,7 @@ class Deep(torch.nn.Module):
         return self.model._read_taps(noised, 141, [(self.block, "hidden")])[self.block, "hidden"]
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     from accelerate import cpu_offload
 
@@ -351,7 +348,7 @@ def test_a_transformer_that_takes_an_image_besides_is_refused(load, name, pipeli
 
 def test_flux_kontext_is_read_as_flux_is(tmp_path):
     """Its transformer was trained without an image to be edited, too: its pipeline makes images of a text alone."""
-    HAND_WRITTEN_PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
+    FOLDED_PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
     folder = edited(tmp_path / "flux", tmp_path / "kontext", "FluxKontextPipeline")
     one, other = (DiTModel.from_pretrained(each, timestep=141, image_size=64) for each in (tmp_path / "flux", folder))
     noised = noised_of(one)
@@ -374,7 +371,7 @@ def test_the_command_refuses_to_fold_a_described_family_before_it_loads(load, fo
 def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp_path):
     family = shown_family(registry)
     transformer = build_transformer()
-    ours = DiTDenoiser(transformer).eval()
+    ours = denoiser_of(transformer).eval()
     config = {**transformer.config, "_class_name": family.name}
     model = DiTForImageClassification(ASelectConfig(transformer=config, timestep=141, num_labels=2)).eval()
     shown = model.backbone.denoiser
@@ -384,8 +381,8 @@ def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp
         for block, feature in TAPS:
             assert torch.equal(shown(noised, timesteps, block, feature), ours(noised, timesteps, block, feature))
         labels = torch.tensor([0, 1])
-        expected = predict(ours, noised, timesteps, labels)
-        torch.testing.assert_close(predict(shown, noised, timesteps, labels), expected)
+        expected = ours.predict(noised, timesteps, labels)
+        torch.testing.assert_close(shown.predict(noised, timesteps, labels), expected)
     # Saved with its description's name alone.
     model.save_pretrained(tmp_path)
     pixels = torch.rand(1, 3, 8, 8)
@@ -475,6 +472,9 @@ def test_what_is_no_description_is_not_registered(registry):
         ("pipeline", [None, DiTModel], "must be the name of a pipeline"),
         ("pipeline", ["FluxPipeline"], "must be given both"),
         ("encode_prompt", ["FluxPipeline"], "must be a function, or None"),
+        ("output_module", [None, 7], 'must be the name of a module, or ""'),
+        ("timestep_embeddings", ["sit", (7,), None], "must be a tuple of names"),
+        ("prepare", ["original"], "must be a function, or None"),
         ("encode_prompt", [lambda pipe, config: {}], "must be given both"),
         ("transformer_class", [None], "has no class PlainTransformer2DModel. Pass the class as `transformer_class`"),
         ("transformer_class", ["DiT", dict, torch.nn.Linear], "must be a class with diffusers' `ModelMixin`"),
@@ -595,7 +595,7 @@ def test_a_prediction_of_another_shape_is_refused(registry, output):
     config = {**build_transformer().config, "out_channels": 6, "_class_name": family.name}
     denoiser = build_denoiser(ASelectConfig(transformer=config)).eval()
     with pytest.raises(ValueError, match=r"`output` of Plain.* in the shape of the latents, \(2, 3, 8, 8\), got"):
-        predict(denoiser, torch.randn(2, 3, 8, 8), torch.full((2,), 5), torch.zeros(2, dtype=torch.long))
+        denoiser.predict(torch.randn(2, 3, 8, 8), torch.full((2,), 5), torch.zeros(2, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -648,49 +648,6 @@ def test_a_registered_family_without_an_encoder_needs_the_prompt(registry, tmp_p
     )
     assert model.denoiser.prompt_embeds.shape == (1, 3, 32)
     assert model(torch.rand(1, 3, 64, 64)).last_hidden_state.shape == (1, 16, 32)
-
-
-@pytest.mark.parametrize("name", [name for name in HAND_WRITTEN_PIPELINES if name != "sit"])
-def test_a_described_family_equals_the_one_that_is_written_by_hand_to_the_bit(name):
-    transformer = HAND_WRITTEN_PIPELINES[name]().transformer
-    config = {**transformer.config, "_class_name": type(transformer).__name__}
-    family = DESCRIBED_BY_HAND.describe(config["_class_name"])
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        part: [1, config[field]] if part.startswith("pooled") else [1, 5, config[field]]
-        for part, field in family.prompt_fields.items()
-    }
-    options = {"prompt_shapes": shapes, "guidance": 3.5, "vae_scale_factor": 8}
-    ours = HAND_WRITTEN[config["_class_name"]](transformer, **options).eval()
-    shown = GenericDenoiser(transformer, family=family, rebuild=lambda: None, **options).eval()
-    for part, shape in shapes.items():
-        getattr(ours, part).copy_(torch.randn(shape, generator=generator))
-        getattr(shown, part).copy_(getattr(ours, part))
-    layout = layout_of(config)
-    assert replace(family.layout(config), max_grid=layout.max_grid) == layout
-    taps = [
-        (block, feature)
-        for block in range(layout.num_layers)
-        for feature in FEATURES
-        if feature != "attention" or block < layout.num_attention_outputs
-    ]
-    for height, timestep in ((8, 141), (12, 999)):
-        # A DiT of diffusers makes square images alone; of one that is not square it reads the tokens.
-        noised = torch.randn(2, ours.num_channels, height, 8, generator=generator)
-        with torch.no_grad():
-            expected, found = (each.read_taps(noised, timestep, [(-1, "hidden"), *taps]) for each in (ours, shown))
-        for tap in expected:
-            assert torch.equal(found[tap], expected[tap]), (height, tap)
-    for tap in [(1, "query"), (1, "hidden"), (2, "attention"), (layout.num_layers - 1, "hidden")]:
-        if tap not in taps:
-            continue
-        if name == "lumina2":
-            # Its own call counts the text's mask in Python.
-            with pytest.raises(ValueError, match=r"DescribedLumina2.* is found in a pass without data"):
-                shown.unused_parameters([tap])
-            continue
-        unused = [{id(each) for each in denoiser.unused_parameters([tap])} for denoiser in (ours, shown)]
-        assert unused[0] == unused[1], tap
 
 
 # Of published checkpoints, whose sizes are those of copies of their `transformer/config.json` in public code.
