@@ -5,8 +5,8 @@
 
 copies the four scripts out of a checkout of transformers, `examples/pytorch` (Apache License 2.0, HuggingFace;
 its source distribution has none of them), into the cache folder, and prints which version of transformers each asks
-for. Those of 4.56.0.dev0 ran with transformers 5.24. `pytest tests/host` then runs them, and skips them before; none is
-kept in this repository. With
+for: those of 4.56.0.dev0 ran with transformers 5.24. `pytest tests/host` then runs them, and skips them before; none
+is kept in this repository. With
 
     python tests/host/host_scripts.py SCRIPT.py [WORDS ...]
 
