@@ -518,19 +518,22 @@ def without(train, label):
 BAD = {
     "no dataset": (
         lambda train: "train.parquet",
-        "Images must be a list of PIL images or arrays, a dataset with a column of them",
+        "Images must be a list of PIL images or arrays, a dataset with an image column",
     ),
-    "several splits": (lambda train: DatasetDict(train=train), "Of a `DatasetDict` give one split"),
+    "several splits": (lambda train: DatasetDict(train=train), "Pass one split of a `DatasetDict`"),
     "no rows": (lambda train: [], "The dataset has no rows"),
-    "no labels": (lambda train: train.remove_columns("label"), "no labels, only image. Name their column by `label_c"),
-    "images alone": (lambda train: train["image"][:4], "Rows of the dataset must be pairs (image, label)"),
+    "no labels": (
+        lambda train: train.remove_columns("label"),
+        "no label column, only image. Pass its name as `label_c",
+    ),
+    "images alone": (lambda train: train["image"][:4], "The dataset's rows must be pairs (image, label)"),
     "lone tensors": (
         lambda train: torch.zeros(4, 3, 8, 8),
         "or a dictionary of `pixel_values` (or `features`, `latents`) and `labels`",
     ),
     "other lengths": (
         lambda train: {"pixel_values": torch.zeros(4, 3, 8, 8), "labels": torch.zeros(3)},
-        "There must be a label for each image, got {'pixel_values': 4, 'labels': 3}",
+        "Each image must have a label, got {'pixel_values': 4, 'labels': 3}",
     ),
     "a class without an image": (
         lambda train: without(train, 2),
@@ -560,7 +563,10 @@ BAD = {
         lambda train: [(train[0]["image"], 1), (train[1]["image"], [0.0, 1.0, 0.0, 0.0])],
         "All labels must be of one kind, got 4 numbers (float32) for image 1, and a number (int64) for image 0",
     ),
-    "mixed rows": (lambda train: [*train.select(range(9)), {"image": 0}], "has not `image` and `label`, as the first"),
+    "mixed rows": (
+        lambda train: [*train.select(range(9)), {"image": 0}],
+        "does not have `image` and `label`, unlike the first",
+    ),
     "unreadable": (
         lambda train: [*zip(train["image"], train["label"], strict=True), (None, 0)],
         "Image 120 of the s",

@@ -169,7 +169,7 @@ def test_a_size_is_taken_in_the_constructor_as_in_a_call(size):
 
 def test_a_shortest_edge_is_the_side_of_what_is_cropped():
     assert torch.equal(values_of(IMAGE, size={"shortest_edge": 8}), values_of(IMAGE))
-    with pytest.raises(ValueError, match="images are of one shape"):
+    with pytest.raises(ValueError, match="all images get one shape"):
         values_of(IMAGE, size={"shortest_edge": 8}, do_center_crop=False)
 
 
@@ -194,7 +194,7 @@ def test_a_mask_lies_where_the_crop_was_cut_out():
 @pytest.mark.parametrize("name", ["do_centre_crop", "num_channel", "crop"])
 def test_a_misspelt_field_is_refused_in_constructor_and_call(name):
     for call in (lambda: ASelectImageProcessor(**{name: 1}), lambda: values_of(IMAGE, call={name: 1})):
-        with pytest.raises(ValueError, match=f"An image processor has no field '{name}'. Did you mean"):
+        with pytest.raises(ValueError, match=f"ASelectImageProcessor has no field '{name}'. Did you mean"):
             call()
 
 
@@ -281,7 +281,7 @@ def test_a_negative_value_may_stand_for_no_class(value, pixel_folder):
     assert model(**made).loss.item() > 0
     with pytest.raises(ValueError, match=rf"or 255 for pixels without a class, got \[{value}\]"):
         DiTForSemanticSegmentation.from_pretrained(pixel_folder, **options)(**made)
-    with pytest.raises(ValueError, match="`do_reduce_labels` takes 0 for pixels of no class"):
+    with pytest.raises(ValueError, match="`do_reduce_labels` requires 0 for pixels without a class"):
         processor([PIXELS[:8, :8]], [mask], do_reduce_labels=True)
 
 

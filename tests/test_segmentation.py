@@ -538,12 +538,12 @@ def test_labels_can_be_reduced(processor):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((8, 9), dtype=np.uint8), r"A mask has 8×9 pixels and its image 8×8; they must be equal"),
-        (Image.new("RGB", (8, 8)), "got an image of mode RGB. Map its colours to indices"),
+        (np.zeros((8, 9), dtype=np.uint8), r"A mask must have the size of its image, 8×8 pixels, got 8×9"),
+        (Image.new("RGB", (8, 8)), "got an image of mode RGB. Map its colors to indices"),
         (np.zeros((8, 8, 3), dtype=np.uint8), r"integers of shape \(H, W\)"),
         (np.zeros((8, 8)), "got float64"),
-        (np.zeros((0, 8), dtype=np.uint8), r"A mask is empty: it has shape \(0, 8\)"),
-        (np.full((8, 8), 2**31), "expected class indices below"),
+        (np.zeros((0, 8), dtype=np.uint8), r"A mask must not be empty, got shape \(0, 8\)"),
+        (np.full((8, 8), 2**31), "must have class indices in"),
     ],
     ids=["size", "colours", "axes", "floats", "empty", "large"],
 )

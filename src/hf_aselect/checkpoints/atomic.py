@@ -27,14 +27,14 @@ def checked_output(output: str | os.PathLike[str]) -> Path:
     """
     target = Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{str(output)!r} exists and is not empty; name another folder, or remove it.")
+        raise FileExistsError(f"{str(output)!r} exists and is not empty. Pass another folder, or remove this one.")
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
-        raise FileExistsError(f"{str(output)!r} cannot be made: {str(above)!r} is a file.")
+        raise FileExistsError(f"{str(output)!r} cannot be created, because {str(above)!r} is a file.")
     if target == Path.cwd() or os.path.ismount(target):
         raise FileExistsError(
-            f"{str(output)!r} is the current folder or a mount point, which cannot be replaced at once by a finished "
-            "one; name a folder in it."
+            f"{str(output)!r} is the current folder or a mount point, which cannot be replaced in one step. Pass a "
+            "folder inside it."
         )
     return target
 
@@ -60,7 +60,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            message = f"{str(target)!r} was written by somebody else meanwhile, and is left alone."
+            message = f"{str(target)!r} was written by another process in the meantime and is left as it is."
             raise FileExistsError(message) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -141,13 +141,13 @@ def _names_on(note: Path) -> list[str]:
     try:
         names = json.loads(note.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(note)!r} is no note of ours ({error}). Remove its folder.") from error
+        raise ValueError(f"{str(note)!r} was not written by hf_aselect ({error}). Remove its folder.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{str(note)!r} is no note of ours. Remove its folder.")
+        raise ValueError(f"{str(note)!r} was not written by hf_aselect. Remove its folder.")
     if outside := [name for name in names if Path(name).name != name or name in ("", ".", "..") or "\0" in name]:
         raise ValueError(
-            f"{str(note)!r} names {outside[0][:100]!r}, which is no file of its folder: it is no note of ours. Remove "
-            "its folder."
+            f"{str(note)!r} was not written by hf_aselect: it names {outside[0][:100]!r}, which is not in its "
+            "folder. Remove its folder."
         )
     return names
 
@@ -173,10 +173,10 @@ def _end_left_overs(parent: Path, stem: str) -> None:
         if int(process) == os.getpid() or _is_running(int(process)):
             continue
         if (path / NOTE).is_file():
-            logger.warning("Ending the save of %s, which was killed when all was written.", path.parent)
+            logger.warning("Completing an interrupted save to %s, whose files had all been written.", path.parent)
             _move(path, parent)
         else:
-            logger.warning("Removing %s, which a process that was killed left unfinished.", path)
+            logger.warning("Removing %s, which an interrupted process left incomplete.", path)
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -125,9 +125,9 @@ def convert_diffusers(
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
     folder = find_diffusers(source, options, without, prompt_embeds is not None)
     if folder is None:
-        raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
+        raise ValueError(f"{str(source)!r} is already an hf_aselect checkpoint and needs no conversion.")
     if target.is_relative_to(folder.resolve()):
-        raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
+        raise ValueError(f"`output` must not lie inside the source, got {str(target)!r}. Pass a folder beside it.")
     if not Path(source).exists():
         fields.setdefault("base_model", str(source))
     fields.setdefault("base_license", license_on_card(folder))
@@ -145,8 +145,8 @@ def convert_diffusers(
     )
     if calibration_images is not None and config.timestep != "auto":
         raise ValueError(
-            f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
-            "to select it from them, or leave them out."
+            f"`calibration_images` cannot be used with a fixed timestep ({config.timestep}). Pass `timestep='auto'` "
+            "to select it from them, or omit them."
         )
     written = _write(
         target, config, weights, source, wanted, shard_bytes, include_code, calibration_images, is_checked
@@ -240,11 +240,11 @@ def convert_research(
     if os.path.isfile(source):
         research = research_file(Path(source), allow_pickle)
     elif Path(source).suffix in (".safetensors", *PICKLES):
-        raise FileNotFoundError(f"There is no file {str(source)!r}.")
+        raise FileNotFoundError(f"The file {str(source)!r} does not exist.")
     else:
         folder = find_diffusers(source, options)
         if folder is not None and target.is_relative_to(folder.resolve()):
-            raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
+            raise ValueError(f"`output` must not lie inside the source, got {str(target)!r}. Pass a folder beside it.")
         research, beside, scheduler = _research_folder(folder, source, variant)
         vae_folder = vae_folder or beside
         if not Path(source).exists():
@@ -269,10 +269,10 @@ def _refuse_options_of_a_file(
     """
     options = {"revision": revision, "subfolder": subfolder, "variant": variant}
     if given := [f"`{name}={value!r}`" for name, value in options.items() if value is not None]:
-        of_vae = ", and no VAE is given (`vae=`) that could have a variant" if variant is not None else ""
+        of_vae = ", and no `vae` is given" if variant is not None else ""
         raise ValueError(
-            f"{', '.join(given)} would say which weights of a folder or a repository to take, but {str(source)!r} is "
-            f"one file{of_vae}. Leave it out, or name the folder or the id on the Hub."
+            f"{', '.join(given)} can only be used with a folder or a repository, but {str(source)!r} is a single "
+            f"file{of_vae}. Omit it, or pass the folder or the id on the Hub."
         )
 
 
@@ -290,8 +290,8 @@ def _research_folder(
         found = research_in(inner if inner.is_dir() else folder, variant)
     if folder is None or found is None:
         raise ValueError(
-            f"{str(source)!r} holds no weights by the names of the research code of DiT, SiT and REPA. What diffusers "
-            "saved is converted without a layout: `convert_diffusers`, or `hf-aselect convert` without `--layout`."
+            f"{str(source)!r} has no weights in the layout of the DiT, SiT or REPA research code. Convert a "
+            "diffusers checkpoint with `convert_diffusers`, or with `hf-aselect convert` without `--layout`."
         )
     check_parts(folder, ("scheduler", "vae"))
     return found, folder / "vae" if (folder / "vae").is_dir() else None, scheduler_beside(folder)
@@ -373,7 +373,10 @@ def _bytes_of(size: int | str) -> int:
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B", size.strip(), re.IGNORECASE)):
         size = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
     if not isinstance(size, int | float) or not 1 <= size < float("inf"):
-        raise ValueError(f"`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got {size!r}.")
+        raise ValueError(
+            "`max_shard_size` must be at least 1 byte, as a number or a string such as '5GB' or '200MB', got "
+            f"{size!r}."
+        )
     return int(size)
 
 
@@ -481,8 +484,8 @@ def _check_fit(config: ASelectConfig, written: dict[str, Tensor], source: str | 
     broken = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
     if broken:
         raise ValueError(
-            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors are missing or of "
-            f"another shape, among them {sorted(broken)[:3]}."
+            f"The weights in {str(source)!r} do not match their configuration: {len(broken)} tensors are missing or "
+            f"have another shape, such as {sorted(broken)[:3]}. Download or save the checkpoint again."
         )
 
 

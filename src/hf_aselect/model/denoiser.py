@@ -409,9 +409,9 @@ class Denoiser(nn.Module):
                 gradients = torch.autograd.grad(total, weights, allow_unused=True)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"Which weights of a {self.family.name} a tap depends on is found in a pass without data, which "
-                f"failed ({error}): its call, or the description's, looks at values. Keep the backbone frozen "
-                "(`freeze_backbone=True`), or let `call` make its tensors where `inputs.latents` are."
+                f"The weights that a tap of a {self.family.name} uses could not be found by a pass on the meta "
+                f"device ({error}). Keep the backbone frozen (`freeze_backbone=True`), or let `call` create its "
+                "tensors on the device of `inputs.latents` and not read their values."
             ) from error
         return [each for each, gradient in zip(mine, gradients, strict=True) if gradient is None]
 
@@ -505,8 +505,8 @@ def _check_names(transformer: Any, family: TransformerFamily) -> None:
             names += [attention, *(f"{attention}.{name}" for name in projections)]
     if missing := [name for name in names if name not in modules]:
         raise ValueError(
-            f"The description of {family.name} names {', '.join(missing)}, and the transformer has no such module. "
-            f"It has {', '.join(name for name, _ in transformer.named_children())}."
+            f"The description of {family.name} names {', '.join(missing)}, which the transformer does not have. Its "
+            f"modules are {', '.join(name for name, _ in transformer.named_children())}."
         )
     count, expected = (
         sum(len(transformer.get_submodule(part.path)) for part in family.blocks),
@@ -514,8 +514,7 @@ def _check_names(transformer: Any, family: TransformerFamily) -> None:
     )
     if count != expected.num_layers:
         raise ValueError(
-            f"The description of {family.name} has a `layout` of {expected.num_layers} blocks, and its `blocks` hold "
-            f"{count}."
+            f"The `layout` of {family.name} has {expected.num_layers} blocks, but its `blocks` have {count}."
         )
 
 
@@ -528,9 +527,9 @@ def _check_prompt(transformer: Any, family: TransformerFamily, shapes: Mapping[s
     name, config = family.name, transformer.config
     if set(shapes) != set(family.prompt_fields):
         raise ValueError(
-            f"{name} is conditioned on {', '.join(family.prompt_fields) or 'no prompt'}, but the configuration's "
-            f"`prompt_shapes` has {', '.join(shapes) or 'none'}. Load the whole pipeline, with its text encoders, "
-            "or give `prompt_embeds=`."
+            f"{name} is conditioned on {', '.join(family.prompt_fields) or 'no prompt'}, but `prompt_shapes` in the "
+            f"configuration has {', '.join(shapes) or 'none'}. Load the whole pipeline with its text encoders, or "
+            "pass `prompt_embeds=`."
         )
     for part, size in family.prompt_fields.items():
         width, shape = config.get(size), list(shapes[part])
@@ -542,7 +541,7 @@ def _check_prompt(transformer: Any, family: TransformerFamily, shapes: Mapping[s
     if "axes_lens" in family.sizes and "prompt_embeds" in shapes:
         length, limit = shapes["prompt_embeds"][1], config["axes_lens"][0]
         if length > limit:
-            raise ValueError(f"`prompt_embeds` of a {name} may have at most {limit} tokens, got {length}.")
+            raise ValueError(f"`prompt_embeds` of a {name} must have at most {limit} tokens, got {length}.")
 
 
 def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:
@@ -645,8 +644,8 @@ def is_sharded(module: Any) -> bool:
     found = isinstance(module, FSDPModule)
     if found and tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH_OF_FSDP2:
         raise RuntimeError(
-            f"FSDP2 is supported from torch {'.'.join(map(str, OLDEST_TORCH_OF_FSDP2))} on, got {torch.__version__}: "
-            "older ones train other weights than a single process. Upgrade torch, or train with DDP."
+            f"FSDP2 requires torch >= {'.'.join(map(str, OLDEST_TORCH_OF_FSDP2))}, got {torch.__version__}, which "
+            "trains to different weights than a single process. Upgrade torch, or train with DDP."
         )
     return found
 

@@ -70,6 +70,6 @@ def _build(config: dict[str, Any], kind: Any = None) -> Any:
         return (kind or getattr(diffusers, config["_class_name"])).from_config(config)
     except Exception as error:  # whatever the class makes of values that it does not check
         raise ValueError(
-            f"diffusers cannot build a {config['_class_name']} of its configuration ({type(error).__name__}: "
+            f"diffusers cannot build a {config['_class_name']} from its configuration ({type(error).__name__}: "
             f"{error}). Save or download the checkpoint again."
         ) from error

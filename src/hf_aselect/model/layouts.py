@@ -254,7 +254,7 @@ class FoldedLayout:
         if not self.position_scale or not self.rotary_theta:
             raise ValueError("`folded_layout` must have a `position_scale` and a `rotary_theta` above 0.")
         if not self.taps:
-            raise ValueError("`folded_layout` must name at least one tap in `taps`.")
+            raise ValueError("`folded_layout` must have at least one tap in `taps`, got an empty list.")
         for key in self.taps:
             parse_tap_key(key)
 
