@@ -357,7 +357,7 @@ CASES = [
         "configuration",
         "a class name that is a list",
         configured(transformer={**DIT_XL_2, "_class_name": ["a"]}),
-        r"Unsupported transformer \['a'\]; supported are DiT",
+        r"transformer \['a'\] is not supported. Supported are DiT",
     ),
     Case(
         "configuration",

@@ -335,7 +335,7 @@ def edited(folder, copy_to, pipeline=None, **fields):
             "with `zero_cond_t` is not supported: it was trained to edit an image",
         ),
         ("qwen_image", None, {"use_additional_t_cond": True}, "into several layers"),
-        ("longcat", "LongCatImageEditPipeline", {}, "of a LongCatImageEditPipeline is not read"),
+        ("longcat", "LongCatImageEditPipeline", {}, "of a LongCatImageEditPipeline is not supported"),
         (
             "z_image",
             None,
@@ -532,10 +532,16 @@ def test_blocks_of_the_wrong_kind_are_not_registered(registry, changed):
         (lambda config: dict(config), r"must return a `TransformerLayout`, .* got (dict|FrozenDict)"),
         (lambda config: transformer_layout({}), "reads 'num_attention_heads', which the configuration does not have"),
         (lambda config: transformer_layout(config, width=7), r"failed \(TypeError: .*width"),
-        (lambda config: transformer_layout(config, patch_size=0, needs_prompt=False), "has 0 as `patch_size`"),
+        (
+            lambda config: transformer_layout(config, patch_size=0, needs_prompt=False),
+            "an integer >= 1 as `patch_size`, got 0",
+        ),
         (lambda config: transformer_layout(config, sample_size=(4, 4), needs_prompt=False), "as `sample_size`"),
-        (lambda config: transformer_layout(config, max_grid="large", needs_prompt=False), "'large' as `max_grid`"),
-        (lambda config: transformer_layout(config, needs_prompt=1), "has 1 as `needs_prompt`"),
+        (
+            lambda config: transformer_layout(config, max_grid="large", needs_prompt=False),
+            "as `max_grid`, got 'large'",
+        ),
+        (lambda config: transformer_layout(config, needs_prompt=1), "True or False as `needs_prompt`, got 1"),
         (transformer_layout, "`needs_prompt=True`, but its `prompt_fields` are empty"),
     ],
 )
@@ -574,7 +580,7 @@ def called(change):
         (sized(patch_size=4), r"has `patch_size=4`, which splits 8×8 latents into 2×2 tokens, but .* returns 16"),
         (sized(patch_size=1), r"has `patch_size=1`, which splits 8×8 latents into 8×8 tokens, but .* returns 16"),
         (sized(hidden_size=64), "has 64 channels for tokens .*to_q maps 16 channels to 16. Pass `hidden_size="),
-        (sized(key_value_size=8), "keys and values of 8, but .*to_k makes 16 of 16"),
+        (sized(key_value_size=8), "8 for keys and values, but .*to_k maps 16 channels to 16"),
         (
             called(lambda given, _: tuple(given.values())),
             "must return a dictionary of the keyword arguments of `forward`, got tuple",
@@ -586,17 +592,17 @@ def called(change):
         (called(lambda given, _: {1: given}), "must return a dictionary of the keyword arguments of `forward`"),
         (
             called(lambda given, _: {**given, "encoder": 1}),
-            "gives encoder, which it does not take",
+            "returns encoder, which `forward` does not accept",
         ),
         (
             called(lambda given, _: {"timestep": given["timestep"]}),
             "does not return hidden_states. Its `forward` accepts hidden_",
         ),
         (called(lambda given, _: {**given, "return_dict": False}), "returns return_dict, which is set automatically"),
-        ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, "is 1, but a block returns Tensor; say which"),
+        ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, r"is 1, but a block returns Tensor\. Set it"),
         ({"tokens": lambda sequence, count: sequence}, None),
-        ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 tokens .* got \(2, 15, 16\)"),
-        ({"tokens": lambda sequence, count: None}, "must return the 16 tokens .* got NoneType"),
+        ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 image tokens .* got \(2, 15, 16\)"),
+        ({"tokens": lambda sequence, count: None}, "must return the 16 image tokens .* got NoneType"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused_at_each_pass(registry, changed, words):

@@ -203,7 +203,7 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
         ),
         (
             "unsupported",
-            "ValueError: Unsupported transformer 'CogVideoXTransformer3DModel'; supported are DiTTransformer",
+            "ValueError: The transformer 'CogVideoXTransformer3DModel' is not supported. Supported are DiTTransformer",
         ),
         ("vit", "ValueError: 'us/vit' is a checkpoint of vit. Pass an hf_aselect checkpoint, or a pipeline"),
         ("original", "ValueError: 'us/original' has neither model_index.json nor config.json in its first folder"),
@@ -369,5 +369,5 @@ def test_json_that_is_no_object_is_refused(tmp_path, text):
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a file. Pass a folder or an id on the Hub"):
+    with pytest.raises(ValueError, match=r"is a file. Pass a folder or an id on the Hub"):
         DiTModel.from_pretrained(tmp_path / "model.safetensors")

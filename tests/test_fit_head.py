@@ -828,7 +828,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--images", "missing.parquet"], "There is no file 'missing.parquet'."),
+        (["--images", "missing.parquet"], "The file 'missing.parquet' does not exist."),
         (["--label-column", "kind"], "The images have no column 'kind', only image, label."),
         (
             ["--label-column", "image"],

@@ -68,13 +68,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside a file; what is written there becomes that file when all went well, else it goes.
+    """Give a temporary path beside a file, which replaces the file on success and is removed otherwise.
 
     Args:
         path: The file to write, in an existing folder.
     """
     target = Path(path)
-    # A name of its own: two may write at once.
+    # A unique name, because two processes may write at once.
     unfinished = target.with_name(f".{target.stem}.incomplete-{uuid.uuid4().hex[:8]}{target.suffix}")
     try:
         yield unfinished
@@ -85,10 +85,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder in a folder; its files take the place of those there when all went well, else they go.
+    """Give a temporary folder in a folder; its files replace those of the folder on success, else they are removed.
 
-    A disk that is full, an error or a signal while they are written leaves what was there before. Who is killed while
-    they are moved, which takes no time, leaves a note with them, by which the next one, or `finish_files`, ends it.
+    A full disk, an error or a signal during writing leaves the folder unchanged. A process that is killed while it
+    moves the files leaves a note, by which the next process, or `finish_files`, completes the move.
 
     Args:
         folder: The folder to write into, made if it is missing; its other files stay.
@@ -112,7 +112,7 @@ def whole_files(folder: str | os.PathLike[str], replaces: str | None = None) -> 
 
 
 def finish_files(folder: str | os.PathLike[str]) -> None:
-    """Move what a process that was killed had written whole and not moved yet; drop what it had not.
+    """Move the files that a killed process had written completely; remove those that it had not.
 
     Args:
         folder: A folder that `whole_files` writes into.
@@ -125,7 +125,7 @@ def _move(unfinished: Path, target: Path) -> None:
     stale = _names_on(unfinished / NOTE)
     for path in sorted(unfinished.iterdir()):
         there = target / path.name
-        # Most files of code are what they were: the less there is to move, the shorter is the time that it takes.
+        # Most files of code are unchanged, and moving fewer files takes less time.
         if path.name != NOTE and not (there.is_file() and _are_small_and_equal(path, there)):
             os.replace(path, there)
     for name in stale:
@@ -157,9 +157,9 @@ def _are_small_and_equal(first: Path, second: Path) -> bool:
 
 
 def _unfinished(parent: Path, stem: str) -> Path:
-    """Make a hidden folder with a name that tells whose it is, and end what processes left that were killed."""
+    """Create a hidden folder whose name identifies the process, and finish or remove those of killed processes."""
     _end_left_overs(parent, stem)
-    # A name of its own: somebody else may be writing the same, and a folder of a fixed name may be somebody's.
+    # A unique name: another process may write the same, and a fixed name may be a user's folder.
     unfinished = parent / f"{stem}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     unfinished.mkdir()
     return unfinished

@@ -81,8 +81,8 @@ def convert_diffusers(
 
     Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
     encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
-    whole or not at all; what a killed process leaves, a hidden `.OUTPUT.incomplete-...` beside it, the next one
-    removes. The VAE encoder stays in float32.
+    complete or not at all. A killed process leaves a hidden `.OUTPUT.incomplete-...` beside it, which the next
+    conversion removes. The VAE encoder stays in float32.
 
     Args:
         source: A pipeline that diffusers saved (folder, or id on the Hub, of which only the files that are needed are
@@ -96,17 +96,17 @@ def convert_diffusers(
         subfolder: Folder in `source` that holds the checkpoint.
         token: Token for the Hub, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
-        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        local_files_only: Whether to use only downloaded files and not contact the Hub.
         without: Parts of the text side to do without: `"text_encoder_3"` of Stable Diffusion 3, its T5.
         prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
-        max_shard_size: Size of a file of weights at the most, unless one tensor is larger: bytes, or "5GB", "200MB".
+        max_shard_size: Maximum size of a file of weights, unless one tensor is larger: bytes, or "5GB", "200MB".
         calibration_images: Images to select the timestep from, as in `select_timestep`, if `timestep` is "auto", the
             default. Without them it stays open. The model is loaded for it.
-        include_code: Whether the code of the models is written beside the weights, for who has not this package.
+        include_code: Whether to add the code of the models to the weights, for users without this package.
         fields: Fields of `ASelectConfig`.
 
     Returns:
-        What was made and what was dropped.
+        The facts of the conversion: its output and the parts that were left out.
 
     Raises:
         ValueError: If the source is none, or already an hf_aselect checkpoint; a part is missing, broken, or of an
@@ -116,7 +116,9 @@ def convert_diffusers(
 
     Example:
         >>> from hf_aselect import convert_diffusers
-        >>> conversion = convert_diffusers("path/to/a/pipeline", "converted")  # doctest: +SKIP
+        >>> conversion = convert_diffusers("src/hf_aselect/assets/fashion_mnist", "converted", timestep=19)
+        >>> conversion.output.name, conversion.num_parameters
+        ('converted', 2818448)
     """
     started = time.monotonic()
     target = checked_output(output)
@@ -204,17 +206,17 @@ def convert_research(
         subfolder: Folder in `source`, unless that is a file, that holds the checkpoint.
         token: Token for the Hub, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
-        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        local_files_only: Whether to use only downloaded files and not contact the Hub.
         max_shard_size: As in `convert_diffusers`.
         calibration_images: As in `convert_diffusers`; where the timestep is fixed, to check the layout by.
         check_layout: Whether to reject a layout that the weights contradict: by `projectors` or a learned variance,
-            and, where there are `calibration_images`, by a loss on a few of them that is 1.25 times that of another
-            layout or more. A log line says so where the losses cannot tell.
+            and, where there are `calibration_images`, by a loss on a few of them that is at least 1.25 times that of
+            another layout. A warning is logged if the losses do not show which layout is right.
         include_code: As in `convert_diffusers`.
         fields: Fields of `ASelectConfig`.
 
     Returns:
-        What was made and what was dropped.
+        The facts of the conversion: its output and the parts that were left out.
 
     Raises:
         ValueError: If the layout is not said, the source is a pickle and none is allowed, it holds other things than
@@ -300,7 +302,7 @@ def _research_folder(
 def _conversion(
     output: str | os.PathLike[str], written: dict[str, Tensor], started: float, decoder_bytes: int, text_bytes: int
 ) -> Conversion:
-    """Return what was made of the weights that were written."""
+    """Return the facts of a finished conversion."""
     return Conversion(
         output=Path(output),
         num_parameters=sum(value.numel() for value in written.values()),
@@ -368,7 +370,7 @@ def _bytes_of(size: int | str) -> int:
     """Return the bytes of a size, as 200 or "5GB".
 
     Raises:
-        ValueError: If it is no size, or less than a byte.
+        ValueError: If it is not a size of at least one byte.
     """
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B", size.strip(), re.IGNORECASE)):
         size = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
@@ -421,7 +423,7 @@ class _ShardWriter:
         self._total_bytes += value.nbytes
 
     def finish(self) -> None:
-        """Write what was taken and not written yet, and name the files as transformers does."""
+        """Write the remaining tensors, and name the files as transformers does."""
         if self._shard:
             self._write_shard()
         if self._num_files == 1:

@@ -205,7 +205,7 @@ def _checked_call(family: TransformerFamily, inputs: Inputs) -> dict[str, Any]:
     """Return the keywords of a transformer's `forward`, and look at its first pass.
 
     Raises:
-        ValueError: If they are no keywords, or not those of its `forward`.
+        ValueError: If they are not keywords, or not those of its `forward`.
     """
     given = family.call(inputs)  # type: ignore[misc]
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):

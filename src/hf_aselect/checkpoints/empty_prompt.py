@@ -120,7 +120,7 @@ def _encoder_of(transformer: str) -> tuple[str, Encode] | None:
     return None if family is None or family.encode_prompt is None else (family.pipeline, family.encode_prompt)
 
 
-# What diffusers puts zeros in the place of.
+# What diffusers puts zeros in place of.
 _OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
 _UNREADABLE = (
     "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save "
@@ -331,7 +331,7 @@ def checked_embeddings(embeddings: Any, transformer: str, dtype: torch.dtype) ->
         dtype: What to return them in.
 
     Raises:
-        ValueError: If that is no mapping of names to tensors, or values are NaN or infinite, or so in `dtype`.
+        ValueError: If that is not a mapping of names to tensors, or values are NaN or infinite, or so in `dtype`.
     """
     if not isinstance(embeddings, Mapping) or not all(isinstance(value, Tensor) for value in embeddings.values()):
         raise ValueError(

@@ -47,8 +47,8 @@ class HubOptions:
         subfolder: Folder in the repository, or in the local folder, that holds the checkpoint.
         token: Token of the user, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
-        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
-        force_download: Whether to download again what was downloaded before.
+        local_files_only: Whether to use only downloaded files and not contact the Hub.
+        force_download: Whether to download files again that are in the cache.
         variant: Weights whose file names have this in them, as "fp16", where there are any.
     """
 

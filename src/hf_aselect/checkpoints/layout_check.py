@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 # Little noise and much: there a time that runs the other way is farthest from the right one.
 TIMESTEPS = (50, 950)
 NUM_IMAGES = 4
-# The loss of the layout that was said has to be so many times that of another one. Of small models, trained for a
-# moment, it was 1.4 times and more under a wrong layout, and worse than predicting nothing.
+# A layout is contradicted if its loss is this many times that of another layout. For small models, trained briefly,
+# the loss of a wrong layout was at least 1.4 times as high, and worse than predicting nothing.
 FACTOR = 1.25
-# Weights whose best loss is no less than this share of predicting nothing tell nothing: they are random, or the images
+# Weights whose best loss is at least this share of predicting nothing show nothing: they are random, or the images
 # are not of their kind.
 _NOTHING = 0.99
 

@@ -73,7 +73,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
     Of a configuration that is given, as an adapter's, the fields are taken that the files do not say.
 
     Raises:
-        ValueError: If the configuration is folded, of another transformer or none of ours, a text encoder is given,
+        ValueError: If the configuration is folded, of another transformer or model type, a text encoder is given,
             or as `load_diffusers`.
     """
     given = kwargs.pop("config", None)
@@ -111,10 +111,10 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
 
 
 def _take_config(config: Any, kwargs: dict[str, Any]) -> None:
-    """Put into the keywords what a given configuration says and the files do not, unless it is there.
+    """Add the fields of a given configuration to the keywords, unless the files or the keywords have them.
 
     Raises:
-        ValueError: If it is no configuration of ours, folded, or the keywords name classes as well.
+        ValueError: If it is not an `ASelectConfig`, is folded, or the keywords name classes as well.
     """
     # By its name: a checkpoint's own code has a class of its own.
     if getattr(config, "model_type", None) != ASelectConfig.model_type or config.folded:

@@ -30,7 +30,7 @@ from .weight_files import CONFIG, PICKLES, iterate_weights, unreadable, weight_f
 
 logger = logging.getLogger(__name__)
 
-# A pickle is mapped again after so many bytes, so that what was read before leaves memory.
+# A pickle is mapped again after this many bytes, to free the memory of the tensors read before.
 _MAPPED_BYTES = 2**27
 # Dictionaries in one another, in a checkpoint of a training.
 _MAX_DEPTH = 8
@@ -86,7 +86,7 @@ _BLOCK = {
 _QKV = "attn.qkv"
 # What only training needs: REPA's and SRA's heads that are compared with another model's features.
 _DROPPED = re.compile(r"(projectors|ap_head)\.")
-# Names of tensors by which other architectures are known, and what of them a `DiTTransformer2DModel` has not.
+# Tensor names that identify other architectures, and their parts that a `DiTTransformer2DModel` does not have.
 _OTHERS = (
     (
         r"(^|\.)(x_embedder\.proj1\.|in_context_posemb)",
@@ -216,7 +216,7 @@ class ResearchWeights:
         return self._shape("final_layer.linear.weight", 2)[0] / max(1, self._shape(_ANCHOR, 4)[2]) ** 2
 
     def _expected(self) -> set[str]:
-        """Return the names that a DiT of so many blocks has."""
+        """Return the tensor names of a DiT with this number of blocks."""
         blocks = [f"blocks.{block}.{part}" for block in range(self.num_layers) for part in (_QKV, *_BLOCK)]
         both = [f"{stem}.{kind}" for stem in (*_WHOLE, *_EMBEDDERS, *blocks) for kind in ("weight", "bias")]
         return set(both) - {"y_embedder.embedding_table.bias"}
@@ -433,7 +433,7 @@ class ResearchWeights:
             yield from self._mapped(kept[key], value)
 
     def _mapped(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield what becomes of a tensor, as tensors of their own."""
+        """Yield the converted names and tensors of one tensor, in separate memory."""
         stem, _, kind = name.rpartition(".")
         if stem in _WHOLE:
             yield f"{_WHOLE[stem]}.{kind}", value
@@ -455,7 +455,7 @@ class ResearchWeights:
             expected: Shapes by the names that `DiTModel` gives them.
 
         Raises:
-            ValueError: If one has not.
+            ValueError: If one has another shape.
         """
         for name in sorted(self._expected()):
             # Of a wrong shape there may be no thirds.
@@ -607,7 +607,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             f"{str(path)!r} contains more than tensors ({what}) and is not read, because that could run code. If you "
             "trust the file, save its weights with `safetensors.torch.save_file(weights, 'weights.safetensors')`."
         ) from error
-    except Exception as error:  # whatever torch makes of what is no checkpoint
+    except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
         raise unreadable(path, "PyTorch weights file", error) from error
     tensors = _named_tensors(found)
     if not tensors:

@@ -15,14 +15,14 @@ from ..model.denoisers import build_denoiser, build_vae_encoder
 
 logger = logging.getLogger(__name__)
 
-# What diffusers makes of projections that it fuses, and of what, side by side.
+# Projections that diffusers fuses: the fused one, and those that it concatenates.
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
 _FUSED_NAME = re.compile(rf"(.*\.)({'|'.join(_FUSED)})\.(weight|bias)")
-# What torch.compile puts in the place of a module that was compiled by itself.
+# The name that torch.compile adds to a submodule that was compiled alone.
 _COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 _ADAPTERS = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module|ia3_\w+)\.")
 
@@ -208,7 +208,7 @@ def _settle_head(model: Any, part: str, state: Mapping[str, Tensor]) -> None:
 def _head_of(model: Any, part: str) -> dict[str, torch.Size]:
     """Return the names and shapes of the head that a model's configuration builds."""
     config = copy.deepcopy(model.config)
-    config._attn_implementation = None  # of which building says something
+    config._attn_implementation = None  # else building logs a message
     with torch.device("meta"), no_init_weights():
         built = getattr(type(model)(config), part)
     return {f"{part}.{name}": value.shape for name, value in built.state_dict().items()}

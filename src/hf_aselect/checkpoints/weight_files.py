@@ -179,7 +179,7 @@ def unreadable(path: Path, wanted: str, error: Exception) -> ValueError:
     Args:
         path: The file.
         wanted: What it was read as.
-        error: What its reader made of it.
+        error: The error of its reader.
     """
     with path.open("rb") as opened:
         head = opened.read(256)

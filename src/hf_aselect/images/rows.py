@@ -48,8 +48,8 @@ class ImageRows:
     What an image is:
 
     - by the name `pixel_values` (or `features`, `latents`): what the model takes as it is;
-    - of floating-point numbers: in [-1, 1] with negative ones, which is what an image processor made of one; in
-      [0, 1]; or in [0, 255]. What it is of a set, its first images say, and one that is something else is rejected;
+    - of floating-point numbers: in [-1, 1] with negative ones (pixel values from an image processor), in
+      [0, 1], or in [0, 255]. The first images of a set decide which, and an image in another range is rejected;
     - anything else: what the image processor takes.
     """
 
@@ -146,12 +146,12 @@ class ImageRows:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the model takes what is read as it is, by the name of `argument`."""
+        """Whether the model takes the rows as they are, as `argument`."""
         return self.kind in TENSORS or self.scale == _PIXEL_VALUES
 
     @property
     def argument(self) -> str:
-        """What the model calls what is read."""
+        """The argument of the model that takes the rows."""
         return self.kind if self.kind in TENSORS else "pixel_values"
 
     def image(self, row: Any, index: int) -> Any:
@@ -172,7 +172,7 @@ class ImageRows:
         values = _array(image)
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
         bounds = {_BYTES: (0, 255), _FRACTIONS: (0, 1), _PIXEL_VALUES: (-1, 1)}[self.scale]
-        # What is no number, the image processor has words for.
+        # The image processor reports values that are not numbers.
         if low < bounds[0] - _SLACK or high > bounds[1] + _SLACK:
             raise ValueError(
                 f"Image {index} has values from {low:g} to {high:g}, expected {self.scale} as in the other images. "
@@ -352,7 +352,7 @@ def stacked(name: str, indices: list[int], values: list[Any]) -> Tensor:
     """Return the values of a batch as a tensor.
 
     Raises:
-        ValueError: If they are no tensors of one shape.
+        ValueError: If they are not tensors of one shape.
     """
     try:
         return torch.stack([torch.as_tensor(value) for value in values])
@@ -441,14 +441,14 @@ def _is_named(row: Any) -> bool:
 
 
 def _is_named_or_plain(value: Any) -> bool:
-    """Return whether a value is no encoded image."""
+    """Return whether a value is not an encoded image."""
     return not isinstance(value, Mapping) or _is_named(value)
 
 
 def _columns(
     row: Mapping[str, Any], image_column: str | None, label_column: str | None, is_labelled: bool
 ) -> tuple[str, str | None]:
-    """Return the names of what is read and of the labels, by the first row."""
+    """Return the names of the image column and the label column, from the first row."""
     names = ", ".join(map(str, row))
     for name in (image_column, label_column):
         if name is not None and name not in row:
@@ -456,7 +456,7 @@ def _columns(
     label = label_column or next((name for name in LABELS if name in row), None)
     if label is None and is_labelled:
         raise ValueError(f"The dataset has no label column, only {names}. Pass its name as `label_column=`.")
-    # A selection looks at images; what is cached of them is for a head.
+    # A selection reads images; cached features are for a head.
     known = (*TENSORS, "image") if is_labelled else ("image", "pixel_values")
     kind = image_column or next((name for name in known if name in row), None)
     if kind is None:

@@ -42,8 +42,8 @@ def read_folder(folder: str | Path, streaming: bool = False) -> Any:
 
     `load_dataset("imagefolder")` also guesses splits from the names of files, and leaves out folders like `__x__`.
     All else is as there: hidden files are left out, zip archives are opened, and `metadata.csv` (or `.jsonl`,
-    `.parquet`) says which images there are, and what belongs to them in place of classes. A warning says so where that
-    leaves out images, or classes.
+    `.parquet`) lists the images, with columns instead of classes. A warning is logged if that
+    leaves out images or classes.
 
     Args:
         folder: The folder.

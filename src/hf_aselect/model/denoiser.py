@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .families import Inputs, TransformerFamily
 from .layouts import PROJECTIONS, Tap
 
-# Hooks stay on, as what is put on and taken off at each read is lost where two threads read. What they are to keep is
-# the thread's own.
+# Hooks stay registered, because adding and removing them at each read would fail if two threads read at once. The
+# values to keep are stored per thread.
 _NOW = threading.local()
 
 
@@ -48,7 +48,7 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Hook:
-    """Keeps what a module reads, or what it returns, if this thread waits for it.
+    """Keeps the input or the output of a module, if this thread asked for it.
 
     Args:
         tap: Block and feature; "input" stands for the arguments of a block.
@@ -104,7 +104,7 @@ class _ExactTimesteps:
 
 
 class BlockStep(GradientCheckpointingLayer):
-    """Runs a block so that transformers can have it computed again in the backward pass; has no weights of its own.
+    """Runs a block so that transformers can recompute it in the backward pass; has no weights.
 
     diffusers' transformers have a switch for all of their blocks instead, which stays off: transformers counts blocks
     to leave some out, and hooks of FSDP are to run once.
@@ -270,7 +270,7 @@ class Denoiser(nn.Module):
     def _read_sharded(self, inputs: Inputs, taps: Sequence[Tap], last: int) -> dict[Tap, Tensor]:
         """Return the tokens at several taps where FSDP gathers a block's weights while it is called.
 
-        A block's call must end in good order, and what is read inside of it must be what a call of it returns.
+        A block's call must complete, and values read inside the block must be returned by that call.
         """
         inner = sorted({block for block, feature in taps if feature != "hidden"})
         outer = [tap for tap in taps if tap[1] == "hidden"]
@@ -340,7 +340,7 @@ class Denoiser(nn.Module):
 
     @contextmanager
     def _cut(self, last: int) -> Iterator[None]:
-        """Leave out the blocks after a block while this lasts; the first one stays, as it is asked what it reads."""
+        """Leave out the blocks after a block within this context; the first one stays, because its input is read."""
         left, whole = max(last, 0) + 1, []
         for part in self.family.blocks:
             parent_path, _, name = part.path.rpartition(".")
@@ -399,7 +399,7 @@ class Denoiser(nn.Module):
             return [each for name, each in self.named_parameters() if name in names]
         weights = [torch.empty_like(each, device="meta", requires_grad=True) for each in mine]
         buffers = {id(each): each.to("meta") for each in self.buffers()}
-        # A copy, as a transformer may move its tables to where it is run; of what has no data in it.
+        # A copy on the meta device, because a transformer may move its tables to the device of its input.
         twin = copy.deepcopy(self, {**buffers, **{id(each): new for each, new in zip(mine, weights, strict=True)}})
         latents = torch.empty(1, self.num_channels, *2 * [4 * self.patch_size], device="meta", dtype=mine[0].dtype)
         try:
@@ -545,7 +545,7 @@ def _check_prompt(transformer: Any, family: TransformerFamily, shapes: Mapping[s
 
 
 def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield path and name of what has no data and is in no checkpoint: buffers, and attributes with tensors."""
+    """Yield path and name of tensors that have no data and are in no checkpoint: buffers and attributes."""
     for path, module in transformer.named_modules():
         named = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         named |= {name: value for name, value in vars(module).items() if name not in _OF_MODULES}

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 LUMINANCE = (0.299, 0.587, 0.114)
 # Of `size`: with more, an image would take the machine's memory.
 _MAX_PIXELS = 2**28
-# What PIL makes of broken files.
+# What PIL raises for broken files.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 ADDRESS = re.compile(r"\b(?:https?|ftp|sftp|s3|gs|gcs|abfs|az)://", re.IGNORECASE)
 # What transformers writes into a processor's file.
@@ -83,7 +83,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a processor from the fields of a file, of which those that are none of ours are kept.
+        """Build a processor from the fields of a file; unknown fields are kept.
 
         Raises:
             ValueError: As the constructor, and if a field of the file is a method.
@@ -146,7 +146,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
             segmentation_maps: A mask for each image, of its size: PIL of mode L, P (its indices), 1 or I, a file, or
                 integers, (H, W), with an axis of one channel or without; a negative value, as -100, stays as it is.
                 It is turned, cropped and resized with its image, to the nearest value.
-            kwargs: What else the processor takes, in place of its own settings.
+            kwargs: Settings of the processor for this call.
 
         Returns:
             `pixel_values`, (C, H, W) each, and `labels`, (H, W) each, int64.
@@ -277,7 +277,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
 
         Raises:
             ValueError: If `num_channels` is neither 1 nor 3, the image is empty, cannot be read, has another number
-                of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is no number, NaN,
+                of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is not a number, NaN,
                 infinite values, or values outside [0, 255] (of 16 bits [0, 65535]).
         """
         if num_channels not in (1, 3):
@@ -487,7 +487,7 @@ def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> N
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
-    """Reject keywords that are no fields of the processor, naming the nearest."""
+    """Reject keywords that are not fields of the processor, naming the nearest."""
     for name in names:
         if not _is_field(name):
             hint = f" Did you mean {near!r}?" if (near := _nearest(name)) else ""
