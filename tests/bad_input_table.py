@@ -357,7 +357,7 @@ CASES = [
         "configuration",
         "a class name that is a list",
         configured(transformer={**DIT_XL_2, "_class_name": ["a"]}),
-        r"transformer \['a'\] is not supported. Supported are DiT",
+        r"Unsupported transformer \['a'\]; supported are DiT",
     ),
     Case(
         "configuration",
@@ -375,7 +375,7 @@ CASES = [
         "configuration",
         "ten billion blocks",
         configured(transformer={**DIT_XL_2, "num_layers": 10**10}),
-        "got.*10000000000.; at most 65536",
+        r"integers in .1, 65536. as sizes, got.*10000000000",
     ),
     Case(
         "configuration",
@@ -1243,7 +1243,7 @@ CASES = [
         "command line",
         "select PIXEL --images (an empty folder)",
         lambda world: world.command("select", world.pixel, "--images", _made(world.new("empty"))),
-        "holds no images",
+        "contains no images",
         CommandError,
     ),
     Case(
@@ -1402,12 +1402,17 @@ CASES = [
         loaded(lambda world: world.saved, id2label={"0": "a", "5": "b"}),
         "`id2label` must number the classes",
     ),
-    Case("picture", "lists of nothing", lambda _: ASelectImageProcessor(size=8)([[]]), "There are no images"),
+    Case(
+        "picture",
+        "lists of nothing",
+        lambda _: ASelectImageProcessor(size=8)([[]]),
+        "`images` must have at least one image",
+    ),
     Case(
         "picture",
         "a batch of no images",
         processed(torch.zeros(0, 3, 8, 8)),
-        "There are no images",
+        "`images` must have at least one image",
     ),
     Case("picture", "a size of words", lambda _: ASelectImageProcessor(size={"height": "8", "width": 8}), "integers"),
     Case("picture", "a size that is a list of words", lambda _: ASelectImageProcessor(size=["a"]), "an integer, or"),

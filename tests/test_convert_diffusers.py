@@ -240,7 +240,7 @@ def test_a_tensor_too_many_of_diffusers_is_left_out_with_a_warning(folder, pixel
 def test_a_tensor_too_many_of_our_backbone_is_refused(saved):
     name = "backbone.denoiser.extra"
     rewrite(saved / "model.safetensors", lambda weights: weights.update({name: torch.zeros(3)}))
-    with pytest.raises(ValueError, match=r"left over.*denoiser\.extra"):
+    with pytest.raises(ValueError, match=r"unexpected.*denoiser\.extra"):
         DiTForImageClassification.from_pretrained(saved)
 
 
@@ -276,9 +276,9 @@ def test_a_vae_with_the_attention_names_of_old_is_read(tmp_path):
 def test_a_part_that_the_pipeline_lists_and_lacks_is_refused(sd3_folder, tmp_path, part):
     """Without it another model would come out: one on pixels, or one with zeros in place of T5's embeddings."""
     folder = shutil.copytree(sd3_folder, tmp_path / "in", ignore=shutil.ignore_patterns(part))
-    with pytest.raises(ValueError, match=rf"lacks {part}/, which its model_index\.json lists"):
+    with pytest.raises(ValueError, match=rf"lacks {part}/, which model_index\.json lists"):
         DiTModel.from_pretrained(folder, timestep=5)
-    with pytest.raises(ValueError, match=rf"lacks {part}/, which its model_index\.json lists"):
+    with pytest.raises(ValueError, match=rf"lacks {part}/, which model_index\.json lists"):
         convert_diffusers(folder, tmp_path / "out")
 
 
@@ -372,7 +372,7 @@ def test_a_configuration_of_another_model_than_diffusers_saved_is_refused(pixel_
     for config, complaint in (
         (ASelectConfig(transformer=wider, timestep=5), "`config` does not match the transformer of"),
         (model.fold().config, "must be an ASelectConfig that is not folded"),
-        (PreTrainedConfig(), "must be an ASelectConfig that is not folded .*, got PreTrainedConfig"),
+        (PreTrainedConfig(), "must be an ASelectConfig that is not folded, got PreTrainedConfig"),
     ):
         with pytest.raises(ValueError, match=complaint):
             DiTModel.from_pretrained(pixel_folder, config=config)
@@ -528,7 +528,7 @@ def test_weights_that_do_not_fit_are_not_converted(latent_folder, tmp_path, chan
     else:
         weights[name] = torch.zeros(3, 3)
     save_file(weights, folder / "transformer" / WEIGHTS)
-    with pytest.raises(ValueError, match=r"do not fit their configuration: 1 tensors are missing or of another"):
+    with pytest.raises(ValueError, match=r"do not match their configuration: 1 tensors are missing or have another"):
         convert_diffusers(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -826,9 +826,7 @@ def test_an_index_that_says_too_little_of_the_text_side_is_refused(sd3_folder, t
     change_config(folder / "model_index.json", **values)
     if "tokenizer" in values:
         shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(
-        ValueError, match=r"has text_encoder/, but no tokenizer/, or its model_index.json does not say"
-    ):
+    with pytest.raises(ValueError, match=r"has text_encoder/ but no tokenizer/, or model_index.json does not list"):
         DiTModel.from_pretrained(folder, timestep=5)
 
 
@@ -893,7 +891,7 @@ def test_t5_is_left_out_with_its_tokenizer(sd3_folder, tmp_path):
 def test_the_prompts_embeddings_can_be_given_in_place_of_text_encoders(sd3_folder, tmp_path):
     whole = DiTModel.from_pretrained(sd3_folder, timestep=5)
     folder = shutil.copytree(sd3_folder, tmp_path / "in", ignore=shutil.ignore_patterns("text_*", "tokenizer*"))
-    with pytest.raises(ValueError, match=r"lacks text_encoder/, text_encoder_2/.*or pass `prompt_embeds="):
+    with pytest.raises(ValueError, match=r"lacks text_encoder/, text_encoder_2/.*`prompt_embeds="):
         DiTModel.from_pretrained(folder, timestep=5)
     given = {
         "prompt_embeds": whole.denoiser.prompt_embeds,

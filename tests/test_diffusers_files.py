@@ -203,7 +203,7 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
         ),
         (
             "unsupported",
-            "ValueError: The transformer 'CogVideoXTransformer3DModel' is not supported. Supported are DiTTransformer",
+            "ValueError: Unsupported transformer 'CogVideoXTransformer3DModel'; supported are DiTTransformer",
         ),
         ("vit", "ValueError: 'us/vit' is a checkpoint of vit. Pass an hf_aselect checkpoint, or a pipeline"),
         ("original", "ValueError: 'us/original' has neither model_index.json nor config.json in its first folder"),

@@ -529,7 +529,7 @@ BAD = {
     "images alone": (lambda train: train["image"][:4], "The dataset's rows must be pairs (image, label)"),
     "lone tensors": (
         lambda train: torch.zeros(4, 3, 8, 8),
-        "or a dictionary of `pixel_values` (or `features`, `latents`) and `labels`",
+        "or a dictionary with `pixel_values` (or `features`, `latents`) and `labels`",
     ),
     "other lengths": (
         lambda train: {"pixel_values": torch.zeros(4, 3, 8, 8), "labels": torch.zeros(3)},
@@ -555,7 +555,7 @@ BAD = {
     "negative": (lambda train: [(image, -1) for image in train["image"][:9]], "class indices in [0, 4), got [-1]"),
     "names": (
         lambda train: [(image, "red") for image in train["image"][:9]],
-        "The label of image 0 is 'red', and must",
+        "The label of image 0 is 'red', but must",
     ),
     "none": (lambda train: [(train[0]["image"], each) for each in (0, None)], "The label of image 1 is None"),
     "floats": (lambda train: [(image, 0.5) for image in train["image"][:9]], "must be class indices, integers in"),
@@ -569,7 +569,7 @@ BAD = {
     ),
     "unreadable": (
         lambda train: [*zip(train["image"], train["label"], strict=True), (None, 0)],
-        "Image 120 of the s",
+        "Image 120 cannot be read",
     ),
     "bytes for pixel values": (
         lambda train: {"pixel_values": torch.full((9, 3, 8, 8), 255.0), "labels": torch.arange(9) % 4},
@@ -642,7 +642,7 @@ def test_a_segmenter_is_fitted_with_a_linear_decoder_to_masks(latent_folder, pix
         model.fit_head({"features": torch.zeros(3, 4, 16), "labels": torch.zeros(3, 8, 8)})
     with pytest.raises(ValueError, match="`labels` must be class indices in"):
         model.fit_head([(image, Image.fromarray(np.array(mask) + 3)) for image, mask in scenes(4)])
-    with pytest.raises(ValueError, match="they must be equal"):
+    with pytest.raises(ValueError, match="must have the size of its image"):
         model.fit_head([(image, mask.resize((4, 4))) for image, mask in scenes(4)])
 
 

@@ -387,7 +387,7 @@ def test_files_that_are_no_images_do_not_decide_on_splits(tmp_path):
 
 @pytest.mark.parametrize("stray", ["c.png", "train/c.png"])
 def test_an_image_beside_classes_of_splits_is_told_of(tmp_path, stray):
-    with pytest.raises(ValueError, match=r"has the splits test, train, and 'c\.png' is beside the class folders"):
+    with pytest.raises(ValueError, match=r"has the splits test, train, but 'c\.png' is beside the class folders"):
         read_folder(tree_of(tmp_path, *SPLITS, stray))
 
 
@@ -475,7 +475,7 @@ def test_what_is_broken_in_a_folder_is_said(tmp_path, name, content, words):
 
 def test_a_folder_without_images_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("notes")
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         read_folder(tmp_path)
 
 

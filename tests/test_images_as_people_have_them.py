@@ -76,7 +76,7 @@ def test_a_file_is_read_by_its_path(tmp_path):
 
 
 def test_no_address_is_fetched():
-    with pytest.raises(ValueError, match="nothing is fetched"):
+    with pytest.raises(ValueError, match="URLs are not fetched"):
         values_of(["http://127.0.0.1:9/a.png"])
 
 
@@ -325,7 +325,7 @@ def test_masks_of_0_and_255_are_said_so_without_the_processor(warnings, dtype):
     labels = torch.zeros(1, 8, 8, dtype=dtype)
     labels[:, 2:6] = 255
     model(torch.zeros(1, 3, 8, 8), labels=labels)
-    assert "If it is the foreground" in " ".join(warnings())
+    assert "If 255 is the foreground" in " ".join(warnings())
 
 
 def test_a_mask_with_pixels_of_no_class_is_taken_in_silence(warnings):

@@ -737,7 +737,7 @@ def test_a_layout_that_losses_contradict_is_not_converted(as_research, said, tim
     images = drawn(8, torch.Generator().manual_seed(3))
     given = {"layout": said, "num_attention_heads": 2, "calibration_images": images, "timestep": timestep}
     if said != "repa":
-        words = rf"said to be '{said}', .* far better as 'repa'.*1\.25.*`layout='repa'` .*`--no-layout-check`"
+        words = rf"`layout` is '{said}', .* far better as 'repa'.*1\.25.*`layout='repa'` .*`--no-layout-check`"
         with pytest.raises(ValueError, match=words):
             convert_research(as_research, tmp_path / "out", **given)
         assert [each.name for each in tmp_path.iterdir()] == ["in"]

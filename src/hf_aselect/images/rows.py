@@ -452,7 +452,7 @@ def _columns(
     names = ", ".join(map(str, row))
     for name in (image_column, label_column):
         if name is not None and name not in row:
-            raise ValueError(f"The dataset has no column {name!r}. Its columns are {names}.")
+            raise ValueError(f"The dataset has no column {name!r}, only {names}.")
     label = label_column or next((name for name in LABELS if name in row), None)
     if label is None and is_labelled:
         raise ValueError(f"The dataset has no label column, only {names}. Pass its name as `label_column=`.")

@@ -195,7 +195,7 @@ def family_of(name: Any) -> TransformerFamily:
     known: dict[str, TransformerFamily] = {**getattr(package, "FAMILIES", {}), **FAMILIES}
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"The transformer {name!r} is not supported. Supported are {', '.join(known)}. To use another class, "
+            f"Unsupported transformer {name!r}; supported are {', '.join(known)}. To use another class, "
             "describe it with a `TransformerFamily` and call `hf_aselect.register_family` before loading its "
             f"checkpoint.{hint_of(name)}"
         )
