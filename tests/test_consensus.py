@@ -251,6 +251,14 @@ def test_regions_count_by_how_far_images_are_aligned_and_by_what_is_read(common,
     assert consensus.region_share(common, 2) == pytest.approx(by_more)
 
 
+@pytest.mark.parametrize(
+    ("common", "by_mean", "by_more"), [(0.0, 8.0, 8.0), (0.25, 5.0, 6.5), (0.5, 2.0, 5.0), (0.9, 2.0, 5.0)]
+)
+def test_the_more_images_are_aligned_the_more_noise_the_references_have(common, by_mean, by_more):
+    assert consensus.reference_range(common, 1) == pytest.approx((-5.5, by_mean))
+    assert consensus.reference_range(common, 2) == pytest.approx((-5.5, by_more))
+
+
 def regions(pooled):
     """Of each feature two regions: what all views share is in their difference, which the mean does not show."""
     generator = torch.Generator().manual_seed(11)

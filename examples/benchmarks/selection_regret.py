@@ -25,7 +25,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,21 @@ from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
 
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
-# What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14, and no regions.
-FORMER = "consensus of all timesteps"
-CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus(region_weight=0.0)}
+# What the default was before. First all timesteps were references, on a grid from a log-SNR of 14 to -14, and regions
+# did not count. Then the references lay in a fixed range, however far images are aligned.
+FORMER = {
+    "consensus of all timesteps": (
+        (accumulators, "reference_range", lambda common, num_read: (-np.inf, np.inf)),
+        (noise_schedule, "MAX_LOG_SNR", 14.0),
+    ),
+    "consensus of a fixed range": ((accumulators, "reference_range", lambda common, num_read: (-5.5, 8.0)),),
+}
+CRITERIA: dict[str, Criterion] = {
+    "hfr": HFR(),
+    "signal_hfr": SignalHFR(),
+    "consensus of all timesteps": Consensus(region_weight=0.0),
+    "consensus of a fixed range": Consensus(),
+}
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
 # The same attention head on tokens that are standardised by channel alone, as before standardisation by position.
@@ -261,8 +273,8 @@ class Pair:
                 rows.append(self.row(name, tap, hits, timestep))
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
-            ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA if name != FORMER]
-            ways += [(name, truth) for name in (FORMER, DEFAULT) for truth in HEADS if (truth, tap) in hits]
+            ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA if name not in FORMER]
+            ways += [(name, truth) for name in (*FORMER, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
                 if name in ("signal_hfr", DEFAULT) and self.args.own_pictures:
@@ -293,7 +305,7 @@ class Pair:
         images = None if generated else self.train.select_columns([self.args.image_column])
         # A segmenter has no such head.
         self.model.config.head = HEADS[truth] if truth and self.per_picture else self.head
-        with as_before() if name == FORMER else nullcontext():
+        with as_before(name):
             record = select_timestep(
                 self.model,
                 images,
@@ -400,11 +412,10 @@ class Pair:
 
 
 @contextmanager
-def as_before() -> Iterator[None]:
-    """Let a consensus take all timesteps as references, and grids go further."""
-    names = ((accumulators, "REFERENCE_LOG_SNR", (-np.inf, np.inf)), (noise_schedule, "MAX_LOG_SNR", 14.0))
+def as_before(former: str) -> Iterator[None]:
+    """Let a consensus select as a former default did; any other criterion selects as it does."""
     with ExitStack() as stack:
-        for module, name, value in names:
+        for module, name, value in FORMER.get(former, ()):
             stack.enter_context(patch.object(module, name, value))
         yield
 

@@ -8,7 +8,8 @@ the tokens' mean and, for a reader that sees more than that, their standard devi
 
 Where images are aligned (faces, digits, products on a plain ground), what is where says what they show; where they
 are not (photographs of animals), it says little. The more they are aligned, the more the means over regions of the
-image count beside the mean over all of it: see `alignment`.
+image count beside the mean over all of it, and the more of the image the noise must hide before features agree on what
+a head can learn from few labels: see `alignment` and `reference_range`.
 """
 
 from collections.abc import Collection, Iterator
@@ -246,6 +247,21 @@ def region_share(common: float, num_read: int) -> float:
         num_read: How many statistics of the tokens the head sees, counted from the mean.
     """
     return common * (1 - common if num_read == 1 else common)
+
+
+def reference_range(common: float, num_read: int) -> tuple[float, float]:
+    """Return the least and the largest log-SNR of timesteps whose features count in the targets.
+
+    Below the range little is left of the image. Above it features show the image itself and agree on its details.
+    In aligned images the coarse shape tells what they show, and details only take up labels: the upper end falls
+    from 8 to 2 for a head that sees the tokens' mean alone, and to 5 for one that sees more.
+
+    Args:
+        common: What `alignment` says, a, in [0, 1]. From 1/2 on the upper end stays where it is.
+        num_read: How many statistics of the tokens the head sees, counted from the mean.
+    """
+    fall = 6.0 if num_read == 1 else 3.0
+    return -5.5, 8.0 - fall * min(1.0, 2 * common)
 
 
 def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
