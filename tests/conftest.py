@@ -274,6 +274,12 @@ def pictures():
     return [Image.fromarray(value.numpy()) for value in values]
 
 
+def enable_checkpointing(model):
+    """Turn checkpointing on: by its new name in transformers 5.23, where the old one is deprecated."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
 def take_one_step(model, rows, batch_size, folder):
     """Let Trainer take one step of SGD on all rows, whose gradients it adds up over batches."""
     from transformers import Trainer, TrainingArguments

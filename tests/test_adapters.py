@@ -133,3 +133,21 @@ def test_what_an_adapter_brings_is_neither_missing_nor_left_over(base, pictures,
     info = again.load_adapter(str(tmp_path))
     assert not info.missing_keys and not info.unexpected_keys
     torch.testing.assert_close(again(pixels).logits, model(pixel_values=pixels).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["class", "auto", "peft"])
+@pytest.mark.parametrize("has_card", [False, True])
+def test_an_adapter_is_loaded_by_the_guides_three_ways(base, pixels, tmp_path, how, has_card):
+    """Of peft's own Auto class `import_allowlist` has to name the package, whose code it imports."""
+    model = adapted(classifier(base))
+    expected = model(pixel_values=pixels).logits
+    model.save_pretrained(tmp_path)
+    if has_card:
+        write_model_card(model, tmp_path)
+    if how == "peft":
+        with pytest.raises(ValueError, match=r"import_allowlist=\['hf_aselect"):
+            peft.AutoPeftModel.from_pretrained(tmp_path)
+        again = peft.AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["hf_aselect"])
+    else:
+        again = (by_class if how == "class" else by_auto)(tmp_path)
+    torch.testing.assert_close(again(pixel_values=pixels).logits, expected, rtol=1e-5, atol=1e-5)

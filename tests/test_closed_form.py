@@ -1,5 +1,7 @@
 """Ridge regression from moments, against scikit-learn and against the rows themselves."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -86,11 +88,11 @@ def test_the_strength_is_the_one_that_cross_validation_selects():
     # Folds of one size: what is left has 48 rows.
     alphas = np.array(STRENGTHS) * 48
     search = RidgeCV(alphas, scoring="neg_mean_squared_error", cv=PredefinedSplit(np.arange(60) % 5))
-    search.fit(StandardScaler().fit_transform(features.double()), table(labels))
+    # Of each target the error counts as a share of its variance.
+    search.fit(StandardScaler().fit_transform(features.double()), StandardScaler().fit_transform(table(labels)))
     assert form.strength == pytest.approx(search.alpha_ / 48)
     assert STRENGTHS[0] < form.strength < STRENGTHS[-1]
-    variance = float(table(labels).var(0, correction=0).sum())
-    assert form.error == pytest.approx(-search.best_score_ * 3 / variance, rel=1e-6)
+    assert form.error == pytest.approx(-search.best_score_, rel=1e-6)
 
 
 def test_both_of_two_strengths_are_tried():
@@ -375,3 +377,18 @@ def test_moments_beyond_the_memory_are_rejected_before_they_are_made(monkeypatch
 
 def test_the_memory_of_this_machine_is_known():
     assert 2**24 < feature_sums.available_memory() < 2**50
+
+
+def test_rows_that_are_kept_need_memory_for_their_number_or_their_width(monkeypatch):
+    monkeypatch.setattr(feature_sums, "available_memory", lambda: 10**9)
+    check_memory(20_000, 10, num_rows=1000)
+    # They take 256 MB, and their moments many times that.
+    with pytest.raises(
+        ValueError, match=r"need 8.\d GB of memory, of which 1.0 GB are .* at most (\d+) images"
+    ) as some:
+        check_memory(8000, 10, num_rows=8100)
+    most = int(re.search(r"at most (\d+) images", str(some.value))[1])
+    check_memory(8000, 10, num_rows=most)
+    # A segmenter's rows are its tokens.
+    with pytest.raises(ValueError, match=f"at most {most // 64} images"):
+        check_memory(8000, 10, num_rows=8100, rows_per_image=64)

@@ -108,9 +108,10 @@ def run_code_of(page, folder, monkeypatch):
 
 # The others have tests of their own.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by its old name
 @pytest.mark.parametrize(
     "page",
-    [page for page in GUIDES if page.parent.name not in ("features", "semantic_segmentation", "sharing")],
+    [page for page in GUIDES if page.parent.name not in ("features", "semantic_segmentation")],
     ids=name_of,
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):

@@ -2,13 +2,13 @@
 
 import copy
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import END_OF_PROCESSES, HEAD, take_one_step
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as Pictures
 from forking import offline
 from huggingface_hub import ModelCard
@@ -235,6 +235,21 @@ def test_cached_features_give_the_same_head(model, fitted, train, tmp_path, what
         close(model, fitted[0])
     # Half precision rounds differences between images.
     assert found.accuracy == pytest.approx(fitted[1].accuracy, abs=0.03)
+
+
+@pytest.mark.parametrize("change", [{"timestep": 500}, {"block": 0}, {"noise_seed": 3}])
+def test_features_that_were_read_elsewhere_are_rejected(model, pixel_folder, train, test, tmp_path, change):
+    other = load(pixel_folder, **change)
+    cached = cache_features(other, train, tmp_path, what="pooled")
+    name = "tap" if "block" in change else next(iter(change))
+    with pytest.raises(ValueError, match=rf"cached with `{name}` .*, and this model reads \[\(20, 1, 'query'\)\]"):
+        model.fit_head(cached)
+    with pytest.raises(ValueError, match="Cache them with this model"):
+        model.fit_head(train, eval_dataset=cached.select(range(8)))
+    other.fit_head(cached.shuffle(seed=0))
+    # What several caches say is no fingerprint.
+    own = cache_features(model, train, tmp_path, what="pooled")
+    model.fit_head(concatenate_datasets([cached, own]))
 
 
 def test_views_of_an_image_are_held_out_together(model, train, tmp_path):
@@ -579,6 +594,10 @@ def test_bad_options_are_rejected(model, train, given, words):
 def test_bad_models_are_rejected(pixel_folder, model, train):
     with pytest.raises(ValueError, match="A DiTModel has no head to fit"):
         DiTModel.from_pretrained(pixel_folder, timestep=20).fit_head(train)
+    replaced = copy.deepcopy(model)
+    replaced.classifier = torch.nn.Linear(16, NUM_LABELS)
+    with pytest.raises(ValueError, match="The head of this model is a Linear that took the place of its own"):
+        replaced.fit_head(train)
     auto = copy.deepcopy(model)
     auto.config.timestep = "auto"
     with pytest.raises(ValueError, match="The timestep of this model is still 'auto'"):
@@ -803,8 +822,132 @@ def test_the_command_says_in_one_line_what_is_wrong(pixel_folder, train, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [
+        ([0, 1, None, 1], "Image 2 has no label in 'label'. Leave such images out, or give them the label -100."),
+        ([-100] * 4, "No image has a label in 'label'"),
+        ([0, 1, 10**12, 1], "go up to 1000000000000, so there are 1000000000001 classes, and only 4 images"),
+    ],
+)
+def test_the_command_rejects_numbers_that_are_no_classes(pixel_folder, tmp_path, capsys, labels, complaint):
+    rows = Dataset.from_dict({"image": images_of(np.arange(4)), "label": labels}).cast_column("image", Pictures())
+    words = ["--images", write(rows, tmp_path / "rows.parquet"), "--output", str(tmp_path / "out"), "--timestep", "20"]
+    assert main(["fit", str(pixel_folder), *words]) == 1
+    assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_command_overwrites_nothing(pixel_folder, train, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     split = write(train, tmp_path / "train.parquet")
     assert main(["fit", str(pixel_folder), "--images", split, "--output", str(tmp_path)]) == 1
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["attention", "linear"])
+def test_an_evaluation_that_fails_changes_nothing(pixel_folder, train, head):
+    model = load(pixel_folder, head=head, head_num_layers=1, **HEAD)
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    for last in ((train[0]["image"], -100), (None, 0)):
+        # A stream, whose labels are not known before.
+        rows = [(row["image"], row["label"]) for row in train] if last[0] is None else []
+        with pytest.raises(ValueError, match=r"Image 120 of the set cannot be read|No image of `eval_dataset` has"):
+            model.fit_head(train, replace_head=True, eval_dataset=iter([*rows, last]))
+        after = model.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert model.config.to_dict() == config and model.card_facts == {}
+
+
+def test_a_failed_evaluation_of_a_segmenter_changes_nothing(pixel_folder):
+    model = load(pixel_folder, DiTForSemanticSegmentation, **SEGMENTER)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="Image 2 of the set cannot be read"):
+        model.fit_head(scenes(8), eval_dataset=[*scenes(2), (None, scenes(1)[0][1])])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_labels_to_evaluate_on_are_looked_at_before_an_image_is_read(model, train, monkeypatch):
+    monkeypatch.setattr(model, "forward", None)
+    rows = [(image, 9) for image in train["image"][:3]]
+    with pytest.raises(ValueError, match=r"The labels of `eval_dataset` do not fit: .* got \[9\]"):
+        model.fit_head(train, eval_dataset=rows)
+
+
+def test_values_that_are_all_the_same_are_rejected(pixel_folder, train, monkeypatch):
+    model = load(pixel_folder, num_labels=1)
+    pixels = pixel_values(model, train["image"])
+    bright = {"pixel_values": pixels, "labels": pixels[:, 0].mean((1, 2))}
+    same = {"pixel_values": pixels[:5], "labels": torch.full((5,), 0.1)}
+    with pytest.raises(ValueError, match="The labels of `eval_dataset` are the same for all images"):
+        model.fit_head(bright, eval_dataset=same)
+    with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
+        model.fit_head(iter([(each, 1e6 + 0.1) for each in train["image"]]))
+    marks = load(pixel_folder, num_labels=2)
+    # Before an image is read.
+    for each in (model, marks):
+        monkeypatch.setattr(each, "forward", None)
+    with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
+        model.fit_head(same)
+    with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
+        marks.fit_head({"pixel_values": pixels, "labels": torch.tensor([[1.0, 0.0]]).repeat(120, 1)})
+
+
+def test_several_values_count_the_same_in_any_unit(pixel_folder, train):
+    """Noise in a large unit does not say how strongly what can be predicted is penalized."""
+    alone, both = load(pixel_folder, num_labels=1), load(pixel_folder, num_labels=2, problem_type="regression")
+    pixels = pixel_values(alone, train["image"])
+    red, noise = pixels[:, 0].mean((1, 2)), torch.rand(120, generator=torch.Generator().manual_seed(0))
+    constant = torch.full((120,), 5.0)
+    expected = alone.fit_head({"pixel_values": pixels, "labels": red}).error
+    errors = []
+    for unit in (1.0, 1e4):
+        labels = torch.stack([unit * noise, red], dim=1)
+        found = both.fit_head(
+            {"pixel_values": pixels, "labels": labels}, eval_dataset={"pixel_values": pixels, "labels": labels}
+        )
+        with torch.no_grad():
+            rest = both.eval()(pixels).logits[:, 1] - red
+        assert float(rest.var() / red.var()) < 0.1
+        errors.append((found.error, found.evaluation["error"]))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    # One that is the same for all images is predicted, and counts for nothing.
+    labels = torch.stack([constant, red], dim=1)
+    found = both.fit_head({"pixel_values": pixels, "labels": labels})
+    assert found.error == pytest.approx(expected, rel=1e-3)
+
+
+def test_classes_that_are_numbered_otherwise_are_rejected(pixel_folder, train, test):
+    names = ["red", "green", "blue", "yellow"]
+    model = load(pixel_folder, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    named, other = ClassLabel(names=names), ClassLabel(names=names[::-1])
+    turned = train.cast_column("label", other)
+    with pytest.raises(ValueError, match="Class 'yellow' has number 0 in `dataset`, and number 3 in the model"):
+        model.fit_head(turned)
+    with pytest.raises(ValueError, match="Class 'yellow' has number 0 in `dataset`"):
+        model.fit_head(turned.to_iterable_dataset())
+    model.fit_head(turned.align_labels_with_mapping(model.config.label2id, "label"))
+    # What a transform makes of labels, their column does not say.
+    model.fit_head(transformed(turned, model))
+    # Without names of its own the model takes any, and both sets are to have the same.
+    unnamed = load(pixel_folder)
+    with pytest.raises(ValueError, match="number 0 in `eval_dataset`, and number 3 in `dataset`"):
+        unnamed.fit_head(train.cast_column("label", named), eval_dataset=test.cast_column("label", other))
+    sets = {"near": train.cast_column("label", named), "far": test.cast_column("label", other)}
+    with pytest.raises(ValueError, match=r"in `eval_dataset\['far'\]`, and number 3 in `eval_dataset\['near'\]`"):
+        unnamed.fit_head(train, eval_dataset=sets)
+    unnamed.fit_head(turned, eval_dataset=test)
+
+
+def test_weights_beyond_half_precision_are_rejected(pixel_folder, train, monkeypatch):
+    model = load(pixel_folder, dtype=torch.float16)
+    before = copy.deepcopy(model.state_dict())
+    solved = fit.solve
+
+    def large(*given):
+        solution = solved(*given)
+        return replace(solution, weight=solution.weight * 1e8)
+
+    monkeypatch.setattr(fit, "solve", large)
+    with pytest.raises(ValueError, match=r"beyond what torch.float16 holds. Load the model in bfloat16 or float32"):
+        model.fit_head(train.select(range(8)))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import example
+from conftest import enable_checkpointing, example
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
@@ -262,7 +262,7 @@ def test_gradients_with_checkpoints_are_those_without(load, name):
     gradients = []
     for is_checkpointed in (False, True):
         if is_checkpointed:
-            folded.activation_checkpointing_enable()
+            enable_checkpointing(folded)
         folded.zero_grad()
         folded(images_of(folded), labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({key: value.grad for key, value in folded.named_parameters() if value.requires_grad})

@@ -166,18 +166,36 @@ def test_what_is_offloaded_has_the_same_cache(saved, pictures, tmp_path, offload
     assert (found.cache_files == expected.cache_files) == is_same
 
 
-def test_a_head_is_fitted_on_an_offloaded_backbone(saved, tmp_path):
-    saved = saved["pixart_alpha"]
-    rows = {"pixel_values": images_of(load(saved), num=8), "labels": torch.arange(8) % 2}
-    model, plain = backbone_on_disk(saved, tmp_path), load(saved)
-    assert model.fit_head(rows).strength == plain.fit_head(rows).strength
-    torch.testing.assert_close(model(rows["pixel_values"]).logits, plain(rows["pixel_values"]).logits)
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize("replace_head", [False, True])
+@pytest.mark.parametrize("offload", [way for way in WAYS if "8_bits" not in way.__name__])
+def test_a_head_is_fitted_on_an_offloaded_model(saved, tmp_path, offload, replace_head):
+    """Head and all; the head stays in memory from then on."""
+    folder = saved["pixart_alpha"]
+    if replace_head:
+        torch.manual_seed(0)
+        options = {"head": "attention", "head_hidden_size": 16, "head_num_attention_heads": 2}
+        load(folder, ignore_mismatched_sizes=True, **options).save_pretrained(tmp_path / "attention")
+        folder = tmp_path / "attention"
+    rows = {"pixel_values": images_of(load(folder), num=8), "labels": torch.arange(8) % 2}
+    model, plain = offload(folder, tmp_path), load(folder)
+    fits = [each.fit_head(rows, replace_head=replace_head) for each in (model, plain)]
+    assert fits[0].strength == fits[1].strength
+    expected = plain(rows["pixel_values"]).logits
+    torch.testing.assert_close(model(rows["pixel_values"]).logits, expected)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(load(tmp_path / "again")(rows["pixel_values"]).logits, expected)
 
 
 def test_what_cannot_be_done_says_so_in_a_line(saved, tmp_path):
     saved = saved["sd3"]
     model = cpu_offload(saved, tmp_path)
-    with pytest.raises(ValueError, match="load the model without offloading its head"):
-        model.fit_head({"pixel_values": images_of(load(saved), num=8), "labels": torch.arange(8) % 2})
     with pytest.raises(ValueError, match=r"not in memory\. Load it without offloading, then fold it"):
         model.fold()
+    rows = {"pixel_values": images_of(load(saved), num=8), "labels": torch.arange(8) % 2}
+    lost = load(saved)
+    lost.classifier.to("meta")
+    with pytest.raises(ValueError, match="is not in memory, and no hook of accelerate brings it in"):
+        lost.fit_head(rows)
+    with pytest.raises(ValueError, match="is not in memory, and no hook of accelerate brings it in"):
+        lost.save_pretrained(tmp_path / "lost")

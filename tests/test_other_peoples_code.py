@@ -8,6 +8,7 @@ from conftest import build_transformer
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Mask2FormerConfig, MaskFormerConfig, Trainer, TrainerCallback, TrainingArguments
 
@@ -83,14 +84,63 @@ def test_a_linear_layer_in_the_heads_place_trains_saves_and_loads(head, pixel_fo
     model.load_state_dict(copy.deepcopy(model).state_dict())
 
 
-def test_a_head_that_cannot_be_built_again_is_told_on_saving(pixel_folder, pixels, tmp_path, caplog):
-    model = load(pixel_folder)
+def own_head(model):
     model.classifier = nn.Sequential(nn.Linear(model.classifier.in_features, 5), nn.ReLU(), nn.Linear(5, 4))
+    return model.classifier
+
+
+def own_decoder(model):
+    model.decode_head = nn.Sequential(nn.Conv2d(model.config.feature_size, 5, 3, padding=1), nn.Conv2d(5, 4, 1))
+    return model.decode_head
+
+
+def own_last_layer(model):
+    model.classifier.output_projection = nn.Sequential(nn.Dropout(0.1), model.classifier.output_projection)
+    return model.classifier
+
+
+@pytest.mark.parametrize(
+    ("kind", "replace", "part"),
+    [
+        (DiTForImageClassification, own_head, "classifier"),
+        (DiTForImageClassification, own_last_layer, "classifier"),
+        (DiTForSemanticSegmentation, own_decoder, "decode_head"),
+    ],
+)
+def test_a_head_that_cannot_be_built_again_is_told_on_saving(
+    kind, replace, part, pixel_folder, pixels, tmp_path, caplog
+):
+    """And what is said then does load it."""
+    model = load(pixel_folder, kind)
+    head = replace(model)
+    expected = logits(model.eval(), pixels)
     model.save_pretrained(tmp_path)
-    assert "The head is a Sequential, which `from_pretrained` does not build" in caplog.text
-    again = DiTForImageClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
-    again.classifier = model.classifier
-    assert torch.equal(logits(again, pixels), logits(model, pixels))
+    assert f"The head is a {type(head).__name__} that no configuration builds" in caplog.text
+    assert f"`model.{part}` again" in caplog.text and "load_state_dict" in caplog.text
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes=True"):
+        kind.from_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    replace(again)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(logits(again.eval(), pixels), expected)
+
+
+@pytest.mark.parametrize("head", ["linear", "attention", "upernet", "decoder"])
+def test_a_last_layer_of_another_number_of_classes_comes_back(head, deep_folder, pixels, tmp_path, caplog):
+    """`model.classifier.output_projection = nn.Linear(...)`, and of a decoder as of transformers' UperNet."""
+    if head in ("linear", "attention"):
+        model = load(deep_folder, head=head)
+        model.classifier.output_projection = nn.Linear(model.classifier.output_projection.in_features, 7)
+    else:
+        fields = {"decoder": "linear"} if head == "decoder" else {"decoder": "upernet", "auxiliary_hidden_size": 0}
+        model = load(deep_folder, DiTForSemanticSegmentation, decoder_hidden_size=8, **fields)
+        owner = model.decode_head if head == "decoder" else model.decode_head.head
+        owner.classifier = nn.Conv2d(owner.classifier.in_channels, 7, 1)
+    expected = logits(model.eval(), pixels)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.num_labels == len(again.config.id2label) == 7 and "no configuration builds" not in caplog.text
+    torch.testing.assert_close(logits(again, pixels), expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's

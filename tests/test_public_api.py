@@ -13,6 +13,7 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
 )
+from transformers.utils.import_utils import is_torchvision_available
 
 import hf_aselect
 
@@ -66,4 +67,5 @@ def test_the_auto_classes_know_the_model_type():
     assert type(AutoConfig.for_model("aselect_dit")) is config_class
     assert MODEL_MAPPING[config_class] is hf_aselect.DiTModel
     assert MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class] is hf_aselect.DiTForImageClassification
-    assert IMAGE_PROCESSOR_MAPPING[config_class] == {"pil": hf_aselect.ASelectImageProcessor}
+    by_torchvision = {"torchvision": hf_aselect.ASelectImageProcessor} if is_torchvision_available() else {}
+    assert IMAGE_PROCESSOR_MAPPING[config_class] == {**by_torchvision, "pil": hf_aselect.ASelectImageProcessorPil}

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import HEAD, build_transformer, example
+from conftest import HEAD, build_transformer, enable_checkpointing, example
 from datasets import Dataset
 from diffusers import DDPMScheduler
 from huggingface_hub.errors import StrictDataclassError
@@ -392,7 +392,7 @@ def test_checkpointed_blocks_have_the_same_gradients(folder):
     for is_checkpointed in (False, True):
         model.zero_grad()
         if is_checkpointed:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         model(images(4), labels=torch.arange(4)).loss.backward()
         trained = {name: value for name, value in model.named_parameters() if value.grad is not None}
         gradients.append({name: value.grad.clone() for name, value in trained.items()})

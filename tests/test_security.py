@@ -352,3 +352,12 @@ def test_a_parser_that_hangs_is_noticed(monkeypatch):
     monkeypatch.setattr("fuzz.fuzz_parsers.tap", hang)
     found = fuzz("tap", executions=2, seconds=5, seed=1)
     assert [str(error) for _, error in found.failures] == ["more than 0.05 s"] * 2
+
+
+def test_the_size_of_a_tensor_of_any_dtype_is_known(tmp_path):
+    kinds = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    kinds += [torch.int64, torch.uint8, torch.bool, torch.complex64]
+    tensors = {str(kind): torch.zeros(3, 5, dtype=kind) for kind in kinds} | {"none": torch.zeros(0, 4)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    sizes = tensor_bytes([tmp_path / "x.safetensors"])
+    assert sizes == {name: value.nbytes for name, value in tensors.items()}

@@ -369,7 +369,7 @@ def test_what_the_trainer_is_told_to_push_is_whole(hub, pixel_folder, tmp_path, 
     assert {"model.safetensors", "preprocessor_config.json", "modeling_classification.py"} <= set(paths)
     assert "AutoModelForImageClassification" in read_config(hub, "me/trained")["auto_map"]
     processor = json.loads(hub.bytes_of("model", "me/trained", "preprocessor_config.json"))
-    assert processor["auto_map"] == {"AutoImageProcessor": "image_processing_aselect.ASelectImageProcessor"}
+    assert processor["auto_map"]["AutoImageProcessor"]["pil"] == "image_processing_aselect.ASelectImageProcessorPil"
     card = ModelCard(hub.bytes_of("model", "me/trained", "README.md").decode())
     assert "## The timestep" in card.text and "generated automatically" not in card.text
     assert "mine" in card.data.tags and card.data.library_name == "transformers"
@@ -636,7 +636,7 @@ AutoModelForImageClassification.from_pretrained("me/folded", trust_remote_code=T
 """
     python(code, hub=hub, home=tmp_path, without=["hf_aselect", "diffusers"])
     content = json.loads(hub.bytes_of("model", "me/again-without", "preprocessor_config.json"))
-    assert content["auto_map"] == {"AutoImageProcessor": "image_processing_aselect.ASelectImageProcessor"}
+    assert content["auto_map"]["AutoImageProcessor"]["pil"] == "image_processing_aselect.ASelectImageProcessorPil"
     assert set(hub.paths("model", "me/again-without")) == set(hub.paths("model", "me/folded"))
 
 
@@ -644,7 +644,7 @@ AutoModelForImageClassification.from_pretrained("me/folded", trust_remote_code=T
     ("options", "message"),
     [
         ({"accuracy": 87}, "'accuracy' must be a share in [0, 1]"),
-        ({"acuracy": 0.8}, "The card has no facts ['acuracy']"),
+        ({"acuracy": 0.8}, "The card has no facts 'acuracy' (did you mean 'accuracy'?). `hf"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(hub, push, options, message):

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import HEAD, build_transformer
+from conftest import HEAD, build_transformer, enable_checkpointing
 from datasets import Dataset
 from diffusers import DDPMScheduler
 from huggingface_hub.errors import StrictDataclassError
@@ -619,7 +619,7 @@ def test_a_frozen_or_trained_backbone_gets_its_gradients(pixel_folder):
     for checkpointed in (False, True):
         model.zero_grad()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         model(images(4), labels=torch.arange(4)).loss.backward()
         gradients.append([value.grad.clone() for value in model.parameters() if value.grad is not None])
     assert len(gradients[0]) > 20

@@ -10,7 +10,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from conftest import HEAD
+from conftest import HEAD, enable_checkpointing
 from diffusers.models.embeddings import LabelEmbedding
 from pipelines import LOAD_OPTIONS, PIPELINES, images_of
 from torch import nn
@@ -263,7 +263,7 @@ def test_what_others_put_in_behaves_as_in_a_backbone_that_is_trained(saved, adap
         torch.manual_seed(0)
         model = by_class(saved[is_frozen], None)
         if is_checkpointed:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         base, adapted = model.backbone, adapt(model)
         for part in base.modules():
             if isinstance(part, LabelEmbedding):
@@ -301,7 +301,7 @@ def test_a_folded_backbone_is_frozen_and_checkpointed(pixel_folder, timestep):
     model = a_classifier(pixel_folder, timestep=timestep, block=2, feature="hidden").fold()
     assert not any(value.requires_grad for value in model.backbone.parameters())
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=model.lora_targets(), lora_dropout=0.5))
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     adapted.train()
     blocks = model.backbone.denoiser.blocks
     assert all(block.training for block in blocks) and not any(
@@ -388,6 +388,7 @@ def test_a_model_compiles_before_it_was_called(pixel_folder, make):
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:(Attempted to insert a get_attr|Node lifted_tensor):UserWarning")  # torch 2.6's
 def test_a_model_is_exported_before_it_was_called(pixel_folder, tmp_path):
     noise_schedule._KEPT_NOISE.clear()
     pixel_values = torch.zeros(1, 3, 8, 8)

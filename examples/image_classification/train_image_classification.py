@@ -50,7 +50,6 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from PIL import Image
 from torch import nn
 from transformers import (
     EvalPrediction,
@@ -80,6 +79,7 @@ from hf_aselect.training.config_arguments import (
     write_config,
 )
 from hf_aselect.training.splits import read_splits, train_and_validation
+from hf_aselect.training.views import cropped_and_flipped
 
 
 @dataclass
@@ -272,17 +272,9 @@ class Pictures(torch.utils.data.Dataset):
         picture = row[self.args.image_column]
         if self.seed is not None and self.args.crop_share < 1:
             numbers = random.Random(f"{self.seed} {self.epoch} {index}")
-            picture = cropped(picture, self.args.crop_share, numbers)
+            (picture,) = cropped_and_flipped([picture], self.args.crop_share, numbers)
         pixels = self.processor(picture, return_tensors="pt").pixel_values[0]
         return {"pixel_values": pixels, "labels": row[self.args.label_column]}
-
-
-def cropped(picture: Image.Image, share: float, numbers: random.Random) -> Image.Image:
-    """Return a crop of a share of each side, anywhere and perhaps flipped."""
-    sides = [max(1, round(share * side)) for side in picture.size]
-    left, top = (numbers.randint(0, whole - side) for whole, side in zip(picture.size, sides, strict=True))
-    crop = picture.crop((left, top, left + sides[0], top + sides[1]))
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if numbers.random() < 0.5 else crop
 
 
 def as_pixels(
@@ -297,7 +289,7 @@ def as_pixels(
             # whether it is read again.
             worker = torch.utils.data.get_worker_info()
             numbers = random.Random(f"{seed} {os.environ.get('RANK', 0)} {worker.id if worker else 0} {index}")
-            picture = cropped(picture, args.crop_share, numbers)
+            (picture,) = cropped_and_flipped([picture], args.crop_share, numbers)
         return {
             "pixel_values": processor(picture, return_tensors="np").pixel_values[0],
             "labels": row[args.label_column],

@@ -15,23 +15,20 @@ counts pixels there.
 """
 
 import logging
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from PIL import Image
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_aselect import ASelectCallback, ASelectImageProcessor, DiTForSemanticSegmentation, MeanIoU
+from hf_aselect.plots import plot_overlays
 from hf_aselect.training.config_arguments import ConfigArguments, given_fields, needs_images
 from hf_aselect.training.splits import read_splits, train_and_validation
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from hf_aselect.training.views import cropped_and_flipped
 
 
 @dataclass
@@ -63,31 +60,18 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     return DatasetDict(zip(("train", "validation"), train_and_validation(splits, seed), strict=True))
 
 
-def random_crop_and_flip(image: Image.Image, mask: Image.Image, min_crop: float) -> tuple[Image.Image, Image.Image]:
-    """Return a random part of an image, mirrored half of the time, and the same of its mask.
-
-    Raises:
-        ValueError: If they are of other sizes, as where `datasets` turned the image by its EXIF entry.
-    """
-    if image.size != mask.size:
-        raise ValueError(f"A mask has {mask.size} pixels and its image {image.size}; they must be equal.")
-    share = float(torch.empty(()).uniform_(min_crop, 1))
-    width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
-    left = int(torch.randint(image.width - width + 1, ()))
-    top = int(torch.randint(image.height - height + 1, ()))
-    pair = [each.crop((left, top, left + width, top + height)) for each in (image, mask)]
-    if torch.rand(()) < 0.5:
-        pair = [each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in pair]
-    return pair[0], pair[1]
-
-
 def prepare(split: Dataset, processor: ASelectImageProcessor, args: DataArguments, augment: bool) -> Dataset:
     """Return the split with `pixel_values` and `labels`, made when a row is read."""
 
     def transform(batch: dict[str, list]) -> dict[str, Any]:
         images, masks = batch[args.image_column], batch[args.annotation_column]
         if augment:
-            pairs = [random_crop_and_flip(*pair, args.min_crop) for pair in zip(images, masks, strict=True)]
+            # By torch's random numbers, which are each worker's own.
+            numbers = random.Random(int(torch.randint(2**62, ())))
+            pairs = [
+                cropped_and_flipped(pair, numbers.uniform(args.min_crop, 1), numbers)
+                for pair in zip(images, masks, strict=True)
+            ]
             images, masks = map(list, zip(*pairs, strict=True))
         return dict(processor(images, masks, do_center_crop=augment, return_tensors="pt"))
 
@@ -99,24 +83,10 @@ def draw_overlays(model: DiTForSemanticSegmentation, split: Dataset, names: list
     """Draw images, their masks and what the model says, with a legend of the classes."""
     model.eval()
     rows = [split[index] for index in range(min(count, len(split)))]
-    colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)[:, :3]
-    figure, axes = plt.subplots(len(rows), 3, figsize=(9, 2.6 * len(rows)), squeeze=False, layout="constrained")
-    for row, places in zip(rows, axes, strict=True):
-        pixel_values = row["pixel_values"][None].to(model.device)
-        guess = model(pixel_values).logits[0].argmax(0).cpu().numpy()
-        picture = (row["pixel_values"].numpy().transpose(1, 2, 0) + 1) / 2
-        truth = row["labels"].numpy()
-        shown = np.where((truth < len(names))[..., None], colours[np.minimum(truth, len(names) - 1)], 0.0)
-        for place, values in zip(places, (picture, shown, colours[guess]), strict=True):
-            place.imshow(values if values.shape[-1] == 3 else values[..., 0], cmap="gray", vmin=0, vmax=1)
-            place.axis("off")
-    for place, title in zip(axes[0], ("picture", "truth (black: no class)", "prediction"), strict=True):
-        place.set_title(title)
-    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-    figure.legend(patches, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.savefig(path.with_suffix(".incomplete.png"), dpi=110)
-    plt.close(figure)
-    path.with_suffix(".incomplete.png").replace(path)
+    pixels = [row["pixel_values"] for row in rows]
+    guesses = [model(each[None].to(model.device)).logits[0].argmax(0).cpu().numpy() for each in pixels]
+    images = [((each + 1) / 2).movedim(0, -1).squeeze(-1).numpy() for each in pixels]
+    plot_overlays(path, images, [row["labels"].numpy() for row in rows], guesses, names)
 
 
 def main() -> None:

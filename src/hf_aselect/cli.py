@@ -442,7 +442,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     )
     names = parsed.class_names or getattr(kind, "names", None)
     if names is None:
-        names = [str(number) for number in range(1 + max(train[parsed.label_column]))]
+        names = _numbered_classes(train[parsed.label_column][:], parsed)
     images = None
     if needs_images(parsed.source, given):
         shown = train if parsed.image_column is None else train.select_columns([parsed.image_column])
@@ -470,6 +470,28 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
         **given,
     )
     return loaded
+
+
+def _numbered_classes(labels: list[int | None], parsed: argparse.Namespace) -> list[str]:
+    """Return names of classes that are numbered alone.
+
+    Raises:
+        ValueError: If there are none, an image has no label, or there are more classes than images, unless allowed.
+    """
+    if None in labels:
+        raise ValueError(
+            f"Image {labels.index(None)} has no label in {parsed.label_column!r}. Leave such images out, or give them "
+            "the label -100."
+        )
+    num_classes = 1 + max((label for label in labels if label is not None), default=-1)
+    if num_classes < 1:
+        raise ValueError(f"No image has a label in {parsed.label_column!r}: class indices are from 0 on.")
+    if num_classes > len(labels) and not parsed.allow_missing:
+        raise ValueError(
+            f"The labels in {parsed.label_column!r} go up to {num_classes - 1}, so there are {num_classes} classes, "
+            f"and only {len(labels)} images. Name another column by `--label-column`, or pass `--allow-missing`."
+        )
+    return [str(number) for number in range(num_classes)]
 
 
 def _print_fit(model: Any, fit: Any, judged: Any) -> None:

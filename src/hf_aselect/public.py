@@ -14,12 +14,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 from transformers.models.mask2former.configuration_mask2former import Mask2FormerConfig
 from transformers.models.maskformer.configuration_maskformer import MaskFormerConfig
+from transformers.utils.import_utils import is_torchvision_available
 
 from .checkpoints.convert import convert_diffusers, convert_research
 from .hub.card import facts_of_card
 from .model.configuration_aselect import ASelectConfig
 from .model.families import TransformerBlocks, TransformerFamily, register_family, transformer_layout
-from .model.image_processing_aselect import ASelectImageProcessor
+from .model.image_processing_aselect import ASelectImageProcessor, ASelectImageProcessorPil
 from .model.modeling_aselect import DiTModel
 from .model.modeling_classification import DiTForImageClassification
 from .model.modeling_segmentation import DiTBackbone, DiTForSemanticSegmentation
@@ -33,6 +34,7 @@ __all__ = [
     "ASelectCallback",
     "ASelectConfig",
     "ASelectImageProcessor",
+    "ASelectImageProcessorPil",
     "DiTBackbone",
     "DiTForImageClassification",
     "DiTForSemanticSegmentation",
@@ -60,7 +62,11 @@ AutoBackbone.register(ASelectConfig, DiTBackbone)
 # Both warn of each backbone that they do not name. They run on ours as on any whose maps they are told the widths of.
 for kind in (MaskFormerConfig, Mask2FormerConfig):
     kind.backbones_supported = [*kind.backbones_supported, ASelectConfig.model_type]
-AutoImageProcessor.register(ASelectConfig, image_processor_classes={"pil": ASelectImageProcessor})
+# Without torchvision both names stand for one class.
+_BY_TORCHVISION = {"torchvision": ASelectImageProcessor} if is_torchvision_available() else {}
+AutoImageProcessor.register(
+    ASelectConfig, image_processor_classes={**_BY_TORCHVISION, "pil": ASelectImageProcessorPil}
+)
 
 
 class _NoVideoProcessor:

@@ -1,15 +1,22 @@
-"""transformers' tests of image processors, on ours: those that apply to one backend, PIL."""
+"""transformers' tests of image processors, on ours: by PIL, and by torchvision where that is installed."""
 
 import sys
 import unittest
 from pathlib import Path
 
-from hf_aselect import ASelectImageProcessor
+import numpy as np
+from PIL import Image
+from transformers.utils.import_utils import is_torchvision_available
+
+from hf_aselect import ASelectImageProcessor, ASelectImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from host_tests import host_module
 
 HOST = host_module("test_image_processing_common")
+# Of COCO, which is not fetched.
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+HOST.load_test_image = lambda _url: IMAGE
 
 
 class ProcessorTester(HOST.ImageProcessingTester):
@@ -22,7 +29,8 @@ class ProcessorTester(HOST.ImageProcessingTester):
 
     def _get_image_processing_classes(self):
         # Transformers looks its own processors up, by the folder of the test.
-        return {"pil": ASelectImageProcessor}
+        both = {"torchvision": ASelectImageProcessor, "pil": ASelectImageProcessorPil}
+        return both if is_torchvision_available() else {"pil": ASelectImageProcessorPil}
 
 
 class ASelectImageProcessorTest(

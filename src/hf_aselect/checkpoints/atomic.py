@@ -67,6 +67,23 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside a file; what is written there becomes that file when all went well, else it goes.
+
+    Args:
+        path: The file to write, in an existing folder.
+    """
+    target = Path(path)
+    # A name of its own: two may write at once.
+    unfinished = target.with_name(f".{target.stem}.incomplete-{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        yield unfinished
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_files(folder: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
     """Give a temporary folder in a folder; its files take the place of those there when all went well, else they go.
 

@@ -1,5 +1,6 @@
 """What is saved of a model in which diffusers, peft or accelerate changed something: what can be loaded again."""
 
+import copy
 import logging
 import re
 from collections.abc import Mapping
@@ -7,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
-from ..model.checks import WEIGHT_DTYPES
+from ..model.checks import HEADS, WEIGHT_DTYPES
 from ..model.denoisers import build_denoiser, build_vae_encoder
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,9 @@ def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         model: The model, of any head.
         kwargs: The keywords; `state_dict`, if given, is what is looked at.
 
+    A head of another number of classes than the configuration says changes that; one that could not be built again is
+    told of.
+
     Raises:
         ValueError: If there is something in the backbone that its configuration does not have, or the other way round,
             so that it could not be loaded; the message says what to undo.
@@ -62,6 +67,8 @@ def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     _check_names({name.removeprefix(prefix) for name in whole if name.startswith(prefix)}, built)
     if adapted := sorted(name for name in whole if not name.startswith(prefix) and _ADAPTERS.search(name)):
         raise ValueError(f"The head could not be loaded: {_some('it has also', adapted)}. {_OF_ADAPTERS}")
+    if part := next((each for each in HEADS.values() if hasattr(model, each)), None):
+        _settle_head(model, part, {name: value for name, value in whole.items() if name.startswith(f"{part}.")})
     _warn_of_processors(base, built)
     _check_kinds(
         {name: value for name, value in whole.items() if name.startswith((f"{prefix}denoiser.", f"{prefix}vae."))}
@@ -85,11 +92,30 @@ def in_memory(model: nn.Module, name: str, value: Tensor) -> Tensor:
 
     owner, _, own = name.rpartition(".")
     module = model.get_submodule(owner)
-    with align_module_device(module, torch.device("cpu")):
-        found: Tensor = getattr(module, own).detach()
-    if found.device.type == "meta":
+    if hasattr(module, "_hf_hook"):
+        with align_module_device(module, torch.device("cpu")):
+            value = getattr(module, own).detach()
+    if value.device.type == "meta":
         raise ValueError(f"The weight {name!r} is not in memory, and no hook of accelerate brings it in.")
-    return found
+    return value
+
+
+def bring_in(module: nn.Module, device: torch.device) -> None:
+    """Keep in memory from now on what accelerate offloaded of a module, so that it can be written to.
+
+    Raises:
+        ValueError: If nobody knows where it is.
+    """
+    state = {name: in_memory(module, name, value) for name, value in module.state_dict(keep_vars=True).items()}
+    if all(value.device.type != "meta" for value in module.state_dict().values()):
+        return
+    # Whoever has offloaded weights has it, and nobody else needs it.
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import set_module_tensor_to_device
+
+    remove_hook_from_module(module, recurse=True)
+    for name, value in state.items():
+        set_module_tensor_to_device(module, name, device, value=value.detach())
 
 
 def _without_fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,6 +178,40 @@ def _check_names(names: set[str], built: nn.Module) -> None:
         f"The backbone is not as its configuration says and could not be loaded: {_some('it has also', more)}"
         f"{'; ' if more and missing else ''}{_some('it lacks', missing)}. {remedy}"
     )
+
+
+def _settle_head(model: Any, part: str, state: Mapping[str, Tensor]) -> None:
+    """Let the configuration say how many classes a head has, and warn of one that is not built of a configuration."""
+    # A class of the user's own builds its own head.
+    if type(model).__module__.rpartition(".")[2] not in ("modeling_classification", "modeling_segmentation"):
+        return
+    head, config = getattr(model, part), model.config
+    if isinstance(head, nn.Linear):
+        return  # a linear head without a norm, as it is loaded
+    expected = _head_of(model, part)
+    if state.keys() == expected.keys():
+        changed = [(state[name].shape, shape) for name, shape in expected.items() if state[name].shape != shape]
+        counts = {found[0] for found, _ in changed}
+        is_of_classes = all(found[1:] == shape[1:] and shape[0] == config.num_labels for found, shape in changed)
+        if len(counts) <= 1 and is_of_classes:
+            config.num_labels = counts.pop() if counts else config.num_labels
+            return
+    logger.warning(
+        "The head is a %s that no configuration builds, and `from_pretrained` rejects it. To load what is saved here: "
+        "load with `ignore_mismatched_sizes=True`, put such a module in `model.%s` again, and call "
+        '`model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.',
+        type(head).__name__,
+        part,
+    )
+
+
+def _head_of(model: Any, part: str) -> dict[str, torch.Size]:
+    """Return the names and shapes of the head that a model's configuration builds."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = None  # of which building says something
+    with torch.device("meta"), no_init_weights():
+        built = getattr(type(model)(config), part)
+    return {f"{part}.{name}": value.shape for name, value in built.state_dict().items()}
 
 
 def _some(what: str, names: list[str]) -> str:

@@ -1,7 +1,6 @@
 """The results of a demo: figures, seconds, the curve of the selection, and what its card takes from them."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from transformers import Trainer
 
+from ..checkpoints.atomic import whole_file
 from ..selection.record import TimestepSelection
 
 
@@ -88,7 +88,6 @@ def save_curve(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file: first under a temporary name, so that it is never half there."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

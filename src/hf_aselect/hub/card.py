@@ -3,9 +3,9 @@
 import logging
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoints.atomic import whole_file
 from ..checkpoints.licenses import NON_COMMERCIAL, license_of
 from ..model.checks import read_text
 
@@ -48,6 +49,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 YOURS = "<!-- What follows is yours: it stays when this card is written again. -->"
 Figure = float | Sequence[float]
+# Arguments of pushes of transformers 4, and what they are called today.
+_OF_FORMER_PUSHES = {"use_auth_token": "token", "repo_path_or_name": "repo_id", "repo_name": "repo_id"}
 _UNLABELLED = ", without labels or training."
 _HOW = {
     "consensus": "Selected by how much of what the transformer's features agree on can be read from these"
@@ -239,13 +242,8 @@ def write_card(facts: CardFacts, folder: str | os.PathLike[str]) -> None:
     text = render_card(facts)
     if path.is_file():
         text += own_words(path.read_text(encoding="utf-8"))
-    # A name of its own: two may write at once.
-    temporary = path.with_name(f".README.md.incomplete-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def own_words(text: str) -> str:
@@ -257,15 +255,23 @@ def own_words(text: str) -> str:
     return f"\n{body}\n" if body else ""
 
 
-def refuse_unknown_facts(facts: Mapping[str, Any]) -> None:
-    """Reject names that are no fields of `CardFacts`.
+def refuse_unknown_facts(facts: Mapping[str, Any], options: Sequence[str] = ()) -> None:
+    """Reject names that are no fields of `CardFacts`, naming the nearest.
+
+    Args:
+        facts: What was given as facts.
+        options: What else could have been meant: arguments of a push.
 
     Raises:
         ValueError: If there are such.
     """
     known = [each.name for each in fields(CardFacts)]
-    if unknown := facts.keys() - set(known):
-        raise ValueError(f"The card has no facts {sorted(unknown)}; it has {', '.join(known)}.")
+    if unknown := sorted(facts.keys() - set(known)):
+        near = {name: get_close_matches(name, [*known, *options, *_OF_FORMER_PUSHES], n=1) for name in unknown}
+        meant = {name: _OF_FORMER_PUSHES.get(found[0], found[0]) for name, found in near.items() if found}
+        said = [f"{name!r}" + f" (did you mean {meant.get(name)!r}?)" * (name in meant) for name in unknown]
+        hint = "" if meant else ". Those that are given most are dataset, accuracy, license, base_model and tags"
+        raise ValueError(f"The card has no facts {', '.join(said)}{hint}. `hf_aselect.hub.card.CardFacts` lists all.")
 
 
 def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:

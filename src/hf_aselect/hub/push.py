@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from ..checkpoints.adapters import grid_of_base
+from ..checkpoints.atomic import whole_files
 from ..model.configuration_aselect import DIT_XL_2, ASelectConfig
 from ..model.modeling_aselect import __file__ as MODELING_FILE
 from ..model.modeling_aselect import save_image_processor
@@ -89,7 +90,8 @@ def push_model(model: Any, repo_id: str, private: bool | None, max_shard_size: i
     Raises:
         ValueError: If a fact is unknown or wrong, or the token cannot be one, before anything is made on the Hub.
     """
-    refuse_unknown_facts({name: value for name, value in given.items() if name not in PUSH_OPTIONS})
+    options = (*PUSH_OPTIONS, "max_shard_size")
+    refuse_unknown_facts({name: value for name, value in given.items() if name not in PUSH_OPTIONS}, options)
     with TemporaryDirectory() as folder:
         given["private"] = private
         return _push(model, folder, repo_id, given, max_shard_size=max_shard_size, include_code=True)
@@ -200,10 +202,8 @@ def _write_config(model: Any, base: str, folder: str | os.PathLike[str]) -> None
     config = copy.deepcopy(model.config)
     if any(".modules_to_save." in name and name.endswith("shift") for name, _ in model.named_buffers()):
         config.standardized_grid = grid_of_base(type(config), base)
-    os.makedirs(folder, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as unfinished:
+    with whole_files(folder) as unfinished:
         config.save_pretrained(unfinished)
-        os.replace(os.path.join(unfinished, "config.json"), os.path.join(folder, "config.json"))
 
 
 def write_card_of(config: ASelectConfig, kind: Any, folder: str | os.PathLike[str], **facts: Any) -> None:

@@ -125,6 +125,16 @@ def _plain_on_assignment(kind: Any) -> Any:
 
     def assign_plain(self: Any, name: str, value: Any) -> None:
         value = record_of(value) if name in PARTS else plain(value)
+        if value is None and name in _OF_READ_OUT:
+            value = _OF_READ_OUT[name]
+        if name == "image_size" and isinstance(value, dict) and value.keys() == {"height", "width"}:
+            value = [value["height"], value["width"]]
+        if name == "output_attentions":
+            name = "_output_attentions"  # transformers would ask for another kernel, which changes nothing here
+        if name == "_output_attentions" and value:
+            logger.warning_once(
+                "`output_attentions=True` in a configuration changes nothing: attention weights are never returned."
+            )
         assign(self, name, float(value) if name in numbers and type(value) is int else value)
 
     kind.__setattr__ = assign_plain
@@ -146,7 +156,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         scheduler: diffusers' configuration of a scheduler of the kind that the transformer was trained with, DDPM-like
             or flow matching, with `_class_name`. Default: DiT's own, 1000 steps of linear betas.
         timestep: Noise level at which features are read, an integer in [0, 1000), 0 = least noise, or a list of them;
-            "auto" as long as none is selected.
+            "auto", or None, as long as none is selected.
         num_timesteps: How many timesteps are selected for "auto"; several complement each other, the best one first.
         block: Block at which features are read, 0-based, negative from the end; a list of them, or "all". Default:
             `3 * num_hidden_layers // 8`, the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable
@@ -271,6 +281,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what is derived from the transformer and reject unknown keywords."""
         others, kwargs = kwargs.pop(_OF_FILE, {}), plain(kwargs)
+        if "model_type" in kwargs:
+            # `to_dict()` has it, and with it what a file, or a user, had in it beside the fields.
+            others = {**others, **{name: value for name, value in kwargs.items() if name not in TAKEN}}
+            others = {name: value for name, value in others.items() if not hasattr(type(self), name)}
+            kwargs = {name: value for name, value in kwargs.items() if name not in others}
+            _warn_of_unknown(others)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         refuse_unknown_keywords(kwargs.keys() - TAKEN)
         of_vit = {name: kwargs.pop(name) for name in _OF_VIT & kwargs.keys()}
@@ -403,9 +419,13 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         others = {name: value for name, value in others.items() if not hasattr(cls, name)}
         config_dict = {name: value for name, value in config_dict.items() if name in known}
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TAKEN - _DTYPES}
+        # As scripts pass what they were not given: it stays as it was saved.
+        own_fields = {
+            name: value for name, value in own_fields.items() if value is not None or name not in _OF_READ_OUT
+        }
         maps, num_labels = class_maps(config_dict, None), plain(own_fields.get("num_labels"))
-        own_fields |= (given := class_maps(own_fields, num_labels))
-        if given or (num_labels is not None and maps and len(maps["id2label"]) != num_labels):
+        own_fields |= (own_maps := class_maps(own_fields, num_labels))
+        if own_maps or (num_labels is not None and maps and len(maps["id2label"]) != num_labels):
             # Another number of classes has other names.
             config_dict = {name: value for name, value in config_dict.items() if name not in (*maps, "num_labels")}
         if "model_type" in config_dict:
@@ -839,6 +859,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             for _, block, feature in stage:
                 self.check_tap(block, feature)
 
+    def validate_output_attentions(self) -> None:
+        """Reject nothing: there are no attention weights with any kernel, which is said when they are asked for."""
+
     def validate_host_fields(self) -> None:
         """Reject values that transformers takes as they are and trips over later."""
         classes = self.architectures
@@ -889,15 +912,28 @@ _DTYPES = {"dtype", "torch_dtype"}
 TAKEN = OWN_FIELDS | PreTrainedConfig.__dataclass_fields__.keys() | _OF_TRANSFORMERS | _OF_SCRIPTS | _OF_VIT | _DTYPES
 
 
-def _nearest(names: Iterable[str]) -> dict[str, str]:
-    """Return the nearest field of each of some names that has one."""
-    near = {name: difflib.get_close_matches(name, sorted(OWN_FIELDS | {"num_labels"}), n=1) for name in names}
+# Keywords of others that are near to none of ours, or to one that means something else.
+_ELSEWHERE = {
+    "add_pooling_layer": "it is for a `DiTModel`, and adds nothing there",
+    "use_mask_token": "no token is masked",
+    "pooler_act": "the pooled output is the mean of the tokens",
+    "pooler_output_size": "the pooled output is the mean of the tokens",
+    "use_auth_token": "did you mean `token`?",
+}
+# What loading takes, by names that may be misspelt.
+_OF_LOADING = {"attn_implementation", "cache_dir", "calibration_images", "device_map", "ignore_mismatched_sizes"}
+_OF_LOADING |= {"local_files_only", "revision", "subfolder", "token", "trust_remote_code", "variant"}
+
+
+def _nearest(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Return the nearest of the known names of each of some names that has one."""
+    near = {name: difflib.get_close_matches(name, sorted(known), n=1) for name in names}
     return {name: found[0] for name, found in near.items() if found}
 
 
 def _warn_of_unknown(names: Iterable[str]) -> None:
     """Say which keys of a file may be misspelt fields."""
-    for name, field in sorted(_nearest(names).items()):
+    for name, field in sorted(_nearest(names, OWN_FIELDS | {"num_labels"}).items()):
         logger.warning_once(f"The configuration has a key `{name}`, which is no field; did you mean `{field}`?")
 
 
@@ -907,9 +943,10 @@ def refuse_unknown_keywords(names: Iterable[str]) -> None:
     Raises:
         ValueError: If there are `names`.
     """
-    near = _nearest(names)
-    if hints := [f"`{name}`" + f" (did you mean `{near.get(name)}`?)" * (name in near) for name in sorted(names)]:
-        raise ValueError(f"ASelectConfig has no field {', '.join(hints)}.")
+    known = OWN_FIELDS | PreTrainedConfig.__dataclass_fields__.keys() | _OF_LOADING | {"num_labels"}
+    hints = {name: f"did you mean `{near}`?" for name, near in _nearest(names, known).items()} | _ELSEWHERE
+    if said := [f"`{name}`" + f" ({hints.get(name)})" * (name in hints) for name in sorted(names)]:
+        raise ValueError(f"ASelectConfig has no field {', '.join(said)}.")
 
 
 def is_code_saved(saved: Any, folder: str | os.PathLike[str], is_pushed: bool, asked: bool | None) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .checks import WEIGHT_DTYPES
 from .layouts import BEFORE_ATTENTION, Tap
 
 
@@ -398,7 +397,7 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     for tensor in (*module.parameters(), *module.buffers()):
         if device is None and tensor.device.type != "meta":
             device = tensor.device
-        if dtype is None and tensor.dtype in WEIGHT_DTYPES.values():
+        if dtype is None and tensor.is_floating_point() and tensor.element_size() > 1:  # none of 8 bits
             dtype = tensor.dtype
     return device or torch.device("meta"), dtype
 

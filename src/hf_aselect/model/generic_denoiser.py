@@ -66,7 +66,7 @@ class _Hook:
             reading.found[self.tap] = args, kwargs
         else:
             value = outputs[0] if outputs else _first(args, kwargs)
-            reading.found[self.tap] = reading.keep(value[self.output] if isinstance(value, tuple | list) else value)
+            reading.found[self.tap] = reading.keep(value[self.output] if isinstance(value, (tuple, list)) else value)
         reading.waiting.discard(self.tap)
         if reading.may_stop and not reading.waiting:
             raise _Stop

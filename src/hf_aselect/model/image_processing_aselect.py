@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from io import BytesIO
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,19 +15,21 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import BatchFeature
-from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
+from transformers.utils.import_utils import is_torchvision_available
 
 from .checks import is_finite_number, warn_of_foreground
-from .configuration_aselect import ASelectConfig, is_code_saved, without_code
+from .configuration_aselect import TAKEN, ASelectConfig, is_code_saved, without_code
 from .layouts import plain
 
 logger = logging.get_logger(__name__)
 # Rec. 601, the weights of PIL's conversion to grey.
-LUMINANCE = np.array([0.299, 0.587, 0.114])
+LUMINANCE = (0.299, 0.587, 0.114)
 # Of `size`: with more, an image would take the machine's memory.
 _MAX_PIXELS = 2**28
 # What PIL makes of broken files.
@@ -35,6 +37,8 @@ UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 ADDRESS = re.compile(r"\b(?:https?|ftp|sftp|s3|gs|gcs|abfs|az)://", re.IGNORECASE)
 # What transformers writes into a processor's file.
 _OF_FILE = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class", "backend"}
+# By backend, as transformers names them.
+_CLASSES = {"torchvision": "ASelectImageProcessor", "pil": "ASelectImageProcessorPil"}
 NO_CLASS = 255  # in a mask, as transformers' processors write it
 # How an image is turned upright, by its EXIF entry "orientation".
 _ORIENTATION = 0x0112
@@ -56,32 +60,8 @@ class ASelectImageProcessorKwargs(ImagesKwargs, total=False):
     do_exif_transpose: bool | None
 
 
-class ASelectImageProcessor(PilBackend):
-    """Turn images into `pixel_values`: RGB or grey, centre crop to the target's shape, resize, scale to [-1, 1].
-
-    Takes PIL images of any mode, files by their paths, encoded bytes (also as `datasets` has them undecoded), arrays
-    and tensors. Their values are in [0, 255]; those of 16 bits, above 255, are brought to 8. Floating-point values are
-    in [0, 1] where none in a call is above 1, and are then read as such.
-
-    Args:
-        size: Height and width of the result in pixels, or one integer for both; `{"shortest_edge": n}` is the latter.
-        crop_size: With `do_center_crop`, what is cut out of the middle afterwards, as transformers' processors do it.
-        num_channels: 3 for RGB, 1 for grey.
-        do_center_crop: Whether the middle of the image is cut out in the shape of `size` before it is resized;
-            otherwise the whole image is squeezed into it.
-        do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1 (as in ADE20K): 0 becomes
-            255 and all else is reduced by 1, but for 255, which stays.
-        do_exif_transpose: Whether an image is turned upright by its EXIF entry. A mask without one is of the stored
-            pixels, by its size, and turned along. transformers' processors turn nothing, and neither does the one that
-            is saved beside a segmenter: its masks are of the pixels as they are stored.
-
-    Example:
-        >>> from hf_aselect import ASelectImageProcessor
-        >>> from PIL import Image
-        >>> processor = ASelectImageProcessor(size={"height": 32, "width": 32})
-        >>> processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values.shape
-        torch.Size([1, 3, 32, 32])
-    """
+class _ASelectImageProcessing(BaseImageProcessor):
+    """What both backends share: values are arrays of numpy in the one, and tensors of torch in the other."""
 
     valid_kwargs = ASelectImageProcessorKwargs
     resample = PILImageResampling.BICUBIC
@@ -113,14 +93,15 @@ class ASelectImageProcessor(PilBackend):
         for name in others:
             if hasattr(cls, name):
                 raise ValueError(f"An image processor has no field {name!r}.")
-        _refuse_unknown({name for name in kwargs if _nearest(name)})  # loading takes many more
+        # Loading takes many more, and pipelines hand over fields of the model.
+        _refuse_unknown({name for name in kwargs if name not in TAKEN and _nearest(name)})
         made: Any = super().from_dict(fields, **kwargs)
         for name, value in others.items():
             setattr(made[0] if isinstance(made, tuple) else made, name, value)
         return made
 
     @classmethod
-    def from_model_config(cls, config: ASelectConfig, **fields: Any) -> "ASelectImageProcessor":
+    def from_model_config(cls, config: ASelectConfig, **fields: Any) -> Self:
         """Return the processor that fits a model: its image size and number of channels.
 
         Args:
@@ -146,9 +127,15 @@ class ASelectImageProcessor(PilBackend):
         return saved
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values."""
+        """Return all values, under one name of the class for both backends: what one saves the other loads."""
         values: dict[str, Any] = super().to_dict()
         values.pop("_auto_class", None)  # of a save without code
+        if type(self).__name__ in _CLASSES.values():
+            values["image_processor_type"] = _CLASSES["torchvision"]
+            if "auto_map" in values:
+                module = __name__.rpartition(".")[2]
+                classes = {backend: f"{module}.{name}" for backend, name in _CLASSES.items()}
+                values["auto_map"] = {"AutoImageProcessor": classes}
         return values
 
     def preprocess(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
@@ -182,11 +169,11 @@ class ASelectImageProcessor(PilBackend):
         masks = _as_list(segmentation_maps)
         if len(masks) != len(prepared):
             raise ValueError(f"Got {len(masks)} masks for {len(prepared)} images; each image needs its own.")
-        is_turned = kwargs["do_exif_transpose"]
-        masks = [_mask_array(mask, image, is_turned) for mask, image in zip(masks, images, strict=True)]
-        labels = [
-            self._label(mask, picture.shape[-2:], **kwargs) for mask, picture in zip(masks, prepared, strict=True)
-        ]
+        labels = []
+        for mask, image, values in zip(masks, images, prepared, strict=True):
+            array = _mask_array(mask, image, kwargs["do_exif_transpose"])
+            device = kwargs.get("device") or getattr(mask, "device", None)
+            labels.append(self._of_backend(self._label(array, values.shape[-2:], **kwargs), device))
         pixel_values = self._preprocess(prepared, **{**kwargs, "return_tensors": None})["pixel_values"]
         data = {"pixel_values": pixel_values, "labels": labels}
         return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
@@ -275,16 +262,17 @@ class ASelectImageProcessor(PilBackend):
                 found[index] = _continued(found[index], size, middle)
         return found
 
-    def process_image(  # type: ignore[override]
-        self, image: Any, num_channels: int = 3, do_exif_transpose: bool = True, **kwargs: Any
-    ) -> NDArray[Any]:
-        """Return an image as an array, (C, H, W), with the asked number of channels.
+    def process_image(self, image: Any, num_channels: int = 3, do_exif_transpose: bool = True, **kwargs: Any) -> Any:
+        """Return an image as an array or tensor, (C, H, W), with the asked number of channels.
 
         Args:
             image: PIL image of any mode, or array or tensor, (H, W, C) or (C, H, W), in [0, 255] or [0, 1].
             num_channels: 3 for RGB, 1 for grey.
             do_exif_transpose: Whether a PIL image is turned upright.
             kwargs: Passed on to transformers.
+
+        Returns:
+            Bytes, or float32 where the values are floating-point numbers.
 
         Raises:
             ValueError: If `num_channels` is neither 1 nor 3, the image is empty, cannot be read, has another number
@@ -294,52 +282,39 @@ class ASelectImageProcessor(PilBackend):
         if num_channels not in (1, 3):
             raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
         if isinstance(image, Image.Image):
-            if not all(image.size):
-                raise ValueError(f"An image is empty: it has {image.width}×{image.height} pixels.")
-            try:
-                image = _eight_bits(ImageOps.exif_transpose(image) if do_exif_transpose else image)
-                if isinstance(image, Image.Image):
-                    # PIL knows no other way, or warns of another.
-                    ways = {"La": "LA", "LAB": "RGB"} | ({"P": "RGBA"} if "transparency" in image.info else {})
-                    image = image.convert(ways.get(image.mode, image.mode))
-                    array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
-                    return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
-            except UNREADABLE as error:
-                raise ValueError(f"An image cannot be read ({error}). Save or download it again.") from error
-        image = _as_array(image)
+            image = _pil_values(image, num_channels, do_exif_transpose)
+            kwargs["input_data_format"] = "channels_first"
+        image = _numbers(image)
         sides = (image.shape[0], image.shape[-1])
         if kwargs.get("input_data_format") is None and not set(sides) & {1, 3}:
             # Transformers would say only that it cannot tell which axis is which.
             if 4 not in sides:
-                raise ValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {image.shape}.")
+                raise ValueError(
+                    f"An image must have 1, 3 or 4 channels, first or last, got shape {tuple(image.shape)}."
+                )
             kwargs["input_data_format"] = "channels_last" if image.shape[-1] == 4 else "channels_first"
-        array = super().process_image(image, **kwargs)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError("An image holds NaN or infinite values; expected values in [0, 255].")
-        low, high = float(array.min()), float(array.max())
-        # Rounding and resampling may pass the ends by a little.
-        if not (low >= -0.5 and high <= 255.5):
-            raise ValueError(
-                f"An image must hold values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
-            )
-        return _with_channels(array, num_channels)
+        return _with_channels(super().process_image(self._of_backend(image), **kwargs), num_channels)
 
-    def resize(  # type: ignore[override]
-        self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any
-    ) -> NDArray[Any]:
-        """Return an image, (C, H, W), in another size.
+    def center_crop(self, image: Any, size: SizeDict, **_: Any) -> Any:  # type: ignore[override]
+        """Return the middle of images, (..., H, W), in a size, with zeros around a smaller one.
 
-        Floating-point values stay such; transformers makes bytes of them first, of whole numbers or [0, 1] alone.
+        An odd rest is cut off below and filled up above; transformers' two backends differ in that.
         """
-        if image.dtype.kind != "f":
-            resized: NDArray[Any] = super().resize(image, size, resample=resample, **kwargs)
-            return resized
-        sides = int(size.width), int(size.height)  # type: ignore[arg-type]
-        how = Image.Resampling.BILINEAR if resample is None else Image.Resampling(int(resample))
-        channels = [Image.fromarray(channel.astype(np.float32)).resize(sides, how) for channel in image]
-        # Filters pass the ends, as they do in bytes, where PIL cuts them off.
-        ends = 0, 255 if image.max() > 1 else 1
-        return np.stack([np.asarray(channel) for channel in channels]).clip(*ends)
+        rows, columns = int(size.height), int(size.width)  # type: ignore[arg-type]
+        top, left = (image.shape[-2] - rows) // 2, (image.shape[-1] - columns) // 2
+        inside = image[..., max(top, 0) : top + rows, max(left, 0) : left + columns]
+        height, width = inside.shape[-2:]
+        if (height, width) == (rows, columns):
+            return inside
+        shape = (*image.shape[:-2], rows, columns)
+        filled = image.new_zeros(shape) if isinstance(image, Tensor) else np.zeros(shape, image.dtype)
+        top, left = max(-top, 0), max(-left, 0)
+        filled[..., top : top + height, left : left + width] = inside
+        return filled
+
+    def _of_backend(self, values: Any, device: Any = None) -> Any:
+        """Return an array or tensor as the backend has it."""
+        raise NotImplementedError
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         # Transformers takes no grey arrays without an axis of channels, and would fetch what an address names.
@@ -361,21 +336,22 @@ class ASelectImageProcessor(PilBackend):
             images = [image[None] if getattr(image, "ndim", None) == 2 else image for image in images]
         return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
 
-    def _preprocess(  # type: ignore[override]
-        self, images: list[NDArray[Any]], *, do_resize: bool, do_center_crop: bool, size: SizeDict, **kwargs: Any
+    def _preprocess(
+        self, images: list[Any], *, do_resize: bool, do_center_crop: bool, size: SizeDict, **kwargs: Any
     ) -> BatchFeature:
         _check_settings(size, do_resize or do_center_crop, kwargs)
         if kwargs["do_rescale"] and (scale := kwargs["rescale_factor"]):
-            floats = [image for image in images if image.dtype.kind == "f"]
-            if max((image.max() for image in floats), default=2) > 1:
+            floats = [image for image in images if _is_float(image)]
+            if max((float(image.max()) for image in floats), default=2) > 1:
                 scale = 1
                 warn_of_fractions(floats)
-            images = [_as_bytes(image / scale) if image.dtype.kind == "f" else image for image in images]
+            images = [_as_bytes(image / scale) if _is_float(image) else image for image in images]
         if do_center_crop:
             crop = _crop_to_shape if do_resize else self.center_crop
             images = [crop(image, size) for image in images]
         kwargs["do_center_crop"] = do_center_crop and do_resize and kwargs["crop_size"] is not None
-        return super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
+        features: BatchFeature = super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
+        return features
 
     def _taken(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return fields, of the constructor or a call, as transformers has them: a size by its height and width."""
@@ -400,9 +376,88 @@ class ASelectImageProcessor(PilBackend):
         super()._validate_preprocess_kwargs(**kwargs)
 
 
-def warn_of_fractions(images: Iterable[NDArray[Any]]) -> None:
+class ASelectImageProcessorPil(_ASelectImageProcessing, PilBackend):  # type: ignore[misc]
+    """The image processor by PIL and numpy: `ASelectImageProcessor` where torchvision is not installed.
+
+    `AutoImageProcessor.from_pretrained(..., backend="pil")` loads it in any case.
+    """
+
+    def resize(  # type: ignore[override]
+        self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any
+    ) -> NDArray[Any]:
+        """Return an image, (C, H, W), in another size.
+
+        Floating-point values stay such; transformers makes bytes of them first, of whole numbers or [0, 1] alone.
+        """
+        if _is_float(image):
+            return _resized(image, size, resample)
+        resized: NDArray[Any] = super().resize(image, size, resample=resample, **kwargs)
+        return resized
+
+    def _of_backend(self, values: Any, device: Any = None) -> Any:
+        return values.cpu().numpy() if isinstance(values, Tensor) else values
+
+
+class ASelectImageProcessor(_ASelectImageProcessing, TorchvisionBackend):  # type: ignore[misc]
+    """Turn images into `pixel_values`: RGB or grey, centre crop to the target's shape, resize, scale to [-1, 1].
+
+    Takes PIL images of any mode, files by their paths, encoded bytes (also as `datasets` has them undecoded), arrays
+    and tensors. Their values are in [0, 255]; those of 16 bits, above 255, are brought to 8. Floating-point values are
+    in [0, 1] where none in a call is above 1, and are then read as such.
+
+    Args:
+        size: Height and width of the result in pixels, or one integer for both; `{"shortest_edge": n}` is the latter.
+        crop_size: With `do_center_crop`, what is cut out of the middle afterwards, as transformers' processors do it.
+        num_channels: 3 for RGB, 1 for grey.
+        do_center_crop: Whether the middle of the image is cut out in the shape of `size` before it is resized;
+            otherwise the whole image is squeezed into it.
+        do_reduce_labels: Whether 0 in a mask means no class, and class k is written as k + 1 (as in ADE20K): 0 becomes
+            255 and all else is reduced by 1, but for 255, which stays.
+        do_exif_transpose: Whether an image is turned upright by its EXIF entry. A mask without one is of the stored
+            pixels, by its size, and turned along. transformers' processors turn nothing, and neither does the one that
+            is saved beside a segmenter: its masks are of the pixels as they are stored.
+
+    Example:
+        >>> from hf_aselect import ASelectImageProcessor
+        >>> from PIL import Image
+        >>> processor = ASelectImageProcessor(size={"height": 32, "width": 32})
+        >>> processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    def resize(  # type: ignore[override]
+        self, image: Tensor, size: SizeDict, resample: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """Return images, (..., C, H, W), in another size.
+
+        Bilinear and bicubic by torchvision, on the images' device; of bytes within two steps of 255 of PIL's.
+        Other filters are PIL's: torchvision has some of them on no device, and takes other pixels as the nearest.
+        """
+        if resample not in (None, PILImageResampling.BILINEAR, PILImageResampling.BICUBIC):
+            channels = _resized(image.flatten(0, -3).cpu().numpy(), size, resample)
+            return torch.from_numpy(channels).to(image.device).reshape(*image.shape[:-2], *channels.shape[-2:])
+        resized: Tensor = super().resize(image, size, resample=resample, **kwargs)
+        if not _is_float(image):
+            return resized
+        highest = torch.where(image.amax((-3, -2, -1), keepdim=True) > 1, 255.0, 1.0)
+        return resized.clamp(min=0).minimum(highest)
+
+    def _of_backend(self, values: Any, device: Any = None) -> Any:
+        # A copy: torch takes no array that is read-only or runs backwards.
+        tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C"))
+        return tensor if device is None else tensor.to(device)
+
+
+if not is_torchvision_available():
+    # One class under both names; the shorter one is what is shown, saved and looked up.
+    ASelectImageProcessorPil.__doc__ = ASelectImageProcessor.__doc__
+    ASelectImageProcessorPil.__name__ = ASelectImageProcessorPil.__qualname__ = ASelectImageProcessor.__name__
+    ASelectImageProcessor = ASelectImageProcessorPil  # type: ignore[assignment,misc]
+
+
+def warn_of_fractions(images: Iterable[Any]) -> None:
     """Say so where an image of floating-point numbers, read as one in [0, 255], may be one in [0, 1]."""
-    if any(image.size and 0 < image.max() <= 1 and bool((image % 1).any()) for image in images):
+    if any(all(image.shape) and 0 < image.max() <= 1 and bool((image % 1).any()) for image in images):
         logger.warning_once(
             "An image has floating-point values of at most 1 beside others that reach 255, and is read as a dark one "
             "in [0, 255]. If it is one in [0, 1], multiply it by 255."
@@ -431,6 +486,7 @@ def _refuse_unknown(names: Iterable[str]) -> None:
     for name in names:
         if not _is_field(name):
             hint = f" Did you mean {near!r}?" if (near := _nearest(name)) else ""
+            hint = " It is for `AutoImageProcessor.from_pretrained`." if name == "use_fast" else hint
             raise ValueError(f"An image processor has no field {name!r}.{hint}")
 
 
@@ -502,7 +558,7 @@ def _mask_array(mask: Any, image: Any, is_turned: bool) -> NDArray[np.int64]:
             mask = np.asarray(mask)
     except UNREADABLE as error:
         raise ValueError(f"A mask cannot be read ({error}). Save or download it again.") from error
-    array = np.asarray(_in_memory(mask, "mask") if isinstance(mask, Tensor) else mask)
+    array = np.asarray(_dense(mask, "mask").cpu() if isinstance(mask, Tensor) else mask)
     if array.ndim == 3 and 1 in (len(array), array.shape[-1]):
         array = array.squeeze(0 if len(array) == 1 else -1)  # with an axis of channels
     if array.ndim != 2 or array.dtype.kind not in "iub":
@@ -539,38 +595,78 @@ def _eight_bits(image: Image.Image) -> Any:
     return values[None] if image.mode == "F" else image
 
 
-def _as_array(image: Any) -> NDArray[Any]:
-    """Return an array or tensor as an array of numbers."""
+def _pil_values(image: Image.Image, num_channels: int, is_turned: bool) -> NDArray[Any]:
+    """Return the values of a PIL image, (C, H, W)."""
+    if not all(image.size):
+        raise ValueError(f"An image is empty: it has {image.width}×{image.height} pixels.")
+    try:
+        image = _eight_bits(ImageOps.exif_transpose(image) if is_turned else image)
+        if not isinstance(image, Image.Image):
+            return image
+        # PIL knows no other way, or warns of another.
+        ways = {"La": "LA", "LAB": "RGB"} | ({"P": "RGBA"} if "transparency" in image.info else {})
+        image = image.convert(ways.get(image.mode, image.mode))
+        array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
+    except UNREADABLE as error:
+        raise ValueError(f"An image cannot be read ({error}). Save or download it again.") from error
+    return array[None] if num_channels == 1 else np.moveaxis(array, -1, 0)
+
+
+def _is_float(values: Any) -> bool:
+    """Return whether an array or tensor holds floating-point numbers."""
+    return values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind == "f"
+
+
+def _bytes(values: Any) -> Any:
+    """Return whole numbers in [0, 255], an array or tensor, as bytes."""
+    return values.to(torch.uint8) if isinstance(values, Tensor) else values.astype(np.uint8)
+
+
+def _numbers(image: Any) -> Any:
+    """Return the values of an array or tensor as bytes, or in float32."""
+    kind = getattr(image.dtype, "name", str(image.dtype)).removeprefix("torch.")
     if isinstance(image, Tensor):
-        image = _in_memory(image, "image")
-    if image.dtype.kind not in "uif":
+        image = _dense(image, "image")
+    if not _is_float(image) and not re.match("u?int", kind):
         raise ValueError(
-            f"An image must hold numbers in [0, 255], got values of {image.dtype}. Of a mask of true and false, "
+            f"An image must hold numbers in [0, 255], got values of {kind}. Of a mask of true and false, "
             "multiply by 255."
         )
-    if not image.size:
-        raise ValueError(f"An image is empty: it has shape {image.shape}.")
-    is_wide = image.dtype == np.uint16 and image.max() > 255
-    array: NDArray[Any] = (image >> 8).astype(np.uint8) if is_wide else image
-    return array
+    if not all(image.shape):
+        raise ValueError(f"An image is empty: it has shape {tuple(image.shape)}.")
+    if kind == "uint8":
+        return image
+    low, high = float(image.min()), float(image.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError("An image holds NaN or infinite values; expected values in [0, 255].")
+    if kind == "uint16" and high > 255:
+        return _bytes(image >> 8)
+    # Rounding and resampling may pass the ends by a little.
+    if not (low >= -0.5 and high <= 255.5):
+        raise ValueError(
+            f"An image must hold values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
+        )
+    if not _is_float(image):
+        return _bytes(image)
+    return image if isinstance(image, Tensor) else image.astype(np.float32)
 
 
-def _as_bytes(image: NDArray[Any]) -> NDArray[Any]:
+def _as_bytes(image: Any) -> Any:
     """Return whole numbers as bytes, which are resized as those of any image are; other numbers as they are."""
-    whole = np.rint(image)
-    is_whole = whole.min() >= 0 and whole.max() <= 255 and np.abs(image - whole).max() < 1e-3
-    return whole.astype(np.uint8) if is_whole else image
+    whole = image.round()
+    is_whole = whole.min() >= 0 and whole.max() <= 255 and abs(image - whole).max() < 1e-3
+    return _bytes(whole) if is_whole else image
 
 
-def _in_memory(values: Tensor, what: str) -> NDArray[Any]:
-    """Return a tensor as an array."""
+def _dense(values: Tensor, what: str) -> Tensor:
+    """Return a tensor in one of the types that all operations take, numpy's too: bytes, int64 or float32."""
     if values.is_meta or values.layout != torch.strided:
         kind = "without data, on the device meta" if values.is_meta else f"a {values.layout} tensor"
         raise ValueError(f"A {what} must be a dense tensor with data, got one that is {kind}.")
-    values = values.detach().cpu()
-    # numpy has no bfloat16, nor what has 8 bits.
-    array: NDArray[Any] = (values.float() if values.is_floating_point() else values).numpy()
-    return array
+    values = values.detach()
+    if values.is_floating_point():
+        return values.float()
+    return values if values.is_complex() or values.dtype in (torch.uint8, torch.bool) else values.long()
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
@@ -588,28 +684,37 @@ def _check_fields(fields: dict[str, Any]) -> None:
                 raise ValueError(f"`{name}` must be finite numbers, one a channel, got {value!r}.")
 
 
-def _with_channels(array: NDArray[Any], num_channels: int) -> NDArray[Any]:
-    """Return a (C, H, W) array with 1 or 3 channels."""
-    if len(array) == 4:
-        array = array[:3]
-    if len(array) == num_channels:
-        return array
-    if len(array) == 1:
-        return np.repeat(array, num_channels, axis=0)
-    if len(array) == 3:
-        grey = np.tensordot(LUMINANCE, array, axes=1)[None]
-        return grey if array.dtype.kind == "f" else grey.round().astype(array.dtype)
-    raise ValueError(f"An image must have 1, 3 or 4 channels, got {len(array)}.")
+def _with_channels(values: Any, num_channels: int) -> Any:
+    """Return an image, (C, H, W), with 1 or 3 channels."""
+    if len(values) == 4:
+        values = values[:3]
+    if len(values) == num_channels:
+        return values
+    if len(values) == 1:
+        return values[[0] * num_channels]
+    if len(values) == 3:
+        grey = sum(weight * channel for weight, channel in zip(LUMINANCE, values, strict=True))[None]
+        return grey if _is_float(values) else _bytes(grey.round())
+    raise ValueError(f"An image must have 1, 3 or 4 channels, got {len(values)}.")
 
 
-def _crop_to_shape(image: NDArray[Any], size: SizeDict) -> NDArray[Any]:
+def _crop_to_shape(image: Any, size: SizeDict) -> Any:
     """Cut out the largest middle part, (C, h, w), that has the shape of `size`."""
     rows, columns = int(size.height), int(size.width)  # type: ignore[arg-type]
     top, left, height, width = _middle(image.shape[-2], image.shape[-1], rows, columns)
     return image[:, top : top + height, left : left + width]
 
 
-def _middle_seen(processor: ASelectImageProcessor, height: int, width: int) -> tuple[int, int, int, int]:
+def _resized(channels: NDArray[Any], size: SizeDict, resample: Any) -> NDArray[Any]:
+    """Return channels of bytes or float32, (C, H, W), in another size, by PIL."""
+    sides = int(size.width), int(size.height)  # type: ignore[arg-type]
+    how = Image.Resampling.BILINEAR if resample is None else Image.Resampling(int(resample))
+    resized = np.stack([np.asarray(Image.fromarray(channel).resize(sides, how)) for channel in channels])
+    # Filters pass the ends, as they do in bytes, where PIL cuts them off.
+    return resized.clip(0, 255 if channels.max() > 1 else 1) if _is_float(channels) else resized
+
+
+def _middle_seen(processor: Any, height: int, width: int) -> tuple[int, int, int, int]:
     """Return top, left, height and width of what the model sees of an image that is cropped."""
     rows, columns = int(processor.size["height"]), int(processor.size["width"])
     if processor.do_resize:
@@ -639,4 +744,4 @@ def _continued(values: Tensor, size: tuple[int, int], middle: tuple[int, int, in
 
 # Here, and not where the package registers its models: this module travels with a model, and what is saved where the
 # package is not is to have its code, too.
-ASelectImageProcessor.register_for_auto_class("AutoImageProcessor")
+_ASelectImageProcessing.register_for_auto_class("AutoImageProcessor")

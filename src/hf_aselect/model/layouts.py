@@ -43,7 +43,8 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, dict):
         return {plain(key): plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list | tuple | range) else value
+    # A tuple of types: torch 2.6 compiles no `isinstance` of a union.
+    return [plain(inner) for inner in value] if isinstance(value, (list, tuple, range)) else value
 
 
 def hint_of(name: Any) -> str:

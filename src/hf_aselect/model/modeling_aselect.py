@@ -875,9 +875,12 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
             "`output_attentions=True` asks for attention weights, which are never returned: most kernels do not make "
             "them. Leave it out; what attention yields is read with `feature='attention'`."
         )
+    if masks := [name for name in ("attention_mask", "bool_masked_pos") if kwargs.get(name) is not None]:
+        raise ValueError(f"`{masks[0]}` masks tokens, and all are read here. Leave it out.")
     for name in () if torch.compiler.is_compiling() else kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
-            raise ValueError(f"`forward` has no `{name}` (did you mean `{near[0]}`?).")
+            hint = f"did you mean `{near[0]}`?" if near[0] != name else "models with a head have it"
+            raise ValueError(f"`forward` has no `{name}` ({hint}).")
 
 
 class DiTModel(ASelectPreTrainedModel):
@@ -886,6 +889,7 @@ class DiTModel(ASelectPreTrainedModel):
     Args:
         config: The configuration.
         add_pooling_layer: False, as scripts pass it that want ViT without one. There is none to be added.
+        use_mask_token: False, as of ViT. There is none.
 
     Example:
         >>> import torch
@@ -899,9 +903,11 @@ class DiTModel(ASelectPreTrainedModel):
     denoiser: Any  # one of the families of `denoisers`
     vae: Any  # diffusers is imported when a VAE is built, not here
 
-    def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False) -> None:
+    def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False, use_mask_token: bool = False) -> None:
         if add_pooling_layer:
             raise ValueError("`add_pooling_layer=True` adds nothing: `pooler_output` is the mean of the tokens.")
+        if use_mask_token:
+            raise ValueError("`use_mask_token=True` is for masked images, which are none of what is read here.")
         super().__init__(config)
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)

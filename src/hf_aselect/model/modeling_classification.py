@@ -1,6 +1,5 @@
 """A diffusion transformer under a classification head."""
 
-import logging
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +11,6 @@ from .checks import IGNORED_LABEL, checked_features, checked_labels
 from .configuration_aselect import ASelectConfig
 from .heads import AttentionHead, FeatureStandardization, LinearHead, concatenated, pooled_tokens
 from .modeling_aselect import ASelectPreTrainedModel, DiTModel, refuse_tap_keywords
-
-logger = logging.getLogger(__name__)
 
 
 class DiTForImageClassification(ASelectPreTrainedModel):
@@ -143,12 +140,6 @@ class DiTForImageClassification(ASelectPreTrainedModel):
                 layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
             if config.num_labels != layer.out_features:
                 config.num_labels = layer.out_features
-        elif not self._standardizations():
-            logger.warning(
-                "The head is a %s, which `from_pretrained` does not build. To load what is saved here: load with "
-                "`ignore_mismatched_sizes=True`, set `model.classifier` again, and load its weights.",
-                type(layer).__name__,
-            )
         return super()._save(*args, **kwargs)
 
     def _loss(self, labels: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:

@@ -274,8 +274,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         self.post_init()
 
     def _standardizations(self) -> list[FeatureStandardization]:
-        """Return what standardizes the tokens of each map that the decoder reads."""
-        return list(self.decode_head.standardization)  # type: ignore[arg-type]
+        """Return what standardizes the tokens of each map that the decoder reads; nothing of one of the user's own."""
+        return list(getattr(self.decode_head, "standardization", ()))
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -306,8 +306,12 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         stages, every = self.backbone.stages(), self.config.hidden_read_outs(output_hidden_states)
         read, grid = self._read([*self.backbone.read_outs(), *every], pixel_values)
         tokens = [concatenated([read[each] for each in stage]) for stage in stages]
-        tokens = [each(own, grid) for each, own in zip(self._standardizations(), tokens, strict=True)]
-        logits, auxiliary = self.decode_head([token_map(each, *grid) for each in tokens])
+        if standardizations := self._standardizations():
+            tokens = [each(own, grid) for each, own in zip(standardizations, tokens, strict=True)]
+            logits, auxiliary = self.decode_head([token_map(each, *grid) for each in tokens])
+        else:
+            # `model.decode_head = nn.Conv2d(...)`, which reads the last map.
+            logits, auxiliary = self.decode_head(token_map(tokens[-1], *grid)), None
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         logits = enlarge(logits, size)
         loss = None

@@ -84,7 +84,7 @@ class CalibrationPictures:
             if labels.shape != shape:
                 raise ValueError(f"A mask has shape {tuple(labels.shape)}, its image {tuple(shape)}.")
         else:
-            labels = torch.from_numpy(self.processor([image], [mask])["labels"][0])
+            labels = torch.as_tensor(self.processor([image], [mask])["labels"][0])
         patches = labels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
         has_class = patches != ignored
         # Counted by what is there: the numbers of the classes may be large.

@@ -14,7 +14,8 @@ from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import DatasetCard, HfApi
 from torch import Tensor
 
-DESCRIPTION = "Features of images, cached by hf_aselect. "
+from .cache_origin import DESCRIPTION
+
 # Rows from this size on are copied one by one: a batch of them would be an allocation that the system hands out again,
 # page by page, each time.
 LARGE_ROW_BYTES = 2**14

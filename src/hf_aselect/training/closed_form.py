@@ -21,6 +21,8 @@ from torch import Tensor
 STRENGTHS: tuple[float, ...] = tuple(10 ** (exponent / 2) for exponent in range(-14, 9))
 # A feature that varies by less than this share of its mean varies by its rounding in float32.
 ROUNDING = 1e-6
+# The same of a target's variance, as a share of its mean square, summed up in float64.
+TARGET_ROUNDING = 1e-14
 # Of the logits' scale. From 1 on: a ridge's predictions lie between 0 and 1, so that at 1 all classes are about
 # equally likely, which is what a head that has learned nothing says.
 SCALES = (1.0, 1e4)
@@ -110,8 +112,8 @@ class Moments:
         """Return the sums over the rows that are not in a part, counted from the same origin."""
         return Moments(self.left - part.left, self.right - part.right, self.squares - part.squares, self.origin)
 
-    def centred(self, mean: Tensor, target_mean: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return the sums of feature × feature, (D, D), feature × target, (D, K), and target², counted from means.
+    def centred(self, mean: Tensor, target_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of feature × feature, (D, D), and feature × target, (D, K), counted from means.
 
         Args:
             mean: Counted from the origin, (D,).
@@ -122,15 +124,19 @@ class Moments:
         products += weight * torch.outer(mean, mean)
         cross = self.right[1:] - torch.outer(first, target_mean) - torch.outer(mean, targets)
         cross += weight * torch.outer(mean, target_mean)
-        squares = self.squares - 2 * target_mean * targets + weight * target_mean.square()
-        return products, cross, float(squares.sum())
+        return products, cross
 
-    def squared_error(self, solution: Linear) -> float:
-        """Return the weighted sum over these rows of the squared error of a solution's predictions."""
+    def variation(self) -> Tensor:
+        """Return the weighted sum over these rows of (target - its mean)², (K,); 0 where there is but rounding."""
+        varied = self.squares - self.left[0, 0] * self.target_mean.square()
+        return torch.where(varied > TARGET_ROUNDING * self.squares, varied, torch.zeros_like(varied))
+
+    def squared_error(self, solution: Linear) -> Tensor:
+        """Return the weighted sum over these rows of the squared error of a solution's predictions, (K,)."""
         weight, bias = solution
         # Counted from the origin, the predictions are (bias', weight) of (1, feature).
         whole = torch.cat([(bias + weight @ self.origin)[:, None], weight], dim=1)  # (K, 1 + D)
-        return float((self.squares - 2 * (whole * self.right.T).sum(1) + (whole @ self.left * whole).sum(1)).sum())
+        return self.squares - 2 * (whole * self.right.T).sum(1) + (whole @ self.left * whole).sum(1)
 
     def scale(self) -> Tensor:
         """Return what standardizes the features, (D,): 1 / deviation, 0 for those that are the same in all rows."""
@@ -151,7 +157,7 @@ class ClosedForm:
     Args:
         strength: The selected strength, see `STRENGTHS`.
         error: Squared error of predicting each fold from the others, as a share of the targets' variance; 1 is what
-            predicting the mean gives.
+            predicting the mean gives. Without another loss it is the mean of the targets' own shares.
         losses: The error, or another loss, of each strength that was tried.
         whole: Weight and bias of the solution of all rows, in units of the features as they are.
         by_fold: Those of the solution without each fold.
@@ -182,7 +188,8 @@ def fit_ridge(
         folds: Sums over the rows of each fold, with one origin.
         samples: Features of some rows of each fold, (m, D), for `loss`.
         loss: Takes the held-out predictions of all samples, in the order of the folds, (M, K), and returns the loss.
-            Default: the squared error of all rows.
+            Default: the squared error of all rows, of each target as a share of its own variance, so that a target
+            counts the same in any unit.
         strengths: The strengths to select from, each at least 0.
         scale: What the features are multiplied by first, (D,). Default: they are standardized.
 
@@ -200,12 +207,20 @@ def fit_ridge(
     scale = total.scale() if scale is None else scale
     if not bool(scale.any()):
         raise ValueError("The features are the same for all images, so there is nothing to tell them apart by.")
-    *_, variance = total.centred(total.mean, total.target_mean)
-    if variance <= 0:
-        raise ValueError("The labels are the same for all images. A head needs images of at least two classes.")
+    variation = total.variation()
+    varied = variation > 0
+    if not bool(varied.any()):
+        raise ValueError("The labels are the same for all images, so there is nothing to predict.")
     if sum(fold.weight > 0 for fold in folds) < 2:
         raise ValueError("Too few images: some are held out to select the strength of the ridge. Give more.")
     parts = [(fold, None if samples is None else samples[number]) for number, fold in enumerate(folds)]
+
+    def share(errors: Tensor) -> float:
+        """Return squared errors of each target as a share of the variance."""
+        if loss is not None:
+            return float(errors.sum() / variation.sum())
+        return float((errors[varied] / variation[varied]).mean())
+
     trials: dict[int, _Trial] = {}
     places = range(0, len(strengths), _STEP)
     step = _STEP
@@ -215,7 +230,7 @@ def fit_ridge(
             break
         if new:
             found = _trials(parts, total, scale, [strengths[place] for place in new])
-            trials |= zip(new, (trial.judged(variance, loss) for trial in found), strict=True)
+            trials |= zip(new, (trial.judged(share(trial.errors), loss) for trial in found), strict=True)
         best = min(sorted(trials), key=lambda place: trials[place].loss)
         for place in trials.keys() - {best}:
             # Of many classes they are large.
@@ -237,34 +252,36 @@ class _Trial:
     """A strength, judged by predicting each fold from the others.
 
     Args:
-        error: Squared error of all rows so far; once it is judged as a share of the variance.
+        errors: Squared error of each target, (K,), of all rows so far.
+        error: What that is as a share of the variance, once it is judged.
         predictions: Predictions of the samples of each fold, (m, K), float32.
         solutions: The solution without each fold.
         loss: What strengths are compared by.
     """
 
+    errors: Tensor
     error: float = 0.0
     predictions: list[Tensor] = field(default_factory=list)
     solutions: list[Linear] = field(default_factory=list)
     loss: float = 0.0
 
-    def judged(self, variance: float, loss: Callable[[Tensor], float] | None) -> "_Trial":
-        """Return this with its loss, and without the predictions, of targets of a variance."""
-        error = self.error / variance
-        return _Trial(error, [], self.solutions, error if loss is None else loss(torch.cat(self.predictions)))
+    def judged(self, error: float, loss: Callable[[Tensor], float] | None) -> "_Trial":
+        """Return this with its error and its loss, and without the predictions."""
+        found = error if loss is None else loss(torch.cat(self.predictions))
+        return _Trial(self.errors, error, [], self.solutions, found)
 
 
 def _trials(
     parts: Sequence[tuple[Moments, Tensor | None]], total: Moments, scale: Tensor, strengths: Sequence[float]
 ) -> list[_Trial]:
     """Return what each strength predicts of each fold, whose rows and sample `parts` holds, from the others."""
-    trials = [_Trial() for _ in strengths]
+    trials = [_Trial(torch.zeros_like(total.squares)) for _ in strengths]
     for fold, sample in parts:
         solutions = _solutions(total.without(fold), scale, strengths)
         for trial, solution in zip(trials, solutions, strict=True):
             trial.solutions.append(solution)
             if fold.weight > 0:
-                trial.error += fold.squared_error(solution)
+                trial.errors += fold.squared_error(solution)
                 if sample is not None:
                     weight, bias = solution
                     trial.predictions.append((sample.double() @ weight.T + bias).float())
@@ -274,7 +291,7 @@ def _trials(
 def _solutions(moments: Moments, scale: Tensor, strengths: Sequence[float]) -> list[Linear]:
     """Return weight, (K, D), and bias, (K,), of each strength, in units of the features as they are."""
     mean, target_mean = moments.mean, moments.target_mean
-    products, cross, _ = moments.centred(mean, target_mean)
+    products, cross = moments.centred(mean, target_mean)
     products *= torch.outer(scale, scale) / moments.weight
     cross *= scale[:, None] / moments.weight
     diagonal, found = products.diagonal().clone(), []

@@ -1,11 +1,11 @@
 """The fields of `ASelectConfig` on the command line of a training script, and the configuration in its folder."""
 
 import os
-import tempfile
 from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.atomic import whole_files
 from ..model.configuration_aselect import ASelectConfig
 
 # Another selection would not fit the head that was trained so far.
@@ -127,6 +127,5 @@ def write_config(config: ASelectConfig, folder: str | os.PathLike[str]) -> None:
         config: Configuration to write.
         folder: An existing folder.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+    with whole_files(folder) as unfinished:
         config.save_pretrained(unfinished)
-        os.replace(Path(unfinished) / "config.json", Path(folder) / "config.json")

@@ -16,9 +16,10 @@ from datasets.fingerprint import Hasher
 from ..checkpoints.saving import in_memory
 from ..images.rows import ImageRows, as_rows, is_stream, is_transformed, refuse_addresses
 from ..model.checks import IGNORED_LABEL
-from ..model.layouts import plain, tap_key
+from ..model.layouts import plain
 from ..model.modeling_aselect import ASelectPreTrainedModel
 from ..selection.distribution import called_by, refuse_flattened, unwrapped
+from .cache_origin import facts_of_selection
 from .cached_features import CachedFeatures
 from .feature_parts import STATE, FeatureParts, part_name, write_parts
 from .feature_reader import DTYPES, WHAT, FeatureReader
@@ -273,7 +274,7 @@ def _fingerprint(parts: FeatureParts, rows: str) -> dict[str, Any]:
     if views.num_views > 1:
         made_from |= {"num_views": views.num_views, "seed": views.seed, "augment": _hash_of_function(views.augment)}
     if reader.what != "latents":
-        made_from |= _facts_of_selection(reader.model.config)
+        made_from |= facts_of_selection(reader.model.config)
     result: dict[str, Any] = json.loads(json.dumps(made_from))
     return result
 
@@ -286,25 +287,6 @@ def _facts_of_model(model: ASelectPreTrainedModel) -> dict[str, Any]:
         "image_size": list(config.image_height_width),
         "transformer": config.transformer,
         "vae": config.vae,
-    }
-
-
-def _facts_of_selection(config: Any) -> dict[str, Any]:
-    """Return where and how features are read, which latents do not depend on."""
-    read_outs = config.read_outs()
-    channels = [config.channels_at(block, feature) for _, block, feature in read_outs]
-    where: dict[str, Any] = {"read_out": read_outs, "zeroed_channels": channels}
-    if len(read_outs) == 1:
-        # Caches from before there were several have these names.
-        ((timestep, *tap),) = read_outs
-        where = {"timestep": timestep, "tap": tap_key(*tap), "zeroed_channels": channels[0]}
-    return {
-        **where,
-        "noise_seed": config.noise_seed,
-        "num_noise_draws": config.num_noise_draws,
-        "scheduler": config.scheduler,
-        "timestep_embedding": config.timestep_embedding,
-        "guidance": config.guidance,
     }
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetInfo, Features, Value
 from tqdm.auto import tqdm
 
+from ..checkpoints.atomic import whole_file
 from ..selection.reader import eval_mode
-from .cached_features import DESCRIPTION
+from .cache_origin import DESCRIPTION
 from .feature_reader import FeatureReader
 
 logger = logging.getLogger(__name__)
@@ -239,19 +239,15 @@ def _is_done_by_another(target: Path, *steps: Callable[[], None]) -> bool:
 def _write_part(parts: FeatureParts, number: int, path: Path, bar: Any) -> None:
     """Write one part; it appears when it is whole."""
     schema = parts.schema()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with pa.ipc.new_stream(str(temporary), schema.arrow_schema) as writer:
+    with whole_file(path) as unfinished:
+        with pa.ipc.new_stream(str(unfinished), schema.arrow_schema) as writer:
             for rows in _batches(parts.rows(number), parts.batch_size):
                 table = Dataset.from_dict(parts.columns(rows), features=schema).data.table
                 writer.write_table(table.cast(schema.arrow_schema))
                 bar.update(len(rows))
         # After a power cut a part that is there must be whole.
-        with temporary.open("rb") as file:
+        with unfinished.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _batches(rows: range, size: int) -> Iterator[range]:
@@ -317,6 +313,5 @@ def _give_name(unfinished: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=1, sort_keys=True), encoding="utf-8")

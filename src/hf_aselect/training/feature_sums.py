@@ -99,10 +99,12 @@ class FeatureSums:
         width: Width D of the features.
         num_labels: Number of targets K.
         kept_bytes: Memory of the rows that are kept.
+        rows_per_image: Rows of one image.
     """
 
-    def __init__(self, width: int, num_labels: int, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, width: int, num_labels: int, kept_bytes: int = KEPT_BYTES, rows_per_image: int = 1) -> None:
         self.width, self.num_labels, self.kept_bytes = width, num_labels, kept_bytes
+        self.rows_per_image = rows_per_image
         self.targets: Targets | None = None
         self.moments: list[Moments] | None = None
         self.kept: list[Rows] = []
@@ -139,7 +141,7 @@ class FeatureSums:
         """
         if self.moments is not None:
             return
-        check_memory(self.width, self.num_labels)
+        check_memory(self.width, self.num_labels, rows_per_image=self.rows_per_image)
         self.kept = [Rows.joined(self.kept)] if self.kept else []
         origin = torch.zeros(self.width, dtype=torch.float64)
         if self.kept:
@@ -195,21 +197,46 @@ def add_rows(moments: list[Moments], rows: Rows, targets: Targets) -> None:
                 fold.add(own.features, *targets.sums(own.targets))
 
 
-def check_memory(width: int, num_targets: int) -> None:
-    """Reject features whose moments the memory cannot hold.
+def check_memory(width: int, num_targets: int, num_rows: int | None = None, rows_per_image: int = 1) -> None:
+    """Reject features whose regression the memory cannot hold.
+
+    Args:
+        width: Width D of the features.
+        num_targets: Number of targets K.
+        num_rows: Number of rows, n; None where it is unknown, or moments have begun.
+        rows_per_image: Rows of one image.
 
     Raises:
-        ValueError: If they exceed what is available.
+        ValueError: If it exceeds what is available.
     """
-    size = 8 * (1 + width)
-    needed = size * ((NUM_FOLDS + _NUM_WORKING) * (1 + width) + _NUM_SOLUTIONS * NUM_FOLDS * num_targets)
-    available = available_memory()
-    if needed > available:
-        raise ValueError(
-            f"The moments of features of width {width} need {needed / 1e9:.1f} GB of memory, of which "
-            f"{available / 1e9:.1f} GB are available. Read fewer taps, or at most {KEPT_BYTES // (4 * width)} images "
-            "(`max_images=`): so many rows of features are kept as they are, without moments."
-        )
+    needed, available = _memory(width, num_targets, num_rows), available_memory()
+    if needed <= available:
+        return
+    most = KEPT_BYTES // row_bytes(width, num_targets)
+    while most and _memory(width, num_targets, most) > available:
+        most = most * 9 // 10
+    raise ValueError(
+        f"The moments of features of width {width} need {needed / 1e9:.1f} GB of memory, of which "
+        f"{available / 1e9:.1f} GB are available. Read fewer taps, or at most {most // rows_per_image} images "
+        "(`max_images=`): few rows of features need moments of their number, not of their width."
+    )
+
+
+def row_bytes(width: int, num_targets: int) -> int:
+    """Return about the memory of a row that is kept, with its targets and numbers."""
+    return 4 * width + 4 * num_targets + 16
+
+
+def _memory(width: int, num_targets: int, num_rows: int | None) -> int:
+    """Return about the memory of a regression; of fewer rows than features it is solved in the space of the rows."""
+    is_kept = num_rows is not None and num_rows * row_bytes(width, num_targets) <= KEPT_BYTES
+    if num_rows is None or not is_kept or num_rows >= width:
+        size, outside = 1 + width, 0
+    else:
+        # The basis of that space, the rows in float64, and the solution of all and without each fold.
+        size, outside = 1 + num_rows, 8 * width * (3 * num_rows + (1 + NUM_FOLDS) * num_targets)
+    matrices = (NUM_FOLDS + _NUM_WORKING) * size + _NUM_SOLUTIONS * NUM_FOLDS * num_targets
+    return 8 * size * matrices + outside
 
 
 def available_memory() -> int:

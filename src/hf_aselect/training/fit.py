@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.saving import bring_in
 from ..images.rows import TENSORS
 from ..model.checks import check_count
 from ..model.denoiser import is_sharded
@@ -19,6 +20,7 @@ from ..selection.apply import batch_size_for
 from ..selection.distribution import Share, gather_objects, is_partitioned, refuse_flattened, unwrapped
 from ..selection.reader import eval_mode
 from ..selection.sweep import progress_bar
+from .cache_origin import check_read_out
 from .feature_sums import KEPT_BYTES, TOKEN_BITS, FeatureSums, Rows, check_memory
 from .head_evaluation import Evaluation
 from .head_solution import HeadSolution, solve
@@ -100,7 +102,7 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
     mean and variance of the tokens, by which a training standardizes them, too.
 
     Args:
-        model: The model. It is changed once all is read and solved, and by no fit that fails.
+        model: The model. It is changed once all is read and solved, and by no fit or evaluation that fails.
         dataset: See `LabelledImages`.
         options: How.
         eval_dataset: Images to evaluate the fitted head on; or several sets by name.
@@ -119,9 +121,12 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
     images = _labelled(model, dataset, options)
     sets = _named_sets(eval_dataset)
     judged = {name: _labelled(model, each, replace(options, max_images=None)) for name, each in sets.items()}
+    _check_names(images, judged, model.config)
     share, batch_size = Share.of_model(model), options.batch_size or batch_size_for(model.config)
     with _linear_part(model) as part:
         known = _known_targets(images, model.config, options, share, batch_size)
+        for name, each in judged.items():
+            _check_known_labels(name, each, model.config, known)
         # The machines of several processes may have different memories.
         _together(share, partial(_check_size, images, model.config, part))
         reading = _Reading(model.config, part, images, known, KEPT_BYTES // share.world)
@@ -132,14 +137,17 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         if any(share.gather(reading.sums.moments is not None)):
             _together(share, reading.sums.begin_moments)
         moments, rows = reading.sums.gathered(share)
+        if moments is None:
+            _together(share, partial(check_memory, rows.features.shape[1], targets.num_labels, len(rows)))
         # Of one process: where the last bits of two machines differ, so would their heads.
         solution, tokens = gather_objects((solve(moments, rows, targets), reading.tokens))[0]
-        _write(model, part, targets, solution, tokens)
-    figures = {}
-    for name, each in judged.items():
-        evaluation = Evaluation(targets, model.config)
-        _pass(model, each, share, batch_size, evaluation.add, "Evaluating the head")
-        figures[name] = evaluation.figures(share)
+        figures = {}
+        with _undone_on_failure(model.config, part):
+            _write(model, part, targets, solution, tokens)
+            for name, each in judged.items():
+                evaluation = Evaluation(targets, model.config)
+                _pass(model, each, share, batch_size, evaluation.add, "Evaluating the head")
+                figures[name] = evaluation.figures(share)
     fit = HeadFit(
         strength=solution.strength,
         scale=solution.scale,
@@ -158,13 +166,19 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
 
 
 def _check_model(model: Any, options: FitOptions) -> None:
-    """Reject a model that has no linear head to be fitted.
+    """Reject a model that has no linear head to be fitted; bring in one that is offloaded, which stays in memory.
 
     Raises:
         ValueError: If it has none.
     """
     config, name = model.config, type(model).__name__
     if not model._standardizations():
+        head = getattr(model, "classifier", None)
+        if head is not None:
+            raise ValueError(
+                f"The head of this model is a {type(head).__name__} that took the place of its own. Fit the head that "
+                "it was loaded with, or save it and load it again."
+            )
         raise ValueError(
             f"A {name} has no head to fit. Load a DiTForImageClassification or DiTForSemanticSegmentation."
         )
@@ -185,11 +199,12 @@ def _check_model(model: Any, options: FitOptions) -> None:
     # By their names: code of a checkpoint has classes of its own.
     part = model.decode_head if is_dense else model.classifier
     is_whole = type(part).__name__ in ("LinearHead", "AttentionHead", "LinearDecoder")
-    if not is_whole or type(_layer(part)) not in (nn.Linear, nn.Conv2d) or _layer(part).weight.is_meta:
+    if not is_whole or type(_layer(part)) not in (nn.Linear, nn.Conv2d):
         raise ValueError(
-            "The head of this model has no plain linear layer in memory to write. Fit the head before adapters are "
-            "added, and load the model without offloading its head."
+            f"The head of this model, a {type(part).__name__}, has no plain linear layer to write. Fit it before "
+            "adapters are added, or another module is put in its place."
         )
+    bring_in(part, model.device)
 
 
 def _layer(part: Any) -> Any:
@@ -198,7 +213,7 @@ def _layer(part: Any) -> Any:
 
 
 def _labelled(model: Any, dataset: Any, options: FitOptions) -> LabelledImages:
-    return LabelledImages(
+    images = LabelledImages(
         dataset,
         model.config,
         is_dense=type(model).task == "image-segmentation",
@@ -207,6 +222,9 @@ def _labelled(model: Any, dataset: Any, options: FitOptions) -> LabelledImages:
         max_images=options.max_images,
         seed=options.seed,
     )
+    if images.images.kind == "features":
+        check_read_out(str(getattr(getattr(dataset, "info", None), "description", "")), model.config)
+    return images
 
 
 def _named_sets(eval_dataset: Any) -> dict[str, Any]:
@@ -247,6 +265,57 @@ def _linear_part(model: Any) -> Iterator[Any]:
         raise
 
 
+@contextmanager
+def _undone_on_failure(config: Any, part: Any) -> Iterator[None]:
+    """Give a head or decoder, and the kind of its task, back what they were if what is done to them fails."""
+    state, problem = {name: value.clone() for name, value in part.state_dict().items()}, config.problem_type
+    try:
+        yield
+    except BaseException:
+        part.load_state_dict(state)
+        config.problem_type = problem
+        raise
+
+
+def _check_names(images: LabelledImages, judged: dict[str, LabelledImages], config: Any) -> None:
+    """Reject sets of images that name the classes, and number them otherwise than the model or each other.
+
+    Raises:
+        ValueError: If a name has two numbers.
+    """
+    known = [("the model", {str(name): number for number, name in (config.id2label or {}).items()})]
+    sets = {"`dataset`": images, **{_eval_name(name): each for name, each in judged.items()}}
+    for what, each in sets.items():
+        for whose, others in known:
+            for name, number in each.class_numbers.items():
+                if others.get(name, number) != number:
+                    raise ValueError(
+                        f"Class {name!r} has number {number} in {what}, and number {others[name]} in {whose}. Number "
+                        "them alike (`dataset.align_labels_with_mapping`), or load the model with the names of the "
+                        "dataset (`id2label=`)."
+                    )
+        known.append((what, each.class_numbers))
+
+
+def _eval_name(name: str) -> str:
+    """Return what a set to evaluate on is called, of its name, if it has one."""
+    return f"`eval_dataset[{name!r}]`" if name else "`eval_dataset`"
+
+
+def _check_known_labels(name: str, images: LabelledImages, config: Any, targets: Targets | None) -> None:
+    """Reject labels to evaluate on that are known without an image, and do not fit the model or the other labels.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if (known := images.known_labels()) is None:
+        return
+    try:
+        LabelCounts(config, images.is_dense, targets).add(LabelledBatch(sorted(images.order or ()), {}, known))
+    except ValueError as error:
+        raise ValueError(f"The labels of {_eval_name(name)} do not fit: {error}") from error
+
+
 def _known_targets(
     images: LabelledImages, config: Any, options: FitOptions, share: Share, batch_size: int
 ) -> Targets | None:
@@ -279,15 +348,15 @@ def _known_targets(
 
 
 def _check_size(images: LabelledImages, config: Any, part: Any) -> None:
-    """Reject images whose features are too many to be kept, and too wide to be summed up, where that is known.
+    """Reject images whose regression the memory cannot hold, where their number is known.
 
     Raises:
-        ValueError: If their moments exceed the memory.
+        ValueError: If it exceeds the memory.
     """
     rows, columns = config.token_grid if images.is_dense else (1, 1)
-    width = _width(part)
-    if images.order is not None and 4 * width * rows * columns * len(images.order) > KEPT_BYTES:
-        check_memory(width, int(config.num_labels))
+    if images.order is not None:
+        each = rows * columns
+        check_memory(_width(part), int(config.num_labels), each * len(images.order), each)
 
 
 def _width(part: Any) -> int:
@@ -365,7 +434,8 @@ class _Reading:
     ) -> None:
         self.images, self.labels = images, LabelCounts(config, images.is_dense, targets)
         self.seen: list[Tensor] = []  # what is before the linear layer was called with
-        self.sums = FeatureSums(_width(part), int(config.num_labels), kept_bytes)
+        rows, columns = config.token_grid if images.is_dense else (1, 1)
+        self.sums = FeatureSums(_width(part), int(config.num_labels), kept_bytes, rows * columns)
         # Of a decoder: number, sum and sum of squares of all tokens.
         self.tokens = torch.zeros(3, _width(part), dtype=torch.float64)
 
@@ -411,6 +481,9 @@ def _write(model: Any, part: Any, targets: Targets, solution: HeadSolution, toke
         targets: What it was fitted to.
         solution: The solution.
         tokens: Of a decoder: number, sum and sum of squares of all tokens, (3, D).
+
+    Raises:
+        ValueError: If the layer's dtype does not hold the weights.
     """
     weight, bias = solution.weight, solution.bias
     if targets.kind == DENSE:
@@ -423,6 +496,12 @@ def _write(model: Any, part: Any, targets: Targets, solution: HeadSolution, toke
         bias = bias + weight @ norm.running_mean.double().cpu()
         weight = weight * (norm.running_var.double().cpu() + norm.eps).sqrt()
     layer = _layer(part)
+    largest, limit = float(max(weight.abs().max(), bias.abs().max())), torch.finfo(layer.weight.dtype).max
+    if largest > limit:
+        raise ValueError(
+            f"The weights of the fitted head are up to {largest:g}, beyond what {layer.weight.dtype} holds. Load the "
+            "model in bfloat16 or float32, or let it standardize its features (`calibration_images=`)."
+        )
     layer.weight.copy_(weight.view(layer.weight.shape))
     layer.bias.copy_(bias)
     if targets.kind in (MULTI, REGRESSION):

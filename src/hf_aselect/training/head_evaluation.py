@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..model.checks import check_masks
 from ..selection.distribution import Share
+from .closed_form import TARGET_ROUNDING
 from .labelled_images import LabelledBatch
 from .targets import DENSE, MULTI, REGRESSION, Targets, labelled, targets_of
 
@@ -61,14 +62,15 @@ class Evaluation:
     def figures(self, share: Share) -> dict[str, float]:
         """Return the figures by name: `accuracy`, and `mean_iou` of a segmenter; of values the `error`.
 
-        The error is the squared one, as a share of the values' variance. Classes that neither masks nor predictions
-        have are left out of the mean IoU. All processes call it, and get the same.
+        The error is the squared one, as a share of the values' variance; of several values an image the mean of
+        their shares. Classes that neither masks nor predictions have are left out of the mean IoU. All processes call
+        it, and get the same.
 
         Args:
             share: Which images this process added.
 
         Raises:
-            ValueError: If there was no image with a label.
+            ValueError: If there was no image with a label, or values are the same for all images.
         """
         sums = share.total(self.sums)
         if not float(sums.sum()):
@@ -77,7 +79,11 @@ class Evaluation:
             return {"accuracy": float(sums[0, 0] / sums[0, 1])}
         if self.targets.kind == REGRESSION:
             errors, values, squares, counts = sums
-            return {"error": float(errors.sum() / (squares - values.square() / counts).sum())}
+            variation = squares - values.square() / counts
+            varied = variation > TARGET_ROUNDING * squares
+            if not bool(varied.any()):
+                raise ValueError("The labels of `eval_dataset` are the same for all images: they show no error.")
+            return {"error": float((errors[varied] / variation[varied]).mean())}
         hits, union = sums.diagonal(), sums.sum(0) + sums.sum(1) - sums.diagonal()
         figures = {"accuracy": float(hits.sum() / sums.sum())}
         if self.targets.kind == DENSE:

@@ -189,6 +189,8 @@ class LabelCounts:
         self.num_images = 0
         # Images, labels or pixels of each class.
         self.counts = torch.zeros(int(config.num_labels), dtype=torch.float64)
+        # Smallest and largest value of each label, of `MULTI` and `REGRESSION`.
+        self.range = torch.tensor([torch.inf, -torch.inf]).double()[:, None].repeat(1, int(config.num_labels))
 
     @property
     def targets(self) -> Targets:
@@ -222,6 +224,9 @@ class LabelCounts:
         self.num_images += int(known.view(len(batch.indices), -1).any(1).sum())
         if self.found.kind != REGRESSION:
             self.counts += self.found.counts(found[known]) * num_pixels
+        if not self.found.is_exclusive:
+            low, high = found.double().aminmax(dim=0)
+            self.range = torch.stack([self.range[0].minimum(low), self.range[1].maximum(high)])
         return found, known
 
     def total(self, share: Share) -> None:
@@ -229,10 +234,12 @@ class LabelCounts:
         # A process may have no image, where there are fewer than processes.
         targets = [each for each in share.gather(self.found) if each is not None]
         self.num_images, self.counts = sum(share.gather(self.num_images)), share.total(self.counts)
+        ranges = torch.stack(share.gather(self.range))
+        self.range = torch.stack([ranges[:, 0].amin(0), ranges[:, 1].amax(0)])
         self.found = targets[0] if targets and self.num_images else None
 
     def check(self, allow_missing: bool) -> None:
-        """Reject too few images, and classes without one.
+        """Reject too few images, labels that do not vary, and classes without an image.
 
         Args:
             allow_missing: Whether classes may have none.
@@ -244,10 +251,13 @@ class LabelCounts:
             raise ValueError(
                 f"A head is fitted to images that differ: give at least 2 with a label, got {self.num_images}."
             )
+        is_exclusive = self.targets.is_exclusive
+        if not is_exclusive and not bool((self.range[0] < self.range[1]).any()):
+            raise ValueError("The labels are the same for all images, so there is nothing to predict.")
         if self.targets.kind == REGRESSION:
             return
         missing = (self.counts == 0).nonzero().flatten().tolist()
-        if len(self.counts) - len(missing) < 1 + self.targets.is_exclusive:
+        if is_exclusive and len(self.counts) - len(missing) < 2:
             raise ValueError("The labels are the same for all images. A head needs images of at least two classes.")
         if missing and not allow_missing:
             names = self.config.id2label or {}

@@ -133,8 +133,25 @@ def crop_and_flip(image: Image.Image) -> Image.Image:
 
     Source: the A-SelecT authors' recipe, 512 pixels of 576.
     """
-    width, height = image.size
-    side_width, side_height = max(1, round(CROP * width)), max(1, round(CROP * height))
-    left, top = random.randint(0, width - side_width), random.randint(0, height - side_height)
-    crop = image.crop((left, top, left + side_width, top + side_height))
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop
+    return cropped_and_flipped([image], CROP)[0]
+
+
+def cropped_and_flipped(images: Sequence[Image.Image], share: float, numbers: Any = random) -> list[Image.Image]:
+    """Return the same random part of several images, as an image and its mask, flipped half of the time.
+
+    Args:
+        images: Images of one size.
+        share: Part of each side, in (0, 1].
+        numbers: What draws them, as `random.Random(seed)`. Default: the random numbers of `random`.
+
+    Raises:
+        ValueError: If they are of other sizes, as where `datasets` turned an image by its EXIF entry and no mask.
+    """
+    width, height = images[0].size
+    if others := [image.size for image in images if image.size != (width, height)]:
+        raise ValueError(f"An image has {(width, height)} pixels and its mask {others[0]}; they must be equal.")
+    side_width, side_height = max(1, round(share * width)), max(1, round(share * height))
+    left, top = numbers.randint(0, width - side_width), numbers.randint(0, height - side_height)
+    crops = [image.crop((left, top, left + side_width, top + side_height)) for image in images]
+    is_flipped = numbers.random() < 0.5
+    return [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop for crop in crops]
