@@ -125,6 +125,9 @@ class BenchmarkArguments:
     own_pictures: bool = field(
         default=True, metadata={"help": "Also select on images that the DiT makes itself, which takes longest."}
     )
+    consensus_only: bool = field(
+        default=False, metadata={"help": "Only select by the default, and by what it was before."}
+    )
     search_only: bool = field(
         default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
     )
@@ -273,15 +276,16 @@ class Pair:
                 rows.append(self.row(name, tap, hits, timestep))
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
-            ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA if name not in FORMER]
+            others = () if self.args.consensus_only else CRITERIA
+            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in FORMER]
             ways += [(name, truth) for name in (*FORMER, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
                 if name in ("signal_hfr", DEFAULT) and self.args.own_pictures:
                     rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], truth, generated=True))
-            if self.per_picture:
+            if self.per_picture and not self.args.consensus_only:
                 rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
-        for truth in HEADS:
+        for truth in dict.fromkeys(truth for truth, _ in hits if truth in HEADS):
             rows += self.tap_rows(truth, hits)
         return {
             "arguments": asdict(self.args),
@@ -351,7 +355,7 @@ class Pair:
         default = {"block": [config.block_index()], "feature": [config.feature]}
         search: dict[str, Any] = {"block": blocks, "feature": features}
         ways: dict[str, dict[str, Any]] = {"consensus": search, "default tap": default}
-        if self.per_picture:
+        if self.per_picture and not self.args.consensus_only:
             ways["probe"] = {**search, "criterion": "probe", "labels": self.labels[0]}
         rows = []
         for name, options in ways.items():
