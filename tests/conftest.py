@@ -34,7 +34,7 @@ LONGEST = (
 # fmt: on
 NUM_CLASSES = 5
 NUM_BLOCKS = 3
-# Families that are read by their description alone, of `generic_pipelines.py`; they are not folded.
+# Families of `generic_pipelines.py`, which are not folded.
 # fmt: off
 DESCRIBED = (
     "z_image", "qwen_image", "aura_flow", "cogview4", "hunyuan_dit", "lumina_next",
@@ -170,6 +170,15 @@ def build_transformer(num_channels=3, num_layers=NUM_BLOCKS):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def denoiser_of(transformer, timestep_embedding="diffusers", **options):
+    """What reads a transformer of diffusers."""
+    from hf_aselect.model.denoiser import Denoiser
+    from hf_aselect.model.families import family_of
+
+    family = family_of(type(transformer).__name__)
+    return Denoiser(transformer, family, timestep_embedding=timestep_embedding, **options)
 
 
 def build_vae():

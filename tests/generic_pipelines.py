@@ -1,4 +1,4 @@
-"""Tiny pipelines of the families that are described rather than written by hand: diffusers' own classes."""
+"""Tiny pipelines of the families that are not folded: diffusers' own classes."""
 
 import torch
 from diffusers import (

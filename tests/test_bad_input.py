@@ -392,7 +392,7 @@ def test_any_record_is_refused_or_comes_back(examples):
         try:
             made = TimestepSelection.from_dict(record)
         except ValueError as error:
-            assert str(error).startswith("Not a record of a selection")
+            assert str(error).startswith("A saved selection")
             return
         again = TimestepSelection.from_dict(json.loads(json.dumps(made.to_dict())))
         assert json.dumps(again.to_dict()) == json.dumps(made.to_dict())

@@ -155,7 +155,7 @@ def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (a token's side), got 7."),
+        (["--image-size", "7"], "`image_size` must be a multiple of 4 pixels (a token's size), got 7."),
         (["--timestep-embedding", "wrong"], "Field 'timestep_embedding' expected one of"),
         (["--dtype", "int8"], "`dtype` must be one of float32, float16, bfloat16, got 'int8'."),
     ],
@@ -186,7 +186,7 @@ def test_fold_writes_a_model_that_reads_alike(classifier, tmp_path, capsys, pixe
     assert folded.config.folded
     with torch.no_grad():
         torch.testing.assert_close(folded(pixels).logits, classifier.eval()(pixels).logits, rtol=1e-4, atol=1e-5)
-    assert "read here alone" in (tmp_path / "folded" / "README.md").read_text()
+    assert "only this timestep can be read" in (tmp_path / "folded" / "README.md").read_text()
     assert (tmp_path / "folded" / "preprocessor_config.json").is_file()
     assert not list(tmp_path.glob(".*incomplete*"))
 
@@ -262,16 +262,16 @@ def test_card_draws_the_curve_of_the_choice(pixel_folder, pictures, tmp_path):
     assert main(["card", str(tmp_path)]) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "timestep_curve.png").is_file() and "(timestep_curve.png)" in text
-    assert f"| timestep | {model.config.timestep} |" in text and "**How sure.**" in text
+    assert f"| timestep | {model.config.timestep} |" in text and "**Confidence.**" in text
     assert all(f"- {warning}\n" in text for warning in model.config.selection["warnings"])
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["card", "{}", "--accuracy", "75"], "'accuracy' must be a share in [0, 1]"),
-        (["card", "{}/nothing"], "is no folder: say by `--output`"),
-        (["card", "{}/empty"], "holds no model of ours"),
+        (["card", "{}", "--accuracy", "75"], "'accuracy' must be in [0, 1]"),
+        (["card", "{}/nothing"], "is not a folder. Pass the folder to write the card to as `--output`"),
+        (["card", "{}/empty"], "is not an hf_aselect model"),
     ],
 )
 def test_card_says_in_one_line_what_is_wrong(described, words, complaint, capsys):

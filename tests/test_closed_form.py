@@ -195,7 +195,7 @@ def test_what_cannot_be_regressed_is_rejected(change, words):
 def test_at_least_two_folds_have_rows():
     features, labels = random_rows()
     filled, *_ = by_fold(features, table(labels), folds=1)
-    with pytest.raises(ValueError, match="Too few images: some are held out"):
+    with pytest.raises(ValueError, match="There are too few images to hold some out"):
         fit_ridge([filled, Moments.empty(filled.origin, 3)])
 
 
@@ -366,7 +366,7 @@ def test_a_token_has_the_classes_of_its_pixels():
 def test_moments_beyond_the_memory_are_rejected_before_they_are_made(monkeypatch):
     monkeypatch.setattr(feature_sums, "available_memory", lambda: 10**9)
     check_memory(1024, 10)
-    with pytest.raises(ValueError, match=r"width 20000 need 5\d\.\d GB of memory, of which 1\.0 GB are available"):
+    with pytest.raises(ValueError, match=r"width 20000 need 5\d\.\d GB of memory, but 1\.0 GB are available"):
         check_memory(20_000, 10)
     sums = FeatureSums(20_000, 2, kept_bytes=10**5)
     few = rows_of(torch.zeros(1, 20_000), torch.zeros(1, dtype=torch.long))
@@ -383,9 +383,7 @@ def test_rows_that_are_kept_need_memory_for_their_number_or_their_width(monkeypa
     monkeypatch.setattr(feature_sums, "available_memory", lambda: 10**9)
     check_memory(20_000, 10, num_rows=1000)
     # They take 256 MB, and their moments many times that.
-    with pytest.raises(
-        ValueError, match=r"need 8.\d GB of memory, of which 1.0 GB are .* at most (\d+) images"
-    ) as some:
+    with pytest.raises(ValueError, match=r"need 8.\d GB of memory, but 1.0 GB are .* at most (\d+) images") as some:
         check_memory(8000, 10, num_rows=8100)
     most = int(re.search(r"at most (\d+) images", str(some.value))[1])
     check_memory(8000, 10, num_rows=most)

@@ -117,7 +117,7 @@ def test_records_of_a_later_format_ask_for_an_upgrade(model, found):
     folded = model.fold().config.to_dict()
     assert folded["folded_layout"]["format"] == 1
     for field, record in (("folded_layout", folded["folded_layout"]), ("selection", {"timestep": 5})):
-        message = rf"`{field}` has format '{found}', and this version of hf_aselect reads formats up to 1"
+        message = rf"`{field}` has format '{found}', but this version of hf_aselect reads formats up to 1"
         with pytest.raises((ValueError, StrictDataclassError), match=message):
             ASelectConfig.from_dict({**folded, field: {**record, "format": found}})
 

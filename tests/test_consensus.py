@@ -193,7 +193,7 @@ def test_a_reference_that_is_the_same_for_the_first_pictures_has_no_share(roundi
     assert scores[5] < 0.05
 
 
-@pytest.mark.parametrize(("count", "words"), [(1, "One image is too few"), (8, "The images do not differ")])
+@pytest.mark.parametrize(("count", "words"), [(1, "must hold at least 2 images"), (8, "are all the same")])
 def test_pictures_without_a_difference_are_refused(count, words):
     pooled = {key: values[:1].repeat(count, 1, 1) for key, values in views([1.0] * 5).items()}
     with pytest.raises(ValueError, match=words):
@@ -202,7 +202,7 @@ def test_pictures_without_a_difference_are_refused(count, words):
 
 @pytest.mark.parametrize("num_targets", [8, 128.0, True])
 def test_a_projection_that_is_too_small_is_refused(num_targets):
-    with pytest.raises(ValueError, match="`num_targets` of 'consensus' must be an integer from 20 on, got"):
+    with pytest.raises(ValueError, match="`num_targets` of 'consensus' must be an integer >= 20, got"):
         Consensus(num_targets=num_targets)
 
 

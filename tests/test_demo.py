@@ -138,7 +138,9 @@ def test_the_sample_has_every_class_and_its_names():
 
 
 def test_more_pictures_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="The embedded test sample has 2000 images, asked for 2001"):
+    with pytest.raises(
+        ValueError, match=r"must be in \[1, 2000\], the number of images in the embedded test sample, got 2001"
+    ):
         load_embedded_split("test", 2001)
 
 

@@ -61,7 +61,7 @@ def test_the_card_has_the_figures_and_says_that_scenes_are_composed(finished):
     card = (folder / "model" / "README.md").read_text()
     assert f"| **this model** | {results['mean_iou']['upernet']:.1%} |" in card
     assert f"| grey level of a pixel | {results['mean_iou']['colours']:.1%} |" in card
-    assert "Scenes are composed of images of single clothes on black" in card
+    assert "Scenes are composed of images of single items of clothing on black" in card
 
 
 @pytest.mark.parametrize("name", ["timestep_curve.png", "overlays.png", "model/timestep_curve.png"])

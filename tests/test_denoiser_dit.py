@@ -2,13 +2,13 @@ import math
 
 import pytest
 import torch
-from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer
+from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer, denoiser_of
 from diffusers import DiTTransformer2DModel
 
-from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.model.layouts import FEATURES
 
 TAPS = [(block, feature) for block in range(NUM_BLOCKS) for feature in FEATURES]
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "patch_size": 2}
 SHAPES = {"square": (8, 8), "wide": (4, 12), "high": (10, 6)}
 
 
@@ -44,7 +44,7 @@ def hooked_tokens(transformer, noised, timestep, block, feature):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_equal_a_hook_on_diffusers_at_every_tap(shape, batch, training):
     transformer = build_transformer()
-    denoiser = DiTDenoiser(transformer, "diffusers").train(training)
+    denoiser = denoiser_of(transformer).train(training)
     generator = torch.Generator().manual_seed(0)
     noised = torch.randn(batch, 3, *SHAPES[shape], generator=generator)
     timesteps = torch.full((batch,), 141)
@@ -57,7 +57,7 @@ def test_tokens_equal_a_hook_on_diffusers_at_every_tap(shape, batch, training):
 
 @pytest.mark.parametrize(("block", "feature"), TAPS)
 def test_nothing_that_comes_after_the_tap_is_run(block, feature):
-    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    denoiser = denoiser_of(build_transformer())
     ran = []
     for module in denoiser.unused_modules(block, feature):
         module.register_forward_hook(lambda module, *_: ran.append(module))
@@ -67,7 +67,7 @@ def test_nothing_that_comes_after_the_tap_is_run(block, feature):
 
 
 def test_the_last_block_and_the_mlp_are_unused_at_a_query():
-    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    denoiser = denoiser_of(build_transformer())
     blocks = denoiser.transformer.transformer_blocks
     unused = denoiser.unused_modules(1, "query")
     for module in (
@@ -81,8 +81,35 @@ def test_the_last_block_and_the_mlp_are_unused_at_a_query():
     assert not any(blocks[1].attn1.to_q is other for other in unused)
 
 
+def test_blocks_are_given_timesteps_as_integers():
+    """FSDP rounds what else a block is given: in bfloat16, 998 and 999 are both 1000."""
+    denoiser, seen = denoiser_of(build_transformer()), []
+    denoiser.blocks[1].register_forward_pre_hook(lambda _module, _args, given: seen.append(given), with_kwargs=True)
+    with torch.no_grad():
+        for timesteps in (998, torch.tensor([998])):
+            denoiser(torch.randn(1, 3, 8, 8), timesteps, 1, "hidden")
+    assert [int(each["timestep"]) for each in seen] == [998, 998]
+    assert not any(each["timestep"].is_floating_point() for each in seen)
+
+
+def test_what_a_quantized_transformer_does_not_use_is_known():
+    with torch.device("meta"):
+        denoiser = denoiser_of(DiTTransformer2DModel(**SIZES), rebuild=lambda: DiTTransformer2DModel(**SIZES))
+    taps = [(0, "query")]
+    expected = [name for name, each in denoiser.named_parameters() if has(denoiser.unused_parameters(taps), each)]
+    layers = denoiser.blocks[0].attn1
+    layers.to_q.weight = torch.nn.Parameter(layers.to_q.weight.to(torch.int8), requires_grad=False)
+    found = [name for name, each in denoiser.named_parameters() if has(denoiser.unused_parameters(taps), each)]
+    assert found == expected and any("to_k" in name for name in found)
+    assert not has(denoiser.unused_modules(0, "query"), layers.to_q)
+
+
+def has(those, one):
+    return any(each is one for each in those)
+
+
 def test_the_timestep_changes_the_tokens():
-    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    denoiser = denoiser_of(build_transformer())
     noised = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         early, late = (denoiser(noised, torch.tensor([t]), 1, "query") for t in (5, 500))
@@ -91,7 +118,7 @@ def test_the_timestep_changes_the_tokens():
 
 def test_the_original_timestep_embedding_is_that_of_the_dit_paper():
     """facebookresearch/DiT, models.py, TimestepEmbedder: frequencies 10000^(-i/half), cosines first."""
-    denoiser = DiTDenoiser(build_transformer(), "original")
+    denoiser = denoiser_of(build_transformer(), "original")
     timesteps = torch.tensor([0, 121, 999])
     half = 128
     angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * torch.arange(half) / half)
@@ -102,18 +129,20 @@ def test_the_original_timestep_embedding_is_that_of_the_dit_paper():
 
 def test_the_diffusers_timestep_embedding_is_left_alone():
     plain = build_transformer().transformer_blocks[0].norm1.emb.time_proj
-    denoiser = DiTDenoiser(build_transformer(), "diffusers")
+    denoiser = denoiser_of(build_transformer())
     timesteps = torch.tensor([121])
     found = denoiser.transformer.transformer_blocks[0].norm1.emb.time_proj(timesteps)
     assert torch.equal(found, plain(timesteps))
-    original = DiTDenoiser(build_transformer(), "original").transformer.transformer_blocks[0].norm1.emb.time_proj
+    original = denoiser_of(build_transformer(), "original").transformer.transformer_blocks[0].norm1.emb.time_proj
     assert (original(timesteps) - found).abs().max() > 0.1
 
 
 def test_the_position_table_is_the_one_that_diffusers_builds():
-    transformer = build_transformer()
-    table = DiTDenoiser(transformer, "diffusers").position_table()
-    assert torch.equal(table, transformer.pos_embed.pos_embed)
+    expected = build_transformer().pos_embed.pos_embed
+    with torch.device("meta"):
+        denoiser = denoiser_of(DiTTransformer2DModel(**SIZES), rebuild=lambda: DiTTransformer2DModel(**SIZES))
+    assert torch.equal(denoiser.patch_embedding.pos_embed, expected)
+    assert torch.equal(denoiser.tables_of(denoiser.patch_embedding)["pos_embed"], expected)
 
 
 def test_the_embedder_drops_labels_to_the_label_that_we_give():

@@ -360,7 +360,7 @@ def test_parts_that_a_pipeline_was_saved_without_are_not_needed():
 @pytest.mark.parametrize("text", ["[1, 2]", "{", "\xff"])
 def test_json_that_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"is not valid JSON|holds a list, expected an object"):
+    with pytest.raises(ValueError, match=r"is not valid JSON|must contain a JSON object, got a list"):
         read_json(tmp_path / "config.json")
 
 

@@ -1,6 +1,7 @@
 """The empty prompt of the families that are described: what their pipelines encode, without what is not read."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_only_what_encodes_the_prompt_is_loaded(saved, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     embeddings = encode_empty_prompt(tmp_path, transformer_of(pipe))
     assert embeddings["prompt_embeds"].shape == (1, 512, 32)
+
+
+@pytest.mark.parametrize("error", [AttributeError("no attribute"), RuntimeError("Failed to import")])
+def test_a_pipeline_that_an_older_diffusers_lacks_is_named(saved, monkeypatch, error):
+    pipe, folder = saved("z_image")
+
+    class Older:
+        __version__ = "0.36.0"
+        ZImageTransformer2DModel = type(pipe.transformer)
+
+        def __getattr__(self, name):
+            raise error if name.endswith("Pipeline") else AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "diffusers", Older())
+    with pytest.raises(ValueError, match=f"has no ZImagePipeline,.*{error}.*pip install -U diffusers"):
+        encode_empty_prompt(folder, transformer_of(pipe))
 
 
 def test_the_other_flux2_is_refused(saved):

@@ -405,18 +405,18 @@ def test_a_run_on_latents_goes_on_with_a_vae_that_was_moved_but_not_with_another
     vae = AutoencoderKL.from_pretrained(moved)
     vae.encoder.conv_in.bias.data[0] += 1
     vae.save_pretrained(moved)
-    with pytest.raises(ValueError, match="holds a run with digest of the VAE"):
+    with pytest.raises(ValueError, match="contains a run with digest of the VAE"):
         prepare("pretraining/pretrain_dit.py", *words)
 
 
 REFUSED = [
-    ("dit", ("--shift", 3), r"--shift is of flow matching, got 3.0 with --prediction_type epsilon. Leave it out"),
+    ("dit", ("--shift", 3), r"--shift is for flow matching, got 3.0 with --prediction_type epsilon. Omit it"),
     ("dit", ("--prediction_type", "flow_matching", "--shift", 0), r"--shift must be above 0, .* got 0.0"),
     ("dit", ("--prediction_type", "flow_matching", "--shift", "nan"), r"--shift must be above 0, .* got nan"),
     (
         "dit",
         ("--prediction_type", "flow_matching", "--beta_schedule", "squaredcos_cap_v2"),
-        r"has no betas, got --beta_schedule squaredcos_cap_v2. Leave it out",
+        r"has no betas, got --beta_schedule squaredcos_cap_v2. Omit it",
     ),
     ("dit", ("--image_size", 10), r"--image_size must be a multiple of 4 for .* got 10. 12 would do"),
     ("dit", ("--vae_name_or_path", "VAE"), r"--image_size must be a multiple of 16 for .* got 8. 16 would do"),

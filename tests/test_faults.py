@@ -88,7 +88,7 @@ raise SystemExit(main(sys.argv[1:]))
     }
     status, said = server.run(code, *words[command], environment=environment)
     assert status == 130
-    assert said.splitlines()[-1] == "hf-aselect: interrupted; what was there before is as it was"
+    assert said.splitlines()[-1] == "hf-aselect: interrupted; existing files were left unchanged"
     assert "Traceback" not in said and not list(tmp_path.iterdir())
 
 

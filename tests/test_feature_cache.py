@@ -321,11 +321,13 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(model, data, tmp_path, mo
     assert folder.name.endswith(".incomplete")
     parts = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(parts) == 2  # of three rows each, and nothing half-written
+    (folder / ".state.incomplete-0.json").write_text("{")  # of a process that was killed
     calls[:] = [0] * 3
     cached = cache_features(model, data, tmp_path)
     assert sum(calls) == NUM_PICTURES - 6
     (folder,) = tmp_path.iterdir()
     assert all((folder / name).stat().st_mtime_ns == at for name, at in parts.items())
+    assert not list(folder.glob(".*"))
     monkeypatch.setattr(DiTModel, "extract_features", extract)
     whole = cache_features(model, data, tmp_path / "again")
     torch.testing.assert_close(cached["features"][:], whole["features"][:], rtol=1e-3, atol=1e-3)
@@ -420,7 +422,7 @@ def test_the_need_is_told_before_it_starts(model, data, tmp_path, capsys):
 def test_values_beyond_float16_are_refused(model, data, tmp_path, monkeypatch):
     extract = DiTModel.extract_features
     monkeypatch.setattr(DiTModel, "extract_features", lambda *args: extract(*args) * 1e7)
-    with pytest.raises(ValueError, match=r"tokens of image 0 hold values that float16 does not.*dtype='float32'"):
+    with pytest.raises(ValueError, match=r"tokens of image 0 overflow float16.*dtype='float32'"):
         cache_features(model, data, tmp_path)
     assert cache_features(model, data, tmp_path, dtype="float32").num_rows == NUM_PICTURES
 
@@ -431,7 +433,7 @@ def test_a_broken_picture_is_named(model, tmp_path):
     broken = good.read_bytes()[:40]
     rows = {"image": [{"bytes": good.read_bytes(), "path": None}, {"bytes": broken, "path": None}]}
     data = Dataset.from_dict(rows, features=Features(image=datasets.Image()))
-    with pytest.raises(ValueError, match=r"Image 1 of the set cannot be read"):
+    with pytest.raises(ValueError, match=r"Image 1 cannot be read"):
         cache_features(model, data, tmp_path / "cache")
 
 
@@ -440,8 +442,8 @@ def test_a_broken_picture_is_named(model, tmp_path):
     [
         ({"what": "maps"}, "`what` must be one of tokens, pooled, latents, got 'maps'"),
         ({"dtype": "bfloat16"}, "`dtype` must be one of float16, float32"),
-        ({"num_views": 0}, "`num_views` must be an integer from 1 on"),
-        ({"batch_size": 0}, "`batch_size` must be an integer from 1 on"),
+        ({"num_views": 0}, "`num_views` must be a positive integer"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer"),
         ({"image_column": "picture"}, "no column 'picture', only image, label, name"),
     ],
 )
@@ -455,10 +457,10 @@ def test_wrong_data_are_refused(model, data, tmp_path):
     for wrong, message in (
         (7, "got int"),
         (datasets.DatasetDict(train=data), "one split of a DatasetDict"),
-        (data.to_iterable_dataset(), "of a stream take a part"),
+        (data.to_iterable_dataset(), "or a part of a stream"),
         (data.select([]), "no rows"),
-        (data.remove_columns("image"), "exactly one with images"),
-        (data.rename_column("label", "features"), "has a column 'features' already"),
+        (data.remove_columns("image"), "exactly one column of images"),
+        (data.rename_column("label", "features"), "already has a column 'features'"),
     ):
         with pytest.raises(ValueError, match=message):
             cache_features(model, wrong, tmp_path)
@@ -479,7 +481,7 @@ def test_labels_beyond_the_classes_are_rejected_before_anything_is_computed(
         pytest.skip("`datasets` has no such class label")
     labels = [wrong, none, *range(4), *range(4)]
     rows = data.remove_columns("label").add_column(name, labels).cast_column(name, kind)
-    with pytest.raises(ValueError, match=rf"`dataset` has the label {wrong} in the column '{name}'.*`dataset.filter`"):
+    with pytest.raises(ValueError, match=rf"`dataset` has the label {wrong} in column '{name}'.*`dataset.filter`"):
         cache_features(classifier, rows, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     cached = cache_features(classifier, rows.select(range(1, len(rows))), tmp_path / "cache")
@@ -549,7 +551,7 @@ def test_a_folder_in_the_way_costs_no_work(model, data, tmp_path):
     (name,) = folders(tmp_path / "a")
     (tmp_path / "b" / name).mkdir(parents=True)
     (tmp_path / "b" / name / "data-00000-of-00004.arrow").write_text("half copied")
-    with pytest.raises(OSError, match=r"are whole in .* is there and is no cache"):
+    with pytest.raises(OSError, match=r"are complete in .* exists and is not a cache"):
         cache_features(model, data, tmp_path / "b")
     assert len(list((tmp_path / "b" / f"{name}.incomplete").glob("data-*.arrow"))) == 4
     for path in (tmp_path / "b" / name).iterdir():
@@ -558,7 +560,7 @@ def test_a_folder_in_the_way_costs_no_work(model, data, tmp_path):
 
 
 def test_an_augmentation_without_further_views_is_refused(model, data, tmp_path):
-    with pytest.raises(ValueError, match=r"`augment` makes further views: pass `num_views=2`"):
+    with pytest.raises(ValueError, match=r"`augment` creates the additional views.*Pass `num_views=2`"):
         cache_features(model, data, tmp_path, augment=lambda picture: picture)
 
 

@@ -165,8 +165,8 @@ def test_its_card_says_how_it_was_fitted(fitted, tmp_path):
     model, found = fitted
     write_model_card(model, tmp_path, model_name="colours", **model.card_facts)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| head | linear, in closed form (ridge regression) |\n| images that it was fitted on | 120 |" in text
-    assert f"| accuracy on images held out in turn | {found.accuracy:.1%} |" in text
+    assert "| head | linear, in closed form (ridge regression) |\n| images it was fitted on | 120 |" in text
+    assert f"| accuracy on held-out images, each held out once | {found.accuracy:.1%} |" in text
     assert f"| **this model** | {found.evaluation['accuracy']:.1%} |" in text
 
 
@@ -349,9 +349,26 @@ def test_a_folded_model_is_fitted(loaded, fitted, train):
     close(folded, fitted[0])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+def test_a_head_on_adapters_is_fitted_and_saved_once_they_are_merged(model, train, test, tmp_path, caplog):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    adapted.fit_head(train)
+    assert "The fitted head is no part of the model's adapters, and is not saved with them" in caplog.text
+    expected = logits(adapted, test["image"])
+    caplog.clear()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, test["image"]), expected, rtol=1e-3, atol=1e-3)
+    again.fit_head(train)
+    assert "adapters" not in caplog.text
+
+
 def test_an_attention_head_is_replaced_where_that_is_asked_for(pixel_folder, fitted, train, tmp_path):
     model = load(pixel_folder, head="attention", head_num_layers=1, **HEAD)
-    with pytest.raises(ValueError, match=r"one of kind 'attention'. Load it with `head='linear'`, or pass `replace_h"):
+    with pytest.raises(
+        ValueError, match=r"this model's head is 'attention'. Load it with `head='linear'`, or pass `replace_h"
+    ):
         model.fit_head(train)
     model.fit_head(train, replace_head=True)
     close(model, fitted[0])
@@ -367,7 +384,7 @@ def test_a_fit_that_fails_changes_nothing(pixel_folder, train, head):
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     # The last row cannot be a class.
     rows = [(row["image"], row["label"]) for row in train] + [(train[0]["image"], 9)]
-    with pytest.raises(ValueError, match=r"Labels must be class indices in \[0, 4\), got \[9\]"):
+    with pytest.raises(ValueError, match=r"`labels` must be class indices in \[0, 4\), got \[9\]"):
         model.fit_head(iter(rows), replace_head=True)
     assert model.config.to_dict() == config and model.card_facts == {}
     after = model.state_dict()
@@ -522,15 +539,15 @@ BAD = {
     "in a stream": (lambda train: without(train, 2).to_iterable_dataset(), "1 of 4 classes have no image among 90"),
     "fewer images than classes": (lambda train: train.select(range(3)), "1 of 4 classes have no image among 3"),
     "one class": (lambda train: [(image, 0) for image in train["image"][:9]], "The labels are the same for all"),
-    "one image": (lambda train: train.select([0]), "give at least 2 with a label, got 1"),
-    "none labelled": (lambda train: [(image, -100) for image in train["image"][:9]], "give at least 2 with a label"),
+    "one image": (lambda train: train.select([0]), "at least 2 images with a label, got 1"),
+    "none labelled": (lambda train: [(image, -100) for image in train["image"][:9]], "at least 2 images with a label"),
     "equal images": (
         lambda train: [(train[0]["image"], index % 4) for index in range(20)],
         "The features are the same for all images",
     ),
     "out of range": (
         lambda train: [(image, 4) for image in train["image"][:9]],
-        "Labels must be class indices in [0,",
+        "`labels` must be class indices in [0,",
     ),
     "negative": (lambda train: [(image, -1) for image in train["image"][:9]], "class indices in [0, 4), got [-1]"),
     "names": (
@@ -541,7 +558,7 @@ BAD = {
     "floats": (lambda train: [(image, 0.5) for image in train["image"][:9]], "must be class indices, integers in"),
     "mixed kinds": (
         lambda train: [(train[0]["image"], 1), (train[1]["image"], [0.0, 1.0, 0.0, 0.0])],
-        "The labels are of several kinds: 4 numbers (float32) of image 1, and a number (int64) of image 0",
+        "All labels must be of one kind, got 4 numbers (float32) for image 1, and a number (int64) for image 0",
     ),
     "mixed rows": (lambda train: [*train.select(range(9)), {"image": 0}], "has not `image` and `label`, as the first"),
     "unreadable": (
@@ -580,8 +597,8 @@ def test_classes_without_an_image_may_be_allowed(model, train, test):
     [
         ({"image_column": "photo"}, "no column 'photo', only image, label"),
         ({"label_column": "kind"}, "no column 'kind', only image, label"),
-        ({"max_images": 0}, "`max_images` must be at least 1"),
-        ({"batch_size": True}, "`batch_size` must be at least 1"),
+        ({"max_images": 0}, "`max_images` must be a positive integer"),
+        ({"batch_size": True}, "`batch_size` must be a positive integer"),
         ({"seed": -1}, "`seed` must be an integer in"),
     ],
 )
@@ -605,7 +622,7 @@ def test_bad_models_are_rejected(pixel_folder, model, train):
     adapted = get_peft_model(
         copy.deepcopy(model), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["classifier"])
     ).get_base_model()
-    with pytest.raises(ValueError, match="Fit the head before adapters are added"):
+    with pytest.raises(ValueError, match="Fit the head before you add"):
         adapted.fit_head(train)
     with torch.no_grad():
         model.backbone.denoiser.transformer.transformer_blocks[0].attn1.to_v.weight.fill_(torch.nan)
@@ -615,7 +632,7 @@ def test_bad_models_are_rejected(pixel_folder, model, train):
 
 def test_a_segmenter_is_fitted_with_a_linear_decoder_to_masks(latent_folder, pixel_folder, train, tmp_path):
     model = load(pixel_folder, DiTForSemanticSegmentation, **SEGMENTER)
-    with pytest.raises(ValueError, match="A segmenter is fitted to images and masks, and the dataset has `features`"):
+    with pytest.raises(ValueError, match="needs images and masks, but the dataset has `features`"):
         model.fit_head({"features": torch.zeros(3, 4, 16), "labels": torch.zeros(3, 8, 8)})
     with pytest.raises(ValueError, match="`labels` must be class indices in"):
         model.fit_head([(image, Image.fromarray(np.array(mask) + 3)) for image, mask in scenes(4)])
@@ -624,11 +641,11 @@ def test_a_segmenter_is_fitted_with_a_linear_decoder_to_masks(latent_folder, pix
 
 
 def test_what_cannot_be_balanced_is_rejected(model, pixel_folder, train):
-    with pytest.raises(ValueError, match="an iterator can be read once"):
+    with pytest.raises(ValueError, match="an iterator can only be read once"):
         model.fit_head(((row["image"], row["label"]) for row in train), balance_classes=True)
     values = load(pixel_folder, num_labels=1)
     rows = {"pixel_values": pixel_values(model, train["image"]), "labels": torch.rand(120)}
-    with pytest.raises(ValueError, match="`balance_classes` weights classes"):
+    with pytest.raises(ValueError, match="`balance_classes` needs one class per image"):
         values.fit_head(rows, balance_classes=True)
 
 
@@ -731,7 +748,7 @@ def test_the_command_fits_evaluates_and_saves(pixel_folder, train, test, tmp_pat
     assert f"accuracy, evaluation   {accuracy:.1%} on 40 images" in shown
     assert model.config.standardized_grid == [4, 4] and not model.config.head_norm
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "| images that it was fitted on | 100 |" in card and f"| **this model** | {accuracy:.1%} |" in card
+    assert "| images it was fitted on | 100 |" in card and f"| **this model** | {accuracy:.1%} |" in card
     content = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert content["auto_map"] and (tmp_path / "out" / "preprocessor_config.json").is_file()
     assert not list(tmp_path.glob(".*incomplete*"))
@@ -791,7 +808,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
     words = ["fit", str(pixel_folder), "--images", write(rows, tmp_path / "masks.parquet"), "--label-column", "mask"]
     words += ["--class-names", *map(str, range(300)), "--allow-missing", "--timestep", "20", "--output"]
     assert main([*words, str(tmp_path / "none")]) == 1
-    assert "There are 300 classes, and 255 stands for pixels of no class" in capsys.readouterr().err
+    assert "There are 300 classes, so 255 cannot mark pixels without a class" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "many"), "--ignore-index", "65535"]) == 0
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "many")
     assert model.config.semantic_loss_ignore_index == 65535
@@ -807,10 +824,16 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
     [
         (["--images", "missing.parquet"], "There is no file 'missing.parquet'."),
         (["--label-column", "kind"], "The images have no column 'kind', only image, label."),
-        (["--label-column", "image"], "The labels in 'image' are masks: name their classes by `--class-names`."),
-        (["--eval-split", "test"], "A parquet file has no splits. Name a file to evaluate on by `--eval-images`."),
+        (
+            ["--label-column", "image"],
+            "The labels in 'image' are masks. Pass the names of their classes as `--class-names`.",
+        ),
+        (
+            ["--eval-split", "test"],
+            "A parquet file has no splits, so `--eval-split` cannot be used. Pass the evaluation file as",
+        ),
         (["--timestep", "1000"], "`timestep` must be an integer in [0, 1000)"),
-        (["--num-images", "0"], "`max_images` must be at least 1"),
+        (["--num-images", "0"], "`max_images` must be a positive integer"),
         (["--num-images", "3"], "classes have no image among 3"),
     ],
 )
@@ -837,6 +860,19 @@ def test_the_command_rejects_numbers_that_are_no_classes(pixel_folder, tmp_path,
     assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_the_command_looks_at_the_labels_before_it_selects_a_timestep(
+    pixel_folder, train, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(DiTForImageClassification, "from_pretrained", None)
+    for rows, complaint in (
+        (without(train, 2), "1 of 4 classes have no image among 90: '2' (2)"),
+        (train.filter(lambda row: row["label"] == 1), "The labels are the same for all images"),
+    ):
+        words = ["--images", write(rows, tmp_path / "rows.parquet"), "--output", str(tmp_path / "out")]
+        assert main(["fit", str(pixel_folder), *words, "--timestep", "auto"]) == 1
+        assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_command_overwrites_nothing(pixel_folder, train, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     split = write(train, tmp_path / "train.parquet")
@@ -851,7 +887,7 @@ def test_an_evaluation_that_fails_changes_nothing(pixel_folder, train, head):
     for last in ((train[0]["image"], -100), (None, 0)):
         # A stream, whose labels are not known before.
         rows = [(row["image"], row["label"]) for row in train] if last[0] is None else []
-        with pytest.raises(ValueError, match=r"Image 120 of the set cannot be read|No image of `eval_dataset` has"):
+        with pytest.raises(ValueError, match=r"Image 120 cannot be read|No image of `eval_dataset` has"):
             model.fit_head(train, replace_head=True, eval_dataset=iter([*rows, last]))
         after = model.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -861,7 +897,7 @@ def test_an_evaluation_that_fails_changes_nothing(pixel_folder, train, head):
 def test_a_failed_evaluation_of_a_segmenter_changes_nothing(pixel_folder):
     model = load(pixel_folder, DiTForSemanticSegmentation, **SEGMENTER)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="Image 2 of the set cannot be read"):
+    with pytest.raises(ValueError, match="Image 2 cannot be read"):
         model.fit_head(scenes(8), eval_dataset=[*scenes(2), (None, scenes(1)[0][1])])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -879,7 +915,7 @@ def test_values_that_are_all_the_same_are_rejected(pixel_folder, train, monkeypa
     bright = {"pixel_values": pixels, "labels": pixels[:, 0].mean((1, 2))}
     same = {"pixel_values": pixels[:5], "labels": torch.full((5,), 0.1)}
     with pytest.raises(ValueError, match="The labels of `eval_dataset` are the same for all images"):
-        model.fit_head(bright, eval_dataset=same)
+        model.fit_head(bright, eval_dataset=iter([(each, 0.1) for each in train["image"][:5]]))
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         model.fit_head(iter([(each, 1e6 + 0.1) for each in train["image"]]))
     marks = load(pixel_folder, num_labels=2)
@@ -888,6 +924,8 @@ def test_values_that_are_all_the_same_are_rejected(pixel_folder, train, monkeypa
         monkeypatch.setattr(each, "forward", None)
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         model.fit_head(same)
+    with pytest.raises(ValueError, match="The labels of `eval_dataset` are the same for all images"):
+        model.fit_head(bright, eval_dataset=same)
     with pytest.raises(ValueError, match="The labels are the same for all images, so there is nothing to predict"):
         marks.fit_head({"pixel_values": pixels, "labels": torch.tensor([[1.0, 0.0]]).repeat(120, 1)})
 

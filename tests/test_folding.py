@@ -1,5 +1,6 @@
 """Folding: a plain, smaller model whose outputs are equal, from every family that can be folded."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -52,6 +53,38 @@ def assert_same(model, expected):
     with torch.no_grad():
         # Not to the bit: loaded weights lie at other addresses, for which a kernel may sum in another order.
         assert distance(model(images_of(model)).logits, expected(images_of(model)).logits) <= 1e-6
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_the_first_block_is_given_is_what_diffusers_own_call_gives_it(load, name):
+    """Folding writes out what comes before the blocks; the denoiser itself reads diffusers' call."""
+    denoiser = load(name).denoiser
+    noised = torch.randn(2, denoiser.num_channels, 8, 12, generator=torch.Generator().manual_seed(0))
+    timesteps, given = torch.tensor([141, 998]), {}
+    block = denoiser.blocks[0]
+
+    def keep(_module, args, kwargs):
+        given.update(inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments)
+
+    block.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        tokens = denoiser.read_taps(noised, timesteps, [(0, "hidden"), (-1, "hidden")])[-1, "hidden"]
+        begin, _ = folding.FOLDED[type(denoiser.transformer).__name__]
+        start = begin(denoiser, noised, timesteps)
+    assert torch.equal(start.hidden_states, given["hidden_states"])
+    assert torch.equal(start.hidden_states[:, -start.rows * start.columns :], tokens)
+    assert (start.rows, start.columns) == ((8, 12) if name == "sana" else (4, 6))
+    if name in ("dit", "sit"):
+        expected = given["timestep"], given["class_labels"]
+    else:
+        expected = (given["temb" if "temb" in given else "timestep"],)
+    condition = start.condition if isinstance(start.condition, tuple) else (start.condition,)
+    assert all(torch.equal(*pair) for pair in zip(condition, expected, strict=True))
+    if start.context is not None:
+        assert torch.equal(start.context, given["encoder_hidden_states"])
+    if start.rotary is not None:
+        for one, other in zip(start.rotary, given["image_rotary_emb"], strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -492,7 +525,7 @@ def test_an_unresolved_model_is_refused(classifier):
 
 def test_a_folded_model_is_not_folded_again(classifier):
     classifier.config.timestep = TIMESTEP
-    with pytest.raises(ValueError, match="is folded already"):
+    with pytest.raises(ValueError, match="is already folded"):
         classifier.fold().fold()
 
 
@@ -508,10 +541,10 @@ def test_adapters_must_be_merged_first(classifier):
 
 
 def test_other_families_are_refused_by_name(load, monkeypatch):
-    monkeypatch.delitem(folding._FAMILIES, "SanaTransformer2DModel")
+    monkeypatch.delitem(folding.FOLDED, "SanaTransformer2DModel")
     with pytest.raises(
         ValueError,
-        match=r"A SanaTransformer2DModel cannot be folded. Those that can be are DiTTransformer2DModel, Pix",
+        match=r"A SanaTransformer2DModel cannot be folded. Supported are DiTTransformer2DModel, Pix",
     ):
         load("sana").fold()
 
@@ -519,25 +552,25 @@ def test_other_families_are_refused_by_name(load, monkeypatch):
 def test_other_norms_of_queries_are_refused(tmp_path):
     sana(qk_norm="layer_norm_across_heads").save_pretrained(tmp_path)
     model = DiTModel.from_pretrained(tmp_path, timestep=TIMESTEP, block=2)
-    with pytest.raises(ValueError, match=r"queries and keys of kind LayerNorm cannot be folded, only RMSNorm"):
+    with pytest.raises(ValueError, match=r"Only RMSNorm on queries and keys can be folded, got LayerNorm"):
         model.fold()
 
 
 def test_what_is_no_longer_there_is_not_read(classifier, pixels, tmp_path):
     classifier.config.timestep = TIMESTEP
     folded = classifier.fold()
-    message = r"was folded at timestep 141, which is in its weights, and cannot be read at"
+    message = r"was folded at timestep 141 and cannot be read at"
     with pytest.raises(ValueError, match=message):
         folded.extract_features(pixels, timestep=0)
     with pytest.raises(ValueError, match=r"was folded to be read at 1\.query"):
         folded.extract_features(pixels, block=0)
-    with pytest.raises(ValueError, match=r"there is nothing to select"):
+    with pytest.raises(ValueError, match=r"so there is no timestep to select"):
         select_timestep(folded, pixels)
-    with pytest.raises(ValueError, match=r"no layers to generate with"):
+    with pytest.raises(ValueError, match=r"A folded model cannot generate images"):
         folded.generate_latents(2)
     folded.save_pretrained(tmp_path)
     for wrong in ({"timestep": 5}, {"timestep": "auto"}, {"block": 0}, {"feature": "hidden"}, {"folded": False}):
-        with pytest.raises((ValueError, StrictDataclassError), match=r"was folded|written by"):
+        with pytest.raises((ValueError, StrictDataclassError), match=r"was folded|set together"):
             DiTForImageClassification.from_pretrained(tmp_path, **wrong)
     folded.config.timestep = 5
     with pytest.raises(ValueError, match=message):
@@ -555,7 +588,7 @@ def test_a_classifier_is_no_backbone_of_other_blocks(classifier, tmp_path):
     ("change", "message"),
     [
         ({"num_attention_heads": 3}, "multiple of `num_attention_heads`"),
-        ({"hidden_size": 0}, "integer from 1 on as `hidden_size`"),
+        ({"hidden_size": 0}, "positive integer as `hidden_size`"),
         ({"taps": []}, "at least one tap"),
         ({"taps": ["x.query"]}, "must be named 'BLOCK.FEATURE'"),
         ({"taps": "1.query"}, "must have lists as taps"),
@@ -564,8 +597,8 @@ def test_a_classifier_is_no_backbone_of_other_blocks(classifier, tmp_path):
         ({"blocks": "mamba"}, "one of plain, sana, lumina2 as `blocks`"),
         ({"num_key_value_heads": 3}, "a divisor of 2 as `num_key_value_heads`"),
         ({"num_cross_heads": 5}, "a divisor of 16 as `num_cross_heads`"),
-        ({"cross_size": -1}, "integer from 0 on as `cross_size`"),
-        ({"unheard": 1}, "has no unheard"),
+        ({"cross_size": -1}, "integer >= 0 as `cross_size`"),
+        ({"unheard": 1}, "has unknown keys unheard"),
         ({"timestep": 7}, "was folded at timestep 7"),
         ({"num_channels": 2}, "num_channels 2"),
         ({"mlp_norm_eps": "x"}, "number as `mlp_norm_eps`"),

@@ -1,14 +1,12 @@
 import pytest
 import torch
-from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer
+from conftest import NUM_BLOCKS, NUM_CLASSES, build_transformer, denoiser_of
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel
 from hf_aselect.model.configuration_aselect import DDPM_LINEAR
-from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.selection.generation import build_sampler, generate_latents
-from hf_aselect.selection.prediction import predict
 
 SIZE = (8, 8)
 
@@ -31,7 +29,7 @@ def build_small(**sizes):
 
 @pytest.fixture
 def denoiser():
-    return DiTDenoiser(build_small(), "diffusers").eval()
+    return denoiser_of(build_small()).eval()
 
 
 @pytest.fixture
@@ -50,7 +48,7 @@ def test_the_prediction_is_that_of_diffusers(num_channels):
     timesteps, labels = torch.tensor([0, 10, 500, 999]), torch.tensor([0, 3, 4, NUM_CLASSES])
     with torch.no_grad():
         expected = transformer(noised, timestep=timesteps, class_labels=labels).sample
-        found = predict(DiTDenoiser(transformer, "diffusers"), noised, timesteps, labels)
+        found = denoiser_of(transformer).predict(noised, timesteps, labels)
     assert_near(found, expected)
 
 
@@ -59,10 +57,10 @@ def test_a_learned_variance_is_left_out():
     noised, timesteps, labels = torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.tensor([1, 2])
     with torch.no_grad():
         expected = transformer(noised, timestep=timesteps, class_labels=labels).sample
-        found = predict(DiTDenoiser(transformer, "diffusers"), noised, timesteps, labels)
+        found = denoiser_of(transformer).predict(noised, timesteps, labels)
     assert expected.shape == (2, 8, 8, 8)
     assert_near(found, expected[:, :4])
-    sampled = generate_latents(DiTDenoiser(transformer, "diffusers"), build_sampler_of(), SIZE, 3, num_steps=4)
+    sampled = generate_latents(denoiser_of(transformer), build_sampler_of(), SIZE, 3, num_steps=4)
     assert sampled.shape == (3, 4, 8, 8)
 
 
@@ -76,7 +74,7 @@ def test_a_grid_that_is_not_square_keeps_rows_and_columns_apart():
         wide, timesteps, labels = torch.randn(1, 3, 8, 8), torch.tensor([10]), torch.tensor([1])
         expected = transformer(wide, timestep=timesteps, class_labels=labels).sample[:, :, :4]
         transformer.pos_embed.pos_embed = None
-        found = predict(DiTDenoiser(transformer, "diffusers"), wide[:, :, :4], timesteps, labels)
+        found = denoiser_of(transformer).predict(wide[:, :, :4], timesteps, labels)
     assert_near(found, expected)
 
 
@@ -163,7 +161,7 @@ def test_the_sampler_ends_without_noise():
 
 
 def test_an_unknown_prediction_type_is_refused():
-    with pytest.raises(ValueError, match=r"'score' .* supported for generating are epsilon"):
+    with pytest.raises(ValueError, match=r"must be epsilon, v_prediction or sample .* got 'score'"):
         build_sampler_of(prediction_type="score")
 
 
@@ -195,7 +193,7 @@ def test_the_batch_and_the_number_of_pictures_change_nothing(denoiser):
     ("num_classes", "guidance_scale", "passes"), [(NUM_CLASSES, 2.0, 2), (NUM_CLASSES, 1.0, 1), (1, 2.0, 1)]
 )
 def test_the_passes_are_as_documented(num_classes, guidance_scale, passes):
-    denoiser = DiTDenoiser(build_small(num_embeds_ada_norm=num_classes), "diffusers")
+    denoiser = denoiser_of(build_small(num_embeds_ada_norm=num_classes))
     seen = []
     embedder = denoiser.transformer.transformer_blocks[0].norm1.emb.class_embedder
     embedder.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))

@@ -37,7 +37,7 @@ def test_the_card(found, expected):
     """But for its figures of the selection, which are compared above."""
 
     def text(card):
-        return [line for line in card.splitlines() if not line.startswith(("| score", "| confidence", "**How sure"))]
+        return [line for line in card.splitlines() if not line.startswith(("| score", "| confidence", "**Confidence"))]
 
     assert text(found["card"]) == text(expected["card"])
 

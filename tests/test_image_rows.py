@@ -254,13 +254,13 @@ def test_what_a_transform_draws_is_drawn_by_the_seed(linear, tmp_path):
 
 
 def test_a_cache_says_what_it_cannot_apply(linear, tmp_path):
-    with pytest.raises(ValueError, match=r"The format that is set shows these alone, and not image"):
+    with pytest.raises(ValueError, match=r"The format set on it shows only these, and not image"):
         cache_features(linear, rows().with_format("torch", columns=["label"]), tmp_path)
-    with pytest.raises(ValueError, match=r"`num_views=2` augments images.*the dataset gives `pixel_values`"):
+    with pytest.raises(ValueError, match=r"`num_views=2` augments images.*the dataset returns `pixel_values`"):
         cache_features(linear, rows().with_transform(to_pixel_values), tmp_path, num_views=2)
     with pytest.raises(ValueError, match=r"Expected a dataset with a column `image`"):
         cache_features(linear, rows().with_transform(lambda batch: {"label": batch["label"]}), tmp_path)
-    with pytest.raises(ValueError, match=r"The dataset gives 'more' as a object, which cannot be kept"):
+    with pytest.raises(ValueError, match=r"The dataset returns 'more' as a object, which cannot be stored"):
         cache_features(
             linear, rows().with_transform(lambda batch: {**to_tensor(batch), "more": [object()] * NUM}), tmp_path
         )
@@ -293,7 +293,7 @@ def test_an_image_of_another_kind_than_the_first_is_named():
     images = [array / 255 for array in ARRAYS * 3]
     images[10] = images[10] * 255
     read = ImageRows(images)
-    with pytest.raises(ValueError, match=r"Image 10 of the set has values from .* expected \[0, 1\] as in the others"):
+    with pytest.raises(ValueError, match=r"Image 10 has values from .* expected \[0, 1\] as in the others"):
         read.image(read.row(10), 10)
 
 
@@ -486,7 +486,7 @@ def test_an_image_of_a_folder_that_cannot_be_read_is_named(tmp_path, share):
     whole = (folder / "b" / "1.png").read_bytes()
     (folder / "b" / "1.png").write_bytes(whole[: int(share * len(whole))])
     rows = ImageRows(read_folder(folder)["train"])
-    with pytest.raises(ValueError, match=r"Image 1 of the set, '.*b/1\.png', cannot be read"):
+    with pytest.raises(ValueError, match=r"Image 1, '.*b/1\.png', cannot be read"):
         list(rows)
     with pytest.raises(ValueError, match=r"b/1\.png"):
         rows.row(1)

@@ -279,7 +279,7 @@ def test_a_negative_value_may_stand_for_no_class(value, pixel_folder):
     options = {"timestep": 5, "num_labels": 2}
     model = DiTForSemanticSegmentation.from_pretrained(pixel_folder, semantic_loss_ignore_index=value, **options)
     assert model(**made).loss.item() > 0
-    with pytest.raises(ValueError, match=rf"or 255 for pixels of no class, got \[{value}\]"):
+    with pytest.raises(ValueError, match=rf"or 255 for pixels without a class, got \[{value}\]"):
         DiTForSemanticSegmentation.from_pretrained(pixel_folder, **options)(**made)
     with pytest.raises(ValueError, match="`do_reduce_labels` takes 0 for pixels of no class"):
         processor([PIXELS[:8, :8]], [mask], do_reduce_labels=True)
@@ -316,7 +316,7 @@ def test_masks_of_0_and_255_are_said_to_have_no_foreground(warnings):
     mask = np.zeros((8, 8), np.uint8)
     mask[2:6] = 255
     ASelectImageProcessor(size=8)(Image.new("RGB", (8, 8)), mask)
-    assert "If it is the foreground, give masks of 0 and 1" in " ".join(warnings())
+    assert "If 255 is the foreground, use masks of 0 and 1" in " ".join(warnings())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])

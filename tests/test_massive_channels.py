@@ -314,14 +314,18 @@ def test_a_record_from_before_is_read(dominated, pixels):
 
 def test_bad_channels_are_refused(pixel_folder):
     for channels in ([16], [-1], "all", {"1.hidden": [16]}):
-        with pytest.raises(StrictDataclassError, match=r"`zeroed_channels` must be 'auto' or integers in \[0, 16\)"):
+        with pytest.raises(
+            StrictDataclassError, match=r"`zeroed_channels` must be 'auto', a list of channels in \[0, 16\)"
+        ):
             DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels=channels)
     for key in ("hidden", "hidden.1", "1.secret", "-1.hidden", "01.hidden"):
-        with pytest.raises(StrictDataclassError, match=r"must have keys 'BLOCK.FEATURE', as '9.hidden', got"):
+        with pytest.raises(StrictDataclassError, match=r"must have keys 'BLOCK.FEATURE', such as '9.hidden', got"):
             DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels={key: [1]})
     with pytest.raises(StrictDataclassError, match=r"`block` must be in"):
         DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels={"99.hidden": [1]})
-    with pytest.raises(ValueError, match=r"are found with the timestep, which is fixed at 5. Pass `timestep='auto'`"):
+    with pytest.raises(
+        ValueError, match=r"needs `timestep='auto'`, but the timestep is fixed at 5. Pass `timestep='auto'`"
+    ):
         DiTModel.from_pretrained(pixel_folder, timestep=5, zeroed_channels="auto")
 
 

@@ -126,14 +126,14 @@ def test_a_base_that_is_not_for_commercial_use_is_never_hidden(given, caplog):
         front = card.split("---")[1]
         assert "\nlicense: cc-by-nc-4.0\n" in front
         assert "**Not for commercial use**" in card
-        assert "| licence of its weights, and so of these | cc-by-nc-4.0 |" in card
+        assert "| licence of its weights, which also applies here | cc-by-nc-4.0 |" in card
         assert ("forbids commercial use" in caplog.text) == (given is not None)
 
 
 def test_the_licence_of_another_base_is_said_beside_ones_own():
     card = render_card(CardFacts(model_name="Clothes", license="mit", base_license="other/some-licence"))
     assert "\nlicense: mit\n" in card.split("---")[1]
-    assert "| licence of its weights, and so of these | some-licence |" in card
+    assert "| licence of its weights, which also applies here | some-licence |" in card
     assert "commercial" not in card
 
 

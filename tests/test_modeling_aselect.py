@@ -87,7 +87,7 @@ def test_a_saved_classifier_reloads_to_the_bit(classifier, pixels, tmp_path):
 
 def test_the_position_table_survives_loading(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
-    table = DiTModel.from_pretrained(tmp_path).denoiser.position_embedding.pos_embed
+    table = DiTModel.from_pretrained(tmp_path).denoiser.patch_embedding.pos_embed
     assert bool(table.isfinite().all())
     assert table.abs().max() == 1
 
@@ -175,7 +175,7 @@ def test_a_folded_model_gives_the_hidden_states_that_it_has(classifier, pixels):
 def test_what_a_folded_model_does_not_have_is_said(classifier, pixels):
     classifier.config.feature = "key"
     folded = classifier.fold()
-    with pytest.raises(ValueError, match=r"folded at \d\.key alone\. Ask the model it was folded from"):
+    with pytest.raises(ValueError, match=r"folded at \d\.key\. Use the model it was folded from"):
         folded(pixels, output_hidden_states=True)
     folded.config.output_hidden_states = True  # nobody asked this model
     assert folded(pixels).hidden_states is None
@@ -184,7 +184,7 @@ def test_what_a_folded_model_does_not_have_is_said(classifier, pixels):
 @pytest.mark.parametrize("is_folded", [False, True])
 def test_attention_weights_are_not_given_without_a_word(model, pixels, is_folded):
     """A sibling: of a model that is not folded, too."""
-    with pytest.raises(ValueError, match="attention weights, which are never returned"):
+    with pytest.raises(ValueError, match="most attention kernels return no weights"):
         (model.fold() if is_folded else model)(pixels, output_attentions=True)
 
 
@@ -296,7 +296,7 @@ def test_the_loss_is_cross_entropy(classifier, pixels):
 
 def test_an_unresolved_model_refuses_to_read_and_says_what_to_do(model, pixels):
     model.config.timestep = "auto"
-    with pytest.raises(ValueError, match="still 'auto': pass `calibration_images=` to `from_pretrained`, or call"):
+    with pytest.raises(ValueError, match="still 'auto': pass `calibration_images=` to `from_pretrained`, call"):
         model(pixels)
 
 
@@ -310,7 +310,7 @@ def test_loading_without_pictures_chooses_from_those_that_the_transformer_makes(
         model = DiTModel.from_pretrained(pixel_folder, timestep="auto")
     assert model.config.timestep == model.config.selection["timestep"]
     assert model.config.selection["pictures"] == "generated"
-    assert "No images to select a timestep from are given: the transformer makes" in caplog.text
+    assert "No images were given to select a timestep on, so the transformer generates" in caplog.text
 
 
 def test_loading_with_pictures_chooses_and_records(pixel_folder, pictures):
@@ -350,8 +350,8 @@ def test_a_record_that_no_longer_fits_is_dropped(pixel_folder, pictures, tmp_pat
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((2, 1, 8, 8), "takes images of 3 channels, got 1"),
-        ((2, 3, 8, 9), "must be multiples of 2 pixels .a token's side., got 8×9"),
+        ((2, 1, 8, 8), "must have 3 channels, got 1"),
+        ((2, 3, 8, 9), "must be multiples of 2 pixels .a token's size., got 8×9"),
         ((2, 3, 0, 8), "got 0×8"),
         ((3, 8, 8), r"must have shape \(B, C, H, W\), got \(3, 8, 8\)"),
     ],
@@ -364,7 +364,7 @@ def test_pictures_that_do_not_fit_are_refused(model, shape, words):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pictures_with_holes_are_refused(model, pixels, value):
     pixels[3, 0, 0, 0] = value
-    with pytest.raises(ValueError, match=r"NaN or infinite values; expected values in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"must be finite and in \[-1, 1\], got NaN or infinite values"):
         model(pixels)
 
 
@@ -376,7 +376,7 @@ def test_pictures_with_holes_are_refused(model, pixels, value):
         ({"timestep": 5.0}, r"got 5\.0"),
         ({"block": 3}, r"`block` must be in \[-3, 3\) for a transformer of 3 blocks, got 3"),
         ({"feature": "logits"}, "`feature` must be one of hidden, .*, got 'logits'"),
-        ({"num_noise_draws": 0}, "`num_noise_draws` must be at least 1, got 0"),
+        ({"num_noise_draws": 0}, "`num_noise_draws` must be a positive integer, got 0"),
     ],
 )
 def test_taps_that_do_not_exist_are_refused(model, pixels, arguments, words):

@@ -2,7 +2,7 @@
 
 As `run_image_classification.py`, `run_semantic_segmentation.py` and their `_no_trainer` forms make them
 (github.com/huggingface/transformers, examples/pytorch, 4.56); the scripts themselves are run by
-`tests/host/test_host_scripts.py`, where they were fetched.
+`tests/host/test_host_scripts.py`, where they were copied out of a checkout.
 """
 
 import pytest

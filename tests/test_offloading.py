@@ -142,7 +142,8 @@ def test_what_is_offloaded_does_the_same(saved, pictures, tmp_path, name, offloa
     torch.testing.assert_close(*generated, rtol=1e-4, atol=1e-4)
     options = {"timesteps": [100, 500], "max_images": 6}
     selections = [select_timestep(each, pictures, **options) for each in (model, plain)]
-    torch.testing.assert_close(*(torch.tensor(each.scores) for each in selections), rtol=1e-3, atol=1e-4)
+    # The criterion standardizes, too, and images that differ in 1e-10 of the features' variance make much of rounding.
+    torch.testing.assert_close(*(torch.tensor(each.scores) for each in selections), rtol=1e-2, atol=1e-3)
     model.apply_selection(selections[0])
     plain.apply_selection(selections[0])
     # Standardizing divides by how little the images differ, and enlarges rounding by as much.
@@ -190,7 +191,7 @@ def test_a_head_is_fitted_on_an_offloaded_model(saved, tmp_path, offload, replac
 def test_what_cannot_be_done_says_so_in_a_line(saved, tmp_path):
     saved = saved["sd3"]
     model = cpu_offload(saved, tmp_path)
-    with pytest.raises(ValueError, match=r"not in memory\. Load it without offloading, then fold it"):
+    with pytest.raises(ValueError, match=r"not in memory\. Load it without offloading to fold it"):
         model.fold()
     rows = {"pixel_values": images_of(load(saved), num=8), "labels": torch.arange(8) % 2}
     lost = load(saved)

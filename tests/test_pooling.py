@@ -70,7 +70,7 @@ def test_images_tokens_and_caches_give_the_same_logits(pixel_folder, train, tmp_
     if is_standardized and pooling != "mean":
         with pytest.raises(ValueError, match=r"what='pooled' with pooling=.* is not possible: .*what='tokens'"):
             cache_features(model, train, tmp_path, what="pooled")
-        with pytest.raises(ValueError, match=r"`features` are pooled, .* cannot be standardized afterwards"):
+        with pytest.raises(ValueError, match=r"`features` are pooled .* cannot be standardized afterwards"):
             model(features=torch.zeros(2, config.pooled_size))
     else:
         kinds.append("pooled")
@@ -120,16 +120,16 @@ def test_half_precision_pools_in_float32():
 
 
 def test_a_head_without_a_grid_says_so():
-    with pytest.raises(ValueError, match="12 tokens, and pooling='regions' must know their grid"):
+    with pytest.raises(ValueError, match="12 tokens, but pooling='regions' needs their grid"):
         LinearHead(3, 2, pooling="regions")(torch.randn(1, 12, 3))
-    with pytest.raises(ValueError, match="12 tokens, and pooling='regions' must know their grid"):
+    with pytest.raises(ValueError, match="12 tokens, but pooling='regions' needs their grid"):
         LinearHead(3, 2, pooling="regions")(torch.randn(1, 12, 3), (2, 4))
 
 
 def test_features_of_another_pooling_are_rejected(pixel_folder):
     model = load(pixel_folder)
     size = model.config.feature_size
-    with pytest.raises(ValueError, match=rf"\(B, {5 * size}\) as pooling='regions' makes of them, got \(2, {size}\)"):
+    with pytest.raises(ValueError, match=rf"pooled with pooling='regions' to \(B, {5 * size}\), got \(2, {size}\)"):
         model(features=torch.zeros(2, size))
 
 
@@ -175,4 +175,4 @@ def test_the_command_line_has_no_pooling_for_masks(pixel_folder, train, tmp_path
     scenes.to_parquet(tmp_path / "masks.parquet")
     given = ["--images", str(tmp_path / "masks.parquet"), "--class-names", "a", "b", "c", "--pooling", "regions"]
     assert main(["fit", str(pixel_folder), *given, "--output", str(tmp_path / "out")]) == 1
-    assert "the labels are masks: a segmenter pools nothing" in capsys.readouterr().err
+    assert "the labels are masks, and a segmenter pools nothing" in capsys.readouterr().err

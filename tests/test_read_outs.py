@@ -224,7 +224,7 @@ def test_a_read_out_takes_the_place_of_what_was_saved(tmp_path):
     config = ASelectConfig.from_pretrained(tmp_path, read_out=[[7, 1, "key"]])
     assert (config.timestep, config.block, config.feature) == (7, 1, "key")
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"`read_out` names what is read one by one.*got timestep beside it"):
+    with pytest.raises(ValueError, match=r"`read_out` replaces .*got timestep as well"):
         ASelectConfig.from_pretrained(tmp_path, timestep="auto")
     config = ASelectConfig.from_pretrained(tmp_path, timestep=9, read_out=None)
     assert config.read_outs() == [(9, 1, "key")]
@@ -248,8 +248,8 @@ def test_without_a_timestep_the_width_is_known(folder):
         ({"timestep": [5, 1000]}, r"`timestep` must be an integer in \[0, 1000\) .* got 1000"),
         ({"timestep": [5, 6.0]}, "got 6.0"),
         ({"timestep": [5, True]}, "got True"),
-        ({"timestep": [5, "auto"]}, "`timestep` may be 'auto' by itself, not in a list"),
-        ({"timestep": ["auto"]}, "`timestep` may be 'auto' by itself"),
+        ({"timestep": [5, "auto"]}, "'auto' cannot be in a list"),
+        ({"timestep": ["auto"]}, "'auto' cannot be in a list"),
         ({"timestep": [5, [6]]}, r"got \[6\]"),
         ({"timestep": {"at": 5}}, "'timestep'"),
         ({"block": [0, 4]}, r"`block` must be in \[-4, 4\) for a transformer of 4 blocks, got 4"),
@@ -261,27 +261,27 @@ def test_without_a_timestep_the_width_is_known(folder):
         ({"feature": ["hidden", ["key"]]}, r"got \['key'\]"),
         (
             {"block": [1, -3], "timestep": 7},
-            "`query` of block 1 is named twice at timestep 7. Name each",
+            "`query` of block 1 is listed twice at timestep 7. List each",
         ),
-        ({"timestep": [5, 60, 5]}, "is named twice at timestep 5"),
-        ({"feature": ["key", "key"]}, "`key` of block 1 is named twice"),
+        ({"timestep": [5, 60, 5]}, "is listed twice at timestep 5"),
+        ({"feature": ["key", "key"]}, "`key` of block 1 is listed twice"),
         ({"timestep": list(range(1000)), "block": "all", "feature": ["key", "query"]}, "At most 4096 .* got 8000"),
         ({"read_out": []}, r"`read_out` must be a list of 1 to 4096 entries \[timestep, block, feature\]"),
-        ({"read_out": [[5, 1]]}, r"with integers as timesteps, got \[\[5, 1\]\]"),
+        ({"read_out": [[5, 1]]}, r"with integer timesteps, got \[\[5, 1\]\]"),
         ({"read_out": [5, 1, "key"]}, "must be a list of 1 to 4096 entries"),
-        ({"read_out": [["auto", 1, "key"]]}, "with integers as timesteps"),
+        ({"read_out": [["auto", 1, "key"]]}, "with integer timesteps"),
         ({"read_out": [[5, 1, "key"], [1000, 1, "key"]]}, "got 1000"),
         ({"read_out": [[5, 1, "key"], [5, 9, "key"]]}, "4 blocks, got 9"),
-        ({"read_out": [[5, 1, "key"], [5, -3, "key"]]}, "`key` of block 1 is named twice"),
+        ({"read_out": [[5, 1, "key"], [5, -3, "key"]]}, "`key` of block 1 is listed twice"),
         (
             {"read_out": [[5, 1, "key"]], "block": [0, 1]},
-            r"in place of .*got 5, \[0, 1\], 'key' beside it. Leave them",
+            r"`read_out` replaces .*got 5, \[0, 1\], 'key' as well. Omit them",
         ),
-        ({"read_out": [[5, 1, "key"]], "timestep": 6}, "got 6, 1, 'key' beside it.*pass `read_out=None`"),
+        ({"read_out": [[5, 1, "key"]], "timestep": 6}, "got 6, 1, 'key' as well.*pass `read_out=None`"),
         ({"read_out": "all"}, "'read_out'"),
         (
             {"zeroed_channels": [3], "block": [0, 1]},
-            r"must be lists by tap where several .*'0.query': \[3, 71\].*got \[3\]",
+            r"must have one list per tap if several .*'0.query': \[3, 71\].*got \[3\]",
         ),
     ],
     ids=str,
@@ -294,7 +294,7 @@ def test_what_cannot_be_read_is_refused(fields, words):
 def test_a_field_that_is_set_beside_a_read_out_is_refused_when_it_is_read(folder):
     model = DiTModel.from_pretrained(folder, read_out=LISTED, zeroed_channels=[])
     model.config.timestep = 7
-    with pytest.raises(ValueError, match="got 7, 6, 'hidden' beside it"):
+    with pytest.raises(ValueError, match="got 7, 6, 'hidden' as well"):
         model(images(1))
 
 
@@ -352,7 +352,7 @@ def test_statistics_of_another_read_out_are_left_out(folder, tmp_path, caplog, c
     classifier(folder, calibration_images=images()).save_pretrained(tmp_path)
     model = DiTForImageClassification.from_pretrained(tmp_path, **change)
     assert model.config.standardized_grid is None and model.classifier.standardization.scale is None
-    assert "are of another timestep or tap, and are left out" in caplog.text
+    assert "belong to another timestep or tap" in caplog.text
     same = DiTForImageClassification.from_pretrained(tmp_path, block=[-6, -8])
     assert same.config.standardized_grid == [4, 4]
 
@@ -370,7 +370,7 @@ def test_a_few_steps_of_trainer_train_the_head_alone(folder, tmp_path, head):
     assert torch.equal(logits(again), logits(model))
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| timestep | 60, 5 |" in card and "| block | 0 to 7 |" in card and "| feature | hidden |" in card
-    assert "| channels | 256, side by side in this order: every timestep, block and feature |" in card
+    assert "| channels | 256, concatenated in this order: every timestep, block and feature |" in card
 
 
 def test_what_comes_after_the_last_tap_of_any_timestep_is_frozen(folder):
@@ -600,7 +600,7 @@ def test_massive_channels_are_found_at_each_tap(folder):
     for (block, feature), own in tokens.items():
         assert own[..., 3].any() != (block >= 1 and feature == "hidden"), (block, feature)
     for wrong in ({"1.hidden": 3}, {"x": [3]}, {"-1.hidden": [3]}, [3]):
-        with pytest.raises(ValueError, match="other_massive_channels are not what it has there"):
+        with pytest.raises(ValueError, match="values of another kind in other_massive_channels"):
             TimestepSelection.from_dict({**record, "other_massive_channels": wrong})
 
 
@@ -620,7 +620,7 @@ def test_a_selected_timestep_takes_the_place_of_several(folder, single, fields):
         assert head.config.read_outs() == [(7, *tap) for tap in taps] and logits(head).isfinite().all()
         return
     with pytest.raises(
-        ValueError, match=r"reads tokens of 128 channels, and at timestep 7 alone its taps have 64. Load"
+        ValueError, match=r"reads tokens of 128 channels, but the taps at timestep 7 alone have 64. Load"
     ):
         head.apply_selection(selection)
     assert head.config.read_outs() == before
@@ -647,9 +647,7 @@ def test_the_callback_selects_for_all_of_them_and_does_not_follow_with_several(f
     assert isinstance(model.config.timestep, int) and model.config.standardized_grid == [4, 4]
     trained = classifier(folder, freeze_backbone=False)
     callback = ASelectCallback(reselect_epochs=1, follow=True)
-    with pytest.raises(
-        ValueError, match=r"this one reads at \[60, 5\], as its head was built for. Leave `follow` out"
-    ):
+    with pytest.raises(ValueError, match=r"its head was built for \[60, 5\]. Omit `follow`"):
         Trainer(trained, arguments, train_dataset=rows, callbacks=[callback]).train()
 
 
@@ -684,7 +682,7 @@ def test_the_card_of_a_listed_read_out_names_each(folder, tmp_path):
     write_model_card(DiTModel.from_pretrained(folder, read_out=LISTED, zeroed_channels=[]), tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     each = "hidden of block 6 at t = 60, key of block 0 at t = 5, value of block 0 at t = 60"
-    assert f"| channels | 48, side by side in this order: {each} |" in card
+    assert f"| channels | 48, concatenated in this order: {each} |" in card
     assert "| timestep | 60, 5 |" in card and "| feature | hidden, key, value |" in card
 
 
@@ -710,7 +708,7 @@ def test_a_training_that_is_resumed_reads_what_it_read(folder, tmp_path):
         write_config(config, tmp_path)
         again = DiTModel.from_pretrained(folder, **resumed_fields({}, tmp_path)).config
         assert again.read_outs() == config.read_outs()
-    with pytest.raises(ValueError, match=r"The training began at timestep 60, got --timestep \[5, 60\]"):
+    with pytest.raises(ValueError, match=r"This training started with timestep 60, got --timestep \[5, 60\]"):
         resumed_fields({"timestep": [5, 60]}, tmp_path)
 
 
@@ -748,7 +746,7 @@ def test_every_family_is_read_at_several(tmp_path, name, fields, width):
 
 def test_a_tap_that_a_family_lacks_is_refused(tmp_path):
     PIPELINES["flux"]().save_pretrained(tmp_path)
-    with pytest.raises(StrictDataclassError, match=r"(?s)Block 2 has no `attention`: only the first 2 blocks"):
+    with pytest.raises(StrictDataclassError, match=r"(?s)Block 2 has no `attention`, because only the first 2 blocks"):
         DiTModel.from_pretrained(tmp_path, timestep=5, block="all", feature="attention", image_size=32)
     model = DiTModel.from_pretrained(tmp_path, timestep=5, block=[0, 1], feature="attention", image_size=32)
     assert model(images(1, size=32)).last_hidden_state.shape[-1] == 64

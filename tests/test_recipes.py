@@ -138,7 +138,7 @@ def test_with_persistent_workers_the_set_that_is_asked_for_is_judged(train):
 
 
 def test_a_share_that_cannot_hold_each_class_is_refused(train):
-    with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training images cannot hold each class"):
+    with pytest.raises(ValueError, match=r"A share of 0\.01 of 43 training images cannot contain each class"):
         train("attention_probe", "--held_out_share", "0.01")
 
 
@@ -208,7 +208,7 @@ def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, cap
     words += ["--per_device_train_batch_size", "24"]
     with caplog.at_level(logging.INFO, logger="hf_aselect"):
         train(recipe, *words)
-    assert caplog.text.count("Chose timestep") == 1
+    assert caplog.text.count("Selected timestep") == 1
     (path,) = {"lora": [tmp_path / "out"]}.get(recipe, [tmp_path / "out" / "checkpoint-2"])
     config = ASelectConfig.from_pretrained(path)
     other = next(timestep for timestep in config.selection["timesteps"] if timestep != config.timestep)
@@ -218,10 +218,10 @@ def test_a_training_that_goes_on_keeps_its_timestep(train, recipe, tmp_path, cap
     with caplog.at_level(logging.INFO, logger="hf_aselect"):
         trainer = train(recipe, *words)
     assert trainer.state.global_step == 4
-    assert caplog.text.count("Chose timestep") == 1
+    assert caplog.text.count("Selected timestep") == 1
     again = ASelectConfig.from_pretrained(tmp_path / "out")
     assert (again.timestep, again.selection["timestep"]) == (other, other)
-    with pytest.raises(ValueError, match=f"The training began at timestep {other}, got --timestep 7"):
+    with pytest.raises(ValueError, match=f"This training started with timestep {other}, got --timestep 7"):
         train(recipe, *words, "--timestep", "7")
 
 
@@ -233,7 +233,7 @@ def test_fine_tuning_takes_the_optimizer_that_is_asked_for(train, tmp_path):
 
 
 def test_a_frozen_backbone_is_not_chosen_for_again(train):
-    with pytest.raises(ValueError, match="fine-tuned, and it is frozen: give --recipe fine_tune or lora"):
+    with pytest.raises(ValueError, match="fine-tuned, but it is frozen: pass --recipe fine_tune or lora"):
         train("attention_probe", "--reselect_epochs", "5")
 
 
@@ -243,7 +243,7 @@ def test_a_frozen_backbone_is_not_chosen_for_again(train):
         (["--layer_decay", "1.5"], "--layer_decay must be in (0, 1], got 1.5"),
         (["--crop_share", "0"], "--crop_share must be in (0, 1], got 0.0"),
         (["--held_out_share", "-0.1"], "--held_out_share must be in [0, 1), got -0.1"),
-        (["--held_out_share", "0.1"], "sets images aside that nothing looks at: give --eval_strategy epoch"),
+        (["--held_out_share", "0.1"], "holds out images that are not used: pass --eval_strategy epoch"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(words, complaint, capsys):

@@ -1,30 +1,39 @@
 """Weights by the names of the research code: converted, their hidden states are those of the original formulas."""
 
 import argparse
+import copy
 import json
 import math
 import os
+import re
 import shutil
+import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_vae
+from conftest import build_vae, denoiser_of
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from pipelines import RESEARCH, ResearchPort, position_table, research_shapes
 from pipelines import research_weights as weights_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_aselect import DiTForImageClassification, DiTModel, convert_diffusers, convert_research
+from hf_aselect import (
+    ASelectImageProcessor,
+    DiTForImageClassification,
+    DiTModel,
+    cache_features,
+    convert_diffusers,
+    convert_research,
+    select_timestep,
+)
 from hf_aselect.checkpoints.diffusers import expected_shapes
-from hf_aselect.checkpoints.layout_check import check_layout
-from hf_aselect.checkpoints.research import LAYOUTS, ResearchWeights
+from hf_aselect.checkpoints.layout_check import compare_layouts
+from hf_aselect.checkpoints.research import _BLOCK, _EMBEDDERS, _WHOLE, LAYOUTS, ResearchWeights
 from hf_aselect.cli import main
 from hf_aselect.model.configuration_aselect import ASelectConfig
-from hf_aselect.model.denoisers import DiTDenoiser
 from hf_aselect.model.noise_schedule import NoiseSchedule
-from hf_aselect.selection.prediction import predict
 
 WIDTH, HEADS, DEPTH, CHANNELS, CLASSES, PATCH, SIDE = (
     RESEARCH[name] for name in ("width", "heads", "depth", "channels", "classes", "patch", "side")
@@ -109,7 +118,7 @@ def test_hidden_states_and_predictions_are_those_of_the_original_formula(layout,
     with torch.no_grad():
         expected, output = reference(weights, noised, TIMES[layout], labels)
         found = model.denoiser.read_taps(noised, TIMESTEPS, [(block, "hidden") for block in range(DEPTH)])
-        predicted = predict(model.denoiser, noised, TIMESTEPS, labels)
+        predicted = model.denoiser.predict(noised, TIMESTEPS, labels)
     for block in range(DEPTH):
         torch.testing.assert_close(found[block, "hidden"], expected[block], rtol=1e-5, atol=1e-5)
     # SiT's velocity points to the image, and what a variance was learned for is left out.
@@ -185,13 +194,22 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
         ("dit", CHANNELS, {"ap_head.linear1.bias": torch.zeros(3)}, None),
     ],
 )
-def test_tensors_that_speak_against_the_layout_are_told_of(tmp_path, caplog, layout, outputs, extra, sign):
+def test_tensors_that_speak_against_the_layout_are_refused(tmp_path, caplog, layout, outputs, extra, sign):
+    path = save(weights_of(outputs=outputs) | extra, tmp_path / "weights.safetensors")
+    said = f"is said to be of layout {layout!r}, but has {sign}."
+    if sign is not None:
+        with pytest.raises(ValueError, match=rf"{re.escape(said)} Pass `layout=` .*`check_layout=False` \(`--no-lay"):
+            convert(path, tmp_path / "out", layout=layout)
+        with pytest.raises(ValueError, match=re.escape(said)):
+            DiTModel.from_pretrained(tmp_path, layout=layout, num_attention_heads=HEADS, timestep=5)
+        assert [each.name for each in tmp_path.iterdir()] == ["weights.safetensors"]
     with caplog.at_level("WARNING", logger="hf_aselect"):
-        path = save(weights_of(outputs=outputs) | extra, tmp_path / "weights.safetensors")
-        convert(path, tmp_path / "out", layout=layout)
-    said = f"is said to be of layout {layout!r}, but has {sign}. Check the layout."
-    assert (said in caplog.text) == (sign is not None)
-    assert ("Check the layout" in caplog.text) == (sign is not None)
+        convert(path, tmp_path / "out", layout=layout, check_layout=False)
+        given = {"layout": layout, "num_attention_heads": HEADS, "timestep": 5, "check_layout": False}
+        (tmp_path / "in").mkdir()
+        DiTModel.from_pretrained(path.rename(tmp_path / "in" / path.name).parent, **given)
+    assert caplog.text.count(said) == (0 if sign is None else 2)
+    assert "was not checked" not in caplog.text
 
 
 @pytest.mark.parametrize("head", ["projectors.0.0", "ap_head.linear1"])
@@ -206,8 +224,8 @@ def test_heads_of_an_alignment_are_dropped_with_a_line(tmp_path, caplog, head):
 def test_blocks_that_repa_counted_anew_follow_the_others(tmp_path):
     weights = weights_of()
     legacy = {name.replace("blocks.2.", "decoder_blocks.0."): value for name, value in weights.items()}
-    convert(save(weights, tmp_path / "new.pt"), tmp_path / "out", layout="repa")
-    convert(save(legacy, tmp_path / "old.pt"), tmp_path / "legacy", layout="repa")
+    convert(save(weights, tmp_path / "new.pt"), tmp_path / "out")
+    convert(save(legacy, tmp_path / "old.pt"), tmp_path / "legacy")
     new, old = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "legacy"))
     assert all(torch.equal(new[name], value) for name, value in old.items())
 
@@ -240,11 +258,11 @@ def test_a_port_in_folders_of_diffusers_is_loaded(tmp_path, noised):
 @pytest.mark.parametrize("function", [convert_research, convert_diffusers])
 def test_a_port_is_converted_and_reads_alike(tmp_path, noised, function):
     folder = port(tmp_path / "port", vae=build_vae())
-    made = function(folder, tmp_path / "out", layout="repa", max_shard_size=50_000)
+    made = function(folder, tmp_path / "out", layout="sit", max_shard_size=50_000)
     assert made.vae_decoder_bytes > 0
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
-    direct = DiTModel.from_pretrained(folder, layout="repa", timestep=5)
+    direct = DiTModel.from_pretrained(folder, layout="sit", timestep=5)
     written = DiTModel.from_pretrained(tmp_path / "out", timestep=5)
     assert direct.state_dict().keys() == written.state_dict().keys()
     assert all(torch.equal(value, written.state_dict()[name]) for name, value in direct.state_dict().items())
@@ -273,6 +291,56 @@ def test_a_vae_is_taken_from_a_folder_or_a_pipeline(pickled, tmp_path, vae_folde
     assert one.keys() == two.keys()
     assert any(name.startswith("vae.encoder.") for name in one)
     assert not any("decoder" in name for name in one)
+
+
+@pytest.mark.parametrize("form", ["name", "path", "object", "pipeline"])
+def test_a_vae_is_given_where_weights_are_loaded(tmp_path, vae_folder, form, noised):
+    folder = port(tmp_path / "port")
+    given = {"name": str(vae_folder), "path": vae_folder, "object": build_vae()}
+    if form == "pipeline":
+        given["pipeline"] = port(tmp_path / "pipeline", vae=build_vae())
+    model = DiTModel.from_pretrained(folder, layout="sit", timestep=5, vae=given[form])
+    assert model.config.num_channels == 3 and not model.config.takes_latents
+    expected = build_vae().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("vae", "words"),
+    [
+        ("./nowhere", "is neither a local folder nor an id on the Hub"),
+        ("no-one/no-vae", "it was not downloaded before"),
+        ("port", "holds no VAE that is supported"),
+    ],
+)
+def test_a_vae_that_is_none_is_refused_in_words(tmp_path, monkeypatch, vae, words):
+    monkeypatch.chdir(tmp_path)
+    port(tmp_path / "port")
+    with pytest.raises((ValueError, OSError), match=words):
+        DiTModel.from_pretrained("port", layout="sit", timestep=5, vae=vae)
+
+
+def test_a_converted_checkpoint_has_its_own_vae_or_none(pickled, tmp_path, vae_folder):
+    convert(pickled, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"names a VAE, and .* is an hf_aselect checkpoint.*`hf-aselect convert"):
+        DiTModel.from_pretrained(tmp_path / "out", timestep=5, vae=vae_folder)
+
+
+def test_a_model_that_takes_latents_says_so_where_it_is_given_images(pickled, tmp_path, pictures, caplog):
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        convert(pickled, tmp_path / "out", timestep=5)
+    assert "cannot be given images, only latents. For images pass `vae=` (`--vae`)" in caplog.text
+    model = DiTModel.from_pretrained(tmp_path / "out")
+    words = r"takes latents of 4 channels and no images: it has no VAE\. Load or convert it with one \(`vae=`"
+    with pytest.raises(ValueError, match=f"^`pixel_values` have 3 channels. The model {words}"):
+        model(torch.zeros(1, 3, 16, 16))
+    for read in (
+        lambda: select_timestep(model, pictures),
+        lambda: ASelectImageProcessor.from_model_config(model.config)(pictures),
+        lambda: cache_features(model, [{"image": each} for each in pictures], tmp_path / "cache"),
+    ):
+        with pytest.raises(ValueError, match=f"^`num_channels` .*{words}"):
+            read()
 
 
 @pytest.mark.parametrize("source", ["file", "port"])
@@ -368,9 +436,10 @@ def test_other_architectures_are_known_by_their_class(class_name, tmp_path):
         (replaced("blocks.2.attn.qkv.bias", torch.zeros(5)), r"'blocks.2.attn.qkv.bias' .* has shape \(5,\)"),
         (replaced("blocks.1.mlp.fc2.bias", torch.zeros(5)), r"'blocks.1.mlp.fc2.bias' .* has shape \(5,\)"),
         (replaced("blocks.1.mlp.fc2.bias", torch.zeros(WIDTH, dtype=torch.int8)), "int8"),
-        (lambda _: {"epoch": 3}, r"holds no weights by name, nor under ema, .* but a dict of \['epoch'\]"),
+        (lambda _: {"epoch": 3}, r"holds no weights by name, but a dict of \['epoch'\]"),
+        (lambda _: {"state_dict": {"epoch": 3}}, r"holds no weights by name, but a dict of \['state_dict'\]"),
         (lambda _: {"fc.weight": torch.zeros(2)}, "holds no weights in the research layout .*'fc.weight'"),
-        (lambda _: [torch.zeros(2)], "holds no weights by name, .* but a list"),
+        (lambda _: [torch.zeros(2)], r"holds no weights by name, but a list\."),
     ],
 )
 def test_weights_that_are_no_dit_are_refused_before_anything_is_written(pickled, tmp_path, edit, words):
@@ -391,6 +460,7 @@ def test_weights_that_are_no_dit_are_refused_before_anything_is_written(pickled,
         ({"vae": "no/such/folder/here"}, "'no/such/folder/here' is neither a local folder nor an id on the Hub"),
         ({"vae": "./nowhere"}, "is neither a local folder nor an id on the Hub"),
         ({"vae": "in"}, "holds no VAE that is supported"),
+        ({"vae": "in/weights.pt"}, "`vae` 'in/weights.pt' is a file; expected a folder"),
         ({"timestp": 5}, "no field `timestp`"),
     ],
 )
@@ -429,7 +499,7 @@ def test_a_scheduler_of_another_kind_contradicts_the_layout(tmp_path):
     model = DiTModel.from_pretrained(folder, layout="dit", timestep=5)
     assert model.config.scheduler["_class_name"] == "DDIMScheduler"
     with pytest.raises(ValueError, match=r"scheduler of .* is a DDIMScheduler, which is not of flow matching"):
-        DiTModel.from_pretrained(folder, layout="repa", timestep=5)
+        DiTModel.from_pretrained(folder, layout="sit", timestep=5)
 
 
 def test_a_prompt_is_no_option_of_research_weights(tmp_path):
@@ -444,24 +514,111 @@ def test_a_layout_is_no_option_of_what_diffusers_named(latent_folder):
         convert_research(latent_folder, latent_folder.parent / "never", layout="sit")
 
 
-@pytest.mark.parametrize("breakage", ["cut", "empty", "text", "code", "code in a training", "old"])
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "no weights")
+
+
+BROKEN = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is truncated or no file of weights of torch"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "text": (lambda path: path.write_text("not found\nat all\n"), "is text, and no file of weights of torch"),
+    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "a pointer of Git LFS"),
+    "zip": (zipped, "a zip archive of other things, and no file of weights"),
+    "safetensors": (lambda path: save_file(weights_of(), path), "is a safetensors file. Name it .safetensors"),
+    "old": (
+        lambda path: torch.save(weights_of(), path, _use_new_zipfile_serialization=False),
+        "is of the kind before torch 1.6",
+    ),
+    "code": (
+        lambda path: torch.save(Bomb(path.with_name("ran")), path),
+        r"more than tensors: '(posix|nt).mkdir', which could run code",
+    ),
+    "code in a training": (
+        lambda path: torch.save({"ema": weights_of(), "args": Bomb(path.with_name("ran"))}, path),
+        r"more than tensors: '(posix|nt).mkdir', which could run code",
+    ),
+}
+
+
+@pytest.mark.parametrize("breakage", BROKEN)
 def test_a_broken_pickle_and_one_with_code_are_refused(pickled, tmp_path, breakage):
-    whole = pickled.read_bytes()
-    if breakage == "cut":
-        pickled.write_bytes(whole[: len(whole) // 2])
-    elif breakage in ("empty", "text"):
-        pickled.write_bytes(b"" if breakage == "empty" else b"<html>not found</html>")
-    elif breakage == "old":
-        torch.save(weights_of(), pickled, _use_new_zipfile_serialization=False)
-    else:
-        given = Bomb(tmp_path / "ran") if breakage == "code" else {"ema": weights_of(), "args": Bomb(tmp_path / "ran")}
-        torch.save(given, pickled)
-    words = "is truncated or no"
-    if "code" in breakage:
-        words = r"more than tensors: '(posix|nt).mkdir', which could run code"
-    with pytest.raises(ValueError, match=words):
+    breaks, words = BROKEN[breakage]
+    breaks(pickled)
+    with pytest.raises(ValueError, match=f"weights.pt' .*{words}"):
         convert(pickled, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "weights.pt"]
+
+
+@pytest.mark.parametrize(
+    ("breakage", "words"),
+    [
+        ("empty", "is empty"),
+        ("text", "is text, and no safetensors file"),
+        ("lfs", "a pointer of Git LFS"),
+        ("pickle", "is no safetensors, but a pickle as `torch.save` writes it. Name it .pt"),
+        ("old", "is no safetensors, but a pickle"),
+    ],
+)
+def test_safetensors_that_are_something_else_are_told_apart(pickled, tmp_path, breakage, words):
+    if breakage != "pickle":
+        BROKEN[breakage][0](pickled)
+    path = pickled.rename(pickled.with_suffix(".safetensors"))
+    with pytest.raises(ValueError, match=words):
+        convert(path, tmp_path / "out")
+    assert [each.name for each in tmp_path.rglob("*")] == ["in", "weights.safetensors"]
+
+
+NESTED = {
+    "Lightning": lambda weights: {"state_dict": {f"model.{name}": value for name, value in weights.items()}},
+    "Lightning with others": lambda weights: {
+        "state_dict": {f"net.{name}": value for name, value in weights.items()} | {"vae.bias": torch.zeros(2)}
+    },
+    "twice": lambda weights: {"model": {"module": weights}, "epoch": 3},
+    "an average that has no names": lambda weights: {"ema": {"shadow": list(weights.values())}, "model": weights},
+    "an average inside": lambda weights: {"model": weights_of(seed=4), "state": {"ema_model": weights}},
+    "any name": lambda weights: {"generator": weights, "discriminator": {"bias": torch.zeros(2)}},
+    "compiled blocks": lambda weights: {
+        name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in weights.items()
+    },
+    "checkpointed blocks of FSDP": lambda weights: {
+        name.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): value
+        for name, value in weights.items()
+    },
+    "half": lambda weights: {name: value.half() for name, value in weights.items()},
+    "parameters": lambda weights: {name: nn.Parameter(value) for name, value in weights.items()},
+}
+
+
+@pytest.mark.parametrize("form", NESTED)
+def test_weights_are_found_in_whatever_holds_them(tmp_path, form):
+    weights = weights_of()
+    convert(save(NESTED[form](weights), tmp_path / "weights.ckpt"), tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for theirs, ours in (("final_layer.linear.weight", "proj_out_2.weight"), ("blocks.1.mlp.fc2.bias", None)):
+        name = ours or "transformer_blocks.1.ff.net.2.bias"
+        expected = weights[theirs].half() if form == "half" else weights[theirs]
+        assert torch.equal(written[f"denoiser.transformer.{name}"], expected)
+
+
+def test_weights_in_a_dictionary_that_holds_itself_are_found(tmp_path):
+    weights = weights_of()
+    weights["itself"] = weights
+    convert(save(weights, tmp_path / "weights.pt"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"revision": "main"}, {"subfolder": "there"}, {"variant": "fp16"}])
+def test_what_says_which_weights_to_take_has_no_meaning_for_a_file(pickled, tmp_path, vae_folder, options, capsys):
+    ((name, value),) = options.items()
+    words = f"`{name}='{value}'` would say which weights .* but '.*weights.pt' is one file"
+    with pytest.raises(ValueError, match=words):
+        convert(pickled, tmp_path / "out", **options)
+    given = ["--layout", "sit", "--allow-pickle", f"--{name}", value]
+    assert main(["convert", str(pickled), str(tmp_path / "out"), *given]) == 1
+    assert f"`{name}='{value}'` would say which weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    if name == "variant":  # of a VAE there may be one
+        convert(pickled, tmp_path / "out", vae=vae_folder, **options)
 
 
 def test_a_truncated_safetensors_is_refused(tmp_path):
@@ -510,24 +667,103 @@ def trained():
         num_embeds_ada_norm=1,
         norm_eps=1e-6,
     )
-    denoiser, schedule = DiTDenoiser(transformer, timestep_embedding="repa"), NoiseSchedule.flow_matching()
+    first, second = (block.norm1 for block in transformer.transformer_blocks)
+    second.emb = first.emb  # one for all blocks, as in the research code
+    denoiser, schedule = denoiser_of(transformer, "repa"), NoiseSchedule.flow_matching()
     optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
-    for _ in range(100):
+    for _ in range(150):
         images, noise = drawn(32, generator), torch.randn(32, 1, 8, 8, generator=generator)
         timesteps = torch.randint(0, 1000, (32,), generator=generator)
         noised = schedule.add_noise(images, noise, timesteps)
-        loss = F.mse_loss(predict(denoiser, noised, timesteps, torch.ones(32, dtype=torch.long)), noise - images)
+        loss = F.mse_loss(denoiser.predict(noised, timesteps, torch.ones(32, dtype=torch.long)), noise - images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    second.emb = copy.deepcopy(first.emb)
     return transformer.eval()
 
 
 def drawn(num, generator):
     """Images of four smooth patterns."""
     base = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(1))
-    patterns = nn.functional.interpolate(base, size=8, mode="bilinear").clamp(-1.6, 1.6) * 0.6
+    patterns = nn.functional.interpolate(base, size=8, mode="bilinear").mul(2).clamp(-1, 1)
     return patterns[torch.randint(0, 4, (num,), generator=generator)]
+
+
+@pytest.fixture
+def as_research(trained, tmp_path):
+    """The same by the names of the research code."""
+    theirs, whole, kinds = trained.state_dict(), {}, ("weight", "bias")
+    for name, key in [*_WHOLE.items(), *((each, f"transformer_blocks.0.{key}") for each, key in _EMBEDDERS.items())]:
+        whole |= {f"{name}.{kind}": theirs[f"{key}.{kind}"] for kind in kinds if f"{key}.{kind}" in theirs}
+    for block in range(2):
+        at = f"transformer_blocks.{block}"
+        for kind in kinds:
+            third = [theirs[f"{at}.attn1.to_{letter}.{kind}"] for letter in "qkv"]
+            whole[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(third)
+            whole |= {f"blocks.{block}.{part}.{kind}": theirs[f"{at}.{key}.{kind}"] for part, key in _BLOCK.items()}
+    (tmp_path / "in").mkdir()
+    whole["pos_embed"] = position_table(32, 4)
+    save_file({name: value.clone() for name, value in whole.items()}, tmp_path / "in" / "weights.safetensors")
+    return tmp_path / "in" / "weights.safetensors"
+
+
+@pytest.mark.parametrize("timestep", [5, "auto"])
+@pytest.mark.parametrize("said", LAYOUTS)
+def test_a_layout_that_losses_contradict_is_not_converted(as_research, said, timestep, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("hf_aselect.checkpoints.convert._select", lambda *_: None)
+    images = drawn(8, torch.Generator().manual_seed(3))
+    given = {"layout": said, "num_attention_heads": 2, "calibration_images": images, "timestep": timestep}
+    if said != "repa":
+        words = rf"said to be '{said}', .* far better as 'repa'.*1\.25.*`layout='repa'` .*`--no-layout-check`"
+        with pytest.raises(ValueError, match=words):
+            convert_research(as_research, tmp_path / "out", **given)
+        assert [each.name for each in tmp_path.iterdir()] == ["in"]
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        convert_research(as_research, tmp_path / "out", check_layout=said == "repa", **given)
+    assert "layout" not in caplog.text
+    assert ASelectConfig.from_pretrained(tmp_path / "out").timestep_embedding == LAYOUTS[said].timestep_embedding
+
+
+def test_loading_warns_of_a_layout_that_the_losses_contradict(as_research, caplog):
+    images = drawn(8, torch.Generator().manual_seed(3))
+    given = {"num_attention_heads": 2, "calibration_images": images, "timestep": 5}
+    with caplog.at_level("WARNING", logger="hf_aselect"):
+        for said, checked, is_warned in (("sit", True, True), ("sit", False, False), ("repa", True, False)):
+            caplog.clear()
+            if checked:
+                DiTModel.from_pretrained(as_research.parent, layout=said, **given)
+            else:
+                again = {**given, "timestep": "auto", "check_layout": False}
+                DiTModel.from_pretrained(as_research.parent, layout=said, **again)
+            assert ("far better as 'repa'" in caplog.text) == is_warned
+            assert "was not checked" not in caplog.text
+
+
+def test_what_could_not_be_checked_is_told(as_research, pickled_beside, pictures, caplog, tmp_path):
+    def told(read, words):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="hf_aselect"):
+            read()
+        (line,) = [each.getMessage() for each in caplog.records if "The layout" in each.getMessage()]
+        assert line.startswith("The layout 'sit' ") and words in line
+
+    given = {"layout": "sit", "num_attention_heads": 2, "timestep": 5}
+    told(lambda: convert_research(as_research, tmp_path / "1", **given), "no images were given")
+    told(lambda: DiTModel.from_pretrained(as_research.parent, **given), "no images were given")
+    latent = {**given, "num_attention_heads": HEADS, "calibration_images": pictures}
+    told(lambda: convert_research(pickled_beside, tmp_path / "2", allow_pickle=True, **latent), "the model has no VAE")
+    latents = torch.rand(4, CHANNELS, SIDE, SIDE) * 2 - 1
+    random = {**latent, "calibration_images": latents}
+    words = "could not be checked: under none do the weights predict"
+    told(lambda: convert_research(pickled_beside, tmp_path / "3", allow_pickle=True, **random), words)
+    once = {**given, "calibration_images": iter(drawn(4, torch.Generator()))}
+    told(lambda: convert_research(as_research, tmp_path / "4", **once), "the images can be read only once")
+
+
+@pytest.fixture
+def pickled_beside(tmp_path):
+    return save(weights_of(), tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("said", LAYOUTS)
@@ -536,7 +772,7 @@ def test_a_layout_that_the_losses_contradict_is_warned_of(trained, said, tmp_pat
     fields = {"timestep_embedding": LAYOUTS[said].timestep_embedding, "scheduler": LAYOUTS[said].scheduler}
     model = DiTModel.from_pretrained(tmp_path, timestep=5, **fields)
     with caplog.at_level("WARNING", logger="hf_aselect"):
-        losses = check_layout(model, drawn(8, torch.Generator().manual_seed(3)))
+        losses = compare_layouts(model, drawn(8, torch.Generator().manual_seed(3)))
     assert min(losses, key=lambda name: losses[name]) == "repa"
     assert (f"The layout was said to be {said!r}" in caplog.text) == (said != "repa")
     assert model.denoiser.timestep_embedding == LAYOUTS[said].timestep_embedding
@@ -562,7 +798,7 @@ def test_the_command_converts_and_selects(pickled, tmp_path, vae_folder, picture
     for index, picture in enumerate(pictures):
         picture.save(images / f"{index}.png")
     looked = []
-    monkeypatch.setattr("hf_aselect.checkpoints.convert.check_layout", lambda *given: looked.append(given))
+    monkeypatch.setattr("hf_aselect.checkpoints.convert.compare_layouts", lambda *given, **_: looked.append(given))
     words = ["convert", pickled, tmp_path / "out", "--layout", "sit", "--num-attention-heads", HEADS, "--allow-pickle"]
     words += ["--vae", vae_folder, "--timestep", "auto", "--images", images]
     assert main(list(map(str, words))) == 0
@@ -585,7 +821,7 @@ def test_the_command_writes_a_timestep_of_any_source(latent_folder, tmp_path, gi
     [
         (["--layout", "sit"], "is a pickle"),
         (["--allow-pickle"], "Pass `layout=` (`hf-aselect convert --layout`)"),
-        (["--layout", "sit", "--allow-pickle", "--without", "text_encoder"], "`--without` is for text encoders"),
+        (["--layout", "sit", "--allow-pickle", "--without", "text_encoder"], "`--without` names text encoders"),
         (["--layout", "sit", "--allow-pickle", "--timestep", "auto"], "`--timestep auto` needs `--images`"),
     ],
 )
@@ -598,7 +834,7 @@ def test_the_command_says_in_one_line_what_is_wrong(pickled, tmp_path, capsys, w
 
 def test_options_of_research_weights_need_a_layout(latent_folder, tmp_path, capsys):
     assert main(["convert", str(latent_folder), str(tmp_path / "out"), "--allow-pickle"]) == 1
-    assert "--allow-pickle: for research weights. Say by `--layout` whose they are" in capsys.readouterr().err
+    assert "--allow-pickle: only for research weights. Pass `--layout`" in capsys.readouterr().err
 
 
 def test_images_have_no_use_at_a_fixed_timestep(latent_folder, tmp_path, pictures):

@@ -122,7 +122,7 @@ def test_what_goes_on_at_the_end_of_an_epoch_ends_with_the_same_weights(words_of
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     shutil.rmtree(tmp_path / "checkpoint-13", ignore_errors=True)
     log = finish([*words, "--resume_from_checkpoint", "latest"])
-    assert re.search("Going on from .*11", log)
+    assert re.search("Resuming from .*11", log)
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 
@@ -134,9 +134,9 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, caplog):
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
-    assert "checkpoint-8 is half-written" in caplog.text and "checkpoint-12 is half-written" in caplog.text
+    assert "checkpoint-8, which is incomplete" in caplog.text and "checkpoint-12, which" in caplog.text
     shutil.rmtree(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match="There is no whole checkpoint"):
+    with pytest.raises(ValueError, match="There is no complete checkpoint"):
         last_checkpoint(str(tmp_path))
 
 

@@ -248,8 +248,8 @@ def test_the_probe_of_patches_finds_the_timestep_that_tells_their_class():
 def test_few_images_with_masks_are_not_advised_to_be_none():
     images, masks = halves(8)
     record = select_timestep(TellingModel(), images, criterion="probe", labels=list(masks), timesteps=[0, 300])
-    (few,) = [text for text in record.warnings if text.startswith("it rests on 8 images")]
-    assert few.endswith("however sure it seems. Give more images.")
+    (few,) = [text for text in record.warnings if text.startswith("it is based on 8 images")]
+    assert few.endswith("however confident it seems. Pass more images.")
 
 
 def test_masks_of_a_dataset_are_cut_and_resized_with_its_pictures(deep_folder):
@@ -286,7 +286,7 @@ def test_a_probe_of_patches_needs_masks(deep_folder, pixels):
     model = DiTModel.from_pretrained(deep_folder, timestep=50)
     with pytest.raises(ValueError, match="needs masks as `labels`"):
         select_timestep(model, pixels, criterion="patch_probe", labels=[0, 1, 0, 1, 0, 1, 0])
-    with pytest.raises(ValueError, match="There must be a mask for each image, got 2 masks for 7 images"):
+    with pytest.raises(ValueError, match="must have one mask per image, got 2 masks for 7 images"):
         select_timestep(model, pixels, criterion="probe", labels=[np.zeros((8, 8), dtype=int)] * 2)
     with pytest.raises(ValueError, match="`num_patches` of 'patch_probe' must be at least 1, got 0"):
         PatchProbe(num_patches=0)
@@ -411,10 +411,10 @@ def test_dpt_of_the_host_stands_on_a_dit(deep_folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda labels: labels[:, :4], r"class indices of shape \(7, 8, 8\), one a pixel, got torch.int64 of shape"),
+        (lambda labels: labels[:, :4], r"class indices of shape \(7, 8, 8\), one per pixel, got torch.int64 of shape"),
         (lambda labels: labels.float(), r"got torch.float32"),
         (lambda labels: labels > 0, r"got torch.bool"),
-        (lambda labels: labels + 1, r"class indices in \[0, 3\), or 255 for pixels of no class, got \[3, 256\]"),
+        (lambda labels: labels + 1, r"class indices in \[0, 3\), or 255 for pixels without a class, got \[3, 256\]"),
     ],
     ids=["size", "type", "truth values", "values"],
 )
@@ -428,7 +428,7 @@ def test_labels_may_be_of_any_integer_dtype(deep_folder, pixels, labels, dtype):
     model = load(deep_folder).eval()
     with torch.no_grad():
         assert torch.equal(model(pixels, labels=labels.to(dtype)).loss, model(pixels, labels=labels).loss)
-    with pytest.raises(ValueError, match=r"class indices in \[0, 3\), or 255 for pixels of no class, got \[77\]"):
+    with pytest.raises(ValueError, match=r"class indices in \[0, 3\), or 255 for pixels without a class, got \[77\]"):
         model(pixels, labels=torch.full_like(labels, 77).to(dtype))
 
 
@@ -439,14 +439,14 @@ def test_a_part_of_the_decoder_is_refused(deep_folder, tmp_path, decoder):
     name = next(name for name in weights if name.startswith("decode_head.") and name.endswith("weight"))
     del weights[name]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"a part of the decoder only: 1 of its \d+ tensors are missing.*{name}"):
+    with pytest.raises(ValueError, match=rf"only a part of the decoder: 1 of its \d+ tensors are missing.*{name}"):
         DiTForSemanticSegmentation.from_pretrained(tmp_path)
 
 
 def test_another_decoder_is_a_new_one_where_that_is_asked_for(deep_folder, pixels, tmp_path):
     load(deep_folder, decoder="linear").save_pretrained(tmp_path)
     other = {"decoder": "upernet", "decoder_hidden_size": 8, "auxiliary_hidden_size": 8}
-    with pytest.raises(ValueError, match=r"hold another kind of decoder: .*`ignore_mismatched_sizes=True`.*`decoder`"):
+    with pytest.raises(ValueError, match=r"have another kind of decoder: .*`ignore_mismatched_sizes=True`.*`decoder`"):
         DiTForSemanticSegmentation.from_pretrained(tmp_path, **other)
     model = DiTForSemanticSegmentation.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **other)
     assert model(pixels).logits.shape == (7, 3, 8, 8)
@@ -462,15 +462,15 @@ def test_a_classifiers_checkpoint_gives_its_backbone_to_a_segmenter(deep_folder,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"out_indices": [3, 1]}, r"`out_indices` must rise, each block once, got \[3, 1\]"),
-        ({"out_indices": [1, 1]}, r"`out_indices` must rise"),
+        ({"out_indices": [3, 1]}, r"`out_indices` must be strictly increasing, got \[3, 1\]"),
+        ({"out_indices": [1, 1]}, r"`out_indices` must be strictly increasing"),
         ({"out_indices": [99]}, r"`out_indices` must be integers in \[-9, 9\), got \[99\]"),
         ({"out_features": ["stage99"]}, "out_features must be a subset of stage_names"),
         ({"decoder": "unet"}, "`decoder` must be 'linear' or 'upernet', got 'unet'"),
-        ({"decoder": "upernet", "out_indices": [1, 2]}, r"reads four blocks; `out_indices` names \[1, 2\]"),
+        ({"decoder": "upernet", "out_indices": [1, 2]}, r"needs four blocks in `out_indices`, got \[1, 2\]"),
         (
             {"decoder": "upernet", "transformer": SHALLOW},
-            "reads four blocks, and this transformer has 3. Use",
+            "reads four blocks, but this transformer has 3. Use",
         ),
         ({"decoder_hidden_size": 0}, "`decoder_hidden_size` must be in .1, 65536., got 0"),
     ],
@@ -697,7 +697,7 @@ def test_classes_that_neither_has_are_left_out_and_named():
         (
             np.zeros((1, 2, 2), int),
             np.zeros((1, 2, 3), int),
-            r"predicted mask has shape \(2, 3\), its reference \(2, 2\)",
+            r"got \(2, 3\) and \(2, 2\)",
         ),
         (
             np.full((1, 2, 2), 9),
@@ -705,8 +705,8 @@ def test_classes_that_neither_has_are_left_out_and_named():
             r"A reference holds \[9\], expected classes in \[0, 5\) or 255",
         ),
         (np.zeros((1, 2, 2), int), np.full((1, 2, 2), 5), r"A prediction holds \[5\], expected classes in \[0, 5\)\."),
-        (np.full((1, 2, 2), 255), np.zeros((1, 2, 2), int), "at least one pixel that has a class, got none"),
-        (np.zeros((2, 2, 2), int), np.zeros((1, 2, 2), int), "Got 1 predicted masks and 2 references"),
+        (np.full((1, 2, 2), 255), np.zeros((1, 2, 2), int), "at least one pixel with a class, got none"),
+        (np.zeros((2, 2, 2), int), np.zeros((1, 2, 2), int), "got 1 predicted masks and 2 references"),
     ],
 )
 def test_bad_masks_are_refused_by_the_metric(truth, guess, message):

@@ -118,7 +118,7 @@ def test_features_side_by_side_predict_what_a_ridge_regression_of_them_does():
 
 
 def test_images_without_a_difference_are_rejected():
-    with pytest.raises(ValueError, match="do not differ"):
+    with pytest.raises(ValueError, match="are all the same"):
         unexplained_together(torch.ones(8, 8).double(), 4, torch.zeros(8, 1).double(), torch.arange(8) % 4, 4)
 
 
@@ -205,7 +205,7 @@ def test_blocks_are_compared_and_the_set_is_that_of_the_best(model):
 def test_a_timestep_that_adds_nothing_is_warned_of(selection):
     flat = replace(selection, joint_scores=[0.5, 0.6, 0.6])
     (warning,) = _useless_warnings(flat)
-    assert f"timestep {selection.selected[2]} adds nothing" in warning and "`num_timesteps=2` would do" in warning
+    assert f"timestep {selection.selected[2]} adds nothing" in warning and "Pass `num_timesteps=2`" in warning
 
 
 def test_images_that_differ_little_at_one_of_them_are_warned_of(model, selection):
@@ -214,7 +214,7 @@ def test_images_that_differ_little_at_one_of_them_are_warned_of(model, selection
     ]
     assert selection.share_between_images == pytest.approx(min(shares))
     warned = _difference_warning(replace(selection, share_between_images=0.001), is_standardized=True)
-    assert warned.startswith("the images differ at one of these timesteps by 0.10%")
+    assert warned.startswith("the images account at one of these timesteps for 0.10%")
 
 
 # Models.
@@ -294,7 +294,7 @@ def test_a_record_of_several_is_kept_and_is_of_all_of_them(folder, selection):
     ],
 )
 def test_a_record_that_does_not_fit_is_rejected(selection, wrong):
-    with pytest.raises(ValueError, match="Not a record of a selection"):
+    with pytest.raises(ValueError, match=r"A saved selection (must have|has values of another kind)"):
         TimestepSelection.from_dict({**selection.to_dict(), **wrong})
 
 
@@ -314,7 +314,10 @@ def test_the_callback_selects_several(folder, tmp_path):
     Trainer(model, args, train_dataset=rows, callbacks=[ASelectCallback()]).train()
     assert len(model.config.timestep) == 2
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert f"| timestep | {', '.join(map(str, model.config.timestep))} |" in card and "together | 0." in card
+    assert (
+        f"| timestep | {', '.join(map(str, model.config.timestep))} |" in card
+        and "joint score of the first, the first two, ... | 0." in card
+    )
 
 
 def test_a_resumed_training_keeps_them(classifier, tmp_path):
@@ -328,7 +331,7 @@ def test_the_card_and_the_curve_say_them(classifier, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     scores = ", ".join(f"{score:.4g}" for score in classifier.config.selection["joint_scores"])
     assert f"| timestep | {', '.join(map(str, classifier.config.timestep))} |" in card
-    assert f"| score of the first, the first two, ... together | {scores} |" in card
+    assert f"| joint score of the first, the first two, ... | {scores} |" in card
     assert (tmp_path / "timestep_curve.png").stat().st_size > 0
 
 
@@ -342,7 +345,7 @@ def test_the_command_selects_several(folder, tmp_path, capsys):
     assert main([*words, "--timesteps", *map(str, GRID), "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "selection.json").read_text())
-    assert f"Timestep {record['selected_timesteps'][1]} beside it: a score of" in said
+    assert f"Adding timestep {record['selected_timesteps'][1]}: joint score" in said
     assert said.count("<- selected") == 2
     fit = ["fit", str(folder), "--images", str(tmp_path / "rows.parquet"), "--num-timesteps", "2"]
     assert main([*fit, "--timestep", "auto", "--output", str(tmp_path / "fitted")]) == 0
@@ -374,14 +377,17 @@ class Energy:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_timesteps": 0}, "`num_timesteps` must be at least 1, got 0"),
-        ({"num_timesteps": 1.5}, "`num_timesteps` must be at least 1, got 1.5"),
-        ({"num_timesteps": True}, "`num_timesteps` must be at least 1, got True"),
-        ({"num_timesteps": 6}, "`num_timesteps` must be at most 5, the timesteps that are read in any case, got 6"),
-        ({"num_timesteps": 2, "criterion": "hfr"}, "only be selected by 'consensus'.*`num_timesteps=2` and 'hfr'"),
-        ({"num_timesteps": 2, "criterion": "signal_hfr"}, "and 'signal_hfr'"),
-        ({"num_timesteps": 2, "criterion": Energy()}, "and 'energy'"),
-        ({"num_timesteps": 2, "criterion": HFR(cutoff=0.3)}, "and 'hfr'"),
+        ({"num_timesteps": 0}, "`num_timesteps` must be a positive integer, got 0"),
+        ({"num_timesteps": 1.5}, "`num_timesteps` must be a positive integer, got 1.5"),
+        ({"num_timesteps": True}, "`num_timesteps` must be a positive integer, got True"),
+        (
+            {"num_timesteps": 6},
+            "`num_timesteps` must be at most 5, the number of timesteps that are always scored, got 6",
+        ),
+        ({"num_timesteps": 2, "criterion": "hfr"}, "`num_timesteps=2` needs the criterion 'consensus'.*got 'hfr'"),
+        ({"num_timesteps": 2, "criterion": "signal_hfr"}, "got 'signal_hfr'"),
+        ({"num_timesteps": 2, "criterion": Energy()}, "got 'energy'"),
+        ({"num_timesteps": 2, "criterion": HFR(cutoff=0.3)}, "got 'hfr'"),
     ],
 )
 def test_what_cannot_be_selected_is_rejected(model, options, words):
@@ -391,7 +397,7 @@ def test_what_cannot_be_selected_is_rejected(model, options, words):
 
 def test_a_read_out_has_no_several_timesteps(folder):
     model = DiTModel.from_pretrained(folder, read_out=[[5, 0, "key"], [60, 2, "key"]])
-    with pytest.raises(ValueError, match="`num_timesteps=2` selects timesteps for all taps, and this model's"):
+    with pytest.raises(ValueError, match="`num_timesteps=2` selects timesteps for all taps, but this model's"):
         select_timestep(model, images(), timesteps=GRID, num_timesteps=2)
 
 
@@ -405,13 +411,13 @@ def test_a_folded_model_selects_none(folder):
     "fields", [{"num_timesteps": 0}, {"num_timesteps": 10**9}, {"num_timesteps": 3, "timestep": 5}]
 )
 def test_a_configuration_of_no_such_number_is_rejected(fields):
-    with pytest.raises(StrictDataclassError, match="must be at least 1, and 1 but for timestep='auto'"):
+    with pytest.raises(StrictDataclassError, match="must be at least 1, and 1 unless `timestep='auto'`"):
         ASelectConfig(**fields)
 
 
 def test_a_head_that_does_not_fit_the_set_is_rejected(folder, selection):
     model = DiTForImageClassification.from_pretrained(folder, timestep=5, num_labels=4, **SMALL)
-    with pytest.raises(ValueError, match=r"reads tokens of 16 channels, and at timesteps \[.*\] its taps have 48"):
+    with pytest.raises(ValueError, match=r"reads tokens of 16 channels, but the taps at timesteps \[.*\] have 48"):
         model.apply_selection(selection)
 
 
@@ -422,7 +428,7 @@ def test_following_needs_as_many_timesteps_as_are_selected_again(folder, tmp_pat
     rows = [{"pixel_values": each, "labels": 0} for each in images(8)]
     args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
     callback = ASelectCallback(reselect_epochs=1, follow=True)
-    with pytest.raises(ValueError, match="what is selected again, of which there will be 1, and this one reads at"):
+    with pytest.raises(ValueError, match="moves the model to 1 timestep selected again, but its head was built for"):
         Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
 
 

@@ -643,7 +643,7 @@ AutoModelForImageClassification.from_pretrained("me/folded", trust_remote_code=T
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accuracy": 87}, "'accuracy' must be a share in [0, 1]"),
+        ({"accuracy": 87}, "'accuracy' must be in [0, 1]"),
         ({"acuracy": 0.8}, "The card has no facts 'acuracy' (did you mean 'accuracy'?). `hf"),
     ],
 )
@@ -658,7 +658,7 @@ def test_a_token_that_can_be_none_is_refused_and_not_said(hub, pixel_folder, tmp
     """As one that was read from a file, with the end of its line."""
     words = pixel_folder, "me/odd-token", 5, repr({"token": TOKEN + end})
     said = python(AGAIN, *words, hub=hub, home=tmp_path / "home", token=None, fails=True)
-    assert "no token of the Hub has" in said.splitlines()[-1] and TOKEN not in said
+    assert "no Hub token has" in said.splitlines()[-1] and TOKEN not in said
     assert ("model", "me/odd-token") not in hub.repos
 
 

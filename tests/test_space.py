@@ -64,7 +64,7 @@ def test_probabilities_are_those_of_the_model(app, saved):
         expected = DiTForImageClassification.from_pretrained(saved)(pixels).logits[0].softmax(-1)
     assert list(found) == [f"LABEL_{index}" for index in range(4)]
     assert list(found.values()) == pytest.approx(expected.tolist())
-    assert seen.selection is None and "how it was selected is not recorded" in app.curve(seen)
+    assert seen.selection is None and "How it was selected is not recorded" in app.curve(seen)
 
 
 def test_a_saved_image_processor_is_the_one_that_is_used(app, saved, classifier):
@@ -88,7 +88,7 @@ def test_the_overlay_tells_the_masks_in_colours_numbers_and_words(app, segmenter
     assert len({colour for colour, _, _ in named}) == len(named)
     assert [number for _, number, _ in named] == ["1", "2", "3", "4"][: len(named)]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
-    assert f'alt="What is where: &lt;{named[0][2]}&gt; &amp; more, {shares[0]}%' in drawn
+    assert f'alt="Classes in the image: &lt;{named[0][2]}&gt; &amp; more, {shares[0]}%' in drawn
 
 
 def test_classes_in_one_picture_have_colours_of_their_own(app):
@@ -157,10 +157,10 @@ def test_what_is_no_picture_is_said(app, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:800])
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     for name, message in (
-        ("no.png", "no image that can be read"),
+        ("no.png", "not an image that can be read"),
         ("large.png", "8000 × 8000"),
-        ("bomb.png", "far too many pixels; at most 50 million"),
-        ("cut.jpg", "no pict"),
+        ("bomb.png", "too many pixels, but at most 50 million"),
+        ("cut.jpg", "not an image"),
     ):
         with pytest.raises(app.gr.Error, match=message):
             app.opened(str(tmp_path / name))
@@ -382,10 +382,10 @@ def test_the_page_in_a_browser(pages, browser, size, theme):
     (label,) = wait(lambda: all_of(browser, "[data-testid=label-output-value]"))
     assert label.text == "Trouser"  # which it is
     tokens = wait(lambda: all_of(browser, "img.tokens"))[0]
-    assert "the selected one" in text_of(browser)
+    assert "the selected timestep" in text_of(browser)
     before, alt = tokens.get_attribute("src"), tokens.get_attribute("alt")
     assert re.match(r"Tokens at timestep \d+:", alt)
-    tab_to(browser, "slider for Timestep: 0 is no noise, 999 noise alone").send_keys(Keys.ARROW_RIGHT * 30)
+    tab_to(browser, "slider for Timestep: 0 is least noise, 999 is pure noise").send_keys(Keys.ARROW_RIGHT * 30)
     wait(lambda: all_of(browser, "img.tokens")[0].get_attribute("alt") not in (alt, None))
     assert all_of(browser, "img.tokens")[0].get_attribute("src") != before
     (curve,) = all_of(browser, "img.curve")
@@ -404,7 +404,7 @@ def test_a_broken_upload_is_said_on_the_page(pages, browser, tmp_path):
     browser.get(pages[0])
     wait(lambda: all_of(browser, "input[type=file]"))[0].send_keys(str(tmp_path / "broken.png"))
     said = wait(lambda: [each.text for each in all_of(browser, ".toast-body, .toast-wrap") if each.text])
-    assert any("This file is no image that can be read. Try a PNG or JPEG." in text for text in said), said
+    assert any("This file is not an image that can be read. Try a PNG or JPEG." in text for text in said), said
     assert "Traceback" not in text_of(browser)
     # And one that is an image, sideways and of a mode that browsers do not show.
     Image.new("CMYK", (40, 30)).save(tmp_path / "whole.tif")
@@ -419,12 +419,12 @@ def test_a_folded_segmenters_page_shows_what_is_where_and_has_no_slider(pages, b
     browser.get(pages[1])
     wait(lambda: all_of(browser, "button.example"))[0].click()
     (overlay,) = wait(lambda: all_of(browser, "img.overlay"))
-    assert re.match(r"What is where: LABEL_\d, [\d.]+%", overlay.get_attribute("alt"))
+    assert re.match(r"Classes in the image: LABEL_\d, [\d.]+%", overlay.get_attribute("alt"))
     assert browser.execute_script("return arguments[0].naturalWidth", overlay) == 336
     assert re.search(r"LABEL_\d, [\d.]+%", all_of(browser, ".legend")[0].text)
-    assert "how it was selected is not recorded" in text_of(browser)
+    assert "How it was selected is not recorded" in text_of(browser)
     tokens = wait(lambda: all_of(browser, "img.tokens"))[0]
     assert tokens.get_attribute("alt").startswith("Tokens at timestep 50:")
-    assert "This model is folded: it reads at t = 50 alone" in text_of(browser)
+    assert "This model is folded at t = 50" in text_of(browser)
     assert not [each for each in all_of(browser, "input[type=range]") if each.is_displayed()]
     check_the_page_is_whole(browser, pages[1])

@@ -40,7 +40,7 @@ def test_files_keep_their_own_classes_until_they_are_matched(files):
 
 @pytest.mark.parametrize("sources", [{}, {"dataset_name": "a", "train_dir": "b"}])
 def test_there_must_be_one_source(sources):
-    with pytest.raises(ValueError, match="Give exactly one of --dataset_name, --train_dir and --train_file"):
+    with pytest.raises(ValueError, match="Pass exactly one of --dataset_name, --train_dir and --train_file"):
         read_splits(**sources)
 
 
@@ -100,5 +100,5 @@ def test_a_training_resumes_with_its_selection(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     fields = resumed_fields({"timestep": "auto", "head": "linear"}, tmp_path / "elsewhere", tmp_path)
     assert (fields["timestep"], fields["block"], fields["head"]) == (50, 1, "linear")
-    with pytest.raises(ValueError, match="The training began at block 1, got --block 2"):
+    with pytest.raises(ValueError, match="This training started with block 1, got --block 2"):
         resumed_fields({"block": 2}, tmp_path)

@@ -267,7 +267,7 @@ def test_it_can_be_turned_off(pixel_folder, pixels):
 
 @pytest.mark.parametrize("fields", [{"standardized_grid": [4]}, {"standardized_grid": [4, 0]}])
 def test_a_grid_that_cannot_be_is_refused(fields):
-    with pytest.raises(StrictDataclassError, match="must be None or two positive integers, rows and columns"):
+    with pytest.raises(StrictDataclassError, match="must be None or two positive integers, the rows and columns"):
         ASelectConfig(**fields)
 
 
@@ -318,7 +318,7 @@ def test_a_folded_model_gives_the_same(standardized, tmp_path):
     torch.testing.assert_close(logits(folded), logits(standardized), rtol=1e-5, atol=1e-5)
     folded.save_pretrained(tmp_path)
     assert torch.equal(logits(DiTForImageClassification.from_pretrained(tmp_path)), logits(folded))
-    with pytest.raises(ValueError, match="This model is folded"):
+    with pytest.raises(ValueError, match="A folded model cannot be standardized"):
         folded.standardize(images())
 
 
@@ -344,7 +344,7 @@ def test_cached_features_give_the_same(pixel_folder, tmp_path, head):
 
 
 def test_cached_features_of_another_size_are_refused(standardized):
-    with pytest.raises(ValueError, match="`features` have 9 tokens, the head's statistics 4×4"):
+    with pytest.raises(ValueError, match="`features` have 9 tokens, but the head's statistics 4×4"):
         standardized(features=torch.zeros(2, 9, 16))
 
 
@@ -461,7 +461,7 @@ def test_statistics_of_what_is_not_read_any_more_are_left_out(standardized, tmp_
     standardized.save_pretrained(tmp_path)
     model = DiTForImageClassification.from_pretrained(tmp_path, **change)
     assert model.config.standardized_grid is None and not buffers(model)
-    assert "are of another timestep or tap, and are left out" in caplog.text
+    assert "belong to another timestep or tap" in caplog.text
     model = DiTForImageClassification.from_pretrained(tmp_path, calibration_images=images(), **change)
     assert len(buffers(model)) == 2
 
@@ -484,7 +484,7 @@ def test_a_saved_record_removes_the_statistics_of_another_timestep(standardized,
     assert torch.equal(logits(standardized), before) and "removed" not in caplog.text
     standardized.apply_selection(TimestepSelection.from_dict(elsewhere))
     assert standardized.config.standardized_grid is None and not buffers(standardized)
-    assert caplog.text.count("are of another timestep or tap, and are removed") == 1
+    assert caplog.text.count("belong to another timestep or tap, and a saved selection has none") == 1
 
 
 def test_models_do_not_share_the_statistics_of_a_selection(standardized, classifier):
@@ -552,7 +552,11 @@ def test_nothing_else_is_touched(pixel_folder, pixels):
         (DiTModel, {}, "a DiTModel has no head"),
         (DiTBackbone, {}, "a DiTBackbone has no head"),
         (DiTForImageClassification, {}, "the head was trained with the statistics that it has"),
-        (DiTForImageClassification, {"standardize_features": False}, "with `standardize_features=False` nothing"),
+        (
+            DiTForImageClassification,
+            {"standardize_features": False},
+            "`standardize_features=False` leaves no other use",
+        ),
     ],
 )
 def test_images_without_a_use_are_refused(standardized, tmp_path, kind, fields, words):
@@ -568,13 +572,13 @@ def test_a_head_that_was_trained_on_tokens_as_they_are_is_left_alone(classifier,
 
 
 def test_what_cannot_be_standardized_is_refused(model, classifier):
-    with pytest.raises(ValueError, match="A DiTModel has no head: its tokens stay as they are"):
+    with pytest.raises(ValueError, match="A DiTModel has no head, so there are no features to standardize"):
         model.standardize(images())
-    with pytest.raises(ValueError, match="give at least 2, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images to standardize features, got 1"):
         classifier.standardize(images(1))
-    with pytest.raises(ValueError, match="`max_images` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`max_images` must be a positive integer, got 0"):
         classifier.standardize(images(), max_images=0)
-    with pytest.raises(ValueError, match="the set is empty"):
+    with pytest.raises(ValueError, match="`images` is empty"):
         classifier.standardize([])
     classifier.config.timestep = "auto"
     with pytest.raises(ValueError, match="still 'auto'"):

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from conftest import HEAD, enable_checkpointing
 from diffusers.models.embeddings import LabelEmbedding
+from packaging.version import Version
 from pipelines import LOAD_OPTIONS, PIPELINES, images_of
 from torch import nn
 from transformers import (
@@ -361,7 +362,7 @@ def test_layers_are_named_by_their_ends_and_found_under_other_models(saved, tmp_
     ]  # queries of block 2 are read
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
-    with pytest.raises(ValueError, match=r"ends of names of layers up to the tap, got \['q_proj'\]"):
+    with pytest.raises(ValueError, match=r"suffixes of the names of layers up to the tap, got \['q_proj'\]"):
         model.eyes.lora_targets(["q_proj"])
 
 
@@ -378,6 +379,7 @@ def a_segmenter(folder):
     return DiTForSemanticSegmentation.from_pretrained(folder, **options)
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 writes code that lacks torch")
 @pytest.mark.parametrize("make", [a_classifier, a_segmenter])
 def test_a_model_compiles_before_it_was_called(pixel_folder, make):
     noise_schedule._KEPT_NOISE.clear()

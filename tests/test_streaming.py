@@ -119,7 +119,7 @@ def test_a_timestep_is_chosen_from_the_first_pictures_of_a_stream(train, parquet
 def test_the_recipe_that_splits_says_what_a_stream_needs(train, parquet):
     words = ["--train_file", str(parquet), "--validation_file", str(parquet), "--recipe", "attention_probe"]
     words += ["--max_steps", "4", "--timestep", "5", "--eval_strategy", "steps", "--save_strategy", "steps"]
-    with pytest.raises(ValueError, match=r"give `(--held_out_share 0 --load_best_model_at_end False)`") as found:
+    with pytest.raises(ValueError, match=r"pass `(--held_out_share 0 --load_best_model_at_end False)`") as found:
         train(*words)
     advice = re.search("`(.*?)`", str(found.value))[1].split()
     assert 0 <= train(*words, *advice) <= 1
@@ -134,7 +134,7 @@ def test_shards_of_webdataset_are_learnt(train, shards, tmp_path):
 
 def test_a_stream_that_does_not_name_its_classes_is_refused(train, shards):
     words = ["--train_file", str(shards), "--validation_file", str(shards), "--image_column", "png"]
-    with pytest.raises(ValueError, match="does not name the classes of 'cls': give --class_names"):
+    with pytest.raises(ValueError, match="does not name the classes of 'cls': pass --class_names"):
         train(*words, "--label_column", "cls", "--max_steps", "2")
 
 
@@ -142,12 +142,12 @@ def test_streams_that_name_their_classes_in_another_order_are_refused(train, par
     features = Features(image=Image(), label=ClassLabel(names=["bright", "dark"]))
     other = tmp_path / "other.parquet"
     Dataset.from_dict({"image": rows[0], "label": rows[1]}, features=features).to_parquet(other)
-    with pytest.raises(ValueError, match=r"The streams name other classes, \['dark', 'bright'\] and"):
+    with pytest.raises(ValueError, match=r"The streams have different class names, \['dark', 'bright'\] and"):
         train("--train_file", str(parquet), "--validation_file", str(other))
 
 
 def test_a_stream_without_a_validation_split_is_refused(train, parquet):
-    with pytest.raises(ValueError, match="give --validation_file"):
+    with pytest.raises(ValueError, match="pass --validation_file"):
         train("--train_file", str(parquet), "--max_steps", "2")
 
 

@@ -199,7 +199,9 @@ def test_the_record_says_what_the_choice_depends_on(model, pixels):
 
 
 def test_a_record_of_something_else_is_refused():
-    with pytest.raises(ValueError, match=r"Not a record of a selection: missing .*'timestep'.*unknown .'colour'"):
+    with pytest.raises(
+        ValueError, match=r"A saved selection has other fields: missing .*'timestep'.*unknown .'colour'"
+    ):
         TimestepSelection.from_dict({"colour": "red"})
 
 
@@ -218,14 +220,14 @@ def test_a_record_has_the_number_of_its_format(record):
 def test_a_record_of_a_newer_format_asks_for_an_upgrade(record):
     # Its fields may be others: the format is looked at first.
     for newer in ({**record, "format": 2}, {"format": 7, "curves": []}):
-        words = rf"has format {newer['format']}, and the installed hf_aselect reads formats up to 1\. Upgrade it: pip"
+        words = rf"has format {newer['format']}, but the installed hf_aselect reads formats up to 1\. Upgrade it: pip"
         with pytest.raises(ValueError, match=words + r" install -U hf_aselect"):
             TimestepSelection.from_dict(newer)
 
 
 @pytest.mark.parametrize("number", ["1", 1.0, True, None, 0, -1, [1]])
 def test_a_format_that_is_no_number_of_one_is_rejected(record, number):
-    with pytest.raises(ValueError, match="Not a record of a selection: its `format` must be an integer from 1 on"):
+    with pytest.raises(ValueError, match="A saved selection must have a positive integer as `format`"):
         TimestepSelection.from_dict({**record, "format": number})
 
 
@@ -243,8 +245,8 @@ def test_the_curve_can_be_drawn(model, pixels, tmp_path):
 def test_the_choice_is_logged_in_one_line(model, pixels, caplog):
     with caplog.at_level(logging.INFO, logger="hf_aselect"):
         selection = select_timestep(model, pixels, timesteps=GRID)
-    (line,) = [record.getMessage() for record in caplog.records if "Chose timestep" in record.getMessage()]
-    assert line.startswith(f"Chose timestep {selection.timestep} (log-SNR")
+    (line,) = [record.getMessage() for record in caplog.records if "Selected timestep" in record.getMessage()]
+    assert line.startswith(f"Selected timestep {selection.timestep} (log-SNR")
     assert "of 5 by consensus from 7 images, query of block 1, in" in line
 
 
@@ -288,7 +290,7 @@ def test_a_large_set_is_sampled(model):
 
 @pytest.mark.parametrize("empty", [[], torch.zeros(0, 3, 8, 8)])
 def test_an_empty_calibration_set_is_refused(model, empty):
-    with pytest.raises(ValueError, match="No images to select a timestep from"):
+    with pytest.raises(ValueError, match="is empty, so there is nothing to select a timestep on"):
         select_timestep(model, empty)
 
 
@@ -464,7 +466,7 @@ def test_the_warning_says_whether_the_curve_only_rises(scores, words):
     curve = bootstrap(timesteps, SCHEDULE.log_snr(torch.tensor(timesteps)), sums, HFR().score, 0)
     (warning,) = curve.warnings(0.95, ("more images", "the probe"))
     assert warning.startswith(f"it lies at the {words}")
-    assert warning.endswith("Compare it with a timestep inside the range by the probe.")
+    assert warning.endswith("Compare it with a timestep inside the range, using the probe.")
 
 
 def test_a_clear_peak_is_not_warned_of():
@@ -476,12 +478,14 @@ def test_few_pictures_are_warned_of(model, criterion, needed):
     images = pictures_of_three_channels()
     for count, expected in ((needed - 1, 1), (needed, 0)):
         record = select_timestep(model, images, criterion=criterion, timesteps=GRID, max_images=count)
-        warned = [text for text in record.warnings if f"rests on {count} images" in text]
+        warned = [text for text in record.warnings if f"is based on {count} images" in text]
         assert len(warned) == expected
 
 
 def test_one_picture_is_too_few_to_compare(model):
-    with pytest.raises(ValueError, match="One image is too few: a timestep is selected by what differs"):
+    with pytest.raises(
+        ValueError, match="must hold at least 2 images, because the timestep is selected by how images differ"
+    ):
         select_timestep(model, pictures_of_three_channels(), timesteps=GRID, max_images=1)
     # Criteria that look at one image at a time know of no other.
     record = select_timestep(model, pictures_of_three_channels(), timesteps=GRID, max_images=1, criterion="hfr")
@@ -491,7 +495,7 @@ def test_one_picture_is_too_few_to_compare(model):
 @pytest.mark.parametrize("count", [8, 9, 16, 32, 40])
 def test_one_picture_again_and_again_is_refused(model, count):
     same = pictures_of_three_channels(1).repeat(count, 1, 1, 1)
-    with pytest.raises(ValueError, match="The images do not differ"):
+    with pytest.raises(ValueError, match="are all the same"):
         select_timestep(model, same, timesteps=GRID)
 
 
@@ -507,7 +511,7 @@ def test_a_curve_with_two_peaks_is_warned_of():
     # So coarse that each score counts alone.
     grid = [0, 10, 100, 300, 600, 850]
     selection = select_timestep(TwoPeaks(0), pictures(64) * 0, timesteps=grid, criterion="hfr")
-    assert any("other peaks as high" in text for text in selection.warnings)
+    assert any("other peaks of the same height" in text for text in selection.warnings)
 
 
 class LevelModel(StubModel):
@@ -578,7 +582,9 @@ def test_where_resamples_do_not_agree_on_the_highest_they_vote():
     assert 0.5 < curve.confidence < 0.8
     # The selection tells of the other, whatever confidence was asked for.
     (told,) = (text for text in curve.warnings(0.0, ("more images", "the probe")) if "scores higher" in text)
-    assert told.startswith("timestep 772 scores higher on all images together, but fewer draws of them select near")
+    assert told.startswith(
+        "timestep 772 scores higher on all images together, but fewer bootstrap resamples select a timestep near"
+    )
     # Were the lone peak as high without that group, most would select it, and it stays.
     steady = sums.clone()
     steady[3, :, 0] = 0.003
@@ -674,9 +680,9 @@ def test_a_tap_is_selected_without_labels(model, pixels):
     ("options", "words"),
     [
         ({"criterion": "probe"}, "needs `labels`"),
-        ({"labels": [0] * 7}, "'consensus' uses none; did you mean `criterion='probe'`"),
+        ({"labels": [0] * 7}, "'consensus' does not use them. Did you mean `criterion='probe'`"),
         ({"block": [0, 1], "criterion": "hfr"}, "can only be compared by 'consensus', 'probe' or 'patch_probe'"),
-        ({"block": "all"}, "`block` must be an integer, several of them, or 'auto', got 'all'"),
+        ({"block": "all"}, "`block` must be an integer, a list of integers or 'auto', got 'all'"),
         ({"feature": ["query", "key"], "criterion": "signal_hfr"}, "can only be compared by 'consensus', 'probe'"),
         ({"confidence": 2}, r"`confidence` must be in \[0, 1\], got 2"),
     ],
@@ -689,12 +695,12 @@ def test_options_that_do_not_fit_together_are_refused(model, pixels, options, wo
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([0, 1], "the class of each of 6 images, got 2 labels"),
-        (["cat", "dog"] * 3, "must be class indices, integers from 0 on"),
-        ([None, 1] * 3, "must be class indices, integers from 0 on"),
-        ([0, -1] * 3, "must be class indices from 0 on, of two classes or more"),
-        ([1] * 6, "of two classes or more"),
-        ("kind", "names the column 'kind', but the images have no columns"),
+        ([0, 1], "one class index per image, got 2 labels for 6 images"),
+        (["cat", "dog"] * 3, "must be class indices, integers >= 0"),
+        ([None, 1] * 3, "must be class indices, integers >= 0"),
+        ([0, -1] * 3, "must be class indices >= 0 of at least two classes"),
+        ([1] * 6, "of at least two classes"),
+        ("kind", "is the column name 'kind', but the images have no columns"),
     ],
 )
 def test_labels_that_are_no_class_indices_are_refused_before_a_pass(labels, words):
@@ -707,9 +713,9 @@ def test_labels_that_are_no_class_indices_are_refused_before_a_pass(labels, word
 def test_labels_of_a_stream_or_of_no_pictures_are_refused(model, pictures):
     rows = datasets.Dataset.from_dict({"image": pictures, "kind": list(range(6))})
     for images in (rows.to_iterable_dataset(), None):
-        with pytest.raises(ValueError, match="need a set of images whose size is known"):
+        with pytest.raises(ValueError, match="need a set of images of known size"):
             select_timestep(model, images, criterion="probe", labels="kind")
-    with pytest.raises(ValueError, match="names the column 'class', but the images have the columns image, kind"):
+    with pytest.raises(ValueError, match="is the column name 'class', but the images have the columns image, kind"):
         select_timestep(model, rows, criterion="probe", labels="class")
 
 
@@ -736,7 +742,7 @@ def test_signal_hfr_may_have_more_draws(model, pixels):
     record = select_timestep(model, pixels, criterion=SignalHFR(num_draws=4), timesteps=GRID)
     assert record.settings["num_draws"] == 4
     assert record.num_forwards == 4 * len(pixels) * len(GRID) + len(pixels)
-    with pytest.raises(ValueError, match="`num_draws` of 'signal_hfr' must be 2 or more, got 1"):
+    with pytest.raises(ValueError, match="`num_draws` of 'signal_hfr' must be at least 2, got 1"):
         SignalHFR(num_draws=1)
 
 
@@ -751,8 +757,8 @@ def test_the_criterion_that_contributors_are_shown_works():
 def test_without_pictures_the_transformer_makes_its_own(model, latent_folder):
     selection = select_timestep(model, timesteps=GRID, max_images=4)
     assert (selection.pictures, selection.num_images) == ("generated", 4)
-    assert any("Give images, or raise `max_images`" in text for text in selection.warnings)
-    assert not any("makes its own" in text for text in selection.warnings)
+    assert any("Pass images, or raise `max_images`" in text for text in selection.warnings)
+    assert not any("generates its own" in text for text in selection.warnings)
     # 4 images, 20 steps without guidance, 5 timesteps, and once more at the selected one.
     assert selection.num_forwards == 4 * 20 + 4 * 5 + 4
     latent = DiTModel.from_pretrained(latent_folder, timestep=5)

@@ -158,7 +158,7 @@ def test_the_card_says_the_licence_of_what_the_model_is_made_from(classifier, tm
     assert expected in text.split("---")[1]
     if "base_model" in fields:
         assert f"base_model: {fields['base_model']}" in text
-        assert "licence of its weights, and so of these" in text
+        assert "licence of its weights, which also applies here" in text
     # What the user says comes first, but for what forbids commercial use.
     write_model_card(classifier, tmp_path, license="mit")
     is_hidden = "\nlicense: mit\n" in (tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1]
@@ -409,20 +409,20 @@ def test_without_matplotlib_trackio_gets_the_figures(pixel_folder, pixels, tmp_p
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(log=logged.append))
     trackers._write_trackio(TrainerState(global_step=7), {"aselect/drift": 3}, selection)
     assert logged == [{"aselect/drift": 3, "train/global_step": 7}]
-    assert "Without matplotlib, trackio gets no curve" in caplog.text
+    assert "The curve of the selection is not sent to trackio" in caplog.text
 
 
 def test_rows_without_pictures_are_refused(pixel_folder, pixels, tmp_path):
     model = unresolved(pixel_folder)
     rows = [{"features": torch.zeros(4, model.config.feature_size), "labels": 0}] * 4
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
-    with pytest.raises(ValueError, match=r"has no `pixel_values` to select it from, only features, labels"):
+    with pytest.raises(ValueError, match=r"has no `pixel_values` to select it on, only features, labels"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[ASelectCallback()]).train()
 
 
 @pytest.mark.parametrize("options", [{"max_images": 0}, {"reselect_epochs": 0}, {"reselect_epochs": 1.5}])
 def test_wrong_numbers_are_refused(options):
-    with pytest.raises(ValueError, match="must be an integer from 1 on"):
+    with pytest.raises(ValueError, match="must be a positive integer"):
         ASelectCallback(**options)
 
 
@@ -444,13 +444,13 @@ def test_a_training_that_goes_on_keeps_its_choice(pixel_folder, pixels, tmp_path
 
 def test_another_tap_is_not_chosen_while_the_backbone_is_trained(pixel_folder, pixels, tmp_path):
     callback = ASelectCallback(max_images=4, criterion="probe", block="auto")
-    with pytest.raises(ValueError, match="no other can be selected here while the backbone is trained"):
+    with pytest.raises(ValueError, match="No other tap can be selected while the backbone is trained"):
         train_with(callback, unresolved(pixel_folder, freeze_backbone=False), pixels, tmp_path)
     # Nor later: a selected timestep moves, and would take the tap with it.
     model = unresolved(pixel_folder, freeze_backbone=False)
     model.config.timestep = 5
     callback = ASelectCallback(max_images=4, block=2, reselect_epochs=1, follow=True)
-    with pytest.raises(ValueError, match="no other can be selected here while the backbone is trained"):
+    with pytest.raises(ValueError, match="No other tap can be selected while the backbone is trained"):
         train_with(callback, model, pixels, tmp_path)
 
 

@@ -67,7 +67,7 @@ def test_no_timestep_beyond_its_training_is_selected_or_taken(folder, expected, 
     for source in (folder, tmp_path):
         with pytest.raises((ValueError, StrictDataclassError), match="`timestep` must be below 875, got 900"):
             DiTModel.from_pretrained(source, timestep=900)
-    with pytest.raises(ValueError, match="was trained on little noise alone"):
+    with pytest.raises(ValueError, match="was trained only on low noise"):
         model.generate_latents(1)
 
 

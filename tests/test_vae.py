@@ -176,15 +176,15 @@ def configuration(name, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("wan", {"latents_std": None}, "`vae` lacks latents_std: give the VAE itself"),
-        ("qwen", {"latents_mean": [0.0] * 15}, "`latents_mean` of the `vae` must be a list of 16 numbers"),
-        ("wan", {"latents_std": [0.0] + [1.0] * 15}, "`latents_std` of the `vae` .*; finite, and deviations not 0"),
-        ("wan", {"latents_std": [float("nan")] * 16}, "`latents_std` of the `vae` must be a list of 16 numbers"),
-        ("wan", {"z_dim": 0}, "`z_dim` of the `vae` must be an integer from 1 on, got 0"),
-        ("wan", {"patch_size": "2"}, "`patch_size` of the `vae` must be an integer from 1 on, got '2'"),
-        ("qwen", {"dim_mult": []}, "`dim_mult` of the `vae` must have 1 to 16 entries"),
-        ("flux2", {"batch_norm_eps": "x"}, "`batch_norm_eps` of the `vae` must be a number from 0 on, got 'x'"),
-        ("flux2", {"latent_channels": 5}, "takes latents of 16 channels, but the VAE makes 20"),
+        ("wan", {"latents_std": None}, "`vae` lacks latents_std. Pass the VAE itself"),
+        ("qwen", {"latents_mean": [0.0] * 15}, "`latents_mean` of `vae` must be a list of 16 finite numbers"),
+        ("wan", {"latents_std": [0.0] + [1.0] * 15}, "`latents_std` of `vae` .*standard deviations not 0"),
+        ("wan", {"latents_std": [float("nan")] * 16}, "`latents_std` of `vae` must be a list of 16 finite numbers"),
+        ("wan", {"z_dim": 0}, "`z_dim` of `vae` must be a positive integer, got 0"),
+        ("wan", {"patch_size": "2"}, "`patch_size` of `vae` must be a positive integer, got '2'"),
+        ("qwen", {"dim_mult": []}, "`dim_mult` of `vae` must have 1 to 16 entries"),
+        ("flux2", {"batch_norm_eps": "x"}, "`batch_norm_eps` of `vae` must be a number >= 0, got 'x'"),
+        ("flux2", {"latent_channels": 5}, "takes latents of 16 channels, but the VAE returns 20"),
     ],
 )
 def test_a_broken_configuration_of_a_vae_is_refused(name, changes, message):

@@ -4,6 +4,7 @@ The names are read off transformers' signatures: one that a later version adds f
 """
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from conftest import HEAD
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     BeitForSemanticSegmentation,
     PreTrainedConfig,
     PreTrainedModel,
+    UperNetConfig,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -31,7 +34,7 @@ from hf_aselect import (
     DiTModel,
 )
 
-FOLLOWS = "cannot be set: it follows from `_class_name`"
+FOLLOWS = "cannot be set, because it follows from `_class_name`"
 POOLER = "the pooled output is the mean of the tokens"
 # A value that somebody would give, and the reason where it is rejected.
 OF_CONFIG = {
@@ -40,13 +43,13 @@ OF_CONFIG = {
     "encoder_stride": (2, FOLLOWS),
     "pooler_act": ("tanh", POOLER),
     "pooler_output_size": (16, POOLER),
-    "hidden_dropout_prob": (0.1, "cannot be set: it is 0"),
-    "attention_probs_dropout_prob": (0.1, "cannot be set: it is 0"),
-    "hidden_size": (768, "cannot be set: it is 16"),
-    "num_hidden_layers": (12, "cannot be set: it is 3"),
-    "num_attention_heads": (12, "cannot be set: it is 2"),
-    "patch_size": (16, "cannot be set: it is 2"),
-    "num_channels": (1, "cannot be set: it is 3"),
+    "hidden_dropout_prob": (0.1, "cannot be set, because it is 0"),
+    "attention_probs_dropout_prob": (0.1, "cannot be set, because it is 0"),
+    "hidden_size": (768, "cannot be set, because it is 16"),
+    "num_hidden_layers": (12, "cannot be set, because it is 3"),
+    "num_attention_heads": (12, "cannot be set, because it is 2"),
+    "patch_size": (16, "cannot be set, because it is 2"),
+    "num_channels": (1, "cannot be set, because it is 3"),
     "image_size": (16, None),
     "initializer_range": (0.01, None),
     "architectures": (["ViTModel"], None),
@@ -60,7 +63,7 @@ OF_CONFIG = {
     "label2id": ({"a": 0, "b": 1}, None),
     "problem_type": ("regression", None),
 }
-MASKS = "masks tokens, and all are read here"
+MASKS = "is not supported, because all tokens are read"
 OF_FORWARD = {
     "pixel_values": (torch.zeros(2, 3, 8, 8), None),
     "labels": (torch.tensor([0, 1]), None),
@@ -68,7 +71,7 @@ OF_FORWARD = {
     "bool_masked_pos": (torch.ones(2, 16), MASKS),
     "attention_mask": (torch.ones(2, 16), MASKS),
     # Of `kwargs`: what transformers' models and `Trainer` hand over, and older ViTs had.
-    "output_attentions": (True, "attention weights, which are never returned"),
+    "output_attentions": (True, "most attention kernels return no weights"),
     "output_hidden_states": (True, None),
     "return_dict": (True, None),
     "num_items_in_batch": (torch.tensor(2), None),
@@ -149,6 +152,30 @@ def test_every_keyword_has_a_value(table, calls):
     assert names_of(*calls) - table.keys() == set()
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (PreTrainedModel.push_to_hub, DiTForImageClassification.push_to_hub),
+        (PreTrainedConfig.push_to_hub, ASelectConfig.push_to_hub),
+        (ViTImageProcessorPil.push_to_hub, ASelectImageProcessor.push_to_hub),
+        (
+            BeitImageProcessorPil.post_process_semantic_segmentation,
+            ASelectImageProcessor.post_process_semantic_segmentation,
+        ),
+        (ViTForImageClassification.forward, DiTForImageClassification.forward),
+    ],
+    ids=["model", "configuration", "processor", "post-processing", "forward"],
+)
+def test_arguments_have_the_names_and_the_order_of_transformers(theirs, ours):
+    takes_more = any(
+        each.kind == inspect.Parameter.VAR_KEYWORD for each in inspect.signature(ours).parameters.values()
+    )
+    assert takes_more or names_of(theirs) <= names_of(ours)
+    places = [list(inspect.signature(each).parameters) for each in (theirs, ours)]
+    both = [[name for name in each if name in places[0] and name in places[1]] for each in places]
+    assert both[0] == both[1]
+
+
 def test_every_field_of_a_processor_has_a_value():
     fields = {
         name for kind in ViTImageProcessorPil.valid_kwargs.__mro__ for name in getattr(kind, "__annotations__", {})
@@ -180,7 +207,7 @@ def saved(loaded_classifier, tmp_path_factory):
 def test_a_field_of_vit_is_taken_or_the_reason_is_said(name, loaded_classifier, saved):
     value, reason = OF_CONFIG[name]
     fields = loaded_classifier[0].config.to_dict()
-    del fields["model_type"]  # by which what is unknown is kept
+    del fields["model_type"], fields["transformers_version"]  # by which what is unknown is kept
     if name in ("id2label", "label2id"):
         fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
     check(reason, lambda: ASelectConfig(**{**fields, name: value}))
@@ -195,7 +222,7 @@ def test_an_input_of_vit_is_taken_or_the_reason_is_said(name, classifier, model,
         own, said = value, reason
         if name == "labels":
             own = torch.zeros(2, 8, 8, dtype=torch.long) if each is segmenter else value
-            said = "models with a head have it" if each is model else None
+            said = "only models with a head take it" if each is model else None
         given = {"pixel_values": torch.zeros(2, 3, 8, 8), name: own}
         check(said, lambda each=each, given=given: each(**given))
 
@@ -212,7 +239,10 @@ def test_what_loads_vit_loads_us_or_the_reason_is_said(name, saved, pixel_folder
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("add_pooling_layer", "`pooler_output` is the mean of the tokens"), ("use_mask_token", "is for masked images")],
+    [
+        ("add_pooling_layer", "`pooler_output` is the mean of the tokens"),
+        ("use_mask_token", "is not supported, because images cannot be masked"),
+    ],
 )
 def test_what_makes_vit_makes_a_base_model_or_the_reason_is_said(name, reason, model, saved):
     for value in (False, True):
@@ -250,7 +280,7 @@ def test_loading_a_processor_takes_what_belongs_to_the_model(saved):
         assert made[0].keys() == made[1].keys()
 
 
-def test_a_configuration_comes_back_from_its_dictionary(classifier):
+def test_a_configuration_comes_back_from_its_dictionary(classifier, tmp_path):
     """With what a file, or its user, had in it beside the fields; a keyword alone is still rejected."""
     classifier.config.my_run = "x"
     classifier.config.of_a_newer_version = {"a": [1]}
@@ -258,6 +288,12 @@ def test_a_configuration_comes_back_from_its_dictionary(classifier):
     assert again.my_run == "x" and again.to_dict() == classifier.config.to_dict()
     with pytest.raises(ValueError, match="has no field `my_run`"):
         ASelectConfig(my_run="x")
+    # Siblings: of a file, by the model's type, and under another model.
+    classifier.save_pretrained(tmp_path, include_code=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert ASelectConfig(**content).my_run == AutoConfig.for_model(**content).my_run == "x"
+    around = UperNetConfig(backbone_config=ASelectConfig(**content), use_auxiliary_head=False)
+    assert UperNetConfig(**around.to_dict()).backbone_config.of_a_newer_version == {"a": [1]}
 
 
 @pytest.mark.parametrize("name", ["timestep", "feature", "block"])

@@ -189,7 +189,9 @@ def test_what_would_wait_is_found(ask):
 
 def test_values_on_the_cpu_are_still_looked_at(classifier, pixels):
     pixels[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="`pixel_values` hold NaN or infinite values"):
+    with pytest.raises(
+        ValueError, match=r"`pixel_values` must be finite and in \[-1, 1\], got NaN or infinite values"
+    ):
         classifier(pixels)
-    with pytest.raises(ValueError, match=r"Labels must be class indices in \[0, 4\), got \[7\]"):
+    with pytest.raises(ValueError, match=r"`labels` must be class indices in \[0, 4\), got \[7\]"):
         classifier(pixels[1:], labels=torch.full((6,), 7))

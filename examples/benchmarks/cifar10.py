@@ -423,7 +423,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
             [places[timestep] for timestep in TIMESTEPS],
             [100 * results["unet"][f"{stage} {timestep}"] for timestep in TIMESTEPS],
             "--",
-            marker="o",
+            marker="s",
             label=f"UNet, {stage}",
         )
         right.legend(frameon=False)

@@ -33,7 +33,7 @@ BASELINES = {
 CARD = "model_cards/fashion-mnist-classifier"
 LIMITS = (
     "It knows Fashion-MNIST's ten classes of clothes, as grey images of 28 × 28 pixels on a black ground, and calls "
-    "anything else one of them. It was fitted to 4,000 images, to show the way."
+    "anything else one of them. It was fitted on 4,000 images, as a demonstration."
 )
 
 
@@ -49,7 +49,7 @@ def write_card(results: list[dict[str, Any]], config: ASelectConfig, known: dict
     """Write the card of the first seed's model, with the figures of all seeds."""
     figures = {name: [each["accuracy"][name] for each in results] for name in ("read_out", *BASELINES.values())}
     seeds = " ".join(str(each["seed"]) for each in results)
-    known["training"] = {**known["training"], "seed of the few labels": ", ".join(seeds.split())}
+    known["training"] = {**known["training"], "seed of the label subsets": ", ".join(seeds.split())}
     facts = {
         **known,
         "accuracy": _one_or_all(figures["read_out"]),

@@ -343,23 +343,25 @@ def table_of(content: dict[str, Any]) -> str:
 
 def draw(path: Path, content: dict[str, Any]) -> None:
     """Draw the mean IoU at each timestep, with the range of the seeds."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     chosen, timesteps = content["selection"]["timestep"], timesteps_of(content, "upernet")
     places = range(len(timesteps))
-    for decoder, colour in zip(reversed(DECODERS), ("#0072B2", "#D55E00"), strict=True):
+    # Markers and line styles differ, too, for a print in grey.
+    styles = (("#0072B2", "o", "--"), ("#D55E00", "s", "-."))
+    for decoder, (colour, marker, line) in zip(reversed(DECODERS), styles, strict=True):
         values = [figures_of(content, decoder, t) for t in timesteps]
-        axes.plot(places, [statistics.mean(each) for each in values], marker="o", color=colour, label=decoder)
+        axes.plot(places, [statistics.mean(each) for each in values], marker=marker, color=colour, label=decoder)
         axes.fill_between(
             places, [min(each) for each in values], [max(each) for each in values], alpha=0.2, color=colour
         )
         random = statistics.mean(figures_of(content, decoder, chosen, is_random=True))
-        axes.axhline(random, color=colour, linestyle="--", linewidth=1, label=f"{decoder}, random weights")
+        axes.axhline(random, color=colour, linestyle=line, linewidth=1, label=f"{decoder}, random weights")
     axes.axvline(timesteps.index(chosen), color="black", linestyle=":", label=f"selected, t = {chosen}")
     axes.set_xticks(places, [str(t) for t in timesteps])
     axes.set(xlabel="timestep (0 = least noise)", ylabel="mIoU on test images, %")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     temporary = path.with_suffix(".incomplete.png")
-    figure.savefig(temporary, dpi=130)
+    figure.savefig(temporary, dpi=150)
     plt.close(figure)
     temporary.replace(path)
 

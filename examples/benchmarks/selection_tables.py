@@ -60,7 +60,7 @@ def table_of_bars(rows: list[Row]) -> list[str]:
     guesses = {row["criterion"] for row in rows if row["criterion"].startswith("t = ")}
     lines = []
     for head, key in LOSSES.items():
-        for what, part, bars in (("all pairs", default, (0.5, 3.0)), ("pairs looked at once", once, (0.7, 3.0))):
+        for what, part, bars in (("all pairs", default, (0.5, 3.0)), ("held-out pairs", once, (0.7, 3.0))):
             mean, worst = mean_and_worst(key, part)
             lines.append((f"points lost, {head}, {what}", f"mean ≤ {bars[0]}, worst ≤ {bars[1]:g}", mean, worst, bars))
     found = [
@@ -106,7 +106,7 @@ def overall_table(rows: list[Row]) -> list[str]:
     once = list(dict.fromkeys(row["pair"] for row in rows if row["once"]))
     head = ["selected by"]
     for truth in LOSSES:
-        head += [f"{truth}, {what}" for what in ("mean", "worst", "once, mean", "once, worst")]
+        head += [f"{truth}, {what}" for what in ("mean", "worst", "held out, mean", "held out, worst")]
     head += ["rank correlation", "forward passes", "seconds"]
     found = []
     for name in ordered(rows):
@@ -127,7 +127,7 @@ def overall_table(rows: list[Row]) -> list[str]:
         found.append(cells)
     title = (
         f"Accuracy points lost over {len(pairs)} pairs and all of their taps, each of which counts once; and over "
-        f"those that were looked at once ({', '.join(once) or 'none'}). Passes are a share of the exhaustive "
+        f"the held-out ones ({', '.join(once) or 'none'}). Passes are a share of the exhaustive "
         "search's, seconds a median, the rank correlation is over the timesteps that were read."
     )
     return markdown(title, head, found)
@@ -284,10 +284,10 @@ def draw(pair: Row, path: Path) -> None:
                 axis.plot(ratios, accuracies, color=color, linestyle=line, marker=marker, markersize=3, label=label)
         selected = [row for row in pair["rows"] if (row["block"], row["feature"]) == (block, feature)]
         selected = [row for row in selected if row["criterion"] == DEFAULT]
-        for key, (color, _, _, label) in zip(LOSSES.values(), styles.values(), strict=False):
+        for key, (color, _, _, label), line in zip(LOSSES.values(), styles.values(), (":", "-."), strict=False):
             for timestep in {row["timestep"] for row in selected if key in row}:
                 place = ratios[pair["timesteps"].index(timestep)]
-                axis.axvline(place, color=color, linestyle=":", label=f"selected for the {label}: t = {timestep}")
+                axis.axvline(place, color=color, linestyle=line, label=f"selected for the {label}: t = {timestep}")
         axis.set_title(f"block {block}, {feature}", fontsize=9)
         axis.grid(alpha=0.3)
     # From clean to noisy, as t runs.

@@ -720,7 +720,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     hatches, greys = ["", "//", "..", "oo", "xx"], ["0.25", "0.5", "0.65", "0.75", "0.9"]
     width = 0.8 / len(ways)
     sizes = list(dict.fromkeys(row["size"] for row in result["speeds"]))
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, way in enumerate(ways):
         found = {row["size"]: row for row in result["speeds"] if row["way"] == way and row["batch"] == batch}
@@ -739,10 +739,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(sizes)), [f"DiT-{size}" for size in sizes])
     axes.set_ylabel(f"images per second, batch {batch}")
     axes.set_title(f"Features at half depth, {result['machine']['device']}")
-    axes.legend(ncols=5, fontsize=8, loc="upper right")
+    axes.legend(ncols=3, fontsize=9, loc="upper right")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 2)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=170)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -26,16 +26,16 @@ KINDS = {kind.__name__: kind for kind in (DiTForImageClassification, DiTForSeman
 class ExportArguments:
     """What to export, and where to."""
 
-    model_name_or_path: str = field(metadata={"help": "A trained model of ours: a folder, or an id on the Hub."})
+    model_name_or_path: str = field(metadata={"help": "A trained hf_aselect model: folder or Hub id."})
     output: str = field(metadata={"help": "File to write."})
-    tolerance: float = field(default=1e-4, metadata={"help": "Largest difference of a logit from torch's."})
+    tolerance: float = field(default=1e-4, metadata={"help": "Maximum difference of a logit from torch's."})
 
 
 def main() -> None:
     (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
     name = (AutoConfig.from_pretrained(args.model_name_or_path).architectures or ["none"])[0]
     if name not in KINDS:
-        raise ValueError(f"Only {' and '.join(KINDS)} give logits; {args.model_name_or_path!r} holds a {name}.")
+        raise ValueError(f"Only {' and '.join(KINDS)} have logits, but {args.model_name_or_path!r} is a {name}.")
     model = KINDS[name].from_pretrained(args.model_name_or_path, dtype=torch.float32)
     if not model.config.folded:
         model = model.fold()

@@ -30,17 +30,19 @@ from hf_aselect.training.splits import read_splits, train_and_validation
 class ProbeArguments:
     """What is probed, on which images, and how."""
 
-    model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or what diffusers saved."})
+    model_name_or_path: str = field(metadata={"help": "hf_aselect checkpoint, or a folder saved by diffusers."})
     train_file: str = field(metadata={"help": "Parquet file with images and labels."})
     test_file: str = field(metadata={"help": "Parquet file of the test images."})
-    output_dir: str = field(metadata={"help": "Folder of the probe, and of the features in `features/`."})
+    output_dir: str = field(metadata={"help": "Folder for the probe, and for the features in `features/`."})
     timestep: list[str] | None = field(
-        default=None, metadata={"help": "Timestep, several, or auto (the model's; if none, auto)."}
+        default=None, metadata={"help": "One or several timesteps, or auto (default: the model's, else auto)."}
     )
     block: list[str] | None = field(
-        default=None, metadata={"help": "Block to read at, several, or all (the model's)."}
+        default=None, metadata={"help": "One or several blocks, or all (default: the model's)."}
     )
-    feature: list[str] | None = field(default=None, metadata={"help": "Feature to read, or several (the model's)."})
+    feature: list[str] | None = field(
+        default=None, metadata={"help": ("One or several features (default: the model's).")}
+    )
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices."})
     learning_rates: list[float] = field(
@@ -131,7 +133,7 @@ def main() -> None:
     splits = read_splits(train_file=args.train_file, validation_file=args.test_file, columns=columns)
     train, test = train_and_validation(splits.select_columns(columns), args.seed, args.label_column)
     if len(train) < 10:
-        raise ValueError(f"A tenth of the training images picks the learning rate; got {len(train)} of them.")
+        raise ValueError(f"The learning rate is selected on a tenth of the training images, got {len(train)} of them.")
     names = train.features[args.label_column].names
     words = {name: getattr(args, name) for name in ("timestep", "block", "feature") if getattr(args, name) is not None}
     given = {name: one_or_several([int_or_word(word) for word in several]) for name, several in words.items()}

@@ -86,20 +86,22 @@ from hf_aselect.training.views import cropped_and_flipped
 class DataArguments:
     """What to train on, and which images the timestep is selected from."""
 
-    model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or a folder that diffusers saved."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local folder of it."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images a class."})
+    model_name_or_path: str = field(metadata={"help": "hf_aselect checkpoint, or a folder saved by diffusers."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, or a local folder of one."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one subfolder of images per class."})
     train_file: str | None = field(
         default=None, metadata={"help": "Parquet file with images and labels, or WebDataset shards (`*.tar`)."}
     )
-    validation_file: str | None = field(default=None, metadata={"help": "The same of the validation split."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same for the validation split."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the class indices or names."})
     class_names: str | None = field(
-        default=None, metadata={"help": "Names of the classes, by commas, where the data do not tell."}
+        default=None, metadata={"help": "Comma-separated class names, for data without them."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the images as they come, and keep none."})
-    num_calibration_images: int = field(default=256, metadata={"help": "Training images for timestep and new head."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the images, without keeping any."})
+    num_calibration_images: int = field(
+        default=256, metadata={"help": ("Training images for selecting the timestep and standardizing.")}
+    )
     recipe: str | None = field(default=None, metadata={"help": "A named set of arguments, see above."})
     crop_share: float = field(
         default=1.0,
@@ -108,14 +110,12 @@ class DataArguments:
     held_out_share: float = field(
         default=0.0,
         metadata={
-            "help": "Evaluate epochs on this share of the training images, of each class alike, which are not "
-            "trained on; the evaluation split is then looked at once, at the end."
+            "help": "Hold out this share of the training images, stratified by class, to evaluate epochs on; the "
+            "evaluation split is then used once, at the end."
         },
     )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Factor of the learning rate from each block to the one before."}
-    )
-    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA on query and value; 0 for none."})
+    layer_decay: float = field(default=1.0, metadata={"help": "Layer-wise learning-rate decay, per block."})
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA on query and value, or 0 for no LoRA."})
     reselect_epochs: int | None = field(
         default=None,
         metadata={"help": "Select the timestep again every N epochs of fine-tuning, and report the drift."},
@@ -181,7 +181,7 @@ def parse(words: list[str]) -> tuple[DataArguments, Any, TrainingArguments]:
     if not 0 <= data.held_out_share < 1:
         parser.error(f"--held_out_share must be in [0, 1), got {data.held_out_share}.")
     if data.held_out_share and training.eval_strategy == "no":
-        parser.error("--held_out_share sets images aside that nothing looks at: give --eval_strategy epoch, or 0.")
+        parser.error("--held_out_share holds out images that are not used: pass --eval_strategy epoch, or 0.")
     return args
 
 
@@ -189,12 +189,14 @@ def streams(splits: IterableDatasetDict, args: DataArguments) -> IterableDataset
     """Return the `train` and `validation` streams, once they tell their classes."""
     held_out = splits.get("validation", splits.get("test"))
     if held_out is None:
-        raise ValueError("A stream cannot be split: give --validation_file, or a dataset with such a split.")
+        raise ValueError("A stream cannot be split: pass --validation_file, or a dataset with a validation split.")
     if not isinstance((splits["train"].features or {}).get(args.label_column), ClassLabel):
-        raise ValueError(f"The stream does not name the classes of {args.label_column!r}: give --class_names.")
+        raise ValueError(f"The stream does not name the classes of {args.label_column!r}: pass --class_names.")
     names = [(split.features or {})[args.label_column].names for split in (splits["train"], held_out)]
     if names[0] != names[1]:
-        raise ValueError(f"The streams name other classes, {names[0][:5]} and {names[1][:5]}: give --class_names.")
+        raise ValueError(
+            f"The streams have different class names, {names[0][:5]} and {names[1][:5]}: pass --class_names."
+        )
     return IterableDatasetDict(train=splits["train"], validation=held_out)
 
 
@@ -214,8 +216,8 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict | IterableDataset
     if args.streaming:
         if args.held_out_share:
             raise ValueError(
-                "A stream cannot be split: give `--held_out_share 0 --load_best_model_at_end False`, which keeps the "
-                "last weights; without the latter the evaluation split tells which are best."
+                "A stream cannot be split: pass `--held_out_share 0 --load_best_model_at_end False` to keep the "
+                "last weights; without the latter, the evaluation split selects the best."
             )
         return streams(splits, args)
     both = train_and_validation(splits, seed, args.label_column)
@@ -228,8 +230,8 @@ def divided(train: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, Da
         parts = train.train_test_split(args.held_out_share, seed=seed, stratify_by_column=args.label_column)
     except ValueError as error:
         raise ValueError(
-            f"A share of {args.held_out_share} of {len(train)} training images cannot hold each class: give another "
-            f"--held_out_share, or 0 to evaluate epochs on the evaluation split. ({error})"
+            f"A share of {args.held_out_share} of {len(train)} training images cannot contain each class: pass "
+            f"another --held_out_share, or 0 to evaluate epochs on the evaluation split. ({error})"
         ) from error
     return parts["train"], parts["test"]
 
@@ -449,13 +451,13 @@ def last_checkpoint(folder: str) -> str:
                 (path / f"rng_state_{rank}.pth").stat()
             found[state["global_step"]] = str(path), num_writers
         except (OSError, ValueError, KeyError):
-            logging.warning("%s is half-written, and passed over.", path)
+            logging.warning("Skipped %s, which is incomplete.", path)
     if not found:
-        raise ValueError(f"There is no whole checkpoint in {folder!r} to go on from.")
+        raise ValueError(f"There is no complete checkpoint in {folder!r} to resume from.")
     last, num_writers = found[max(found)]
     if num_writers != num_processes():
         logging.warning(
-            "%s was written by %d processes, and %d go on: with other batches than theirs would have been.",
+            "%s was written by %d processes, but %d resume: the batches will differ.",
             *(last, num_writers, num_processes()),
         )
     return last
@@ -468,8 +470,8 @@ def check_unused(folder: str) -> None:
     except ValueError:
         return
     raise ValueError(
-        f"{folder!r} has checkpoints of an earlier training, the last of them {Path(last).name!r}. Go on from it by "
-        "`--resume_from_checkpoint latest`, name another --output_dir, or delete them."
+        f"{folder!r} has checkpoints of an earlier training, the last of them {Path(last).name!r}. Resume it with "
+        "`--resume_from_checkpoint latest`, pass another --output_dir, or delete them."
     )
 
 
@@ -488,7 +490,7 @@ def main() -> None:
     if checkpoint == "latest":
         checkpoint = last_checkpoint(training_args.output_dir)
     if checkpoint:
-        logging.info("Going on from %s.", checkpoint)
+        logging.info("Resuming from %s.", checkpoint)
         # Of adapters a checkpoint has no configuration.
         given = resumed_fields(given, checkpoint, training_args.output_dir)
     else:
@@ -506,7 +508,7 @@ def main() -> None:
     )
     if args.reselect_epochs is not None and model.config.freeze_backbone:
         raise ValueError(
-            "--reselect_epochs selects again while the backbone is fine-tuned, and it is frozen: give --recipe "
+            "--reselect_epochs selects again while the backbone is fine-tuned, but it is frozen: pass --recipe "
             "fine_tune or lora, or --freeze_backbone False."
         )
     processor = ASelectImageProcessor.from_model_config(model.config)

@@ -50,44 +50,51 @@ logger = logging.getLogger("train_image_classification_no_trainer")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model_name_or_path", required=True, help="an hf_aselect checkpoint, or what diffusers saved"
+        "--model_name_or_path", required=True, help="hf_aselect checkpoint, or a folder saved by diffusers"
     )
-    parser.add_argument("--dataset_name", help="dataset of the Hub, or a local folder of it")
-    parser.add_argument("--train_dir", help="folder with one sub-folder of images a class")
+    parser.add_argument("--dataset_name", help="Hub dataset, or a local folder of one")
+    parser.add_argument("--train_dir", help="folder with one subfolder of images per class")
     parser.add_argument("--train_file", help="parquet file with images and labels")
-    parser.add_argument("--validation_file", help="parquet file of the validation split (a tenth of train)")
+    parser.add_argument("--validation_file", help="parquet file of the validation split (default: a tenth of train)")
     parser.add_argument("--image_column", default="image", help="column with the images (%(default)s)")
     parser.add_argument("--label_column", default="label", help="column with the class indices (%(default)s)")
-    parser.add_argument("--timestep", type=int_or_word, nargs="+", help="a timestep, several, or auto (the model's)")
-    parser.add_argument("--num_calibration_images", type=int, default=256, help="for timestep and head (%(default)s)")
+    parser.add_argument(
+        "--timestep", type=int_or_word, nargs="+", help=("one or several timesteps, or auto (default: the model's)")
+    )
+    parser.add_argument(
+        "--num_calibration_images",
+        type=int,
+        default=256,
+        help=("images for selecting the timestep and standardizing (%(default)s)"),
+    )
     parser.add_argument("--head", default="attention", choices=("attention", "linear"))
     parser.add_argument("--head_hidden_size", type=int, default=800)
     parser.add_argument("--head_num_layers", type=int, default=2)
     parser.add_argument("--head_num_attention_heads", type=int, default=8)
-    parser.add_argument("--cache_dir", help="read features once, and keep them here")
-    parser.add_argument("--num_views", type=int, default=1, help="views of an image in the cache (%(default)s)")
+    parser.add_argument("--cache_dir", help="compute features once, and cache them here")
+    parser.add_argument("--num_views", type=int, default=1, help="cached views per image (%(default)s)")
     parser.add_argument("--per_device_train_batch_size", type=int, default=8)
     parser.add_argument("--per_device_eval_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to it (%(default)s)")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="maximum gradient norm (%(default)s)")
     parser.add_argument("--num_train_epochs", type=int, default=28)
-    parser.add_argument("--max_train_steps", type=int, help="overrides the epochs")
+    parser.add_argument("--max_train_steps", type=int, help="overrides --num_train_epochs")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--lr_scheduler_type", type=SchedulerType, default="cosine", choices=list(SchedulerType))
     parser.add_argument("--num_warmup_steps", type=int, default=0)
-    parser.add_argument("--output_dir", required=True, help="folder of model and checkpoints")
-    parser.add_argument("--checkpointing_steps", help="save every so many steps, or every `epoch`")
-    parser.add_argument("--resume_from_checkpoint", help="folder of a checkpoint, or `latest`")
-    parser.add_argument("--with_tracking", action="store_true", help="write to the trackers that are installed")
-    parser.add_argument("--report_to", default="all", help="which of them (%(default)s)")
-    parser.add_argument("--push_to_hub", action="store_true", help="push the model in the end, with its card")
-    parser.add_argument("--hub_model_id", help="repository to push to (the name of the output folder)")
-    parser.add_argument("--hub_private_repo", action="store_true", help="a new repository is private")
+    parser.add_argument("--output_dir", required=True, help="folder for the model and checkpoints")
+    parser.add_argument("--checkpointing_steps", help="save every N steps, or every `epoch`")
+    parser.add_argument("--resume_from_checkpoint", help="checkpoint folder, or `latest`")
+    parser.add_argument("--with_tracking", action="store_true", help="report to the installed trackers")
+    parser.add_argument("--report_to", default="all", help="trackers to use (%(default)s)")
+    parser.add_argument("--push_to_hub", action="store_true", help="push the model with its card at the end")
+    parser.add_argument("--hub_model_id", help="repository to push to (default: the name of the output folder)")
+    parser.add_argument("--hub_private_repo", action="store_true", help="make a new repository private")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     if sum(source is not None for source in (args.dataset_name, args.train_dir, args.train_file)) != 1:
-        parser.error("give exactly one of --dataset_name, --train_dir and --train_file")
+        parser.error("pass exactly one of --dataset_name, --train_dir and --train_file")
     if args.checkpointing_steps not in (None, "epoch") and not str(args.checkpointing_steps).isdigit():
         parser.error("--checkpointing_steps must be a number or `epoch`")
     return args
@@ -120,7 +127,7 @@ def last_checkpoint(args: argparse.Namespace, folder: Path) -> Path:
         return found
     if found := checkpoints(folder):
         return found[-1]
-    raise ValueError(f"There is no checkpoint in {str(folder)!r} to go on from.")
+    raise ValueError(f"There is no checkpoint in {str(folder)!r} to resume from.")
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
@@ -162,8 +169,8 @@ def main() -> None:
     checkpoint = last_checkpoint(args, output) if args.resume_from_checkpoint else None
     if checkpoint is None and (found := checkpoints(output)):
         raise ValueError(
-            f"{args.output_dir!r} has checkpoints of an earlier training, the last of them {found[-1].name!r}. Go on "
-            "from it by `--resume_from_checkpoint latest`, name another --output_dir, or delete them."
+            f"{args.output_dir!r} has checkpoints of an earlier training, the last of them {found[-1].name!r}. "
+            "Resume it with `--resume_from_checkpoint latest`, pass another --output_dir, or delete them."
         )
     given: dict[str, Any] = {} if args.timestep is None else {"timestep": one_or_several(args.timestep)}
     if checkpoint is not None:
@@ -252,7 +259,7 @@ def main() -> None:
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         step = int(checkpoint.name.removeprefix("step_"))
-        logger.info("Going on from %s.", checkpoint)
+        logger.info("Resuming from %s.", checkpoint)
 
     metric = Accuracy()
 

@@ -63,58 +63,62 @@ class PretrainingArguments:
 
     output_dir: str = field(metadata={"help": "Folder for transformer/, scheduler/, samples and checkpoints."})
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images a class."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one subfolder of images per class."})
     train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and labels."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str | None = field(
         default="label", metadata={"help": "Column with the class indices; `none` trains without labels."}
     )
-    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels; a multiple of patch_size."})
+    image_size: int = field(
+        default=32, metadata={"help": ("Image height and width in pixels, a multiple of patch_size.")}
+    )
     min_crop: float = field(
         default=1.0,
-        metadata={"help": "Least side of a random square crop, as a share of the short side; 1: the middle, always."},
+        metadata={
+            "help": ("Minimum side of a random square crop, as a share of the short side (1: always the centre).")
+        },
     )
     num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for RGB."})
-    patch_size: int = field(default=4, metadata={"help": "Side of a token in pixels, or in latents of a VAE."})
-    num_layers: int = field(default=8, metadata={"help": "Transformer blocks."})
-    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads."})
-    attention_head_dim: int = field(default=64, metadata={"help": "Width of a head."})
-    num_pictures: int = field(default=960_000, metadata={"help": "Images to train on, repetitions counted."})
-    batch_size: int = field(default=128, metadata={"help": "Images a step and process."})
+    patch_size: int = field(default=4, metadata={"help": "Side of a token, in pixels or in latents of a VAE."})
+    num_layers: int = field(default=8, metadata={"help": "Number of transformer blocks."})
+    num_attention_heads: int = field(default=2, metadata={"help": "Number of attention heads."})
+    attention_head_dim: int = field(default=64, metadata={"help": "Width of an attention head."})
+    num_pictures: int = field(default=960_000, metadata={"help": "Number of training images, counting repetitions."})
+    batch_size: int = field(default=128, metadata={"help": "Batch size per process."})
     optim: Literal["adamw", "muon"] = field(
         default="adamw",
-        metadata={"help": "Optimizer; `muon` is for the matrices in the blocks, all else is left to AdamW."},
+        metadata={"help": "Optimizer; `muon` trains the matrices in the blocks, and AdamW everything else."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "`cosine` or `linear`, down to 0."})
     warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = field(
-        default="linear", metadata={"help": "Schedule of the noise; in the second fewer timesteps are mere noise."}
+        default="linear", metadata={"help": "Noise schedule; the second has fewer timesteps of nearly pure noise."}
     )
     prediction_type: Literal["epsilon", "v_prediction", "flow_matching"] = field(
         default="epsilon",
         metadata={
-            "help": "What is learned: the noise, the velocity of DDPM's schedule, or that of flow matching along "
+            "help": "Prediction target: the noise, the velocity of DDPM's schedule, or that of flow matching along "
             "straight lines, which has no `beta_schedule`."
         },
     )
     shift: float = field(
-        default=1.0, metadata={"help": "Flow matching: moves timesteps toward noise, in training and sampling."}
+        default=1.0, metadata={"help": "For flow matching: moves timesteps toward noise, in training and sampling."}
     )
     vae_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "`AutoencoderKL` whose latents are learned; sizes of images are those before it."},
+        metadata={"help": "`AutoencoderKL` whose latents the DiT learns; image sizes are those before encoding."},
     )
-    label_dropout: float = field(default=0.1, metadata={"help": "Share of images shown with the null label."})
+    label_dropout: float = field(default=0.1, metadata={"help": "Share of images trained with the null label."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged weights, which are saved."})
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "`no`, `bf16` or `fp16`. Default: `bf16` where the hardware computes in it, else `no`."},
+        metadata={"help": "`no`, `bf16` or `fp16` (default: `bf16` if the hardware supports it, else `no`)."},
     )
     save_dtype: str = field(default="float32", metadata={"help": "`float32`, `float16` or `bfloat16`."})
     stages: list[int] = field(
         default_factory=list,
-        metadata={"help": "Also keep the DiT as it is after about N images, in OUTPUT_DIR/stage-PICTURES."},
+        metadata={"help": "Also save the DiT after about N images, in OUTPUT_DIR/stage-N."},
     )
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order of images, noise and samples."})
@@ -401,15 +405,17 @@ class Pretraining:
         """Reject options that do not go together, before anything is read or written."""
         args, is_flow_matching = self.args, self.args.prediction_type == "flow_matching"
         if not 1e-6 <= args.shift <= 1e6:  # what `DiTModel.from_pretrained` takes
-            raise ValueError(f"--shift must be above 0, in [1e-6, 1e6], got {args.shift}. 1 moves nothing.")
+            raise ValueError(
+                f"--shift must be above 0, in [1e-6, 1e6], got {args.shift}. 1 leaves timesteps unchanged."
+            )
         if args.shift != 1 and not is_flow_matching:
             raise ValueError(
-                f"--shift is of flow matching, got {args.shift} with --prediction_type {args.prediction_type}. Leave "
-                "it out, or give --prediction_type flow_matching."
+                f"--shift is for flow matching, got {args.shift} with --prediction_type {args.prediction_type}. Omit "
+                "it, or pass --prediction_type flow_matching."
             )
         if args.beta_schedule != "linear" and is_flow_matching:
             raise ValueError(
-                f"Flow matching has no betas, got --beta_schedule {args.beta_schedule}. Leave it out; --shift moves "
+                f"Flow matching has no betas, got --beta_schedule {args.beta_schedule}. Omit it; --shift moves "
                 "timesteps toward noise."
             )
 
@@ -418,8 +424,8 @@ class Pretraining:
         size, multiple = self.args.image_size, self.multiple()
         if size < 1 or size % multiple:
             raise ValueError(
-                f"--image_size must be a multiple of {multiple} for this model and --patch_size, got {size}. "
-                f"{max(size, 1) + -max(size, 1) % multiple} would do."
+                f"--image_size must be a multiple of {multiple} for this model and --patch_size, got {size}, for "
+                f"example {max(size, 1) + -max(size, 1) % multiple}."
             )
 
     def multiple(self) -> int:
@@ -452,7 +458,7 @@ class Pretraining:
         ]
         if other:
             raise ValueError(
-                f"{str(self.output)!r} holds a run with {'; '.join(other)}. Give what it began with to go on, or name "
+                f"{str(self.output)!r} contains a run with {'; '.join(other)}. Pass the same values to resume it, or "
                 "another --output_dir."
             )
 
@@ -484,7 +490,7 @@ class Pretraining:
         if vae.config.in_channels != self.args.num_channels:
             raise ValueError(
                 f"--num_channels must be that of the VAE's images, {vae.config.in_channels}, got "
-                f"{self.args.num_channels}. Latents have channels of their own."
+                f"{self.args.num_channels}. The latents have their own channels."
             )
         return vae.requires_grad_(False).eval()
 

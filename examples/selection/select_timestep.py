@@ -24,20 +24,22 @@ from hf_aselect.images.sources import read_images
 class SelectionArguments:
     """The model, the images, and how to select."""
 
-    model_name_or_path: str = field(metadata={"help": "An hf_aselect checkpoint, or what diffusers saved."})
-    images: str = field(metadata={"help": "Folder of images, parquet file, or dataset of the Hub."})
+    model_name_or_path: str = field(metadata={"help": "hf_aselect checkpoint, or a folder saved by diffusers."})
+    images: str = field(metadata={"help": "Folder of images, parquet file, or Hub dataset."})
     output_dir: str = field(metadata={"help": "Folder for the record and the plot."})
     criterion: str = field(default="consensus", metadata={"help": "consensus, signal_hfr, hfr, probe or patch_probe."})
     head: str = field(default="attention", metadata={"help": "Head to select for: attention or linear."})
-    block: list[str] | None = field(default=None, metadata={"help": "Block to read (the model's), several, or auto."})
+    block: list[str] | None = field(
+        default=None, metadata={"help": ("One or several blocks, or auto (default: the model's).")}
+    )
     feature: list[str] | None = field(
-        default=None, metadata={"help": "Feature to read (the model's), several, or auto."}
+        default=None, metadata={"help": "One or several features, or auto (default: the model's)."}
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column with class indices or masks."})
-    num_timesteps: int = field(default=1, metadata={"help": "Timesteps to select, which complement each other."})
-    max_images: int = field(default=256, metadata={"help": "Images to look at, at most."})
+    num_timesteps: int = field(default=1, metadata={"help": "Number of complementary timesteps to select."})
+    max_images: int = field(default=256, metadata={"help": "Maximum number of images."})
     seed: int = field(default=0, metadata={"help": "Seed of the sample, the bootstrap and the noise."})
 
 

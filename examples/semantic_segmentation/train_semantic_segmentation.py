@@ -35,22 +35,26 @@ from hf_aselect.training.views import cropped_and_flipped
 class DataArguments:
     """What to train on, and how training images are changed."""
 
-    model_name_or_path: str = field(metadata={"help": "A checkpoint of ours, or what diffusers saved: folder or id."})
-    class_names: str = field(metadata={"help": "Names of the classes, in the order of their indices, with commas."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local folder of it."})
+    model_name_or_path: str = field(
+        metadata={"help": ("hf_aselect checkpoint, or a diffusers checkpoint: folder or Hub id.")}
+    )
+    class_names: str = field(metadata={"help": "Comma-separated class names, in the order of their indices."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, or a local folder of one."})
     train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and masks."})
     validation_file: str | None = field(default=None, metadata={"help": "Parquet file of the evaluation split."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     annotation_column: str = field(default="annotation", metadata={"help": "Column with the masks."})
-    num_calibration_images: int = field(default=256, metadata={"help": "Training images for timestep and new head."})
-    min_crop: float = field(default=0.5, metadata={"help": "Least side of a random crop, as a share of the whole."})
-    num_overlays: int = field(default=4, metadata={"help": "Images in overlays.png."})
+    num_calibration_images: int = field(
+        default=256, metadata={"help": ("Training images for selecting the timestep and standardizing.")}
+    )
+    min_crop: float = field(default=0.5, metadata={"help": "Minimum side of a random crop, as a share of the whole."})
+    num_overlays: int = field(default=4, metadata={"help": "Number of images in overlays.png."})
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     """Return the `train` and `validation` splits: `test` stands in for `validation`, else a tenth of train does."""
     if (args.dataset_name is None) == (args.train_file is None):
-        raise ValueError("Give exactly one of --dataset_name and --train_file.")
+        raise ValueError("Pass exactly one of --dataset_name and --train_file.")
     splits = read_splits(
         dataset_name=args.dataset_name,
         train_file=args.train_file,

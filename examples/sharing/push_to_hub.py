@@ -32,24 +32,26 @@ KINDS = {
 class PushArguments:
     """What to push, and where to."""
 
-    model_name_or_path: str = field(metadata={"help": "A saved model of ours: a folder, or an id on the Hub."})
-    repo_id: str = field(metadata={"help": "Repository; made if it is missing."})
+    model_name_or_path: str = field(metadata={"help": "A saved hf_aselect model: folder or Hub id."})
+    repo_id: str = field(metadata={"help": "Repository, created if it does not exist."})
     private: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch; made if it is missing."})
-    create_pr: bool = field(default=False, metadata={"help": "Propose it as a pull request."})
-    commit_message: str | None = field(default=None, metadata={"help": "What was done."})
-    max_shard_size: str = field(default="50GB", metadata={"help": "Weights beyond this are several files."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, created if it does not exist."})
+    create_pr: bool = field(default=False, metadata={"help": "Create a pull request."})
+    commit_message: str | None = field(default=None, metadata={"help": "Commit message."})
+    max_shard_size: str = field(default="50GB", metadata={"help": "Maximum size of a weight file."})
 
 
 @dataclass
 class FactArguments:
     """What the card is to say."""
 
-    dataset: str | None = field(default=None, metadata={"help": "Dataset that it was trained and judged on."})
+    dataset: str | None = field(
+        default=None, metadata={"help": ("Dataset that the model was trained and evaluated on.")}
+    )
     accuracy: float | None = field(default=None, metadata={"help": "Accuracy on its evaluation split, in [0, 1]."})
-    mean_iou: float | None = field(default=None, metadata={"help": "Mean IoU on it, in [0, 1], of a segmenter."})
-    license: str | None = field(default=None, metadata={"help": "Identifier of the licence."})
-    base_model: str | None = field(default=None, metadata={"help": "Model that it was made from, an id on the Hub."})
+    mean_iou: float | None = field(default=None, metadata={"help": "Mean IoU of a segmenter on it, in [0, 1]."})
+    license: str | None = field(default=None, metadata={"help": "Licence identifier."})
+    base_model: str | None = field(default=None, metadata={"help": "Base model, a Hub id."})
 
 
 def main() -> None:
@@ -57,7 +59,7 @@ def main() -> None:
     config = ASelectConfig.from_pretrained(args.model_name_or_path)
     name = (config.architectures or ["none"])[0]
     if name not in KINDS:
-        raise ValueError(f"{args.model_name_or_path!r} holds a {name}, none of {', '.join(KINDS)}.")
+        raise ValueError(f"{args.model_name_or_path!r} is a {name}, expected one of {', '.join(KINDS)}.")
     model = KINDS[name].from_pretrained(args.model_name_or_path, dtype="auto")
     told = {fact: value for fact, value in asdict(given).items() if value is not None}
     options = {name: value for name, value in asdict(args).items() if name not in ("model_name_or_path", "repo_id")}

@@ -1,10 +1,10 @@
-"""A page on which a diffusion transformer tells what it sees: classes or masks, and its tokens over the noise.
+"""A page that shows what a diffusion transformer sees: classes or masks, and its tokens at each noise level.
 
     pip install '.[demo,space]'
     python examples/space/app.py                                # the embedded DiT, without network
     python examples/space/app.py --model me/fashion-classifier  # a saved model: a folder, or an id on the Hub
 
-The embedded DiT gets a linear head when the page starts, which takes some seconds; `hf-aselect demo` trains a better
+The embedded DiT gets a linear head when the page starts, which takes a few seconds. `hf-aselect demo` trains a better
 one (`--model hf-aselect-demo/model`). On a Space `MODEL_ID` names the model.
 """
 
@@ -39,13 +39,13 @@ from hf_aselect import (
 
 KINDS = {kind.__name__: kind for kind in (DiTForImageClassification, DiTForSemanticSegmentation)}
 EMBEDDED = files("hf_aselect") / "assets" / "fashion_mnist"
-NUM_CALIBRATION, NUM_TRAIN = 128, 4000  # pictures that the embedded DiT's timestep and head are made of
+NUM_CALIBRATION, NUM_TRAIN = 128, 4000  # images for the embedded DiT's timestep and head
 MAX_PIXELS = 50_000_000  # of an upload
 MAX_FILE = "50mb"
-SIDE = 384  # pixels: smaller pictures are enlarged on the page, and those of more than twice that are reduced
-# Told apart by the colour-blind (Okabe and Ito), and of different lightness.
+SIDE = 384  # pixels: smaller images are enlarged on the page, and those of more than twice that are reduced
+# Distinguishable for the colour-blind (Okabe and Ito), and of different lightness.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-FIRST = "Pick or upload a picture first."
+FIRST = "Select or upload an image first."
 STYLE = """
 img.tokens { width: 100%; max-width: 24rem; image-rendering: pixelated; border-radius: 0.5rem; }
 img.overlay { width: 100%; max-width: 32rem; max-height: 32rem; object-fit: contain; border-radius: 0.5rem; }
@@ -84,10 +84,10 @@ def load(source: str | None) -> Seen:
     config = ASelectConfig.from_pretrained(source)
     kind = KINDS.get((config.architectures or [""])[0])
     if kind is None:
-        raise ValueError(f"{source!r} holds {config.architectures}; the page shows {' and '.join(KINDS)}.")
+        raise ValueError(f"{source!r} is a {config.architectures}, but the page shows {' and '.join(KINDS)}.")
     model = kind.from_pretrained(source).eval()
     if model.config.timestep == "auto":
-        raise ValueError(f"No timestep is chosen in {source!r} yet: see `select_timestep`.")
+        raise ValueError(f"No timestep is selected in {source!r} yet. Use `select_timestep` first.")
     record = model.config.selection
     selection = TimestepSelection.from_dict(record) if record else None
     if selection is not None and not selection.is_of(model.config):
@@ -166,12 +166,12 @@ def opened(path: str | None) -> Image.Image | None:
                 return ImageOps.exif_transpose(file).copy()
             size = f"{file.width} × {file.height}"
     except Image.DecompressionBombError:
-        size = "far too many"
+        size = "too many"
     except Exception as error:  # a broken file can break its decoder in any way
         raise gr.Error(
-            "This file is no picture that can be read. Try a PNG or JPEG.", print_exception=False
+            "This file is not an image that can be read. Try a PNG or JPEG.", print_exception=False
         ) from error
-    many = f"The picture has {size} pixels; at most {MAX_PIXELS // 1_000_000} million are read."
+    many = f"The image has {size} pixels, but at most {MAX_PIXELS // 1_000_000} million are allowed."
     raise gr.Error(many, print_exception=False)
 
 
@@ -271,7 +271,7 @@ def overlay(seen: Seen, picture: Image.Image) -> str:
         said.append(f"{seen.model.config.id2label[index]}, {where.mean():.1%}")
         style = f"background: {colour}; color: {ink_on(colour)}"
         items.append(f'<li><b style="{style}">{number}</b>{html.escape(said[-1])}</li>')
-    image = img(drawn, "What is where: " + "; ".join(said), "overlay")
+    image = img(drawn, "Classes in the image: " + "; ".join(said), "overlay")
     return f'{image}<ol class="legend">{"".join(items)}</ol>'
 
 
@@ -321,25 +321,25 @@ def tokens_at(seen: Seen, path: str | None, timestep: float) -> tuple[str, str]:
     large = colours.resize((scale * colours.width, scale * colours.height), Image.Resampling.NEAREST)
     level = float(seen.model.noise_schedule.log_snr(torch.tensor([timestep]))[0])
     is_own = timestep == seen.model.config.timestep
-    said = f"**t = {timestep}**{', the chosen one' if is_own else ''}; log-SNR {level:.1f}"
-    return img(large, f"Tokens at timestep {timestep}: tokens of like colours are alike", "tokens"), said
+    said = f"**t = {timestep}**{', the selected timestep' if is_own else ''}; log-SNR {level:.1f}"
+    return img(large, f"Tokens at timestep {timestep}: similar tokens have similar colours", "tokens"), said
 
 
 def curve(seen: Seen) -> str:
     """Return the curve of the timestep's choice as an element of the page."""
     config = seen.model.config
     if seen.selection is None:
-        return f"<p>The model is read at t = {config.timestep}; how it was chosen is not recorded.</p>"
+        return f"<p>The model is read at t = {config.timestep}. How it was selected is not recorded.</p>"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curve.png"
         seen.selection.plot(path)
         with Image.open(path) as picture:
             alt = (
-                f"{seen.selection.criterion} over the timestep from 0, no noise, to 999, noise alone; highest at "
-                f"t = {config.timestep}, the chosen one"
+                f"{seen.selection.criterion} over the timestep from 0 (least noise) to 999 (pure noise), highest at "
+                f"t = {config.timestep}, the selected timestep"
             )
             # On a phone it is wider than the page, and slides by finger or arrow keys.
-            words = 'tabindex="0" role="region" aria-label="The curve of the choice"'
+            words = 'tabindex="0" role="region" aria-label="The curve of the selection"'
             return f'<div class="wide" {words}>{img(picture, alt, "curve")}</div>'
 
 
@@ -349,9 +349,9 @@ def certainty(seen: Seen) -> str:
         return ""
     warnings = "".join(f"\n- {warning}" for warning in seen.selection.warnings)
     return (
-        f"Chosen by *{seen.selection.criterion}* from {seen.selection.num_images} pictures"
+        f"Selected by *{seen.selection.criterion}* from {seen.selection.num_images} images"
         f"{'' if seen.selection.criterion in ('probe', 'patch_probe') else ', without labels'}; "
-        f"{seen.selection.confidence:.0%} of resamples of them agree.{warnings}"
+        f"{seen.selection.confidence:.0%} of bootstrap resamples of them agree.{warnings}"
     )
 
 
@@ -376,21 +376,21 @@ def build(seen: Seen) -> gr.Blocks:
 
     with gr.Blocks(title="What a diffusion transformer sees", analytics_enabled=False) as page:
         gr.Markdown(
-            "# What a diffusion transformer sees\n\nA DiT learned to generate pictures. Its tokens at the right noise "
-            f"level, the *timestep*, also tell what is in one. Shown here: {seen.name}."
+            "# What a diffusion transformer sees\n\nA DiT is trained to generate images. At the right noise level, "
+            f"the *timestep*, its tokens also describe what an image shows. Shown here: {seen.name}."
         )
         chosen = gr.State()
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
-                    label="Picture",
+                    label="Image",
                     interactive=False,
                     height=320,
                     elem_classes="picture",
-                    alt_text="The picture that is looked at",
+                    alt_text="The selected image",
                     buttons=[],
                 )
-                upload = gr.UploadButton("Upload a picture", file_types=["image"], size="md")
+                upload = gr.UploadButton("Upload an image", file_types=["image"], size="md")
                 gr.Markdown("Or one of these:")
                 with gr.Row():
                     # Buttons with a name, which thumbnails alone have not for who does not see them.
@@ -400,23 +400,21 @@ def build(seen: Seen) -> gr.Blocks:
                     }
             with gr.Column():
                 if is_segmenter:
-                    gr.Markdown("### What is where")
+                    gr.Markdown("### Classes in the image")
                     found: Any = gr.HTML(f"<p>{FIRST}</p>")
                 else:
-                    found = gr.Label(label="What it is", num_top_classes=min(5, config.num_labels))
-        middle_of_it = "" if is_segmenter else ", or of its middle where it has another shape than the model's"
+                    found = gr.Label(label="Predicted classes", num_top_classes=min(5, config.num_labels))
+        middle_of_it = "" if is_segmenter else " (its centre, if it has another shape than the model's input)"
         gr.Markdown(
-            f"## Its tokens{'' if config.folded else ', at any noise'}\n\nEach square is the token of a part of the "
-            f"picture{middle_of_it}: its three strongest components are red, green and blue. Tokens of like colours "
-            "are alike to the model."
+            f"## Tokens{'' if config.folded else ' at each noise level'}\n\nEach square is the token of a patch of "
+            f"the image{middle_of_it}, with its first three principal components as red, green and blue. Similar "
+            "tokens have similar colours."
         )
         if config.folded:
-            gr.Markdown(
-                f"This model is folded: it reads at t = {config.timestep} alone, so there is nothing to slide."
-            )
+            gr.Markdown(f"This model is folded at t = {config.timestep}, so other timesteps cannot be shown.")
         with gr.Row():
             with gr.Column():
-                label = "Timestep: 0 is no noise, 999 noise alone"
+                label = "Timestep: 0 is least noise, 999 is pure noise"
                 start = config.resolved_timestep()
                 at = gr.Slider(0, 999, start, step=1, label=label, visible=not config.folded)
                 said = gr.Markdown(FIRST)
@@ -436,7 +434,7 @@ def build(seen: Seen) -> gr.Blocks:
         )
         gr.Markdown(f"## Why t = {config.timestep}\n\n{certainty(seen)}")
         gr.HTML(curve(seen))
-        gr.Markdown("Made with hf_aselect. The example pictures are Fashion-MNIST's (MIT, © 2017 Zalando SE).")
+        gr.Markdown("Made with hf_aselect. The example images are Fashion-MNIST's (MIT, © 2017 Zalando SE).")
     return page
 
 
@@ -445,9 +443,9 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default=os.environ.get("MODEL_ID") or None,
-        help="a classifier or segmenter of ours: folder, or id on the Hub (default: $MODEL_ID, or the embedded DiT)",
+        help="hf_aselect classifier or segmenter: folder or Hub id (default: $MODEL_ID, else the embedded DiT)",
     )
-    parser.add_argument("--host", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--host", help="address to listen on (default: localhost only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     args = parser.parse_args()
     try:

@@ -48,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-aselect: error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("hf-aselect: interrupted; what was there before is as it was", file=sys.stderr)
+        print("hf-aselect: interrupted; existing files were left unchanged", file=sys.stderr)
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run`, which takes the parsed arguments."""
-    parser = argparse.ArgumentParser(prog="hf-aselect", description="Diffusion transformers as vision models.")
+    parser = argparse.ArgumentParser(prog="hf-aselect", description="Use diffusion transformers as vision models.")
     parser.add_argument("--version", action="version", version=f"hf_aselect {_own_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_demo, _add_select, _add_fit, _add_convert, _add_fold, _add_card, _add_env):
@@ -132,21 +132,22 @@ def _class_of(config: Any) -> Any:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="fit, compare and save a classifier on the embedded DiT, in about a minute and without network",
-        description="Select the timestep of the embedded Fashion-MNIST DiT without labels, fit a linear head to what "
-        "two of its blocks say (or, with --task segmentation, train UperNet on scenes composed of the sample's "
-        "images), compare with other timesteps and with raw pixels, save the model with its card, and reload it.",
+        help="fit, compare and save a classifier on the embedded DiT, in about a minute and without network access",
+        description="Select the timestep of the embedded Fashion-MNIST DiT without labels, fit a linear head to the "
+        "features of two of its blocks (or, with --task segmentation, train UperNet on scenes composed of the "
+        "sample's images), compare with other timesteps and with raw pixels, save the model with its card, and "
+        "reload it.",
     )
     demo.add_argument(
         "--task",
         choices=("classification", "segmentation"),
         default="classification",
-        help="what the model is to do (%(default)s)",
+        help="task of the model (%(default)s)",
     )
-    demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of draws of labels and of trainings (%(default)s)")
+    demo.add_argument("--output", default="hf-aselect-demo", metavar="DIR", help="folder to write to (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="random seed for label subsets and training (%(default)s)")
     demo.add_argument(
-        "--attention-head", action="store_true", help="train an attention head, too, which takes minutes"
+        "--attention-head", action="store_true", help="also train an attention head, which takes minutes"
     )
     demo.set_defaults(run=_demo)
 
@@ -163,7 +164,7 @@ def _demo(parsed: argparse.Namespace) -> None:
     _quiet()
     if parsed.task == "segmentation":
         if parsed.attention_head:
-            raise ValueError("`--attention-head` is for `--task classification`.")
+            raise ValueError("`--attention-head` requires `--task classification`.")
         results = run_segmentation_demo(parsed.output, SegmentationDemoSettings(seed=parsed.seed))
         table, figure = format_segmentation_table(results), "overlays.png"
         auto_class = "AutoModelForSemanticSegmentation"
@@ -174,57 +175,63 @@ def _demo(parsed: argparse.Namespace) -> None:
         auto_class = "AutoModelForImageClassification"
     print(f"\n{table}\n")
     print(f"Saved {parsed.output}/model, results.json, timestep_curve.png and {figure}.")
-    print(f"Reloaded through {auto_class} and pipeline: the predictions are equal.")
+    print(f"Reloaded with {auto_class} and pipeline: the predictions are equal.")
 
 
 def _add_select(commands: Any) -> None:
     select = commands.add_parser(
         "select",
-        help="select the timestep for a diffusion transformer, and show how sure the selection is",
-        description="Select the timestep whose features at one tap score best, print the curve, and write it down.",
+        help="select the timestep of a diffusion transformer, and report how reliable the selection is",
+        description=(
+            "Score the features at each timestep, select the best timestep, print the curve, and optionally save it."
+        ),
         epilog="example: hf-aselect select path/to/a/dit --images images/ --output report/",
     )
-    select.add_argument("source", metavar="SOURCE", help="anything that DiTModel.from_pretrained takes")
+    select.add_argument("source", metavar="SOURCE", help="anything that DiTModel.from_pretrained accepts")
     select.add_argument(
         "--images",
         metavar="FOLDER|PARQUET|HUB_ID",
-        help="images to look at; without them the transformer makes its own",
+        help="images to select on (default: images that the transformer generates)",
     )
-    select.add_argument("--image-column", metavar="NAME", help="column of the images (`image`, or the only one)")
-    select.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")
+    select.add_argument(
+        "--image-column", metavar="NAME", help="image column (default: `image`, or the only image column)"
+    )
+    select.add_argument("--split", default="train", help="split of a folder or Hub dataset (%(default)s)")
     select.add_argument(
         "--label-column",
         metavar="NAME",
-        help="column of the class indices, or of masks; the timestep is then selected by a linear probe",
+        help="column with class indices or masks; selects the timestep with a linear probe",
     )
-    select.add_argument("--criterion", help="consensus (default), signal_hfr, hfr; with labels probe or patch_probe")
-    select.add_argument("--head", help="what reads the features: attention or linear (default: as SOURCE has it)")
+    select.add_argument(
+        "--criterion", help="consensus (default), signal_hfr or hfr; with labels, probe or patch_probe"
+    )
+    select.add_argument("--head", help="head that will read the features: attention or linear (default: SOURCE's)")
     select.add_argument(
         "--block",
         type=_block,
         action="append",
-        help="block to read at, negative from the end (default: SOURCE's first); auto for every third, or given again "
-        "for several, to select the block, too",
+        help="block to read, negative counts from the end (default: SOURCE's first); repeat it, or pass auto for "
+        "every third block, to select the block as well",
     )
     select.add_argument(
         "--feature",
         action="append",
-        help="hidden, normed, query, key, value or attention (default: SOURCE's first); auto, or given again for "
-        "several, to select the feature, too",
+        help="hidden, normed, query, key, value or attention (default: SOURCE's first); repeat it, or pass auto, to "
+        "select the feature as well",
     )
     select.add_argument(
-        "--timesteps", type=int, nargs="+", metavar="T", help="read these (default: a grid, from coarse to fine)"
+        "--timesteps", type=int, nargs="+", metavar="T", help="timesteps to score (default: a coarse-to-fine grid)"
     )
     select.add_argument(
-        "--num-timesteps", type=int, metavar="K", help="select so many that complement each other (default: 1)"
+        "--num-timesteps", type=int, metavar="K", help="number of complementary timesteps to select (default: 1)"
     )
     select.add_argument(
-        "--confidence", type=float, metavar="P", help="end once the selection is as sure as this (0.95)"
+        "--confidence", type=float, metavar="P", help="stop as soon as the confidence reaches P (0.95)"
     )
-    select.add_argument("--max-images", type=int, metavar="N", help="look at no more than N images")
-    select.add_argument("--batch-size", type=int, metavar="N", help="noised images in one forward pass")
-    select.add_argument("--seed", type=int, help="seed of noise, sample and bootstrap")
-    select.add_argument("--output", metavar="DIR", help="folder for selection.json and images of the curve")
+    select.add_argument("--max-images", type=int, metavar="N", help="maximum number of images")
+    select.add_argument("--batch-size", type=int, metavar="N", help="noised images per forward pass")
+    select.add_argument("--seed", type=int, help="seed for noise, sampling and bootstrap")
+    select.add_argument("--output", metavar="DIR", help="folder for selection.json and the plots of the curve")
     select.set_defaults(run=_select)
 
 
@@ -250,7 +257,7 @@ def _select(parsed: argparse.Namespace) -> None:
         f"{selection.num_forwards} forward passes and {selection.seconds:.1f} s."
     )
     for timestep, before, after in zip(selection.selected[1:], *_steps(selection.joint_scores), strict=True):
-        print(f"Timestep {timestep} beside it: a score of {after:.4f} together, {after - before:.4f} more.")
+        print(f"Adding timestep {timestep}: joint score {after:.4f} (+{after - before:.4f}).")
     if parsed.output is not None:
         written = _write_selection(selection, Path(parsed.output))
         print(f"Saved {', '.join(str(path) for path in written)}.")
@@ -300,66 +307,81 @@ def _add_fit(commands: Any) -> None:
         "fit",
         help="fit a linear classifier or segmenter in closed form, evaluate it, and save it with its card",
         description="Load a diffusion transformer, select its timestep if it has none, standardize its features, fit "
-        "a linear head in one pass over labelled images (ridge regression), evaluate it, and save it with its code "
-        "and its card. With masks for labels the head is a linear decoder.",
+        "a linear head in one pass over labelled images (ridge regression), evaluate it, and save it with its "
+        "code and its card. If the labels are masks, the head is a linear decoder.",
         epilog="example: hf-aselect fit path/to/a/dit --images train.parquet --eval-images test.parquet --output "
         "my-classifier",
     )
-    fit.add_argument("source", metavar="SOURCE", help="hf_aselect checkpoint, or what diffusers saved: folder or id")
+    fit.add_argument(
+        "source", metavar="SOURCE", help="hf_aselect checkpoint or diffusers checkpoint: folder or Hub id"
+    )
     data = fit.add_argument_group("images")
-    data.add_argument("--images", required=True, metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to fit to")
-    data.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")
-    data.add_argument("--image-column", metavar="NAME", help="column of the images (`image`, or the only one)")
+    data.add_argument("--images", required=True, metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to fit on")
+    data.add_argument("--split", default="train", help="split of a folder or Hub dataset (%(default)s)")
     data.add_argument(
-        "--label-column", default="label", metavar="NAME", help="column of the classes, or of masks (%(default)s)"
+        "--image-column", metavar="NAME", help="image column (default: `image`, or the only image column)"
+    )
+    data.add_argument(
+        "--label-column", default="label", metavar="NAME", help="column of classes or masks (%(default)s)"
     )
     data.add_argument(
         "--class-names",
         nargs="+",
         metavar="NAME",
-        help="names of the classes, where the dataset has none, as of masks",
+        help="class names, for datasets without them, such as those with masks",
     )
     data.add_argument(
-        "--ignore-index", type=int, metavar="N", help="value of mask pixels of no class (SOURCE's, or 255)"
+        "--ignore-index",
+        type=int,
+        metavar="N",
+        help="mask value of pixels without a class (default: SOURCE's, else 255)",
     )
-    data.add_argument("--num-images", type=int, metavar="N", help="fit to a random sample of so many (default: all)")
+    data.add_argument("--num-images", type=int, metavar="N", help="fit on a random sample of N images (default: all)")
     data.add_argument("--eval-images", metavar="FOLDER|PARQUET|HUB_ID", help="labelled images to evaluate on")
-    data.add_argument("--eval-split", metavar="SPLIT", help="split to evaluate on, of those or else of --images")
+    data.add_argument(
+        "--eval-split", metavar="SPLIT", help="split of --eval-images, or else of --images, to evaluate on"
+    )
     tap = fit.add_argument_group("features")
     tap.add_argument(
         "--timestep",
         type=_block,
         nargs="+",
         metavar="T",
-        help="in [0, 1000), several, or auto to select one (default: SOURCE's, else auto)",
+        help="one or several in [0, 1000), or auto to select one (default: SOURCE's, else auto)",
     )
     tap.add_argument(
         "--block",
         type=_block_or_all,
         nargs="+",
         metavar="B",
-        help="block to read at, negative from the end, several, or all (default: SOURCE's)",
+        help="block to read, negative counts from the end; repeat it for several, or pass all (default: SOURCE's)",
     )
     tap.add_argument(
         "--feature",
         nargs="+",
         metavar="NAME",
-        help="hidden, normed, query, key, value or attention, or several (default: SOURCE's)",
+        help="hidden, normed, query, key, value or attention; repeat it for several (default: SOURCE's)",
     )
     tap.add_argument(
         "--pooling",
         metavar="NAME",
-        help="what a classifier reads of the tokens: mean, mean_std or regions (default: SOURCE's, else mean)",
+        help="how a classifier pools the tokens: mean, mean_std or regions (default: SOURCE's, else mean)",
     )
-    tap.add_argument("--num-timesteps", type=int, metavar="K", help="how many --timestep auto selects (1)")
+    tap.add_argument(
+        "--num-timesteps", type=int, metavar="K", help="number of timesteps that --timestep auto selects (1)"
+    )
     how = fit.add_argument_group("fit")
-    how.add_argument("--balance-classes", action="store_true", help="let each class count the same, whatever its size")
-    how.add_argument("--allow-missing", action="store_true", help="allow classes without an image")
-    how.add_argument("--batch-size", type=int, metavar="N", help="images in one forward pass (default: by their size)")
-    how.add_argument("--seed", type=int, default=0, help="seed of the samples (%(default)s)")
-    fit.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    how.add_argument(
+        "--balance-classes", action="store_true", help="give all classes the same weight, whatever their size"
+    )
+    how.add_argument("--allow-missing", action="store_true", help="allow classes without images")
+    how.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per forward pass (default: depends on their size)"
+    )
+    how.add_argument("--seed", type=int, default=0, help="seed for sampling (%(default)s)")
+    fit.add_argument("--output", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
     fit.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
-    fit.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
+    fit.add_argument("--token", help="Hub token (default: the one you logged in with)")
     fit.set_defaults(run=_fit)
 
 
@@ -410,7 +432,10 @@ def _labelled_splits(parsed: argparse.Namespace) -> tuple[Any, Any]:
         judged = _load_images(parsed.eval_images, parsed.eval_split or "train")
     elif parsed.eval_split is not None:
         if Path(parsed.images).suffix == ".parquet":
-            raise ValueError("A parquet file has no splits. Name a file to evaluate on by `--eval-images`.")
+            raise ValueError(
+                "A parquet file has no splits, so `--eval-split` cannot be used. Pass the evaluation file as "
+                "`--eval-images`."
+            )
         judged = _load_images(parsed.images, parsed.eval_split)
     for split in (train, judged):
         if split is not None:
@@ -419,9 +444,9 @@ def _labelled_splits(parsed: argparse.Namespace) -> tuple[Any, Any]:
     if isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
         train = train.class_encode_column(column)
     elif isinstance(kind, Image) and not parsed.class_names:
-        raise ValueError(f"The labels in {column!r} are masks: name their classes by `--class-names`.")
+        raise ValueError(f"The labels in {column!r} are masks. Pass the names of their classes as `--class-names`.")
     elif not isinstance(kind, (ClassLabel, Image)) and "int" not in str(getattr(kind, "dtype", "")):
-        raise ValueError(f"The labels in {column!r} must be class indices, names or masks, got {kind}.")
+        raise ValueError(f"The labels in {column!r} must be class indices, class names or masks, got {kind}.")
     if judged is not None and isinstance(train.features[column], ClassLabel):
         judged = with_classes_of(train, judged, column)
     return train, judged
@@ -435,6 +460,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     from .model.modeling_classification import DiTForImageClassification
     from .model.modeling_segmentation import DiTForSemanticSegmentation
     from .training.config_arguments import needs_images
+    from .training.targets import check_classes
 
     given, kind = _given(parsed, "timestep", "block", "feature"), train.features[parsed.label_column]
     given = {name: _one_or_several(values) for name, values in given.items()} | _given(
@@ -451,13 +477,18 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     is_dense = isinstance(kind, Image)
     if is_dense and (parsed.ignore_index if parsed.ignore_index is not None else 255) in range(len(names)):
         raise ValueError(
-            f"There are {len(names)} classes, and {parsed.ignore_index or 255} stands for pixels of no class: name "
-            "another value by `--ignore-index`, one that no class has."
+            f"There are {len(names)} classes, so {parsed.ignore_index or 255} cannot mark pixels without a class. "
+            "Pass a value that no class has as `--ignore-index`."
         )
     if is_dense and parsed.ignore_index is not None:
         given["semantic_loss_ignore_index"] = parsed.ignore_index
     if is_dense and parsed.pooling is not None:
-        raise ValueError("`--pooling` is for classifiers, and the labels are masks: a segmenter pools nothing.")
+        raise ValueError(
+            "`--pooling` is for classifiers, but the labels are masks, and a segmenter pools nothing. Omit it."
+        )
+    if not is_dense:
+        # Before a timestep is selected, which may take minutes.
+        check_classes(train[parsed.label_column][:], dict(enumerate(names)), parsed.allow_missing)
     head = {"decoder": "linear"} if is_dense else {"head": "linear", "head_norm": False}
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
@@ -503,7 +534,7 @@ def _print_fit(model: Any, fit: Any, judged: Any) -> None:
         "features": _read_outs_in_words(config),
         "images": f"{fit.num_images} of {len(fit.class_counts)} classes",
         "ridge strength": f"{fit.strength:.3g}",
-        "accuracy, held out": f"{fit.accuracy:.1%}",
+        "held-out accuracy": f"{fit.accuracy:.1%}",
     }
     for name, value in (fit.evaluation or {}).items():
         rows[f"{name.replace('_iou', ' IoU')}, evaluation"] = f"{value:.1%} on {len(judged)} images"
@@ -566,51 +597,72 @@ def _write_selection(selection: Any, output: Path) -> list[Path]:
 def _add_convert(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
-        help="write a diffusers or research checkpoint as an hf_aselect one, without what features do not need",
-        description="Write transformer, VAE encoder and scheduler of a diffusers checkpoint as an hf_aselect one, "
-        "with the empty prompt's embeddings in place of text encoders; or, with --layout, the weights of the research "
-        "code of DiT, SiT, REPA or SRA. Weights are streamed; of the Hub only what is needed is downloaded.",
+        help=(
+            "convert a diffusers or research checkpoint to an hf_aselect checkpoint, without the parts that "
+            "features do not need"
+        ),
+        description="Write the transformer, VAE encoder and scheduler of a diffusers checkpoint as an hf_aselect "
+        "checkpoint, with the empty prompt's embeddings in place of the text encoders. With --layout, convert "
+        "weights saved by the research code of DiT, SiT, REPA or SRA. Weights are streamed, and only the files "
+        "needed are downloaded from the Hub.",
         epilog="example: hf-aselect convert PixArt-alpha/PixArt-Sigma-XL-2-1024-MS pixart --dtype bfloat16",
     )
     convert.add_argument(
         "source",
         metavar="SOURCE",
-        help="pipeline or transformer of diffusers: folder or id on the Hub; with --layout also a file of weights",
+        help="diffusers pipeline or transformer: folder or Hub id; with --layout, also a weight file",
     )
-    convert.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
-    convert.add_argument("--dtype", help="float32, float16 or bfloat16 (default: as they are)")
-    convert.add_argument("--variant", help="variant of the weights to read, as fp16")
+    convert.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
+    convert.add_argument("--dtype", help="float32, float16 or bfloat16 (default: as in SOURCE)")
+    convert.add_argument("--variant", help="variant of the weights to read, such as fp16")
     convert.add_argument("--revision", help="branch, tag or commit on the Hub")
-    convert.add_argument("--subfolder", help="folder in SOURCE that holds the checkpoint")
-    convert.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
-    convert.add_argument("--cache-dir", metavar="DIR", help="folder of downloads")
-    convert.add_argument("--local-files-only", action="store_true", help="ask the Hub nothing")
+    convert.add_argument("--subfolder", help="subfolder of SOURCE that holds the checkpoint")
+    convert.add_argument("--token", help="Hub token (default: the one you logged in with)")
+    convert.add_argument("--cache-dir", metavar="DIR", help="download cache")
+    convert.add_argument(
+        "--local-files-only", action="store_true", help="use downloaded files only, without contacting the Hub"
+    )
     convert.add_argument(
         "--without",
         action="append",
         default=[],
         metavar="PART",
-        help="do without a text encoder: text_encoder_3 (T5) of Stable Diffusion 3",
+        help="text encoder to leave out, such as text_encoder_3 (T5) of Stable Diffusion 3",
     )
     convert.add_argument(
-        "--max-shard-size", type=_gigabytes, default=1.0, metavar="GB", help="size of a file of weights (%(default)s)"
+        "--max-shard-size",
+        type=_gigabytes,
+        default=1.0,
+        metavar="GB",
+        help="maximum size of a weight file (%(default)s)",
     )
     convert.add_argument(
-        "--timestep-embedding", help="of a DiT: diffusers, original, sit or repa (default: by the source)"
+        "--timestep-embedding",
+        help="timestep embedding of a DiT: diffusers, original, sit or repa (default: inferred from SOURCE)",
     )
-    convert.add_argument("--image-size", type=int, metavar="PIXELS", help="pixels a side (default: the transformer's)")
+    convert.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="image height and width (default: the transformer's)"
+    )
     research = convert.add_argument_group("research weights")
     research.add_argument(
         "--layout",
-        help="whose weights they are: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); with --images "
-        "it is checked",
-    )
-    research.add_argument("--vae", metavar="DIR|HUB_ID", help="their VAE (default: none; the model takes latents)")
-    research.add_argument(
-        "--allow-pickle", action="store_true", help="read tensors out of a .pt file, without running code of it"
+        help="code that saved the weights: dit (facebookresearch/DiT), sit (SiT) or repa (REPA, SiT-SRA); checked "
+        "against the tensors and, with --images, against their predictions",
     )
     research.add_argument(
-        "--num-attention-heads", type=int, metavar="N", help="heads of a block, if the size is no published one"
+        "--vae", metavar="DIR|HUB_ID", help="VAE of the weights (default: none; the model takes latents)"
+    )
+    research.add_argument(
+        "--allow-pickle", action="store_true", help="read tensors from a .pt file, without running code in it"
+    )
+    research.add_argument(
+        "--num-attention-heads",
+        type=int,
+        metavar="N",
+        help="attention heads per block, for sizes that were not published",
+    )
+    research.add_argument(
+        "--no-layout-check", action="store_true", help="also convert weights that contradict --layout"
     )
     timestep = convert.add_argument_group("timestep")
     timestep.add_argument(
@@ -618,12 +670,16 @@ def _add_convert(commands: Any) -> None:
         type=_block,
         nargs="+",
         metavar="T",
-        help="in [0, 1000), several, or auto to select one on --images (default: left open)",
+        help="one or several in [0, 1000), or auto to select one on --images (default: not set)",
     )
-    timestep.add_argument("--num-timesteps", type=int, metavar="K", help="how many --timestep auto selects (1)")
+    timestep.add_argument(
+        "--num-timesteps", type=int, metavar="K", help="number of timesteps that --timestep auto selects (1)"
+    )
     timestep.add_argument("--images", metavar="FOLDER|PARQUET|HUB_ID", help="images to select the timestep on")
-    timestep.add_argument("--image-column", metavar="NAME", help="column of the images (`image`, or the only one)")
-    timestep.add_argument("--split", default="train", help="split of a folder or a dataset of the Hub (%(default)s)")
+    timestep.add_argument(
+        "--image-column", metavar="NAME", help="image column (default: `image`, or the only image column)"
+    )
+    timestep.add_argument("--split", default="train", help="split of a folder or Hub dataset (%(default)s)")
     convert.set_defaults(run=_convert)
 
 
@@ -640,18 +696,20 @@ def _convert(parsed: argparse.Namespace) -> None:
         images, _ = _images_and_labels(argparse.Namespace(label_column=None, **vars(parsed)))
         given["calibration_images"] = images
     elif parsed.timestep == "auto":
-        raise ValueError("`--timestep auto` needs `--images` to select it on. Without both it stays open.")
+        raise ValueError("`--timestep auto` needs `--images` to select the timestep on. Omit both to select it later.")
     research = _given(parsed, "layout", "vae", "num_attention_heads")
     research |= {"allow_pickle": True} if parsed.allow_pickle else {}
+    research |= {"check_layout": False} if parsed.no_layout_check else {}
     if parsed.layout is not None or Path(parsed.source).is_file():
         if parsed.without:
-            raise ValueError("`--without` is for text encoders of a diffusers checkpoint; research weights have none.")
+            raise ValueError(
+                "`--without` names text encoders of a diffusers checkpoint, and research weights have none. Omit it."
+            )
         made = convert_research(parsed.source, parsed.output, **research, **given)
-        if parsed.images is None:
-            print("The layout was not checked. Pass --images to check it on a few images.\n")
     elif research:
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in research)
-        raise ValueError(f"{words}: for research weights. Say by `--layout` whose they are, or leave it out.")
+        flags = {"check_layout": "no_layout_check"}
+        words = ", ".join(f"--{flags.get(name, name).replace('_', '-')}" for name in research)
+        raise ValueError(f"{words}: only for research weights. Pass `--layout`, or omit it.")
     else:
         made = convert_diffusers(parsed.source, parsed.output, without=tuple(parsed.without), **given)
     rows = {
@@ -669,31 +727,33 @@ def _convert(parsed: argparse.Namespace) -> None:
 def _add_fold(commands: Any) -> None:
     fold = commands.add_parser(
         "fold",
-        help="write a model as a smaller, plain vision transformer that is read at its timesteps alone",
-        description="Multiply the timestep's conditioning into the neighbouring layers and leave out what comes after "
-        "the last tap. The outputs are equal; the model has fewer parameters, needs no diffusers but for a VAE, and "
-        "cannot be read at another timestep or tap. Several timesteps share all layers.",
+        help="fold a model at its timestep into a smaller, plain vision transformer",
+        description="Multiply the timestep's conditioning into the neighbouring layers and remove everything "
+        "after the last tap. The outputs stay equal. The folded model has fewer parameters, needs diffusers only "
+        "for a VAE, and cannot be read at another timestep or tap. Several timesteps share all layers.",
         epilog="example: hf-aselect fold my-classifier my-folded-classifier",
     )
-    fold.add_argument("source", metavar="SOURCE", help="a model of ours, or what diffusers saved: folder or id")
-    fold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
+    fold.add_argument(
+        "source", metavar="SOURCE", help="hf_aselect checkpoint or diffusers checkpoint: folder or Hub id"
+    )
+    fold.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
     fold.add_argument(
         "--timestep",
         type=_block,
         action="append",
         metavar="T",
-        help="timestep to fold at, in [0, 1000), or auto to select one on images that the transformer makes itself "
-        "(default: the one that SOURCE was saved with); once for each of several, and so --block and --feature",
+        help="timestep to fold at, in [0, 1000), or auto to select one on images that the transformer generates "
+        "(default: SOURCE's); repeat it for several, like --block and --feature",
     )
     fold.add_argument(
-        "--block", type=int, action="append", help="block to read at, negative from the end (default: SOURCE's)"
+        "--block", type=int, action="append", help="block to read, negative counts from the end (default: SOURCE's)"
     )
     fold.add_argument(
         "--feature", action="append", help="hidden, normed, query, key, value or attention (default: SOURCE's)"
     )
-    fold.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or SOURCE's)")
+    fold.add_argument("--dtype", help="float32, float16 or bfloat16 (default: SOURCE's, else float32)")
     fold.add_argument("--revision", help="branch, tag or commit on the Hub")
-    fold.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
+    fold.add_argument("--token", help="Hub token (default: the one you logged in with)")
     fold.set_defaults(run=_fold)
 
 
@@ -730,20 +790,22 @@ def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
     # They take seconds to import, which `--help` should not.
     from .checkpoints.diffusers import find_diffusers
     from .checkpoints.hub_files import HubOptions
+    from .folding.fold import check_foldable
     from .model.configuration_aselect import ASelectConfig
     from .model.modeling_aselect import DiTModel
 
     given = {name: _one_or_several(value) for name, value in _given(parsed, "timestep", "block", "feature").items()}
     hub = _given(parsed, "revision", "token")
     kind, kept, has_timestep = DiTModel, "float32", False
-    if find_diffusers(parsed.source, HubOptions(**hub)) is None:
+    if find_diffusers(parsed.source, HubOptions(**hub), check=check_foldable) is None:
         config = ASelectConfig.from_pretrained(parsed.source, **hub)
+        check_foldable((config.transformer or {}).get("_class_name"))
         kind, kept, has_timestep = _class_of(config) or DiTModel, "auto", config.timestep != "auto"
     if "timestep" not in given and not has_timestep:
         raise ValueError(
-            f"No timestep is selected in {parsed.source!r} yet. Name one by `--timestep`, as one that `hf-aselect "
-            "select` found on your images, or pass `--timestep auto` to select it on images that the transformer "
-            "makes."
+            f"No timestep is selected in {parsed.source!r} yet. Pass one as `--timestep`, such as one that "
+            "`hf-aselect select` found on your images, or pass `--timestep auto` to select it on images that the "
+            "transformer generates."
         )
     return kind.from_pretrained(parsed.source, dtype=dtype or kept, **hub, **given)
 
@@ -751,23 +813,31 @@ def _load_to_fold(parsed: argparse.Namespace, dtype: Any) -> Any:
 def _add_card(commands: Any) -> None:
     card = commands.add_parser(
         "card",
-        help="write the card of a saved model, and the curve of its timestep's choice, again",
-        description="Write README.md and the curve of a saved model again: by its configuration, by what its card "
-        "says of results, data, training and licence, and by what is said here. What stands below the card's last "
-        "comment stays.",
+        help="rewrite the card and the timestep curve of a saved model",
+        description="Rewrite the README.md and the curve of a saved model from its configuration, the results, data, "
+        "training and licence in its current card, and the options given here. Text below the card's last "
+        "comment is kept.",
         epilog="example: hf-aselect card my-classifier --dataset fashion_mnist --accuracy 0.88 0.87 0.88",
     )
-    card.add_argument("model", metavar="MODEL", help="a model of ours: folder, or id on the Hub")
-    card.add_argument("--output", metavar="DIR", help="folder to write (default: MODEL, where it is a folder)")
-    card.add_argument("--name", metavar="NAME", help="name of the model, the title")
-    card.add_argument("--dataset", metavar="ID", help="dataset that it was trained and judged on")
-    card.add_argument("--accuracy", type=float, nargs="+", metavar="SHARE", help="in [0, 1]; of several runs all")
-    card.add_argument("--mean-iou", type=float, nargs="+", metavar="SHARE", help="the same of a segmenter")
-    card.add_argument("--license", metavar="ID", help="identifier of the licence, as apache-2.0")
-    card.add_argument("--limits", metavar="TEXT", help="what the model is not for")
-    card.add_argument("--command", metavar="TEXT", help="command that gives the figures again")
+    card.add_argument("model", metavar="MODEL", help="hf_aselect checkpoint: folder or Hub id")
+    card.add_argument("--output", metavar="DIR", help="folder to write to (default: MODEL, if it is a folder)")
+    card.add_argument("--name", metavar="NAME", help="model name, used as the title")
+    card.add_argument("--dataset", metavar="ID", help="dataset that the model was trained and evaluated on")
+    card.add_argument(
+        "--accuracy", type=float, nargs="+", metavar="SHARE", help="accuracy in [0, 1]; one value per run"
+    )
+    card.add_argument(
+        "--mean-iou",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="mean IoU of a segmenter in [0, 1]; one value per run",
+    )
+    card.add_argument("--license", metavar="ID", help="licence identifier, such as apache-2.0")
+    card.add_argument("--limits", metavar="TEXT", help="uses that the model is not suited for")
+    card.add_argument("--command", metavar="TEXT", help="command that reproduces the results")
     card.add_argument("--revision", help="branch, tag or commit on the Hub")
-    card.add_argument("--token", help="token for the Hub (default: the one that is logged in)")
+    card.add_argument("--token", help="Hub token (default: the one you logged in with)")
     card.set_defaults(run=_card)
 
 
@@ -779,11 +849,11 @@ def _card(parsed: argparse.Namespace) -> None:
     _quiet()
     is_folder = Path(parsed.model).is_dir()
     if parsed.output is None and not is_folder:
-        raise ValueError(f"{parsed.model!r} is no folder: say by `--output` where its card is to be written.")
+        raise ValueError(f"{parsed.model!r} is not a folder. Pass the folder to write the card to as `--output`.")
     config = ASelectConfig.from_pretrained(parsed.model, **_given(parsed, "revision", "token"))
     kind = _class_of(config)
     if config.model_type != ASelectConfig.model_type or kind is None:
-        raise ValueError(f"{parsed.model!r} holds no model of ours, but {config.architectures or 'none'}.")
+        raise ValueError(f"{parsed.model!r} is not an hf_aselect model, but {config.architectures or 'none'}.")
     facts = _facts_before(parsed, is_folder)
     facts |= _given(parsed, "dataset", "accuracy", "mean_iou", "license", "limits", "command")
     facts |= {"model_name": parsed.name} if parsed.name else {}
@@ -816,8 +886,8 @@ def _add_env(commands: Any) -> None:
     env = commands.add_parser(
         "env",
         help="print the versions and the hardware, for a bug report",
-        description="Print what belongs in a bug report: the versions of hf_aselect, of Python and of the libraries "
-        "it works with, the platform, the accelerator and the number of CPUs.",
+        description="Print what a bug report needs: the versions of hf_aselect, Python and the libraries it uses, the "
+        "platform, the accelerator and the number of CPUs.",
     )
     env.set_defaults(run=_env)
 

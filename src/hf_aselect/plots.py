@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's colours, told apart by the colour-blind; in grey, line styles and markers tell.
+# Okabe and Ito's colours, which the colour-blind can distinguish. In grey, line styles and markers differ.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
-DPI = 150
+DPI = 180
 _NO_MATPLOTLIB = "Plots need matplotlib: pip install 'hf_aselect[demo]'"
 
 
@@ -58,8 +58,9 @@ def plot_timestep_curve(
     _check_length("accuracies", accuracies, len(accuracy_log_snr))
     for each in (chosen, *others):
         if each not in timesteps:
-            raise ValueError(f"The selected timestep {each} is none of those in the curve: {list(timesteps)}.")
-    figure = _new_figure(8, 4.8)
+            raise ValueError(f"The selected timestep must be one of {list(timesteps)}, got {each}.")
+    # Small in inches, so that the text is readable when a page shows the image at a third of its width.
+    figure = _new_figure(6.6, 4.4)
     axes = figure.add_subplot()
     positions = [-value for value in log_snr]
     label = criterion if accuracies is None else f"{criterion} (left)"
@@ -69,14 +70,14 @@ def plot_timestep_curve(
         lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
     mark = positions[list(timesteps).index(chosen)]
     lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"selected: t = {chosen}"))
-    name = f"then: t = {', '.join(map(str, others))}"
+    name = f"also selected: t = {', '.join(map(str, others))}"
     marks = [positions[list(timesteps).index(other)] for other in others]
     beside = [axes.axvline(mark, color=GREY, linestyle=(0, (1, 4)), linewidth=1.5, label=name) for mark in marks]
     # One line of the legend for all.
     lines += beside[:1]
-    _label_timesteps(axes, timesteps, log_snr, positions)
+    _label_timesteps(axes, timesteps, log_snr, positions, named=(chosen, *others))
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles=lines, loc="outside upper center", ncols=2 if len(lines) > 3 else 3, frameon=False)
     _save(figure, path)
 
 
@@ -144,11 +145,11 @@ def plot_timestep_heat_map(
     for tap, row in zip(taps, values, strict=True):
         _check_length(f"values of {tap}", row, len(timesteps))
     if chosen_tap not in taps:
-        raise ValueError(f"The selected tap {chosen_tap!r} is none of those in the heat map: {list(taps)}.")
+        raise ValueError(f"The selected tap must be one of {list(taps)}, got {chosen_tap!r}.")
     for each in (chosen_timestep, *others):
         if each not in timesteps:
-            raise ValueError(f"The selected timestep {each} is none of those in the heat map: {list(timesteps)}.")
-    figure = _new_figure(8, 1.9 + 0.27 * len(taps))
+            raise ValueError(f"The selected timestep must be one of {list(timesteps)}, got {each}.")
+    figure = _new_figure(7.4, 1.9 + 0.27 * len(taps))
     axes = figure.add_subplot()
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
     image = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest")
@@ -161,8 +162,8 @@ def plot_timestep_heat_map(
     axes.set_xlim(-0.5, len(timesteps) - 0.5)
     axes.set_ylim(len(taps) - 0.5, -0.5)
     axes.set_yticks(range(len(taps)), taps)
-    _label_timesteps(axes, timesteps, log_snr, range(len(timesteps)))
-    figure.legend(handles=[box, dots], loc="outside upper center", ncols=2, frameon=False)
+    _label_timesteps(axes, timesteps, log_snr, range(len(timesteps)), named=(chosen_timestep, *others))
+    figure.legend(handles=[box, dots], loc="outside upper center", frameon=False)
     _save(figure, path)
 
 
@@ -207,8 +208,8 @@ def plot_predictions(
     """
     if not len(images) or not len(images) == len(true_names) == len(predicted_names):
         raise ValueError(
-            "There must be one true and one predicted name for each image, and at least one image; got "
-            f"{len(images)} images, {len(true_names)} true and {len(predicted_names)} predicted names."
+            "`images`, `true_names` and `predicted_names` must have the same length of at least 1, got "
+            f"{len(images)}, {len(true_names)} and {len(predicted_names)}."
         )
     rows = math.ceil(len(images) / columns)
     figure = _new_figure(1.45 * columns, 1.8 * rows)
@@ -237,18 +238,18 @@ def plot_confusion_matrix(
     names: Sequence[str],
     max_classes: int = 30,
 ) -> None:
-    """Draw what each class is taken for, and the accuracy of each class beside it, as a PNG.
+    """Draw the confusion matrix and the accuracy of each class as a PNG.
 
-    Rows are true classes, columns predicted ones, in shares of the row, from 0 to 1; the classes are sorted by their
-    accuracy, the worst at the top. Of more than `max_classes` the worst are drawn, and what they are taken for beyond
-    these is in no column. Classes without an image are left out.
+    Rows are true classes, columns predicted ones, in shares of the row, from 0 to 1. The classes are sorted by their
+    accuracy, the worst at the top. With more than `max_classes` classes, only the worst are
+    drawn, and predictions of other classes are in no column. Classes without an image are left out.
 
     Args:
         path: File to write; it appears whole or not at all.
         true_labels: Class index of each image.
         predicted_labels: The predicted one.
         names: Name of each class.
-        max_classes: Draw so many at the most.
+        max_classes: Maximum number of classes to draw.
 
     Raises:
         ValueError: If there are no images, the lengths differ, or an index is outside `names`.
@@ -261,8 +262,7 @@ def plot_confusion_matrix(
     true, predicted = np.asarray(true_labels), np.asarray(predicted_labels)
     if not true.size or true.shape != predicted.shape:
         raise ValueError(
-            f"There must be one true and one predicted class for each image, and at least one image; got "
-            f"{true.size} and {predicted.size}."
+            f"`true` and `predicted` must have the same length of at least 1, got {true.size} and {predicted.size}."
         )
     if min(true.min(), predicted.min()) < 0 or max(true.max(), predicted.max()) >= len(names):
         raise ValueError(f"Class indices must be in [0, {len(names)}), the number of names.")
@@ -273,42 +273,42 @@ def plot_confusion_matrix(
     found = np.flatnonzero(sizes)
     order = found[np.argsort(accuracies[found], kind="stable")][:max_classes]
     side = 1.2 + 0.36 * len(order)
-    figure = _new_figure(max(7.0, side + 4.0), max(3.2, side))
+    figure = _new_figure(max(6.6, side + 3.4), max(3.2, side))
     left, right = figure.subplots(1, 2, width_ratios=(max(2.5, side), 2.5))
     _draw_shares(left, counts[np.ix_(order, order)] / sizes[order, None], [names[index] for index in order])
     _draw_class_accuracies(right, accuracies[order], sizes[order], accuracies[found].mean())
-    dropped = f"; the worst {len(order)} of {len(found)} classes" if len(order) < len(found) else ""
-    figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} images right{dropped}", fontsize=10)
+    dropped = f"; the {len(order)} worst of {len(found)} classes" if len(order) < len(found) else ""
+    figure.suptitle(f"{(true == predicted).mean():.1%} of {true.size} images correct{dropped}", fontsize=10)
     _save(figure, path)
 
 
 def _draw_shares(axes: Any, shares: Any, names: Sequence[str]) -> None:
-    """Draw a confusion matrix in shares of its rows, (k, k), in [0, 1], those from half a per cent on in numbers."""
+    """Draw a confusion matrix in shares of its rows, (k, k), in [0, 1], with numbers from half a per cent."""
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     axes.set_xticks(range(len(shown)), shown, rotation=90)
     axes.set_yticks(range(len(shown)), shown)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("class")
+    axes.set_xlabel("predicted class (numbers: % of the row)")
+    axes.set_ylabel("true class")
     for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
         share = shares[row, column]
         colour = "black" if share > 0.5 else "white"
-        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
 
 
 def _draw_class_accuracies(axes: Any, accuracies: Any, sizes: Any, mean: float) -> None:
     """Draw the accuracy of each class, (k,), in [0, 1], its number of images, (k,), and the mean of all classes."""
     axes.barh(range(len(accuracies)), accuracies, color=BLUE)
     for row, (accuracy, size) in enumerate(zip(accuracies, sizes, strict=True)):
-        axes.text(1.03, row, f"{100 * accuracy:.1f} % of {size}", va="center", fontsize=7)
+        axes.text(1.03, row, f"{100 * accuracy:.1f} % of {size}", va="center", fontsize=8)
     axes.set_yticks([])
     axes.set_ylim(len(accuracies) - 0.5, -0.5)
-    axes.set_xlim(0, 1.6)
+    axes.set_xlim(0, 1.85)
     axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
-    axes.set_xlabel("accuracy of the class, %")
+    axes.set_xlabel("accuracy, %")
     axes.axvline(mean, color="black", linestyle=":")
-    axes.set_title(f"dotted: mean of the classes, {100 * mean:.1f} %", fontsize=8)
+    axes.set_title(f"dotted: class mean, {100 * mean:.1f} %", fontsize=9)
 
 
 def plot_overlays(
@@ -333,8 +333,8 @@ def plot_overlays(
     """
     if not len(images) or not len(images) == len(truths) == len(predictions):
         raise ValueError(
-            "There must be one true and one predicted mask for each image, and at least one image; got "
-            f"{len(images)} images, {len(truths)} true and {len(predictions)} predicted masks."
+            f"`images`, `truths` and `predictions` must have the same length of at least 1, got {len(images)}, "
+            f"{len(truths)} and {len(predictions)}."
         )
     height, width = images[0].shape[:2]
     figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)
@@ -393,14 +393,16 @@ def _label_timesteps(
     timesteps: Sequence[int],
     log_snr: Sequence[float],
     positions: Sequence[float],
+    named: Sequence[int] = (),
 ) -> None:
-    """Label at most a dozen of the timesteps, none over another, with their log-SNR below."""
+    """Label at most a dozen timesteps, `named` ones first, without overlaps, with their log-SNR below."""
     step = max(1, math.ceil(len(timesteps) / 12))
-    room = abs(positions[-1] - positions[0]) / 16
+    room = abs(positions[-1] - positions[0]) / 13
     shown: list[int] = []
-    for i in range(0, len(timesteps), step):
-        if not shown or abs(positions[i] - positions[shown[-1]]) >= room:
+    for i in (*(list(timesteps).index(each) for each in named), *range(0, len(timesteps), step)):
+        if all(abs(positions[i] - positions[other]) >= room for other in shown):
             shown.append(i)
+    shown.sort()
     # 0.0 is added to what may be -0.0.
     labels = [f"{timesteps[i]}\n{round(log_snr[i], 1) + 0.0:.1f}".replace("-", "−") for i in shown]
     axes.set_xticks([positions[i] for i in shown], labels)

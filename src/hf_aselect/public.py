@@ -17,9 +17,10 @@ from transformers.models.maskformer.configuration_maskformer import MaskFormerCo
 from transformers.utils.import_utils import is_torchvision_available
 
 from .checkpoints.convert import convert_diffusers, convert_research
+from .checkpoints.descriptions import register_family
 from .hub.card import facts_of_card
 from .model.configuration_aselect import ASelectConfig
-from .model.families import TransformerBlocks, TransformerFamily, register_family, transformer_layout
+from .model.families import TransformerBlocks, TransformerFamily, transformer_layout
 from .model.image_processing_aselect import ASelectImageProcessor, ASelectImageProcessorPil
 from .model.modeling_aselect import DiTModel
 from .model.modeling_classification import DiTForImageClassification
@@ -83,7 +84,7 @@ class _NoVideoProcessor:
         Raises:
             ValueError: Always.
         """
-        raise ValueError("The models of hf_aselect look at images; they have no video processor.")
+        raise ValueError("hf_aselect models take images, and have no video processor.")
 
 
 # The Auto class itself wants torchvision.

@@ -1,12 +1,14 @@
-"""transformers' own example scripts for images, fetched once and run unmodified on our checkpoints.
+"""transformers' own example scripts for images, copied once and run unmodified on our checkpoints.
 
-python tests/host/host_scripts.py
+    git clone --depth 1 https://github.com/huggingface/transformers
+    python tests/host/host_scripts.py transformers
 
-downloads the four scripts of the installed version from transformers' repository on GitHub (its source distribution
-has
-none of them) and keeps them in the cache folder; `pytest tests/host` then runs them, and skips them before. With
+copies the four scripts out of a checkout of transformers, `examples/pytorch` (Apache License 2.0, HuggingFace;
+its source distribution has none of them), into the cache folder, and prints which version of transformers each asks
+for: those of 4.56.0.dev0 ran with transformers 5.24. `pytest tests/host` then runs them, and skips them before; none
+is kept in this repository. With
 
-python tests/host/host_scripts.py SCRIPT [WORDS ...]
+    python tests/host/host_scripts.py SCRIPT.py [WORDS ...]
 
 one is run as it is, with small stand-ins for what it imports and this project does not need: torchvision's transforms,
 albumentations, and the metrics that `evaluate` fetches from the Hub.
@@ -15,17 +17,17 @@ albumentations, and the metrics that `evaluate` fetches from the Hub.
 import importlib
 import os
 import random
+import re
 import runpy
 import sys
 import types
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-SOURCE = "https://raw.githubusercontent.com/huggingface/transformers/v{}/examples/pytorch/{}"
+LICENSE = "Apache License, Version 2.0"
 SCRIPTS = (
     "image-classification/run_image_classification.py",
     "image-classification/run_image_classification_no_trainer.py",
@@ -42,18 +44,25 @@ def folder() -> Path:
     return cache / "hf_aselect" / f"transformers-{transformers.__version__}-scripts"
 
 
-def fetch() -> Path:
-    """Download the scripts, unless they are there."""
-    import transformers
+def copy(checkout: Path) -> dict[str, str]:
+    """Copy the scripts out of a checkout of transformers, and return the version that each asks for.
 
-    target = folder()
-    target.mkdir(parents=True, exist_ok=True)
+    Raises:
+        ValueError: If one is not there, or not under the licence that is named above.
+    """
+    texts = {}
     for path in SCRIPTS:
-        kept = target / Path(path).name
-        if not kept.exists():
-            with urllib.request.urlopen(SOURCE.format(transformers.__version__, path), timeout=60) as answer:
-                kept.write_bytes(answer.read())
-    return target
+        script = checkout / "examples" / "pytorch" / path
+        texts[script.name] = script.read_text(encoding="utf-8") if script.is_file() else ""
+        if LICENSE not in texts[script.name]:
+            raise ValueError(f"{script} is no script of transformers under the {LICENSE}.")
+    folder().mkdir(parents=True, exist_ok=True)
+    versions = {}
+    for name, text in texts.items():
+        (folder() / name).write_text(text, encoding="utf-8")
+        asked = re.search(r'check_min_version\("([^"]+)"\)', text)
+        versions[name] = asked[1] if asked else "any"
+    return versions
 
 
 class Compose:
@@ -179,7 +188,7 @@ def run(script, words):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(fetch())
-    else:
+    if sys.argv[1].endswith(".py"):
         run(sys.argv[1], sys.argv[2:])
+    else:
+        print(folder(), copy(Path(sys.argv[1])))

@@ -19,9 +19,9 @@ from hf_aselect import DiTForImageClassification, DiTForSemanticSegmentation, co
 from hf_aselect.model.modeling_aselect import save_image_processor
 
 FOLDER = host_scripts.folder()
-pytestmark = pytest.mark.skipif(
+needs_scripts = pytest.mark.skipif(
     not all((FOLDER / Path(path).name).exists() for path in host_scripts.SCRIPTS),
-    reason="fetch them: python tests/host/host_scripts.py",
+    reason="copy them: python tests/host/host_scripts.py CHECKOUT_OF_TRANSFORMERS",
 )
 TASKS = {"image_classification": DiTForImageClassification, "semantic_segmentation": DiTForSemanticSegmentation}
 TRAINER = ["--do_train", "--do_eval", "--report_to", "none", "--remove_unused_columns", "False", "--use_cpu", "True"]
@@ -66,6 +66,21 @@ def checkpoints(tmp_path_factory):
     return root
 
 
+def test_scripts_are_copied_out_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = f'# Licensed under the {host_scripts.LICENSE}\ncheck_min_version("5.0.0.dev0")\n'
+    for path in host_scripts.SCRIPTS:
+        with pytest.raises(ValueError, match="is no script of transformers"):
+            host_scripts.copy(tmp_path)
+        script = tmp_path / "examples" / "pytorch" / path
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(text, encoding="utf-8")
+    versions = host_scripts.copy(tmp_path)
+    assert versions == {Path(path).name: "5.0.0.dev0" for path in host_scripts.SCRIPTS}
+    assert all((host_scripts.folder() / name).read_text(encoding="utf-8") == text for name in versions)
+
+
+@needs_scripts
 @pytest.mark.parametrize("start", ["package", "remote code", "converted"])
 @pytest.mark.parametrize("script", [Path(path).name for path in host_scripts.SCRIPTS])
 def test_a_script_runs_unmodified(script, start, data, checkpoints, tmp_path):

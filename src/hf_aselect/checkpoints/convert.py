@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from .diffusers import (
     scheduler_beside,
 )
 from .empty_prompt import TEXT_PARTS
-from .hub_files import HubOptions, locate_vae
-from .layout_check import check_layout
+from .hub_files import HubOptions, named_vae
+from .layout_check import compare_layouts, is_comparable
 from .licenses import license_on_card
 from .research import ResearchWeights, research_file, research_in
 from .weight_files import PICKLES, check_parts, tensor_bytes, weight_files
@@ -131,8 +131,12 @@ def convert_diffusers(
     if not Path(source).exists():
         fields.setdefault("base_model", str(source))
     fields.setdefault("base_license", license_on_card(folder))
+    is_checked = fields.pop("check_layout", True)  # of ports that keep the research names
+    vae_folder = named_vae(fields, options)
     config, weights = load_diffusers(
         folder,
+        vae_folder=vae_folder,
+        check_layout=is_checked,
         variant=variant,
         dtype=wanted or torch.float32,
         without=without,
@@ -144,12 +148,14 @@ def convert_diffusers(
             f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
             "to select it from them, or leave them out."
         )
-    written = _write(target, config, weights, source, wanted, shard_bytes, include_code, calibration_images)
+    written = _write(
+        target, config, weights, source, wanted, shard_bytes, include_code, calibration_images, is_checked
+    )
     return _conversion(
         output,
         written,
         started,
-        decoder_bytes=_dropped_bytes(folder / "vae", variant, kept=ENCODER_WEIGHTS),
+        decoder_bytes=_dropped_bytes(vae_folder or folder / "vae", variant, kept=ENCODER_WEIGHTS),
         text_bytes=sum(_dropped_bytes(folder / part, variant) for part in TEXT_PARTS),
     )
 
@@ -171,6 +177,7 @@ def convert_research(
     local_files_only: bool = False,
     max_shard_size: int | str = "1GB",
     calibration_images: Any = None,
+    check_layout: bool = True,
     include_code: bool = True,
     **fields: Any,
 ) -> Conversion:
@@ -185,22 +192,24 @@ def convert_research(
             diffusers' form whose safetensors have the names of the research code.
         output: Folder to write, as in `convert_diffusers`.
         layout: Whose weights they are, which they do not tell: "dit" (facebookresearch/DiT: diffusion), "sit" (SiT:
-            flow matching with the image at time 1) or "repa" (REPA, SRA: flow matching with the image at time 0). With
-            `calibration_images` it is checked by the losses of a few of them, and a warning says so if another layout
-            predicts them better.
+            flow matching with the image at time 1) or "repa" (REPA, SRA: flow matching with the image at time 0).
+            See `check_layout`.
         vae: The VAE of the latents, as diffusers saved it: a folder or an id on the Hub, of the VAE alone or of a
             pipeline. Without one, and none beside the weights, the model takes latents.
         allow_pickle: Whether a pickle may be read. Torch's reader of weights alone does it, which runs no code of it.
         num_attention_heads: Heads of a block, which the tensors do not tell. Default: those of the published sizes.
         dtype: As in `convert_diffusers`.
-        variant: Variant of the weights to read, as "fp16".
+        variant: Variant of the weights to read, as "fp16"; of a file that of its VAE.
         revision: Branch, tag or commit of `source` on the Hub.
-        subfolder: Folder in `source` that holds the checkpoint.
+        subfolder: Folder in `source`, unless that is a file, that holds the checkpoint.
         token: Token for the Hub, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
         local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
         max_shard_size: As in `convert_diffusers`.
         calibration_images: As in `convert_diffusers`; where the timestep is fixed, to check the layout by.
+        check_layout: Whether to reject a layout that the weights contradict: by `projectors` or a learned variance,
+            and, where there are `calibration_images`, by a loss on a few of them that is 1.25 times that of another
+            layout or more. A log line says so where the losses cannot tell.
         include_code: As in `convert_diffusers`.
         fields: Fields of `ASelectConfig`.
 
@@ -209,8 +218,9 @@ def convert_research(
 
     Raises:
         ValueError: If the layout is not said, the source is a pickle and none is allowed, it holds other things than
-            weights, those of another architecture, or too few; a `config.json` beside them contradicts them; a VAE is
-            none or makes other latents; a field is unknown.
+            weights, those of another architecture, or too few; a `config.json` beside them contradicts them, or they
+            contradict the layout; a VAE is none or makes other latents; an option has no meaning for a file; a field
+            is unknown.
         FileExistsError: If `output` exists and is not empty.
         OSError: If a file or repository is not found or may not be read, or the Hub cannot be reached.
 
@@ -223,7 +233,9 @@ def convert_research(
     shard_bytes = _bytes_of(max_shard_size)
     wanted = checked_dtype(dtype)
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
-    vae_folder = None if vae is None else locate_vae(vae, replace(options, revision=None, subfolder=None))
+    if os.path.isfile(source):
+        _refuse_options_of_a_file(source, revision, subfolder, None if vae is not None else variant)
+    vae_folder = named_vae({"vae": vae}, options)
     scheduler = None
     if os.path.isfile(source):
         research = research_file(Path(source), allow_pickle)
@@ -238,10 +250,30 @@ def convert_research(
         if not Path(source).exists():
             fields.setdefault("base_model", str(source))
         fields.setdefault("base_license", license_on_card(folder or ""))
-    config, weights = load_research(research, vae_folder, scheduler, layout, num_attention_heads, variant, fields)
-    written = _write(target, config, weights, source, wanted, shard_bytes, include_code, calibration_images)
+    config, weights = load_research(
+        research, vae_folder, scheduler, layout, num_attention_heads, variant, fields, check_layout=check_layout
+    )
+    images = calibration_images
+    written = _write(target, config, weights, source, wanted, shard_bytes, include_code, images, check_layout)
     decoder_bytes = 0 if vae_folder is None else _dropped_bytes(vae_folder, variant, kept=ENCODER_WEIGHTS)
     return _conversion(output, written, started, decoder_bytes=decoder_bytes, text_bytes=0)
+
+
+def _refuse_options_of_a_file(
+    source: str | os.PathLike[str], revision: str | None, subfolder: str | None, variant: str | None
+) -> None:
+    """Reject options that say which file to take, where the source is one.
+
+    Raises:
+        ValueError: If one is given.
+    """
+    options = {"revision": revision, "subfolder": subfolder, "variant": variant}
+    if given := [f"`{name}={value!r}`" for name, value in options.items() if value is not None]:
+        of_vae = ", and no VAE is given (`vae=`) that could have a variant" if variant is not None else ""
+        raise ValueError(
+            f"{', '.join(given)} would say which weights of a folder or a repository to take, but {str(source)!r} is "
+            f"one file{of_vae}. Leave it out, or name the folder or the id on the Hub."
+        )
 
 
 def _research_folder(
@@ -289,6 +321,7 @@ def _write(
     shard_bytes: int,
     include_code: bool,
     images: Any,
+    check_layout: bool,
 ) -> dict[str, Tensor]:
     """Write a checkpoint into a folder that appears whole.
 
@@ -296,38 +329,39 @@ def _write(
         What was written, by name, as tensors without data.
 
     Raises:
-        ValueError: If the weights do not fit, or the images do not.
+        ValueError: If the weights do not fit, contradict the layout, or the images do not fit.
     """
+    is_checked = check_layout and is_comparable(config, images)
     with whole_folder(target) as unfinished:
         written = _write_weights(weights, unfinished, dtype, shard_bytes)
         _check_fit(config, written, source)
         config.architectures = ["DiTModel"]
         config.dtype = dtype or _main_dtype(written)
         config.save_pretrained(unfinished, include_code=include_code)
-        # Latents without a VAE are no images.
-        if config.num_channels in (1, 3):
+        if not config.takes_latents:
             ASelectImageProcessor.from_model_config(config).save_pretrained(unfinished, include_code=include_code)
-        if images is not None:
-            _look_at_images(config, unfinished, images)
+        if is_checked:
+            # Before a timestep is selected, which takes longer.
+            model = DiTModel.from_pretrained(unfinished, dtype=torch.float32, timestep=0, read_out=None)
+            compare_layouts(model, images, is_error=True)
+            del model
+        if images is not None and config.timestep == "auto":
+            _select(config, unfinished, images)
             config.save_pretrained(unfinished, include_code=include_code)
     return written
 
 
-def _look_at_images(config: ASelectConfig, folder: Path, images: Any) -> None:
-    """Select the timestep of a checkpoint if it is open, and check the layout of research weights.
+def _select(config: ASelectConfig, folder: Path, images: Any) -> None:
+    """Select the timestep of a checkpoint, which is open.
 
     Args:
         config: Its configuration, which takes the selection over.
         folder: Where it lies.
         images: As in `select_timestep`.
     """
-    is_open = config.timestep == "auto"
-    given = {"calibration_images": images} if is_open else {}
-    model = DiTModel.from_pretrained(folder, dtype=torch.float32, **given)
-    check_layout(model, images)
-    if is_open:
-        for name in ("timestep", "num_timesteps", "block", "feature", "zeroed_channels", "selection"):
-            setattr(config, name, getattr(model.config, name))
+    model = DiTModel.from_pretrained(folder, dtype=torch.float32, calibration_images=images)
+    for name in ("timestep", "num_timesteps", "block", "feature", "zeroed_channels", "selection"):
+        setattr(config, name, getattr(model.config, name))
 
 
 def _bytes_of(size: int | str) -> int:

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def find_diffusers(
     options: HubOptions,
     without: str | Iterable[str] = (),
     has_prompt: bool = False,
+    check: Callable[[str | None], None] = lambda _: None,
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for an hf_aselect checkpoint.
 
@@ -49,21 +50,31 @@ def find_diffusers(
         options: How to fetch.
         without: Parts of the text side to do without, which are not fetched.
         has_prompt: Whether the empty prompt's embeddings are given, so that nothing of the text side is fetched.
+        check: Rejects classes of transformers that are of no use, before weights are fetched or read; None stands for
+            weights of the research code.
 
     Raises:
         ValueError: As `hub_files.locate`.
         OSError: As `hub_files.locate`.
     """
 
-    def needed_text(transformer: dict[str, Any]) -> tuple[str, ...]:
+    def needed_text(transformer: dict[str, Any], pipeline: str | None) -> tuple[str, ...]:
         name = _class_name(transformer)
         if is_port(name):
             return ()
         refuse_kin(name)
         family_of(name)
+        check(name)
+        refuse_conditioned(transformer, pipeline)
         return () if has_prompt else text_parts(str(name), names_of(without))
 
-    return locate(source, ASelectConfig.model_type, options, needed_text)
+    folder = locate(source, ASelectConfig.model_type, options, needed_text)
+    if folder is not None:
+        inner = folder / transformer_part(read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {})
+        path = (inner if inner.is_dir() else folder) / CONFIG
+        name = _class_name(read_json(path)) if path.is_file() else None
+        check(None if is_port(name) else name)
+    return folder
 
 
 def names_of(parts: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -80,6 +91,8 @@ def load_diffusers(
     prompt_embeds: Mapping[str, Tensor] | None = None,
     layout: str | None = None,
     num_attention_heads: int | None = None,
+    check_layout: bool = True,
+    vae_folder: Path | None = None,
     **fields: Any,
 ) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
     """Read a diffusers transformer, with its scheduler and VAE where they lie beside it.
@@ -94,6 +107,8 @@ def load_diffusers(
         prompt_embeds: The empty prompt's embeddings by name, in place of computing them.
         layout: Of weights by the names of the research code, whose they are: see `research.LAYOUTS`.
         num_attention_heads: Of those, heads of a block, where the size is none of the published ones.
+        check_layout: Of those, whether to reject a layout that the tensors contradict, or warn of it.
+        vae_folder: Folder of a VAE that takes the place of the one beside the transformer.
         fields: Fields of `ASelectConfig` that take the place of what was read. A transformer or VAE of diffusers that
             is given as an object brings its weights along.
 
@@ -110,12 +125,23 @@ def load_diffusers(
     part = transformer_part(index)
     is_bare = not (folder / part).is_dir()
     transformer_folder = folder if is_bare else folder / part
-    vae_folder = folder / "vae" if not is_bare and (folder / "vae").is_dir() else None
+    has_vae = (folder / "vae").is_dir()
     if (weights := research_in(transformer_folder, variant)) is not None:
         check_parts(folder, ("scheduler", "vae"))
         _check_no_prompt("DiTTransformer2DModel", prompt_embeds, names_of(without))
-        beside = folder / "vae" if (folder / "vae").is_dir() else None
-        return load_research(weights, beside, scheduler_beside(folder), layout, num_attention_heads, variant, fields)
+        vae_folder = vae_folder or (folder / "vae" if has_vae else None)
+        return load_research(
+            weights,
+            vae_folder,
+            scheduler_beside(folder),
+            layout,
+            num_attention_heads,
+            variant,
+            fields,
+            check_layout=check_layout,
+            vae=modules.get("vae"),
+        )
+    vae_folder = vae_folder or (folder / "vae" if has_vae and not is_bare else None)
     if layout is not None or num_attention_heads is not None:
         raise ValueError(
             f"`layout=` and `num_attention_heads=` are for weights by the names of the research code of DiT, SiT and "
@@ -123,6 +149,7 @@ def load_diffusers(
         )
     transformer = _read_transformer(transformer_folder)
     name = transformer["_class_name"]
+    refuse_conditioned(transformer, index.get("_class_name"))
     text = () if prompt_embeds is not None else text_parts(name, names_of(without))
     check_parts(folder, (part, "scheduler", "vae", *text))
     scheduler = _default_scheduler(folder, transformer, fields) if is_bare else _read_scheduler(folder)
@@ -162,6 +189,9 @@ def load_research(
     num_attention_heads: int | None,
     variant: str | None,
     fields: dict[str, Any],
+    *,
+    check_layout: bool = True,
+    vae: nn.Module | None = None,
 ) -> tuple[ASelectConfig, Iterator[tuple[str, Tensor]]]:
     """Read weights by the names of the research code as a `DiTTransformer2DModel`.
 
@@ -173,15 +203,17 @@ def load_research(
         num_attention_heads: Heads of a block, where the size is none of the published ones.
         variant: Variant of the VAE's weights.
         fields: Fields of `ASelectConfig` that take the place of what was read.
+        check_layout: Whether to reject a layout that the tensors contradict, or warn of it.
+        vae: A VAE of diffusers whose configuration is among the fields.
 
     Returns:
         As `load_diffusers`.
 
     Raises:
-        ValueError: If the layout is not said, sizes are not a DiT's or contradict each other, a part is broken, or a
-            field is unknown.
+        ValueError: If the layout is not said or the tensors contradict it, sizes are not a DiT's or contradict each
+            other, a part is broken, or a field is unknown.
     """
-    known = weights.layout(layout, fields.get("timestep_embedding"))
+    known = weights.layout(layout, fields.get("timestep_embedding"), is_checked=check_layout)
     parts = {
         "transformer": weights.transformer(num_attention_heads),
         "scheduler": weights.scheduler(known, scheduler),
@@ -190,7 +222,9 @@ def load_research(
     config = _config_of(parts, {**fields, "timestep_embedding": known.timestep_embedding})
     expected = expected_shapes(config)
     weights.check_shapes(expected)
-    of_vae = iterate_weights(vae_files if config.vae is not None else [])
+    of_vae: Iterable[tuple[str, Tensor]] = iterate_weights(vae_files if config.vae is not None else [])
+    if vae is not None:
+        of_vae = vae.state_dict().items()
     return config, _weights(
         weights.of_diffusers(), of_vae, {}, expected, weights.where, parts["transformer"]["_class_name"]
     )
@@ -224,6 +258,53 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
     refuse_kin(config["_class_name"])
     family_of(config["_class_name"])
     return config
+
+
+# By the pipeline: what a transformer needs beside the noised image, though its class is that of one without.
+_WITH_AN_IMAGE = "it is trained with an image to be edited beside the noised one, in its tokens and in its prompt"
+_CONDITIONED = {
+    "QwenImageEditPipeline": _WITH_AN_IMAGE,
+    "QwenImageEditInpaintPipeline": _WITH_AN_IMAGE,
+    "QwenImageEditPlusPipeline": _WITH_AN_IMAGE,
+    "QwenImageLayeredPipeline": "it is trained with an image to be taken apart, and several layers of it",
+    "LongCatImageEditPipeline": _WITH_AN_IMAGE,
+    "ZImageOmniPipeline": "it is conditioned on images and their embeddings as well",
+    "PRXPixelPipeline": "its noise is stronger than that of any noise level of its scheduler",
+}
+# The same, as far as the configuration of the transformer tells it.
+_CONDITIONING_FIELDS = {
+    "zero_cond_t": ("QwenImageTransformer2DModel", _WITH_AN_IMAGE),
+    "use_additional_t_cond": ("QwenImageTransformer2DModel", _CONDITIONED["QwenImageLayeredPipeline"]),
+    "use_layer3d_rope": ("QwenImageTransformer2DModel", _CONDITIONED["QwenImageLayeredPipeline"]),
+    "siglip_feat_dim": ("ZImageTransformer2DModel", _CONDITIONED["ZImageOmniPipeline"]),
+    "image_dim": ("WanTransformer3DModel", "it makes videos of an image, whose latents and embeddings it takes"),
+}
+
+
+def refuse_conditioned(transformer: Mapping[str, Any], pipeline: str | None) -> None:
+    """Reject a transformer that takes more than a noised image and a text, though others of its class do not.
+
+    Those whose latents have more channels for it, as FLUX.1-Fill's, contradict their VAE.
+
+    Args:
+        transformer: Its configuration.
+        pipeline: Class of its pipeline; None where it lies alone.
+
+    Raises:
+        ValueError: If it does.
+    """
+    name = transformer.get("_class_name")
+    known = [key for key, (kind, _) in _CONDITIONING_FIELDS.items() if kind == name and transformer.get(key)]
+    if isinstance(pipeline, str) and pipeline in _CONDITIONED:
+        what, why = f"a {pipeline}", _CONDITIONED[str(pipeline)]
+    elif known:
+        what, why = f"a {name} with `{known[0]}`", _CONDITIONING_FIELDS[known[0]][1]
+    else:
+        return
+    raise ValueError(
+        f"The transformer of {what} is not read: {why}. Load one that makes images of a text alone, as the one that "
+        "it was made from."
+    )
 
 
 def _class_name(config: dict[str, Any]) -> str | None:
@@ -287,10 +368,10 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
             f"the scheduler is a {(config.scheduler or {})['_class_name']}. Pass `scheduler=` with `_class_name` "
             "'FlowMatchEulerDiscreteScheduler', or `timestep_embedding='original'` for DiT's weights."
         )
-    if config.vae is None and config.num_channels not in (1, 3):
+    if config.takes_latents:
         logger.warning(
-            "A %s on latents of %d channels, and no VAE beside it: it cannot be given images, only latents. Load "
-            "the whole pipeline for images.",
+            "A %s on latents of %d channels, and no VAE beside it: it cannot be given images, only latents. For "
+            "images pass `vae=` (`--vae`), a folder or an id on the Hub of a VAE or of a pipeline with one.",
             parts["transformer"]["_class_name"],
             config.num_channels,
         )

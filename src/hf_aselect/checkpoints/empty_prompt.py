@@ -212,7 +212,13 @@ def encode_empty_prompt(
         # Some pipelines ask it for sizes.
         own: Any = FAMILIES[kind].transformer_class if kind in FAMILIES else None
         stand_in = (own or getattr(diffusers, kind)).from_config(transformer)
-    pipeline_class = getattr(diffusers, name)
+    try:
+        pipeline_class = getattr(diffusers, name)
+    except (AttributeError, RuntimeError) as error:  # another version lacks it, or it does not import
+        raise ValueError(
+            f"diffusers {diffusers.__version__} has no {name}, which the description of {kind} names ({error}). "
+            "Upgrade it (pip install -U diffusers), or pass `prompt_embeds=`, the empty prompt's embeddings by name."
+        ) from error
     known = inspect.signature(pipeline_class.__init__).parameters
     index = read_json(folder / MODEL_INDEX)
     _refuse_other_code(folder, index, known)

@@ -70,7 +70,7 @@ def locate(
     source: str | os.PathLike[str],
     model_type: str,
     options: HubOptions,
-    text_parts: Callable[[dict[str, Any]], Iterable[str]],
+    text_parts: Callable[[dict[str, Any], str | None], Iterable[str]],
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint, fetched from the Hub if need be; None for an hf_aselect checkpoint.
 
@@ -79,8 +79,8 @@ def locate(
         model_type: What the `config.json` of an hf_aselect checkpoint names as its `model_type`.
         options: How to fetch.
         text_parts: Which folders of a pipeline that encode a text are to be fetched, by the configuration of its
-            transformer; raises `ValueError` for a transformer that is not supported. Asked before any weights are
-            fetched.
+            transformer and the name of the pipeline's class, None of a bare transformer; raises `ValueError` for a
+            transformer that is not supported. Asked before any weights are fetched.
 
     Raises:
         ValueError: If a local folder is neither; if the only weights are pickles or of another variant; if the
@@ -148,6 +148,10 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
         OSError: If a repository is not found or may not be read, or the Hub cannot be reached.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise ValueError(
+            f"`vae` {str(source)!r} is a file; expected a folder that diffusers saved, or an id on the Hub."
+        )
     if not folder.is_dir():
         with explained_hub_errors(source, options):
             folder = Path(
@@ -161,6 +165,22 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
             f"{' or '.join(VAE_KINDS)}, there or in vae/, got {config.get('_class_name')!r}."
         )
     return folder
+
+
+def named_vae(fields: dict[str, Any], options: HubOptions) -> Path | None:
+    """Return the folder of the VAE that the fields of a configuration name, and take the name out; None without one.
+
+    Args:
+        fields: The fields, of which `vae` may be a folder or an id on the Hub.
+        options: How to fetch, but for the revision.
+
+    Raises:
+        ValueError: As `locate_vae`.
+        OSError: As `locate_vae`.
+    """
+    if not isinstance(fields.get("vae"), str | os.PathLike):
+        return None
+    return locate_vae(fields.pop("vae"), replace(options, revision=None, subfolder=None))
 
 
 def _vae_files(source: str | os.PathLike[str], options: HubOptions) -> list[str] | None:
@@ -205,7 +225,7 @@ def _fetch(
     repo_id: str,
     model_type: str,
     options: HubOptions,
-    text_parts: Callable[[dict[str, Any]], Iterable[str]],
+    text_parts: Callable[[dict[str, Any], str | None], Iterable[str]],
 ) -> Path | None:
     """Return the folder of a diffusers checkpoint of the Hub, with the needed files; None for one of hf_aselect."""
     prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
@@ -215,7 +235,7 @@ def _fetch(
     transformer, index = found, None
     if path.name == MODEL_INDEX:
         transformer, index = _fetch_transformer_config(repo_id, prefix, found, options), found
-    wanted_text = tuple(text_parts(transformer))
+    wanted_text = tuple(text_parts(transformer, None if index is None else index["_class_name"]))
     # The cache alone knows nothing of what the Hub would say: a file that is not in it may be there.
     is_offline = options.local_files_only or constants.HF_HUB_OFFLINE
     files = [] if is_offline else _files_of(repo_id, options)

@@ -11,7 +11,7 @@ from ..model.configuration_aselect import OWN_FIELDS, TAKEN, ASelectConfig
 from .atomic import finish_files
 from .diffusers import DTYPES, find_diffusers, load_diffusers
 from .empty_prompt import TEXT_PARTS
-from .hub_files import HubOptions
+from .hub_files import HubOptions, named_vae
 from .licenses import license_on_card
 
 # What transformers' own loading takes out of the keywords.
@@ -54,6 +54,11 @@ def take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -
             f"`layout={kwargs['layout']!r}` is for research weights, and {str(source)!r} is an hf_aselect checkpoint, "
             "which knows its own: leave it out."
         )
+    if isinstance(kwargs.get("vae"), str | os.PathLike):
+        raise ValueError(
+            f"`vae={str(kwargs['vae'])!r}` names a VAE, and {str(source)!r} is an hf_aselect checkpoint, which has "
+            "its own or none. Convert what it was made of again, with that VAE (`hf-aselect convert --vae`)."
+        )
     if text:
         raise ValueError(
             f"{', '.join(text)} can only be given with a diffusers pipeline; in an hf_aselect checkpoint the empty "
@@ -79,10 +84,12 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
             f"{', '.join(encoders)} can only be None, which does without it; another text encoder cannot be given. "
             "Pass `prompt_embeds=`, the empty prompt's embeddings by name."
         )
-    variant = {name: kwargs.pop(name, None) for name in HUB_OPTIONS}["variant"]
+    options = HubOptions(**{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs})
     kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
     research = {name: kwargs.pop(name, None) for name in ("layout", "num_attention_heads")}
+    research["check_layout"] = kwargs.pop("check_layout", True)
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TAKEN - OF_LOADING}
+    vae_folder = named_vae(fields, options)
     fields.setdefault("name_or_path", str(source))
     if not os.path.exists(source):
         # An id on the Hub; the path of a machine is nobody's business.
@@ -90,7 +97,8 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
     fields.setdefault("base_license", license_on_card(folder))
     kwargs["config"], weights = load_diffusers(
         folder,
-        variant=variant,
+        variant=options.variant,
+        vae_folder=vae_folder,
         dtype=_prompt_dtype(kwargs["dtype"]),
         without=tuple(name for name in text if name != "prompt_embeds"),
         prompt_embeds=text.get("prompt_embeds"),

@@ -26,14 +26,16 @@ from ..model.families import FAMILIES
 from ..model.folded_transformer import sincos_table
 from ..model.layouts import MAX_SIZE
 from ..model.noise_schedule import DDPM_LIKE, FLOW_MATCHING, is_flow_matching
-from .weight_files import CONFIG, PICKLES, iterate_weights, weight_files
+from .weight_files import CONFIG, PICKLES, iterate_weights, unreadable, weight_files
 
 logger = logging.getLogger(__name__)
 
 # A pickle is mapped again after so many bytes, so that what was read before leaves memory.
 _MAPPED_BYTES = 2**27
-# Where the weights are in a checkpoint of a training, those first that were averaged.
-_INNER = ("ema", "ema_state_dict", "model_ema", "state_dict", "model")
+# Dictionaries in one another, in a checkpoint of a training.
+_MAX_DEPTH = 8
+# What wraps a module adds to the names inside: `torch.compile`, checkpointing, FSDP.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,16 @@ class ResearchWeights:
     @cached_property
     def names(self) -> dict[str, str]:
         """The names in the file by those of facebookresearch/DiT; empty where it is not that layout."""
-        prefixes = [key.removesuffix(_ANCHOR) for key in self.shapes if re.search(rf"(^|\.){_ANCHOR}$", key)]
+        keys = {_unwrapped(key): key for key in self.shapes}
+        prefixes = [key.removesuffix(_ANCHOR) for key in keys if re.search(rf"(^|\.){_ANCHOR}$", key)]
         if not prefixes:
             return {}
         # Weights that were averaged over training come first.
         prefix = min(prefixes, key=lambda each: ("ema" not in each, len(each)))
-        found = {key.removeprefix(prefix): key for key in self.shapes if key.startswith(prefix)}
+        if len(prefixes) > 1:
+            others = ", ".join(repr(each.rstrip(".")) for each in prefixes if each != prefix)
+            logger.info("%s holds several sets of weights: %r is taken, not %s.", self.where, prefix[:-1], others)
+        found = {name.removeprefix(prefix): key for name, key in keys.items() if name.startswith(prefix)}
         # REPA's first checkpoints count the blocks after the one that is aligned again.
         depth = _depth(found, "blocks")
         return {
@@ -341,15 +347,18 @@ class ResearchWeights:
                     "of the two is of another model."
                 )
 
-    def layout(self, name: str | None, timestep_embedding: str | None = None) -> ResearchLayout:
+    def layout(
+        self, name: str | None, timestep_embedding: str | None = None, is_checked: bool = True
+    ) -> ResearchLayout:
         """Return the layout of a name.
 
         Args:
             name: "dit", "sit" or "repa".
             timestep_embedding: Or the field of the configuration that stands for it.
+            is_checked: Whether tensors that speak against it are an error, rather than a warning.
 
         Raises:
-            ValueError: If none is named, it is unknown, or the two contradict each other.
+            ValueError: If none is named, it is unknown, the two contradict each other, or the tensors contradict it.
         """
         by_embedding = {each.timestep_embedding: key for key, each in LAYOUTS.items()}
         name = by_embedding.get(timestep_embedding or "") if name is None else name
@@ -376,7 +385,14 @@ class ResearchWeights:
                 if has_projectors
                 else "outputs for a variance, as DiT and SiT"
             )
-            logger.warning("%s is said to be of layout %r, but has %s. Check the layout.", self.where, name, sign)
+            message = f"{self.where!r} is said to be of layout {name!r}, but has {sign}."
+            if is_checked:
+                fits = "'repa'" if has_projectors else "'dit' or 'sit'"
+                raise ValueError(
+                    f"{message} Pass `layout=` (`--layout`) {fits}, or, if you know better, `check_layout=False` "
+                    "(`--no-layout-check`)."
+                )
+            logger.warning("%s It was not to be checked.", message)
         return layout
 
     def scheduler(self, layout: ResearchLayout, found: dict[str, Any] | None) -> dict[str, Any]:
@@ -449,6 +465,13 @@ class ResearchWeights:
                     f"{name!r} of {self.where!r} has shape {shape}, which does not fit the other tensors: "
                     "it is broken, or of another architecture."
                 )
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without what wrappers of modules add to it."""
+    while (plain := _WRAPPERS.sub(r"\1", name)) != name:
+        name = plain
+    return name
 
 
 def _depth(names: dict[str, str], part: str) -> int:
@@ -538,9 +561,7 @@ def _shapes_of(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as opened:
                 shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{str(path)!r} is truncated or no safetensors file ({error}). Save or download it again."
-            ) from error
+            raise unreadable(path, f"safetensors file ({error})", error) from error
     return shapes
 
 
@@ -584,18 +605,25 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             "alone where you trust it (`safetensors.torch.save_file(weights, 'weights.safetensors')`)."
         ) from error
     except Exception as error:  # whatever torch makes of what is no checkpoint
-        hint = "Save or download it again."
-        if "mmap can only be used" in str(error):
-            hint = "It is of the kind before torch 1.6, or broken: load and save it again with a newer torch."
-        raise ValueError(f"{str(path)!r} is truncated or no file of weights of torch. {hint}") from error
-    for _ in range(3):  # no more: a dictionary may hold itself
-        inner = [found[key] for key in _INNER if isinstance(found.get(key), dict)] if isinstance(found, dict) else []
-        found = inner[0] if inner else found
-    named = found if isinstance(found, dict) else {}
-    tensors = {key: value for key, value in named.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        raise unreadable(path, "file of weights of torch", error) from error
+    tensors = _named_tensors(found)
     if not tensors:
-        raise ValueError(
-            f"{str(path)!r} holds no weights by name, nor under {', '.join(_INNER)}, but a {type(found).__name__} of "
-            f"{short(list(named))}."
-        )
+        of = f" of {short(list(found))}" if isinstance(found, dict) else ""
+        raise ValueError(f"{str(path)!r} holds no weights by name, but a {type(found).__name__}{of}.")
     return tensors
+
+
+def _named_tensors(found: Any) -> dict[str, Tensor]:
+    """Return the tensors of dictionaries in one another, by the names that lead to them, joined by dots."""
+    named: dict[str, Tensor] = {}
+    inside, seen = [("", found, 0)], set()
+    while inside:
+        prefix, each, depth = inside.pop()
+        # It may hold itself.
+        if not isinstance(each, dict) or id(each) in seen or depth > _MAX_DEPTH:
+            continue
+        seen.add(id(each))
+        words = {key: value for key, value in each.items() if isinstance(key, str)}
+        named |= {f"{prefix}{key}": value for key, value in words.items() if isinstance(value, Tensor)}
+        inside += [(f"{prefix}{key}.", value, depth + 1) for key, value in words.items()]
+    return named

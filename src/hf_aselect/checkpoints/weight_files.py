@@ -170,9 +170,36 @@ def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
                         yield name, value
                         del value
         except SafetensorError as error:
-            raise ValueError(
-                f"{str(path)!r} is truncated or no safetensors file ({error}). Save or download it again."
-            ) from error
+            raise unreadable(path, f"safetensors file ({error})", error) from error
+
+
+def unreadable(path: Path, wanted: str, error: Exception) -> ValueError:
+    """Return what to raise of a file of weights that cannot be read: what it is by its first bytes, and what to do.
+
+    Args:
+        path: The file.
+        wanted: What it was read as.
+        error: What its reader made of it.
+    """
+    with path.open("rb") as opened:
+        head = opened.read(256)
+    what, remedy = f"truncated or no {wanted}", "Save or download it again."
+    if not head:
+        what = "empty"
+    elif head.startswith(b"version https://git-lfs"):
+        what, remedy = "a pointer of Git LFS, which stands in the place of the file", "Fetch that: `git lfs pull`."
+    elif path.suffix == ".safetensors" and (head.startswith(b"PK") or head[:1] == b"\x80"):
+        what = "no safetensors, but a pickle as `torch.save` writes it"
+        remedy = "Name it .pt; `hf-aselect convert FILE OUTPUT --layout ... --allow-pickle` reads research weights."
+    elif path.suffix != ".safetensors" and head[8:9] == b"{":
+        what, remedy = "a safetensors file", "Name it .safetensors; `--allow-pickle` is not needed then."
+    elif all(each in b"\t\n\r" or 32 <= each < 127 for each in head):
+        what = f"text, and no {wanted}"  # a link may lead to one that is nobody's business
+    elif head.startswith(b"PK") and b"/data.pkl" not in head:
+        what = f"a zip archive of other things, and no {wanted}"
+    elif "mmap can only be used" in str(error):
+        what, remedy = "of the kind before torch 1.6, or broken", "Load and save it again with a newer torch."
+    return ValueError(f"{str(path)!r} is {what}. {remedy}")
 
 
 def refuse_pickles(folder: Path) -> None:

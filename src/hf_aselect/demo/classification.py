@@ -228,7 +228,7 @@ def draw_labels(labels: Tensor, num: int, num_draws: int, seed: int) -> list[Ten
     generator = torch.Generator().manual_seed(seed)
     classes = labels.unique().tolist()
     if num < len(classes):
-        raise ValueError(f"A draw needs an image of each of {len(classes)} classes, asked for {num} images.")
+        raise ValueError(f"`num` must be at least {len(classes)}, one image of each class, got {num}.")
     draws = []
     for _ in range(num_draws):
         order = torch.randperm(len(labels), generator=generator)
@@ -323,13 +323,13 @@ def save_classifier(
         baselines={
             "logistic regression on raw pixels": accuracy["raw_pixels"],
             **few,
-            **probe_baselines("linear probe of one tap", "the timestep selected for it", accuracy),
+            **probe_baselines("linear probe of one tap", "the timestep selected for that tap", accuracy),
         },
         training={
             **model.card_facts["training"],
             "images of the linear probes": results["num_probe"],
             "test images": results["num_test"],
-            "seed of the few labels": results["seed"],
+            "seed of the label subsets": results["seed"],
         },
         command=f"hf-aselect demo --seed {results['seed']}",
     )

@@ -22,7 +22,9 @@ def load_embedded_split(split: str, size: int) -> Dataset:
     # Not through `load_dataset`, which would copy the sample into a cache.
     dataset = Dataset(pyarrow.parquet.read_table(EMBEDDED / f"{split}.parquet"))
     if not 1 <= size <= len(dataset):
-        raise ValueError(f"The embedded {split} sample has {len(dataset)} images, asked for {size}.")
+        raise ValueError(
+            f"`size` must be in [1, {len(dataset)}], the number of images in the embedded {split} sample, got {size}."
+        )
     return dataset.select(range(size))
 
 

@@ -314,7 +314,10 @@ def save_segmenter(
             **training_facts(trainer, results),
         },
         command=f"hf-aselect demo --task segmentation --seed {results['seed']}",
-        limits="Scenes are composed of images of single clothes on black, which says little of photographs.",
+        limits=(
+            "Scenes are composed of images of single items of clothing on black, so the results say little about "
+            "photographs."
+        ),
     )
 
 

@@ -30,7 +30,7 @@ def format_table(results: dict[str, Any]) -> str:
     for name, key in (("closed-form head", "read_out"), ("raw pixels", "raw_pixels")):
         figures = [accuracy[key], *(accuracy[f"{key}_{num}"] for num in results["few"])]
         notes.append(f"{name:<20} " + " ".join(f"{share:>10.1%}" for share in figures))
-    notes.append(f"Of few labels the mean of {results['num_draws']} draws.")
+    notes.append(f"Results with few labels are means of {results['num_draws']} draws.")
     if "attention_head" in accuracy:
         notes.append(f"The attention head sees {results['num_views']} views of each image, mirrored or shifted.")
     return format_rows(results, "classifier", "test accuracy", rows, notes)
@@ -48,7 +48,7 @@ def format_segmentation_table(results: dict[str, Any]) -> str:
     ]
     notes = [
         f"Scenes are composed of two images of the sample each; trained on {results['num_train']}, the linear",
-        f"probes on the tokens of {results['num_probe']}; tested on {results['num_test']}, of other images.",
+        f"probes on the tokens of {results['num_probe']}; tested on {results['num_test']} scenes of other images.",
     ]
     return format_rows(results, "segmenter", "test mean IoU", rows, notes)
 

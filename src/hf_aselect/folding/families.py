@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import Pass
 from ..model.layouts import FoldedLayout
 from .layers import (
     block_state,
@@ -23,6 +22,7 @@ from .layers import (
     stream_of,
     table_modulation,
 )
+from .passes import Pass
 
 Weights = Iterator[tuple[str, Tensor]]
 Folded = tuple[FoldedLayout, Weights]
@@ -234,7 +234,7 @@ def _mlp(mlp: Any) -> dict[str, Any]:
     """
     entry = mlp.net[0]
     if type(entry).__name__ != "GELU":
-        raise ValueError(f"An MLP with {type(entry).__name__} cannot be folded, only one with GELU.")
+        raise ValueError(f"Only MLPs with GELU can be folded, got {type(entry).__name__}.")
     return {
         "mlp_size": entry.proj.out_features,
         "activation": "gelu_tanh" if entry.approximate == "tanh" else "gelu",
@@ -266,7 +266,9 @@ def _same(values: list[Any], what: str) -> Any:
         ValueError: If they have several.
     """
     if len(set(values)) > 1:
-        raise ValueError(f"A transformer cannot be folded whose blocks differ in the {what}: {sorted(set(values))}.")
+        raise ValueError(
+            f"A transformer whose blocks differ in the {what} cannot be folded, got {sorted(set(values))}."
+        )
     return values[0]
 
 

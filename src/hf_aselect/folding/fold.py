@@ -7,23 +7,34 @@ from typing import Any
 import torch
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import SteppedDenoiser, placement
+from ..model.denoiser import Denoiser, placement
 from ..model.layouts import FoldedLayout, ReadOut, tap_key
 from ..selection.distribution import unwrapped
 from ..selection.placement import moved
 from ..selection.reader import eval_mode
 from .families import Fold, fold_dit, fold_flux, fold_lumina2, fold_pixart, fold_sana, fold_sd3
 from .layers import State
+from .passes import Begin, begin_dit, begin_flux, begin_lumina2, begin_pixart, begin_sana, begin_sd3
 
 # By the name of diffusers' class: where a checkpoint's own code runs, our classes are there twice.
-_FAMILIES: dict[str, Fold] = {
-    "DiTTransformer2DModel": fold_dit,
-    "PixArtTransformer2DModel": fold_pixart,
-    "SD3Transformer2DModel": fold_sd3,
-    "FluxTransformer2DModel": fold_flux,
-    "SanaTransformer2DModel": fold_sana,
-    "Lumina2Transformer2DModel": fold_lumina2,
+FOLDED: dict[str, tuple[Begin, Fold]] = {
+    "DiTTransformer2DModel": (begin_dit, fold_dit),
+    "PixArtTransformer2DModel": (begin_pixart, fold_pixart),
+    "SD3Transformer2DModel": (begin_sd3, fold_sd3),
+    "FluxTransformer2DModel": (begin_flux, fold_flux),
+    "SanaTransformer2DModel": (begin_sana, fold_sana),
+    "Lumina2Transformer2DModel": (begin_lumina2, fold_lumina2),
 }
+
+
+def check_foldable(name: str | None) -> None:
+    """Reject a class of transformers that cannot be folded; None is none.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if name is not None and name not in FOLDED:
+        raise ValueError(f"A {name} cannot be folded. Supported are {', '.join(FOLDED)}.")
 
 
 def fold_model(model: Any) -> Any:
@@ -34,14 +45,15 @@ def fold_model(model: Any) -> Any:
             `fold_denoiser`.
     """
     model = unwrapped(model)
+    check_foldable((model.config.transformer or {}).get("_class_name"))
     config = copy.deepcopy(model.config)
     config.resolved_timestep()
     if config.folded:
-        raise ValueError("This model is folded already.")
+        raise ValueError("This model is already folded. Fold the model it was folded from.")
     if len(config.read_outs()) == 1:  # a list of one is one
         config = moved(config, [config.resolved_timestep()], config.taps()[0])
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("A part of this model is not in memory. Load it without offloading, then fold it.")
+        raise ValueError("Some weights of this model are not in memory. Load it without offloading to fold it.")
     base = model._base()
     read = list(dict.fromkeys(base.read_outs()))
     if not set(config.read_outs()) <= set(read):
@@ -87,9 +99,7 @@ def _with_weights(model: Any, config: ASelectConfig, weights: State) -> Any:
 
 
 @torch.no_grad()
-def fold_denoiser(
-    denoiser: SteppedDenoiser, config: ASelectConfig, read: Sequence[ReadOut]
-) -> tuple[FoldedLayout, State]:
+def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, read: Sequence[ReadOut]) -> tuple[FoldedLayout, State]:
     """Return what a denoiser is at the timesteps and taps that it is read at: layout and weights.
 
     At a constant timestep and label (or prompt) the six modulation vectors of a block are constants. With LN the norm
@@ -113,8 +123,8 @@ def fold_denoiser(
         ValueError: If the family cannot be folded, or a layer is none that a plain one could stand for.
     """
     name = type(denoiser.transformer).__name__
-    if name not in _FAMILIES:
-        raise ValueError(f"A {name} cannot be folded. Those that can be are {', '.join(_FAMILIES)}.")
+    check_foldable(name)
+    begin, fold = FOLDED[name]
     device, dtype = placement(denoiser.patch_embedding)
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     timesteps = list(dict.fromkeys(int(timestep) for timestep, _, _ in read))
@@ -123,7 +133,7 @@ def fold_denoiser(
     with eval_mode(denoiser):
         latents = torch.zeros(1, denoiser.num_channels, height, width, device=device, dtype=dtype)
         steps = [torch.full((1,), timestep, device=device) for timestep in timesteps]
-        starts = [denoiser.begin(latents, each, None) for each in steps]
-        layout, weights = _FAMILIES[name](denoiser, config, starts, where)
+        starts = [begin(denoiser, latents, each) for each in steps]
+        layout, weights = fold(denoiser, config, starts, where)
         # Each is rounded as it comes: in float64 all of them would take twice the model's memory.
         return layout, {name: value.to(device, dtype, copy=True).contiguous() for name, value in weights}

@@ -426,9 +426,9 @@ def _norm_weight(norm: Any, layout: FoldedLayout, size: int | None = None) -> Te
         ValueError: If it is no root mean square norm, or another than the rest.
     """
     if not type(norm).__name__.endswith("RMSNorm"):
-        raise ValueError(f"Norms of queries and keys of kind {type(norm).__name__} cannot be folded, only RMSNorm.")
+        raise ValueError(f"Only RMSNorm on queries and keys can be folded, got {type(norm).__name__}.")
     if norm.eps != layout.query_key_norm_eps or getattr(norm, "bias", None) is not None:
-        raise ValueError("A transformer whose norms of queries and keys differ in kind cannot be folded.")
+        raise ValueError("A transformer with different kinds of norms on queries and keys cannot be folded.")
     if norm.weight is None:
         return torch.ones(size or layout.hidden_size // layout.num_attention_heads, dtype=torch.float64)
     weight: Tensor = norm.weight

@@ -53,19 +53,19 @@ Figure = float | Sequence[float]
 _OF_FORMER_PUSHES = {"use_auth_token": "token", "repo_path_or_name": "repo_id", "repo_name": "repo_id"}
 _UNLABELLED = ", without labels or training."
 _HOW = {
-    "consensus": "Selected by how much of what the transformer's features agree on can be read from these"
+    "consensus": "Selected by how well the features here predict what those of all timesteps have in common"
     + _UNLABELLED,
     "hfr": "Selected by the share of high spatial frequencies in the features (A-SelecT's criterion, reconstructed)"
     + _UNLABELLED,
-    "signal_hfr": "Selected by the share of high spatial frequencies in what the features of two noise draws agree on"
+    "signal_hfr": "Selected by the share of high spatial frequencies in what the features of two noise draws share"
     + _UNLABELLED,
     "probe": "Selected by the accuracy of a linear probe, with labels.",
-    "patch_probe": "Selected by the accuracy of a linear probe of patches, with masks.",
+    "patch_probe": "Selected by the accuracy of a linear probe on patches, with masks.",
 }
 _STOPPED_BY = {
-    "confidence": "no more were looked at, as that was sure enough",
-    "max_images": "no more were allowed",
-    "all pictures": "there were no more",
+    "confidence": "stopped early, at the requested confidence",
+    "max_images": "stopped at the maximum number of images",
+    "all pictures": "all images were used",
 }
 
 
@@ -80,9 +80,9 @@ class Task(NamedTuple):
 _TASKS = {
     "image-classification": Task("with a head that classifies images", "AutoModelForImageClassification", "classify"),
     "image-segmentation": Task(
-        "with a decoder that tells the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
+        "with a decoder that predicts the class of each pixel", "AutoModelForSemanticSegmentation", "segment"
     ),
-    "image-feature-extraction": Task("as a vision model, whose output is tokens", "AutoModel", None),
+    "image-feature-extraction": Task("as a vision model that returns tokens", "AutoModel", None),
 }
 
 
@@ -226,7 +226,7 @@ def render_card(facts: CardFacts) -> str:
                 "dataset": facts.dataset,
                 "adapter of": facts.adapter_of,
                 "base model": facts.base_model,
-                "licence of its weights, and so of these": base_license[1] or base_license[0],
+                "licence of its weights, which also applies here": base_license[1] or base_license[0],
                 **(facts.training or {}),
             }
         ),
@@ -270,8 +270,8 @@ def refuse_unknown_facts(facts: Mapping[str, Any], options: Sequence[str] = ()) 
         near = {name: get_close_matches(name, [*known, *options, *_OF_FORMER_PUSHES], n=1) for name in unknown}
         meant = {name: _OF_FORMER_PUSHES.get(found[0], found[0]) for name, found in near.items() if found}
         said = [f"{name!r}" + f" (did you mean {meant.get(name)!r}?)" * (name in meant) for name in unknown]
-        hint = "" if meant else ". Those that are given most are dataset, accuracy, license, base_model and tags"
-        raise ValueError(f"The card has no facts {', '.join(said)}{hint}. `hf_aselect.hub.card.CardFacts` lists all.")
+        hint = "" if meant else ". The most common are dataset, accuracy, license, base_model and tags"
+        raise ValueError(f"A card has no facts {', '.join(said)}{hint}. `hf_aselect.hub.card.CardFacts` lists all.")
 
 
 def facts_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def _license(facts: CardFacts) -> tuple[str | None, str | None]:
     if facts.license is None or (is_non_commercial and said != (identifier, name)):
         if facts.license is not None:
             logger.warning(
-                "The card says %s, the licence of %s, which forbids commercial use, in place of %s.",
+                "The licence in the card is %s, that of %s, which forbids commercial use, instead of %s.",
                 name or identifier,
                 facts.base_model,
                 facts.license,
@@ -365,7 +365,7 @@ def _check_figure(name: str, value: Any) -> None:
     except (TypeError, ValueError):
         runs = ()
     if not (runs and all(0 <= share <= 1 for share in runs)):
-        raise ValueError(f"{name!r} must be a share in [0, 1], or one for each run, got {value!r}.")
+        raise ValueError(f"{name!r} must be in [0, 1], or a list of such values with one per run, got {value!r}.")
 
 
 def _runs(value: Figure) -> tuple[float, ...]:
@@ -475,7 +475,7 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
     def rounded(value: float | None, digits: int) -> str | None:
         return None if value is None else f"{value:.{digits}f}"
 
-    made = " that the transformer made itself" if facts.pictures == "generated" else ""
+    made = " that the transformer generated" if facts.pictures == "generated" else ""
     return {
         "timestep": _listing(facts.timestep),
         "log-SNR": rounded(facts.log_snr, 2),
@@ -488,7 +488,7 @@ def _choice_rows(facts: CardFacts) -> dict[str, object]:
         "score (95 % interval)": None
         if facts.score is None or facts.interval is None
         else f"{facts.score:.4g} ({facts.interval[0]:.4g} to {facts.interval[1]:.4g})",
-        "score of the first, the first two, ... together": None
+        "joint score of the first, the first two, ...": None
         if facts.joint_scores is None
         else ", ".join(f"{score:.4g}" for score in facts.joint_scores),
         "seconds": rounded(facts.seconds, 1),
@@ -501,7 +501,7 @@ def _folded(facts: CardFacts) -> str | None:
     if not facts.folded:
         return None
     is_one = not isinstance(facts.timestep, list) or len(facts.timestep) == 1
-    return f"the {'timestep is' if is_one else 'timesteps are'} in the weights: it is read here alone"
+    return f"yes, so only {'this timestep' if is_one else 'these timesteps'} can be read"
 
 
 def _listing(values: Any) -> str | None:
@@ -520,15 +520,15 @@ def _side_by_side(facts: CardFacts) -> str | None:
     what = "every timestep, block and feature"
     if facts.read_out is not None:
         what = ", ".join(f"{feature} of block {block} at t = {at}" for at, block, feature in facts.read_out)
-    return f"{facts.channels:,}, side by side in this order: {what}"
+    return f"{facts.channels:,}, concatenated in this order: {what}"
 
 
 def _how(facts: CardFacts) -> str:
     """Return the sentence on how the timestep was selected."""
     if facts.criterion is None:
-        return "Features are read here:"
+        return "The features are read here:"
     # A criterion of the user's own is named in the table.
-    return _HOW.get(facts.criterion, "Selected by a criterion:")
+    return _HOW.get(facts.criterion, "Selected by this criterion:")
 
 
 def _result_rows(figures: Mapping[str, Figure]) -> dict[str, str]:

@@ -138,9 +138,7 @@ def create_repository(repo_id: str, token: Any, private: bool | None) -> str:
         ValueError: If the token cannot be one; it is not said.
     """
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ValueError(
-            "`token` has characters that no token of the Hub has: a space, perhaps, or the end of a line."
-        )
+        raise ValueError("`token` contains characters that no Hub token has, such as a space or a line break.")
     return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
 
 

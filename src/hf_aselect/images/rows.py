@@ -173,7 +173,7 @@ class ImageRows:
         # What is no number, the image processor has words for.
         if low < bounds[0] - _SLACK or high > bounds[1] + _SLACK:
             raise ValueError(
-                f"Image {index} of the set has values from {low:g} to {high:g}, expected {self.scale} as in the "
+                f"Image {index} has values from {low:g} to {high:g}, expected {self.scale} as in the "
                 "others. Pixel values, of an image processor, are in [-1, 1]; images in [0, 1] or [0, 255]."
             )
         if self.scale == _PIXEL_VALUES:
@@ -360,7 +360,7 @@ def stacked(name: str, indices: list[int], values: list[Any]) -> Tensor:
 
 
 def _unreadable(index: int, error: BaseException, file: str | None = None) -> ValueError:
-    return ValueError(f"Image {index} of the set{f', {file!r},' if file else ''} cannot be read: {error}")
+    return ValueError(f"Image {index}{f', {file!r},' if file else ''} cannot be read: {error}")
 
 
 def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:

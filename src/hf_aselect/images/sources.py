@@ -3,10 +3,10 @@
 import glob
 import logging
 import os
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
@@ -25,7 +25,7 @@ _BROKEN = (
     DatasetsError,
     OSError,
     ValueError,
-    zipfile.BadZipFile,
+    BadZipFile,
     zlib.error,
     EOFError,
     NotImplementedError,
@@ -70,7 +70,7 @@ def read_folder(folder: str | Path, streaming: bool = False) -> Any:
     try:
         found = load_dataset("imagefolder", data_files=patterns, streaming=streaming, **labels)
     except _BROKEN as error:
-        hint = "" if is_all_seen else " Unpack its archives."
+        hint = "" if is_all_seen else ". Unpack its archives."
         raise ValueError(f"{str(folder)!r} cannot be read as images: {_said(error)}{hint}") from error
     if metadata and is_all_seen and not streaming:
         _tell_of_metadata(metadata[0], found, sum(map(_is_image, files)))
@@ -165,9 +165,7 @@ def _tell_of_metadata(metadata: Path, splits: Any, num_images: int) -> None:
 def _said(error: BaseException) -> str:
     """Return what is wrong with the data: the error says that something is, its cause says what."""
     said = error.__cause__ or error
-    return (
-        f"an archive is broken ({said})" if isinstance(said, zipfile.BadZipFile | zlib.error | EOFError) else str(said)
-    )
+    return f"an archive is broken ({said})" if isinstance(said, BadZipFile | zlib.error | EOFError) else str(said)
 
 
 def read_images(source: str, split: str = "train") -> Any:

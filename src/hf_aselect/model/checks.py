@@ -34,14 +34,14 @@ def check_timestep(timestep: Any) -> None:
 
 
 def check_count(name: str, count: Any) -> None:
-    """Reject anything but an integer from 1 on.
+    """Reject anything but a positive integer.
 
     Raises:
         ValueError: If `count` is none.
     """
     count = plain(count)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {count!r}; an integer.")
+        raise ValueError(f"`{name}` must be a positive integer, got {count!r}.")
 
 
 def is_finite_number(value: Any) -> bool:
@@ -84,9 +84,9 @@ def class_maps(fields: dict[str, Any], num_labels: Any) -> dict[str, dict[Any, A
     """
     names, numbers = (plain(fields.get(name)) for name in ("id2label", "label2id"))
     if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
-        raise ValueError(f"`num_labels` must be an integer from 1 on, got {short(num_labels)}.")
+        raise ValueError(f"`num_labels` must be a positive integer, got {short(num_labels)}.")
     if numbers is not None and not isinstance(numbers, dict):
-        raise ValueError(f"`label2id` must be a dictionary of classes by name, got {short(numbers)}.")
+        raise ValueError(f"`label2id` must be a dictionary from class names to indices, got {short(numbers)}.")
     given, shown = "id2label", names
     if names is None and numbers:
         given, shown, names = "label2id", numbers, {str(number): name for name, number in numbers.items()}
@@ -95,9 +95,7 @@ def class_maps(fields: dict[str, Any], num_labels: Any) -> dict[str, dict[Any, A
     # JSON has words for keys.
     keys = {str(key) for key in names} if isinstance(names, dict) else set()
     if not keys or keys != {str(number) for number in range(len(keys))} or len(keys) != len(shown):
-        raise ValueError(
-            f"`{given}` must name the classes by their numbers, from 0 on and each once, got {short(shown)}."
-        )
+        raise ValueError(f"`{given}` must number the classes from 0 without gaps or repeats, got {short(shown)}.")
     if num_labels is not None and len(names) != num_labels:
         raise ValueError(f"`num_labels` is {num_labels}, but `{given}` names {len(names)} classes: {shown}.")
     named = {int(number): name for number, name in names.items()}
@@ -124,9 +122,9 @@ def read_text(path: Path) -> str:
         OSError: If it is missing or cannot be read.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{str(path)!r} is no file.")
+        raise ValueError(f"{str(path)!r} is not a file.")
     if (size := path.stat().st_size) > _MAX_TEXT_BYTES:
-        raise ValueError(f"{str(path)!r} has {size} bytes; at most {_MAX_TEXT_BYTES} are read.")
+        raise ValueError(f"{str(path)!r} has {size} bytes, but at most {_MAX_TEXT_BYTES} are read.")
     return path.read_text(encoding="utf-8")
 
 
@@ -141,12 +139,12 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise ValueError(
-            f"{str(path)!r} is missing; save the model again with diffusers' `save_pretrained`."
+            f"{str(path)!r} is missing. Save the model again with diffusers' `save_pretrained`."
         ) from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets without end
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Save or download it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, expected an object of fields.")
+        raise ValueError(f"{str(path)!r} must contain a JSON object, got a {type(content).__name__}.")
     return content
 
 
@@ -166,8 +164,8 @@ def shards_of(index: Path) -> list[Path]:
         is_plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00]+\.safetensors", name) is not None
         if not is_plain:
             raise ValueError(
-                f"{str(index)!r} names {str(name)[:100]!r} for weights, and only safetensors beside it are read. Save "
-                "or download them again."
+                f"{str(index)!r} lists the weight file {str(name)[:100]!r}, but only safetensors files in the same "
+                "folder are read. Save or download them again."
             )
         if len(name) > 255 or not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} has no weights {name[:100]!r}. Save or download them again.")
@@ -182,8 +180,8 @@ def refuse_other_than_safetensors(files: Iterable[str | os.PathLike[str]]) -> No
     """
     if others := [os.path.basename(name) for name in files if not str(name).endswith(".safetensors")]:
         raise PickledWeightsError(
-            f"Weights are read from safetensors alone, and pickles never unpickled, as they can run any code; got "
-            f"{', '.join(sorted(others)[:4])}. Save the model again with `save_pretrained`, which writes safetensors."
+            "Weights are only read from safetensors, because pickles can run any code, got "
+            f"{', '.join(sorted(others)[:4])}. Save the model again with `save_pretrained`."
         )
 
 
@@ -195,8 +193,8 @@ def refuse_other_than_weights(name: str, dtype: str | torch.dtype) -> None:
     """
     if dtype not in WEIGHT_DTYPES and dtype not in WEIGHT_DTYPES.values():
         raise ValueError(
-            f"The weight {name!r} is in {dtype}, expected float32, bfloat16, float16 or float64. Quantized weights "
-            "are loaded where their `quantization_config` stands in the configuration."
+            f"The weight {name!r} has dtype {dtype}, expected float32, bfloat16, float16 or float64. Quantized "
+            "weights need a `quantization_config` in the configuration."
         )
 
 
@@ -227,12 +225,18 @@ def check_floats(name: str, values: Any) -> None:
         return
     if not values.is_floating_point():
         raise ValueError(
-            f"`{name}` must be floating-point numbers, got {values.dtype}. Images of bytes go through "
+            f"`{name}` must be floating-point numbers, got {values.dtype}. Convert 8-bit images with "
             "`ASelectImageProcessor.from_model_config(model.config)` first."
         )
     if values.is_meta or values.layout != torch.strided:
-        kind = "one without data, on the device meta" if values.is_meta else str(values.layout)
+        kind = "one on the meta device, without data" if values.is_meta else str(values.layout)
         raise ValueError(f"`{name}` must be a dense tensor with data, got {kind}.")
+
+
+NO_VAE = (
+    "The model takes latents of {} channels and no images: it has no VAE. Load or convert it with one (`vae=`, "
+    "`hf-aselect convert --vae`), a folder or an id on the Hub, or give `latents`."
+)
 
 
 def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
@@ -249,14 +253,14 @@ def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
     side, limit = layout.patch_size, layout.max_grid
     if latents.ndim != 4 or latents.shape[1] != layout.num_channels:
         raise ValueError(
-            f"`latents` must have shape (B, {layout.num_channels}, h, w), got {tuple(latents.shape)}. "
-            "`cache_features(..., what='latents')` and `encode` make them."
+            f"`latents` must have shape (B, {layout.num_channels}, h, w), got {tuple(latents.shape)}. `encode` and "
+            "`cache_features(..., what='latents')` return such latents."
         )
     _check_sides(latents, side, limit, "Height and width of `latents`")
     if not torch.compiler.is_compiling() and not len(latents):
-        raise ValueError("`latents` are an empty batch; give those of one image or more.")
+        raise ValueError("`latents` must hold at least one image, got an empty batch.")
     if is_readable(latents) and not bool(latents.isfinite().all()):
-        raise ValueError("`latents` hold NaN or infinite values.")
+        raise ValueError("`latents` must be finite, got NaN or infinite values.")
 
 
 def _check_sides(images: Tensor, side: int, limit: int | None, what: str, unit: str = "", remedy: str = "") -> None:
@@ -264,11 +268,11 @@ def _check_sides(images: Tensor, side: int, limit: int | None, what: str, unit: 
     height, width = images.shape[-2:]
     if limit is not None and max(height, width) > limit * side:
         raise ValueError(
-            f"{what} must be at most {limit * side}{unit}, where the position table of this transformer ends, got "
+            f"{what} must be at most {limit * side}{unit}, the size of this transformer's position table, got "
             f"{height}×{width}."
         )
     if height < side or width < side or height % side or width % side:
-        raise ValueError(f"{what} must be multiples of {side}{unit} (a token's side), got {height}×{width}.{remedy}")
+        raise ValueError(f"{what} must be multiples of {side}{unit} (a token's size), got {height}×{width}.{remedy}")
 
 
 def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
@@ -284,21 +288,23 @@ def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
     check_floats("pixel_values", pixel_values)
     if pixel_values.ndim != 4:
         raise ValueError(f"`pixel_values` must have shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
-    if (num_channels := pixel_values.shape[1]) != config.num_channels:
+    if (num_channels := pixel_values.shape[1]) != config.num_channels and config.takes_latents:
+        raise ValueError(f"`pixel_values` have {num_channels} channels. {NO_VAE.format(config.num_channels)}")
+    if num_channels != config.num_channels:
         raise ValueError(
-            f"The model takes images of {config.num_channels} channels, got {num_channels}. Use "
-            f"`ASelectImageProcessor.from_model_config(model.config)`, which converts them."
+            f"`pixel_values` must have {config.num_channels} channels, got {num_channels}. Use "
+            "`ASelectImageProcessor.from_model_config(model.config)`, which converts images."
         )
     resizes_to = "×".join(map(str, config.image_height_width))
     remedy = f" Use `ASelectImageProcessor.from_model_config(model.config)`, which resizes to {resizes_to}."
     _check_sides(pixel_values, config.patch_pixels, config.layout.max_grid, "Height and width", " pixels", remedy)
     if not torch.compiler.is_compiling() and not len(pixel_values):
-        raise ValueError("`pixel_values` are an empty batch; give one image or more.")
+        raise ValueError("`pixel_values` must hold at least one image, got an empty batch.")
     if not is_readable(pixel_values):
         return
     largest = float(pixel_values.detach().abs().max())
     if not math.isfinite(largest):
-        raise ValueError("`pixel_values` hold NaN or infinite values; expected values in [-1, 1].")
+        raise ValueError("`pixel_values` must be finite and in [-1, 1], got NaN or infinite values.")
     # Another processor's mean and standard deviation give no more than 3.
     if largest > MAX_PIXEL_VALUE:
         raise ValueError(
@@ -308,8 +314,8 @@ def check_pixel_values(pixel_values: Tensor, config: PreTrainedConfig) -> None:
 
 
 POOLED_UNSTANDARDIZED = (
-    "a deviation of tokens cannot be standardized afterwards. Cache them with what='tokens', or load the model with "
-    "`standardize_features=False`, as heads in closed form do not need it."
+    "the standard deviation over tokens cannot be standardized afterwards. Cache them with what='tokens', or load "
+    "the model with `standardize_features=False`, which closed-form heads do not need."
 )
 # Parts of our models that a checkpoint may lack altogether, and that are then new.
 # By the field of the configuration that says which.
@@ -334,22 +340,22 @@ def checked_features(features: Tensor, config: PreTrainedConfig) -> Tensor:
     width, shape = config.feature_size, tuple(features.shape)
     if features.ndim == 2 and config.head != "linear":
         raise ValueError(
-            f"An attention head reads tokens, (B, N, {width}), got pooled ones, {shape}. Cache them with "
-            "what='tokens', or train a head='linear'."
+            f"An attention head needs tokens of shape (B, N, {width}), got pooled features of shape {shape}. Cache "
+            "them with what='tokens', or use head='linear'."
         )
     if features.ndim == 2 and shape[1] != config.pooled_size:
         raise ValueError(
-            f"`features` must be tokens of shape (B, N, {width}), or (B, {config.pooled_size}) as "
-            f"pooling={config.pooling!r} makes of them, got {shape}. Cache them again."
+            f"`features` must be tokens of shape (B, N, {width}), or pooled with pooling={config.pooling!r} to (B, "
+            f"{config.pooled_size}), got {shape}. Cache them again."
         )
     if features.ndim == 2 and not config.is_pooling_of_raw_tokens:
-        raise ValueError(f"`features` are pooled, {shape}, and {POOLED_UNSTANDARDIZED}")
+        raise ValueError(f"`features` are pooled to {shape}, but {POOLED_UNSTANDARDIZED}")
     if features.ndim != 2 and (features.ndim != 3 or shape[-1] != width):
         raise ValueError(f"`features` must be tokens of shape (B, N, {width}), got {shape}.")
     if not torch.compiler.is_compiling() and not features.numel():
-        raise ValueError(f"`features` are empty, {tuple(features.shape)}. Cache them again.")
+        raise ValueError(f"`features` must hold at least one image, got {tuple(features.shape)}. Cache them again.")
     if is_readable(features) and not bool(features.isfinite().all()):
-        raise ValueError("`features` hold NaN or infinite values. Cache them again.")
+        raise ValueError("`features` must be finite, got NaN or infinite values. Cache them again.")
     return features
 
 
@@ -372,7 +378,7 @@ def checked_labels(labels: Tensor, count: int, config: PreTrainedConfig) -> Tens
     if labels.is_meta or labels.layout != torch.strided or labels.is_complex():
         raise ValueError(f"`labels` must be a dense tensor of numbers, got {labels.layout}, {labels.dtype}.")
     if labels.is_floating_point() and is_readable(labels) and not bool(labels.isfinite().all()):
-        raise ValueError("`labels` hold NaN or infinite values.")
+        raise ValueError("`labels` must be finite, got NaN or infinite values.")
     problem = config.problem_type or ("regression" if num_labels == 1 else None)
     is_table = problem is None and labels.numel() != count and labels.shape == (count, num_labels)
     if problem == "multi_label_classification" or (is_table and labels.is_floating_point()):
@@ -381,7 +387,7 @@ def checked_labels(labels: Tensor, count: int, config: PreTrainedConfig) -> Tens
         shapes = ((count,), (count, 1)) if num_labels == 1 else ((count, num_labels),)
         if tuple(labels.shape) not in shapes:
             raise ValueError(
-                f"`labels` of a regression must have shape {' or '.join(map(str, shapes))}, got {tuple(labels.shape)}."
+                f"`labels` for regression must have shape {' or '.join(map(str, shapes))}, got {tuple(labels.shape)}."
             )
         return labels.to(torch.promote_types(labels.dtype, torch.float32))
     return _checked_indices(labels, count, num_labels)
@@ -391,9 +397,9 @@ def _checked_rows(labels: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return rows of several classes an image, of 0 and 1."""
     is_wrong = is_readable(labels) and not bool(((labels >= 0) & (labels <= 1)).all())
     if labels.shape != shape or is_wrong:
-        largest = f" of values up to {float(labels.abs().max()):g}" if is_readable(labels) and labels.numel() else ""
+        largest = f" with values up to {float(labels.abs().max()):g}" if is_readable(labels) and labels.numel() else ""
         raise ValueError(
-            f"`labels` of several classes an image must be of 0 and 1, {shape}, got {tuple(labels.shape)}{largest}."
+            f"`labels` for multi-label classification must be 0 or 1, {shape}, got {tuple(labels.shape)}{largest}."
         )
     return labels.to(torch.promote_types(labels.dtype, torch.float32))
 
@@ -402,8 +408,8 @@ def _checked_indices(labels: Tensor, count: int, num_labels: int) -> Tensor:
     """Return class indices, one an image."""
     if labels.ndim == 0 or labels.numel() != count:
         raise ValueError(
-            f"`labels` must be one for each of {count} images, got shape {tuple(labels.shape)}. Of several "
-            "classes an image, load the model with `problem_type='multi_label_classification'`."
+            f"`labels` must have one label for each of {count} images, got shape {tuple(labels.shape)}. If an image "
+            "can have several classes, load the model with `problem_type='multi_label_classification'`."
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         # transformers would take them for another kind of problem, from then on.
@@ -411,8 +417,8 @@ def _checked_indices(labels: Tensor, count: int, num_labels: int) -> Tensor:
     labels = labels.long()
     if outside := _outside(labels, num_labels, IGNORED_LABEL):
         raise ValueError(
-            f"Labels must be class indices in [0, {num_labels}), got {outside}. "
-            f"Load the model with `num_labels=` the number of classes of the dataset."
+            f"`labels` must be class indices in [0, {num_labels}), got {outside}. Load the model with `num_labels=` "
+            "set to the number of classes in the dataset."
         )
     return labels
 
@@ -433,17 +439,17 @@ def check_masks(labels: Tensor, pixel_values: Tensor, config: PreTrainedConfig) 
     expected = (len(pixel_values), *pixel_values.shape[-2:])
     if labels.shape != expected or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
-            f"`labels` must be class indices of shape {tuple(expected)}, one a pixel, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}. `ASelectImageProcessor` makes them from `segmentation_maps=`."
+            f"`labels` must be class indices of shape {tuple(expected)}, one per pixel, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}. `ASelectImageProcessor` returns them for `segmentation_maps=`."
         )
     num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
     if is_readable(labels) and labels.numel():
         warn_of_foreground(labels.long(), ignored)  # torch compares no 16-bit integers
     if outside := _outside(labels, num_labels, ignored):
         raise ValueError(
-            f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels of no class, got "
-            f"{outside}. Load the model with `num_labels=` the number of classes, and "
-            "`semantic_loss_ignore_index=` what the masks have for no class."
+            f"`labels` must be class indices in [0, {num_labels}), or {ignored} for pixels without a class, got "
+            f"{outside}. Load the model with `num_labels=` set to the number of classes and "
+            "`semantic_loss_ignore_index=` set to the masks' value for pixels without a class."
         )
 
 
@@ -451,8 +457,8 @@ def warn_of_foreground(masks: Any, ignored: int) -> None:
     """Say so where masks, an array or tensor, are of 0 and 255 alone, and 255 stands for no class."""
     if ignored == 255 and masks.min() == 0 and masks.max() == 255 and bool(((masks == 0) | (masks == 255)).all()):
         logger.warning_once(
-            "Masks hold 0 and 255 alone, and 255 stands for no class, here as in transformers' processors. If it is "
-            "the foreground, give masks of 0 and 1 (`mask > 0`)."
+            "The masks contain only 0 and 255, and 255 marks pixels without a class, as in transformers. If 255 is "
+            "the foreground, use masks of 0 and 1 (`mask > 0`)."
         )
 
 
@@ -488,8 +494,8 @@ def check_files(source: str | os.PathLike[str], subfolder: str | None) -> None:
         kind = read_json(folder / "adapter_config.json").get("peft_type")
         if not isinstance(kind, str):
             raise ValueError(
-                f"{str(folder / 'adapter_config.json')!r} is no configuration of an adapter: its `peft_type` must be "
-                f"a word, got {short(kind)}."
+                f"{str(folder / 'adapter_config.json')!r} is not an adapter configuration: its `peft_type` must be a "
+                f"string, got {short(kind)}."
             )
     if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.safetensors").is_file():
         refuse_other_than_safetensors(folder.glob("adapter_model.*"))
@@ -549,7 +555,7 @@ def _check_backbone_is_complete(source: str | os.PathLike[str], info: dict[str, 
     if broken:
         raise ValueError(
             f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors of the backbone "
-            f"are missing, left over or of another shape, among them {sorted(broken)[:3]}."
+            f"are missing, unexpected or of another shape, among them {sorted(broken)[:3]}."
         )
 
 
@@ -567,14 +573,14 @@ def _check_head_is_whole(
         if left_over and (missing or has_other_norm):
             if not ignore_mismatched_sizes:
                 raise ValueError(
-                    f"The weights in {str(source)!r} hold another kind of {part}: they lack {sorted(missing)[:2]} and "
-                    f"have {sorted(left_over)[:2]}. Pass `ignore_mismatched_sizes=True` to start with a new one, or "
-                    f"leave `{part}` as it was saved."
+                    f"The weights in {str(source)!r} have another kind of {part}: {sorted(missing)[:2]} are missing, "
+                    f"and {sorted(left_over)[:2]} are unexpected. Pass `ignore_mismatched_sizes=True` to start with "
+                    f"a new {part}, or load the model with the `{part}` it was saved with."
                 )
             _renew(model, module)
         elif missing and missing != whole:
             raise ValueError(
-                f"The weights in {str(source)!r} hold a part of the {part} only: {len(missing)} of its {len(whole)} "
+                f"The weights in {str(source)!r} have only a part of the {part}: {len(missing)} of its {len(whole)} "
                 f"tensors are missing, among them {sorted(missing)[:3]}. Save or download them again."
             )
 
@@ -593,7 +599,7 @@ def _check_head_fits(source: str | os.PathLike[str], info: dict[str, Any]) -> No
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise MismatchedSizesError(
-            f"The head saved in {str(source)!r} does not fit the configuration: {name!r} has shape {tuple(found)}, "
-            f"expected {tuple(expected)}. Pass `ignore_mismatched_sizes=True` to start with a new head, or leave "
-            "`num_labels` and the sizes of the head as they were saved."
+            f"The head in {str(source)!r} does not fit the configuration: {name!r} has shape {tuple(found)}, "
+            f"expected {tuple(expected)}. Pass `ignore_mismatched_sizes=True` to start with a new head, or load the "
+            "model with the `num_labels` and head sizes it was saved with."
         )

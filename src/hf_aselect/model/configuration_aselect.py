@@ -83,8 +83,7 @@ PARTS = ("transformer", "vae", "scheduler")
 # What a read-out takes the place of, by default.
 _OF_READ_OUT = {"timestep": "auto", "block": None, "feature": "query"}
 _BESIDE_READ_OUT = (
-    "`read_out` names what is read one by one, in place of `timestep`, `block` and `feature`, got {} beside it. Leave "
-    "them out, or pass `read_out=None`."
+    "`read_out` replaces `timestep`, `block` and `feature`, got {} as well. Omit them, or pass `read_out=None`."
 )
 # What transformers' Auto classes find beside a checkpoint. One module names all models, and imports the others:
 # whichever is loaded, the code of all comes with it and can be saved again.
@@ -281,8 +280,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what is derived from the transformer and reject unknown keywords."""
         others, kwargs = kwargs.pop(_OF_FILE, {}), plain(kwargs)
-        if "model_type" in kwargs:
-            # `to_dict()` has it, and with it what a file, or a user, had in it beside the fields.
+        if "model_type" in kwargs or self.transformers_version is not None:
+            # `to_dict()` has both, and with them what a file, or a user, had in it beside the fields.
             others = {**others, **{name: value for name, value in kwargs.items() if name not in TAKEN}}
             others = {name: value for name, value in others.items() if not hasattr(type(self), name)}
             kwargs = {name: value for name, value in kwargs.items() if name not in others}
@@ -326,8 +325,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if value is None or value != own:
             what = f"is {own}" if own is not None else "follows from `_class_name`"
             raise ValueError(
-                f"`{name}` cannot be set: it {what}, as `transformer` and `vae` say, diffusers' configurations; got "
-                f"{short(value)}."
+                f"`{name}` cannot be set, because it {what} in `transformer` or `vae`; got {short(value)}."
             )
 
     def _take_read_out(self, read_out: list[Any]) -> None:
@@ -335,8 +333,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         are_entries = all(isinstance(each, list | tuple) and len(each) == 3 and each[0] != "auto" for each in read_out)
         if not 1 <= len(read_out) <= MAX_READ_OUTS or not are_entries:
             raise ValueError(
-                f"`read_out` must be a list of 1 to {MAX_READ_OUTS} entries [timestep, block, feature], with integers "
-                f"as timesteps, got {short(read_out)}."
+                f"`read_out` must be a list of 1 to {MAX_READ_OUTS} entries [timestep, block, feature], with integer "
+                f"timesteps, got {short(read_out)}."
             )
         for (name, default), value in zip(_OF_READ_OUT.items(), read_out[0], strict=True):
             if getattr(self, name) == default:
@@ -394,7 +392,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`out_indices` must be integers in [{-depth}, {depth}), got {list(out_indices)}.")
         positive = [index % depth for index in out_indices]
         if positive != sorted(set(positive)):
-            raise ValueError(f"`out_indices` must rise, each block once, got {list(out_indices)}.")
+            raise ValueError(f"`out_indices` must be strictly increasing, got {list(out_indices)}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -506,6 +504,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.layout.num_channels if self.vae is None else image_channels_of(self.vae)
 
     @property
+    def takes_latents(self) -> bool:
+        """Whether there is no VAE, and what the transformer reads are no images."""
+        return self.vae is None and self.num_channels not in (1, 3)
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels a side that one latent stands for: 1 in pixel space."""
         return vae_scale_factor_of(self.vae)
@@ -557,7 +560,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
             blocks = list(range(self.num_hidden_layers)) if blocks == ["all"] else blocks
             if (count := len(timesteps) * len(blocks) * len(features)) > MAX_READ_OUTS:
-                raise ValueError(f"At most {MAX_READ_OUTS} taps and timesteps are read together, got {count}.")
+                raise ValueError(
+                    f"At most {MAX_READ_OUTS} combinations of timestep and tap can be read together, got {count}."
+                )
             named = [(t, b, f) for t in timesteps for b in blocks for f in features]
         return self._checked_read_outs(named)
 
@@ -570,18 +575,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             if timestep != "auto":
                 check_timestep(timestep)
             elif self.timestep != "auto":
-                raise ValueError("`timestep` may be 'auto' by itself, not in a list: name integers in [0, 1000).")
+                raise ValueError("`timestep` must be 'auto' or integers in [0, 1000); 'auto' cannot be in a list.")
             if folded and timestep not in folded_at:
                 raise ValueError(
-                    f"This model was folded at timestep {' or '.join(map(str, folded_at))}, which is in its weights, "
-                    f"and cannot be read at {timestep!r}. Load the model it was folded from, and fold it there."
+                    f"This model was folded at timestep {' or '.join(map(str, folded_at))} and cannot be read at "
+                    f"{timestep!r}. Load the model it was folded from, and fold it at that timestep."
                 )
         found = [(timestep, self.block_index(block), feature) for timestep, block, feature in named]
         if len(set(found)) < len(found):
             timestep, block, feature = next(each for each in found if found.count(each) > 1)
             raise ValueError(
-                f"`{feature}` of block {block} is named twice at timestep {timestep}. Name each once; negative blocks "
-                "count from the end."
+                f"`{feature}` of block {block} is listed twice at timestep {timestep}. List each tap once (negative "
+                "blocks count from the end)."
             )
         return found
 
@@ -636,12 +641,12 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         limit = count_trained(self.scheduler) if isinstance(self.scheduler, dict) else NUM_TIMESTEPS
         if beyond := [each for each in self.timesteps() if isinstance(each, int) and each >= limit]:
             raise ValueError(
-                f"`timestep` must be below {limit}, got {beyond[0]}: of the pipeline's two transformers the one for "
-                "little noise is read, and it was trained on no others."
+                f"`timestep` must be below {limit}, got {beyond[0]}: the pipeline has two transformers, and the one "
+                "that is read was trained only on low noise."
             )
         count, is_open = self.num_timesteps, self.timestep == "auto"
         if count not in (range(1, 1 + NUM_TIMESTEPS) if is_open else (1, len(self.timesteps()))):
-            raise ValueError(f"`num_timesteps` must be at least 1, and 1 but for timestep='auto', got {count}.")
+            raise ValueError(f"`num_timesteps` must be at least 1, and 1 unless `timestep='auto'`, got {count}.")
 
     def channels_at(self, block: int, feature: str) -> list[int] | None:
         """Return the channels that are set to zero at a tap; None where nothing is said of it.
@@ -692,8 +697,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         kept = [block for block in blocks if folded is None or tap_key(block, "hidden") in folded.taps]
         if output_hidden_states and not kept:
             raise ValueError(
-                "`output_hidden_states=True` asks for the blocks' outputs, and this model is folded at "
-                f"{', '.join(folded.taps if folded else ())} alone. Ask the model it was folded from."
+                "`output_hidden_states=True` needs the outputs of all blocks, but this model is folded at "
+                f"{', '.join(folded.taps if folded else ())}. Use the model it was folded from."
             )
         return [(timestep, block, "hidden") for block in kept]
 
@@ -710,19 +715,19 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if isinstance(block, bool) or not isinstance(block, int) or not first <= block < layout.num_layers:
             raise ValueError(
                 f"There is no `{feature}` of block {block!r}: this transformer has {layout.num_layers} blocks, "
-                f"counted from 0{', and -1 for what the first one reads' * (first < 0)}."
+                f"counted from 0{', and -1 for the input of the first block' * (first < 0)}."
             )
         taps = None if self.folded_layout is None else self.folded_layout.get("taps", ())
         if taps is not None and tap_key(block, feature) not in taps:
             raise ValueError(
-                f"This model was folded to be read at {', '.join(taps)}, and has nothing else of what the "
-                f"transformer was, got {tap_key(block, feature)}. Load the model it was folded from."
+                f"This model was folded to be read at {', '.join(taps)}, got {tap_key(block, feature)}. Load the "
+                "model it was folded from."
             )
         depth = layout.num_attention_outputs
         if feature == "attention" and block >= depth:
             raise ValueError(
-                f"Block {block} has no `attention`: only the first {depth} blocks of this transformer project their "
-                "attention alone. Read `hidden`, `normed`, `query`, `key` or `value` there, or an earlier block."
+                f"Block {block} has no `attention`, because only the first {depth} blocks of this transformer "
+                "project it separately. Use `hidden`, `normed`, `query`, `key` or `value`, or an earlier block."
             )
 
     @property
@@ -740,7 +745,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         folded = self.folding
         if self.folded != (folded is not None):
             raise ValueError(
-                "`folded` and `folded_layout` are written by `model.fold()`, both or neither; got "
+                "`folded` and `folded_layout` must be set together, as `model.fold()` does, got "
                 f"folded={self.folded} and {'a' if folded else 'no'} layout."
             )
         if folded is None:
@@ -763,15 +768,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         made = latent_channels_of(self.vae) if self.vae else None
         if made is not None and made != self.layout.num_channels:
             raise ValueError(
-                f"The transformer takes latents of {self.layout.num_channels} channels, but the VAE makes {made}. "
-                "Transformers that take more beside the latents, as FLUX.1-Fill a masked image, are not supported."
+                f"The transformer takes latents of {self.layout.num_channels} channels, but the VAE returns {made}. "
+                "Transformers with additional inputs, such as the masked image of FLUX.1-Fill, are not supported."
             )
 
     def validate_prompt(self) -> None:
         """Reject the empty prompt's shapes where the transformer has none."""
         if self.prompt_shapes and not self.layout.needs_prompt:
             raise ValueError(
-                f"`prompt_shapes` are given, but a {self.transformer['_class_name']} is not conditioned on a text."  # type: ignore[index]
+                f"`prompt_shapes` were given, but a {self.transformer['_class_name']} takes no text prompt. Omit them."  # type: ignore[index]
             )
 
     def validate_zeroed_channels(self) -> None:
@@ -782,7 +787,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         taps = self.taps()
         if isinstance(channels, list) and channels and len(taps) > 1:
             raise ValueError(
-                "`zeroed_channels` must be lists by tap where several taps are read, as "
+                "`zeroed_channels` must have one list per tap if several taps are read, such as "
                 f"{{'{tap_key(*taps[0])}': [3, 71]}}, got {channels!r}."
             )
         by_tap = channels if isinstance(channels, dict) else {tap_key(*taps[0]): channels}
@@ -793,13 +798,13 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 block, feature = -1, ""
             if block < 0:
                 raise ValueError(
-                    f"`zeroed_channels` by tap must have keys 'BLOCK.FEATURE', as '9.hidden', got {key!r}."
+                    f"`zeroed_channels` by tap must have keys 'BLOCK.FEATURE', such as '9.hidden', got {key!r}."
                 )
             self.check_tap(self.block_index(block), feature)
             (size,) = self.widths_of([(0, block, feature)])
             if isinstance(indices, str) or not all(0 <= channel < size for channel in indices):
                 raise ValueError(
-                    f"`zeroed_channels` must be 'auto' or integers in [0, {size}), the tokens' channels, or such "
+                    f"`zeroed_channels` must be 'auto', a list of channels in [0, {size}), or a dictionary of such "
                     f"lists by tap, got {channels!r}."
                 )
 
@@ -815,7 +820,9 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_head(self) -> None:
         """Reject a pooling without a linear head, and sizes of an attention head that do not fit."""
         if self.head == "attention" and self.pooling != "mean":
-            raise ValueError(f"`pooling={self.pooling!r}` needs `head='linear'`: an attention head reads all tokens.")
+            raise ValueError(
+                f"`pooling={self.pooling!r}` needs `head='linear'`, because an attention head reads all tokens."
+            )
         if self.head_hidden_size * self.head_mlp_ratio > MAX_SIZE:
             raise ValueError(
                 f"`head_hidden_size` times `head_mlp_ratio` must be at most {MAX_SIZE}, got {self.head_hidden_size} "
@@ -832,7 +839,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         grid = [1, 1] if self.standardized_grid is None else self.standardized_grid
         if len(grid) != 2 or bool in map(type, grid) or min(grid) < 1 or grid[0] * grid[1] > _MAX_TOKENS:
             raise ValueError(
-                "`standardized_grid` must be None or two positive integers, rows and columns of a token grid of at "
+                "`standardized_grid` must be None or two positive integers, the rows and columns of a grid of at "
                 f"most {_MAX_TOKENS} tokens, got {grid}."
             )
 
@@ -842,11 +849,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if self.num_hidden_layers < 4:
             raise ValueError(
-                f"`decoder='upernet'` reads four blocks, and this transformer has {self.num_hidden_layers}. Use "
+                f"`decoder='upernet'` reads four blocks, but this transformer has {self.num_hidden_layers}. Use "
                 "`decoder='linear'`."
             )
         if len(self.out_indices) != 4:
-            raise ValueError(f"`decoder='upernet'` reads four blocks; `out_indices` names {self.out_indices}.")
+            raise ValueError(f"`decoder='upernet'` needs four blocks in `out_indices`, got {self.out_indices}.")
         self.check_stages()
 
     def check_stages(self) -> None:
@@ -866,7 +873,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         """Reject values that transformers takes as they are and trips over later."""
         classes = self.architectures
         if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-            raise ValueError(f"`architectures` must be a list of names of classes, got {classes!r}.")
+            raise ValueError(f"`architectures` must be a list of class names, got {classes!r}.")
 
     def validate_image_size(self) -> None:
         """Reject image sizes that do not divide into tokens."""
@@ -874,17 +881,17 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`image_size` must be an integer or [height, width], got {self.image_size}.")
         for side in self.image_height_width:
             if side > MAX_SIZE:
-                raise ValueError(f"`image_size` must be at most {MAX_SIZE} pixels a side, got {self.image_size}.")
+                raise ValueError(f"`image_size` must be at most {MAX_SIZE} pixels per side, got {self.image_size}.")
             if side < 1 or side % self.patch_pixels:
                 raise ValueError(
-                    f"`image_size` must be a multiple of {self.patch_pixels} pixels (a token's side), "
-                    f"got {self.image_size}."
+                    f"`image_size` must be a multiple of {self.patch_pixels} pixels (a token's size), got "
+                    f"{self.image_size}."
                 )
             limit = self.layout.max_grid
             if limit is not None and side > limit * self.patch_pixels:
                 raise ValueError(
-                    f"`image_size` must be at most {limit * self.patch_pixels} pixels a side, where the position "
-                    f"table of this transformer ends, got {self.image_size}."
+                    f"`image_size` must be at most {limit * self.patch_pixels} pixels per side, the size of this "
+                    f"transformer's position table, got {self.image_size}."
                 )
         height, width = self.image_height_width
         if height * width > _MAX_TOKENS * self.patch_pixels**2:
@@ -895,9 +902,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 _HOW_TO_RESOLVE = (
-    "pass `calibration_images=` to `from_pretrained`, or call "
-    "`model.apply_selection(select_timestep(model, images))`, "
-    "or set `model.config.timestep` to an integer in [0, 1000) yourself"
+    "pass `calibration_images=` to `from_pretrained`, call `model.apply_selection(select_timestep(model, images))`, "
+    "or set `model.config.timestep` to an integer in [0, 1000)"
 )
 
 # What a user may give: the fields, and the two that transformers keeps under other names.
@@ -934,7 +940,7 @@ def _nearest(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 def _warn_of_unknown(names: Iterable[str]) -> None:
     """Say which keys of a file may be misspelt fields."""
     for name, field in sorted(_nearest(names, OWN_FIELDS | {"num_labels"}).items()):
-        logger.warning_once(f"The configuration has a key `{name}`, which is no field; did you mean `{field}`?")
+        logger.warning_once(f"The configuration has an unknown key `{name}`. Did you mean `{field}`?")
 
 
 def refuse_unknown_keywords(names: Iterable[str]) -> None:

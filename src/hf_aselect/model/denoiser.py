@@ -1,342 +1,578 @@
-"""What every family of diffusion transformers shares: its blocks are run as far as they are read."""
+"""A diffusion transformer that is read at taps of its blocks, by hooks on its own call, and run no further."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layouts import BEFORE_ATTENTION, Tap
+from .families import Inputs, TransformerFamily
+from .layouts import PROJECTIONS, Tap
+
+# Hooks stay on, as what is put on and taken off at each read is lost where two threads read. What they are to keep is
+# the thread's own.
+_NOW = threading.local()
+
+
+class _Stop(BaseException):
+    """Ends a transformer's call when all is read; no `except Exception` on the way may take it."""
 
 
 @dataclass
-class Pass:
-    """What runs from block to block.
+class _Reading:
+    """What is read from one call.
 
     Args:
-        hidden_states: Tokens, (B, N, D): the image's, or, where there is one stream, text and image.
-        rows: Rows of the token grid.
-        columns: Its columns.
-        condition: What the blocks are modulated with.
-        context: Tokens of the text, (B, L, D), where there are any.
-        rotary: Rotary position embeddings, where there are any.
-        output_condition: What the output is modulated with, where that is something else.
+        inputs: What the transformer is called with.
+        keep: Makes of a sequence the image's tokens.
+        waiting: Taps that are still to be read.
+        may_stop: Whether the call ends with the last of them.
+        found: What was read.
+        timed: Modules that were given the timesteps.
     """
 
-    hidden_states: Tensor
-    rows: int
-    columns: int
-    condition: Any
-    context: Tensor | None = None
-    rotary: Any = None
-    output_condition: Any = None
+    inputs: Inputs
+    keep: Callable[[Tensor], Tensor]
+    waiting: set[Tap]
+    may_stop: bool = True
+    found: dict[Tap, Any] = field(default_factory=dict)
+    timed: set[nn.Module] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """Keeps what a module reads, or what it returns, if this thread waits for it.
+
+    Args:
+        tap: Block and feature; "input" stands for the arguments of a block.
+        output: Which of the module's outputs.
+    """
+
+    tap: Tap
+    output: int = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *outputs: Any) -> None:
+        reading: _Reading | None = getattr(_NOW, "reading", None)
+        if reading is None or self.tap not in reading.waiting:
+            return
+        if self.tap[1] == "input":
+            reading.found[self.tap] = args, kwargs
+        else:
+            value = outputs[0] if outputs else _first(args, kwargs)
+            reading.found[self.tap] = reading.keep(value[self.output] if isinstance(value, (tuple, list)) else value)
+        reading.waiting.discard(self.tap)
+        if reading.may_stop and not reading.waiting:
+            raise _Stop
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what a block or an attention reads, however it is called."""
+    tokens: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else (args or tuple(kwargs.values()))[0]
+    return tokens
+
+
+@dataclass(frozen=True)
+class _ExactTimesteps:
+    """Gives a module the timesteps unrounded, which diffusers hands to it in the model's dtype.
+
+    FLUX [dev] has its guidance embedded by the same module, after them.
+
+    Args:
+        divisor: What timesteps in [0, 1000] are divided by to be what the module takes.
+    """
+
+    divisor: float
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        reading: _Reading | None = getattr(_NOW, "reading", None)
+        if reading is None:
+            return None
+        exact = reading.inputs.timesteps
+        if module in reading.timed:
+            if not reading.inputs.transformer.config.get("guidance_embeds"):
+                return None
+            exact = torch.full_like(exact, 1000 * reading.inputs.guidance)
+        reading.timed.add(module)
+        return exact / self.divisor, *args[1:]
 
 
 class BlockStep(GradientCheckpointingLayer):
     """Runs a block so that transformers can have it computed again in the backward pass; has no weights of its own.
 
-    diffusers' transformers have the same in a `forward` that is not used here.
+    diffusers' transformers have a switch for all of their blocks instead, which stays off: transformers counts blocks
+    to leave some out, and hooks of FSDP are to run once.
     """
 
-    def forward(
-        self, hidden_states: Tensor, context: Tensor | None, state: Pass, advance: Callable[[Pass], None]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens and the text's tokens after the block, without changing the state."""
-        after = replace(state, hidden_states=hidden_states, context=context)
-        advance(after)
-        return after.hidden_states, after.context
+    def forward(self, *values: Any, run: Callable[..., Any], names: tuple[str, ...]) -> Any:
+        """Return what a block makes; the last arguments are those with names, as only the others get gradients."""
+        split = len(values) - len(names)
+        return run(*values[:split], **dict(zip(names, values[split:], strict=True)))
 
 
-class Denoiser(nn.Module, ABC):
+def _run(step: Any, index: int, forward: Callable[..., Any], block: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a block, again in the backward pass if that is switched on and nothing inside of it is read."""
+    if not step.gradient_checkpointing:
+        return forward(block, *args, **kwargs)
+    reading: _Reading | None = getattr(_NOW, "reading", None)
+    if reading is not None and not reading.waiting.isdisjoint(((index, "normed"), (index, "attention"))):
+        return forward(block, *args, **kwargs)
+    return step(*args, *kwargs.values(), run=partial(forward, block), names=tuple(kwargs))
+
+
+class Denoiser(nn.Module):
     """A diffusion transformer that is read at taps of its blocks, and run no further than the last of them.
 
+    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in `torch.export`
+    and with offloaded weights, the lists of blocks are cut behind the last tap instead. Where FSDP shards the blocks,
+    the call ends after the last of them.
+
     Args:
-        transformer: A transformer of diffusers.
+        transformer: A transformer of the family.
+        family: Its description.
+        rebuild: Builds the same transformer once more, with new weights: for tables that checkpoints do not hold, and
+            that are lost where it was built without data. None where it has its data.
         timestep_embedding: How a timestep is embedded; "diffusers" is what diffusers itself does.
         prompt_shapes: Shapes of the empty prompt's embeddings, by name; the values are buffers of that name. None to
             do without them, where nothing is read.
         guidance: Guidance that a guidance-distilled transformer is conditioned on; the others have no use for it.
         vae_scale_factor: Pixels a side that one latent stands for.
+
+    Raises:
+        ValueError: If the description names a module that the transformer does not have, or the transformer does not
+            take this timestep embedding or these embeddings of the prompt.
     """
 
-    # Names of the empty prompt's embeddings and of the buffers that hold them; the field of diffusers' configuration
-    # that says how wide each is.
-    prompt_fields: ClassVar[dict[str, str]] = {}
-    timestep_embeddings: ClassVar[tuple[str, ...]] = ("diffusers",)
-    # What diffusers calls the module that makes tokens of latents.
-    patch_embedding_name: ClassVar[str] = "pos_embed"
-
     transformer: Any  # diffusers is imported when a denoiser is built, not here
-    prompt_embeds: Tensor  # (1, L, C); of text-conditioned families
-    pooled_prompt_embeds: Tensor  # (1, C); of some of them
 
     def __init__(
         self,
         transformer: nn.Module,
+        family: TransformerFamily,
+        rebuild: Callable[[], nn.Module] | None = None,
         timestep_embedding: str = "diffusers",
-        prompt_shapes: dict[str, list[int]] | None = None,
+        prompt_shapes: Mapping[str, list[int]] | None = None,
         guidance: float = 1.0,
         vae_scale_factor: int = 1,
     ) -> None:
         super().__init__()
-        if timestep_embedding not in self.timestep_embeddings:
+        if timestep_embedding not in family.timestep_embeddings:
             raise ValueError(
-                f"`timestep_embedding` of {type(transformer).__name__} must be one of "
-                f"{', '.join(self.timestep_embeddings)}, got {timestep_embedding!r}."
+                f"`timestep_embedding` of {family.name} must be one of {', '.join(family.timestep_embeddings)}, "
+                f"got {timestep_embedding!r}."
             )
-        self.transformer = transformer
-        self.timestep_embedding = timestep_embedding
-        self.guidance = guidance
+        _check_names(transformer, family)
+        self.transformer, self.family = transformer, family
+        self.timestep_embedding, self.guidance = timestep_embedding, guidance
         self.vae_scale_factor = vae_scale_factor
         if prompt_shapes is not None:
-            self._check_prompt(prompt_shapes)
+            _check_prompt(transformer, family, prompt_shapes)
             for name, shape in prompt_shapes.items():
                 self.register_buffer(name, torch.zeros(shape))
+        # Of buffers, by name: loading empties them after this.
+        self._tables: dict[nn.Module, dict[str, Tensor]] = {}
+        self._rebuild = rebuild
+        self._restore_tables()
+        if family.prepare is not None:
+            family.prepare(transformer, timestep_embedding)
+        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
+        self._add_hooks()
 
-    def _check_prompt(self, shapes: dict[str, list[int]]) -> None:
-        """Reject embeddings of the prompt that the transformer does not take."""
-        name = type(self.transformer).__name__
-        if set(shapes) != set(self.prompt_fields):
-            raise ValueError(
-                f"{name} is conditioned on {', '.join(self.prompt_fields) or 'no prompt'}, but the configuration's "
-                f"`prompt_shapes` has {', '.join(shapes) or 'none'}. Load the whole pipeline, with its text encoders, "
-                "or give `prompt_embeds=`."
-            )
-        for part, field in self.prompt_fields.items():
-            width, shape = self.transformer.config.get(field), list(shapes[part])
-            expected = [1, width] if part.startswith("pooled") else [1, *shape[1:2], width]
-            if width is not None and (shape != expected or 0 in shape):
-                wanted = f"(1, {width})" if part.startswith("pooled") else f"(1, L, {width})"
-                raise ValueError(f"`{part}` of a {name} must have shape {wanted}, got {tuple(shape)}.")
+    def _add_hooks(self) -> None:
+        for path, divisor in self.family.timestep_modules.items():
+            self.transformer.get_submodule(path).register_forward_pre_hook(_ExactTimesteps(divisor))
+        blocks = zip(self.blocks, self._parts(), self.steps, strict=True)
+        for index, (block, part, step) in enumerate(blocks):
+            attention = block.get_submodule(part.attention)
+            block.register_forward_pre_hook(_Hook((index, "input")), with_kwargs=True)
+            if index == 0:
+                block.register_forward_pre_hook(_Hook((-1, "hidden")), with_kwargs=True)
+            attention.register_forward_pre_hook(_Hook((index, "normed")), with_kwargs=True)
+            attention.register_forward_hook(_Hook((index, "attention")), with_kwargs=True)
+            block.register_forward_hook(_Hook((index, "hidden"), part.hidden), with_kwargs=True)
+            block.forward = partial(_run, step, index, type(block).forward, block)
+        if self.family.output_module:
+            output = self.transformer.get_submodule(self.family.output_module)
+            output.register_forward_hook(_Hook(_OUTPUT), with_kwargs=True)
 
     @property
     def patch_embedding(self) -> nn.Module:
         """The module that makes tokens of noised latents."""
-        module: nn.Module = getattr(self.transformer, self.patch_embedding_name)
+        module: nn.Module = self.transformer.get_submodule(self.family.patch_embedding)
         return module
 
-    @property
-    def num_channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.transformer.config.in_channels)
-
-    @property
-    def num_classes(self) -> int:
-        """Classes that the transformer knows; as a label, this number is the null label. 0 for text-conditioned."""
-        return 0
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a token in latents."""
-        return int(self.transformer.config.patch_size)
+    def _parts(self) -> list[Any]:
+        """Return of each block which list it is in."""
+        return [part for part in self.family.blocks for _ in self.transformer.get_submodule(part.path)]
 
     @property
     def blocks(self) -> Sequence[Any]:
         """The blocks, in the order in which they are run."""
-        blocks: Sequence[Any] = self.transformer.transformer_blocks
-        return blocks
+        return [block for part in self.family.blocks for block in self.transformer.get_submodule(part.path)]
+
+    @property
+    def _layout(self) -> Any:
+        return self.family.layout(self.transformer.config)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self._layout.num_channels)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a token in latents."""
+        return int(self._layout.patch_size)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the transformer knows; as a label, this number is the null label. 0 for text-conditioned."""
+        return int(self.transformer.config[self.family.num_classes]) if self.family.num_classes else 0
 
     def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
         """Return the tokens at a tap, (B, N, D), running no block that comes after it; see `read_taps`."""
         return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
 
-    @abstractmethod
     def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """Return the tokens at several taps from one pass, running no block that comes after the last.
 
         Args:
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Integer timesteps in [0, 1000), (B,), or one of all.
+            timesteps: Timesteps in [0, 1000), (B,), or an integer that is one of all.
             taps: Blocks, counted from the first, and features; (-1, "hidden") is what the first block reads.
 
         Returns:
             Tokens of the image at each tap in row-major order, (B, N, D).
         """
+        inputs = self._inputs(noised_latents, timesteps)
+        last = max(block for block, _ in taps)
+        if is_sharded(self.blocks[0]):
+            return self._read_sharded(inputs, taps, last)
+        if self._must_end(last):
+            with self._cut(last):
+                return self._read(self._call(inputs), inputs, taps, may_stop=False)
+        return self._read(self._call(inputs), inputs, taps)
 
-    @abstractmethod
-    def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
-        """Return the modules that have no influence on the tokens at (block, feature)."""
+    def _must_end(self, last: int) -> bool:
+        """Return whether a call may not be ended by an exception: what waits for its end would wait for ever."""
+        # Modules are followed in and out.
+        is_traced = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+        # accelerate and diffusers put weights back that they fetched.
+        block = self.blocks[max(last, 0)]
+        return is_traced or hasattr(block, "_diffusers_hook") or next(block.parameters()).is_meta
+
+    def _read_sharded(self, inputs: Inputs, taps: Sequence[Tap], last: int) -> dict[Tap, Tensor]:
+        """Return the tokens at several taps where FSDP gathers a block's weights while it is called.
+
+        A block's call must end in good order, and what is read inside of it must be what a call of it returns.
+        """
+        inner = sorted({block for block, feature in taps if feature != "hidden"})
+        outer = [tap for tap in taps if tap[1] == "hidden"]
+        # After the last block all is read, and FSDP's own hook has run. Some transformers then look into their blocks.
+        with self._cut(last) if is_sharded(self.transformer) else _ended_after(self.blocks[max(last, 0)]):
+            found = self._read(
+                self._call(inputs), inputs, [*outer, *((block, "input") for block in inner)], may_stop=False
+            )
+        for index in inner:
+            args, kwargs = found.pop((index, "input"))
+            asked = [(block, feature) for block, feature in taps if block == index and feature != "hidden"]
+            block = self.blocks[index]
+            found |= as_if_called(block, partial(self._read, partial(block.forward, *args, **kwargs), inputs, asked))
+        return found
+
+    def _inputs(self, noised_latents: Tensor, timesteps: Tensor | int, labels: Tensor | None = None) -> Inputs:
+        size, device = noised_latents.shape[0], noised_latents.device
+        if isinstance(timesteps, int):
+            timesteps = torch.full((size,), timesteps, device=device)
+        if labels is None:
+            labels = torch.full((size,), self.num_classes, device=device)
+        prompt = {name: getattr(self, name) for name in self.family.prompt_fields}
+        prompt = {name: value.expand(size, *value.shape[1:]) for name, value in prompt.items()}
+        return Inputs(
+            self.transformer,
+            noised_latents,
+            timesteps.float().expand(size),
+            labels,
+            prompt,
+            self.guidance,
+            self.vae_scale_factor,
+            self.timestep_embedding,
+            timesteps.expand(size),
+        )
+
+    def _call(self, inputs: Inputs) -> Callable[[], Any]:
+        if getattr(self.transformer, "gradient_checkpointing", False):
+            # As transformers sets it, of all modules that have it; blocks are checkpointed by their steps.
+            self.transformer.gradient_checkpointing = False
+        return partial(self.transformer, **self.family.call(inputs), return_dict=False)  # type: ignore[misc]
+
+    def _read(
+        self, call: Callable[[], Any], inputs: Inputs, taps: Sequence[Tap], may_stop: bool = True
+    ) -> dict[Tap, Any]:
+        """Return the tokens at several taps of a call, (B, N, D), which ends with the last of them if it may."""
+        rows, columns = grid_of(inputs.latents, self.patch_size)
+        waiting = {(block, "normed" if feature in PROJECTIONS else feature) for block, feature in taps}
+        reading = _Reading(inputs, lambda whole: self.family.tokens(whole, rows * columns), waiting, may_stop)
+        _NOW.reading = reading
+        try:
+            call()
+        except _Stop:
+            pass
+        finally:
+            _NOW.reading = None
+        # Projections are run here: in a block they would be missing when a checkpointed one is run again.
+        return {tap: self._feature(reading.found, *tap) for tap in taps}
+
+    def _feature(self, found: dict[Tap, Any], block: int, feature: str) -> Any:
+        if feature not in PROJECTIONS:
+            return found[block, feature]
+        part = self._parts()[block]
+        attention, normed = self.blocks[block].get_submodule(part.attention), found[block, "normed"]
+        if callable(part.projections):
+            return part.projections(attention, normed)[PROJECTIONS.index(feature)]
+        return attention.get_submodule(part.projections[PROJECTIONS.index(feature)])(normed)
+
+    @contextmanager
+    def _cut(self, last: int) -> Iterator[None]:
+        """Leave out the blocks after a block while this lasts; the first one stays, as it is asked what it reads."""
+        left, whole = max(last, 0) + 1, []
+        for part in self.family.blocks:
+            parent_path, _, name = part.path.rpartition(".")
+            parent = self.transformer.get_submodule(parent_path)
+            blocks: Any = parent._modules[name]
+            whole.append((parent, name, blocks))
+            parent._modules[name] = _FirstBlocks(blocks, left)
+            left = max(left - len(blocks), 0)
+        try:
+            yield
+        finally:
+            for parent, name, blocks in whole:
+                parent._modules[name] = blocks
+
+    def predict(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return what the transformer predicts, running all of it: what its scheduler's `prediction_type` says.
+
+        For flow matching that is the velocity from the image to the noise, whichever way the family itself points. A
+        learned variance, where there is one, is left out. Call it in eval mode: in train mode diffusers' DiT replaces
+        one label in ten by the null label, at random.
+
+        Args:
+            noised_latents: Noised latents, (B, C, h, w).
+            timesteps: Timesteps in [0, 1000], (B,).
+            labels: Class indices in [0, `num_classes`), or `num_classes` for the null label, (B,); of no use to a
+                text-conditioned transformer, which always has the empty prompt.
+
+        Returns:
+            The prediction, (B, C, h, w).
+        """
+        inputs = self._inputs(noised_latents, timesteps, labels)
+        if self.family.output_module:
+            # What comes after it may be made for squares alone.
+            is_square = noised_latents.shape[-2] == noised_latents.shape[-1]
+            output = self._read(self._call(inputs), inputs, [_OUTPUT], may_stop=not is_square)[_OUTPUT]
+        else:
+            found: list[Any] = []
+            self._read(lambda: found.append(self._call(inputs)()[0]), inputs, [])
+            output = found[0]
+        return self.family.output(output, inputs)
 
     def unused_parameters(self, taps: Sequence[Tap]) -> list[nn.Parameter]:
-        """Return the parameters that have no influence on the tokens at any of `taps`."""
-        # Tables that hang on the transformer itself belong to its output.
-        own = list(self.transformer.parameters(recurse=False))
-        return own + unused_by_all(self, taps)
+        """Return the parameters that have no influence on the tokens at any of `taps`.
+
+        They are those that autograd gives no gradient in a pass without data.
+
+        Raises:
+            ValueError: If the transformer's call looks at the values of a tensor.
+        """
+        mine = list(self.parameters())
+        if self._rebuild is not None and not all(map(_is_plain, mine)):
+            with torch.device("meta"):
+                plain = Denoiser(self._rebuild(), self.family, None, self.timestep_embedding, self._prompt_shapes())
+            unused = {id(each) for each in plain.unused_parameters(taps)}
+            names = {name for name, each in plain.named_parameters() if id(each) in unused}
+            return [each for name, each in self.named_parameters() if name in names]
+        weights = [torch.empty_like(each, device="meta", requires_grad=True) for each in mine]
+        buffers = {id(each): each.to("meta") for each in self.buffers()}
+        # A copy, as a transformer may move its tables to where it is run; of what has no data in it.
+        twin = copy.deepcopy(self, {**buffers, **{id(each): new for each, new in zip(mine, weights, strict=True)}})
+        latents = torch.empty(1, self.num_channels, *2 * [4 * self.patch_size], device="meta", dtype=mine[0].dtype)
+        try:
+            with torch.enable_grad():
+                tokens = twin.read_taps(latents, 0, list(taps))
+                total = torch.stack([each.sum() for each in tokens.values()]).sum()
+                gradients = torch.autograd.grad(total, weights, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"Which weights of a {self.family.name} a tap depends on is found in a pass without data, which "
+                f"failed ({error}): its call, or the description's, looks at values. Keep the backbone frozen "
+                "(`freeze_backbone=True`), or let `call` make its tensors where `inputs.latents` are."
+            ) from error
+        return [each for each, gradient in zip(mine, gradients, strict=True) if gradient is None]
+
+    def _prompt_shapes(self) -> dict[str, list[int]]:
+        return {name: list(getattr(self, name).shape) for name in self.family.prompt_fields}
+
+    def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
+        """Return the largest modules that have weights, none of which has an influence on the tokens."""
+        unused = {id(each) for each in self.unused_parameters([(block, feature)])}
+        return _largest(self.transformer, lambda module: all(id(each) in unused for each in module.parameters()))
 
     def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
         """Return what a module's buffers that no checkpoint holds must be after a build without data, by name."""
-        return {}
+        return self._tables.get(module, {})
+
+    def _restore_tables(self) -> None:
+        """Give the transformer the tables that were lost in a build without data: buffers and attributes."""
+        if self._rebuild is None or not (lost := list(_without_data(self.transformer))):
+            return
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"), _WeightsWithoutData():
+                whole = self._rebuild()
+        finally:
+            torch.set_default_dtype(dtype)
+        for path, name in lost:
+            module, table = self.transformer.get_submodule(path), getattr(whole.get_submodule(path), name)
+            setattr(module, name, table)
+            if name in module._buffers:
+                self._tables.setdefault(module, {})[name] = table
 
 
-class SteppedDenoiser(Denoiser):
-    """A denoiser of a family that is written by hand: its blocks are run one after the other.
-
-    A family says how a pass begins, what a block's attention reads and how a block is run; `read_taps` and
-    `unused_modules` are the same for all.
+class _FirstBlocks(nn.ModuleList):
+    """The first blocks of a list, which seems to be as long as before: Chroma counts its blocks to find modulations.
 
     Args:
-        transformer: A transformer of diffusers.
-        options: See `Denoiser`.
+        blocks: The whole list.
+        left: How many of them are run.
     """
 
-    # What diffusers calls a block's self-attention, what only the text runs through before the first block, and what
-    # is run after the last.
-    attention_name: ClassVar[str] = "attn1"
-    text_input_names: ClassVar[tuple[str, ...]] = ()
-    output_names: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
-    # What else than the patch embedding the tokens run through before the first block.
-    stem_names: ClassVar[tuple[str, ...]] = ()
-    # Whether the patch embedding has a position table, in its buffer `pos_embed`, that checkpoints do not hold.
-    has_position_table: ClassVar[bool] = False
+    def __init__(self, blocks: Any, left: int) -> None:
+        super().__init__(list(blocks)[:left])
+        self._whole = len(blocks)
 
-    def __init__(self, transformer: nn.Module, *args: Any, **options: Any) -> None:
-        super().__init__(transformer, *args, **options)
-        self.steps = nn.ModuleList(BlockStep() for _ in self.blocks)
+    def __len__(self) -> int:
+        return int(self.__dict__.get("_whole", len(self._modules)))
 
-    @property
-    def position_embedding(self) -> nn.Module | None:
-        """The module with a position table, in its buffer `pos_embed`, that checkpoints do not hold; None without."""
-        return self.patch_embedding if self.has_position_table else None
 
-    def position_table(self) -> Tensor:
-        """Return a newly computed position table, (1, N, D), float32."""
-        embed: Any = self.position_embedding
-        with torch.device("cpu"):
-            fresh = type(embed)(
-                height=embed.height * embed.patch_size,
-                width=embed.width * embed.patch_size,
-                patch_size=embed.patch_size,
-                in_channels=1,
-                embed_dim=embed.proj.out_channels,
-                interpolation_scale=embed.interpolation_scale,
+@contextmanager
+def _ended_after(block: nn.Module) -> Iterator[None]:
+    """End the transformer's call when a block and all of its hooks are done, while this lasts."""
+
+    def end(*_: Any) -> None:
+        raise _Stop
+
+    handle = block.register_forward_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _WeightsWithoutData(TorchFunctionMode):
+    """Lets modules make their weights without data, while all that is computed is there.
+
+    torch's own layers ask for their weights by `torch.empty`, of which no table is made.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch."""
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def _check_names(transformer: Any, family: TransformerFamily) -> None:
+    """Reject a description that names a module which the transformer does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    names = [family.patch_embedding, *family.timestep_modules, *(part.path for part in family.blocks)]
+    names += [family.output_module] if family.output_module else []
+    modules = {name for name, _ in transformer.named_modules()}
+    for part in family.blocks:
+        attention = f"{part.path}.0.{part.attention}"
+        projections = () if callable(part.projections) else part.projections
+        # A list may be empty.
+        if f"{part.path}.0" in modules:
+            names += [attention, *(f"{attention}.{name}" for name in projections)]
+    if missing := [name for name in names if name not in modules]:
+        raise ValueError(
+            f"The description of {family.name} names {', '.join(missing)}, and the transformer has no such module. "
+            f"It has {', '.join(name for name, _ in transformer.named_children())}."
+        )
+    count, expected = (
+        sum(len(transformer.get_submodule(part.path)) for part in family.blocks),
+        family.layout(transformer.config),
+    )
+    if count != expected.num_layers:
+        raise ValueError(
+            f"The description of {family.name} has a `layout` of {expected.num_layers} blocks, and its `blocks` hold "
+            f"{count}."
+        )
+
+
+def _check_prompt(transformer: Any, family: TransformerFamily, shapes: Mapping[str, list[int]]) -> None:
+    """Reject embeddings of the prompt that the transformer does not take.
+
+    Raises:
+        ValueError: If there are others than it asks for, or they are too many or of another width.
+    """
+    name, config = family.name, transformer.config
+    if set(shapes) != set(family.prompt_fields):
+        raise ValueError(
+            f"{name} is conditioned on {', '.join(family.prompt_fields) or 'no prompt'}, but the configuration's "
+            f"`prompt_shapes` has {', '.join(shapes) or 'none'}. Load the whole pipeline, with its text encoders, "
+            "or give `prompt_embeds=`."
+        )
+    for part, size in family.prompt_fields.items():
+        width, shape = config.get(size), list(shapes[part])
+        expected = [1, width] if part.startswith("pooled") else [1, *shape[1:2], width]
+        if width is not None and (shape != expected or 0 in shape):
+            wanted = f"(1, {width})" if part.startswith("pooled") else f"(1, L, {width})"
+            raise ValueError(f"`{part}` of a {name} must have shape {wanted}, got {tuple(shape)}.")
+    # Rotary positions are tabulated.
+    if "axes_lens" in family.sizes and "prompt_embeds" in shapes:
+        length, limit = shapes["prompt_embeds"][1], config["axes_lens"][0]
+        if length > limit:
+            raise ValueError(f"`prompt_embeds` of a {name} may have at most {limit} tokens, got {length}.")
+
+
+def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield path and name of what has no data and is in no checkpoint: buffers, and attributes with tensors."""
+    for path, module in transformer.named_modules():
+        named = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        named |= {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+        for name, value in named.items():
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
             )
-        table: Tensor = fresh.pos_embed
-        return table
+            if any(isinstance(each, Tensor) and each.is_meta for each in values):
+                yield path, name
 
-    def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the position table, if the module is the one that holds it."""
-        return {"pos_embed": self.position_table()} if module is self.position_embedding else {}
 
-    @abstractmethod
-    def begin(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Pass:
-        """Return the state before the first block; without labels, with the null label or the empty prompt."""
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
+# What stands for a family's `output_module` among the taps.
+_OUTPUT = (-2, "hidden")
 
-    @abstractmethod
-    def normed(self, state: Pass, block: Any) -> Tensor:
-        """Return what the block's attention reads of the image's tokens, (B, N, D)."""
 
-    def attend(self, state: Pass, block: Any, normed: Tensor) -> Tensor:
-        """Return what the block's attention yields for the image, after the output projection, (B, N, D)."""
-        tokens: Tensor = self.attention_of(block)(normed)
-        return tokens
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is neither quantized nor sharded."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point()
 
-    @abstractmethod
-    def advance(self, state: Pass, block: Any) -> None:
-        """Run a block, changing the state."""
 
-    def output_modules(self) -> list[nn.Module]:
-        """Return the modules that are run after the last block."""
-        return [getattr(self.transformer, name) for name in self.output_names]
-
-    def attention_of(self, block: Any) -> Any:
-        """Return the block's self-attention, with `to_q`, `to_k`, `to_v`."""
-        return getattr(block, self.attention_name)
-
-    def tokens_of(self, state: Pass) -> Tensor:
-        """Return the image's tokens, (B, N, D)."""
-        return state.hidden_states
-
-    def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Return the tokens at several taps from one pass; see `Denoiser`."""
-        if isinstance(timesteps, int):
-            timesteps = torch.full(noised_latents.shape[:1], timesteps, device=noised_latents.device)
-        state = self.begin(noised_latents, timesteps, None)
-        last = max(block for block, _ in taps)
-        tokens = {(-1, "hidden"): self.tokens_of(state)} if (-1, "hidden") in taps else {}
-        for index, block in enumerate(self.blocks[: last + 1]):
-            asked = [feature for tapped, feature in taps if tapped == index]
-            for feature in asked:
-                if feature != "hidden":
-                    tokens[index, feature] = as_if_called(block, partial(self._read, state, block, feature))
-            if index < last or "hidden" in asked:
-                self._step(state, index)
-            if "hidden" in asked:
-                tokens[index, "hidden"] = self.tokens_of(state)
-        return tokens
-
-    def _step(self, state: Pass, index: int) -> None:
-        """Run a block, changing the state; with checkpoints, if transformers asked for them."""
-        advance, step = partial(self.advance, block=self.blocks[index]), self.steps[index]
-        if not step.gradient_checkpointing:
-            advance(state)
-            return
-        state.hidden_states, state.context = step(state.hidden_states, state.context, state=state, advance=advance)
-
-    def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
-        """Return the modules that have no influence on the tokens at (block, feature).
-
-        None of them is run, but for those of a text's stream in the last block that is run whole, and, where only the
-        stem is read, what embeds timestep and text.
-        """
-        if block < 0:
-            stem = [getattr(self.transformer, name) for name in self.stem_names]
-            return _others(self.transformer, [self.patch_embedding, *stem])
-        unused = [*self.blocks[block + 1 :], *self.output_modules()]
-        tapped = self.blocks[block]
-        if feature == "hidden":
-            return unused + self.text_outputs(tapped)
-        if feature in BEFORE_ATTENTION:
-            before = self.text_outputs(self.blocks[block - 1]) if block else self.text_inputs()
-            return unused + before + _others(tapped, self._used(tapped, feature))
-        if not block and not self.is_joint(tapped):
-            unused += self.text_inputs()
-        return unused + _others(tapped, self._used(tapped, feature)) + self.text_outputs(tapped)
-
-    def text_inputs(self) -> list[nn.Module]:
-        """Return the modules that only the text runs through before the first block."""
-        modules = [getattr(self.transformer, name) for name in self.text_input_names]
-        return [module for module in modules if module is not None]
-
-    def text_outputs(self, block: Any) -> list[nn.Module]:
-        """Return the modules of a block that only the text of later blocks depends on."""
+def _largest(module: nn.Module, is_fit: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Return the largest parts of a module that have weights and are fit."""
+    if next(module.parameters(), None) is None:
         return []
-
-    def is_joint(self, block: Any) -> bool:
-        """Return whether the block's self-attention looks at the text, too."""
-        return False
-
-    def norms_of(self, block: Any) -> list[nn.Module]:
-        """Return the modules that `normed` runs."""
-        return [block.norm1]
-
-    def _used(self, block: Any, feature: str) -> list[nn.Module]:
-        norms, attention = self.norms_of(block), self.attention_of(block)
-        if feature == "normed":
-            return norms
-        if feature == "attention":
-            return [*norms, attention, *self.joint_norms_of(block)]
-        return [*norms, getattr(attention, _PROJECTIONS[feature])]
-
-    def joint_norms_of(self, block: Any) -> list[nn.Module]:
-        """Return the modules that make what a joint attention reads of the text."""
-        return []
-
-    def _read(self, state: Pass, block: Any, feature: str) -> Tensor:
-        normed = self.normed(state, block)
-        if feature == "normed":
-            return normed
-        if feature == "attention":
-            return self.attend(state, block, normed)
-        projection = getattr(self.attention_of(block), _PROJECTIONS[feature])
-        tokens: Tensor = projection(normed)
-        return tokens
-
-
-_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
+    return [module] if is_fit(module) else [part for child in module.children() for part in _largest(child, is_fit)]
 
 
 def as_if_called(module: Any, read: Callable[[], Any]) -> Any:
@@ -354,16 +590,6 @@ def as_if_called(module: Any, read: Callable[[], Any]) -> Any:
     finally:
         for hook in reversed(hooks):
             hook.post_forward(module, None)
-
-
-def with_own_weights(denoiser: Any, read: Callable[[], Any]) -> Any:
-    """Return what is read with a denoiser, which may have weights of its own and is not called.
-
-    Nor is a transformer that is run step by step.
-    """
-    for module in (denoiser, denoiser.transformer) if hasattr(denoiser, "begin") else (denoiser,):
-        read = partial(as_if_called, module, read)
-    return read()
 
 
 def _as_if_called_by_fsdp(module: Any, read: Callable[[], Any]) -> Any:
@@ -425,37 +651,9 @@ def is_sharded(module: Any) -> bool:
     return found
 
 
-def _others(module: nn.Module, used: list[nn.Module]) -> list[nn.Module]:
-    """Return the largest parts of a module that neither hold one of `used` nor are held by one."""
-    if any(module is one for one in used):
-        return []
-    if not any(part is one for part in module.modules() for one in used):
-        return [module]
-    return [other for child in module.children() for other in _others(child, used)]
-
-
-def modulated_by_table(state: Pass, block: Any) -> Tensor:
-    """Return what a block's self-attention reads, (B, N, D), where all blocks share one modulation.
-
-    Each adds a table of its own to it (`ada_norm_single` of diffusers).
-    """
-    modulation = block.scale_shift_table[None] + state.condition.unflatten(1, (6, -1))  # (B, 6, D)
-    shift, scale = modulation[:, :1], modulation[:, 1:2]
-    tokens: Tensor = block.norm1(state.hidden_states) * (1 + scale) + shift
-    return tokens.to(state.hidden_states.dtype)
-
-
 def grid_of(noised_latents: Tensor, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the token grid of latents, (B, C, h, w)."""
     return noised_latents.shape[-2] // patch_size, noised_latents.shape[-1] // patch_size
-
-
-def unused_by_all(denoiser: Any, taps: Sequence[Tap]) -> list[nn.Parameter]:
-    """Return the parameters of the modules of a denoiser that are unused at each of `taps`."""
-    unused = [
-        {id(each): each for module in denoiser.unused_modules(*tap) for each in module.parameters()} for tap in taps
-    ]
-    return [unused[0][key] for key in set.intersection(*map(set, unused))]
 
 
 def zero_channels(tokens: Tensor, channels: Sequence[int]) -> Tensor:

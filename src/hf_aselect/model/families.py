@@ -23,6 +23,8 @@ class Inputs:
         prompt: The empty prompt's embeddings by name, for each image: (B, L, C) or (B, C).
         guidance: Guidance of a guidance-distilled transformer.
         vae_scale_factor: Pixels a side that one latent stands for.
+        timestep_embedding: Which of its family's; see `TransformerFamily`.
+        given_timesteps: The timesteps as they were given, (B,): integers where features are read.
     """
 
     transformer: Any
@@ -32,6 +34,8 @@ class Inputs:
     prompt: Mapping[str, Tensor]
     guidance: float = 1.0
     vae_scale_factor: int = 1
+    timestep_embedding: str = "diffusers"
+    given_timesteps: Tensor | None = None
 
     @property
     def text(self) -> Tensor:
@@ -123,16 +127,20 @@ class TransformerFamily:
         name: Name of the class, in diffusers or of `transformer_class`.
         sizes: Fields of its configuration that must be integers >= 1.
         layout: Reads the layout off the configuration.
-        call: Makes the keywords of its `forward`; None for the families of `denoisers`, which are written by hand.
+        call: Makes the keywords of its `forward`.
         blocks: Its lists of blocks, in the order in which they are run.
         tokens: Returns the image's tokens of a sequence, (B, N, D), given N: `last_tokens` or `first_tokens`.
         output: Makes the prediction, (B, C, h, w), of what `forward` returns first; it points from the image to the
             noise.
+        output_module: Name of the module whose output `output` gets instead, (B, N, C); "" for what `forward` returns.
         prompt_fields: Names of the empty prompt's embeddings, and the field of the configuration that says how wide
             each is ("" if there is none); empty for a transformer without a text.
         patch_embedding: Name of the module that makes tokens of latents. Where it is, the model computes.
         timestep_modules: Names of modules that get the timestep rounded in half precision, and what timesteps in
             [0, 1000] are divided by to be what they take.
+        timestep_embeddings: Ways to embed a timestep that its checkpoints were trained with, of which a configuration
+            names one.
+        prepare: Changes a new transformer for one of them; None where there is nothing to change.
         num_classes: Field of the configuration with the number of classes; "" for none.
         pipeline: Name of diffusers' pipeline that encodes a prompt; "" if embeddings are always given.
         encode_prompt: Takes this pipeline and the transformer's configuration, and returns the empty prompt's
@@ -160,6 +168,9 @@ class TransformerFamily:
     pipeline: str = ""
     encode_prompt: Callable[[Any, dict[str, Any]], dict[str, Tensor]] | None = None
     transformer_class: type | None = None
+    output_module: str = ""
+    timestep_embeddings: tuple[str, ...] = ("diffusers",)
+    prepare: Callable[[Any, str], None] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Go into a pickle by name: a description consists of functions."""
@@ -171,44 +182,6 @@ class TransformerFamily:
 
 
 FAMILIES: dict[str, TransformerFamily] = {}
-
-
-def register_family(family: TransformerFamily) -> None:
-    """Let a class of transformers be read that the package does not know.
-
-    Register it in each program before its checkpoints are loaded: a checkpoint names the class and does not contain
-    the description.
-
-    Args:
-        family: The description. It takes the place of one that was registered for the same class before.
-
-    Raises:
-        ValueError: If it is of a family of the package, has no `call`, or says nothing of how its sizes are read.
-
-    Example:
-        >>> from hf_aselect import TransformerBlocks, TransformerFamily, register_family, transformer_layout
-        >>> register_family(
-        ...     TransformerFamily(
-        ...         "AllegroTransformer3DModel",
-        ...         sizes=("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size"),
-        ...         layout=lambda config: transformer_layout(config, needs_prompt=True),
-        ...         call=lambda inputs: {"hidden_states": inputs.latents, "timestep": inputs.timesteps},
-        ...         blocks=(TransformerBlocks("transformer_blocks", "attn1"),),
-        ...     )
-        ... )
-    """
-    if not isinstance(family, TransformerFamily) or not callable(family.call) or not callable(family.layout):
-        raise ValueError(
-            f"`family` must be a `TransformerFamily` with functions as `call` and `layout`, got {family!r}."
-        )
-    if not isinstance(family.name, str):
-        raise ValueError(f"`name` of a family must be the name of a class, a string, got {family.name!r}.")
-    is_list = isinstance(family.blocks, tuple) and all(isinstance(part, TransformerBlocks) for part in family.blocks)
-    if not family.blocks or not is_list:
-        raise ValueError(f"`blocks` of {family.name} must be a tuple of `TransformerBlocks`, got {family.blocks!r}.")
-    if family.name in _OF_PACKAGE:
-        raise ValueError(f"{family.name} is a family of the package, and cannot be described again.")
-    FAMILIES[family.name] = family
 
 
 def family_of(name: Any) -> TransformerFamily:
@@ -293,7 +266,85 @@ def transformer_layout(config: Mapping[str, Any], **given: Any) -> TransformerLa
 
 _HEADS = ("num_attention_heads", "attention_head_dim", "in_channels")
 _PLAIN = (*_HEADS, "num_layers", "sample_size", "patch_size")
+_POOLED = {"prompt_embeds": "joint_attention_dim", "pooled_prompt_embeds": "pooled_projection_dim"}
 _WIDE = ("hidden_size", "num_attention_heads", "in_channels", "num_layers", "sample_size", "patch_size")
+
+
+def _dit_call(inputs: Inputs) -> dict[str, Any]:
+    # As integers where they are: FSDP rounds what else its blocks are given. SiT's own time runs the other way.
+    timesteps = inputs.timesteps if inputs.given_timesteps is None else inputs.given_timesteps
+    if inputs.timestep_embedding in ("sit", "repa"):
+        timesteps = 1 - inputs.sigmas if inputs.timestep_embedding == "sit" else inputs.sigmas
+    return {"hidden_states": inputs.latents, "timestep": timesteps, "class_labels": inputs.labels}
+
+
+def _dit_frequencies(transformer: Any, timestep_embedding: str) -> None:
+    # Of facebookresearch/DiT 10000^(-i/128), which SiT and REPA took over, and not diffusers' 10000^(-i/127).
+    if timestep_embedding != "diffusers":
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+
+
+def _dit_output(output: Tensor, inputs: Inputs) -> Tensor:
+    # diffusers makes a square of the patches, whose channels come last. SiT's velocity points to the image.
+    side = inputs.transformer.config.patch_size
+    grid = output.unflatten(-1, (side, side, -1)).unflatten(1, inputs.grid(side))  # (B, rows, columns, p, p, C)
+    image = image_of(grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), inputs)
+    return -image if inputs.timestep_embedding == "sit" else image
+
+
+def _sd3_call(inputs: Inputs) -> dict[str, Any]:
+    given = {"hidden_states": inputs.latents, "timestep": inputs.timesteps, "encoder_hidden_states": inputs.text}
+    return {**given, "pooled_projections": inputs.prompt["pooled_prompt_embeds"]}
+
+
+def _pixart_call(inputs: Inputs) -> dict[str, Any]:
+    # PixArt-alpha at 1024 pixels is also conditioned on the image's size, as its pipeline gives it.
+    size, dtype = inputs.image_size, inputs.latents.dtype
+    added: dict[str, Any] = {"resolution": size.to(dtype), "aspect_ratio": (size[:, :1] / size[:, 1:]).to(dtype)}
+    if not inputs.transformer.use_additional_conditions:
+        added = {"resolution": None, "aspect_ratio": None}
+    given = {"hidden_states": inputs.latents, "timestep": inputs.timesteps, "encoder_hidden_states": inputs.text}
+    return {**given, "added_cond_kwargs": added}
+
+
+def _sana_layout(config: Mapping[str, Any]) -> TransformerLayout:
+    if config.get("guidance_embeds"):
+        raise ValueError(
+            "A Sana transformer with `guidance_embeds` (Sana-Sprint) is not supported, as it was distilled on a "
+            "schedule of its own; take the Sana checkpoint that it was distilled from."
+        )
+    return transformer_layout(config)
+
+
+def _sana_call(inputs: Inputs) -> dict[str, Any]:
+    timesteps = inputs.timesteps * inputs.transformer.config.timestep_scale
+    return {"hidden_states": inputs.latents, "timestep": timesteps, "encoder_hidden_states": inputs.text}
+
+
+class _WholeMask:
+    """A mask of a text that leaves nothing out, whose sums are known without looking: Lumina2 counts it in Python."""
+
+    def __init__(self, text: Tensor) -> None:
+        self.shape, self._device = text.shape[:2], text.device
+
+    def sum(self, dim: int) -> "_WholeMask":
+        """Return what `tolist` is asked of."""
+        return self
+
+    def tolist(self) -> list[int]:
+        """Return the number of tokens of each text."""
+        return [self.shape[1]] * self.shape[0]
+
+    def bool(self) -> Tensor:
+        """Return the mask, (B, L)."""
+        return torch.ones(self.shape, dtype=torch.bool, device=self._device)
+
+
+def _lumina2_call(inputs: Inputs) -> dict[str, Any]:
+    # Its own time runs the other way.
+    given = {"hidden_states": inputs.latents, "timestep": 1 - inputs.sigmas, "encoder_hidden_states": inputs.text}
+    return {**given, "encoder_attention_mask": _WholeMask(inputs.text)}
 
 
 def _flux_layout(config: Mapping[str, Any]) -> TransformerLayout:
@@ -418,6 +469,13 @@ def _flux_call(inputs: Inputs) -> dict[str, Any]:
     return {**packed, "img_ids": places, "txt_ids": places.new_zeros(inputs.text.shape[1], 3)}
 
 
+def _flux1_call(inputs: Inputs) -> dict[str, Any]:
+    called = {**_flux_call(inputs), "pooled_projections": inputs.prompt["pooled_prompt_embeds"]}
+    if inputs.transformer.config.guidance_embeds:
+        called["guidance"] = torch.full_like(inputs.sigmas, inputs.guidance)
+    return called
+
+
 def _longcat_call(inputs: Inputs) -> dict[str, Any]:
     # Text and image are told apart by the first axis. The text runs along the diagonal, and the image begins behind
     # the 512 tokens that a text is padded to.
@@ -473,20 +531,67 @@ def _wan_layout(config: Mapping[str, Any]) -> TransformerLayout:
 
 
 _ALL = (
-    TransformerFamily("DiTTransformer2DModel", _PLAIN, lambda config: transformer_layout(config, needs_prompt=False)),
+    TransformerFamily(
+        "DiTTransformer2DModel",
+        _PLAIN,
+        lambda config: transformer_layout(config, needs_prompt=False),
+        _dit_call,
+        (TransformerBlocks(attention="attn1"),),
+        output=_dit_output,
+        output_module="proj_out_2",
+        patch_embedding="pos_embed",
+        timestep_embeddings=("diffusers", "original", "sit", "repa"),
+        prepare=_dit_frequencies,
+        # As a label, the null label, to which diffusers drops labels at random in train mode.
+        num_classes="num_embeds_ada_norm",
+    ),
     TransformerFamily(
         "SD3Transformer2DModel",
         (*_PLAIN, "pos_embed_max_size"),
         lambda config: transformer_layout(config, max_grid=config["pos_embed_max_size"]),
+        _sd3_call,
+        # Blocks with a second attention, of the image alone, are read at the first.
+        (TransformerBlocks(hidden=1),),
+        prompt_fields=_POOLED,
+        patch_embedding="pos_embed",
     ),
-    TransformerFamily("PixArtTransformer2DModel", _PLAIN, transformer_layout),
-    TransformerFamily("FluxTransformer2DModel", (*_HEADS, "num_layers", "num_single_layers"), _flux_layout),
-    TransformerFamily("SanaTransformer2DModel", _PLAIN, transformer_layout),
+    TransformerFamily(
+        "PixArtTransformer2DModel",
+        _PLAIN,
+        transformer_layout,
+        _pixart_call,
+        (TransformerBlocks(attention="attn1"),),
+        prompt_fields={"prompt_embeds": "caption_channels"},
+        patch_embedding="pos_embed",
+    ),
+    TransformerFamily(
+        "FluxTransformer2DModel",
+        (*_HEADS, "num_layers", "num_single_layers"),
+        _flux_layout,
+        _flux1_call,
+        (TransformerBlocks(hidden=1), TransformerBlocks("single_transformer_blocks", hidden=1)),
+        prompt_fields=_POOLED,
+        timestep_modules={"time_text_embed.time_proj": 1},
+    ),
+    TransformerFamily(
+        "SanaTransformer2DModel",
+        _PLAIN,
+        _sana_layout,
+        _sana_call,
+        (TransformerBlocks(attention="attn1"),),
+        prompt_fields={"prompt_embeds": "caption_channels"},
+        patch_embedding="patch_embed",
+    ),
     TransformerFamily(
         "Lumina2Transformer2DModel",
         (*_WIDE, "axes_lens"),
-        # Rotary positions are tabulated.
+        # Rotary positions are tabulated. The refiners of text and image are not counted as blocks.
         lambda config: _lumina_layout(config, max_grid=min(config["axes_lens"][1:])),
+        _lumina2_call,
+        (TransformerBlocks("layers"),),
+        # It points from the noise to the image.
+        output=lambda output, inputs: -image_of(output, inputs),
+        prompt_fields={"prompt_embeds": "cap_feat_dim"},
     ),
     TransformerFamily(
         "QwenImageTransformer2DModel",
@@ -618,4 +723,3 @@ _ALL = (
     ),
 )
 FAMILIES.update({family.name: family for family in _ALL})
-_OF_PACKAGE = frozenset(FAMILIES)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoiser import unused_by_all
 from .folded_blocks import FoldedBlock, FoldedLumina2Block, FoldedSanaBlock, FoldedSingleBlock, Rotary
 from .layouts import FoldedLayout, Tap
 
@@ -56,7 +55,10 @@ class FoldedTransformer(nn.Module):
 
     def unused_parameters(self, taps: Sequence[Tap]) -> list[nn.Parameter]:
         """Return the parameters that have no influence on the tokens at any of `taps`."""
-        return unused_by_all(self, taps)
+        unused = [
+            {id(each): each for module in self.unused_modules(*tap) for each in module.parameters()} for tap in taps
+        ]
+        return [unused[0][key] for key in set.intersection(*map(set, unused))]
 
     def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
         """Return nothing: all that it has is in its checkpoint."""
@@ -102,7 +104,7 @@ class FoldedTransformer(nn.Module):
         """Return which of the layout's timesteps one is; of several only an integer says so without waiting for it."""
         known = self.layout.timesteps
         if len(known) > 1 and (isinstance(timestep, Tensor) or timestep not in known):
-            raise ValueError(f"This transformer was folded at timesteps {list(known)}: name one as an integer.")
+            raise ValueError(f"`timestep` must be one of {list(known)}, at which this transformer was folded.")
         return known.index(timestep) if len(known) > 1 else 0
 
     def _places(self, rows: int, columns: int, device: torch.device) -> Rotary | tuple[int, int] | None:
@@ -120,8 +122,8 @@ class FoldedTransformer(nn.Module):
             reach = "only" if layout.is_size_fixed else "at most"
             raise ValueError(
                 f"This model was folded for a grid of {layout.rows}×{layout.columns} tokens and reads {reach} that "
-                f"size, got {rows}×{columns}. Load the model it was folded from with another `image_size` and fold it "
-                "again."
+                f"size, got {rows}×{columns}. Load the model it was folded from with another `image_size`, and fold "
+                "it again."
             )
         if layout.positions == "table":
             # The middle of the whole table, not of the part that is here: an odd and an even side have other middles.

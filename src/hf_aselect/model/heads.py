@@ -81,7 +81,7 @@ class FeatureStandardization(nn.Module):
         elif (grid or own) != own:
             shift = interpolate(shift.permute(2, 0, 1)[None], size=grid, mode="bilinear")[0].permute(1, 2, 0)
         elif tokens.shape[1] != own[0] * own[1]:
-            raise ValueError(f"`features` have {tokens.shape[1]} tokens, the head's statistics {own[0]}×{own[1]}.")
+            raise ValueError(f"`features` have {tokens.shape[1]} tokens, but the head's statistics {own[0]}×{own[1]}.")
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         return (wide * self.scale.to(tokens.device) + shift.flatten(0, 1)).to(tokens.dtype)
 
@@ -122,7 +122,7 @@ def pooled_tokens(tokens: Tensor, pooling: str, grid: Sequence[int] | None = Non
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     if pooling == "regions":
         if grid is None or grid[0] * grid[1] != tokens.shape[1]:
-            raise ValueError(f"`features` have {tokens.shape[1]} tokens, and pooling='regions' must know their grid.")
+            raise ValueError(f"`features` have {tokens.shape[1]} tokens, but pooling='regions' needs their grid.")
         halves = [(slice(0, (side + 1) // 2), slice(side // 2, None)) for side in grid]
         placed = wide.unflatten(1, tuple(grid))
         means = [placed[:, rows, columns].mean((1, 2)) for rows in halves[0] for columns in halves[1]]

@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchvision_available
 
-from .checks import is_finite_number, warn_of_foreground
+from .checks import NO_VAE, is_finite_number, warn_of_foreground
 from .configuration_aselect import TAKEN, ASelectConfig, is_code_saved, without_code
 from .layouts import plain
 
@@ -280,7 +280,9 @@ class _ASelectImageProcessing(BaseImageProcessor):
                 infinite values, or values outside [0, 255] (of 16 bits [0, 65535]).
         """
         if num_channels not in (1, 3):
-            raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
+            raise ValueError(
+                f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}. {NO_VAE.format(num_channels)}"
+            )
         if isinstance(image, Image.Image):
             image = _pil_values(image, num_channels, do_exif_transpose)
             kwargs["input_data_format"] = "channels_first"

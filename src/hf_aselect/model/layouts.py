@@ -32,7 +32,7 @@ def check_format(name: str, record: dict[str, Any]) -> None:
     found = record.get("format", FORMAT)
     if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= FORMAT:
         raise ValueError(
-            f"`{name}` has format {str(found)[:100]!r}, and this version of hf_aselect reads formats up to {FORMAT}. "
+            f"`{name}` has format {str(found)[:100]!r}, but this version of hf_aselect reads formats up to {FORMAT}. "
             "Upgrade it: pip install -U hf_aselect."
         )
 
@@ -49,7 +49,7 @@ def plain(value: Any) -> Any:
 
 def hint_of(name: Any) -> str:
     """Return what to do where a configuration of diffusers has no `_class_name`."""
-    return "" if name else " Give the object itself: the `config` of one that was made has no name of its class in it."
+    return "" if name else " Pass the object itself, because the `config` of an object has no class name."
 
 
 def record_of(part: Any) -> Any:
@@ -76,7 +76,7 @@ def parse_tap_key(key: str) -> Tap:
     # Digits of ASCII, and so few that `int` takes them.
     found = re.fullmatch(r"(-1|0|[1-9][0-9]{0,5})\.([a-z]+)", str(key))
     if found is None or found[2] not in FEATURES:
-        raise ValueError(f"A tap must be named 'BLOCK.FEATURE', as '9.hidden', got {key!r}.")
+        raise ValueError(f"A tap must be named 'BLOCK.FEATURE', such as '9.hidden', got {key!r}.")
     return int(found[1]), found[2]
 
 
@@ -227,15 +227,15 @@ class FoldedLayout:
         """
         self._check(_is_timestep, "an integer in [0, 1000)", "timestep")
         are_others = all(map(_is_timestep, self.others)) and len({self.timestep, *self.others}) == 1 + len(self.others)
-        self._check(lambda _: are_others, "other integers in [0, 1000), each once,", "others")
+        self._check(lambda _: are_others, "other, distinct integers in [0, 1000)", "others")
         sizes = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "mlp_size", "rows", "columns")
-        self._check(lambda value: _is_count(value) and value > 0, "an integer from 1 on", *sizes, "position_base_size")
+        self._check(lambda value: _is_count(value) and value > 0, "a positive integer", *sizes, "position_base_size")
         counts = ("num_key_value_heads", "num_refiners", "num_cross_tokens", "num_cross_heads", "cross_size")
-        self._check(_is_count, "an integer from 0 on", *counts, "position_table_size", "text_size", "num_joint_blocks")
+        self._check(_is_count, "an integer >= 0", *counts, "position_table_size", "text_size", "num_joint_blocks")
         self._check(_is_number, "a number", "attention_norm_eps", "mlp_norm_eps", "position_scale", "rotary_theta")
-        self._check(lambda value: value is None or _is_number(value), "a number, or none,", "query_key_norm_eps")
+        self._check(lambda value: value is None or _is_number(value), "a number, or None,", "query_key_norm_eps")
         flags = ("is_size_fixed", "is_text_first", "is_text_placed")
-        self._check(lambda value: isinstance(value, bool), "true or false", *flags)
+        self._check(lambda value: isinstance(value, bool), "True or False", *flags)
         self._check(lambda values: all(map(_is_count, values)), "integers", "dual_attention_blocks", "rotary_sizes")
         for name, known in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("blocks", BLOCKS)):
             self._check(known.__contains__, f"one of {', '.join(known)}", name)
@@ -277,14 +277,16 @@ class FoldedLayout:
         values = {name: value for name, value in values.items() if name != "format"}
         names = {field.name for field in fields(cls)}
         if unknown := sorted(map(str, values.keys() - names)):
-            raise ValueError(f"`folded_layout` has no {', '.join(unknown)}; hf_aselect wrote another version of it.")
+            raise ValueError(
+                f"`folded_layout` has unknown keys {', '.join(unknown)}, from another version of hf_aselect."
+            )
         lists = {name: value for name, value in values.items() if name in _LISTS}
         if wrong := [name for name, value in lists.items() if not isinstance(value, list | tuple)]:
             raise ValueError(f"`folded_layout` must have lists as {', '.join(wrong)}.")
         try:
             return cls(**{**values, **{name: tuple(value) for name, value in lists.items()}})
         except TypeError as error:
-            raise ValueError(f"`folded_layout` is not whole ({error}).") from error
+            raise ValueError(f"`folded_layout` is incomplete ({error}).") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in JSON's types."""

@@ -45,7 +45,7 @@ from .configuration_aselect import (
     refuse_unknown_keywords,
     without_code,
 )
-from .denoiser import as_if_called, grid_of, placement, with_own_weights, zero_channels
+from .denoiser import as_if_called, grid_of, placement, zero_channels
 from .denoisers import build_denoiser, build_vae_encoder
 from .heads import (
     SAVED_NAMES,
@@ -88,7 +88,7 @@ def package(module: str, what: str | None = None) -> Any:
             raise
         if what is None:
             return None
-        raise ImportError(f"{what} needs the package hf_aselect: pip install hf_aselect") from error
+        raise ImportError(f"{what} needs hf_aselect: pip install hf_aselect") from error
 
 
 class TokenReader(PreTrainedModel):
@@ -161,7 +161,7 @@ class TokenReader(PreTrainedModel):
         check_floats("latents", latents)
         draw = plain(draw)
         if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
-            raise ValueError(f"`draw` must be an integer from 0 on, got {draw!r}.")
+            raise ValueError(f"`draw` must be an integer >= 0, got {draw!r}.")
         noise = self._base().noise(tuple(latents.shape[1:]), draw)
         return self.noise_schedule.add_noise(latents, noise, timestep)
 
@@ -251,13 +251,14 @@ class TokenReader(PreTrainedModel):
         """Return tokens, (B, N, D), at each of `taps`, of noised latents, (B, C, h, w), at timesteps, (B,), or one."""
         denoiser = self._base().denoiser
         read = partial(denoiser.read_taps, noised_latents.to(self.dtype), timesteps, taps)
-        tokens: dict[Tap, Tensor] = with_own_weights(denoiser, read)
+        # It is not called, and may have weights of its own.
+        tokens: dict[Tap, Tensor] = as_if_called(denoiser, read)
         return tokens
 
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
         """Return clean latents: those given, or those of the images."""
         if (pixel_values is None) == (latents is None):
-            raise ValueError("Give exactly one of `pixel_values` and `latents`.")
+            raise ValueError("Pass exactly one of `pixel_values` and `latents`.")
         if latents is None:
             return self.encode(pixel_values)  # type: ignore[arg-type]
         check_latents(latents, self.config.layout)
@@ -414,8 +415,8 @@ class ShareableModel(TokenReader):
         """
         facts.pop("use_temp_dir", None)  # of transformers 4, as is the next one
         if not facts.pop("safe_serialization", True):
-            raise ValueError("`safe_serialization=False` asks for pickled weights, which are never written.")
-        hub = package("hub.push", "A card with facts of its own" if facts else None)
+            raise ValueError("`safe_serialization=False` is not supported: weights are only saved as safetensors.")
+        hub = package("hub.push", "A model card with facts" if facts else None)
         commit: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
         where: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
         if hub is not None:
@@ -565,8 +566,9 @@ class ASelectPreTrainedModel(ShareableModel):
             return with_adapter
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("`use_safetensors=False` asks for pickled weights, which are never unpickled.")
+            raise ValueError("`use_safetensors=False` is not supported, because pickles can run any code. Omit it.")
         replace_head = kwargs.pop("ignore_mismatched_sizes", False)
+        is_checked = kwargs.get("check_layout", True)
         is_diffusers = _take_source(source, kwargs)
         options: Any = {"output_loading_info": True, "use_safetensors": True}  # never unpickle
         options["ignore_mismatched_sizes"] = True  # checked below, where the error can say what to do
@@ -581,9 +583,11 @@ class ASelectPreTrainedModel(ShareableModel):
                 model.name_or_path = model._base().name_or_path = model.config.name_or_path = str(source)
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
+        if is_diffusers and is_checked:
+            check = package("checkpoints.layout_check", "Checking a layout").compare_layouts
+            if check(model, calibration_images) and model.config.timestep != "auto" and not model._standardizations():
+                calibration_images = None  # that was all that they were for
         model._settle_timestep(calibration_images, info)
-        if is_diffusers and calibration_images is not None:
-            package("checkpoints.layout_check", "Checking a layout").check_layout(model, calibration_images)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
@@ -732,8 +736,8 @@ class ASelectPreTrainedModel(ShareableModel):
             return
         if config.zeroed_channels == "auto":
             raise ValueError(
-                f"`zeroed_channels='auto'` are found with the timestep, which is fixed at {config.timestep}. Pass "
-                "`timestep='auto'`, or name the channels."
+                f"`zeroed_channels='auto'` needs `timestep='auto'`, but the timestep is fixed at {config.timestep}. "
+                "Pass `timestep='auto'`, or list the channels."
             )
         if not config.is_selection_in_use():
             config.selection = None
@@ -787,7 +791,7 @@ class ASelectPreTrainedModel(ShareableModel):
             if id(module) not in set.intersection(*unused)
         ]
         if not found:
-            raise ValueError(f"`names` must be ends of names of layers up to the tap, got {list(names)}.")
+            raise ValueError(f"`names` must be suffixes of the names of layers up to the tap, got {list(names)}.")
         return found
 
     def fold(self) -> Self:
@@ -816,7 +820,7 @@ class ASelectPreTrainedModel(ShareableModel):
 def _take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> bool:
     """Put what diffusers saved, if it did, into the keywords of `from_pretrained`; return whether it did."""
     needed = source is not None and is_of_diffusers(source)
-    loading = package("checkpoints.loading", "Loading what diffusers saved" if needed else None)
+    loading = package("checkpoints.loading", "Loading a diffusers checkpoint" if needed else None)
     if loading is not None and loading.take_source(source, kwargs):
         return True
     if source is not None:
@@ -841,13 +845,13 @@ def _explained(source: Any) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"The weights in {str(source)!r} are truncated or no safetensors ({error}). Save or download them again."
+            f"The weights in {str(source)!r} are truncated or not safetensors ({error}). Save or download them again."
         ) from error
     except TypeError as error:
         # transformers passes keywords that it does not know on to the model's `__init__`.
         found = set(re.findall(r"unexpected keyword argument '(\w+)'", str(error)))
         if found & TAKEN:
-            raise ValueError(f"Give {', '.join(found)} in `config=`, which says all that a keyword would.") from error
+            raise ValueError(f"Set {', '.join(found)} in `config=` instead of passing keywords beside it.") from error
         refuse_unknown_keywords(found)
         raise
 
@@ -867,19 +871,19 @@ def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
     """Reject what `forward` would ignore though it is meant: a timestep or tap, and misspelt images or labels."""
     if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "read_out", "num_noise_draws"}):
         raise ValueError(
-            f"`forward` reads at the configuration's timestep and tap and takes no {', '.join(named)}. Set them in "
-            "`model.config`, or call `extract_features`, which takes them."
+            f"`forward` reads the timestep and tap of the configuration, and takes no {', '.join(named)}. Set them "
+            "in `model.config`, or call `extract_features`, which takes them."
         )
     if kwargs.get("output_attentions"):
         raise ValueError(
-            "`output_attentions=True` asks for attention weights, which are never returned: most kernels do not make "
-            "them. Leave it out; what attention yields is read with `feature='attention'`."
+            "`output_attentions=True` is not supported, because most attention kernels return no weights. Omit it; "
+            "`feature='attention'` reads the output of attention."
         )
     if masks := [name for name in ("attention_mask", "bool_masked_pos") if kwargs.get(name) is not None]:
-        raise ValueError(f"`{masks[0]}` masks tokens, and all are read here. Leave it out.")
+        raise ValueError(f"`{masks[0]}` is not supported, because all tokens are read. Omit it.")
     for name in () if torch.compiler.is_compiling() else kwargs:
         if near := get_close_matches(name, ("labels", "pixel_values", "latents", "features"), n=1, cutoff=0.8):
-            hint = f"did you mean `{near[0]}`?" if near[0] != name else "models with a head have it"
+            hint = f"did you mean `{near[0]}`?" if near[0] != name else "only models with a head take it"
             raise ValueError(f"`forward` has no `{name}` ({hint}).")
 
 
@@ -900,14 +904,14 @@ class DiTModel(ASelectPreTrainedModel):
     """
 
     schedule: NoiseSchedule
-    denoiser: Any  # one of the families of `denoisers`
+    denoiser: Any  # a `Denoiser` or a `FoldedTransformer`
     vae: Any  # diffusers is imported when a VAE is built, not here
 
     def __init__(self, config: ASelectConfig, add_pooling_layer: bool = False, use_mask_token: bool = False) -> None:
         if add_pooling_layer:
-            raise ValueError("`add_pooling_layer=True` adds nothing: `pooler_output` is the mean of the tokens.")
+            raise ValueError("`add_pooling_layer=True` is not supported: `pooler_output` is the mean of the tokens.")
         if use_mask_token:
-            raise ValueError("`use_mask_token=True` is for masked images, which are none of what is read here.")
+            raise ValueError("`use_mask_token=True` is not supported, because images cannot be masked. Omit it.")
         super().__init__(config)
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
@@ -916,8 +920,8 @@ class DiTModel(ASelectPreTrainedModel):
             self.vae.float()  # in half precision, too, where the model is built of its configuration
         if not config.folded and config._attn_implementation not in (None, "sdpa"):
             logger.warning(
-                "`attn_implementation=%r` is of no account here: diffusers' blocks run kernels of their own. The "
-                "blocks of a folded model (`model.fold()`) run transformers'.",
+                "`attn_implementation=%r` is ignored: diffusers' blocks use their own attention kernels. Folded "
+                "models (`model.fold()`) support it.",
                 config._attn_implementation,
             )
         # Made before a graph is compiled or exported, which would have no generator in it.

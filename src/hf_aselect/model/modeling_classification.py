@@ -100,7 +100,7 @@ class DiTForImageClassification(ASelectPreTrainedModel):
         inputs = {"pixel_values": pixel_values, "features": features, "latents": latents}
         names = [name for name, given in inputs.items() if given is not None]
         if len(names) != 1:
-            raise ValueError("Give exactly one of `pixel_values`, `features` and `latents`.")
+            raise ValueError("Pass exactly one of `pixel_values`, `features` and `latents`.")
         if names[0] != self.main_input_name and not torch.compiler.is_compiling():
             # By this name Trainer hands inputs to metrics (`include_for_metrics`).
             self.main_input_name = names[0]

@@ -257,8 +257,8 @@ class DiTForSemanticSegmentation(ASelectPreTrainedModel):
         num_labels, ignored = int(config.num_labels or 0), config.semantic_loss_ignore_index
         if 0 <= ignored < num_labels:
             logger.warning_once(
-                f"Class {ignored} of {num_labels} is left out of the loss, and never learned: it is "
-                "`semantic_loss_ignore_index`, by default 255. Pass a value that no class has, as 65535."
+                f"Class {ignored} of {num_labels} is never learned, because it is `semantic_loss_ignore_index` (255 "
+                "by default). Set that to a value that no class has, such as 65535."
             )
         self.decode_head: LinearDecoder | UperNetDecoder
         if config.decoder == "linear":

@@ -29,7 +29,7 @@ MIN_POWER = 1e-20
 # A grid of timesteps goes no further: beyond, noise is finer than the steps of 8-bit images, or hides all of them.
 # DDPM's linear schedule runs from 9.2 to -10.1.
 MAX_LOG_SNR = 10.2
-_OTHER_LENGTH = "Pass as `scheduler=` the one of 1000 that the transformer was trained with; others cannot be read."
+_OTHER_LENGTH = "Pass the scheduler with 1000 timesteps that the transformer was trained with as `scheduler=`."
 
 
 class NoiseSchedule:
@@ -96,7 +96,7 @@ class NoiseSchedule:
         if shift is None:
             return cls(1 - sigmas, sigmas)
         if not 1e-6 <= shift <= 1e6:  # far beyond what moves all timesteps to one end
-            raise ValueError(f"`shift` of a flow-matching scheduler must be above 0, got {shift}; in [1e-6, 1e6].")
+            raise ValueError(f"`shift` of a flow-matching scheduler must be in [1e-6, 1e6], got {shift}.")
         # diffusers' `set_timesteps(1000)` spaces evenly down to a least sigma that is shifted already, and shifts all.
         least = float(_shifted(torch.tensor(1 / NUM_TIMESTEPS, dtype=torch.float64, device="cpu"), shift))
         even = torch.linspace(1, least, NUM_TIMESTEPS, dtype=torch.float64, device="cpu")
@@ -121,9 +121,7 @@ class NoiseSchedule:
         name = config.get("_class_name")
         for field in ("shift", "beta_start", "beta_end", "boundary_ratio"):
             if not is_finite_number(config.get(field, 1.0)):
-                raise ValueError(
-                    f"`{field}` of the scheduler must be a number, got {short(config[field])}; a finite one."
-                )
+                raise ValueError(f"`{field}` of the scheduler must be a finite number, got {short(config[field])}.")
         if (trained := config.get("trained_betas")) is not None:
             if not isinstance(trained, list | tuple):
                 raise ValueError(f"`trained_betas` of the scheduler must be a list, got {trained!r}.")
@@ -138,8 +136,8 @@ class NoiseSchedule:
             raise ValueError(f"{wanted} {_OTHER_LENGTH}")
         if config.get("invert_sigmas"):
             raise ValueError(
-                "`invert_sigmas=True` of the scheduler turns the transformer's time around, and such transformers are "
-                "not supported. If yours was not trained so, pass `scheduler=` without it."
+                "`invert_sigmas=True` of the scheduler reverses the direction of time, which is not supported. If "
+                "the transformer was not trained that way, pass `scheduler=` without it."
             )
         if is_flow_matching(config):
             # FLUX's shift depends on the image's size, and how many-step solvers space their sigmas is their own. What
@@ -235,8 +233,8 @@ class NoiseSchedule:
     def _known_sampled(self) -> Tensor:
         if self.sampled is None:
             raise ValueError(
-                "The timesteps of this scheduler depend on the image's size or on the solver, so an index stands "
-                "for none of its own. Name the noise level by `timestep_at(log_snr)` or `timestep_at_sigma(sigma)`."
+                "The timesteps of this scheduler depend on the image size or the solver, so an index does not "
+                "identify a noise level. Use `timestep_at(log_snr)` or `timestep_at_sigma(sigma)`."
             )
         return self.sampled
 
@@ -275,7 +273,7 @@ class NoiseSchedule:
         """
         num = plain(num)
         if isinstance(num, bool) or not isinstance(num, int) or num < 1:
-            raise ValueError(f"`num` must be an integer from 1 on, got {num!r}.")
+            raise ValueError(f"`num` must be a positive integer, got {num!r}.")
         first, last = self.log_snr(torch.tensor([0, self.num_trained - 1])).tolist()
         # Neither pure noise nor an untouched image has a finite log-SNR.
         levels = torch.linspace(min(first, MAX_LOG_SNR), max(last, -MAX_LOG_SNR), num)
@@ -302,7 +300,9 @@ class NoiseSchedule:
             noised: Tensor = alpha * latents.float() + sigma * noise.to(latents.device).float()
             return noised.to(latents.dtype)
         if timesteps.numel() not in (1, len(latents)):
-            raise ValueError(f"Got {timesteps.numel()} timesteps for {len(latents)} latents; give one, or one each.")
+            raise ValueError(
+                f"`timesteps` must have one value, or one for each of {len(latents)} latents, got {timesteps.numel()}."
+            )
         alpha = self.alpha(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         sigma = self.sigma(timesteps).float().to(latents.device).view(-1, 1, 1, 1)
         return (alpha * latents.float() + sigma * noise.to(latents.device).float()).to(latents.dtype)
@@ -383,7 +383,7 @@ def _betas(config: dict[str, Any]) -> Tensor:
         return torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64)
     if kind == "scaled_linear":
         if min(start, end) < 0:
-            raise ValueError(f"`beta_start` and `beta_end` of the scheduler must be from 0 on, got {start} and {end}.")
+            raise ValueError(f"`beta_start` and `beta_end` of the scheduler must be >= 0, got {start} and {end}.")
         return torch.linspace(start**0.5, end**0.5, NUM_TIMESTEPS, dtype=torch.float64).square()
     if kind == "sigmoid":
         sigmoid = torch.linspace(-6, 6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid()

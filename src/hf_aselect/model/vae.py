@@ -81,15 +81,15 @@ def check_vae(vae: dict[str, Any] | None) -> None:
     name = vae.get("_class_name")
     if not isinstance(name, str) or name not in VAE_KINDS:
         raise ValueError(
-            f"Unsupported VAE {name!r}; supported are {', '.join(VAE_KINDS)}. Pass `vae=None` to give latents, "
-            f"normalised as the VAE's pipeline does, in place of images.{hint_of(name)}"
+            f"Unsupported VAE {name!r}; supported are {', '.join(VAE_KINDS)}. Pass `vae=None` to use latents, "
+            f"normalised as in the VAE's pipeline, instead of images.{hint_of(name)}"
         )
     kind = VAE_KINDS[name]
     needed = [kind.levels, *([] if kind.default_channels else [kind.image_channels])]
     needed += [kind.latent_channels, "latents_mean", "latents_std"] if kind.normalize is _by_channel else []
     if missing := [field for field in needed if vae.get(field) is None]:
         raise ValueError(
-            f"`vae` lacks {', '.join(missing)}: give the VAE itself, or the whole configuration that diffusers saved."
+            f"`vae` lacks {', '.join(missing)}. Pass the VAE itself, or the whole configuration saved by diffusers."
         )
     levels = vae[kind.levels]
     if not isinstance(levels, list | tuple):
@@ -97,15 +97,15 @@ def check_vae(vae: dict[str, Any] | None) -> None:
     for field in (kind.image_channels, kind.latent_channels, "patch_size" if kind.is_video else ""):
         size = vae.get(field)
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_SIZE):
-            raise ValueError(f"`{field}` of the `vae` must be an integer from 1 on, got {short(size)}.")
+            raise ValueError(f"`{field}` of `vae` must be a positive integer, got {short(size)}.")
     if not 1 <= len(levels) <= _MAX_LEVELS:
         raise ValueError(
-            f"`{kind.levels}` of the `vae` must have 1 to {_MAX_LEVELS} entries, one a resolution, got {len(levels)}."
+            f"`{kind.levels}` of `vae` must have 1 to {_MAX_LEVELS} entries, one per resolution, got {len(levels)}."
         )
     if image_channels_of(vae) < 1 or (kind.packing > 1 and vae.get("patch_size") not in (None, [2, 2], (2, 2))):
         raise ValueError(
-            "`patch_size` of the `vae` must be one that its channels are made of, 2 × 2 in an AutoencoderKLFlux2, "
-            f"got {short(vae.get('patch_size'))}. Save or download the checkpoint again."
+            "`patch_size` of `vae` does not fit its channels (an AutoencoderKLFlux2 has 2 × 2), got "
+            f"{short(vae.get('patch_size'))}. Save or download the checkpoint again."
         )
     _check_normalization(vae, kind)
 
@@ -119,24 +119,22 @@ def _check_normalization(vae: dict[str, Any], kind: VAEKind) -> None:
             # In float32 less is nothing.
             if not is_list or (field == "latents_std" and min(map(abs, values)) < 1e-30):
                 raise ValueError(
-                    f"`{field}` of the `vae` must be a list of {count} numbers, one for each channel of the latents, "
-                    f"got {short(values)}; finite, and deviations not 0."
+                    f"`{field}` of `vae` must be a list of {count} finite numbers, one per latent channel, standard "
+                    f"deviations not 0, got {short(values)}."
                 )
         return
     if not is_finite_number(vae.get("batch_norm_eps", 1e-4)) or vae.get("batch_norm_eps", 1e-4) < 0:
-        raise ValueError(
-            f"`batch_norm_eps` of the `vae` must be a number from 0 on, got {short(vae['batch_norm_eps'])}."
-        )
+        raise ValueError(f"`batch_norm_eps` of `vae` must be a number >= 0, got {short(vae['batch_norm_eps'])}.")
     if not is_finite_number(vae.get("scaling_factor", 1.0)) or not vae.get("scaling_factor", 1.0):
         raise ValueError(
-            f"`scaling_factor` of the `vae` must be a number, got {short(vae['scaling_factor'])}; finite and not 0."
+            f"`scaling_factor` of `vae` must be a finite number other than 0, got {short(vae['scaling_factor'])}."
         )
     if not is_finite_number(vae.get("shift_factor") or 0):
-        raise ValueError(f"`shift_factor` of the `vae` must be a finite number, got {short(vae['shift_factor'])}.")
+        raise ValueError(f"`shift_factor` of `vae` must be a finite number, got {short(vae['shift_factor'])}.")
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ValueError(
-            f"A {vae['_class_name']} with `latents_mean` and `latents_std` is not supported: none of the supported "
-            "transformers was trained on its latents when they were scaled channel by channel."
+            f"A {vae['_class_name']} with `latents_mean` and `latents_std` is not supported, because no supported "
+            "transformer was trained on latents scaled channel by channel."
         )
 
 

@@ -33,8 +33,8 @@ def settle(model: Any, images: Any) -> None:
     if selection.pictures == "generated":
         # Scripts for any model of transformers have no word for calibration images.
         logger.warning(
-            "The timestep was open: %s is selected on images that the transformer made itself. To select on your own "
-            "first: `hf-aselect select %s --images FOLDER --output SELECTED`, and load SELECTED.",
+            "Selected timestep %s on images that the transformer generated. To select it on your own images first, "
+            "run `hf-aselect select %s --images FOLDER --output SELECTED` and load SELECTED.",
             selection.timestep,
             model.config.name_or_path or "SOURCE",
         )
@@ -67,7 +67,7 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
     if not model._standardizations():
         why = f"a {type(model).__name__} has no head that standardizes its features"
     elif not config.standardize_features:
-        why = "with `standardize_features=False` nothing else is done with them"
+        why = "`standardize_features=False` leaves no other use for them"
     elif not (is_new or is_moved):
         how = (
             "with the statistics that it has" if config.standardized_grid else "on features that are not standardized"
@@ -75,20 +75,20 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
         why = f"the head was trained {how}"
     if images is not None and why is not None:
         raise ValueError(
-            f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
-            f"to select it again, or leave the images out: {why}."
+            f"`calibration_images` were given, but the timestep is fixed at {config.timestep}. Pass "
+            f"`timestep='auto'` to select it again, or omit the images: {why}."
         )
     if images is not None:
         model.standardize(images)
     elif why is None and is_moved and not is_new:
         logger.warning(
-            "The statistics that the head's features were standardized by are of another timestep or tap, and are "
-            "left out. Pass `calibration_images=`, or call `model.standardize(images)`, and train the head again."
+            "Removed the feature statistics, because they belong to another timestep or tap. Pass "
+            "`calibration_images=` or call `model.standardize(images)`, and train the head again."
         )
     elif why is None and config.standardized_grid is None:
         logger.info(
-            "The features of the new head are not standardized, and at a large timestep it learns little from them as "
-            "they are. Pass `calibration_images=`, or call `model.standardize(images)`, before it is trained."
+            "The features of the new head are not standardized, so that it may learn little at a large timestep. "
+            "Pass `calibration_images=`, or call `model.standardize(images)`, before you train it."
         )
 
 
@@ -103,8 +103,8 @@ def warn_of_unknown_channels(model: Any) -> None:
     ]
     if unsaid:
         logger.warning(
-            "In a transformer of %d channels a few may dwarf all others, and none is set to zero in %s. Select the "
-            "timestep (`timestep='auto'`), which detects them, or pass `zeroed_channels=`, `[]` for none.",
+            "In a transformer of %d channels a few channels may dwarf all others, and none is set to zero in %s. "
+            "Pass `timestep='auto'`, which detects them, or `zeroed_channels=` (`[]` for none).",
             model.config.hidden_size,
             ", ".join(unsaid),
         )
@@ -117,12 +117,12 @@ def standardize(model: Any, images: Any, max_images: int) -> None:
     config, heads = model.config, model._standardizations()
     check_count("max_images", max_images)
     if not heads:
-        raise ValueError(f"A {type(model).__name__} has no head: its tokens stay as they are.")
+        raise ValueError(f"A {type(model).__name__} has no head, so there are no features to standardize.")
     if not config.standardize_features:
-        raise ValueError("`config.standardize_features` is False: set it to True to standardize features.")
+        raise ValueError("`config.standardize_features` is False. Set it to True before you call `standardize`.")
     if config.folded:
         raise ValueError(
-            "This model is folded. Standardize the features of the model it was folded from, and fold it."
+            "A folded model cannot be standardized. Standardize the model it was folded from, and fold it again."
         )
     config.resolved_timestep()
     base, read_outs = model._base(), model._base().read_outs()
@@ -132,7 +132,7 @@ def standardize(model: Any, images: Any, max_images: int) -> None:
     with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
         moments, grid = read_moments(reader, read_outs, max_images, Share.of_model(model))
     if (count := moments[read_outs[0]].count) < 2:
-        raise ValueError(f"Features are standardized by what differs between images: give at least 2, got {count}.")
+        raise ValueError(f"`images` must hold at least 2 images to standardize features, got {count}.")
     statistics = statistics_of(config, moments, read_outs, grid)
     model._set_standardization([concatenated_statistics(statistics, stage) for stage in base.stages()])
 
@@ -148,7 +148,7 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
     """
     # By what it has: a checkpoint's own code and the package have a class each.
     if not hasattr(selection, "selected") or not hasattr(selection, "to_dict"):
-        raise ValueError(f"`selection` must be what `select_timestep` returned, got {type(selection).__name__}.")
+        raise ValueError(f"`selection` must be a result of `select_timestep`, got {type(selection).__name__}.")
     model = unwrapped(model)
     config, base = model.config, model._base()
     tap, taps, before = (selection.block, selection.feature), config.taps(), base.read_outs()
@@ -188,7 +188,7 @@ def _of_other_width(selection: TimestepSelection, config: ASelectConfig, new: AS
     if len(new.read_outs()) > 1 or config.num_timesteps > 1:
         where = f"timestep {new.timestep} alone" if len(selection.selected) == 1 else f"timesteps {new.timestep}"
         return (
-            f"The head reads tokens of {config.feature_size} channels, and at {where} its taps have "
+            f"The head reads tokens of {config.feature_size} channels, but the taps at {where} have "
             f"{new.feature_size}. Load the model with `timestep={new.timestep}` and a new head."
         )
     return (
@@ -207,12 +207,11 @@ def _standardize_as(model: Any, selection: TimestepSelection, is_elsewhere: bool
     elif config.standardized_grid is not None and is_elsewhere:
         model._set_standardization(None)
         logger.warning(
-            "The statistics that the head's features were standardized by are of another timestep or tap, and are "
-            "removed: this record of a selection brings none, like all that were saved. Call "
-            "`model.standardize(images)`, and train the head again."
+            "Removed the feature statistics, because they belong to another timestep or tap, and a saved selection "
+            "has none. Call `model.standardize(images)`, and train the head again."
         )
     elif config.standardized_grid is None and config.standardize_features:
         logger.info(
-            "The head's features are not standardized: this record of a selection brings no statistics. Call "
-            "`model.standardize(images)` before the head is trained."
+            "The head's features are not standardized, because a saved selection has no feature statistics. Call "
+            "`model.standardize(images)` before you train the head."
         )

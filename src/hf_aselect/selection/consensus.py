@@ -30,8 +30,8 @@ NUM_JOINT = 2**10
 # Strengths of the ridge as shares of the mean eigenvalue of the standardised features' covariance.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 1))
 NO_DIFFERENCE = (
-    "The images do not differ, or the first of them do not, and a timestep is selected by what differs. Give others, "
-    "or in another order."
+    "The images, or the first of them, are all the same, and the timestep is selected by how images differ. Pass "
+    "different images, or shuffle them."
 )
 # In float64 at once.
 NUM_TOGETHER = 2**11
@@ -309,7 +309,9 @@ def leading_directions(target_moments: Tensor) -> Tensor:
         return torch.full((len(target_moments), 1), torch.nan, dtype=torch.float64)
     count = float(target_moments[0, 0])
     if count < 2:
-        raise ValueError("One image is too few: a timestep is selected by what differs from image to image.")
+        raise ValueError(
+            "`images` must hold at least 2 images, because the timestep is selected by how images differ; got 1."
+        )
     mean = target_moments[0, 1:] / count
     values, vectors = torch.linalg.eigh(_centred(target_moments))
     # One reference alone adds some hundredths.

@@ -154,7 +154,7 @@ class SignalHFR:
     def __post_init__(self) -> None:
         """Reject a single draw, which agrees with itself in everything."""
         if self.num_draws < 2:
-            raise ValueError(f"`num_draws` of 'signal_hfr' must be 2 or more, got {self.num_draws}.")
+            raise ValueError(f"`num_draws` of 'signal_hfr' must be at least 2, got {self.num_draws}.")
 
     def measure(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Return each image's high and whole power of the signal, and whole power of the noisy features, (B, 3)."""
@@ -317,11 +317,11 @@ class Consensus:
             )
         if type(self.num_targets) is not int or self.num_targets < NUM_COMPONENTS:
             raise ValueError(
-                f"`num_targets` of 'consensus' must be an integer from {NUM_COMPONENTS} on, got {self.num_targets!r}."
+                f"`num_targets` of 'consensus' must be an integer >= {NUM_COMPONENTS}, got {self.num_targets!r}."
             )
         weight = self._region_weight
         if not is_finite_number(weight) or weight < 0:
-            raise ValueError(f"`region_weight` of 'consensus' must be a number from 0 on, got {weight!r}.")
+            raise ValueError(f"`region_weight` of 'consensus' must be a number >= 0, got {weight!r}.")
 
     def for_head(self, head: str) -> "Consensus":
         """Return this with the pooling that suits a head, "linear" or "attention", and with its weight of regions.

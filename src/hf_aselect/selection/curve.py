@@ -45,7 +45,7 @@ class TimestepCurve:
         found += [self._flat_warning(more, remedy), self._peaks_warning(remedy)]
         if self.confidence < wanted:
             found.append(
-                f"its confidence is {self.confidence:.2f}, below {wanted:.2f}: other images may give another "
+                f"its confidence is {self.confidence:.2f}, below {wanted:.2f}, so other images may give another "
                 f"timestep. Use {more}, or {remedy}."
             )
         return [text for text in found if text]
@@ -73,8 +73,8 @@ class TimestepCurve:
         return (
             f"it lies at the {'noisy' if best else 'clean'} edge of the grid"
             + (", and the curve only rises toward it: " if steady else ": ")
-            + ("the criterion may measure noise alone" if best else "the criterion may see only what noise takes")
-            + f". Compare it with a timestep inside the range by {remedy}."
+            + ("the criterion may measure only noise" if best else "the criterion may see only what noise removes")
+            + f". Compare it with a timestep inside the range, using {remedy}."
         )
 
     def _higher_warning(self, remedy: str) -> str:
@@ -83,16 +83,16 @@ class TimestepCurve:
         if highest == self.best[1]:
             return ""
         return (
-            f"timestep {self.timesteps[highest]} scores higher on all images together, but fewer draws of them "
-            f"select near it. Compare both by {remedy}."
+            f"timestep {self.timesteps[highest]} scores higher on all images together, but fewer bootstrap resamples "
+            f"select a timestep near it. Compare both, using {remedy}."
         )
 
     def _flat_warning(self, more: str, remedy: str) -> str:
         if not self._is_flat:
             return ""
         return (
-            f"the curve is flat: {len(self._reached)} of {len(self.timesteps)} timesteps cannot be told apart. "
-            f"Any of them may serve; {more} or {remedy} may decide."
+            f"the curve is flat: {len(self._reached)} of {len(self.timesteps)} timesteps cannot be told apart, and "
+            f"any of them may do. To decide, use {more} or {remedy}."
         )
 
     def _peaks_warning(self, remedy: str) -> str:
@@ -100,8 +100,8 @@ class TimestepCurve:
         if not peaks or self._is_flat:
             return ""
         return (
-            f"the curve has other peaks as high, at {', '.join(map(str, peaks))}. "
-            f"Read a finer grid (`timesteps=model.noise_schedule.even_timesteps(40)`), or compare them by {remedy}."
+            f"the curve has other peaks of the same height, at {', '.join(map(str, peaks))}. Score a finer grid "
+            f"(`timesteps=model.noise_schedule.even_timesteps(40)`), or compare them, using {remedy}."
         )
 
     def _is_peak(self, place: int) -> bool:

@@ -44,8 +44,8 @@ def _of_another_kind(model: Any) -> str:
     name = type(model).__name__
     for part, module in vars(model).get("_modules", {}).items():
         if hasattr(type(module), "_read_taps"):
-            return f"A {name} is no model of hf_aselect, but its `{part}` is: pass `model.{part}`."
-    return f"Expected a model of hf_aselect, or one that DDP, FSDP, torch.compile or peft wraps, got {name}."
+            return f"`model` must be an hf_aselect model, got a {name}. Pass its `model.{part}` instead."
+    return f"`model` must be an hf_aselect model, or one wrapped by DDP, FSDP, torch.compile or peft, got a {name}."
 
 
 def is_partitioned(module: Any) -> bool:
@@ -92,8 +92,8 @@ def refuse_flattened(model: Any) -> None:
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in getattr(model, "modules", list)()):
         raise ValueError(
-            "FSDP's first version flattens the weights of this model, so that no features can be read from it here. "
-            "Do this before it is wrapped, or use FSDP2 (`fsdp_version: 2`)."
+            "FSDP version 1 flattens the weights, so that features cannot be read. Call this before the model is "
+            "wrapped, or use FSDP2 (`fsdp_version: 2`)."
         )
 
 

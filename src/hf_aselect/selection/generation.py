@@ -8,11 +8,10 @@ from torch import Tensor
 
 from ..model.checks import NUM_TIMESTEPS
 from ..model.configuration_aselect import ASelectConfig
-from ..model.denoiser import placement, with_own_weights
+from ..model.denoiser import as_if_called, placement
 from ..model.denoisers import _build
 from ..model.layouts import plain
 from ..model.noise_schedule import NoiseSchedule, is_flow_matching
-from .prediction import predict
 from .reader import eval_mode
 
 
@@ -35,8 +34,8 @@ def build_sampler(config: ASelectConfig) -> Any:
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
-            f"Unsupported `prediction_type` {prediction_type!r} of the scheduler; supported for generating are "
-            "epsilon, v_prediction and sample."
+            "`prediction_type` of the scheduler must be epsilon, v_prediction or sample to generate images, got "
+            f"{prediction_type!r}. Pass `images`."
         )
     shares = schedule.alphas_cumprod
     shares_before = torch.cat([shares.new_ones(1), shares[:-1]])
@@ -58,11 +57,11 @@ def generate_for(
     """Return clean latents that a model makes itself; see its `generate_latents`."""
     config = model.config
     if config.folded:
-        raise ValueError("A folded model has no layers to generate with. Use the model it was folded from.")
+        raise ValueError("A folded model cannot generate images. Use the model it was folded from.")
     if model.noise_schedule.num_trained < NUM_TIMESTEPS:
         raise ValueError(
-            "This transformer was trained on little noise alone, and images begin as noise. Give images "
-            "(`calibration_images=`) in place of generated ones."
+            "This transformer was trained only on low noise, so it cannot generate images from pure noise. Pass "
+            "your own images (`calibration_images=`)."
         )
     height, width = (side // config.vae_scale_factor for side in config.image_height_width)
     base, sampler = model._base(), build_sampler(config)
@@ -107,7 +106,7 @@ def generate_latents(
 
     Args:
         denoiser: The transformer, a `Denoiser`.
-        sampler: A deterministic diffusers scheduler, as from `denoisers.build_sampler`.
+        sampler: A deterministic diffusers scheduler, as from `build_sampler`.
         size: Height and width of the latents, multiples of the patch size.
         num_images: How many, at least 1.
         num_steps: Timesteps on the way from noise, a divisor of 1000.
@@ -147,8 +146,8 @@ def generate_latents(
     generated = torch.cat(done)
     if not bool(generated.isfinite().all()):
         raise ValueError(
-            "The diffusion model generated NaN or infinite values: its weights or its scheduler's `prediction_type` "
-            "may be wrong. Use images instead."
+            "The model generated NaN or infinite values: its weights or its scheduler's `prediction_type` "
+            "may be wrong. Pass your own images instead."
         )
     return generated
 
@@ -166,7 +165,7 @@ def _check(num_images: int, num_steps: int, guidance_scale: float, batch_size: i
         )
     if NUM_TIMESTEPS % num_steps:
         # diffusers' DDIM strides by the rounded-down quotient: else it misses its next timestep, or takes one of -1.
-        raise ValueError(f"`num_steps` must divide {NUM_TIMESTEPS} (10, 20 or 50, say), got {num_steps}.")
+        raise ValueError(f"`num_steps` must divide {NUM_TIMESTEPS} (for example 10, 20 or 50), got {num_steps}.")
     if not guidance_scale >= 1:
         raise ValueError(f"`guidance_scale` must be at least 1 (no guidance), got {guidance_scale}.")
 
@@ -202,5 +201,5 @@ def _predict(
         latents = torch.cat([latents, latents])
         labels = torch.cat([labels, torch.full_like(labels, denoiser.num_classes)])
     timesteps = timestep.to(latents.device).expand(len(latents))
-    prediction: Tensor = with_own_weights(denoiser, partial(predict, denoiser, latents, timesteps, labels))
+    prediction: Tensor = as_if_called(denoiser, partial(denoiser.predict, latents, timesteps, labels))
     return prediction

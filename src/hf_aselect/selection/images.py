@@ -82,7 +82,10 @@ class CalibrationPictures:
         if self.images.is_ready:
             labels, shape = torch.as_tensor(mask).long(), torch.as_tensor(image).shape[-2:]
             if labels.shape != shape:
-                raise ValueError(f"A mask has shape {tuple(labels.shape)}, its image {tuple(shape)}.")
+                raise ValueError(
+                    f"A mask has shape {tuple(labels.shape)}, but its image has {tuple(shape)}. Resize the mask to "
+                    "its image."
+                )
         else:
             labels = torch.as_tensor(self.processor([image], [mask])["labels"][0])
         patches = labels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
@@ -120,12 +123,13 @@ class CalibrationPictures:
         try:
             return self.processor(pictures, masks, return_tensors="pt")
         except ValueError:
-            for place, index in enumerate(indices):
+            is_image_wrong = self.processor.num_channels in (1, 3)  # else the model takes none
+            for place, index in enumerate(indices if is_image_wrong else ()):
                 mask = None if masks is None else [masks[place]]
                 try:
                     self.processor([pictures[place]], mask, return_tensors="pt")
                 except ValueError as error:
-                    raise ValueError(f"Image {index} of the set cannot be read: {error}") from error
+                    raise ValueError(f"Image {index} cannot be read: {error}") from error
             raise
 
 
@@ -141,11 +145,14 @@ def check_pixel_values(values: Tensor) -> None:
     """
     if not values.is_floating_point():
         raise ValueError(
-            f"Pixel values must be floating-point numbers in [-1, 1], got {values.dtype}; give PIL images or arrays."
+            f"Pixel values must be floating-point numbers in [-1, 1], got {values.dtype}. Pass PIL images or arrays "
+            "instead."
         )
     if values.ndim != 4:
         raise ValueError(f"Pixel values must have shape (B, C, H, W), got {tuple(values.shape)}.")
     # Rounding in half precision may pass 1 by a little.
     if values.numel() and float(values.abs().max()) > 1.01:
         low, high = float(values.min()), float(values.max())
-        raise ValueError(f"Pixel values must be in [-1, 1], got [{low:g}, {high:g}]; give PIL images, or scale them.")
+        raise ValueError(
+            f"Pixel values must be in [-1, 1], got [{low:g}, {high:g}]. Pass PIL images, or scale the values."
+        )

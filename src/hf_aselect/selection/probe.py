@@ -28,7 +28,7 @@ def ridge_probe_accuracy(
         ValueError: If the shapes do not fit, there is only one class, or a feature is not finite.
     """
     if len(test_features) != len(test_labels):
-        raise ValueError("There must be one label for each row of features.")
+        raise ValueError("`labels` must have one label per row of `features`.")
     predicted = ridge_probe_predictions(train_features, train_labels, test_features)
     return float((predicted == test_labels).double().mean())
 
@@ -50,7 +50,7 @@ def ridge_probe_predictions(train_features: Tensor, train_labels: Tensor, test_f
             f"{tuple(train_features.shape)} and {tuple(test_features.shape)}."
         )
     if len(train_features) != len(train_labels):
-        raise ValueError("There must be one label for each row of features.")
+        raise ValueError("`labels` must have one label per row of `features`.")
     if len(train_labels.unique()) < 2:
         raise ValueError("A probe needs training images of at least 2 classes.")
     train, test = _standardised(train_features, train_features), _standardised(test_features, train_features)
@@ -79,7 +79,7 @@ def leave_one_out_hits(features: Tensor, labels: Tensor) -> Tensor:
     """
     if features.ndim != 2 or len(features) != len(labels):
         raise ValueError(
-            f"There must be one label for each row of features, got shapes {tuple(features.shape)} and "
+            f"`labels` must have one label per row of `features`, got shapes {tuple(features.shape)} and "
             f"{tuple(labels.shape)}."
         )
     # Counted by what is there: the numbers of the classes may be large.
@@ -113,7 +113,7 @@ def held_out_hits(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
     """
     classes, labels = labels.unique(return_inverse=True)
     if len(classes) < 2 or len(folds.unique()) < 2:
-        raise ValueError("A probe needs rows of at least 2 classes, from at least 2 images.")
+        raise ValueError("A probe needs at least 2 classes and at least 2 images.")
     features = _standardised(features, features)
     targets = torch.nn.functional.one_hot(labels.long()).double() * 2 - 1
     offset = targets.mean(0)
@@ -157,8 +157,8 @@ def _standardised(features: Tensor, reference: Tensor) -> Tensor:
     for values in (features, reference):
         if not bool(values.isfinite().all()):
             raise ValueError(
-                "A probe needs features that are finite numbers, got "
-                f"{int((~values.isfinite()).sum())} of {values.numel()} that are not."
+                f"The features of a probe must be finite, got {int((~values.isfinite()).sum())} of {values.numel()} "
+                "values that are NaN or infinite."
             )
     reference = reference.double()
     standardised: Tensor = (features.double() - reference.mean(0)) / reference.std(0).clamp_min(1e-12)

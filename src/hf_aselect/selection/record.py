@@ -125,7 +125,7 @@ class TimestepSelection:
                 kind than `to_dict` writes.
         """
         if not isinstance(record, dict):
-            raise ValueError(f"Not a record of a selection, which is a dictionary, got {type(record).__name__}.")
+            raise ValueError(f"A saved selection must be a dictionary, got {type(record).__name__}.")
         _check_format(record.get("format", 1))
         fields = {name: value for name, value in record.items() if name != "format"}
         _check_names(fields)
@@ -189,11 +189,11 @@ class TimestepSelection:
 
 def _check_format(number: Any) -> None:
     if not _is_integer(number) or number < 1:
-        raise ValueError(f"Not a record of a selection: its `format` must be an integer from 1 on, got {number!r}.")
+        raise ValueError(f"A saved selection must have a positive integer as `format`, got {number!r}.")
     if number > FORMAT:
         raise ValueError(
-            f"This record of a selection has format {number}, and the installed hf_aselect reads formats up to "
-            f"{FORMAT}. Upgrade it: pip install -U hf_aselect"
+            f"This saved selection has format {number}, but the installed hf_aselect reads formats up to {FORMAT}. "
+            "Upgrade it: pip install -U hf_aselect"
         )
 
 
@@ -202,20 +202,26 @@ def _check_names(record: dict[str, Any]) -> None:
     missing = {name for name, kind in known.items() if kind.default is MISSING} - record.keys()
     if missing or record.keys() - known.keys():
         raise ValueError(
-            f"Not a record of a selection: missing {sorted(missing)}, "
-            f"unknown {sorted(map(str, record.keys() - known.keys()))}."
+            f"A saved selection has other fields: missing {sorted(missing)}, unknown "
+            f"{sorted(map(str, record.keys() - known.keys()))}."
         )
 
 
 def _check_values(record: dict[str, Any]) -> None:
     wrong = [name for name, is_right in _FIELDS.items() if name in record and not is_right(record[name])]
     if wrong:
-        raise ValueError(f"Not a record of a selection: {', '.join(wrong)} are not what it has there.")
+        raise ValueError(
+            f"A saved selection has values of another kind in {', '.join(wrong)}. Select the timestep again."
+        )
     count = len(record["timesteps"])
     uneven = [name for name in ("scores", "smoothed", "intervals", "log_snr") if len(record[name]) != count]
     if uneven or record["timestep"] not in record["timesteps"]:
-        why = f"{', '.join(uneven)} are not as many as its timesteps" if uneven else "its timestep was not read"
-        raise ValueError(f"Not a record of a selection: {why}.")
+        why = (
+            f"{', '.join(uneven)} must have one value per timestep"
+            if uneven
+            else ("its timestep is not among `timesteps`")
+        )
+        raise ValueError(f"A saved selection is broken: {why}. Select the timestep again.")
     _check_selected(record)
 
 
@@ -233,8 +239,8 @@ def _check_selected(record: dict[str, Any]) -> None:
     )
     if not is_right:
         raise ValueError(
-            "Not a record of a selection: `selected_timesteps` must be some that were read, each once, its timestep "
-            f"first, with as many `joint_scores`, got {selected} and {scores}."
+            "A saved selection must have distinct scored timesteps as `selected_timesteps`, its `timestep` first, "
+            f"and one of `joint_scores` for each, got {selected} and {scores}."
         )
 
 

@@ -82,7 +82,9 @@ def checked_request(
     masks = _masks(labels, images)
     criterion = suited(criterion, model.config, masks is not None)
     if labels_wanted(criterion) == MASKS and masks is None:
-        raise ValueError("`criterion='patch_probe'` needs masks as `labels`: one class index a pixel of each image.")
+        raise ValueError(
+            "`criterion='patch_probe'` needs masks as `labels`, with one class index per pixel of each image."
+        )
     _check_numbers(max_images, batch_size, confidence, seed)
     taps = _checked_taps(model.config, block, feature, several=compares_taps(criterion))
     grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
@@ -103,8 +105,8 @@ def checked_request(
     )
     if count > (most := len(request.first_timesteps)):
         raise ValueError(
-            f"`num_timesteps` must be at most {most}, the timesteps that are read in any case, got {count}. Name more "
-            "by `timesteps=`."
+            f"`num_timesteps` must be at most {most}, the number of timesteps that are always scored, got {count}. "
+            "Pass more as `timesteps=`."
         )
     return request
 
@@ -115,13 +117,13 @@ def _checked_count(config: ASelectConfig, criterion: Criterion, num_timesteps: i
     check_count("num_timesteps", count)
     if count > 1 and not scores_sets(criterion):
         raise ValueError(
-            "Several timesteps can only be selected by 'consensus', 'probe' or 'patch_probe', which score them "
-            f"together, got `num_timesteps={count}` and {criterion.name!r}."
+            f"`num_timesteps={count}` needs the criterion 'consensus', 'probe' or 'patch_probe', which score "
+            f"timesteps jointly, got {criterion.name!r}."
         )
     if count > 1 and config.read_out is not None:
         raise ValueError(
-            f"`num_timesteps={count}` selects timesteps for all taps, and this model's `read_out` names timesteps and "
-            "taps one by one. Load the model with `read_out=None`, and `block` and `feature` in its place."
+            f"`num_timesteps={count}` selects timesteps for all taps, but this model's `read_out` lists timesteps "
+            "and taps individually. Load the model with `read_out=None`, and pass `block` and `feature` instead."
         )
     return count
 
@@ -147,12 +149,14 @@ def _checked_criterion(criterion: str | Criterion, labels: Any) -> Criterion:
         criterion = CRITERIA[criterion]
     needed = ("name", "num_draws", "first_round", "min_images", "measure", "score")
     if isinstance(criterion, type) or not all(hasattr(criterion, name) for name in needed):
-        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, or such an object, got {criterion!r}.")
+        raise ValueError(
+            f"`criterion` must be one of {', '.join(CRITERIA)}, or a criterion object, got {criterion!r}."
+        )
     if (labels_wanted(criterion) is None) == (labels is not None):
         raise ValueError(
-            "`criterion='probe'` needs `labels`, the class index of each image or the name of their column."
+            "`criterion='probe'` needs `labels`: the class index of each image, or the name of the label column."
             if labels is None
-            else f"`labels` are given, but {criterion.name!r} uses none; did you mean `criterion='probe'`?"
+            else f"`labels` were given, but {criterion.name!r} does not use them. Did you mean `criterion='probe'`?"
         )
     return criterion
 
@@ -172,7 +176,7 @@ def _masks(labels: Any, images: Any) -> Any:
         return None
     if not hasattr(images, "__len__") or len(images) != len(labels):
         raise ValueError(
-            f"There must be a mask for each image, got {len(labels)} masks for "
+            f"`labels` must have one mask per image, got {len(labels)} masks for "
             f"{len(images) if hasattr(images, '__len__') else 'a stream of'} images."
         )
     return labels
@@ -182,28 +186,30 @@ def _checked_labels(labels: Any, images: Any) -> list[int]:
     """Return the class index of each image."""
     if not hasattr(images, "__len__"):
         raise ValueError(
-            "`labels` need a set of images whose size is known, got "
-            f"{'none' if images is None else type(images).__name__}. Of a stream, take a part first: "
+            "`labels` need a set of images of known size, got "
+            f"{'none' if images is None else type(images).__name__}. If it is a stream, take a part of it first: "
             "`datasets.Dataset.from_list(list(stream.take(1000)))`."
         )
     if isinstance(labels, str):
         columns = getattr(images, "column_names", [])
         if labels not in columns:
             raise ValueError(
-                f"`labels` names the column {labels!r}, but the images have "
+                f"`labels` is the column name {labels!r}, but the images have "
                 f"{'the columns ' + ', '.join(columns) if columns else 'no columns'}."
             )
         labels = column_of(images, labels)[:]
     if not hasattr(labels, "__len__"):
-        raise ValueError(f"`labels` must be a list of class indices, one an image, got {type(labels).__name__}.")
+        raise ValueError(f"`labels` must be a list with one class index per image, got {type(labels).__name__}.")
     if len(labels) != len(images):
-        raise ValueError(f"`labels` must name the class of each of {len(images)} images, got {len(labels)} labels.")
+        raise ValueError(
+            f"`labels` must have one class index per image, got {len(labels)} labels for {len(images)} images."
+        )
     try:
         indices = [operator.index(label) for label in labels]
     except TypeError as error:
-        raise ValueError(f"`labels` must be class indices, integers from 0 on: {error}.") from error
+        raise ValueError(f"`labels` must be class indices, integers >= 0: {error}.") from error
     if min(indices, default=0) < 0 or len(set(indices)) < 2:
-        raise ValueError(f"`labels` must be class indices from 0 on, of two classes or more, got {set(indices)}.")
+        raise ValueError(f"`labels` must be class indices >= 0 of at least two classes, got {set(indices)}.")
     return indices
 
 
@@ -218,23 +224,24 @@ def _checked_taps(
     elif isinstance(block, Sequence) and not isinstance(block, str):
         blocks = [config.block_index(each) for each in block]
     else:
-        raise ValueError(f"`block` must be an integer, several of them, or 'auto', got {block!r}.")
+        raise ValueError(f"`block` must be an integer, a list of integers or 'auto', got {block!r}.")
     if feature == "auto":
         features = list(AUTO_FEATURES)
     else:
         if not (feature is None or isinstance(feature, Sequence)):
-            raise ValueError(f"`feature` must be a name, several of them, or 'auto', got {feature!r}.")
+            raise ValueError(f"`feature` must be a name, a list of names or 'auto', got {feature!r}.")
         features = [own_feature] if feature is None else [feature] if isinstance(feature, str) else list(feature)
     taps = list(product(blocks, features))
     for tap in taps:
         config.check_tap(*tap)
     if len(taps) > 1 and not several:
         raise ValueError(
-            "Several blocks or features can only be compared by 'consensus', 'probe' or 'patch_probe': scores of the "
-            f"other criteria say nothing across taps. Name one block and one feature, got {len(taps)} taps."
+            "Several blocks or features can only be compared by 'consensus', 'probe' or 'patch_probe', because the "
+            "scores of other criteria are not comparable across taps. Pass one block and one feature, got "
+            f"{len(taps)} taps."
         )
     if not taps:
-        raise ValueError("Name at least one block and one feature.")
+        raise ValueError("`block` and `feature` must name at least one block and one feature.")
     return taps
 
 
@@ -242,7 +249,7 @@ def _checked_grid(timesteps: Sequence[int]) -> list[int]:
     if not hasattr(timesteps, "__len__"):
         raise ValueError(f"`timesteps` must be a list of integers in [0, 1000), got {timesteps!r}.")
     if not len(timesteps):
-        raise ValueError("`timesteps` must name at least one timestep, got none.")
+        raise ValueError("`timesteps` must name at least one timestep, got an empty list.")
     for timestep in timesteps:
         if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):
             check_timestep(timestep)

@@ -163,11 +163,11 @@ def select_timestep(
 def _check_model(model: ReadableModel, images: Any) -> None:
     if model.config.folded:
         raise ValueError(
-            f"This model was folded at timestep {model.config.timestep}, which is in its weights: there is nothing to "
-            "select. Select with the model it was folded from, then fold that."
+            f"This model was folded at timestep {model.config.timestep}, so there is no timestep to select. Select "
+            "it on the model it was folded from, and fold that again."
         )
     if images is None and is_sharded(model):
-        raise ValueError("A model that FSDP2 shards makes no images of its own: give some as `images`.")
+        raise ValueError("A model sharded by FSDP2 cannot generate images. Pass your own as `images`.")
 
 
 def _sweep_of_given(model: ReadableModel, images: Any, request: Request) -> Sweep:
@@ -179,7 +179,9 @@ def _sweep_of_generated(model: Any, request: Request) -> Sweep:
     count = request.max_images
     num_forwards = count_forwards(count)
     logger.info(
-        "No images to select a timestep from are given: the transformer makes %d, in %d passes.", count, num_forwards
+        "No images were given to select a timestep on, so the transformer generates %d in %d passes.",
+        count,
+        num_forwards,
     )
     # Every process makes all of them.
     # Without guidance: twice as many images for as many passes, as various as those that the model was trained on.
@@ -260,16 +262,16 @@ def _difference_warning(selection: TimestepSelection, is_standardized: bool) -> 
         return ""
     where = "at one of these timesteps" if selection.joint_scores else "there"
     found = (
-        f"the images differ {where} by {share:.2%} of the variance of {selection.feature}, less than "
-        f"{LEAST_DIFFERENCE:.0%}; the rest is what the noise, which is the same for all of them, does to the tokens. "
+        f"the images account {where} for {share:.2%} of the variance of {selection.feature}, less than "
+        f"{LEAST_DIFFERENCE:.0%}; the rest comes from the noise, which is the same for all images. "
     )
     if is_standardized:
         return found + (
-            "A head learns from that because its features are standardized, but only in float32. Half precision "
-            "rounds it away: use a smaller timestep for that."
+            "A head can learn from that because its features are standardized, but only in float32, as half "
+            "precision rounds it away. Use a smaller timestep for half precision."
         )
     return found + (
-        "A head that is trained by gradient may learn nothing from it. Load the model with "
+        "A head trained by gradient descent may learn nothing from it. Load the model with "
         "`standardize_features=True` (the default for a new head), or use a smaller timestep."
     )
 
@@ -278,8 +280,8 @@ def _useless_warnings(selection: TimestepSelection) -> list[str]:
     """Return which of several selected timesteps add nothing to those selected before them."""
     scores = selection.joint_scores or []
     return [
-        f"timestep {timestep} adds nothing to those selected before it (a score of {after:.4f} after {before:.4f}): "
-        f"`num_timesteps={count}` would do."
+        f"timestep {timestep} adds nothing to the timesteps selected before it (score {after:.4f}, before "
+        f"{before:.4f}). Pass `num_timesteps={count}`."
         for count, (timestep, before, after) in enumerate(
             zip(selection.selected[1:], scores, scores[1:], strict=False), start=1
         )
@@ -292,13 +294,13 @@ def _few_images_warnings(sweep: Sweep, is_generated: bool) -> list[str]:
     criterion, count = sweep.request.criterion, sweep.num_images
     if count >= criterion.min_images:
         return []
-    remedy = "Give more images"
+    remedy = "Pass more images"
     if is_generated:
-        remedy = "Give images, or raise `max_images`"
+        remedy = "Pass images, or raise `max_images`"
     elif sweep.request.labels is None:
-        remedy += ", or none: the transformer then makes its own"
-    needed = f"{criterion.name!r} needs {criterion.min_images} or more, however sure it seems"
-    return [f"it rests on {count} image{'s' * (count > 1)}, and {needed}. {remedy}."]
+        remedy += ", or pass none, so that the transformer generates its own"
+    needed = f"{criterion.name!r} needs at least {criterion.min_images}, however confident it seems"
+    return [f"it is based on {count} image{'s' * (count > 1)}, and {needed}. {remedy}."]
 
 
 def _remedies(sweep: Sweep, is_generated: bool) -> tuple[str, str]:
@@ -316,7 +318,7 @@ def _remedies(sweep: Sweep, is_generated: bool) -> tuple[str, str]:
 def _report(selection: TimestepSelection, grid_size: int) -> None:
     """Log the selection, and what speaks against it."""
     logger.info(
-        "Chose timestep %d (log-SNR %.2f, confidence %.2f) of %d by %s from %d images, %s of block %d, in %.1f s.",
+        "Selected timestep %d (log-SNR %.2f, confidence %.2f) of %d by %s from %d images, %s of block %d, in %.1f s.",
         selection.timestep,
         selection.log_snr[selection.timesteps.index(selection.timestep)],
         selection.confidence,
@@ -329,10 +331,10 @@ def _report(selection: TimestepSelection, grid_size: int) -> None:
     )
     if selection.joint_scores is not None:
         logger.info(
-            "With %d complementary timesteps: %s; scores of the first, the first two, ...: %s.",
+            "Selected %d complementary timesteps in addition: %s. Joint scores of the first, the first two, ...: %s.",
             len(selection.selected) - 1,
             ", ".join(map(str, selection.selected)),
             ", ".join(f"{score:.4f}" for score in selection.joint_scores),
         )
     for warning in selection.warnings:
-        logger.warning("The selection of timestep %d: %s", selection.timestep, warning)
+        logger.warning("Selection of timestep %d: %s", selection.timestep, warning)

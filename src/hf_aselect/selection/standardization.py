@@ -181,7 +181,7 @@ def read_moments(
     # A process may have no image, where there are fewer than processes.
     parts = [part for part in share.gather((own, grid)) if part[0]]
     if not parts:
-        raise ValueError("No images to standardize features by: the set is empty.")
+        raise ValueError("`images` is empty, so there is nothing to standardize the features on.")
     moments = {each: TokenMoments.combined([part[each] for part, _ in parts]) for each in read_outs}
     if not all(bool(each.squares.isfinite().all()) for each in moments.values()):
         raise ValueError("The model's features are NaN or infinite. Check its weights and the images.")

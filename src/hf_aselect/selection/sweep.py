@@ -22,7 +22,7 @@ from .request import Request
 
 # Massive channels are the same in every image, so a few images show them.
 NUM_FOR_CHANNELS = 8
-NO_IMAGES = "No images to select a timestep from: the set is empty."
+NO_IMAGES = "`images` is empty, so there is nothing to select a timestep on."
 
 
 class Sweep:
@@ -183,7 +183,7 @@ class Sweep:
             curve = bootstrap(timesteps, log_snr, sums, self.request.criterion.score, self.request.seed)
         except ValueError as error:
             why = "the model's features are NaN, infinite or all zero"
-            why += ", or one image is too few" if self.num_images < 2 else ""
+            why += ", or there is only one image" if self.num_images < 2 else ""
             raise ValueError(f"{error}: {why}. Check its weights and the images.") from error
         # Of one process: where the last bits of two machines differ, one of them would go on reading alone.
         first: TimestepCurve = gather_objects(curve)[0]

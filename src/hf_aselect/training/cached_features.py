@@ -158,7 +158,7 @@ def _dataset_card(text: str, repo_id: str, description: str) -> str:
     fingerprint = json.loads(description.removeprefix(DESCRIPTION))
     lines = [f"# {repo_id.rpartition('/')[2]}", DESCRIPTION, "", "```python", "from datasets import load_dataset", ""]
     lines += [f'features = load_dataset("{repo_id}", split="train").with_format("torch")', "```", ""]
-    lines += ["They are of use to a model with this fingerprint alone: another timestep, tap, noise, size or other"]
-    lines += ["weights give other features.", "", "```json", json.dumps(fingerprint, indent=1, sort_keys=True), "```"]
+    lines += ["Only a model with this fingerprint can use them. Another timestep, tap, noise, size or set of"]
+    lines += ["weights gives other features.", "", "```json", json.dumps(fingerprint, indent=1, sort_keys=True), "```"]
     card.text = "\n" + "\n".join(lines) + "\n"
     return str(card)

@@ -72,7 +72,7 @@ class ASelectCallback(TrainerCallback):
         max_images, reselect_epochs = plain(max_images), plain(reselect_epochs)
         for name, value in (("max_images", max_images), ("reselect_epochs", reselect_epochs)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         self.dataset = dataset
         self.base_model = base_model
         self.license = license
@@ -173,19 +173,19 @@ class ASelectCallback(TrainerCallback):
         count = self.options.get("num_timesteps") or model.config.num_timesteps
         if follows and model.config.timestep != "auto" and len(model.config.timesteps()) != count:
             raise ValueError(
-                f"`follow=True` moves a model to what is selected again, of which there will be {count}, and this one "
-                f"reads at {model.config.timestep}, as its head was built for. Leave `follow` out, which reports the "
-                "selection."
+                f"`follow=True` moves the model to {count} timestep{'s' * (count > 1)} selected again, but its head "
+                f"was built for {model.config.timestep}. Omit `follow` to report the selection only."
             )
         if self.options.keys() & {"block", "feature"} and (model.config.timestep == "auto" or follows):
             raise ValueError(
-                "The optimizer has the weights up to the configuration's tap, so no other can be selected here "
-                "while the backbone is trained. Select before (`select_timestep` and `apply_selection`)."
+                "No other tap can be selected while the backbone is trained, because the optimizer already holds "
+                "the weights up to the configured tap. Select it before training (`select_timestep` and "
+                "`apply_selection`)."
             )
         if self.reselect_epochs is not None and is_stream(dataloader.dataset):
             raise ValueError(
-                "`reselect_epochs` counts passes over a training set of known size, and a stream has none. Leave it "
-                "out, or train on a set that is not streamed."
+                "`reselect_epochs` counts passes over a training set of known size, and a stream has none. Omit it, "
+                "or train on a dataset that is not streamed."
             )
 
     def _select(self, model: ASelectPreTrainedModel, dataloader: Any) -> TimestepSelection:
@@ -194,8 +194,8 @@ class ASelectCallback(TrainerCallback):
         rows = first_rows(dataloader.dataset, self.max_images)
         if not rows or "pixel_values" not in rows[0]:
             raise ValueError(
-                "The timestep is still 'auto', and the training set has no `pixel_values` to select it from, only "
-                f"{', '.join(rows[0]) if rows else 'no rows'}. Select it before (`select_timestep`)."
+                "The timestep is still 'auto', but the training set has no `pixel_values` to select it on, only "
+                f"{', '.join(rows[0]) if rows else 'no rows'}. Select it before training (`select_timestep`)."
             )
         pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
         given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}

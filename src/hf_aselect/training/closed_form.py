@@ -206,13 +206,15 @@ def fit_ridge(
     total = Moments.combined(folds)
     scale = total.scale() if scale is None else scale
     if not bool(scale.any()):
-        raise ValueError("The features are the same for all images, so there is nothing to tell them apart by.")
+        raise ValueError("The features are the same for all images. Check the images, or read a smaller timestep.")
     variation = total.variation()
     varied = variation > 0
     if not bool(varied.any()):
         raise ValueError("The labels are the same for all images, so there is nothing to predict.")
     if sum(fold.weight > 0 for fold in folds) < 2:
-        raise ValueError("Too few images: some are held out to select the strength of the ridge. Give more.")
+        raise ValueError(
+            "There are too few images to hold some out and select the ridge strength on them. Pass more images."
+        )
     parts = [(fold, None if samples is None else samples[number]) for number, fold in enumerate(folds)]
 
     def share(errors: Tensor) -> float:

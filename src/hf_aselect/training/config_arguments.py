@@ -116,7 +116,10 @@ def resumed_fields(given: dict[str, Any], *folders: str | os.PathLike[str]) -> d
     for name in SEVERAL:
         before = getattr(config, name)
         if given.get(name, "auto") not in ("auto", before):
-            raise ValueError(f"The training began at {name} {before}, got --{name} {given[name]}.")
+            raise ValueError(
+                f"This training started with {name} {before}, got --{name} {given[name]}. Pass the same value to "
+                "resume it."
+            )
     return given | {name: getattr(config, name) for name in SELECTED}
 
 

@@ -103,7 +103,7 @@ def cache_features(
     is_stored = isinstance(dataset, datasets.Dataset) and not is_transformed(dataset)
     rows, stored, kept = _stored(dataset, image_column) if is_stored else _made(dataset, image_column)
     if taken := sorted(kept.keys() & {"features", "latents", "view"}):
-        raise ValueError(f"The dataset has a column {taken[0]!r} already; rename it (`dataset.rename_column`).")
+        raise ValueError(f"The dataset already has a column {taken[0]!r}. Rename it (`dataset.rename_column`).")
     if stored is not None:
         _check_labels(model, stored, list(kept))
     views = Views(rows, num_views, augment, seed, is_made=stored is None)
@@ -119,8 +119,8 @@ def cache_features(
 def _check_dataset(dataset: Any) -> None:
     if is_stream(dataset) or isinstance(dataset, datasets.DatasetDict | str | bytes):
         raise ValueError(
-            "`dataset` must be a `datasets.Dataset` with a column of images, a list, or a map-style torch dataset; "
-            f"got {type(dataset).__name__}. Give one split of a DatasetDict; of a stream take a part "
+            "`dataset` must be a `datasets.Dataset` with a column of images, a list, or a map-style torch dataset, "
+            f"got {type(dataset).__name__}. Pass one split of a DatasetDict, or a part of a stream "
             "(`datasets.Dataset.from_list(list(stream.take(n)))`)."
         )
     if not len(dataset):
@@ -133,12 +133,14 @@ def _check_options(what: str, num_views: int, augment: Augment | None, batch_siz
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if augment is not None and num_views == 1:
-        raise ValueError("`augment` makes further views: pass `num_views=2` or more. The first is the image itself.")
+        raise ValueError(
+            "`augment` creates the additional views, the first being the image itself. Pass `num_views=2` or more."
+        )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"`seed` must be an integer, got {seed!r}.")
     for name, value in (("num_views", num_views), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r}.")
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
     if num_views > _MAX_VIEWS:
         raise ValueError(f"`num_views` must be at most {_MAX_VIEWS}, got {num_views}.")
 
@@ -156,8 +158,8 @@ def _made(dataset: Any, image_column: str | None) -> tuple[ImageRows, None, dict
             kept |= datasets.Dataset.from_dict({name: [plain(value)]}).features
         except (ValueError, TypeError, pa.ArrowInvalid) as error:
             raise ValueError(
-                f"The dataset gives {name!r} as a {type(value).__name__}, which cannot be kept beside the features: "
-                f"{error}"
+                f"The dataset returns {name!r} as a {type(value).__name__}, which cannot be stored with the "
+                f"features: {error}"
             ) from error
     return rows, None, kept
 
@@ -194,10 +196,10 @@ def _image_column(dataset: datasets.Dataset, seen: list[str], name: str | None) 
     column = name or ("image" if "image" in seen else found[0] if len(found) == 1 else None)
     if column not in seen:
         hidden = sorted({*dataset.column_names} - {*seen})
-        why = f" The format that is set shows these alone, and not {', '.join(hidden)}." if hidden else ""
+        why = f" The format set on it shows only these, and not {', '.join(hidden)}." if hidden else ""
         raise ValueError(
-            f"Expected a column `image`, or exactly one with images, got {', '.join(seen)}.{why} Name it by "
-            "`image_column=`."
+            f"Expected a column `image`, or exactly one column of images, got {', '.join(seen)}.{why} Pass its name "
+            "as `image_column=`."
         )
     return str(column)
 
@@ -226,9 +228,9 @@ def _check_labels(model: ASelectPreTrainedModel, dataset: datasets.Dataset, kept
         outside = [label for label in ends.values() if label is not None and not 0 <= label < config.num_labels]
         if outside:
             raise ValueError(
-                f"`dataset` has the label {outside[0]} in the column {name!r}; the model's classes are integers in "
-                f"[0, {config.num_labels}). Load the model with `num_labels=` the number of classes, leave such rows "
-                "out (`dataset.filter`), or the column (`dataset.remove_columns`)."
+                f"`dataset` has the label {outside[0]} in column {name!r}, but the model's classes are integers in "
+                f"[0, {config.num_labels}). Load the model with `num_labels=` set to the number of classes, or "
+                "remove such rows (`dataset.filter`) or the column (`dataset.remove_columns`)."
             )
 
 

@@ -153,8 +153,8 @@ def _processes() -> PartialState:
 def _check_agreement(target: Path) -> None:
     if len(set(gather_object([target.name]))) > 1:
         raise ValueError(
-            "The processes have other images or another model each: their caches would have other names. Give all "
-            "of them the same dataset (a shuffle needs a seed) and the same weights."
+            "The processes disagree on the dataset or the model, so their caches would not match. Give all "
+            "processes the same dataset (a shuffle needs a seed) and the same weights."
         )
 
 
@@ -164,7 +164,7 @@ def _missing_parts(parts: FeatureParts, unfinished: Path) -> list[int]:
     missing: list[int] = broadcast_object_list([found])[0]
     if len(missing) < parts.num_parts:
         num_there = parts.num_parts - len(missing)
-        logger.info("Going on in %s: %d of %d parts are there.", unfinished, num_there, parts.num_parts)
+        logger.info("Resuming in %s: %d of %d parts are already cached.", unfinished, num_there, parts.num_parts)
     return missing
 
 
@@ -183,8 +183,8 @@ def _check_space(folder: Path, needed: int) -> None:
     if needed * 1.02 + 2**20 > free:
         raise OSError(
             errno.ENOSPC,
-            f"The cache needs {_size(needed)}, but {str(folder)!r} has {_size(free)} left. Name another `cache_dir`, "
-            "or take what='pooled', fewer views, or a smaller `image_size`",
+            f"The cache needs {_size(needed)}, but {str(folder)!r} has {_size(free)} left. Pass another `cache_dir`, "
+            "or use what='pooled', fewer views, or a smaller `image_size`",
         )
 
 
@@ -217,7 +217,9 @@ def _in_step(step: Callable[[], bool | None]) -> bool:
         raise failure
     failures = [text for _, text in outcomes if text is not None]
     if failures:
-        raise RuntimeError(f"Another process failed ({failures[0]}). Parts that are done are kept; run it again.")
+        raise RuntimeError(
+            f"Another process failed ({failures[0]}). Finished parts are kept, so run this again to resume."
+        )
     return any(found for found, _ in outcomes)
 
 
@@ -264,7 +266,7 @@ def _finish(parts: FeatureParts, unfinished: Path, target: Path, fingerprint: di
     _write_json(unfinished / STATE, _state(parts, target.name[:16]))
     _give_name(unfinished, target)
     # Of processes that were killed.
-    for leftover in target.glob(".data-*"):
+    for leftover in target.glob(".*"):
         leftover.unlink(missing_ok=True)
 
 
@@ -272,11 +274,11 @@ def _check_parts(parts: FeatureParts, unfinished: Path) -> None:
     paths = [parts.path(unfinished, number) for number in range(parts.num_parts)]
     missing = [path.name for path in paths if not path.is_file()]
     if not unfinished.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "The folder of the cache is gone", str(unfinished))
+        raise FileNotFoundError(errno.ENOENT, "The folder of the cache was removed", str(unfinished))
     if missing:
         raise OSError(
             f"{len(missing)} of {parts.num_parts} parts are missing in {str(unfinished)!r}, among them {missing[0]}. "
-            "All processes must see the same `cache_dir`; run it again to go on"
+            "All processes must see the same `cache_dir`; run this again to resume"
         )
 
 
@@ -306,8 +308,8 @@ def _give_name(unfinished: Path, target: Path) -> None:
             raise
         if not is_finished(target):
             raise OSError(
-                f"The features are whole in {str(unfinished)!r}, but {str(target)!r} is there and is no cache. Remove "
-                "it, and run this again: nothing is computed again"
+                f"The features are complete in {str(unfinished)!r}, but {str(target)!r} exists and is not a cache. "
+                "Remove it, and run this again: the features are not computed again"
             ) from error
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -86,7 +86,7 @@ class FeatureReader:
             config = self.model.config
             values = pooled_tokens(values, config.pooling, config.token_grid).flatten(1)
         if tuple(values.shape[1:]) != self.shape:
-            raise ValueError(f"The model gives values of shape {tuple(values.shape[1:])}, expected {self.shape}.")
+            raise ValueError(f"The model returns values of shape {tuple(values.shape[1:])}, expected {self.shape}.")
         found: NDArray[np.floating] = self._rounded(values, rows).cpu().numpy()
         return found
 
@@ -102,8 +102,8 @@ class FeatureReader:
             index, _ = self.views.index_and_view(rows[int((~finite).nonzero()[0, 0])])
             worst = float(values.abs().max())
             raise ValueError(
-                f"The {self.what} of image {index} hold values that {self.dtype} does not (up to {worst:g}). Pass "
-                "dtype='float32', or zero massive channels (`config.zeroed_channels`)."
+                f"The {self.what} of image {index} overflow {self.dtype} (up to {worst:g}). Pass dtype='float32', or "
+                "zero massive channels (`config.zeroed_channels`)."
             )
         return rounded
 
@@ -117,7 +117,8 @@ class FeatureReader:
         try:
             values: Tensor = self.processor(images, return_tensors="pt").pixel_values
         except ValueError:
-            for row, image in zip(rows, images, strict=True):
+            # Else it is the model that takes no images.
+            for row, image in zip(rows, images, strict=True) if self.processor.num_channels in (1, 3) else ():
                 self._check_image(row, image)
             raise
         return values
@@ -132,5 +133,5 @@ class FeatureReader:
             self.processor([image], return_tensors="pt")
         except ValueError as error:
             index, view = self.views.index_and_view(row)
-            made = f", as `augment` made it (view {view})," if view else ""
+            made = f", as `augment` returned it (view {view})," if view else ""
             raise ValueError(f"Image {index} of the dataset{made} cannot be read: {error}") from error

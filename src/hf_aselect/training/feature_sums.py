@@ -216,9 +216,9 @@ def check_memory(width: int, num_targets: int, num_rows: int | None = None, rows
     while most and _memory(width, num_targets, most) > available:
         most = most * 9 // 10
     raise ValueError(
-        f"The moments of features of width {width} need {needed / 1e9:.1f} GB of memory, of which "
+        f"The moments of features of width {width} need {needed / 1e9:.1f} GB of memory, but "
         f"{available / 1e9:.1f} GB are available. Read fewer taps, or at most {most // rows_per_image} images "
-        "(`max_images=`): few rows of features need moments of their number, not of their width."
+        "(`max_images=`), as the moments of few images are smaller."
     )
 
 

@@ -161,6 +161,12 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         seconds=round(time.monotonic() - started, 3),
     )
     model.card_facts = {**model.card_facts, **_card_facts(fit, figures, images.is_dense)}
+    if any(hasattr(module, "merged_adapters") for module in model.modules()):
+        # peft's layers. With its head among the adapters, a model has no head to fit.
+        logger.warning(
+            "The fitted head is no part of the model's adapters, and is not saved with them. Merge them "
+            "(`merge_and_unload`) and save the whole model."
+        )
     logger.info("Fitted a head on %d images in %.1f s, held-out error %.3f.", fit.num_images, fit.seconds, fit.error)
     return fit
 
@@ -184,25 +190,25 @@ def _check_model(model: Any, options: FitOptions) -> None:
         )
     config.resolved_timestep()
     if is_sharded(model) or is_partitioned(model):
-        raise ValueError("The weights of this model are sharded over processes. Fit the head before that is done.")
+        raise ValueError("The weights of this model are sharded over processes. Fit the head before you shard it.")
     is_dense = type(model).task == "image-segmentation"
     if is_dense and config.decoder != "linear":
         raise ValueError(
-            f"`fit_head` fits a linear decoder, and this model has one of kind {config.decoder!r}. Load it with "
+            f"`fit_head` fits linear decoders, but this model's decoder is {config.decoder!r}. Load it with "
             "`decoder='linear'`."
         )
     if not is_dense and config.head != "linear" and not options.replace_head:
         raise ValueError(
-            f"`fit_head` fits a linear head, and this model has one of kind {config.head!r}. Load it with "
-            "`head='linear'`, or pass `replace_head=True`, which drops the head that is there."
+            f"`fit_head` fits linear heads, but this model's head is {config.head!r}. Load it with `head='linear'`, "
+            "or pass `replace_head=True`, which discards the current head."
         )
     # By their names: code of a checkpoint has classes of its own.
     part = model.decode_head if is_dense else model.classifier
     is_whole = type(part).__name__ in ("LinearHead", "AttentionHead", "LinearDecoder")
     if not is_whole or type(_layer(part)) not in (nn.Linear, nn.Conv2d):
         raise ValueError(
-            f"The head of this model, a {type(part).__name__}, has no plain linear layer to write. Fit it before "
-            "adapters are added, or another module is put in its place."
+            f"The head of this model, a {type(part).__name__}, has no plain linear layer. Fit the head before you add "
+            "adapters or replace it."
         )
     bring_in(part, model.device)
 
@@ -310,10 +316,13 @@ def _check_known_labels(name: str, images: LabelledImages, config: Any, targets:
     """
     if (known := images.known_labels()) is None:
         return
+    labels = LabelCounts(config, images.is_dense, targets)
     try:
-        LabelCounts(config, images.is_dense, targets).add(LabelledBatch(sorted(images.order or ()), {}, known))
+        labels.add(LabelledBatch(sorted(images.order or ()), {}, known))
     except ValueError as error:
         raise ValueError(f"The labels of {_eval_name(name)} do not fit: {error}") from error
+    if labels.targets.kind == REGRESSION and not labels.vary:
+        raise ValueError(f"The labels of {_eval_name(name)} are the same for all images: they show no error.")
 
 
 def _known_targets(
@@ -333,7 +342,8 @@ def _known_targets(
     if known is None:
         if not images.can_repeat:
             raise ValueError(
-                "`balance_classes` counts the classes first, and an iterator can be read once. Give a dataset or list."
+                "`balance_classes` reads the dataset twice, and an iterator can only be read once. Pass a dataset "
+                "or a list."
             )
 
         def count() -> None:
@@ -343,7 +353,7 @@ def _known_targets(
         _together(share, count)
         labels.total(share)
     if not labels.targets.is_exclusive:
-        raise ValueError("`balance_classes` weights classes, and the labels are not one class for each image.")
+        raise ValueError("`balance_classes` needs one class per image as the label. Omit it for other labels.")
     return labels.targets.balanced(labels.counts)
 
 
@@ -513,13 +523,13 @@ def _card_facts(fit: HeadFit, evaluated: dict[str, dict[str, float]], is_dense: 
     """Return what the model's card says of a fit."""
     facts: dict[str, object] = {
         "head": "linear, in closed form (ridge regression)",
-        "images that it was fitted on": fit.num_images,
-        "strength of the ridge": f"{fit.strength:.3g}",
+        "images it was fitted on": fit.num_images,
+        "ridge strength": f"{fit.strength:.3g}",
     }
     if fit.accuracy is not None:
-        facts[f"accuracy on {'tokens of ' * is_dense}images held out in turn"] = f"{fit.accuracy:.1%}"
+        facts[f"accuracy on held-out {'tokens of ' * is_dense}images, each held out once"] = f"{fit.accuracy:.1%}"
     else:
-        facts["share of variance explained, on images held out in turn"] = f"{1 - fit.error:.1%}"
+        facts["share of variance explained, on images each held out once"] = f"{1 - fit.error:.1%}"
     figures, metric = evaluated.get("", {}), "mean_iou" if is_dense else "accuracy"
     by_set = {name: each[metric] for name, each in evaluated.items() if name and metric in each}
     # Those of a former head do not hold for this one.

@@ -70,7 +70,8 @@ class LabelledImages(CalibrationPictures):
         self.is_dense, self.can_repeat = is_dense, rows.can_repeat
         if is_dense and rows.kind in ("features", "latents"):
             raise ValueError(
-                f"A segmenter is fitted to images and masks, and the dataset has `{rows.kind}` in place of images."
+                f"`fit_head` of a segmenter needs images and masks, but the dataset has `{rows.kind}` instead of "
+                "images."
             )
         self.row_size = torch.as_tensor(rows.first[rows.kind]).numel() if rows.kind == "features" else 0
         views = _num_views(dataset, rows.first)

@@ -25,7 +25,7 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(
             description="Share of predictions that equal their reference.",
             citation="",
-            inputs_description="Class indices: `predictions` and `references`, one each per image.",
+            inputs_description="Class indices: `predictions` and `references`, with one of each per image.",
             features=datasets.Features(
                 {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
             ),
@@ -99,7 +99,10 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
         """
         counts = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)
         if len(predictions) != len(references):
-            raise ValueError(f"Got {len(predictions)} predicted masks and {len(references)} references.")
+            raise ValueError(
+                f"There must be one reference per predicted mask, got {len(predictions)} predicted masks and "
+                f"{len(references)} references."
+            )
         for prediction, reference in zip(predictions, references, strict=True):
             counts += self._count(np.asarray(prediction), np.asarray(reference))
         super().add_batch(counts=[counts.tolist()], **kwargs)
@@ -114,8 +117,8 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
         """Return how many pixels of each true class (rows) were predicted as each class (columns)."""
         if prediction.shape != reference.shape:
             raise ValueError(
-                f"A predicted mask has shape {prediction.shape}, its reference {reference.shape}; they must be equal. "
-                "Enlarge the logits to the mask, not the mask to the logits."
+                f"A predicted mask must have the shape of its reference, got {prediction.shape} and "
+                f"{reference.shape}. Resize the logits to the reference, not the reference to the logits."
             )
         counted = reference != self.ignore_index
         true, guess = reference[counted].astype(np.int64), prediction[counted].astype(np.int64)
@@ -124,7 +127,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
             if outside.size:
                 raise ValueError(
                     f"A {name} holds {outside[:5].tolist()}, expected classes in [0, {self.num_labels})"
-                    + (f" or {self.ignore_index} for pixels of no class." if name == "reference" else ".")
+                    + (f" or {self.ignore_index} for pixels without a class." if name == "reference" else ".")
                 )
         return np.bincount(true * self.num_labels + guess, minlength=self.num_labels**2).reshape(
             self.num_labels, self.num_labels
@@ -133,7 +136,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
     def _compute(self, counts: Any) -> dict[str, Any]:
         total = np.asarray(counts, dtype=np.int64).sum(0)
         if not total.sum():
-            raise ValueError("MeanIoU needs at least one pixel that has a class, got none.")
+            raise ValueError("MeanIoU needs at least one pixel with a class, got none.")
         right, true, guessed = total.diagonal(), total.sum(1), total.sum(0)
         union = true + guessed - right
         present, in_truth = union > 0, true > 0

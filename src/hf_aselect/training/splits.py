@@ -30,7 +30,7 @@ def read_splits(
         ValueError: If there is not exactly one source, or it lacks a `train` split or one of `columns`.
     """
     if sum(source is not None for source in (dataset_name, train_dir, train_file)) != 1:
-        raise ValueError("Give exactly one of --dataset_name, --train_dir and --train_file.")
+        raise ValueError("Pass exactly one of --dataset_name, --train_dir and --train_file.")
     if dataset_name:
         splits = load_dataset(dataset_name, streaming=streaming)
     elif train_dir:
@@ -102,7 +102,7 @@ def with_classes_of(train: Dataset, other: Dataset, column: str) -> Dataset:
     if unknown := sorted(set(names) - set(classes.names)):
         raise ValueError(
             f"The evaluation split has {len(unknown)} classes that the training split lacks, among them "
-            f"{unknown[:3]}; those of the training split are {classes.names[:10]}."
+            f"{unknown[:3]}. The training split has {classes.names[:10]}."
         )
     indices = [classes.str2int(name) for name in names]
     return other.remove_columns(column).add_column(column, indices).cast_column(column, classes)

@@ -123,13 +123,13 @@ def _as_tensor(labels: list[Any], indices: list[int]) -> Tensor:
             each = torch.as_tensor(label)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"The label of image {index} is {short(label)}, and must be a number or numbers. Turn names into "
-                "class indices first (`dataset.class_encode_column`), and leave out images without a label."
+                f"The label of image {index} is {short(label)}, but must be a number or a list of numbers. Convert "
+                "names to class indices first (`dataset.class_encode_column`), and remove images without a label."
             ) from error
         if made and (each.shape != made[0].shape or each.is_floating_point() != made[0].is_floating_point()):
             raise ValueError(
-                f"The labels are of several kinds: {_kind(each)} of image {index}, and {_kind(made[0])} of image "
-                f"{indices[0]}."
+                f"All labels must be of one kind, got {_kind(each)} for image {index}, and {_kind(made[0])} for "
+                f"image {indices[0]}."
             )
         made.append(each)
     return torch.stack(made)
@@ -203,6 +203,11 @@ class LabelCounts:
             raise ValueError("The dataset has no image with a label.")
         return self.found
 
+    @property
+    def vary(self) -> bool:
+        """Whether any label of `MULTI` or `REGRESSION` has several values."""
+        return bool((self.range[0] < self.range[1]).any())
+
     def add(self, batch: LabelledBatch, grid: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
         """Return the targets of a batch, and which of them are of an image, or a token, with a label.
 
@@ -248,11 +253,9 @@ class LabelCounts:
             ValueError: If there are.
         """
         if self.num_images < 2:
-            raise ValueError(
-                f"A head is fitted to images that differ: give at least 2 with a label, got {self.num_images}."
-            )
+            raise ValueError(f"A head needs at least 2 images with a label, got {self.num_images}.")
         is_exclusive = self.targets.is_exclusive
-        if not is_exclusive and not bool((self.range[0] < self.range[1]).any()):
+        if not is_exclusive and not self.vary:
             raise ValueError("The labels are the same for all images, so there is nothing to predict.")
         if self.targets.kind == REGRESSION:
             return
@@ -263,7 +266,23 @@ class LabelCounts:
             names = self.config.id2label or {}
             named = ", ".join(f"{names.get(number, number)!r} ({number})" for number in missing[:10])
             raise ValueError(
-                f"{len(missing)} of {len(self.counts)} classes have no image among {self.num_images}: {named}"
-                f"{', ...' * (len(missing) > 10)}. Give images of all classes, load the model with fewer "
-                "(`num_labels=`), or pass `allow_missing=True`: then they are never predicted."
+                f"{len(missing)} of {len(self.counts)} classes have no image among {self.num_images}: "
+                f"{named}{', ...' * (len(missing) > 10)}. Add images of all classes, load the model with fewer "
+                "(`num_labels=`), or pass `allow_missing=True` to never predict them."
             )
+
+
+def check_classes(labels: list[Any], names: dict[int, str], allow_missing: bool) -> None:
+    """Reject labels of images that no classifier of these classes can be fitted to.
+
+    Args:
+        labels: A label for each image.
+        names: Names of the classes by their number.
+        allow_missing: Whether classes may be without an image.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    counts = LabelCounts(SimpleNamespace(num_labels=len(names), id2label=names, problem_type=None), is_dense=False)
+    counts.add(LabelledBatch(list(range(len(labels))), {}, labels))
+    counts.check(allow_missing)

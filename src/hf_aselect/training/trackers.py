@@ -86,7 +86,7 @@ def _write_trackio(state: TrainerState, facts: dict[str, float], selection: Time
         try:
             (path, *_) = selection.plot(os.path.join(folder, "timestep_curve.png"))
         except ImportError:
-            logger.warning("Without matplotlib, trackio gets no curve of the selection.")
+            logger.warning("The curve of the selection is not sent to trackio, because matplotlib is not installed.")
         else:
             with Image.open(path) as curve:
                 curve.load()

@@ -34,7 +34,7 @@ def label_of(row: Any) -> Any:
         if name in row:
             value = row[name]
             return value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
-    raise ValueError(f"The criterion needs labels, and the training set has none, only {', '.join(row)}.")
+    raise ValueError(f"The criterion needs labels, but the training set has none, only {', '.join(row)}.")
 
 
 def _spread_rows(dataset: Any, num: int) -> list[Any]:

@@ -37,8 +37,8 @@ class Views:
     ) -> None:
         if num_views > 1 and images.is_ready:
             raise ValueError(
-                f"`num_views={num_views}` augments images, and the dataset gives `{images.argument}`. Leave its "
-                "transform out (`dataset.with_format(None)`), or let it augment, and pass `num_views=1`."
+                f"`num_views={num_views}` augments images, but the dataset returns `{images.argument}`. Remove its "
+                "transform (`dataset.with_format(None)`), or let it augment and pass `num_views=1`."
             )
         self.images = images
         self.num_views = num_views
@@ -87,7 +87,7 @@ class Views:
             index, _ = self.index_and_view(row)
             others = self.images.others(self.read_rows[index])
             if name not in others:
-                raise ValueError(f"Row {index} of the dataset has no {name!r}, as the first row has.")
+                raise ValueError(f"Row {index} of the dataset has no {name!r}, unlike the first row.")
             found.append(plain(others[name]))
         return found
 

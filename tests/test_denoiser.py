@@ -1,9 +1,11 @@
-"""What is particular to families that are read by hooks on their own call, and to those that users describe."""
+"""What is particular to reading by hooks on a transformer's own call, and to families that users describe."""
 
 import copy
 import importlib
+import json
 import pickle
 import shutil
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -13,14 +15,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import DESCRIBED, example
+from conftest import DESCRIBED, denoiser_of, example
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from pipelines import PIPELINES as HAND_WRITTEN_PIPELINES
-from pipelines import video_vae
+from pipelines import LOAD_OPTIONS, video_vae
+from pipelines import PIPELINES as FOLDED_PIPELINES
 from test_denoiser_dit import TAPS, build_transformer
 from test_vae import WAN22
 
@@ -30,19 +32,17 @@ from hf_aselect import (
     DiTModel,
     TransformerBlocks,
     TransformerFamily,
+    convert_diffusers,
     register_family,
     transformer_layout,
 )
-from hf_aselect.model import families
-from hf_aselect.model.denoisers import HAND_WRITTEN, DiTDenoiser, build_denoiser
+from hf_aselect.cli import main
+from hf_aselect.model import denoisers, families
+from hf_aselect.model.denoisers import build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
-from hf_aselect.model.generic_denoiser import GenericDenoiser
-from hf_aselect.model.layouts import FEATURES
-from hf_aselect.selection.prediction import predict
 
 READING_COST = example("benchmarks/reading_cost.py")
-DESCRIBED_BY_HAND = example("benchmarks/described_families.py")
-NEW = [name for name in DESCRIBED if name in GENERIC_PIPELINES]
+PIPELINES = {**FOLDED_PIPELINES, **{name: GENERIC_PIPELINES[name] for name in DESCRIBED}}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,9 @@ def load(tmp_path_factory):
     def loaded(name, kind=DiTModel, **options):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            GENERIC_PIPELINES[name]().save_pretrained(folders[name])
-        return kind.from_pretrained(folders[name], **{"timestep": 141, "image_size": 64, **options})
+            PIPELINES[name]().save_pretrained(folders[name])
+        given = {"timestep": 141, **({} if name == "sana" else {"image_size": 64}), **LOAD_OPTIONS.get(name, {})}
+        return kind.from_pretrained(folders[name], **{**given, **options})
 
     return loaded
 
@@ -80,7 +81,7 @@ def shown_family(registry):
     return registry["PlainTransformer2DModel"]
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_one_changed_patch_changes_one_token_of_the_patch_embedding(load, name):
     denoiser = load(name).denoiser
     side = denoiser.patch_size
@@ -96,7 +97,7 @@ def test_one_changed_patch_changes_one_token_of_the_patch_embedding(load, name):
     assert (before - after).abs().sum((0, 2)).gt(1e-6).nonzero().flatten().tolist() == [2 * 6 + 5]
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_an_image_has_the_same_tokens_alone_and_in_a_batch(load, name):
     model = load(name)
     noised = noised_of(model, 3, 8, 12)
@@ -107,7 +108,7 @@ def test_an_image_has_the_same_tokens_alone_and_in_a_batch(load, name):
         torch.testing.assert_close(together[tap][1:2], alone[tap], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_two_threads_read_as_one_does(load, name):
     model = load(name)
     every = [[(0, "query")], [(1, "hidden")], [(2, "normed"), (0, "value")], [(-1, "hidden"), (1, "attention")]]
@@ -129,7 +130,14 @@ def test_two_threads_read_as_one_does(load, name):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", NEW)
+def test_a_class_that_an_older_diffusers_lacks_is_named(monkeypatch):
+    older = type("Older", (), {"__version__": "0.36.0"})()
+    monkeypatch.setitem(sys.modules, "diffusers", older)
+    with pytest.raises(ValueError, match="has no LongCatImageTransformer2DModel"):
+        denoisers._build({"_class_name": "LongCatImageTransformer2DModel"})
+
+
+@pytest.mark.parametrize("name", PIPELINES)
 def test_tables_are_there_after_a_build_without_data(load, name):
     model = load(name)
     config = ASelectConfig(**model.config.to_dict())
@@ -149,7 +157,7 @@ def test_tables_are_there_after_a_build_without_data(load, name):
     assert float(close.norm() / model.denoiser(noised, 141, 2, "hidden").norm()) < 0.02
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_timesteps_are_not_rounded_in_half_precision(load, name):
     """In bfloat16, 998 and 999 are both 1000."""
     model = load(name, dtype=torch.bfloat16)
@@ -173,7 +181,7 @@ def test_wan_22_of_5b_is_read_with_its_own_vae(tmp_path):
     noised = noised_of(model)
     with torch.no_grad():
         expected = prediction_of("wan", pipe, noised, 141, pixels=16)
-        found = predict(model.denoiser, noised, torch.full((2,), 141), torch.zeros(2))
+        found = model.denoiser.predict(noised, torch.full((2,), 141), torch.zeros(2))
         assert model(torch.rand(1, 3, 64, 64)).last_hidden_state.shape == (1, 4, 32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -206,7 +214,7 @@ def test_a_guidance_is_not_taken_for_the_timestep(tmp_path):
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 exports none of them")
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_family_is_compiled_and_exported(load, name):
     model = load(name)
     taps = [(0, "hidden"), (1, "query")]
@@ -245,13 +253,14 @@ class Deep(torch.nn.Module):
         return self.model._read_taps(noised, 141, [(self.block, "hidden")])[self.block, "hidden"]
 
 
-# HunyuanDiT's pooling of the text takes the weights of its parts without calling them, which offloading waits for.
-@pytest.mark.parametrize("name", [name for name in NEW if name != "hunyuan_dit"])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     from accelerate import cpu_offload
 
     model, other = load(name), load(name)
-    cpu_offload(other.denoiser, execution_device=torch.device("cpu"))
+    # HunyuanDiT's pooling of the text takes the weights of its parts without calling them, which offloading waits for.
+    whole = ["HunyuanDiTAttentionPool"] if name == "hunyuan_dit" else None
+    cpu_offload(other.denoiser, execution_device=torch.device("cpu"), preload_module_classes=whole)
     noised = noised_of(model)
     taps = [(1, "query"), (2, "hidden")]
     with torch.no_grad():
@@ -260,6 +269,29 @@ def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     for tap in taps:
         assert torch.equal(found[tap], expected[tap]) and torch.equal(again[tap], expected[tap])
     assert all(parameter.is_meta for parameter in other.denoiser.transformer.parameters())
+
+
+@pytest.mark.skipif(not hasattr(DiTModel, "activation_checkpointing_enable"), reason="of later transformers")
+# By diffusers' own checkpoints, with blocks of one stream as well, and by ours where diffusers has none.
+@pytest.mark.parametrize("name", ["z_image", "chroma", "lumina_next"])
+def test_every_other_block_is_checkpointed_where_that_is_asked_for(load, name):
+    model = load(name, block=2, feature="hidden", freeze_backbone=False).train()
+    pixels, runs = torch.rand(1, 3, 64, 64), []
+    for index, block in enumerate(model.denoiser.blocks[:3]):
+        block.get_submodule(model.denoiser._parts()[index].attention).register_forward_pre_hook(
+            lambda *_, index=index: runs.append(index)
+        )
+    gradients = []
+    for number, expected in ((0, [0, 1, 2]), (2, [0, 1, 2, 0, 2]), (1, [0, 1, 2, 0, 1, 2])):
+        if number:
+            model.activation_checkpointing_enable(every_n_layers=number)
+        runs.clear()
+        model.zero_grad()
+        model(pixels).last_hidden_state.sum().backward()
+        assert sorted(runs) == sorted(expected)
+        gradients.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+    for other in gradients[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(gradients[0], other, strict=True))
 
 
 def test_a_copy_and_a_pickle_read_as_the_model_does(load):
@@ -273,14 +305,73 @@ def test_a_copy_and_a_pickle_read_as_the_model_does(load):
 
 
 def test_a_described_family_is_not_folded(load):
-    with pytest.raises(ValueError, match="A ZImageTransformer2DModel cannot be folded"):
+    with pytest.raises(ValueError, match="ZImageTransformer2DModel cannot be folded"):
         load("z_image").fold()
+
+
+def edited(folder, copy_to, pipeline=None, **fields):
+    """A copy of a pipeline of another class, or with other fields in its transformer's configuration."""
+    shutil.copytree(folder, copy_to)
+    index, config = copy_to / "model_index.json", copy_to / "transformer" / "config.json"
+    if pipeline:
+        index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": pipeline}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    return copy_to
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "fields", "words"),
+    [
+        ("qwen_image", "QwenImageEditPlusPipeline", {}, "of a QwenImageEditPlusPipeline is not read: .* to be edited"),
+        ("qwen_image", None, {"zero_cond_t": True}, "with `zero_cond_t` is not read: it is trained with an image"),
+        ("qwen_image", None, {"use_additional_t_cond": True}, "several layers of it"),
+        ("longcat", "LongCatImageEditPipeline", {}, "of a LongCatImageEditPipeline is not read"),
+        ("z_image", None, {"siglip_feat_dim": 8}, "with `siglip_feat_dim` is not read: it is conditioned on images"),
+        ("wan", "WanImageToVideoPipeline", {"image_dim": 8}, "with `image_dim` is not read: it makes videos"),
+        # Whose latents have more channels for it.
+        (
+            "wan",
+            "WanImageToVideoPipeline",
+            {"in_channels": 36},
+            "takes latents of 36 channels, but the VAE returns 16",
+        ),
+    ],
+)
+def test_a_transformer_that_takes_an_image_besides_is_refused(load, name, pipeline, fields, words, tmp_path):
+    folder = edited(load(name).name_or_path, tmp_path / "changed", pipeline, **fields)
+    with pytest.raises((ValueError, StrictDataclassError), match=words):
+        DiTModel.from_pretrained(folder, timestep=5)
+    with pytest.raises((ValueError, StrictDataclassError), match=words):
+        convert_diffusers(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_flux_kontext_is_read_as_flux_is(tmp_path):
+    """Its transformer was trained without an image to be edited, too: its pipeline makes images of a text alone."""
+    FOLDED_PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
+    folder = edited(tmp_path / "flux", tmp_path / "kontext", "FluxKontextPipeline")
+    one, other = (DiTModel.from_pretrained(each, timestep=141, image_size=64) for each in (tmp_path / "flux", folder))
+    noised = noised_of(one)
+    with torch.no_grad():
+        assert torch.equal(one.denoiser(noised, 141, 1, "hidden"), other.denoiser(noised, 141, 1, "hidden"))
+
+
+@pytest.mark.parametrize("form", ["pipeline", "saved"])
+def test_the_command_refuses_to_fold_a_described_family_before_it_loads(load, form, tmp_path, capsys, monkeypatch):
+    model = load("aura_flow")
+    folder = model.name_or_path
+    if form == "saved":
+        model.save_pretrained(folder := tmp_path / "saved")
+    monkeypatch.setattr(DiTModel, "from_pretrained", None)
+    assert main(["fold", str(folder), str(tmp_path / "out"), "--timestep", "5"]) == 1
+    assert "A AuraFlowTransformer2DModel cannot be folded. Supported are DiT" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp_path):
     family = shown_family(registry)
     transformer = build_transformer()
-    ours = DiTDenoiser(transformer).eval()
+    ours = denoiser_of(transformer).eval()
     config = {**transformer.config, "_class_name": family.name}
     model = DiTForImageClassification(ASelectConfig(transformer=config, timestep=141, num_labels=2)).eval()
     shown = model.backbone.denoiser
@@ -290,8 +381,8 @@ def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp
         for block, feature in TAPS:
             assert torch.equal(shown(noised, timesteps, block, feature), ours(noised, timesteps, block, feature))
         labels = torch.tensor([0, 1])
-        expected = predict(ours, noised, timesteps, labels)
-        torch.testing.assert_close(predict(shown, noised, timesteps, labels), expected)
+        expected = ours.predict(noised, timesteps, labels)
+        torch.testing.assert_close(shown.predict(noised, timesteps, labels), expected)
     # Saved with its description's name alone.
     model.save_pretrained(tmp_path)
     pixels = torch.rand(1, 3, 8, 8)
@@ -300,6 +391,20 @@ def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp
     del registry[family.name]
     with pytest.raises((ValueError, StrictDataclassError), match=r"'PlainTransformer2DModel'.*register_family"):
         DiTForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 exports none of them")
+def test_a_registered_family_is_compiled_and_exported(registry):
+    """What is checked at its first pass is no part of a graph."""
+    config = {**build_transformer().config, "_class_name": shown_family(registry).name}
+    reader = Deep(DiTModel(ASelectConfig(transformer=config, timestep=5)), 1).eval()
+    noised = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(reader, backend="aot_eager", fullgraph=True)(noised)
+        exported = torch.export.export(reader, (noised,), strict=False).module()(noised)
+        for found in (compiled, exported):
+            torch.testing.assert_close(found, reader(noised), rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_of_the_code_reads_what_is_registered_with_the_package(registry, tmp_path, monkeypatch):
@@ -341,6 +446,156 @@ def test_what_is_no_description_is_not_registered(registry):
     for name in ("DiTTransformer2DModel", "ZImageTransformer2DModel"):
         with pytest.raises(ValueError, match=f"{name} is a family of the package"):
             register_family(TransformerFamily(name, family.sizes, family.layout, family.call))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "words"),
+    [
+        ("name", ["", 7, None], "must be the name of a class, a string"),
+        ("name", ["PlainTransformer"], "must be that of its class"),
+        ("sizes", ["num_layers", (1,), None, ("",)], "must be a tuple of names of fields"),
+        ("blocks", [(), TransformerBlocks(), ("transformer_blocks",), None], "must be a tuple of `TransformerBlocks`"),
+        ("tokens", [None, "last"], "must be a function, as `last_tokens`"),
+        ("output", [None, torch.zeros(1)], "must be a function of what `forward` returns"),
+        (
+            "prompt_fields",
+            ["prompt_embeds", {"prompt_embeds": None}, {1: "a"}, None],
+            "must be a dictionary of names of",
+        ),
+        ("patch_embedding", ["", None, torch.nn.Linear(1, 1)], "must be the name of a module"),
+        (
+            "timestep_modules",
+            ["time", {"time": 0}, {"time": "1"}, {"time": float("nan")}, {"time": -1000}, None],
+            "must be a dictionary of names of modules and numbers above 0",
+        ),
+        ("num_classes", [None, 1000], 'must be the name of a field, or ""'),
+        ("pipeline", [None, DiTModel], "must be the name of a pipeline"),
+        ("pipeline", ["FluxPipeline"], "must be given both"),
+        ("encode_prompt", ["FluxPipeline"], "must be a function, or None"),
+        ("output_module", [None, 7], 'must be the name of a module, or ""'),
+        ("timestep_embeddings", ["sit", (7,), None], "must be a tuple of names"),
+        ("prepare", ["original"], "must be a function, or None"),
+        ("encode_prompt", [lambda pipe, config: {}], "must be given both"),
+        ("transformer_class", [None], "has no class PlainTransformer2DModel. Pass the class as `transformer_class`"),
+        ("transformer_class", ["DiT", dict, torch.nn.Linear], "must be a class with diffusers' `ModelMixin`"),
+        ("call", [None, "hidden_states"], "with functions as `call` and `layout`"),
+        ("layout", [None, {"num_layers": 2}], "with functions as `call` and `layout`"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_not_registered(registry, field, values, words):
+    family = shown_family(registry)
+    registry.clear()
+    for value in values:
+        with pytest.raises(ValueError, match=words):
+            register_family(replace(family, **{field: value}))
+    assert not registry
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"path": ""},
+        {"path": None},
+        {"attention": 1},
+        {"hidden": -1},
+        {"hidden": 0.5},
+        {"hidden": True},
+        {"projections": ("to_q", "to_k")},
+        {"projections": "qkv"},
+        {"projections": None},
+    ],
+)
+def test_blocks_of_the_wrong_kind_are_not_registered(registry, changed):
+    family = shown_family(registry)
+    with pytest.raises(ValueError, match="must have names of modules as `path` and `attention`, a number from 0 on"):
+        register_family(replace(family, blocks=(replace(family.blocks[0], **changed),)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (lambda config: dict(config), r"must return a `TransformerLayout`, .* got (dict|FrozenDict)"),
+        (lambda config: transformer_layout({}), "reads 'num_attention_heads' of the configuration, which has no such"),
+        (lambda config: transformer_layout(config, width=7), r"failed \(TypeError: .*width"),
+        (lambda config: transformer_layout(config, patch_size=0, needs_prompt=False), "has 0 as `patch_size`"),
+        (lambda config: transformer_layout(config, sample_size=(4, 4), needs_prompt=False), "as `sample_size`"),
+        (lambda config: transformer_layout(config, max_grid="large", needs_prompt=False), "'large' as `max_grid`"),
+        (lambda config: transformer_layout(config, needs_prompt=1), "has 1 as `needs_prompt`"),
+        (transformer_layout, "`needs_prompt=True`, and its `prompt_fields` name no embeddings"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused(registry, layout, words):
+    register_family(replace(shown_family(registry), layout=layout))
+    config = {**build_transformer().config, "_class_name": "PlainTransformer2DModel"}
+    with pytest.raises((ValueError, StrictDataclassError), match=rf"The `layout` of PlainTransformer2DModel.*{words}"):
+        ASelectConfig(transformer=config)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"num_classes": "classes"}, {"num_classes": "norm_type"}, {"prompt_fields": {"prompt_embeds": "width"}}],
+)
+def test_a_field_that_the_configuration_lacks_is_named(registry, changed):
+    family = shown_family(registry)
+    if "prompt_fields" in changed:
+        changed["layout"] = transformer_layout
+    register_family(replace(family, **changed))
+    config = {**build_transformer().config, "_class_name": family.name}
+    with pytest.raises((ValueError, StrictDataclassError), match=r"names the field '(classes|norm_type|width)', of"):
+        ASelectConfig(transformer=config)
+
+
+def sized(**given):
+    return {"layout": lambda config: transformer_layout(config, **{"needs_prompt": False, **given})}
+
+
+def called(change):
+    return {"call": lambda inputs: change({"hidden_states": inputs.latents, "timestep": inputs.timesteps}, inputs)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (sized(patch_size=4), r"has 4 as `patch_size`, so that 8×8 latents are 2×2 tokens, but .* makes 16"),
+        (sized(patch_size=1), r"has 1 as `patch_size`, so that 8×8 latents are 8×8 tokens, but .* makes 16"),
+        (sized(hidden_size=64), "has tokens of 64 channels, .*to_q makes 16 of 16. Pass `hidden_size="),
+        (sized(key_value_size=8), "keys and values of 8, but .*to_k makes 16 of 16"),
+        (called(lambda given, _: tuple(given.values())), "must return the keywords of its `forward`, .* got tuple"),
+        (called(lambda given, _: None), "must return the keywords of its `forward`, .* got NoneType"),
+        (called(lambda given, _: {1: given}), "must return the keywords of its `forward`"),
+        (
+            called(lambda given, _: {**given, "encoder": 1}),
+            "gives encoder, which it does not take",
+        ),
+        (called(lambda given, _: {"timestep": given["timestep"]}), "lacks hidden_states. Its `forward` takes hidden_"),
+        (called(lambda given, _: {**given, "return_dict": False}), "gives return_dict, which is given by itself"),
+        ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, "is 1, but a block returns Tensor; say which"),
+        ({"tokens": lambda sequence, count: sequence}, None),
+        ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 tokens .* got \(2, 15, 16\)"),
+        ({"tokens": lambda sequence, count: None}, "must return the 16 tokens .* got NoneType"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused_at_each_pass(registry, changed, words):
+    family = replace(shown_family(registry), **changed)
+    register_family(family)
+    config = {**build_transformer().config, "_class_name": family.name}
+    denoiser = build_denoiser(ASelectConfig(transformer=config)).eval()
+    for _ in range(2):
+        if words is None:
+            denoiser(torch.randn(2, 3, 8, 8), 141, 1, "hidden")
+            continue
+        with pytest.raises(ValueError, match=rf"PlainTransformer2DModel.*{words}"):
+            denoiser(torch.randn(2, 3, 8, 8), 141, 1, "hidden")
+
+
+@pytest.mark.parametrize("output", [lambda output, _: output, lambda output, _: None, lambda output, _: output[:, :1]])
+def test_a_prediction_of_another_shape_is_refused(registry, output):
+    family = replace(shown_family(registry), output=output)
+    register_family(family)
+    config = {**build_transformer().config, "out_channels": 6, "_class_name": family.name}
+    denoiser = build_denoiser(ASelectConfig(transformer=config)).eval()
+    with pytest.raises(ValueError, match=r"`output` of Plain.* in the shape of the latents, \(2, 3, 8, 8\), got"):
+        denoiser.predict(torch.randn(2, 3, 8, 8), torch.full((2,), 5), torch.zeros(2, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -393,49 +648,6 @@ def test_a_registered_family_without_an_encoder_needs_the_prompt(registry, tmp_p
     )
     assert model.denoiser.prompt_embeds.shape == (1, 3, 32)
     assert model(torch.rand(1, 3, 64, 64)).last_hidden_state.shape == (1, 16, 32)
-
-
-@pytest.mark.parametrize("name", [name for name in HAND_WRITTEN_PIPELINES if name != "sit"])
-def test_a_described_family_equals_the_one_that_is_written_by_hand_to_the_bit(name):
-    transformer = HAND_WRITTEN_PIPELINES[name]().transformer
-    config = {**transformer.config, "_class_name": type(transformer).__name__}
-    family = DESCRIBED_BY_HAND.describe(config["_class_name"])
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        part: [1, config[field]] if part.startswith("pooled") else [1, 5, config[field]]
-        for part, field in family.prompt_fields.items()
-    }
-    options = {"prompt_shapes": shapes, "guidance": 3.5, "vae_scale_factor": 8}
-    ours = HAND_WRITTEN[config["_class_name"]](transformer, **options).eval()
-    shown = GenericDenoiser(transformer, family=family, rebuild=lambda: None, **options).eval()
-    for part, shape in shapes.items():
-        getattr(ours, part).copy_(torch.randn(shape, generator=generator))
-        getattr(shown, part).copy_(getattr(ours, part))
-    layout = layout_of(config)
-    assert replace(family.layout(config), max_grid=layout.max_grid) == layout
-    taps = [
-        (block, feature)
-        for block in range(layout.num_layers)
-        for feature in FEATURES
-        if feature != "attention" or block < layout.num_attention_outputs
-    ]
-    for height, timestep in ((8, 141), (12, 999)):
-        # A DiT of diffusers makes square images alone; of one that is not square it reads the tokens.
-        noised = torch.randn(2, ours.num_channels, height, 8, generator=generator)
-        with torch.no_grad():
-            expected, found = (each.read_taps(noised, timestep, [(-1, "hidden"), *taps]) for each in (ours, shown))
-        for tap in expected:
-            assert torch.equal(found[tap], expected[tap]), (height, tap)
-    for tap in [(1, "query"), (1, "hidden"), (2, "attention"), (layout.num_layers - 1, "hidden")]:
-        if tap not in taps:
-            continue
-        if name == "lumina2":
-            # Its own call counts the text's mask in Python.
-            with pytest.raises(ValueError, match=r"DescribedLumina2.* is found in a pass without data"):
-                shown.unused_parameters([tap])
-            continue
-        unused = [{id(each) for each in denoiser.unused_parameters([tap])} for denoiser in (ours, shown)]
-        assert unused[0] == unused[1], tap
 
 
 # Of published checkpoints, whose sizes are those of copies of their `transformer/config.json` in public code.
