@@ -253,15 +253,15 @@ def reference_range(common: float, num_read: int) -> tuple[float, float]:
     """Return the least and the largest log-SNR of timesteps whose features count in the targets.
 
     Below the range little is left of the image. Above it features show the image itself and agree on its details.
-    In aligned images the coarse shape tells what they show, and details only take up labels: the upper end falls
-    from 8 to 2 for a head that sees the tokens' mean alone, and to 5 for one that sees more.
+    In aligned images the coarse shape tells what they show, and details only take up labels. So the upper end falls
+    from 8 to 2 for a head that sees the tokens' mean alone, as 8 - 6 · min(1, 2a), and as 8 - 6 · a² for one that sees
+    more, which can tell shapes apart with details, too.
 
     Args:
-        common: What `alignment` says, a, in [0, 1]. From 1/2 on the upper end stays where it is.
+        common: What `alignment` says, a, in [0, 1].
         num_read: How many statistics of the tokens the head sees, counted from the mean.
     """
-    fall = 6.0 if num_read == 1 else 3.0
-    return -5.5, 8.0 - fall * min(1.0, 2 * common)
+    return -5.5, 8.0 - 6.0 * (min(1.0, 2 * common) if num_read == 1 else common**2)
 
 
 def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:
