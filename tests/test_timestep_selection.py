@@ -685,6 +685,7 @@ def test_a_tap_is_selected_without_labels(model, pixels):
         ({"block": "all"}, "`block` must be an integer, a list of integers or 'auto', got 'all'"),
         ({"feature": ["query", "key"], "criterion": "signal_hfr"}, "can only be compared by 'consensus', 'probe'"),
         ({"confidence": 2}, r"`confidence` must be in \[0, 1\], got 2"),
+        ({"num_train_images": 0}, "`num_train_images` must be .*, got 0"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(model, pixels, options, words):

@@ -53,13 +53,13 @@ from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
 # What the default was before. First all timesteps were references, on a grid from a log-SNR of 14 to -14, and regions
-# did not count. Then the references lay in a fixed range, however far images are aligned.
+# did not count. Then the references lay in a fixed range, however few labels there are.
 FORMER = {
     "consensus of all timesteps": (
-        (accumulators, "reference_range", lambda common, num_read: (-np.inf, np.inf)),
+        (accumulators, "reference_range", lambda *_: (-np.inf, np.inf)),
         (noise_schedule, "MAX_LOG_SNR", 14.0),
     ),
-    "consensus of a fixed range": ((accumulators, "reference_range", lambda common, num_read: (-5.5, 8.0)),),
+    "consensus of a fixed range": ((accumulators, "reference_range", lambda *_: (-5.5, 8.0)),),
 }
 CRITERIA: dict[str, Criterion] = {
     "hfr": HFR(),
@@ -318,6 +318,7 @@ class Pair:
                 feature=tap[1],
                 labels=self.labels[0] if name == "probe" else None,
                 seed=seed,
+                num_train_images=self.args.num_train,
             )
         places = [self.nearest(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
@@ -360,7 +361,9 @@ class Pair:
         rows = []
         for name, options in ways.items():
             for seed in self.args.seeds:
-                record = select_timestep(self.model, images, seed=seed, **options)
+                record = select_timestep(
+                    self.model, images, seed=seed, num_train_images=self.args.num_train, **options
+                )
                 tap = (record.block, record.feature)
                 place = taps.index(tap) * len(self.grid) + self.nearest(record.timestep)
                 found = {"criterion": TAPS + name, "truth": truth, "block": tap[0], "feature": tap[1], "seed": seed}

@@ -53,6 +53,7 @@ class Context:
         images: The images.
         labels: The class index of each image, or its mask, by index; None where there are no labels.
         share: Which images this process reads, and how to gather what all read.
+        num_train_images: Labelled images that the head will learn from; None where nobody knows.
     """
 
     taps: list[Tap]
@@ -61,6 +62,7 @@ class Context:
     images: CalibrationPictures
     labels: Any
     share: Share
+    num_train_images: int | None = None
 
 
 class Accumulator(ABC):
@@ -253,7 +255,7 @@ class ConsensusAccumulator(Accumulator):
         self.taps = list(dict.fromkeys([*self.own_taps, *_reference_taps(context.config)]))
         is_single = len(self.own_taps) == 1
         self.region_weight = region_weight if is_single else 0.0
-        self.num_read_by_head = num_read
+        self.num_read_by_head, self.num_train_images = num_read, context.num_train_images
         self.references: list[int] = []  # timesteps, once calibrated
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
         self.grams: dict[Key, tuple[Tensor, int]] = {}  # of the features of several timesteps, and how many these are
@@ -348,7 +350,7 @@ class ConsensusAccumulator(Accumulator):
 
         The more of the others a grid has, the more extreme the selected timestep would be.
         """
-        low, high = reference_range(common, self.num_read_by_head)
+        low, high = reference_range(common, self.num_read_by_head, self.num_train_images)
         log_snr = self.schedule.log_snr(torch.tensor(timesteps)).tolist()
         within = [timestep for timestep, ratio in zip(timesteps, log_snr, strict=True) if low <= ratio <= high]
         return within or timesteps
