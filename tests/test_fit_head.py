@@ -552,7 +552,7 @@ BAD = {
     "negative": (lambda train: [(image, -1) for image in train["image"][:9]], "class indices in [0, 4), got [-1]"),
     "names": (
         lambda train: [(image, "red") for image in train["image"][:9]],
-        "The label of image 0 is 'red', and must",
+        "The label of image 0 is 'red', but must",
     ),
     "none": (lambda train: [(train[0]["image"], each) for each in (0, None)], "The label of image 1 is None"),
     "floats": (lambda train: [(image, 0.5) for image in train["image"][:9]], "must be class indices, integers in"),
@@ -563,7 +563,7 @@ BAD = {
     "mixed rows": (lambda train: [*train.select(range(9)), {"image": 0}], "has not `image` and `label`, as the first"),
     "unreadable": (
         lambda train: [*zip(train["image"], train["label"], strict=True), (None, 0)],
-        "Image 120 of the s",
+        "Image 120 cannot be read",
     ),
     "bytes for pixel values": (
         lambda train: {"pixel_values": torch.full((9, 3, 8, 8), 255.0), "labels": torch.arange(9) % 4},

@@ -194,7 +194,11 @@ def test_a_record_survives_json(model, pixels):
 def test_the_record_says_what_the_choice_depends_on(model, pixels):
     settings = {"timesteps": GRID, "max_images": 5, "confidence": 0.9, "batch_size": 3}
     record = select_timestep(model, pixels, **settings)
-    own = {"noise_seed": model.config.noise_seed, "num_noise_draws": model.config.num_noise_draws}
+    own = {
+        "num_train_images": None,
+        "noise_seed": model.config.noise_seed,
+        "num_noise_draws": model.config.num_noise_draws,
+    }
     assert record.options == {**settings, **own}
 
 
