@@ -54,18 +54,19 @@ FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
 # What the default was before. First all timesteps were references, on a grid from a log-SNR of 14 to -14, and regions
 # did not count. Then the references lay in a fixed range, however few labels there are.
+ALL, FIXED = "consensus of all timesteps", "consensus of a fixed range"
 FORMER = {
-    "consensus of all timesteps": (
+    ALL: (
         (accumulators, "reference_range", lambda *_: (-np.inf, np.inf)),
         (noise_schedule, "MAX_LOG_SNR", 14.0),
     ),
-    "consensus of a fixed range": ((accumulators, "reference_range", lambda *_: (-5.5, 8.0)),),
+    FIXED: ((accumulators, "reference_range", lambda *_: (-5.5, 8.0)),),
 }
 CRITERIA: dict[str, Criterion] = {
     "hfr": HFR(),
     "signal_hfr": SignalHFR(),
-    "consensus of all timesteps": Consensus(region_weight=0.0),
-    "consensus of a fixed range": Consensus(),
+    ALL: Consensus(region_weight=0.0),
+    FIXED: Consensus(),
 }
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
@@ -126,7 +127,8 @@ class BenchmarkArguments:
         default=True, metadata={"help": "Also select on images that the DiT makes itself, which takes longest."}
     )
     consensus_only: bool = field(
-        default=False, metadata={"help": "Only select by the default, and by what it was before."}
+        default=False,
+        metadata={"help": "Only select by the default, and by what it was before: with references of a fixed range."},
     )
     search_only: bool = field(
         default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
@@ -278,7 +280,8 @@ class Pair:
         for tap in tqdm(self.taps, desc="Selecting"):
             others = () if self.args.consensus_only else CRITERIA
             ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in FORMER]
-            ways += [(name, truth) for name in (*FORMER, DEFAULT) for truth in HEADS if (truth, tap) in hits]
+            former = FIXED if self.args.consensus_only else ALL
+            ways += [(name, truth) for name in (former, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
                 if name in ("signal_hfr", DEFAULT) and self.args.own_pictures:
