@@ -342,7 +342,7 @@ print("loaded:", *(name for name in {HEAVY} if name in sys.modules))
     [
         (["--help"], 0, "stdout", "usage: hf-aselect [-h] [--version] COMMAND ..."),
         (["env"], 0, "stdout", f"- hf_aselect: {hf_aselect.__version__}"),
-        (["card", "no-such-folder"], 1, "stderr", "hf-aselect: error: 'no-such-folder' is no folder"),
+        (["card", "no-such-folder"], 1, "stderr", "hf-aselect: error: 'no-such-folder' is not a folder"),
         (["no-such-command"], 2, "stderr", "usage: hf-aselect [-h] [--version] COMMAND ..."),
     ],
 )

@@ -1,13 +1,18 @@
 """What views of the same images agree on, and how much of it one view tells: against long-hand computations."""
 
+from importlib.resources import files
+
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sklearn.linear_model import Ridge
 
+from hf_aselect import DiTModel, select_timestep
 from hf_aselect.selection import consensus
 from hf_aselect.selection.consensus import NUM_COMPONENTS, STRENGTHS, ConsensusSums, leading_directions, unexplained
 from hf_aselect.selection.criteria import Consensus
 
+EMBEDDED = files("hf_aselect") / "assets" / "fashion_mnist"
 NUM_PICTURES, NUM_FOLDS, NUM_TARGETS = 320, 8, 128
 
 
@@ -251,6 +256,26 @@ def test_regions_count_by_how_far_images_are_aligned_and_by_what_is_read(common,
     assert consensus.region_share(common, 2) == pytest.approx(by_more)
 
 
+@pytest.mark.parametrize(
+    ("common", "count", "by_mean", "by_more"),
+    [
+        (0.0, 100, 8.0, 8.0),
+        (0.7, 100, 3.0, 5.06),
+        (0.7, 10, 3.0, 5.06),
+        (0.25, 100, 5.5, 7.625),
+        (0.7, 1000, 8.0, 8.0),
+        (0.7, 50_000, 8.0, 8.0),
+        (0.7, None, 8.0, 8.0),
+        (0.7, 1000 // 10**0.5, 5.5, 6.53),
+    ],
+)
+def test_the_fewer_labels_and_the_more_aligned_the_images_the_more_noise_the_references_have(
+    common, count, by_mean, by_more
+):
+    assert consensus.reference_range(common, 1, count) == pytest.approx((-5.5, by_mean), abs=5e-3)
+    assert consensus.reference_range(common, 2, count) == pytest.approx((-5.5, by_more), abs=5e-3)
+
+
 def regions(pooled):
     """Of each feature two regions: what all views share is in their difference, which the mean does not show."""
     generator = torch.Generator().manual_seed(11)
@@ -281,3 +306,14 @@ def test_the_sketch_of_regions_keeps_inner_products():
     consensus._count_sketch(values, total, 0)
     error = (total @ total.T - values @ values.T) / values.square().sum(1).mean()
     assert float(error.square().mean().sqrt()) < 2 / 512**0.5
+
+
+def test_few_labels_of_aligned_images_select_more_noise():
+    """Digits, all of them upright in the middle, on the embedded DiT."""
+    model = DiTModel.from_pretrained(EMBEDDED, timestep=0, block=3, feature="query")
+    values = torch.from_numpy(load_digits().images[:64]).float()[:, None] / 8 - 1
+    images = torch.nn.functional.pad(torch.nn.functional.interpolate(values, 22, mode="bilinear"), [3] * 4, value=-1)
+    given = {"criterion": Consensus("mean"), "timesteps": [0, 4, 19, 61, 166, 353, 546]}
+    few, many = (select_timestep(model, images, num_train_images=count, **given) for count in (100, 1000))
+    assert few.timestep > many.timestep
+    assert many.scores == select_timestep(model, images, **given).scores

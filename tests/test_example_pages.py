@@ -63,7 +63,7 @@ def test_each_script_is_on_its_page_and_in_the_index(script):
 
 def test_each_page_says_where_its_commands_are_run():
     pages = [page for page in PAGES if page.parent.name != "space"]  # that one is the Space's own front page
-    assert all("un from the root of the repository" in page.read_text(encoding="utf-8") for page in pages)
+    assert all("from the root of the repository" in page.read_text(encoding="utf-8") for page in pages)
 
 
 def test_examples_lie_where_texts_say():

@@ -194,7 +194,11 @@ def test_a_record_survives_json(model, pixels):
 def test_the_record_says_what_the_choice_depends_on(model, pixels):
     settings = {"timesteps": GRID, "max_images": 5, "confidence": 0.9, "batch_size": 3}
     record = select_timestep(model, pixels, **settings)
-    own = {"noise_seed": model.config.noise_seed, "num_noise_draws": model.config.num_noise_draws}
+    own = {
+        "num_train_images": None,
+        "noise_seed": model.config.noise_seed,
+        "num_noise_draws": model.config.num_noise_draws,
+    }
     assert record.options == {**settings, **own}
 
 
@@ -685,6 +689,7 @@ def test_a_tap_is_selected_without_labels(model, pixels):
         ({"block": "all"}, "`block` must be an integer, a list of integers or 'auto', got 'all'"),
         ({"feature": ["query", "key"], "criterion": "signal_hfr"}, "can only be compared by 'consensus', 'probe'"),
         ({"confidence": 2}, r"`confidence` must be in \[0, 1\], got 2"),
+        ({"num_train_images": 0}, "`num_train_images` must be .*, got 0"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(model, pixels, options, words):

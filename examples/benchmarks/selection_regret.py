@@ -25,7 +25,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,22 @@ from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
 
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
-# What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14, and no regions.
-FORMER = "consensus of all timesteps"
-CRITERIA: dict[str, Criterion] = {"hfr": HFR(), "signal_hfr": SignalHFR(), FORMER: Consensus(region_weight=0.0)}
+# What the default was before. First all timesteps were references, on a grid from a log-SNR of 14 to -14, and regions
+# did not count. Then the references lay in a fixed range, however few labels there are.
+ALL, FIXED = "consensus of all timesteps", "consensus of a fixed range"
+FORMER = {
+    ALL: (
+        (accumulators, "reference_range", lambda *_: (-np.inf, np.inf)),
+        (noise_schedule, "MAX_LOG_SNR", 14.0),
+    ),
+    FIXED: ((accumulators, "reference_range", lambda *_: (-5.5, 8.0)),),
+}
+CRITERIA: dict[str, Criterion] = {
+    "hfr": HFR(),
+    "signal_hfr": SignalHFR(),
+    ALL: Consensus(region_weight=0.0),
+    FIXED: Consensus(),
+}
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
 # The same attention head on tokens that are standardised by channel alone, as before standardisation by position.
@@ -112,6 +125,10 @@ class BenchmarkArguments:
     )
     own_pictures: bool = field(
         default=True, metadata={"help": "Also select on images that the DiT makes itself, which takes longest."}
+    )
+    consensus_only: bool = field(
+        default=False,
+        metadata={"help": "Only select by the default, and by what it was before: with references of a fixed range."},
     )
     search_only: bool = field(
         default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
@@ -261,15 +278,17 @@ class Pair:
                 rows.append(self.row(name, tap, hits, timestep))
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
-            ways: list[tuple[str, str | None]] = [(name, None) for name in CRITERIA if name != FORMER]
-            ways += [(name, truth) for name in (FORMER, DEFAULT) for truth in HEADS if (truth, tap) in hits]
+            others = () if self.args.consensus_only else CRITERIA
+            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in FORMER]
+            former = FIXED if self.args.consensus_only else ALL
+            ways += [(name, truth) for name in (former, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
                 if name in ("signal_hfr", DEFAULT) and self.args.own_pictures:
                     rows.append(self.selection_row(name, tap, hits, self.args.seeds[0], truth, generated=True))
-            if self.per_picture:
+            if self.per_picture and not self.args.consensus_only:
                 rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
-        for truth in HEADS:
+        for truth in dict.fromkeys(truth for truth, _ in hits if truth in HEADS):
             rows += self.tap_rows(truth, hits)
         return {
             "arguments": asdict(self.args),
@@ -293,7 +312,7 @@ class Pair:
         images = None if generated else self.train.select_columns([self.args.image_column])
         # A segmenter has no such head.
         self.model.config.head = HEADS[truth] if truth and self.per_picture else self.head
-        with as_before() if name == FORMER else nullcontext():
+        with as_before(name):
             record = select_timestep(
                 self.model,
                 images,
@@ -302,6 +321,7 @@ class Pair:
                 feature=tap[1],
                 labels=self.labels[0] if name == "probe" else None,
                 seed=seed,
+                num_train_images=self.args.num_train,
             )
         places = [self.nearest(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
@@ -339,12 +359,14 @@ class Pair:
         default = {"block": [config.block_index()], "feature": [config.feature]}
         search: dict[str, Any] = {"block": blocks, "feature": features}
         ways: dict[str, dict[str, Any]] = {"consensus": search, "default tap": default}
-        if self.per_picture:
+        if self.per_picture and not self.args.consensus_only:
             ways["probe"] = {**search, "criterion": "probe", "labels": self.labels[0]}
         rows = []
         for name, options in ways.items():
             for seed in self.args.seeds:
-                record = select_timestep(self.model, images, seed=seed, **options)
+                record = select_timestep(
+                    self.model, images, seed=seed, num_train_images=self.args.num_train, **options
+                )
                 tap = (record.block, record.feature)
                 place = taps.index(tap) * len(self.grid) + self.nearest(record.timestep)
                 found = {"criterion": TAPS + name, "truth": truth, "block": tap[0], "feature": tap[1], "seed": seed}
@@ -400,11 +422,10 @@ class Pair:
 
 
 @contextmanager
-def as_before() -> Iterator[None]:
-    """Let a consensus take all timesteps as references, and grids go further."""
-    names = ((accumulators, "REFERENCE_LOG_SNR", (-np.inf, np.inf)), (noise_schedule, "MAX_LOG_SNR", 14.0))
+def as_before(former: str) -> Iterator[None]:
+    """Let a consensus select as a former default did; any other criterion selects as it does."""
     with ExitStack() as stack:
-        for module, name, value in names:
+        for module, name, value in FORMER.get(former, ()):
             stack.enter_context(patch.object(module, name, value))
         yield
 

@@ -229,6 +229,12 @@ def _add_select(commands: Any) -> None:
         "--confidence", type=float, metavar="P", help="stop as soon as the confidence reaches P (0.95)"
     )
     select.add_argument("--max-images", type=int, metavar="N", help="maximum number of images")
+    select.add_argument(
+        "--num-train-images",
+        type=int,
+        metavar="N",
+        help="labelled images that the head will learn from (default: many)",
+    )
     select.add_argument("--batch-size", type=int, metavar="N", help="noised images per forward pass")
     select.add_argument("--seed", type=int, help="seed for noise, sampling and bootstrap")
     select.add_argument("--output", metavar="DIR", help="folder for selection.json and the plots of the curve")
@@ -241,10 +247,14 @@ def _select(parsed: argparse.Namespace) -> None:
     from .selection.select import select_timestep
 
     _quiet()
-    names = ("criterion", "block", "feature", "timesteps", "confidence", "max_images", "batch_size", "seed")
+    names = ("criterion", "block", "feature", "timesteps", "num_timesteps", "confidence", "max_images", "batch_size")
     images, labels = _images_and_labels(parsed)
     parsed.block, parsed.feature = _one_or_several(parsed.block), _one_or_several(parsed.feature)
-    given = {**({"criterion": "probe"} if labels else {}), **_given(parsed, *names, "num_timesteps"), **labels}
+    given = {
+        **({"criterion": "probe"} if labels else {}),
+        **_given(parsed, *names, "seed", "num_train_images"),
+        **labels,
+    }
     # Any timestep will do here: it only keeps loading from selecting one.
     model = DiTModel.from_pretrained(parsed.source, timestep=0, read_out=None, **_given(parsed, "head"))
     selection = select_timestep(model, images, **given)
@@ -493,6 +503,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
         calibration_images=images,
+        num_train_images=None if is_dense else len(train),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a head that is there is of no use

@@ -524,6 +524,7 @@ class ASelectPreTrainedModel(ShareableModel):
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         calibration_images: Any = None,
+        num_train_images: int | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a model and, where its timestep is "auto", select the timestep.
@@ -541,6 +542,8 @@ class ASelectPreTrainedModel(ShareableModel):
             calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
                 new head standardizes its features by them. Without them the transformer generates some for the
                 selection, which takes a while for a large one.
+            num_train_images: How many labelled images the head will learn from, where the timestep is selected: see
+                `select_timestep`.
             kwargs: Fields of `ASelectConfig` (`timestep=`, `block=`, `num_labels=`, ...), or anything that
                 `PreTrainedModel.from_pretrained` takes (`revision=`, `token=`, `variant=`, ...). diffusers' weights
                 become float32 unless `dtype` says otherwise. With a text-conditioned pipeline also
@@ -562,7 +565,7 @@ class ASelectPreTrainedModel(ShareableModel):
         source = os.fspath(source) if isinstance(source, os.PathLike) else source  # of any kind, as `os.scandir`'s
         adapters = package("checkpoints.adapters")
         if adapters is not None and (adapter := adapters.find_adapter(source, kwargs)) is not None:
-            kwargs["calibration_images"] = calibration_images
+            kwargs |= {"calibration_images": calibration_images, "num_train_images": num_train_images}
             with_adapter: Self = adapters.load_with_adapter(cls, adapter, args, kwargs)
             return with_adapter
         with_info = kwargs.pop("output_loading_info", False)
@@ -588,7 +591,7 @@ class ASelectPreTrainedModel(ShareableModel):
             check = package("checkpoints.layout_check", "Checking a layout").compare_layouts
             if check(model, calibration_images) and model.config.timestep != "auto" and not model._standardizations():
                 calibration_images = None  # that was all that they were for
-        model._settle_timestep(calibration_images, info)
+        model._settle_timestep(calibration_images, info, num_train_images)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
     @staticmethod
@@ -727,13 +730,16 @@ class ASelectPreTrainedModel(ShareableModel):
                 state_dict[f"{copies}{adapters.pop()}.{name}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _settle_timestep(self, calibration_images: Any, info: dict[str, Any]) -> None:
+    def _settle_timestep(
+        self, calibration_images: Any, info: dict[str, Any], num_train_images: int | None = None
+    ) -> None:
         """Select the timestep if it is "auto"; forget a record that no longer fits, and statistics of no head."""
         config = self.config
         if not self._standardizations() or any(".standardization." in name for name in info["missing_keys"]):
             self._set_standardization(None)
         if config.timestep == "auto":
-            package("selection.apply", "Selecting a timestep (`timestep='auto'`)").settle(self, calibration_images)
+            settling = package("selection.apply", "Selecting a timestep (`timestep='auto'`)")
+            settling.settle(self, calibration_images, num_train_images)
             return
         if config.zeroed_channels == "auto":
             raise ValueError(

@@ -12,7 +12,16 @@ from torch import Tensor
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap
 from ..model.noise_schedule import NoiseSchedule
-from .consensus import NUM_JOINT, ConsensusSums, Key, alignment, leading_directions, region_share, unexplained
+from .consensus import (
+    NUM_JOINT,
+    ConsensusSums,
+    Key,
+    alignment,
+    leading_directions,
+    reference_range,
+    region_share,
+    unexplained,
+)
 from .distribution import Share
 from .images import CalibrationPictures
 from .joint_prediction import unexplained_together
@@ -23,9 +32,6 @@ NUM_GROUPS = 16
 # Scale and weight of a consensus' reference features come from the first so many images.
 NUM_CALIBRATION = 32
 AUTO_FEATURES = ("hidden", "query", "key", "value")
-# Timesteps with a log-SNR outside are no references of a consensus. There features show the image itself or the little
-# that noise leaves of it, and agree on that: the more of them a grid has, the more extreme the selected timestep.
-REFERENCE_LOG_SNR = (-5.5, 8.0)
 
 
 class Measure(Protocol):
@@ -47,6 +53,7 @@ class Context:
         images: The images.
         labels: The class index of each image, or its mask, by index; None where there are no labels.
         share: Which images this process reads, and how to gather what all read.
+        num_train_images: Labelled images that the head will learn from; None where nobody knows.
     """
 
     taps: list[Tap]
@@ -55,6 +62,7 @@ class Context:
     images: CalibrationPictures
     labels: Any
     share: Share
+    num_train_images: int | None = None
 
 
 class Accumulator(ABC):
@@ -247,6 +255,7 @@ class ConsensusAccumulator(Accumulator):
         self.taps = list(dict.fromkeys([*self.own_taps, *_reference_taps(context.config)]))
         is_single = len(self.own_taps) == 1
         self.region_weight = region_weight if is_single else 0.0
+        self.num_read_by_head, self.num_train_images = num_read, context.num_train_images
         self.references: list[int] = []  # timesteps, once calibrated
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
         self.grams: dict[Key, tuple[Tensor, int]] = {}  # of the features of several timesteps, and how many these are
@@ -259,7 +268,7 @@ class ConsensusAccumulator(Accumulator):
         read = [index for batch in batches for index in batch.indices]
         common = alignment(torch.cat([batch.latents.float().cpu() for batch in batches]))
         self.region_weight *= region_share(common, self.kept.num_read)
-        self.references = self._references(batches[0].timesteps)
+        self.references = self._references(batches[0].timesteps, common)
         measured = [self._measured_references(batch) for batch in batches]
         pooled, regions = (
             {key: torch.cat([each[part].pop(key) for each in measured]) for key in list(measured[0][part])}
@@ -336,9 +345,12 @@ class ConsensusAccumulator(Accumulator):
         found: Tensor = self.share.gather(leading_directions(self.share.total(self.kept.target_moments())))[0]
         return found
 
-    def _references(self, timesteps: list[int]) -> list[int]:
-        """Return the timesteps whose features are references: all, if none has a log-SNR within the range."""
-        low, high = REFERENCE_LOG_SNR
+    def _references(self, timesteps: list[int], common: float) -> list[int]:
+        """Return the timesteps whose features are references: all, if none has a log-SNR within the range.
+
+        The more of the others a grid has, the more extreme the selected timestep would be.
+        """
+        low, high = reference_range(common, self.num_read_by_head, self.num_train_images)
         log_snr = self.schedule.log_snr(torch.tensor(timesteps)).tolist()
         within = [timestep for timestep, ratio in zip(timesteps, log_snr, strict=True) if low <= ratio <= high]
         return within or timesteps

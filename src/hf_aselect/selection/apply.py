@@ -22,14 +22,17 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 2**15  # in one forward pass of a selection that loading makes
 
 
-def settle(model: Any, images: Any) -> None:
+def settle(model: Any, images: Any, num_train_images: int | None = None) -> None:
     """Select the timestep of a model that is loaded, and let it be read there.
 
     Args:
         model: The model.
         images: As in `select_timestep`.
+        num_train_images: As there.
     """
-    selection = select_timestep(model, images, batch_size=batch_size_for(model.config))
+    selection = select_timestep(
+        model, images, batch_size=batch_size_for(model.config), num_train_images=num_train_images
+    )
     if selection.pictures == "generated":
         # Scripts for any model of transformers have no word for calibration images.
         logger.warning(

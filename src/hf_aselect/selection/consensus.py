@@ -8,9 +8,11 @@ the tokens' mean and, for a reader that sees more than that, their standard devi
 
 Where images are aligned (faces, digits, products on a plain ground), what is where says what they show; where they
 are not (photographs of animals), it says little. The more they are aligned, the more the means over regions of the
-image count beside the mean over all of it: see `alignment`.
+image count beside the mean over all of it, and the more noise the references have where labels are few: see
+`alignment` and `reference_range`.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import Any, TypeVar
@@ -246,6 +248,25 @@ def region_share(common: float, num_read: int) -> float:
         num_read: How many statistics of the tokens the head sees, counted from the mean.
     """
     return common * (1 - common if num_read == 1 else common)
+
+
+def reference_range(common: float, num_read: int, num_train_images: int | None = None) -> tuple[float, float]:
+    """Return the least and the largest log-SNR of timesteps whose features count in the targets.
+
+    Below the range little is left of the image. Above it features show the image itself and agree on its details.
+    From few labels a head cannot learn details, and in aligned images the coarse shape tells what they show. So from
+    1,000 labelled images to 100 the upper end falls from 8 to 8 - 5 · min(1, 2a) for a head that sees the tokens' mean
+    alone, and to 8 - 6 · a² for one that sees more.
+
+    Args:
+        common: What `alignment` says, a, in [0, 1].
+        num_read: How many statistics of the tokens the head sees, counted from the mean.
+        num_train_images: Labelled images that the head will learn from. None for many.
+    """
+    many, few = 1000, 100
+    scarcity = 0.0 if num_train_images is None else math.log(many / max(1, num_train_images)) / math.log(many / few)
+    fall = 5.0 * min(1.0, 2 * common) if num_read == 1 else 6.0 * common**2
+    return -5.5, 8.0 - fall * min(1.0, max(0.0, scarcity))
 
 
 def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Request:
         batch_size: Noised images in one forward pass, at least 1.
         seed: Seed in [0, 2**63).
         num_timesteps: How many timesteps to select, at least 1.
+        num_train_images: Labelled images that the head will learn from, at least 1; None where nobody knows.
     """
 
     criterion: Criterion
@@ -49,6 +50,7 @@ class Request:
     batch_size: int
     seed: int
     num_timesteps: int = 1
+    num_train_images: int | None = None
 
     @property
     def first_timesteps(self) -> list[int]:
@@ -70,6 +72,7 @@ def checked_request(
     batch_size: int,
     seed: int,
     num_timesteps: int | None,
+    num_train_images: int | None,
 ) -> Request:
     """Return what `select_timestep` is asked for; see there.
 
@@ -78,6 +81,9 @@ def checked_request(
     """
     timesteps, block, feature, num_timesteps = map(plain, (timesteps, block, feature, num_timesteps))
     max_images, batch_size, confidence, seed = map(plain, (max_images, batch_size, confidence, seed))
+    num_train_images = plain(num_train_images)
+    if num_train_images is not None:
+        check_count("num_train_images", num_train_images)
     criterion = _checked_criterion(criterion, labels)
     masks = _masks(labels, images)
     criterion = suited(criterion, model.config, masks is not None)
@@ -102,6 +108,7 @@ def checked_request(
         batch_size,
         seed,
         count,
+        num_train_images,
     )
     if count > (most := len(request.first_timesteps)):
         raise ValueError(

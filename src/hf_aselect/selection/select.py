@@ -43,6 +43,7 @@ def select_timestep(
     batch_size: int = 32,
     seed: int = 0,
     num_timesteps: int | None = None,
+    num_train_images: int | None = None,
 ) -> TimestepSelection:
     """Select the timestep whose features at the model's tap score best, or several that complement each other.
 
@@ -104,6 +105,9 @@ def select_timestep(
             "signal_hfr", of the noise; the other criteria read features with the model's own noise.
         num_timesteps: How many timesteps to select, at most as many as are read from every image. More than one need
             "consensus" or a probe. Default: `config.num_timesteps`.
+        num_train_images: How many labelled images the head will learn from, at least 1. For fewer than 1,000, of
+            aligned images (digits, products, faces), "consensus" prefers timesteps with more noise, at which a head
+            needs fewer labels. Default: many.
 
     Returns:
         The selection with its curve; ties go to the smaller timestep.
@@ -144,6 +148,7 @@ def select_timestep(
         batch_size=batch_size,
         seed=seed,
         num_timesteps=num_timesteps,
+        num_train_images=num_train_images,
     )
     with eval_mode(model), called_by(model, "encode", "_read_taps", then_shard=True), torch.no_grad():
         sweep = _sweep_of_generated(model, request) if images is None else _sweep_of_given(model, images, request)
@@ -242,6 +247,7 @@ def _options(model: ReadableModel, request: Request) -> dict[str, Any]:
         "max_images": request.max_images,
         "confidence": request.confidence,
         "batch_size": request.batch_size,
+        "num_train_images": request.num_train_images,
         "noise_seed": model.config.noise_seed,
         "num_noise_draws": model.config.num_noise_draws,
     }

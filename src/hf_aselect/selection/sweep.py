@@ -45,7 +45,15 @@ class Sweep:
             request.batch_size,
             request.seed,
         )
-        context = Context(request.taps, model.config, model.noise_schedule, images, request.labels, self.share)
+        context = Context(
+            request.taps,
+            model.config,
+            model.noise_schedule,
+            images,
+            request.labels,
+            self.share,
+            request.num_train_images,
+        )
         self.accumulator = accumulator_of(request.criterion, context)
         self.num_images = 0
         self.groups: set[int] = set()
