@@ -429,9 +429,9 @@ REFUSED = [
     ("dit", ("--vae_name_or_path", "DIT"), r"got '.*transformer' with an `DiTTransformer2DModel`"),
     ("unet", ("--prediction_type", "flow_matching"), r"got --prediction_type flow_matching. Give epsilon or v_pred"),
     ("unet", ("--vae_name_or_path", "VAE"), r"pretrain_unet.py learns pixels, got --vae_name_or_path"),
-    ("unet", ("--image_size", 6), r"--image_size must be a multiple of 4 for .* got 6, for example 8"),
+    ("unet", ("--image_size", 6), r"--image_size must be a multiple of 4 .* got 6, for example 8"),
     ("vae", ("--vae_name_or_path", "VAE"), r"trains a VAE of its own, got --vae_name_or_path"),
-    ("vae", ("--image_size", 6, "--patch_size", 2), r"--image_size must be a multiple of 4 for .* got 6, for example 8"),
+    ("vae", ("--image_size", 6, "--patch_size", 2), r"--image_size must be a multiple of 4 .* got 6, for example 8"),
 ]
 
 
