@@ -22,6 +22,7 @@ from hf_aselect import (
     DiTForSemanticSegmentation,
     DiTModel,
     cache_features,
+    select_timestep,
 )
 from hf_aselect.cli import main
 from hf_aselect.hub.push import write_model_card
@@ -159,6 +160,41 @@ def test_trainer_goes_on_from_it(fitted, train, tmp_path):
     assert moved == {"classifier.output_projection.weight", "classifier.output_projection.bias"}
     with torch.no_grad():
         assert float(model.eval()(pixels, labels=labels).loss) < loss + 0.01
+
+
+def moved_with(caplog, model, selection):
+    """Apply a selection, and return what is said of the head."""
+    caplog.clear()
+    model.apply_selection(selection)
+    return [record.getMessage() for record in caplog.records if "train it again" in record.getMessage()]
+
+
+def test_a_fitted_head_that_is_read_elsewhere_is_warned_of_once(model, train, pixels, caplog):
+    here, elsewhere = (select_timestep(model, pixels, criterion="hfr", timesteps=[each]) for each in (20, 500))
+    assert moved_with(caplog, model, elsewhere) == moved_with(caplog, model, here) == []  # a new head
+    model.fit_head(train)
+    assert moved_with(caplog, model, here) == []
+    told = "The head was fitted at timestep 20. At timestep 500 fit or train it again."
+    assert moved_with(caplog, model, elsewhere) == [told]
+    assert moved_with(caplog, model, elsewhere) == []
+    model.fit_head(train)
+    assert moved_with(caplog, model, elsewhere) == []
+    key = select_timestep(model, pixels, criterion="hfr", timesteps=[500], feature="key")
+    (told,) = moved_with(caplog, model, key)
+    assert "fitted at timestep 500 (query of block 1). At timestep 500 (key of block 1) fit" in told
+
+
+def test_a_loaded_head_that_is_read_elsewhere_is_warned_of(fitted, pixels, tmp_path, caplog):
+    fitted[0].save_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    here, elsewhere = (select_timestep(model, pixels, criterion="hfr", timesteps=[each]) for each in (20, 500))
+    assert moved_with(caplog, model, here) == []
+    told = ["The head was trained at timestep 20. At timestep 500 fit or train it again."]
+    assert moved_with(caplog, model, elsewhere) == told
+    # What it is loaded to read says nothing of where it was trained.
+    model = AutoModelForImageClassification.from_pretrained(tmp_path, timestep=500)
+    assert moved_with(caplog, model, here) == []
+    assert moved_with(caplog, model, elsewhere) == told
 
 
 def test_its_card_says_how_it_was_fitted(fitted, tmp_path):

@@ -16,7 +16,7 @@ from ..images.rows import TENSORS
 from ..model.checks import check_count
 from ..model.denoiser import is_sharded
 from ..model.layouts import plain
-from ..selection.apply import batch_size_for
+from ..selection.apply import batch_size_for, note_head
 from ..selection.distribution import Share, gather_objects, is_partitioned, refuse_flattened, unwrapped
 from ..selection.reader import eval_mode
 from ..selection.sweep import progress_bar
@@ -160,6 +160,7 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         or None,
         seconds=round(time.monotonic() - started, 3),
     )
+    note_head(model, "fitted", model.config.read_outs())
     model.card_facts = {**model.card_facts, **_card_facts(fit, figures, images.is_dense)}
     if any(hasattr(module, "merged_adapters") for module in model.modules()):
         # peft's layers. With its head among the adapters, a model has no head to fit.
