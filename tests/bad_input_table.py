@@ -1083,13 +1083,13 @@ CASES = [
         "checkpoint",
         "another model's configuration",
         spoiled("saved", lambda folder: _update(folder / "config.json", {"model_type": "vit"})),
-        "holds nothing that can be loaded: expected a checkpoint of hf_aselect",
+        "contains nothing that can be loaded: expected a checkpoint of hf_aselect",
     ),
     Case(
         "checkpoint",
         "a folder of notes",
         loaded(lambda world: world.spoiled(world.saved, lambda folder: [path.unlink() for path in folder.iterdir()])),
-        "holds nothing that can be loaded",
+        "contains nothing that can be loaded",
     ),
     Case(
         "checkpoint",

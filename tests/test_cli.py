@@ -58,15 +58,17 @@ def without_matplotlib(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def test_without_matplotlib_the_record_is_written_all_the_same(pixel_folder, folder, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_record_is_written_all_the_same(
+    pixel_folder, folder, tmp_path_factory, capsys, monkeypatch
+):
     without_matplotlib(monkeypatch)
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "timestep_curve.png").write_text("of an earlier selection")
-    assert run(pixel_folder, "--images", folder, "--timesteps", 10, 500, 700, "--output", tmp_path / "report") == 0
-    assert [path.name for path in (tmp_path / "report").iterdir()] == ["selection.json"]
+    report = tmp_path_factory.mktemp("report")
+    (report / "timestep_curve.png").write_text("of an earlier selection")
+    assert run(pixel_folder, "--images", folder, "--timesteps", 10, 500, 700, "--output", report) == 0
+    assert [path.name for path in report.iterdir()] == ["selection.json"]
     shown = capsys.readouterr()
-    assert shown.err == "There is no plot of the curve. Plots need matplotlib: pip install 'hf_aselect[demo]'\n"
-    assert f"Saved {tmp_path / 'report' / 'selection.json'}." in shown.out
+    assert "There is no plot of the curve. Plots need matplotlib: pip install 'hf_aselect[demo]'\n" in shown.err
+    assert f"Saved {report / 'selection.json'}." in shown.out
 
 
 def test_without_matplotlib_the_demo_does_not_begin(tmp_path, capsys, monkeypatch):

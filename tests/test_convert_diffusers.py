@@ -115,13 +115,13 @@ def test_weights_in_shards_are_read(folder, pixel_folder, pixels):
 
 def test_a_folder_that_is_none_of_the_sources_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"holds nothing that can be loaded: expected a checkpoint.*notes\.txt"):
+    with pytest.raises(ValueError, match=r"contains nothing that can be loaded: expected a checkpoint.*notes\.txt"):
         DiTModel.from_pretrained(tmp_path)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ValueError, match="holds nothing that can be loaded"):
+    with pytest.raises(ValueError, match="contains nothing that can be loaded"):
         DiTModel.from_pretrained(tmp_path)
 
 

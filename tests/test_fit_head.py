@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import END_OF_PROCESSES, HEAD, take_one_step
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from datasets import Image as Pictures
 from forking import offline
 from huggingface_hub import ModelCard
@@ -195,6 +195,33 @@ def test_a_loaded_head_that_is_read_elsewhere_is_warned_of(fitted, pixels, tmp_p
     model = AutoModelForImageClassification.from_pretrained(tmp_path, timestep=500)
     assert moved_with(caplog, model, here) == []
     assert moved_with(caplog, model, elsewhere) == told
+
+
+NAMES = ["cat", "dog", "bird", "fish"]
+
+
+def test_a_fit_takes_the_names_of_the_classes_where_nobody_set_any(pixel_folder, model, train):
+    named = train.cast_column("label", ClassLabel(names=NAMES))
+    model.fit_head(named)
+    assert model.config.id2label == dict(enumerate(NAMES))
+    assert model.config.label2id == {name: number for number, name in enumerate(NAMES)}
+    own = {number: f"class {number}" for number in range(4)}
+    model = load(pixel_folder, id2label=own, label2id={name: number for number, name in own.items()})
+    model.fit_head(named)
+    assert model.config.id2label == own
+    five = load(pixel_folder, num_labels=5)
+    five.fit_head(named, allow_missing=True)
+    assert five.config.id2label[0] == "LABEL_0" and five.config.num_labels == 5
+
+
+def test_a_segmenters_fit_takes_the_names_of_the_classes(pixel_folder):
+    rows = [(image, np.asarray(mask).astype(int)) for image, mask in scenes(8)]
+    kinds = Features(image=Pictures(), label=List(List(ClassLabel(names=NAMES[:3]))))
+    masks = [np.where(mask == 255, -1, mask).tolist() for _, mask in rows]
+    named = Dataset.from_dict({"image": [image for image, _ in rows], "label": masks}, kinds)
+    model = load(pixel_folder, DiTForSemanticSegmentation, **SEGMENTER, semantic_loss_ignore_index=-1)
+    model.fit_head(named)
+    assert model.config.id2label == dict(enumerate(NAMES[:3]))
 
 
 def test_its_card_says_how_it_was_fitted(fitted, tmp_path):
@@ -860,6 +887,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
     ("words", "complaint"),
     [
         (["--images", "missing.parquet"], "There is no file 'missing.parquet'."),
+        (["--images", "nowhere"], "No folder or file 'nowhere' exists here."),
         (["--label-column", "kind"], "The images have no column 'kind', only image, label."),
         (
             ["--label-column", "image"],

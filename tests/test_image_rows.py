@@ -301,6 +301,7 @@ def test_an_image_of_another_kind_than_the_first_is_named():
     ("images", "words"),
     [
         (lambda: DataLoader(MapStyle("pairs")), "Give the `dataset` of a DataLoader"),
+        (lambda: "digits/train", r'Load the images of a folder with `load_dataset\("imagefolder", data_dir=...\)`'),
         (lambda: datasets.DatasetDict(train=rows()), "Of a `DatasetDict` give one split"),
         (lambda: rows().remove_columns("image"), "exactly one column of images, got columns label, name"),
         (lambda: "folder", "got str"),

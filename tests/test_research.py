@@ -634,7 +634,7 @@ def test_a_truncated_safetensors_is_refused(tmp_path):
 
 def test_loading_never_unpickles(pickled, tmp_path):
     torch.save(Bomb(tmp_path / "ran"), pickled)
-    with pytest.raises(ValueError, match=r"holds nothing that can be loaded.* convert FILE OUTPUT --layout"):
+    with pytest.raises(ValueError, match=r"contains nothing that can be loaded.* convert FILE OUTPUT --layout"):
         DiTModel.from_pretrained(pickled.parent, layout="sit", timestep=5)
     pickled.rename(pickled.with_name("model.pt"))
     with pytest.raises(ValueError, match="has only pickled weights"):

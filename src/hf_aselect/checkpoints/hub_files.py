@@ -214,7 +214,7 @@ def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str,
     if research_in(folder, variant) is not None:
         return True
     raise ValueError(
-        f"{str(source)!r} holds nothing that can be loaded: expected a checkpoint of hf_aselect ({CONFIG} with "
+        f"{str(source)!r} contains nothing that can be loaded: expected a checkpoint of hf_aselect ({CONFIG} with "
         f"model_type {model_type!r}), a folder with transformer/ and scheduler/, or a diffusers "
         f"transformer ({CONFIG} with `_class_name`); found {sorted(path.name for path in folder.iterdir())[:10]}. "
         f"{PICKLES_OF_RESEARCH if any(path.suffix in PICKLES for path in folder.iterdir()) else ''}".rstrip()

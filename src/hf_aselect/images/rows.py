@@ -425,6 +425,8 @@ def _from_mapping(columns: Mapping[str, Any]) -> _Columns:
 
 def _wanted(found: Any) -> str:
     hint = ". Give the `dataset` of a DataLoader." if isinstance(found, torch.utils.data.DataLoader) else ""
+    if isinstance(found, str | os.PathLike):
+        hint = '. Load the images of a folder with `load_dataset("imagefolder", data_dir=...)` of `datasets`.'
     return (
         "Images must be a list of PIL images or arrays, a dataset with a column of them (and of labels, where "
         "those are needed), pairs (image, label), a dense tensor, or a dictionary of `pixel_values` (or `features`, "

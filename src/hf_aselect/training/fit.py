@@ -160,6 +160,7 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         or None,
         seconds=round(time.monotonic() - started, 3),
     )
+    _take_names(images, model.config)
     note_head(model, "fitted", model.config.read_outs())
     model.card_facts = {**model.card_facts, **_card_facts(fit, figures, images.is_dense)}
     if any(hasattr(module, "merged_adapters") for module in model.modules()):
@@ -302,6 +303,14 @@ def _check_names(images: LabelledImages, judged: dict[str, LabelledImages], conf
                         "dataset (`id2label=`)."
                     )
         known.append((what, each.class_numbers))
+
+
+def _take_names(images: LabelledImages, config: Any) -> None:
+    """Name the classes as the images do, where nobody has named them."""
+    default = {number: f"LABEL_{number}" for number in range(config.num_labels)}
+    if len(images.class_numbers) == config.num_labels and config.id2label == default:
+        config.id2label = {number: name for name, number in images.class_numbers.items()}
+        config.label2id = dict(images.class_numbers)
 
 
 def _eval_name(name: str) -> str:
