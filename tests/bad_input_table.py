@@ -369,13 +369,13 @@ CASES = [
         "configuration",
         "a size that is True",
         configured(transformer={**DIT_XL_2, "num_layers": True}),
-        "sizes that are integers from 1 on, got.*True",
+        "integers in .1, .* as sizes, got.*True",
     ),
     Case(
         "configuration",
         "ten billion blocks",
         configured(transformer={**DIT_XL_2, "num_layers": 10**10}),
-        "got.*10000000000.; at most 65536",
+        r"integers in .1, 65536. as sizes, got.*10000000000",
     ),
     Case(
         "configuration",
@@ -387,7 +387,7 @@ CASES = [
         "configuration",
         "key heads that are a word",
         configured(transformer={**LUMINA, "axes_lens": [9, 9, 9], "num_kv_heads": "x"}),
-        "integer from 1 on as `num_kv_heads`, got 'x'",
+        "positive integer as `num_kv_heads`, got 'x'",
     ),
     Case(
         "configuration",
@@ -645,18 +645,18 @@ CASES = [
         processed(Image.open(io.BytesIO(PHOTO[:700]))),
         "An image cannot be read .image file is truncated",
     ),
-    Case("picture", "of no pixels", processed(Image.new("RGB", (0, 5))), "An image is empty: it has 0×5 pixels"),
+    Case("picture", "of no pixels", processed(Image.new("RGB", (0, 5))), "An image must not be empty, got 0×5 pixels"),
     Case(
         "picture",
         "an array of no rows",
         processed(np.zeros((0, 8, 3), np.uint8)),
-        r"An image is empty: it has shape \(0, 8, 3\)",
+        r"An image must not be empty, got shape \(0, 8, 3\)",
     ),
     Case(
         "picture",
         "an array of true and false",
         processed(np.ones((8, 8, 3), bool)),
-        "numbers in .0, 255., got values of bool. Of a mask",
+        "numbers in .0, 255., got values of bool. Multiply a Boolean mask",
     ),
     Case("picture", "complex numbers", processed(np.zeros((8, 8, 3), complex)), "got values of complex128"),
     Case("picture", "an array of None", processed(np.full((8, 8, 3), None)), "got values of object"),
@@ -676,37 +676,37 @@ CASES = [
         "picture",
         "NaN in an array",
         processed(np.full((8, 8, 3), NAN)),
-        "holds NaN or infinite values; expected values in .0, 255.",
+        "values in .0, 255., got NaN or infinite values",
     ),
     Case(
         "picture",
         "NaN in PIL's mode F",
         processed(Image.fromarray(np.full((8, 8), NAN, np.float32))),
-        "An image of mode F holds values from nan to nan",
+        "An image of mode F must have values in .*, got values from nan to nan",
     ),
     Case(
         "picture",
         "infinity in PIL's mode F",
         processed(Image.fromarray(np.full((8, 8), np.inf, np.float32))),
-        "An image of mode F holds values from inf to inf",
+        "An image of mode F must have values in .*, got values from inf to inf",
     ),
     Case(
         "picture",
         "2**30 in PIL's mode I",
         processed(Image.fromarray(np.full((8, 8), 2**30, np.int32))),
-        "mode I holds values from 1.07374e.09 .*16 bits",
+        "mode I must have values in .*16 bits, got values from 1.07374e.09",
     ),
     Case(
         "picture",
         "five channels",
         processed(np.zeros((9, 9, 5), np.uint8)),
-        "must have 1, 3 or 4 channels, first or last, got shape",
+        "must have 1, 3 or 4 channels, in its first or last dimension, got shape",
     ),
     Case(
         "picture",
         "a tensor without data",
         processed(torch.zeros(3, 8, 8, device="meta")),
-        "one that is without data, on the device meta",
+        "one that is without data .on the meta device",
     ),
     Case(
         "picture",
@@ -714,15 +714,15 @@ CASES = [
         processed(torch.ones(3, 8, 8).to_sparse()),
         "got one that is a torch.sparse_coo tensor",
     ),
-    Case("picture", "None", processed(None), "one of PIL, a file, encoded bytes, an array or a tensor, got NoneType"),
+    Case("picture", "None", processed(None), "a PIL image, a file, encoded bytes, an array or a tensor, got NoneType"),
     Case("picture", "the name of no file", processed("photo.png"), "cannot be read .*No such file.*photo.png"),
     Case(
         "picture",
         "an address",
         processed(["https://example.org/photo.png"]),
-        "cannot be an address, got 'https://example.org/photo.png': nothing is",
+        "cannot be a URL, got 'https://example.org/photo.png'. URLs are not",
     ),
-    Case("picture", "an empty list", processed([]), "There are no images: the list is empty"),
+    Case("picture", "an empty list", processed([]), "must have at least one image, got an empty list"),
     Case(
         "picture", "a size of -8", processed(Image.new("RGB", (8, 8)), size=-8), "`size` must be 1 or more, got -8×-8"
     ),
@@ -736,19 +736,19 @@ CASES = [
         "picture",
         "a mask of fractions",
         processed(Image.new("RGB", (8, 8)), segmentation_maps=np.zeros((8, 8))),
-        "A mask must hold integers of shape .H, W.",
+        "A mask must have integers of shape .H, W.",
     ),
     Case(
         "picture",
         "a mask that is a number",
         processed(Image.new("RGB", (8, 8)), segmentation_maps=3),
-        "Masks must be images of PIL, files, arrays or tensors, got int",
+        "Masks must be PIL images, files, arrays or tensors, got int",
     ),
     Case(
         "picture",
         "a mask of class 2**40",
         processed(Image.new("RGB", (8, 8)), segmentation_maps=np.full((8, 8), 2**40)),
-        "expected class indices below 2..31",
+        "must have class indices in .0, 2..31",
     ),
     # Tensors.
     Case(
@@ -789,7 +789,7 @@ CASES = [
     ),
     Case(
         "tensor",
-        "on the device meta",
+        "on the meta device",
         lambda world: world.model(world.pixels.to("meta")),
         "a dense tensor with data, got one on the meta device",
     ),
@@ -931,7 +931,7 @@ CASES = [
         "data set",
         "no column of images",
         selected(datasets.Dataset.from_dict({"label": [1, 2]})),
-        "a column `image`, or exactly one column of images, got columns label",
+        "a column `image` or exactly one image column, got label",
     ),
     Case(
         "data set",
@@ -973,7 +973,7 @@ CASES = [
         "data set",
         "a mask of another size",
         selected(criterion="patch_probe", labels=[np.zeros((9, 12), int)] * 6),
-        "A mask has 9×12 pixels and its image 10×12",
+        "A mask must have the size of its image, 10×12 pixels, got 9×12",
     ),
     Case(
         "data set", "timesteps that are a number", selected(timesteps=5), r"a list of integers in \[0, 1000\), got 5"
@@ -1041,7 +1041,7 @@ CASES = [
         "checkpoint",
         "truncated weights of diffusers",
         spoiled("pixel", lambda folder: cut(folder / "transformer" / WEIGHTS)),
-        "is truncated or no safetensors file",
+        "is truncated or not a safetensors file",
     ),
     Case(
         "checkpoint",
@@ -1053,7 +1053,7 @@ CASES = [
         "checkpoint",
         "a header of 2**62 bytes, diffusers'",
         spoiled("pixel", lambda folder: huge_header(folder / "transformer" / WEIGHTS)),
-        "is truncated or no safetensors file .*header.*large",
+        "is truncated or not a safetensors file .*header.*large",
     ),
     Case(
         "checkpoint",
@@ -1083,13 +1083,13 @@ CASES = [
         "checkpoint",
         "another model's configuration",
         spoiled("saved", lambda folder: _update(folder / "config.json", {"model_type": "vit"})),
-        "contains nothing that can be loaded: expected a checkpoint of hf_aselect",
+        "is not a supported checkpoint: expected an hf_aselect checkpoint",
     ),
     Case(
         "checkpoint",
         "a folder of notes",
         loaded(lambda world: world.spoiled(world.saved, lambda folder: [path.unlink() for path in folder.iterdir()])),
-        "contains nothing that can be loaded",
+        "is not a supported checkpoint",
     ),
     Case(
         "checkpoint",
@@ -1138,7 +1138,7 @@ CASES = [
         "checkpoint",
         "pickles alone",
         spoiled("saved", no_safetensors),
-        "has only pickled weights .pytorch_model.bin., which are never unpickled",
+        "has only pickled weights .pytorch_model.bin., which are not loaded",
         PickledWeightsError,
     ),
     Case(
@@ -1164,7 +1164,7 @@ CASES = [
         "checkpoint",
         "shards of 5 XB",
         lambda world: convert_diffusers(world.pixel, world.new(), max_shard_size="5 XB"),
-        "at least 1 byte, a number or as '5GB' or '200MB', got '5 XB'",
+        "at least 1 byte, as a number or a string such as '5GB' or '200MB', got '5 XB'",
     ),
     Case(
         "checkpoint",
@@ -1178,13 +1178,13 @@ CASES = [
         lambda world: convert_research(
             _written(world.new("sit.pt"), "x"), world.new(), layout="sit", allow_pickle=True
         ),
-        "is text, and no file of weights of torch",
+        "is a text file instead of a PyTorch weights file",
     ),
     Case(
         "checkpoint",
         "a layout of a pipeline",
         lambda world: DiTModel.from_pretrained(world.pixel, timestep=5, layout="sit"),
-        "`layout=` and `num_attention_heads=` are for weights by the names of the research code",
+        "`layout=` and `num_attention_heads=` are for weights of the DiT, SiT and REPA research code",
     ),
     Case(
         "checkpoint",
@@ -1243,7 +1243,7 @@ CASES = [
         "command line",
         "select PIXEL --images (an empty folder)",
         lambda world: world.command("select", world.pixel, "--images", _made(world.new("empty"))),
-        "holds no images",
+        "contains no images",
         CommandError,
     ),
     Case(
@@ -1259,7 +1259,7 @@ CASES = [
         "command line",
         "convert nowhere OUT",
         commanded("convert", "no/where", "{out}"),
-        "'no/where' is no local folder, the Hub cannot be reached",
+        "'no/where' is neither a local folder nor in the cache, and the Hub cannot be reached",
         CommandError,
     ),
     Case(
@@ -1294,7 +1294,7 @@ CASES = [
         "command line",
         "convert PIXEL PIXEL/in",
         commanded("convert", "{pixel}", "{pixel}/in"),
-        "lies inside the source; name a folder beside it",
+        "must not lie inside the source, got .* Pass a folder beside it",
         CommandError,
     ),
     Case(
@@ -1402,12 +1402,17 @@ CASES = [
         loaded(lambda world: world.saved, id2label={"0": "a", "5": "b"}),
         "`id2label` must number the classes",
     ),
-    Case("picture", "lists of nothing", lambda _: ASelectImageProcessor(size=8)([[]]), "There are no images"),
+    Case(
+        "picture",
+        "lists of nothing",
+        lambda _: ASelectImageProcessor(size=8)([[]]),
+        "`images` must have at least one image",
+    ),
     Case(
         "picture",
         "a batch of no images",
         processed(torch.zeros(0, 3, 8, 8)),
-        "There are no images",
+        "`images` must have at least one image",
     ),
     Case("picture", "a size of words", lambda _: ASelectImageProcessor(size={"height": "8", "width": 8}), "integers"),
     Case("picture", "a size that is a list of words", lambda _: ASelectImageProcessor(size=["a"]), "an integer, or"),
@@ -1416,13 +1421,13 @@ CASES = [
         "picture",
         "a standard deviation by name",
         lambda _: ASelectImageProcessor(image_std={"a": 1}),
-        "`image_std` must be finite numbers, one a channel",
+        "`image_std` must be finite numbers, one per channel",
     ),
     Case(
         "picture",
         "a field in place of a method",
         lambda _: ASelectImageProcessor(preprocess=5),
-        "An image processor has no field 'preprocess'",
+        "ASelectImageProcessor has no field 'preprocess'",
     ),
     Case(
         "picture",
@@ -1492,13 +1497,13 @@ CASES = [
         "data set",
         "an address in place of an image",
         lambda world: select_timestep(world.model, world.rows_at("http://127.0.0.1:9/a.png"), timesteps=[10, 500]),
-        "holds addresses in place of images, 'http://127.0.0.1:9/a.png' among them",
+        "has URLs instead of images, such as 'http://127.0.0.1:9/a.png'",
     ),
     Case(
         "data set",
         "an address in place of an image, to cache",
         lambda world: cache_features(world.model, world.rows_at("http://127.0.0.1:9/a.png"), world.new()),
-        "holds addresses in place of images",
+        "has URLs instead of images",
     ),
     Case(
         "data set",

@@ -119,7 +119,7 @@ def test_an_adapter_that_names_no_model_says_so(base, tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(text.replace(f'"{base}"', "null"))
-    with pytest.raises(ValueError, match="has None as its `base_model_name_or_path`"):
+    with pytest.raises(ValueError, match="must name the base model as `base_model_name_or_path`, got None"):
         DiTForImageClassification.from_pretrained(tmp_path)
 
 

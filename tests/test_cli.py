@@ -159,7 +159,7 @@ def test_without_pictures_the_transformer_makes_its_own(pixel_folder, capsys):
             ("--criterion", "best"),
             "`criterion` must be one of hfr, signal_hfr, consensus, probe, patch_probe, got 'best'",
         ),
-        (("--images", "missing.parquet"), "There is no file 'missing.parquet'."),
+        (("--images", "missing.parquet"), "The file 'missing.parquet' does not exist."),
         (("--head", "round"), "`head` must be 'linear' or 'attention', got 'round'"),
         (("--block", "9"), "`block` must be in [-3, 3)"),
         (("--feature", "auto", "--criterion", "hfr"), "can only be compared by 'consensus', 'probe'"),

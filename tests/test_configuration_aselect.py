@@ -108,7 +108,9 @@ def test_a_misspelt_keyword_is_refused_on_loading(tmp_path):
 
 
 def test_a_transformer_without_its_sizes_is_refused():
-    with pytest.raises(ValueError, match="`transformer` lacks sample_size: give the transformer itself, or the whole"):
+    with pytest.raises(
+        ValueError, match=r"`transformer` lacks sample_size. Pass the transformer itself, or the whole"
+    ):
         ASelectConfig(transformer={name: value for name, value in DIT_XL_2.items() if name != "sample_size"})
 
 

@@ -322,12 +322,27 @@ def edited(folder, copy_to, pipeline=None, **fields):
 @pytest.mark.parametrize(
     ("name", "pipeline", "fields", "words"),
     [
-        ("qwen_image", "QwenImageEditPlusPipeline", {}, "of a QwenImageEditPlusPipeline is not read: .* to be edited"),
-        ("qwen_image", None, {"zero_cond_t": True}, "with `zero_cond_t` is not read: it is trained with an image"),
-        ("qwen_image", None, {"use_additional_t_cond": True}, "several layers of it"),
-        ("longcat", "LongCatImageEditPipeline", {}, "of a LongCatImageEditPipeline is not read"),
-        ("z_image", None, {"siglip_feat_dim": 8}, "with `siglip_feat_dim` is not read: it is conditioned on images"),
-        ("wan", "WanImageToVideoPipeline", {"image_dim": 8}, "with `image_dim` is not read: it makes videos"),
+        (
+            "qwen_image",
+            "QwenImageEditPlusPipeline",
+            {},
+            "of a QwenImageEditPlusPipeline is not supported: it was trained to edit an image",
+        ),
+        (
+            "qwen_image",
+            None,
+            {"zero_cond_t": True},
+            "with `zero_cond_t` is not supported: it was trained to edit an image",
+        ),
+        ("qwen_image", None, {"use_additional_t_cond": True}, "into several layers"),
+        ("longcat", "LongCatImageEditPipeline", {}, "of a LongCatImageEditPipeline is not supported"),
+        (
+            "z_image",
+            None,
+            {"siglip_feat_dim": 8},
+            "with `siglip_feat_dim` is not supported: it is conditioned on images",
+        ),
+        ("wan", "WanImageToVideoPipeline", {"image_dim": 8}, "with `image_dim` is not supported: it generates videos"),
         # Whose latents have more channels for it.
         (
             "wan",
@@ -436,26 +451,26 @@ def test_what_is_no_description_is_not_registered(registry):
     family = shown_family(registry)
     with pytest.raises(ValueError, match="must be a `TransformerFamily`"):
         register_family("DiTTransformer2DModel")
-    with pytest.raises(ValueError, match="with functions as `call` and `layout`"):
+    with pytest.raises(ValueError, match="whose `call` and `layout` are functions"):
         register_family(TransformerFamily("Another", (), transformer_layout))
-    with pytest.raises(ValueError, match="`name` of a family must be the name of a class"):
+    with pytest.raises(ValueError, match="`name` of a family must be a class name"):
         register_family(replace(family, name=DiTModel))
     for blocks in ((), TransformerBlocks(), ("transformer_blocks",)):
         with pytest.raises(ValueError, match=r"`blocks` of .* must be a tuple of `TransformerBlocks`"):
             register_family(replace(family, blocks=blocks))
     for name in ("DiTTransformer2DModel", "ZImageTransformer2DModel"):
-        with pytest.raises(ValueError, match=f"{name} is a family of the package"):
+        with pytest.raises(ValueError, match=f"{name} is supported by hf_aselect already"):
             register_family(TransformerFamily(name, family.sizes, family.layout, family.call))
 
 
 @pytest.mark.parametrize(
     ("field", "values", "words"),
     [
-        ("name", ["", 7, None], "must be the name of a class, a string"),
-        ("name", ["PlainTransformer"], "must be that of its class"),
+        ("name", ["", 7, None], "must be a class name"),
+        ("name", ["PlainTransformer"], "must equal the name of its class"),
         ("sizes", ["num_layers", (1,), None, ("",)], "must be a tuple of names of fields"),
         ("blocks", [(), TransformerBlocks(), ("transformer_blocks",), None], "must be a tuple of `TransformerBlocks`"),
-        ("tokens", [None, "last"], "must be a function, as `last_tokens`"),
+        ("tokens", [None, "last"], "must be a function, such as `last_tokens`"),
         ("output", [None, torch.zeros(1)], "must be a function of what `forward` returns"),
         (
             "prompt_fields",
@@ -470,16 +485,16 @@ def test_what_is_no_description_is_not_registered(registry):
         ),
         ("num_classes", [None, 1000], 'must be the name of a field, or ""'),
         ("pipeline", [None, DiTModel], "must be the name of a pipeline"),
-        ("pipeline", ["FluxPipeline"], "must be given both"),
+        ("pipeline", ["FluxPipeline"], "must be given together"),
         ("encode_prompt", ["FluxPipeline"], "must be a function, or None"),
         ("output_module", [None, 7], 'must be the name of a module, or ""'),
         ("timestep_embeddings", ["sit", (7,), None], "must be a tuple of names"),
         ("prepare", ["original"], "must be a function, or None"),
-        ("encode_prompt", [lambda pipe, config: {}], "must be given both"),
+        ("encode_prompt", [lambda pipe, config: {}], "must be given together"),
         ("transformer_class", [None], "has no class PlainTransformer2DModel. Pass the class as `transformer_class`"),
-        ("transformer_class", ["DiT", dict, torch.nn.Linear], "must be a class with diffusers' `ModelMixin`"),
-        ("call", [None, "hidden_states"], "with functions as `call` and `layout`"),
-        ("layout", [None, {"num_layers": 2}], "with functions as `call` and `layout`"),
+        ("transformer_class", ["DiT", dict, torch.nn.Linear], "must inherit from diffusers' `ModelMixin`"),
+        ("call", [None, "hidden_states"], "whose `call` and `layout` are functions"),
+        ("layout", [None, {"num_layers": 2}], "whose `call` and `layout` are functions"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_not_registered(registry, field, values, words):
@@ -507,7 +522,7 @@ def test_a_field_of_the_wrong_kind_is_not_registered(registry, field, values, wo
 )
 def test_blocks_of_the_wrong_kind_are_not_registered(registry, changed):
     family = shown_family(registry)
-    with pytest.raises(ValueError, match="must have names of modules as `path` and `attention`, a number from 0 on"):
+    with pytest.raises(ValueError, match="must have module names as `path` and `attention`, an integer >= 0"):
         register_family(replace(family, blocks=(replace(family.blocks[0], **changed),)))
 
 
@@ -515,13 +530,19 @@ def test_blocks_of_the_wrong_kind_are_not_registered(registry, changed):
     ("layout", "words"),
     [
         (lambda config: dict(config), r"must return a `TransformerLayout`, .* got (dict|FrozenDict)"),
-        (lambda config: transformer_layout({}), "reads 'num_attention_heads' of the configuration, which has no such"),
+        (lambda config: transformer_layout({}), "reads 'num_attention_heads', which the configuration does not have"),
         (lambda config: transformer_layout(config, width=7), r"failed \(TypeError: .*width"),
-        (lambda config: transformer_layout(config, patch_size=0, needs_prompt=False), "has 0 as `patch_size`"),
+        (
+            lambda config: transformer_layout(config, patch_size=0, needs_prompt=False),
+            "an integer >= 1 as `patch_size`, got 0",
+        ),
         (lambda config: transformer_layout(config, sample_size=(4, 4), needs_prompt=False), "as `sample_size`"),
-        (lambda config: transformer_layout(config, max_grid="large", needs_prompt=False), "'large' as `max_grid`"),
-        (lambda config: transformer_layout(config, needs_prompt=1), "has 1 as `needs_prompt`"),
-        (transformer_layout, "`needs_prompt=True`, and its `prompt_fields` name no embeddings"),
+        (
+            lambda config: transformer_layout(config, max_grid="large", needs_prompt=False),
+            "as `max_grid`, got 'large'",
+        ),
+        (lambda config: transformer_layout(config, needs_prompt=1), "True or False as `needs_prompt`, got 1"),
+        (transformer_layout, "`needs_prompt=True`, but its `prompt_fields` are empty"),
     ],
 )
 def test_a_layout_that_is_none_is_refused(registry, layout, words):
@@ -556,23 +577,32 @@ def called(change):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (sized(patch_size=4), r"has 4 as `patch_size`, so that 8×8 latents are 2×2 tokens, but .* makes 16"),
-        (sized(patch_size=1), r"has 1 as `patch_size`, so that 8×8 latents are 8×8 tokens, but .* makes 16"),
-        (sized(hidden_size=64), "has tokens of 64 channels, .*to_q makes 16 of 16. Pass `hidden_size="),
-        (sized(key_value_size=8), "keys and values of 8, but .*to_k makes 16 of 16"),
-        (called(lambda given, _: tuple(given.values())), "must return the keywords of its `forward`, .* got tuple"),
-        (called(lambda given, _: None), "must return the keywords of its `forward`, .* got NoneType"),
-        (called(lambda given, _: {1: given}), "must return the keywords of its `forward`"),
+        (sized(patch_size=4), r"has `patch_size=4`, which splits 8×8 latents into 2×2 tokens, but .* returns 16"),
+        (sized(patch_size=1), r"has `patch_size=1`, which splits 8×8 latents into 8×8 tokens, but .* returns 16"),
+        (sized(hidden_size=64), "has 64 channels for tokens .*to_q maps 16 channels to 16. Pass `hidden_size="),
+        (sized(key_value_size=8), "8 for keys and values, but .*to_k maps 16 channels to 16"),
+        (
+            called(lambda given, _: tuple(given.values())),
+            "must return a dictionary of the keyword arguments of `forward`, got tuple",
+        ),
+        (
+            called(lambda given, _: None),
+            "must return a dictionary of the keyword arguments of `forward`, got NoneType",
+        ),
+        (called(lambda given, _: {1: given}), "must return a dictionary of the keyword arguments of `forward`"),
         (
             called(lambda given, _: {**given, "encoder": 1}),
-            "gives encoder, which it does not take",
+            "returns encoder, which `forward` does not accept",
         ),
-        (called(lambda given, _: {"timestep": given["timestep"]}), "lacks hidden_states. Its `forward` takes hidden_"),
-        (called(lambda given, _: {**given, "return_dict": False}), "gives return_dict, which is given by itself"),
-        ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, "is 1, but a block returns Tensor; say which"),
+        (
+            called(lambda given, _: {"timestep": given["timestep"]}),
+            "does not return hidden_states. Its `forward` accepts hidden_",
+        ),
+        (called(lambda given, _: {**given, "return_dict": False}), "returns return_dict, which is set automatically"),
+        ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, r"is 1, but a block returns Tensor\. Set it"),
         ({"tokens": lambda sequence, count: sequence}, None),
-        ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 tokens .* got \(2, 15, 16\)"),
-        ({"tokens": lambda sequence, count: None}, "must return the 16 tokens .* got NoneType"),
+        ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 image tokens .* got \(2, 15, 16\)"),
+        ({"tokens": lambda sequence, count: None}, "must return the 16 image tokens .* got NoneType"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused_at_each_pass(registry, changed, words):
@@ -611,7 +641,9 @@ def test_a_description_that_does_not_fit_is_refused(registry, changed, named):
     family = replace(shown_family(registry), **changed)
     config = {**build_transformer().config, "_class_name": family.name}
     register_family(family)
-    with pytest.raises(ValueError, match=rf"PlainTransformer2DModel names {named}.* no such module. It has pos_embed"):
+    with pytest.raises(
+        ValueError, match=rf"PlainTransformer2DModel names {named}.* does not have. Its modules are pos_embed"
+    ):
         build_denoiser(ASelectConfig(transformer=config))
 
 
@@ -619,7 +651,7 @@ def test_a_layout_of_other_blocks_than_there_are_is_refused(registry):
     family = shown_family(registry)
     register_family(replace(family, layout=lambda config: replace(family.layout(config), num_layers=7)))
     config = {**build_transformer().config, "_class_name": family.name}
-    with pytest.raises(ValueError, match="has a `layout` of 7 blocks, and its `blocks` hold"):
+    with pytest.raises(ValueError, match="has 7 blocks, but its `blocks` have"):
         build_denoiser(ASelectConfig(transformer=config))
 
 
@@ -641,7 +673,7 @@ def test_a_registered_family_without_an_encoder_needs_the_prompt(registry, tmp_p
     )
     config = tmp_path / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"QwenImageTransformer2DModel"', '"OwnTransformer2DModel"'))
-    with pytest.raises(ValueError, match="OwnTransformer2DModel does not say which pipeline"):
+    with pytest.raises(ValueError, match="OwnTransformer2DModel has no `pipeline`"):
         DiTModel.from_pretrained(tmp_path, timestep=5, image_size=64)
     model = DiTModel.from_pretrained(
         tmp_path, timestep=5, image_size=64, prompt_embeds={"prompt_embeds": torch.randn(1, 3, 32)}

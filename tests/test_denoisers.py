@@ -302,7 +302,7 @@ def test_a_forward_pass_beyond_the_position_table_is_refused(loaded, name, limit
 
 def test_a_prompt_beyond_luminas_positions_is_refused(loaded):
     shapes = {"prompt_embeds": [1, 40, WIDTH]}
-    with pytest.raises(ValueError, match="may have at most 32 tokens, got 40"):
+    with pytest.raises(ValueError, match="must have at most 32 tokens, got 40"):
         build_denoiser(ASelectConfig(**{**loaded("lumina2").config.to_dict(), "prompt_shapes": shapes}))
 
 

@@ -192,10 +192,10 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
     [
         (
             "gated",
-            "OSError: 'us/gated' is gated: accept its conditions at https://huggingface.co/us/gated, then log in",
+            "OSError: 'us/gated' is gated. Accept its conditions at https://huggingface.co/us/gated, then log in",
         ),
         ("wrong token", "OSError: 'us/gated' is gated"),
-        ("missing", "OSError: 'us/nothing' is neither a local folder nor a repository of the Hub that you may read"),
+        ("missing", "OSError: 'us/nothing' is neither a local folder nor a repository on the Hub that you can access"),
         ("revision", "OSError: 'us/dit' has no revision 'v9' on the Hub"),
         (
             "pickled",
@@ -205,10 +205,13 @@ def test_only_what_is_needed_is_downloaded_and_once(outcome):
             "unsupported",
             "ValueError: Unsupported transformer 'CogVideoXTransformer3DModel'; supported are DiTTransformer",
         ),
-        ("vit", "ValueError: 'us/vit' is a checkpoint of vit; expected one of hf_aselect, a pipeline of diffusers"),
+        ("vit", "ValueError: 'us/vit' is a checkpoint of vit. Pass an hf_aselect checkpoint, or a pipeline"),
         ("original", "ValueError: 'us/original' has neither model_index.json nor config.json in its first folder"),
-        ("another", "ValueError: 'us/unet' is a StableDiffusionPipeline, which has no `transformer`"),
-        ("not local", "OSError: 'us/other' is no local folder, the Hub cannot be reached (or may not be:"),
+        ("another", "ValueError: 'us/unet' is a StableDiffusionPipeline without a `transformer`"),
+        (
+            "not local",
+            "OSError: 'us/other' is neither a local folder nor in the cache, and the Hub cannot be reached (or",
+        ),
     ],
 )
 def test_a_refusal_says_what_to_do(outcome, name, message):
@@ -216,7 +219,7 @@ def test_a_refusal_says_what_to_do(outcome, name, message):
 
 
 def test_pickles_name_the_pull_request_that_has_safetensors(outcome):
-    expected = " Or take the safetensors that a pull request offers, if you trust who made it: `revision='refs/pr/1'`"
+    expected = " Alternatively, load safetensors from a pull request whose author you trust: `revision='refs/pr/1'`"
     assert outcome[0]["pickled"].endswith(f"{expected} (by someone).")
     assert not [name for name in outcome[1] if name.startswith("us/pickled/") and name.endswith(".bin")]
 
@@ -237,7 +240,7 @@ def test_what_is_not_supported_is_not_downloaded(outcome):
 
 def test_of_a_vae_for_research_weights_nothing_else_is_downloaded(outcome):
     assert outcome[0]["vae of a pipeline"] == outcome[0]["vae alone"] == 3
-    assert "holds no VAE that is supported" in outcome[0]["vae that is none"]
+    assert "has no supported VAE" in outcome[0]["vae that is none"]
     downloads = {name for name in outcome[1] if name.startswith("us/whole/")}
     assert downloads == {"us/whole/vae/config.json", "us/whole/vae/diffusion_pytorch_model.safetensors"}
 
@@ -303,9 +306,9 @@ def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path, variables):
     finished = convert_by_command(tmp_path, **variables)
     assert finished.returncode == 1
     assert finished.stderr.splitlines()[-1].startswith(
-        "hf-aselect: error: 'us/dit' is no local folder, the Hub cannot be reached"
+        "hf-aselect: error: 'us/dit' is neither a local folder nor in the cache, and the Hub cannot be reached"
     )
-    assert "Run `hf download us/dit` where there is a network" in finished.stderr
+    assert "Run `hf download us/dit` with a network connection" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert not (tmp_path / "out").exists()
 
@@ -366,5 +369,5 @@ def test_json_that_is_no_object_is_refused(tmp_path, text):
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a file; expected a folder or an id on the Hub"):
+    with pytest.raises(ValueError, match=r"is a file. Pass a folder or an id on the Hub"):
         DiTModel.from_pretrained(tmp_path / "model.safetensors")

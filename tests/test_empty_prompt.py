@@ -115,5 +115,5 @@ def test_a_pipeline_that_an_older_diffusers_lacks_is_named(saved, monkeypatch, e
 
 def test_the_other_flux2_is_refused(saved):
     pipe, folder = saved("flux2")
-    with pytest.raises(ValueError, match=r"`guidance_embeds`, as FLUX.2 .dev.*Pass `prompt_embeds=`"):
+    with pytest.raises(ValueError, match=r"`guidance_embeds`, such as FLUX.2 .dev.*`prompt_embeds=`"):
         encode_empty_prompt(folder, {**transformer_of(pipe), "guidance_embeds": True})

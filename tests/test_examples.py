@@ -418,8 +418,8 @@ REFUSED = [
         ("--prediction_type", "flow_matching", "--beta_schedule", "squaredcos_cap_v2"),
         r"has no betas, got --beta_schedule squaredcos_cap_v2. Omit it",
     ),
-    ("dit", ("--image_size", 10), r"--image_size must be a multiple of 4 for .* got 10. 12 would do"),
-    ("dit", ("--vae_name_or_path", "VAE"), r"--image_size must be a multiple of 16 for .* got 8. 16 would do"),
+    ("dit", ("--image_size", 10), r"--image_size must be a multiple of 4 for .* got 10, for example 12"),
+    ("dit", ("--vae_name_or_path", "VAE"), r"--image_size must be a multiple of 16 for .* got 8, for example 16"),
     ("dit", ("--vae_name_or_path", "VAE", "--num_channels", 3), r"--num_channels must be .* 1, got 3"),
     (
         "dit",
@@ -429,9 +429,9 @@ REFUSED = [
     ("dit", ("--vae_name_or_path", "DIT"), r"got '.*transformer' with an `DiTTransformer2DModel`"),
     ("unet", ("--prediction_type", "flow_matching"), r"got --prediction_type flow_matching. Give epsilon or v_pred"),
     ("unet", ("--vae_name_or_path", "VAE"), r"pretrain_unet.py learns pixels, got --vae_name_or_path"),
-    ("unet", ("--image_size", 6), r"--image_size must be a multiple of 4 for .* got 6. 8 would do"),
+    ("unet", ("--image_size", 6), r"--image_size must be a multiple of 4 .* got 6, for example 8"),
     ("vae", ("--vae_name_or_path", "VAE"), r"trains a VAE of its own, got --vae_name_or_path"),
-    ("vae", ("--image_size", 6, "--patch_size", 2), r"--image_size must be a multiple of 4 for .* got 6. 8 would do"),
+    ("vae", ("--image_size", 6, "--patch_size", 2), r"--image_size must be a multiple of 4 .* got 6, for example 8"),
 ]
 
 

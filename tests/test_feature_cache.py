@@ -102,7 +102,7 @@ def test_means_serve_a_linear_head_and_no_other(pixel_folder, classifier, data, 
     with torch.no_grad():
         expected = linear(pixel_values(linear, data)).logits
         torch.testing.assert_close(linear(features=cached["features"][:]).logits, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"An attention head reads tokens.*what='tokens'"):
+    with pytest.raises(ValueError, match=r"An attention head needs tokens.*what='tokens'"):
         classifier(features=cached["features"][:])
 
 

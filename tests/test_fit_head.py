@@ -581,19 +581,22 @@ def without(train, label):
 BAD = {
     "no dataset": (
         lambda train: "train.parquet",
-        "Images must be a list of PIL images or arrays, a dataset with a column of them",
+        "Images must be a list of PIL images or arrays, a dataset with an image column",
     ),
-    "several splits": (lambda train: DatasetDict(train=train), "Of a `DatasetDict` give one split"),
+    "several splits": (lambda train: DatasetDict(train=train), "Pass one split of a `DatasetDict`"),
     "no rows": (lambda train: [], "The dataset has no rows"),
-    "no labels": (lambda train: train.remove_columns("label"), "no labels, only image. Name their column by `label_c"),
-    "images alone": (lambda train: train["image"][:4], "Rows of the dataset must be pairs (image, label)"),
+    "no labels": (
+        lambda train: train.remove_columns("label"),
+        "no label column, only image. Pass its name as `label_c",
+    ),
+    "images alone": (lambda train: train["image"][:4], "The dataset's rows must be pairs (image, label)"),
     "lone tensors": (
         lambda train: torch.zeros(4, 3, 8, 8),
-        "or a dictionary of `pixel_values` (or `features`, `latents`) and `labels`",
+        "or a dictionary with `pixel_values` (or `features`, `latents`) and `labels`",
     ),
     "other lengths": (
         lambda train: {"pixel_values": torch.zeros(4, 3, 8, 8), "labels": torch.zeros(3)},
-        "There must be a label for each image, got {'pixel_values': 4, 'labels': 3}",
+        "Each image must have a label, got {'pixel_values': 4, 'labels': 3}",
     ),
     "a class without an image": (
         lambda train: without(train, 2),
@@ -623,7 +626,10 @@ BAD = {
         lambda train: [(train[0]["image"], 1), (train[1]["image"], [0.0, 1.0, 0.0, 0.0])],
         "All labels must be of one kind, got 4 numbers (float32) for image 1, and a number (int64) for image 0",
     ),
-    "mixed rows": (lambda train: [*train.select(range(9)), {"image": 0}], "has not `image` and `label`, as the first"),
+    "mixed rows": (
+        lambda train: [*train.select(range(9)), {"image": 0}],
+        "does not have `image` and `label`, unlike the first",
+    ),
     "unreadable": (
         lambda train: [*zip(train["image"], train["label"], strict=True), (None, 0)],
         "Image 120 cannot be read",
@@ -699,7 +705,7 @@ def test_a_segmenter_is_fitted_with_a_linear_decoder_to_masks(latent_folder, pix
         model.fit_head({"features": torch.zeros(3, 4, 16), "labels": torch.zeros(3, 8, 8)})
     with pytest.raises(ValueError, match="`labels` must be class indices in"):
         model.fit_head([(image, Image.fromarray(np.array(mask) + 3)) for image, mask in scenes(4)])
-    with pytest.raises(ValueError, match="they must be equal"):
+    with pytest.raises(ValueError, match="must have the size of its image"):
         model.fit_head([(image, mask.resize((4, 4))) for image, mask in scenes(4)])
 
 
@@ -886,7 +892,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--images", "missing.parquet"], "There is no file 'missing.parquet'."),
+        (["--images", "missing.parquet"], "The file 'missing.parquet' does not exist."),
         (["--images", "nowhere"], "No folder or file 'nowhere' exists here."),
         (["--label-column", "kind"], "The images have no column 'kind', only image, label."),
         (

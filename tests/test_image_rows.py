@@ -258,7 +258,7 @@ def test_a_cache_says_what_it_cannot_apply(linear, tmp_path):
         cache_features(linear, rows().with_format("torch", columns=["label"]), tmp_path)
     with pytest.raises(ValueError, match=r"`num_views=2` augments images.*the dataset returns `pixel_values`"):
         cache_features(linear, rows().with_transform(to_pixel_values), tmp_path, num_views=2)
-    with pytest.raises(ValueError, match=r"Expected a dataset with a column `image`"):
+    with pytest.raises(ValueError, match=r"The dataset must have a column `image`"):
         cache_features(linear, rows().with_transform(lambda batch: {"label": batch["label"]}), tmp_path)
     with pytest.raises(ValueError, match=r"The dataset returns 'more' as a object, which cannot be stored"):
         cache_features(
@@ -300,13 +300,13 @@ def test_an_image_of_another_kind_than_the_first_is_named():
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (lambda: DataLoader(MapStyle("pairs")), "Give the `dataset` of a DataLoader"),
-        (lambda: "digits/train", r'Load the images of a folder with `load_dataset\("imagefolder", data_dir=...\)`'),
-        (lambda: datasets.DatasetDict(train=rows()), "Of a `DatasetDict` give one split"),
-        (lambda: rows().remove_columns("image"), "exactly one column of images, got columns label, name"),
+        (lambda: DataLoader(MapStyle("pairs")), "Pass the `dataset` of the DataLoader"),
+        (lambda: datasets.DatasetDict(train=rows()), "Pass one split of a `DatasetDict`"),
+        (lambda: rows().remove_columns("image"), "exactly one image column, got label, name"),
         (lambda: "folder", "got str"),
-        (lambda: torch.zeros(3, 8, 8), "must have four axes"),
-        (lambda: np.zeros((8, 8, 3)), "must have four axes"),
+        (lambda: "digits/train", r'Load the images of a folder with `load_dataset\("imagefolder", data_dir=...\)`'),
+        (lambda: torch.zeros(3, 8, 8), "must have shape"),
+        (lambda: np.zeros((8, 8, 3)), "must have shape"),
     ],
 )
 def test_what_holds_no_images_is_refused(model, images, words):
@@ -388,7 +388,7 @@ def test_files_that_are_no_images_do_not_decide_on_splits(tmp_path):
 
 @pytest.mark.parametrize("stray", ["c.png", "train/c.png"])
 def test_an_image_beside_classes_of_splits_is_told_of(tmp_path, stray):
-    with pytest.raises(ValueError, match=r"has the splits test, train, and 'c\.png' lies beside folders of classes"):
+    with pytest.raises(ValueError, match=r"has the splits test, train, but 'c\.png' is beside the class folders"):
         read_folder(tree_of(tmp_path, *SPLITS, stray))
 
 
@@ -456,8 +456,8 @@ def test_splits_may_have_metadata_in_place_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        pytest.param("b.zip", b"PK no archive", r"an archive is broken \(File is not a zip file\)", id="no-zip"),
-        pytest.param("b.zip", None, "an archive is broken", id="a-part-of-a-zip"),
+        pytest.param("b.zip", b"PK no archive", r"an archive is damaged \(File is not a zip file\)", id="no-zip"),
+        pytest.param("b.zip", None, "an archive is damaged", id="a-part-of-a-zip"),
         pytest.param("metadata.csv", b"id,label\n1,x\n", "`file_name`", id="metadata-of-no-files"),
         pytest.param("metadata.jsonl", b"{no json", "cannot be read as images", id="no-json"),
     ],
@@ -476,7 +476,7 @@ def test_what_is_broken_in_a_folder_is_said(tmp_path, name, content, words):
 
 def test_a_folder_without_images_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("notes")
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         read_folder(tmp_path)
 
 

@@ -61,6 +61,12 @@ def test_the_benchmarks_card_has_the_tables_of_its_results(summary):
     assert summary in (BENCHMARK / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_benchmarks_card_has_the_table_of_few_labels():
+    table = example("benchmarks/selection_tables.py").table_of_few_labels(BENCHMARK / "few")
+    assert len(table.splitlines()) > 4
+    assert table in (BENCHMARK / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_card_of_several_timesteps_has_the_table_of_its_results():
     folder = ROOT / "model_cards" / "read-outs"
     known = json.loads((folder / "several_timesteps.json").read_text(encoding="utf-8"))

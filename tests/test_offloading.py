@@ -196,7 +196,7 @@ def test_what_cannot_be_done_says_so_in_a_line(saved, tmp_path):
     rows = {"pixel_values": images_of(load(saved), num=8), "labels": torch.arange(8) % 2}
     lost = load(saved)
     lost.classifier.to("meta")
-    with pytest.raises(ValueError, match="is not in memory, and no hook of accelerate brings it in"):
+    with pytest.raises(ValueError, match="is not in memory and has no accelerate hook"):
         lost.fit_head(rows)
-    with pytest.raises(ValueError, match="is not in memory, and no hook of accelerate brings it in"):
+    with pytest.raises(ValueError, match="is not in memory and has no accelerate hook"):
         lost.save_pretrained(tmp_path / "lost")

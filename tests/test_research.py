@@ -187,8 +187,8 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
 @pytest.mark.parametrize(
     ("layout", "outputs", "extra", "sign"),
     [
-        ("repa", 2 * CHANNELS, {}, "outputs for a variance, as DiT and SiT"),
-        ("sit", CHANNELS, {"projectors.0.0.bias": torch.zeros(3)}, "`projectors`, which REPA's code trains"),
+        ("repa", 2 * CHANNELS, {}, "outputs for a variance, like DiT and SiT"),
+        ("sit", CHANNELS, {"projectors.0.0.bias": torch.zeros(3)}, "`projectors`, which only REPA trains"),
         ("repa", CHANNELS, {"projectors.0.0.bias": torch.zeros(3)}, None),
         ("sit", 2 * CHANNELS, {}, None),
         ("dit", CHANNELS, {"ap_head.linear1.bias": torch.zeros(3)}, None),
@@ -196,7 +196,7 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
 )
 def test_tensors_that_speak_against_the_layout_are_refused(tmp_path, caplog, layout, outputs, extra, sign):
     path = save(weights_of(outputs=outputs) | extra, tmp_path / "weights.safetensors")
-    said = f"is said to be of layout {layout!r}, but has {sign}."
+    said = f"is {layout!r}, but it has {sign}."
     if sign is not None:
         with pytest.raises(ValueError, match=rf"{re.escape(said)} Pass `layout=` .*`check_layout=False` \(`--no-lay"):
             convert(path, tmp_path / "out", layout=layout)
@@ -279,7 +279,7 @@ def test_safetensors_of_any_name_in_a_folder_are_loaded(tmp_path, vae_folder):
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"num_heads": HEADS, "input_size": SIDE}))
     assert DiTModel.from_pretrained(tmp_path / "bare", layout="sit", timestep=5).config.num_attention_heads == HEADS
     save_file(weights_of(), tmp_path / "bare" / "SiT-other.safetensors")
-    with pytest.raises(ValueError, match=r"holds several research checkpoints \(SiT-other.*SiT-tiny"):
+    with pytest.raises(ValueError, match=r"has several research checkpoints \(SiT-other.*SiT-tiny"):
         DiTModel.from_pretrained(tmp_path / "bare", **given)
 
 
@@ -309,8 +309,8 @@ def test_a_vae_is_given_where_weights_are_loaded(tmp_path, vae_folder, form, noi
     ("vae", "words"),
     [
         ("./nowhere", "is neither a local folder nor an id on the Hub"),
-        ("no-one/no-vae", "it was not downloaded before"),
-        ("port", "holds no VAE that is supported"),
+        ("no-one/no-vae", "nor in the cache"),
+        ("port", "has no supported VAE"),
     ],
 )
 def test_a_vae_that_is_none_is_refused_in_words(tmp_path, monkeypatch, vae, words):
@@ -322,14 +322,16 @@ def test_a_vae_that_is_none_is_refused_in_words(tmp_path, monkeypatch, vae, word
 
 def test_a_converted_checkpoint_has_its_own_vae_or_none(pickled, tmp_path, vae_folder):
     convert(pickled, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"names a VAE, and .* is an hf_aselect checkpoint.*`hf-aselect convert"):
+    with pytest.raises(
+        ValueError, match=r"cannot be used, because .* is an hf_aselect checkpoint.*`hf-aselect convert"
+    ):
         DiTModel.from_pretrained(tmp_path / "out", timestep=5, vae=vae_folder)
 
 
 def test_a_model_that_takes_latents_says_so_where_it_is_given_images(pickled, tmp_path, pictures, caplog):
     with caplog.at_level("WARNING", logger="hf_aselect"):
         convert(pickled, tmp_path / "out", timestep=5)
-    assert "cannot be given images, only latents. For images pass `vae=` (`--vae`)" in caplog.text
+    assert "so the model accepts only latents. To use images, pass `vae=` (`--vae`)" in caplog.text
     model = DiTModel.from_pretrained(tmp_path / "out")
     words = r"takes latents of 4 channels and no images: it has no VAE\. Load or convert it with one \(`vae=`"
     with pytest.raises(ValueError, match=f"^`pixel_values` have 3 channels. The model {words}"):
@@ -346,9 +348,7 @@ def test_a_model_that_takes_latents_says_so_where_it_is_given_images(pickled, tm
 @pytest.mark.parametrize("source", ["file", "port"])
 def test_whose_weights_they_are_is_asked_for(source, pickled, tmp_path):
     path = pickled if source == "file" else port(tmp_path / "in" / "port")
-    words = (
-        r"do not tell whose they are. Pass `layout=` \(`hf-aselect convert --layout`\): 'dit': .*; 'sit': .*; 'repa': "
-    )
+    words = r"do not show which. Pass `layout=` \(`hf-aselect convert --layout`\): 'dit': .*; 'sit': .*; 'repa': "
     with pytest.raises(ValueError, match=words):
         convert(path, tmp_path / "out", layout=None)
     if source == "port":
@@ -415,31 +415,40 @@ def test_other_architectures_are_known_by_their_class(class_name, tmp_path):
     DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": class_name}))
-    with pytest.raises(ValueError, match=f"A {class_name} is not read: it has rotary positions"):
+    with pytest.raises(ValueError, match=f"{class_name} is not supported: it has rotary positions"):
         DiTModel.from_pretrained(tmp_path, timestep=5)
 
 
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (without("blocks.1.attn.proj"), r"lacks 2 tensors of a DiT of 3 blocks, among them blocks.1.attn.proj.bias"),
+        (without("blocks.1.attn.proj"), r"lacks 2 tensors of a DiT with 3 blocks, such as blocks.1.attn.proj.bias"),
         (without("y_embedder"), "lacks 1 tensors .* y_embedder.embedding_table.weight"),
-        (without("pos_embed"), "has no `pos_embed`, by which the size of its latents is known"),
-        (replaced("blocks.0.cross.weight", torch.zeros(2)), "1 tensors that a DiT has not, .* blocks.0.cross.weight"),
-        (replaced("pos_embed", torch.randn(1, 16, WIDTH)), "has positions of its own"),
-        (replaced("pos_embed", position_table(WIDTH, 4)[:, :12]), "has positions of its own"),
+        (without("pos_embed"), "has no `pos_embed`, so the size of its latents is unknown"),
+        (
+            replaced("blocks.0.cross.weight", torch.zeros(2)),
+            "1 tensors that a DiT does not have, .* blocks.0.cross.weight",
+        ),
+        (replaced("pos_embed", torch.randn(1, 16, WIDTH)), "has a learned `pos_embed`"),
+        (replaced("pos_embed", position_table(WIDTH, 4)[:, :12]), "has a learned `pos_embed`"),
         (replaced("x_embedder.proj.weight", torch.zeros(WIDTH, 16)), "must have 4 dimensions, got shape"),
         (replaced("blocks.0.mlp.fc1.weight", torch.zeros(3 * WIDTH, WIDTH)), "its MLPs are 3 times as wide"),
-        (replaced("final_layer.linear.weight", torch.zeros(20, WIDTH)), "of 4 channels it predicts 5"),
-        (replaced("x_embedder.proj.weight", torch.zeros(WIDTH, 4, 0, 0)), "is no DiT of the usual form"),
+        (replaced("final_layer.linear.weight", torch.zeros(20, WIDTH)), "it predicts 5 channels from 4"),
+        (replaced("x_embedder.proj.weight", torch.zeros(WIDTH, 4, 0, 0)), "is not a standard DiT"),
         (replaced("x_embedder.proj.weight", torch.zeros(WIDTH, 4, 2, 4)), r"has shape \(64, 4, 2, 4\)"),
         (replaced("blocks.2.attn.qkv.bias", torch.zeros(5)), r"'blocks.2.attn.qkv.bias' .* has shape \(5,\)"),
         (replaced("blocks.1.mlp.fc2.bias", torch.zeros(5)), r"'blocks.1.mlp.fc2.bias' .* has shape \(5,\)"),
         (replaced("blocks.1.mlp.fc2.bias", torch.zeros(WIDTH, dtype=torch.int8)), "int8"),
-        (lambda _: {"epoch": 3}, r"holds no weights by name, but a dict of \['epoch'\]"),
-        (lambda _: {"state_dict": {"epoch": 3}}, r"holds no weights by name, but a dict of \['state_dict'\]"),
-        (lambda _: {"fc.weight": torch.zeros(2)}, "holds no weights in the research layout .*'fc.weight'"),
-        (lambda _: [torch.zeros(2)], r"holds no weights by name, but a list\."),
+        (lambda _: {"epoch": 3}, r"must contain a dictionary of weights, got a dict of \['epoch'\]"),
+        (
+            lambda _: {"state_dict": {"epoch": 3}},
+            r"must contain a dictionary of weights, got a dict of \['state_dict'\]",
+        ),
+        (
+            lambda _: {"fc.weight": torch.zeros(2)},
+            "has no weights in the layout of the DiT, SiT or REPA research code.*'fc.weight'",
+        ),
+        (lambda _: [torch.zeros(2)], r"must contain a dictionary of weights, got a list\."),
     ],
 )
 def test_weights_that_are_no_dit_are_refused_before_anything_is_written(pickled, tmp_path, edit, words):
@@ -454,13 +463,16 @@ def test_weights_that_are_no_dit_are_refused_before_anything_is_written(pickled,
     [
         ({"allow_pickle": False}, r"is a pickle, .* Pass `allow_pickle=True` \(`--allow-pickle`\)"),
         ({"layout": "flux"}, "`layout` must be one of dit, sit, repa, got 'flux'"),
-        ({"timestep_embedding": "repa"}, "`layout='sit'` has `timestep_embedding='sit'`, got 'repa' beside it"),
-        ({"num_attention_heads": None}, "is 64 wide, which is none of the published sizes .* `num_attention_heads="),
+        ({"timestep_embedding": "repa"}, "`timestep_embedding='repa'` conflicts with `layout='sit'`"),
+        (
+            {"num_attention_heads": None},
+            "has a width of 64, which matches none of the published sizes .* `num_attention_heads=",
+        ),
         ({"num_attention_heads": 7}, "must be an integer that divides 64, got 7"),
         ({"vae": "no/such/folder/here"}, "'no/such/folder/here' is neither a local folder nor an id on the Hub"),
         ({"vae": "./nowhere"}, "is neither a local folder nor an id on the Hub"),
-        ({"vae": "in"}, "holds no VAE that is supported"),
-        ({"vae": "in/weights.pt"}, "`vae` 'in/weights.pt' is a file; expected a folder"),
+        ({"vae": "in"}, "has no supported VAE"),
+        ({"vae": "in/weights.pt"}, "`vae` must be a folder .*, got the file 'in/weights.pt'"),
         ({"timestp": 5}, "no field `timestp`"),
     ],
 )
@@ -474,15 +486,15 @@ def test_wrong_options_are_refused_before_anything_is_written(pickled, tmp_path,
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"depth": 4}, "says depth 4, but its tensors say 3"),
-        ({"hidden_size": 128}, "says hidden_size 128, but its tensors say 64"),
-        ({"patch_size": 4}, "says patch_size 4, but its tensors say 2"),
-        ({"input_size": 16}, "says input_size 16, but its tensors say 8"),
-        ({"num_classes": 1000}, "says num_classes 1000, but its tensors say 10"),
-        ({"learn_sigma": False}, "says learn_sigma False, but its tensors say True"),
+        ({"depth": 4}, "has depth=4, but the tensors have 3"),
+        ({"hidden_size": 128}, "has hidden_size=128, but the tensors have 64"),
+        ({"patch_size": 4}, "has patch_size=4, but the tensors have 2"),
+        ({"input_size": 16}, "has input_size=16, but the tensors have 8"),
+        ({"num_classes": 1000}, "has num_classes=1000, but the tensors have 10"),
+        ({"learn_sigma": False}, "has learn_sigma=False, but the tensors have True"),
         ({"num_heads": 7}, "must be an integer that divides 64, got 7"),
-        ({"attention_head_dim": 8}, "says attention_head_dim 8, but its tensors say 16"),
-        ({"qk_norm": True}, "says qk_norm True"),
+        ({"attention_head_dim": 8}, "has attention_head_dim=8, but the tensors have 16"),
+        ({"qk_norm": True}, "has qk_norm=True"),
     ],
 )
 def test_a_configuration_that_contradicts_the_tensors_is_refused(tmp_path, config, words):
@@ -498,19 +510,25 @@ def test_a_scheduler_of_another_kind_contradicts_the_layout(tmp_path):
     folder = port(tmp_path / "port", scheduler=DDIMScheduler())
     model = DiTModel.from_pretrained(folder, layout="dit", timestep=5)
     assert model.config.scheduler["_class_name"] == "DDIMScheduler"
-    with pytest.raises(ValueError, match=r"scheduler of .* is a DDIMScheduler, which is not of flow matching"):
+    with pytest.raises(
+        ValueError, match=r"scheduler of .* is a DDIMScheduler, which does not match the layout .flow matching"
+    ):
         DiTModel.from_pretrained(folder, layout="sit", timestep=5)
 
 
 def test_a_prompt_is_no_option_of_research_weights(tmp_path):
-    with pytest.raises(ValueError, match="`prompt_embeds` are given, but a DiTTransformer2DModel is not conditioned"):
+    with pytest.raises(
+        ValueError, match="`prompt_embeds` cannot be used with a DiTTransformer2DModel, which has no text"
+    ):
         DiTModel.from_pretrained(port(tmp_path / "port"), layout="sit", timestep=5, prompt_embeds={})
 
 
 def test_a_layout_is_no_option_of_what_diffusers_named(latent_folder):
-    with pytest.raises(ValueError, match="`layout=` and `num_attention_heads=` are for weights by the names"):
+    with pytest.raises(
+        ValueError, match="`layout=` and `num_attention_heads=` are for weights of the DiT, SiT and REPA"
+    ):
         DiTModel.from_pretrained(latent_folder, layout="sit", timestep=5)
-    with pytest.raises(ValueError, match="holds no weights by the names of the research code"):
+    with pytest.raises(ValueError, match="has no weights in the layout of the DiT, SiT or REPA research code"):
         convert_research(latent_folder, latent_folder.parent / "never", layout="sit")
 
 
@@ -520,23 +538,23 @@ def zipped(path):
 
 
 BROKEN = {
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is truncated or no file of weights of torch"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is truncated or not a PyTorch weights file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "text": (lambda path: path.write_text("not found\nat all\n"), "is text, and no file of weights of torch"),
-    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "a pointer of Git LFS"),
-    "zip": (zipped, "a zip archive of other things, and no file of weights"),
-    "safetensors": (lambda path: save_file(weights_of(), path), "is a safetensors file. Name it .safetensors"),
+    "text": (lambda path: path.write_text("not found\nat all\n"), "is a text file instead of a PyTorch weights file"),
+    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "a Git LFS pointer"),
+    "zip": (zipped, "a zip archive instead of a PyTorch weights file"),
+    "safetensors": (lambda path: save_file(weights_of(), path), "is a safetensors file. Rename it to .safetensors"),
     "old": (
         lambda path: torch.save(weights_of(), path, _use_new_zipfile_serialization=False),
-        "is of the kind before torch 1.6",
+        "is damaged or saved before torch 1.6",
     ),
     "code": (
         lambda path: torch.save(Bomb(path.with_name("ran")), path),
-        r"more than tensors: '(posix|nt).mkdir', which could run code",
+        r"more than tensors .'(posix|nt).mkdir'. and is not read",
     ),
     "code in a training": (
         lambda path: torch.save({"ema": weights_of(), "args": Bomb(path.with_name("ran"))}, path),
-        r"more than tensors: '(posix|nt).mkdir', which could run code",
+        r"more than tensors .'(posix|nt).mkdir'. and is not read",
     ),
 }
 
@@ -554,10 +572,14 @@ def test_a_broken_pickle_and_one_with_code_are_refused(pickled, tmp_path, breaka
     ("breakage", "words"),
     [
         ("empty", "is empty"),
-        ("text", "is text, and no safetensors file"),
-        ("lfs", "a pointer of Git LFS"),
-        ("pickle", "is no safetensors, but a pickle as `torch.save` writes it. Name it .pt"),
-        ("old", "is no safetensors, but a pickle"),
+        ("text", "is a text file instead of a safetensors file"),
+        ("lfs", "a Git LFS pointer"),
+        (
+            "pickle",
+            r"is a pickle \(saved by `torch\.save`\) instead of safetensors\. If it has research weights, rename it"
+            r" to \.pt",
+        ),
+        ("old", "is a pickle"),
     ],
 )
 def test_safetensors_that_are_something_else_are_told_apart(pickled, tmp_path, breakage, words):
@@ -610,12 +632,12 @@ def test_weights_in_a_dictionary_that_holds_itself_are_found(tmp_path):
 @pytest.mark.parametrize("options", [{"revision": "main"}, {"subfolder": "there"}, {"variant": "fp16"}])
 def test_what_says_which_weights_to_take_has_no_meaning_for_a_file(pickled, tmp_path, vae_folder, options, capsys):
     ((name, value),) = options.items()
-    words = f"`{name}='{value}'` would say which weights .* but '.*weights.pt' is one file"
+    words = f"`{name}='{value}'` can only be used with a folder .* but '.*weights.pt' is a single file"
     with pytest.raises(ValueError, match=words):
         convert(pickled, tmp_path / "out", **options)
     given = ["--layout", "sit", "--allow-pickle", f"--{name}", value]
     assert main(["convert", str(pickled), str(tmp_path / "out"), *given]) == 1
-    assert f"`{name}='{value}'` would say which weights" in capsys.readouterr().err
+    assert f"`{name}='{value}'` can only be used with a folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     if name == "variant":  # of a VAE there may be one
         convert(pickled, tmp_path / "out", vae=vae_folder, **options)
@@ -625,16 +647,16 @@ def test_a_truncated_safetensors_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     path = save(weights_of(), tmp_path / "in" / "weights.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
         convert(path, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+    with pytest.raises(FileNotFoundError, match=r"other\.pt' does not exist"):
         convert(tmp_path / "in" / "other.pt", tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
 
 
 def test_loading_never_unpickles(pickled, tmp_path):
     torch.save(Bomb(tmp_path / "ran"), pickled)
-    with pytest.raises(ValueError, match=r"contains nothing that can be loaded.* convert FILE OUTPUT --layout"):
+    with pytest.raises(ValueError, match=r"is not a supported checkpoint.* convert FILE OUTPUT --layout"):
         DiTModel.from_pretrained(pickled.parent, layout="sit", timestep=5)
     pickled.rename(pickled.with_name("model.pt"))
     with pytest.raises(ValueError, match="has only pickled weights"):
@@ -646,7 +668,7 @@ def test_a_table_of_as_many_labels_as_classes_is_told_of(tmp_path, caplog):
     weights = weights_of(classes=9)
     with caplog.at_level("WARNING", logger="hf_aselect"):
         convert(save(weights, tmp_path / "weights.pt"), tmp_path / "out")
-    assert "embeddings of 10 labels: the last is taken for the null label" in caplog.text
+    assert "embeddings for 10 labels. The last is assumed to be the null label" in caplog.text
 
 
 # What the losses tell of the layout.
@@ -715,7 +737,7 @@ def test_a_layout_that_losses_contradict_is_not_converted(as_research, said, tim
     images = drawn(8, torch.Generator().manual_seed(3))
     given = {"layout": said, "num_attention_heads": 2, "calibration_images": images, "timestep": timestep}
     if said != "repa":
-        words = rf"said to be '{said}', .* far better as 'repa'.*1\.25.*`layout='repa'` .*`--no-layout-check`"
+        words = rf"`layout` is '{said}', .* far better as 'repa'.*1\.25.*`layout='repa'` .*`--no-layout-check`"
         with pytest.raises(ValueError, match=words):
             convert_research(as_research, tmp_path / "out", **given)
         assert [each.name for each in tmp_path.iterdir()] == ["in"]
@@ -745,17 +767,17 @@ def test_what_could_not_be_checked_is_told(as_research, pickled_beside, pictures
         caplog.clear()
         with caplog.at_level("WARNING", logger="hf_aselect"):
             read()
-        (line,) = [each.getMessage() for each in caplog.records if "The layout" in each.getMessage()]
-        assert line.startswith("The layout 'sit' ") and words in line
+        (line,) = [each.getMessage() for each in caplog.records if "`layout=" in each.getMessage()]
+        assert line.startswith("`layout='sit'` ") and words in line
 
     given = {"layout": "sit", "num_attention_heads": 2, "timestep": 5}
-    told(lambda: convert_research(as_research, tmp_path / "1", **given), "no images were given")
-    told(lambda: DiTModel.from_pretrained(as_research.parent, **given), "no images were given")
+    told(lambda: convert_research(as_research, tmp_path / "1", **given), "no images are given")
+    told(lambda: DiTModel.from_pretrained(as_research.parent, **given), "no images are given")
     latent = {**given, "num_attention_heads": HEADS, "calibration_images": pictures}
     told(lambda: convert_research(pickled_beside, tmp_path / "2", allow_pickle=True, **latent), "the model has no VAE")
     latents = torch.rand(4, CHANNELS, SIDE, SIDE) * 2 - 1
     random = {**latent, "calibration_images": latents}
-    words = "could not be checked: under none do the weights predict"
+    words = "could not be checked: in no layout do the weights predict"
     told(lambda: convert_research(pickled_beside, tmp_path / "3", allow_pickle=True, **random), words)
     once = {**given, "calibration_images": iter(drawn(4, torch.Generator()))}
     told(lambda: convert_research(as_research, tmp_path / "4", **once), "the images can be read only once")
@@ -774,7 +796,7 @@ def test_a_layout_that_the_losses_contradict_is_warned_of(trained, said, tmp_pat
     with caplog.at_level("WARNING", logger="hf_aselect"):
         losses = compare_layouts(model, drawn(8, torch.Generator().manual_seed(3)))
     assert min(losses, key=lambda name: losses[name]) == "repa"
-    assert (f"The layout was said to be {said!r}" in caplog.text) == (said != "repa")
+    assert (f"`layout` is {said!r}" in caplog.text) == (said != "repa")
     assert model.denoiser.timestep_embedding == LAYOUTS[said].timestep_embedding
 
 
@@ -786,7 +808,7 @@ def test_loading_with_images_checks_the_layout(trained, tmp_path, caplog):
         caplog.clear()
         with caplog.at_level("WARNING", logger="hf_aselect"):
             DiTModel.from_pretrained(tmp_path / "research", timestep_embedding=said, **options)
-        assert ("the weights predict what 4 images were noised with far better as 'repa'" in caplog.text) == is_warned
+        assert ("the weights predict the noise of 4 images far better as 'repa'" in caplog.text) == is_warned
 
 
 # The command line.
@@ -838,7 +860,7 @@ def test_options_of_research_weights_need_a_layout(latent_folder, tmp_path, caps
 
 
 def test_images_have_no_use_at_a_fixed_timestep(latent_folder, tmp_path, pictures):
-    with pytest.raises(ValueError, match="`calibration_images` are given, but the timestep is fixed at 5"):
+    with pytest.raises(ValueError, match=r"`calibration_images` cannot be used with a fixed timestep .5"):
         convert_diffusers(latent_folder, tmp_path / "out", timestep=5, calibration_images=pictures)
     assert not list(tmp_path.iterdir())
 
@@ -855,5 +877,5 @@ def test_a_configuration_beside_a_file_is_heard(pickled, tmp_path):
 
 def test_a_converted_checkpoint_knows_its_layout(pickled, tmp_path):
     convert(pickled, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"`layout='sit'` is for research weights, and .* leave it out"):
+    with pytest.raises(ValueError, match=r"`layout='sit'` is for research weights, but .* Omit it"):
         DiTModel.from_pretrained(tmp_path / "out", layout="sit", timestep=5)

@@ -171,8 +171,8 @@ def test_what_can_be_saved_comes_back(saved, tmp_path, change):
 
 
 CANNOT = {
-    injected: "merge them, by peft's `merge_and_unload",
-    injected_into_the_transformer: "or take them out, by `diffusers.utils.recurse_remove_peft_layers",
+    injected: "merge them (`merge_and_unload",
+    injected_into_the_transformer: "or remove them (`diffusers.utils.recurse_remove_peft_layers",
     added_by_diffusers: r"`fuse_lora\(\)` and `unload_lora\(\)` of the transformer",
     fused_but_there: r"`fuse_lora\(\)` and `unload_lora\(\)` of the transformer",
     trained_projections: r"Its fused projections were trained\. .*unfuse_qkv_projections",
@@ -181,7 +181,7 @@ CANNOT = {
     quantized_by_torchao: "is quantized .* Save the model before",
     quantized_by_bitsandbytes: "Save the model before",
     to_integers: r"is quantized \(torch\.int8\).* Save the model before",
-    without_vae: r"it lacks vae\.encoder.*Put back what was replaced",
+    without_vae: r"it lacks vae\.encoder.*Restore the modules that were replaced",
 }
 
 
@@ -199,7 +199,7 @@ def test_adapters_in_the_head_are_told_of(saved, tmp_path):
     """They were saved without a word, and loading called them another kind of head."""
     model = DiTForImageClassification.from_pretrained(saved)
     peft.inject_adapter_in_model(lora(target_modules=["output_projection"]), model)
-    with pytest.raises(ValueError, match=r"The head could not be loaded: .*base_layer.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"The saved head could not be loaded again: .*base_layer.*merge_and_unload"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
@@ -218,7 +218,7 @@ def test_processors_that_are_not_saved_are_named(saved, tmp_path, caplog):
     other_processors(model)
     model.save_pretrained(tmp_path)
     assert (
-        "Attention processors are not saved: the model is loaded with diffusers' own in the place of Halved"
+        "Attention processors are not saved. The loaded model has diffusers' default processors instead of Halved"
         in caplog.text
     )
     assert DiTForImageClassification.from_pretrained(tmp_path)
@@ -228,5 +228,5 @@ def test_a_checkpoint_of_a_training_is_looked_at_too(saved, tmp_path):
     """A sibling: Trainer hands over the weights itself."""
     model = DiTForImageClassification.from_pretrained(saved)
     injected(model)
-    with pytest.raises(ValueError, match="There are adapters in it"):
+    with pytest.raises(ValueError, match="The model has adapters"):
         model.save_pretrained(tmp_path, state_dict=model.state_dict())

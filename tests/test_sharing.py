@@ -528,7 +528,7 @@ def test_the_guide_letter_by_letter(hub, classifier, tmp_path):
     """The guide of sharing, in a folder with a saved model and the examples."""
     root = Path(__file__).parents[1]
     section = (root / "examples" / "sharing" / "README.md").read_text(encoding="utf-8")
-    codes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    codes = [code for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL) if "push_to_hub" in code]
     commands = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     loads = re.findall(r"`(AutoModel\S+\(\"me/fashion-classifier\"\))`", section)
     assert len(codes) == 1 and len(commands) == 2 and len(loads) == 1
@@ -644,7 +644,7 @@ AutoModelForImageClassification.from_pretrained("me/folded", trust_remote_code=T
     ("options", "message"),
     [
         ({"accuracy": 87}, "'accuracy' must be in [0, 1]"),
-        ({"acuracy": 0.8}, "The card has no facts 'acuracy' (did you mean 'accuracy'?). `hf"),
+        ({"acuracy": 0.8}, "A card has no facts 'acuracy' (did you mean 'accuracy'?). `hf"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(hub, push, options, message):

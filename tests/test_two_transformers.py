@@ -47,7 +47,7 @@ def expected(folder, tmp_path_factory):
 def test_the_transformer_for_little_noise_is_read(folder, expected, tmp_path, caplog):
     caplog.set_level("INFO")
     made = convert_diffusers(folder, tmp_path / "ours", timestep=100)
-    assert "has two transformers; the one for little noise, transformer_2, is read" in caplog.text
+    assert "has two transformers. Features are read from transformer_2" in caplog.text
     model = DiTModel.from_pretrained(made.output).eval()
     pixel_values = images_of(model)
     with torch.no_grad():

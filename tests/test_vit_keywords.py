@@ -125,7 +125,7 @@ OF_PROCESSOR = {
     "device": ("cpu", None),
     "return_tensors": ("pt", None),
     "use_fast": (True, "It is for `AutoImageProcessor.from_pretrained`"),
-    "num_lables": (2, "An image processor has no field"),
+    "num_lables": (2, "ASelectImageProcessor has no field"),
 }
 
 

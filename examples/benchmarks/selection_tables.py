@@ -92,7 +92,7 @@ def table_of_bars(rows: list[Row]) -> list[str]:
         found[-1].append(verdict(np.mean(more) <= 0.5 and max(more) <= 2))
     share = passes_saved(default)
     found.append(["forward passes, against the search", "≤ 1/100", f"1/{share:.0f}", verdict(share >= 100)])
-    return markdown("What the default is to reach:", ("what", "bar", "found", "reached"), found)
+    return markdown("The goals for the default, and what it reaches:", ("what", "bar", "found", "reached"), found)
 
 
 def verdict(is_reached: Any) -> str:
@@ -196,6 +196,27 @@ def table_of_own_images(rows: list[Row], pairs: dict[str, Row]) -> list[str]:
             found.append([f"{given}, {truth}", *cells])
     title = "Points lost with images that the DiT generates itself, beyond what given ones lose; mean (worst):"
     return markdown(title, ("selected by", *pairs), found)
+
+
+def table_of_few_labels(folder: Path) -> str:
+    """Return what is lost with few labels: today's default, that of a fixed range before it, and fixed timesteps.
+
+    Args:
+        folder: Results of runs with `--consensus_only`.
+    """
+    ways = {"fixed range": "consensus of a fixed range", "today's": DEFAULT}
+    ways |= {name: name for name in ("t = 50", "t = 100", "t = 300")}
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        pair = json.loads(path.read_text(encoding="utf-8"))
+        name = f"`{path.stem}`" + " (held out)" * pair["arguments"]["looked_at_once"]
+        for truth, key in LOSSES.items():
+            found = [
+                mean_and_worst(key, [{**row, "pair": name} for row in of(pair["rows"], way)]) for way in ways.values()
+            ]
+            if np.isfinite(found[0][0]):
+                lines.append([name, truth, *(f"{mean:.2f} ({worst:.2f})" for mean, worst in found)])
+    return "\n".join(markdown("", ["pair", "truth", *ways], lines)[2:])
 
 
 def extra_losses(rows: list[Row], name: str, key: str) -> list[float]:

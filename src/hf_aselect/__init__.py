@@ -36,7 +36,7 @@ __all__ = [
 def _is_command_line() -> bool:
     """Return whether this process is `hf-aselect`, which imports what a command needs when it knows which it is."""
     first = "".join(sys.argv[:1])
-    # While Python looks for a module to run, this stands in the place of its path.
+    # While Python looks for a module to run, this stands in place of its path.
     is_run = first == "-m" and "-m hf_aselect" in " ".join(sys.orig_argv)
     return is_run or Path(first).stem == "hf-aselect"
 

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet() -> None:
-    """Leave transformers' warnings out of what a command prints."""
+    """Hide transformers' warnings in the output of a command."""
     # Late, as all that takes long to import.
     from transformers.utils import logging
 
@@ -114,7 +114,7 @@ def _block_or_all(word: str) -> int | str:
 
 
 def _one_or_several(values: Sequence[Any] | None) -> Any:
-    """Return the values of an option that may be given again: one by itself, several as a list, None without."""
+    """Return the values of an option that can be repeated: a single value, a list of several, or None."""
     return values[0] if values is not None and len(values) == 1 else values
 
 

@@ -42,7 +42,7 @@ def plot_timestep_curve(
         smoothed: Each score averaged with its neighbours, if the selection was made by that; it need not be the
             highest, where draws of the images do not agree.
         criterion: Name of the criterion.
-        accuracies: Accuracy at each, in [0, 1], or at timesteps of their own.
+        accuracies: Accuracy at each of these timesteps, or of other ones, in [0, 1].
         accuracy_log_snr: The log-SNR of those timesteps.
         accuracy_name: What the accuracies are, as "mean IoU".
         others: Timesteps that were selected beside it, in the order of their selection, of `timesteps`.
@@ -361,7 +361,7 @@ def _class_colours(count: int) -> Any:
 
 
 def _coloured(mask: Any, colours: Any) -> Any:
-    """Return a mask of class indices, (H, W), in the colours of the classes, (H, W, 3); black is no class."""
+    """Return a mask of class indices, (H, W), in the colours of the classes, (H, W, 3); black is not a class."""
     known = (mask >= 0) & (mask < len(colours))
     return np.where(known[..., None], colours[np.where(known, mask, 0)], 0.0)
 
@@ -381,7 +381,7 @@ def _check_length(name: str, values: Sequence[Any] | None, expected: int) -> Non
 
 def _new_figure(width: float, height: float) -> Any:
     try:
-        # It takes a second to import, and only reports need it; a figure of its own leaves pyplot's state alone.
+        # Importing it takes a second, and only reports need it. A separate figure does not change pyplot's state.
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(_NO_MATPLOTLIB) from error

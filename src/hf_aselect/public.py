@@ -60,7 +60,7 @@ AutoModelForSemanticSegmentation.register(ASelectConfig, DiTForSemanticSegmentat
 # The segmentation pipeline looks into this table of names alone, and calls every registered class unsupported.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[ASelectConfig.model_type] = DiTForSemanticSegmentation.__name__
 AutoBackbone.register(ASelectConfig, DiTBackbone)
-# Both warn of each backbone that they do not name. They run on ours as on any whose maps they are told the widths of.
+# Both warn about backbones that they do not list. They run on any backbone that reports the widths of its maps.
 for kind in (MaskFormerConfig, Mask2FormerConfig):
     kind.backbones_supported = [*kind.backbones_supported, ASelectConfig.model_type]
 # Without torchvision both names stand for one class.

@@ -46,8 +46,8 @@ def find_adapter(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) 
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str) or not base or _is_adapter_alone(Path(base)):
             raise ValueError(
-                f"{str(folder / ADAPTER_CONFIG)!r} has {short(base)} as its `base_model_name_or_path`, expected the "
-                "model that the adapter was trained on. Load that, and the adapter by `load_adapter`."
+                f"{str(folder / ADAPTER_CONFIG)!r} must name the base model as `base_model_name_or_path`, got "
+                f"{short(base)}. Load the base model first, then the adapter with `load_adapter`."
             )
         kwargs.pop("subfolder", None)
         path = str(folder)
@@ -96,7 +96,7 @@ def load_with_adapter(kind: Any, adapter: Adapter, args: tuple[Any, ...], kwargs
     try:
         model, info = kind.from_pretrained(adapter.base, *args, output_loading_info=True, **kwargs)
     except OSError as error:
-        raise OSError(f"The model of the adapter {adapter.folder!r} cannot be loaded. {error}") from error
+        raise OSError(f"The base model of the adapter {adapter.folder!r} cannot be loaded. {error}") from error
     model.load_adapter(adapter.folder, **adapter.options)
     return (model, info) if with_info else model
 

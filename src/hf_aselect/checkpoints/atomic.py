@@ -27,14 +27,14 @@ def checked_output(output: str | os.PathLike[str]) -> Path:
     """
     target = Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{str(output)!r} exists and is not empty; name another folder, or remove it.")
+        raise FileExistsError(f"{str(output)!r} exists and is not empty. Pass another folder, or remove this one.")
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
-        raise FileExistsError(f"{str(output)!r} cannot be made: {str(above)!r} is a file.")
+        raise FileExistsError(f"{str(output)!r} cannot be created, because {str(above)!r} is a file.")
     if target == Path.cwd() or os.path.ismount(target):
         raise FileExistsError(
-            f"{str(output)!r} is the current folder or a mount point, which cannot be replaced at once by a finished "
-            "one; name a folder in it."
+            f"{str(output)!r} is the current folder or a mount point, which cannot be replaced in one step. Pass a "
+            "folder inside it."
         )
     return target
 
@@ -60,7 +60,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            message = f"{str(target)!r} was written by somebody else meanwhile, and is left alone."
+            message = f"{str(target)!r} was written by another process in the meantime and is left as it is."
             raise FileExistsError(message) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,13 +68,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside a file; what is written there becomes that file when all went well, else it goes.
+    """Give a temporary path beside a file, which replaces the file on success and is removed otherwise.
 
     Args:
         path: The file to write, in an existing folder.
     """
     target = Path(path)
-    # A name of its own: two may write at once.
+    # A unique name, because two processes may write at once.
     unfinished = target.with_name(f".{target.stem}.incomplete-{uuid.uuid4().hex[:8]}{target.suffix}")
     try:
         yield unfinished
@@ -85,10 +85,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder in a folder; its files take the place of those there when all went well, else they go.
+    """Give a temporary folder in a folder; its files replace those of the folder on success, else they are removed.
 
-    A disk that is full, an error or a signal while they are written leaves what was there before. Who is killed while
-    they are moved, which takes no time, leaves a note with them, by which the next one, or `finish_files`, ends it.
+    A full disk, an error or a signal during writing leaves the folder unchanged. A process that is killed while it
+    moves the files leaves a note, by which the next process, or `finish_files`, completes the move.
 
     Args:
         folder: The folder to write into, made if it is missing; its other files stay.
@@ -112,7 +112,7 @@ def whole_files(folder: str | os.PathLike[str], replaces: str | None = None) -> 
 
 
 def finish_files(folder: str | os.PathLike[str]) -> None:
-    """Move what a process that was killed had written whole and not moved yet; drop what it had not.
+    """Move the files that a killed process had written completely; remove those that it had not.
 
     Args:
         folder: A folder that `whole_files` writes into.
@@ -125,7 +125,7 @@ def _move(unfinished: Path, target: Path) -> None:
     stale = _names_on(unfinished / NOTE)
     for path in sorted(unfinished.iterdir()):
         there = target / path.name
-        # Most files of code are what they were: the less there is to move, the shorter is the time that it takes.
+        # Most files of code are unchanged, and moving fewer files takes less time.
         if path.name != NOTE and not (there.is_file() and _are_small_and_equal(path, there)):
             os.replace(path, there)
     for name in stale:
@@ -141,13 +141,13 @@ def _names_on(note: Path) -> list[str]:
     try:
         names = json.loads(note.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(note)!r} is no note of ours ({error}). Remove its folder.") from error
+        raise ValueError(f"{str(note)!r} was not written by hf_aselect ({error}). Remove its folder.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{str(note)!r} is no note of ours. Remove its folder.")
+        raise ValueError(f"{str(note)!r} was not written by hf_aselect. Remove its folder.")
     if outside := [name for name in names if Path(name).name != name or name in ("", ".", "..") or "\0" in name]:
         raise ValueError(
-            f"{str(note)!r} names {outside[0][:100]!r}, which is no file of its folder: it is no note of ours. Remove "
-            "its folder."
+            f"{str(note)!r} was not written by hf_aselect: it names {outside[0][:100]!r}, which is not in its "
+            "folder. Remove its folder."
         )
     return names
 
@@ -157,9 +157,9 @@ def _are_small_and_equal(first: Path, second: Path) -> bool:
 
 
 def _unfinished(parent: Path, stem: str) -> Path:
-    """Make a hidden folder with a name that tells whose it is, and end what processes left that were killed."""
+    """Create a hidden folder whose name identifies the process, and finish or remove those of killed processes."""
     _end_left_overs(parent, stem)
-    # A name of its own: somebody else may be writing the same, and a folder of a fixed name may be somebody's.
+    # A unique name: another process may write the same, and a fixed name may be a user's folder.
     unfinished = parent / f"{stem}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     unfinished.mkdir()
     return unfinished
@@ -173,10 +173,10 @@ def _end_left_overs(parent: Path, stem: str) -> None:
         if int(process) == os.getpid() or _is_running(int(process)):
             continue
         if (path / NOTE).is_file():
-            logger.warning("Ending the save of %s, which was killed when all was written.", path.parent)
+            logger.warning("Completing an interrupted save to %s, whose files had all been written.", path.parent)
             _move(path, parent)
         else:
-            logger.warning("Removing %s, which a process that was killed left unfinished.", path)
+            logger.warning("Removing %s, which an interrupted process left incomplete.", path)
         shutil.rmtree(path, ignore_errors=True)
 
 

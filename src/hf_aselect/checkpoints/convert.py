@@ -81,8 +81,8 @@ def convert_diffusers(
 
     Weights are read and written tensor by tensor, so that about `max_shard_size` of them are in memory at a time. Text
     encoders, where the transformer is conditioned on a text, are loaded once before and dropped. The folder appears
-    whole or not at all; what a killed process leaves, a hidden `.OUTPUT.incomplete-...` beside it, the next one
-    removes. The VAE encoder stays in float32.
+    complete or not at all. A killed process leaves a hidden `.OUTPUT.incomplete-...` beside it, which the next
+    conversion removes. The VAE encoder stays in float32.
 
     Args:
         source: A pipeline that diffusers saved (folder, or id on the Hub, of which only the files that are needed are
@@ -96,17 +96,17 @@ def convert_diffusers(
         subfolder: Folder in `source` that holds the checkpoint.
         token: Token for the Hub, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
-        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        local_files_only: Whether to use only downloaded files and not contact the Hub.
         without: Parts of the text side to do without: `"text_encoder_3"` of Stable Diffusion 3, its T5.
         prompt_embeds: The empty prompt's embeddings by name, (1, L, C) and (1, C), in place of computing them.
-        max_shard_size: Size of a file of weights at the most, unless one tensor is larger: bytes, or "5GB", "200MB".
+        max_shard_size: Maximum size of a file of weights, unless one tensor is larger: bytes, or "5GB", "200MB".
         calibration_images: Images to select the timestep from, as in `select_timestep`, if `timestep` is "auto", the
             default. Without them it stays open. The model is loaded for it.
-        include_code: Whether the code of the models is written beside the weights, for who has not this package.
+        include_code: Whether to add the code of the models to the weights, for users without this package.
         fields: Fields of `ASelectConfig`.
 
     Returns:
-        What was made and what was dropped.
+        The facts of the conversion: its output and the parts that were left out.
 
     Raises:
         ValueError: If the source is none, or already an hf_aselect checkpoint; a part is missing, broken, or of an
@@ -116,7 +116,9 @@ def convert_diffusers(
 
     Example:
         >>> from hf_aselect import convert_diffusers
-        >>> conversion = convert_diffusers("path/to/a/pipeline", "converted")  # doctest: +SKIP
+        >>> conversion = convert_diffusers("src/hf_aselect/assets/fashion_mnist", "converted", timestep=19)
+        >>> conversion.output.name, conversion.num_parameters
+        ('converted', 2818448)
     """
     started = time.monotonic()
     target = checked_output(output)
@@ -125,9 +127,9 @@ def convert_diffusers(
     options = HubOptions(revision, subfolder, token, cache_dir, local_files_only, variant=variant)
     folder = find_diffusers(source, options, without, prompt_embeds is not None)
     if folder is None:
-        raise ValueError(f"{str(source)!r} is a checkpoint of hf_aselect already and needs no conversion.")
+        raise ValueError(f"{str(source)!r} is already an hf_aselect checkpoint and needs no conversion.")
     if target.is_relative_to(folder.resolve()):
-        raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
+        raise ValueError(f"`output` must not lie inside the source, got {str(target)!r}. Pass a folder beside it.")
     if not Path(source).exists():
         fields.setdefault("base_model", str(source))
     fields.setdefault("base_license", license_on_card(folder))
@@ -145,8 +147,8 @@ def convert_diffusers(
     )
     if calibration_images is not None and config.timestep != "auto":
         raise ValueError(
-            f"`calibration_images` are given, but the timestep is fixed at {config.timestep}. Pass `timestep='auto'` "
-            "to select it from them, or leave them out."
+            f"`calibration_images` cannot be used with a fixed timestep ({config.timestep}). Pass `timestep='auto'` "
+            "to select it from them, or omit them."
         )
     written = _write(
         target, config, weights, source, wanted, shard_bytes, include_code, calibration_images, is_checked
@@ -204,17 +206,17 @@ def convert_research(
         subfolder: Folder in `source`, unless that is a file, that holds the checkpoint.
         token: Token for the Hub, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
-        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
+        local_files_only: Whether to use only downloaded files and not contact the Hub.
         max_shard_size: As in `convert_diffusers`.
         calibration_images: As in `convert_diffusers`; where the timestep is fixed, to check the layout by.
         check_layout: Whether to reject a layout that the weights contradict: by `projectors` or a learned variance,
-            and, where there are `calibration_images`, by a loss on a few of them that is 1.25 times that of another
-            layout or more. A log line says so where the losses cannot tell.
+            and, where there are `calibration_images`, by a loss on a few of them that is at least 1.25 times that of
+            another layout. A warning is logged if the losses do not show which layout is right.
         include_code: As in `convert_diffusers`.
         fields: Fields of `ASelectConfig`.
 
     Returns:
-        What was made and what was dropped.
+        The facts of the conversion: its output and the parts that were left out.
 
     Raises:
         ValueError: If the layout is not said, the source is a pickle and none is allowed, it holds other things than
@@ -240,11 +242,11 @@ def convert_research(
     if os.path.isfile(source):
         research = research_file(Path(source), allow_pickle)
     elif Path(source).suffix in (".safetensors", *PICKLES):
-        raise FileNotFoundError(f"There is no file {str(source)!r}.")
+        raise FileNotFoundError(f"The file {str(source)!r} does not exist.")
     else:
         folder = find_diffusers(source, options)
         if folder is not None and target.is_relative_to(folder.resolve()):
-            raise ValueError(f"`output` {str(target)!r} lies inside the source; name a folder beside it.")
+            raise ValueError(f"`output` must not lie inside the source, got {str(target)!r}. Pass a folder beside it.")
         research, beside, scheduler = _research_folder(folder, source, variant)
         vae_folder = vae_folder or beside
         if not Path(source).exists():
@@ -269,10 +271,10 @@ def _refuse_options_of_a_file(
     """
     options = {"revision": revision, "subfolder": subfolder, "variant": variant}
     if given := [f"`{name}={value!r}`" for name, value in options.items() if value is not None]:
-        of_vae = ", and no VAE is given (`vae=`) that could have a variant" if variant is not None else ""
+        of_vae = ", and no `vae` is given" if variant is not None else ""
         raise ValueError(
-            f"{', '.join(given)} would say which weights of a folder or a repository to take, but {str(source)!r} is "
-            f"one file{of_vae}. Leave it out, or name the folder or the id on the Hub."
+            f"{', '.join(given)} can only be used with a folder or a repository, but {str(source)!r} is a single "
+            f"file{of_vae}. Omit it, or pass the folder or the id on the Hub."
         )
 
 
@@ -290,8 +292,8 @@ def _research_folder(
         found = research_in(inner if inner.is_dir() else folder, variant)
     if folder is None or found is None:
         raise ValueError(
-            f"{str(source)!r} holds no weights by the names of the research code of DiT, SiT and REPA. What diffusers "
-            "saved is converted without a layout: `convert_diffusers`, or `hf-aselect convert` without `--layout`."
+            f"{str(source)!r} has no weights in the layout of the DiT, SiT or REPA research code. Convert a "
+            "diffusers checkpoint with `convert_diffusers`, or with `hf-aselect convert` without `--layout`."
         )
     check_parts(folder, ("scheduler", "vae"))
     return found, folder / "vae" if (folder / "vae").is_dir() else None, scheduler_beside(folder)
@@ -300,7 +302,7 @@ def _research_folder(
 def _conversion(
     output: str | os.PathLike[str], written: dict[str, Tensor], started: float, decoder_bytes: int, text_bytes: int
 ) -> Conversion:
-    """Return what was made of the weights that were written."""
+    """Return the facts of a finished conversion."""
     return Conversion(
         output=Path(output),
         num_parameters=sum(value.numel() for value in written.values()),
@@ -368,12 +370,15 @@ def _bytes_of(size: int | str) -> int:
     """Return the bytes of a size, as 200 or "5GB".
 
     Raises:
-        ValueError: If it is no size, or less than a byte.
+        ValueError: If it is not a size of at least one byte.
     """
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B", size.strip(), re.IGNORECASE)):
         size = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
     if not isinstance(size, int | float) or not 1 <= size < float("inf"):
-        raise ValueError(f"`max_shard_size` must be at least 1 byte, a number or as '5GB' or '200MB', got {size!r}.")
+        raise ValueError(
+            "`max_shard_size` must be at least 1 byte, as a number or a string such as '5GB' or '200MB', got "
+            f"{size!r}."
+        )
     return int(size)
 
 
@@ -418,7 +423,7 @@ class _ShardWriter:
         self._total_bytes += value.nbytes
 
     def finish(self) -> None:
-        """Write what was taken and not written yet, and name the files as transformers does."""
+        """Write the remaining tensors, and name the files as transformers does."""
         if self._shard:
             self._write_shard()
         if self._num_files == 1:
@@ -481,8 +486,8 @@ def _check_fit(config: ASelectConfig, written: dict[str, Tensor], source: str | 
     broken = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
     if broken:
         raise ValueError(
-            f"The weights in {str(source)!r} do not fit their configuration: {len(broken)} tensors are missing or of "
-            f"another shape, among them {sorted(broken)[:3]}."
+            f"The weights in {str(source)!r} do not match their configuration: {len(broken)} tensors are missing or "
+            f"have another shape, such as {sorted(broken)[:3]}. Download or save the checkpoint again."
         )
 
 

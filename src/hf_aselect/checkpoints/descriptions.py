@@ -52,7 +52,7 @@ def register_family(family: TransformerFamily) -> None:
     """
     if not isinstance(family, TransformerFamily) or not callable(family.call) or not callable(family.layout):
         raise ValueError(
-            f"`family` must be a `TransformerFamily` with functions as `call` and `layout`, got {family!r}."
+            f"`family` must be a `TransformerFamily` whose `call` and `layout` are functions, got {family!r}."
         )
     # One that was registered before is checked once.
     given: dict[str, Any] = {name: _unchecked(name, getattr(family, name)) for name in _CHECKED}
@@ -75,9 +75,9 @@ def _check_fields(family: TransformerFamily) -> None:
         ValueError: If there is one.
     """
     if not _is_word(family.name):
-        raise ValueError(f"`name` of a family must be the name of a class, a string, got {family.name!r}.")
+        raise ValueError(f"`name` of a family must be a class name (a string), got {family.name!r}.")
     if family.name in _OF_PACKAGE:
-        raise ValueError(f"{family.name} is a family of the package, and cannot be described again.")
+        raise ValueError(f"{family.name} is supported by hf_aselect already and cannot be registered again.")
 
     def check(is_fit: bool, name: str, wanted: str) -> None:
         if not is_fit:
@@ -90,7 +90,7 @@ def _check_fields(family: TransformerFamily) -> None:
     is_list = is_list and all(isinstance(part, TransformerBlocks) for part in family.blocks)
     check(is_list, "blocks", "a tuple of `TransformerBlocks`")
     check(are_words(family.sizes), "sizes", "a tuple of names of fields")
-    check(callable(family.tokens), "tokens", "a function, as `last_tokens`")
+    check(callable(family.tokens), "tokens", "a function, such as `last_tokens`")
     check(callable(family.output), "output", "a function of what `forward` returns and the `Inputs`")
     prompt, timed = family.prompt_fields, family.timestep_modules
     is_prompt = isinstance(prompt, Mapping) and all(map(_is_word, prompt))
@@ -107,14 +107,16 @@ def _check_fields(family: TransformerFamily) -> None:
     check(family.prepare is None or callable(family.prepare), "prepare", "a function, or None")
     check(family.encode_prompt is None or callable(family.encode_prompt), "encode_prompt", "a function, or None")
     if bool(family.pipeline) != (family.encode_prompt is not None):
-        raise ValueError(f"`pipeline` and `encode_prompt` of {family.name} must be given both, or none of them.")
+        raise ValueError(
+            f"`pipeline` and `encode_prompt` of {family.name} must be given together. Pass both or neither."
+        )
     for part in family.blocks:
         names = part.projections
         is_whole = _is_word(part.path) and _is_word(part.attention) and _is_index(part.hidden)
         if not is_whole or not (callable(names) or (are_words(names) and len(names) == 3)):
             raise ValueError(
-                f"`blocks` of {family.name} must have names of modules as `path` and `attention`, a number from 0 on "
-                f"as `hidden`, and three names or a function as `projections`, got {part!r}."
+                f"`blocks` of {family.name} must have module names as `path` and `attention`, an integer >= 0 as "
+                f"`hidden`, and three names or a function as `projections`, got {part!r}."
             )
 
 
@@ -132,17 +134,17 @@ def _check_class(family: TransformerFamily) -> None:
         if not hasattr(diffusers, family.name):
             raise ValueError(
                 f"diffusers {diffusers.__version__} has no class {family.name}. Pass the class as "
-                "`transformer_class`, or install the version of diffusers that has it."
+                "`transformer_class`, or install a version of diffusers that has it."
             )
     elif not isinstance(kind, type) or not issubclass(kind, nn.Module) or not hasattr(kind, "from_config"):
         raise ValueError(
-            f"`transformer_class` of {family.name} must be a class with diffusers' `ModelMixin` and `ConfigMixin`, "
-            f"got {kind!r}."
+            f"`transformer_class` of {family.name} must inherit from diffusers' `ModelMixin` and `ConfigMixin`, got "
+            f"{kind!r}."
         )
     elif kind.__name__ != family.name:
         raise ValueError(
-            f"`name` of a family must be that of its class, which checkpoints name, got {family.name!r} and the class "
-            f"{kind.__name__!r}."
+            f"`name` of a family must equal the name of its class, because checkpoints store it, got {family.name!r} "
+            f"for the class {kind.__name__!r}."
         )
 
 
@@ -166,34 +168,35 @@ def _checked_layout(family: TransformerFamily, config: Mapping[str, Any]) -> Tra
         found = family.layout(config)
     except KeyError as error:
         raise ValueError(
-            f"The `layout` of {family.name} reads {error} of the configuration, which has no such field. Pass what "
-            "has another name to `transformer_layout` (`patch_size=...`), and list what it must have in `sizes`."
+            f"The `layout` of {family.name} reads {error}, which the configuration does not have. Pass fields with "
+            "other names to `transformer_layout` (`patch_size=...`), and list the required ones in `sizes`."
         ) from error
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"The `layout` of {family.name} failed ({type(error).__name__}: {error}).") from error
     # By its name: a checkpoint's own code has a class of its own.
     if type(found).__name__ != TransformerLayout.__name__:
         raise ValueError(
-            f"The `layout` of {family.name} must return a `TransformerLayout`, as `transformer_layout(config)` "
-            f"makes it, got {type(found).__name__}."
+            f"The `layout` of {family.name} must return a `TransformerLayout`, such as `transformer_layout(config)`, "
+            f"got {type(found).__name__}."
         )
     values = {each.name: getattr(found, each.name) for each in fields(TransformerLayout)}
     optional = {"max_grid": values["max_grid"] is None, "needs_prompt": isinstance(values["needs_prompt"], bool)}
     smallest = {"num_attention_outputs": 0}
     for name, value in values.items():
         if not (optional.get(name) or (name != "needs_prompt" and _is_index(value, smallest.get(name, 1)))):
-            raise ValueError(f"The `layout` of {family.name} has {value!r} as `{name}`, which is no such size.")
+            wanted = "True or False" if name == "needs_prompt" else f"an integer >= {smallest.get(name, 1)}"
+            raise ValueError(f"The `layout` of {family.name} must have {wanted} as `{name}`, got {value!r}.")
     if found.needs_prompt != bool(family.prompt_fields):
         raise ValueError(
-            f"The `layout` of {family.name} has `needs_prompt={found.needs_prompt}`, and its `prompt_fields` name "
-            f"{', '.join(family.prompt_fields) or 'no embeddings'}. A transformer with a text needs both, one without "
-            "neither."
+            f"The `layout` of {family.name} has `needs_prompt={found.needs_prompt}`, but its `prompt_fields` are "
+            f"{', '.join(family.prompt_fields) or 'empty'}. Set both for a transformer with a prompt, and neither "
+            "for one without."
         )
     for name in filter(None, (family.num_classes, *family.prompt_fields.values())):
         if not _is_index(config.get(name), 1):
             raise ValueError(
-                f"The description of {family.name} names the field {name!r}, of which the configuration has "
-                f"{config.get(name)!r}; expected a number from 1 on."
+                f"The description of {family.name} names the field {name!r}, which must be a positive number in the "
+                f"configuration, got {config.get(name)!r}."
             )
     return found
 
@@ -202,12 +205,12 @@ def _checked_call(family: TransformerFamily, inputs: Inputs) -> dict[str, Any]:
     """Return the keywords of a transformer's `forward`, and look at its first pass.
 
     Raises:
-        ValueError: If they are no keywords, or not those of its `forward`.
+        ValueError: If they are not keywords, or not those of its `forward`.
     """
     given = family.call(inputs)  # type: ignore[misc]
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise ValueError(
-            f"The `call` of {family.name} must return the keywords of its `forward`, a dictionary, got "
+            f"The `call` of {family.name} must return a dictionary of the keyword arguments of `forward`, got "
             f"{type(given).__name__}."
         )
     # What is traced is run without a graph first, or not at all.
@@ -225,11 +228,12 @@ def _check_keywords(family: TransformerFamily, transformer: Any, given: dict[str
     unknown = [] if takes_all else [name for name in given if name not in known]
     needed = [name for name, each in known.items() if each.default is each.empty and each.kind < each.VAR_POSITIONAL]
     missing = [name for name in needed if name not in given and name != "self"]
-    wrong = [f"gives {name}, which it does not take" for name in unknown] + [f"lacks {name}" for name in missing]
-    wrong += ["gives return_dict, which is given by itself"] if "return_dict" in given else []
+    wrong = [f"returns {name}, which `forward` does not accept" for name in unknown]
+    wrong += [f"does not return {name}" for name in missing]
+    wrong += ["returns return_dict, which is set automatically"] if "return_dict" in given else []
     if wrong:
         names = ", ".join(name for name in known if name not in ("self", "return_dict"))
-        raise ValueError(f"The `call` of {family.name} {'; '.join(wrong)}. Its `forward` takes {names}.")
+        raise ValueError(f"The `call` of {family.name} {' and '.join(wrong)}. Its `forward` accepts {names}.")
 
 
 def _check_widths(family: TransformerFamily, transformer: Any) -> None:
@@ -245,9 +249,10 @@ def _check_widths(family: TransformerFamily, transformer: Any) -> None:
             found = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
             if None not in found and found != (layout.hidden_size, width):
                 raise ValueError(
-                    f"The `layout` of {family.name} has tokens of {layout.hidden_size} channels, keys and values of "
-                    f"{layout.key_value_size}, but {part.path}.0.{part.attention}.{name} makes {found[1]} of "
-                    f"{found[0]}. Pass `hidden_size=` and `key_value_size=` to `transformer_layout`."
+                    f"The `layout` of {family.name} has {layout.hidden_size} channels for tokens and "
+                    f"{layout.key_value_size} for keys and values, but {part.path}.0.{part.attention}.{name} maps "
+                    f"{found[0]} channels to {found[1]}. Pass `hidden_size=` and `key_value_size=` to "
+                    "`transformer_layout`."
                 )
 
 
@@ -265,8 +270,8 @@ def _watch(family: TransformerFamily, inputs: Inputs) -> None:
         # Of other numbers that are larger, some are padding.
         if found < rows * columns or found in smaller:
             raise ValueError(
-                f"The `layout` of {family.name} has {layout.patch_size} as `patch_size`, so that {height}×{width} "
-                f"latents are {rows}×{columns} tokens, but `patch_embedding` ({family.patch_embedding}) makes "
+                f"The `layout` of {family.name} has `patch_size={layout.patch_size}`, which splits {height}×{width} "
+                f"latents into {rows}×{columns} tokens, but `patch_embedding` ({family.patch_embedding}) returns "
                 f"{found:g}. Pass `patch_size=` to `transformer_layout`."
             )
 
@@ -275,7 +280,8 @@ def _watch(family: TransformerFamily, inputs: Inputs) -> None:
         if part.hidden >= len(outputs) or not isinstance(outputs[part.hidden], Tensor):
             raise ValueError(
                 f"`hidden` of the blocks {part.path} of {family.name} is {part.hidden}, but a block returns "
-                f"{', '.join(type(each).__name__ for each in outputs)}; say which of them has the image, from 0 on."
+                f"{', '.join(type(each).__name__ for each in outputs)}. Set it to the 0-based position of the image "
+                "tokens among them."
             )
 
     transformer = inputs.transformer
@@ -309,9 +315,9 @@ def _checked_tokens(family: TransformerFamily, sequence: Tensor, num_tokens: int
     if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != num_tokens:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"The `tokens` of {family.name} must return the {num_tokens} tokens of an image, (B, N, D), of a sequence "
-            f"of shape {tuple(sequence.shape)}, got {shape}. If it has less, `patch_size` of the `layout` is too "
-            "small, or `hidden` of the blocks names the text."
+            f"The `tokens` of {family.name} must return the {num_tokens} image tokens (B, N, D) from a sequence of "
+            f"shape {tuple(sequence.shape)}, got {shape}. Check `patch_size` of the `layout` and `hidden` of the "
+            "`blocks`, which must point to the image tokens."
         )
     return found
 
@@ -326,7 +332,7 @@ def _checked_output(family: TransformerFamily, output: Any, inputs: Inputs) -> T
     if not isinstance(found, Tensor) or found.shape != inputs.latents.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"The `output` of {family.name} must return the prediction in the shape of the latents, "
+            f"The `output` of {family.name} must return the prediction with the shape of the latents, "
             f"{tuple(inputs.latents.shape)}, got {shape}."
         )
     return found

@@ -144,8 +144,8 @@ def load_diffusers(
     vae_folder = vae_folder or (folder / "vae" if has_vae and not is_bare else None)
     if layout is not None or num_attention_heads is not None:
         raise ValueError(
-            f"`layout=` and `num_attention_heads=` are for weights by the names of the research code of DiT, SiT and "
-            f"REPA, and those in {str(transformer_folder)!r} have diffusers' names. Leave them out."
+            "`layout=` and `num_attention_heads=` are for weights of the DiT, SiT and REPA research code, but "
+            f"{str(transformer_folder)!r} has a diffusers checkpoint. Omit them."
         )
     transformer = _read_transformer(transformer_folder)
     name = transformer["_class_name"]
@@ -155,7 +155,9 @@ def load_diffusers(
     scheduler = _default_scheduler(folder, transformer, fields) if is_bare else _read_scheduler(folder)
     if part != "transformer":
         scheduler = {**scheduler, "boundary_ratio": index["boundary_ratio"]}
-        logger.info("%s has two transformers; the one for little noise, %s, is read.", folder.name, part)
+        logger.info(
+            "%s has two transformers. Features are read from %s, which was trained for low noise.", folder.name, part
+        )
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": scheduler}
     weights_of_transformer: Iterable[tuple[str, Tensor]]
     weights_of_transformer = iterate_weights(weight_files(transformer_folder, variant))
@@ -261,12 +263,12 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
 
 
 # By the pipeline: what a transformer needs beside the noised image, though its class is that of one without.
-_WITH_AN_IMAGE = "it is trained with an image to be edited beside the noised one, in its tokens and in its prompt"
+_WITH_AN_IMAGE = "it was trained to edit an image, which it takes as further tokens and in its prompt"
 _CONDITIONED = {
     "QwenImageEditPipeline": _WITH_AN_IMAGE,
     "QwenImageEditInpaintPipeline": _WITH_AN_IMAGE,
     "QwenImageEditPlusPipeline": _WITH_AN_IMAGE,
-    "QwenImageLayeredPipeline": "it is trained with an image to be taken apart, and several layers of it",
+    "QwenImageLayeredPipeline": "it was trained to split an image into several layers",
     "LongCatImageEditPipeline": _WITH_AN_IMAGE,
     "ZImageOmniPipeline": "it is conditioned on images and their embeddings as well",
     "PRXPixelPipeline": "its noise is stronger than that of any noise level of its scheduler",
@@ -277,7 +279,7 @@ _CONDITIONING_FIELDS = {
     "use_additional_t_cond": ("QwenImageTransformer2DModel", _CONDITIONED["QwenImageLayeredPipeline"]),
     "use_layer3d_rope": ("QwenImageTransformer2DModel", _CONDITIONED["QwenImageLayeredPipeline"]),
     "siglip_feat_dim": ("ZImageTransformer2DModel", _CONDITIONED["ZImageOmniPipeline"]),
-    "image_dim": ("WanTransformer3DModel", "it makes videos of an image, whose latents and embeddings it takes"),
+    "image_dim": ("WanTransformer3DModel", "it generates videos from an image, whose latents and embeddings it needs"),
 }
 
 
@@ -302,8 +304,8 @@ def refuse_conditioned(transformer: Mapping[str, Any], pipeline: str | None) -> 
     else:
         return
     raise ValueError(
-        f"The transformer of {what} is not read: {why}. Load one that makes images of a text alone, as the one that "
-        "it was made from."
+        f"The transformer of {what} is not supported: {why}. Load a text-to-image checkpoint, such as the one it was "
+        "made from."
     )
 
 
@@ -329,8 +331,8 @@ def _read_scheduler(folder: Path) -> dict[str, Any]:
     path = folder / "scheduler" / SCHEDULER_CONFIG
     if not path.is_file():
         raise ValueError(
-            f"{str(folder)!r} has transformer/ but no scheduler/{SCHEDULER_CONFIG}: the noise levels of the "
-            "timesteps are unknown. Save the scheduler that the transformer was trained with beside it."
+            f"{str(folder)!r} has transformer/ but no scheduler/{SCHEDULER_CONFIG}, so the noise level of each "
+            "timestep is unknown. Add the scheduler that the transformer was trained with."
         )
     return read_json(path)
 
@@ -344,8 +346,8 @@ def _default_scheduler(folder: Path, transformer: dict[str, Any], fields: dict[s
     name = transformer["_class_name"]
     if name != "DiTTransformer2DModel" and "scheduler" not in fields:
         raise ValueError(
-            f"{str(folder)!r} is a {name} alone: the noise levels of its timesteps are unknown. Load the whole "
-            "pipeline, or pass `scheduler=`, the one that it was trained with or its configuration."
+            f"{str(folder)!r} has only a {name}, so the noise level of each timestep is unknown. Load the whole "
+            "pipeline, or pass the scheduler it was trained with, or its configuration, as `scheduler=`."
         )
     return dict(DDPM_LINEAR)
 
@@ -364,14 +366,14 @@ def _config_of(parts: dict[str, Any], fields: dict[str, Any]) -> ASelectConfig:
     NoiseSchedule.from_config(config.scheduler or {})
     if config.timestep_embedding in ("sit", "repa") and not is_flow_matching(config.scheduler or {}):
         raise ValueError(
-            f"`timestep_embedding={config.timestep_embedding!r}` is of a transformer trained by flow matching, but "
-            f"the scheduler is a {(config.scheduler or {})['_class_name']}. Pass `scheduler=` with `_class_name` "
-            "'FlowMatchEulerDiscreteScheduler', or `timestep_embedding='original'` for DiT's weights."
+            f"`timestep_embedding={config.timestep_embedding!r}` is for a transformer trained with flow matching, "
+            f"but the scheduler is a {(config.scheduler or {})['_class_name']}. Pass a `scheduler=` with "
+            "`_class_name` 'FlowMatchEulerDiscreteScheduler', or `timestep_embedding='original'` for DiT's weights."
         )
     if config.takes_latents:
         logger.warning(
-            "A %s on latents of %d channels, and no VAE beside it: it cannot be given images, only latents. For "
-            "images pass `vae=` (`--vae`), a folder or an id on the Hub of a VAE or of a pipeline with one.",
+            "The %s takes latents of %d channels, but the checkpoint has no VAE, so the model accepts only latents. "
+            "To use images, pass `vae=` (`--vae`): a folder or an id on the Hub of a VAE or of a pipeline with one.",
             parts["transformer"]["_class_name"],
             config.num_channels,
         )
@@ -387,14 +389,14 @@ def _default_embedding(parts: dict[str, Any], fields: dict[str, Any]) -> str:
     learns_variance = transformer.get("out_channels") == 2 * transformer.get("in_channels", 0)
     if is_flow_matching(fields.get("scheduler") or parts["scheduler"]):
         logger.warning(
-            "A DiT with a flow-matching scheduler: taken for one that was trained with diffusers, conditioned on "
-            "1000 * sigma. If its weights come from SiT's code, pass `timestep_embedding='sit'`; from REPA's or "
-            "SRA's, 'repa'; from other code with the original DiT's frequencies and 1000 * sigma, 'original'."
+            "The checkpoint is a DiT with a flow-matching scheduler, and is assumed to be trained with diffusers "
+            "(conditioned on 1000 * sigma). Otherwise pass `timestep_embedding`: 'sit' for weights of SiT, 'repa' "
+            "for REPA or SRA, 'original' for other code with DiT's frequencies and 1000 * sigma."
         )
     elif learns_variance:
         logger.info(
-            "A DiT with a learned variance: taken for weights of the code of facebookresearch/DiT. If diffusers "
-            "trained it, pass `timestep_embedding='diffusers'`."
+            "The checkpoint is a DiT with a learned variance, and is assumed to come from facebookresearch/DiT. If "
+            "it was trained with diffusers, pass `timestep_embedding='diffusers'`."
         )
         return "original"
     return "diffusers"
@@ -417,14 +419,14 @@ def expected_shapes(config: ASelectConfig) -> dict[str, torch.Size]:
 
 
 def _check_no_prompt(name: str, prompt_embeds: Mapping[str, Tensor] | None, without: tuple[str, ...]) -> None:
-    """Check that nothing of a text is given for a transformer that is not conditioned on one.
+    """Check that neither embeddings nor omitted text encoders are given for a transformer without text conditioning.
 
     Raises:
-        ValueError: If something is.
+        ValueError: If one of them is given.
     """
     if prompt_embeds is not None or without:
-        given = "`prompt_embeds` are" if prompt_embeds is not None else f"{', '.join(without)} is"
-        raise ValueError(f"{given} given, but a {name} is not conditioned on a text.")
+        given = "`prompt_embeds`" if prompt_embeds is not None else ", ".join(without)
+        raise ValueError(f"{given} cannot be used with a {name}, which has no text conditioning. Omit it.")
 
 
 def _note_prompt(config: ASelectConfig, embeddings: dict[str, Tensor]) -> None:
@@ -477,7 +479,7 @@ def _weights(
             left_over.append(f"vae/{key}")
     if left_over:
         logger.warning(
-            "%d tensors of %s have no place in a %s and are left out, as diffusers does: %s.",
+            "%d tensors of %s do not belong to a %s and are ignored, as in diffusers: %s.",
             len(left_over),
             source,
             kind,

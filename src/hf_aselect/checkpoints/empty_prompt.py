@@ -120,11 +120,11 @@ def _encoder_of(transformer: str) -> tuple[str, Encode] | None:
     return None if family is None or family.encode_prompt is None else (family.pipeline, family.encode_prompt)
 
 
-# What diffusers puts zeros in the place of.
+# What diffusers puts zeros in place of.
 _OPTIONAL = {"SD3Transformer2DModel": ("text_encoder_3", "tokenizer_3")}
 _UNREADABLE = (
-    "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save the "
-    "pipeline again; tokenizers of T5 and Gemma may need `pip install sentencepiece protobuf`."
+    "The text encoders in {folder!r} could not be loaded to encode the empty prompt ({error}). Download or save "
+    "the pipeline again, or install the tokenizers of T5 and Gemma: `pip install sentencepiece protobuf`."
 )
 
 
@@ -142,8 +142,8 @@ def text_parts(transformer: str, without: Iterable[str] = ()) -> tuple[str, ...]
     optional = _OPTIONAL.get(transformer, ())
     if needed := sorted(set(without) - set(optional)):
         raise ValueError(
-            f"A {transformer} cannot do without {', '.join(needed)}; what can be left out: "
-            f"{', '.join(optional) or 'nothing'}."
+            f"{', '.join(needed)} of a {transformer} must be loaded and cannot be None. Parts that can be left out: "
+            f"{', '.join(optional) or 'none'}."
         )
     if _encoder_of(transformer) is None:
         return ()
@@ -184,8 +184,8 @@ def encode_empty_prompt(
     kind = transformer["_class_name"]
     if (encoder := _encoder_of(kind)) is None:
         raise ValueError(
-            f"The description of {kind} does not say which pipeline encodes a prompt. Pass `prompt_embeds=`, the "
-            "empty prompt's embeddings by name."
+            f"The description of {kind} has no `pipeline` and `encode_prompt`. Pass the empty prompt's embeddings as "
+            "a dictionary, `prompt_embeds=`."
         )
     name, encode = encoder
     wanted = text_parts(kind, without)
@@ -198,15 +198,15 @@ def encode_empty_prompt(
     folder = Path(folder)
     if kind == "Flux2Transformer2DModel" and transformer.get("guidance_embeds"):
         raise ValueError(
-            f"{str(folder)!r} is a FLUX.2 with `guidance_embeds`, as FLUX.2 [dev], whose prompts are encoded in "
-            "another way than those of FLUX.2 [klein]. Pass `prompt_embeds=`, the empty prompt's embeddings by name, "
-            "as its pipeline's `encode_prompt` makes them."
+            f"{str(folder)!r} is a FLUX.2 with `guidance_embeds`, such as FLUX.2 [dev], which encodes prompts "
+            "differently from FLUX.2 [klein]. Pass the output of its pipeline's `encode_prompt` for an empty prompt "
+            "as a dictionary, `prompt_embeds=`."
         )
     present = [part for part in wanted if (folder / part).is_dir()]
     if not any(part.startswith("text_encoder") for part in present):
         raise ValueError(
-            f"{str(folder)!r} has no text encoder, and a {kind} is conditioned on a text. Load "
-            "the whole pipeline, or pass `prompt_embeds=`, the empty prompt's embeddings by name."
+            f"{str(folder)!r} has no text encoder, but a {kind} is conditioned on text. Load the whole pipeline, or "
+            "pass the empty prompt's embeddings as a dictionary, `prompt_embeds=`."
         )
     with torch.device("meta"):
         # Some pipelines ask it for sizes.
@@ -216,8 +216,9 @@ def encode_empty_prompt(
         pipeline_class = getattr(diffusers, name)
     except (AttributeError, RuntimeError) as error:  # another version lacks it, or it does not import
         raise ValueError(
-            f"diffusers {diffusers.__version__} has no {name}, which the description of {kind} names ({error}). "
-            "Upgrade it (pip install -U diffusers), or pass `prompt_embeds=`, the empty prompt's embeddings by name."
+            f"diffusers {diffusers.__version__} has no {name}, which encodes prompts for {kind} ({error}). Upgrade "
+            "it (pip install -U diffusers), or pass the empty prompt's embeddings as a dictionary, "
+            "`prompt_embeds=`."
         ) from error
     known = inspect.signature(pipeline_class.__init__).parameters
     index = read_json(folder / MODEL_INDEX)
@@ -255,14 +256,15 @@ def _refuse_other_code(folder: str | os.PathLike[str], index: dict[str, Any], kn
     """
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(
-            f"The {MODEL_INDEX} in {str(folder)!r} must have the name of a pipeline of diffusers as `_class_name`, "
-            f"got {index.get('_class_name')!r}: code of a pipeline's own is not run."
+            f"{MODEL_INDEX} in {str(folder)!r} must name a pipeline of diffusers as `_class_name`, got "
+            f"{index.get('_class_name')!r}. Custom pipeline code is never run."
         )
     for part in known:
         if _is_named(index.get(part)) and index[part][0] not in ("diffusers", "transformers"):
             raise ValueError(
-                f"The {MODEL_INDEX} in {str(folder)!r} takes {part} from {index[part][0]!r}, and only classes of "
-                "diffusers and transformers are loaded. Pass `prompt_embeds=`, the empty prompt's embeddings by name."
+                f"{MODEL_INDEX} in {str(folder)!r} loads {part} from {index[part][0]!r}, but only classes of "
+                "diffusers and transformers are supported. Pass the empty prompt's embeddings as a dictionary, "
+                "`prompt_embeds=`."
             )
 
 
@@ -285,8 +287,8 @@ def _load_encoder(
     tokenizer = part.replace("text_encoder", "tokenizer")
     if tokenizer not in present or not _is_named(index.get(part)):
         raise ValueError(
-            f"{str(folder)!r} has {part}/, but no {tokenizer}/, or its {MODEL_INDEX} does not say what {part} "
-            "is. Download or save the pipeline again, or pass `prompt_embeds=`."
+            f"{str(folder)!r} has {part}/ but no {tokenizer}/, or {MODEL_INDEX} does not list {part}. Download or "
+            "save the pipeline again, or pass `prompt_embeds=`."
         )
     # Rejects pickles, which diffusers would load.
     files = weight_files(folder / part, variant, fall_back=True)
@@ -329,18 +331,18 @@ def checked_embeddings(embeddings: Any, transformer: str, dtype: torch.dtype) ->
         dtype: What to return them in.
 
     Raises:
-        ValueError: If that is no mapping of names to tensors, or values are NaN or infinite, or so in `dtype`.
+        ValueError: If that is not a mapping of names to tensors, or values are NaN or infinite, or so in `dtype`.
     """
     if not isinstance(embeddings, Mapping) or not all(isinstance(value, Tensor) for value in embeddings.values()):
         raise ValueError(
-            f"`prompt_embeds` of a {transformer} must be a dictionary of tensors by name, `prompt_embeds` (1, L, C) "
-            f"and, for some transformers, `pooled_prompt_embeds` (1, C); got {type(embeddings).__name__}."
+            f"`prompt_embeds` of a {transformer} must be a dictionary of tensors: `prompt_embeds` (1, L, C) and, for "
+            f"some transformers, `pooled_prompt_embeds` (1, C), got {type(embeddings).__name__}."
         )
     checked = {name: value.detach().to("cpu", dtype).contiguous() for name, value in embeddings.items()}
     if broken := [name for name, value in checked.items() if not bool(value.isfinite().all())]:
         raise ValueError(
-            f"The empty prompt's embeddings for {transformer} ({', '.join(broken)}) hold NaN or infinite values in "
-            f"{str(dtype).removeprefix('torch.')}. Convert with `dtype='bfloat16'` or 'float32', whose range is "
-            "wider, or check the text encoders' weights."
+            f"The empty prompt's embeddings for {transformer} ({', '.join(broken)}) have NaN or infinite values in "
+            f"{str(dtype).removeprefix('torch.')}. Pass `dtype='bfloat16'` or 'float32', which have a wider range, "
+            "or check the weights of the text encoders."
         )
     return checked

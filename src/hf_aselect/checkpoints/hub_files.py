@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 # What remains to be said where there are files of weights that nothing describes.
 PICKLES_OF_RESEARCH = (
-    "Of the weights of DiT's, SiT's or REPA's own code convert the file: hf-aselect convert FILE OUTPUT --layout "
-    "dit|sit|repa."
+    "To use weights of the DiT, SiT or REPA research code, convert the file: hf-aselect convert FILE OUTPUT "
+    "--layout dit|sit|repa."
 )
 # What the client raises where it gets no answer: `HTTPError` of the HTTP library that its version uses.
 _NO_ANSWER: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -47,8 +47,8 @@ class HubOptions:
         subfolder: Folder in the repository, or in the local folder, that holds the checkpoint.
         token: Token of the user, or whether to take the one that is logged in.
         cache_dir: Folder of downloads.
-        local_files_only: Whether to take what was downloaded before and ask the Hub nothing.
-        force_download: Whether to download again what was downloaded before.
+        local_files_only: Whether to use only downloaded files and not contact the Hub.
+        force_download: Whether to download files again that are in the cache.
         variant: Weights whose file names have this in them, as "fp16", where there are any.
     """
 
@@ -92,9 +92,9 @@ def locate(
     if folder.is_dir():
         return folder if _is_diffusers(folder, source, model_type, options.variant) else None
     if os.path.isdir(source):
-        raise ValueError(f"{str(source)!r} has no folder {options.subfolder!r}, which `subfolder=` names.")
+        raise ValueError(f"{str(source)!r} has no folder {options.subfolder!r}. Check `subfolder`.")
     if os.path.exists(source):
-        raise ValueError(f"{str(source)!r} is a file; expected a folder or an id on the Hub.")
+        raise ValueError(f"{str(source)!r} is a file. Pass a folder or an id on the Hub.")
     with explained_hub_errors(source, options):
         return _fetch(str(source), model_type, options, text_parts)
 
@@ -106,7 +106,7 @@ def explained_hub_errors(source: str | os.PathLike[str], options: HubOptions) ->
     Raises:
         OSError: In place of the errors of the client.
     """
-    nothing = f"{str(source)!r} is neither a local folder nor an id on the Hub, which has the form 'owner/name'."
+    nothing = f"{str(source)!r} is neither a local folder nor an id on the Hub (such as 'owner/name')."
     if re.match(r"[/.~]|\w:", str(source)):
         raise OSError(nothing)
     try:
@@ -115,25 +115,25 @@ def explained_hub_errors(source: str | os.PathLike[str], options: HubOptions) ->
         raise OSError(nothing) from error
     except GatedRepoError as error:
         raise OSError(
-            f"{str(source)!r} is gated: accept its conditions at https://huggingface.co/{source}, then log in with "
+            f"{str(source)!r} is gated. Accept its conditions at https://huggingface.co/{source}, then log in with "
             "`hf auth login` or pass `token=`."
         ) from error
     except RevisionNotFoundError as error:
-        raise OSError(f"{str(source)!r} has no revision {options.revision!r} on the Hub.") from error
+        raise OSError(f"{str(source)!r} has no revision {options.revision!r} on the Hub. Check `revision`.") from error
     except RepositoryNotFoundError as error:
         raise OSError(
-            f"{str(source)!r} is neither a local folder nor a repository of the Hub that you may read. Check the "
-            "name; if it is private, log in with `hf auth login` or pass `token=`."
+            f"{str(source)!r} is neither a local folder nor a repository on the Hub that you can access. Check the "
+            "name, and for a private repository log in with `hf auth login` or pass `token=`."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         revision = f" --revision {options.revision}" if options.revision else ""
         raise OSError(
-            f"{str(source)!r} is no local folder, the Hub cannot be reached (or may not be: `local_files_only`, "
-            f"`HF_HUB_OFFLINE`), and it was not downloaded before. Run `hf download "
-            f"{source}{revision}` where there is a network, or give the folder of a checkpoint."
+            f"{str(source)!r} is neither a local folder nor in the cache, and the Hub cannot be reached (or "
+            f"`local_files_only` or `HF_HUB_OFFLINE` is set). Run `hf download {source}{revision}` with a network "
+            "connection, or pass a local checkpoint folder."
         ) from error
     except HfHubHTTPError as error:
-        raise OSError(f"The Hub did not give {str(source)!r}: {error}") from error
+        raise OSError(f"{str(source)!r} could not be downloaded from the Hub: {error}") from error
 
 
 def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
@@ -150,7 +150,7 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
     folder = Path(source)
     if folder.is_file():
         raise ValueError(
-            f"`vae` {str(source)!r} is a file; expected a folder that diffusers saved, or an id on the Hub."
+            f"`vae` must be a folder saved by diffusers or an id on the Hub, got the file {str(source)!r}."
         )
     if not folder.is_dir():
         with explained_hub_errors(source, options):
@@ -161,8 +161,8 @@ def locate_vae(source: str | os.PathLike[str], options: HubOptions) -> Path:
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if config.get("_class_name") not in VAE_KINDS:
         raise ValueError(
-            f"{str(source)!r} holds no VAE that is supported: expected a {CONFIG} with `_class_name` "
-            f"{' or '.join(VAE_KINDS)}, there or in vae/, got {config.get('_class_name')!r}."
+            f"{str(source)!r} has no supported VAE: `_class_name` in {CONFIG} or vae/{CONFIG} must be "
+            f"{' or '.join(VAE_KINDS)}, got {config.get('_class_name')!r}."
         )
     return folder
 
@@ -214,9 +214,9 @@ def _is_diffusers(folder: Path, source: str | os.PathLike[str], model_type: str,
     if research_in(folder, variant) is not None:
         return True
     raise ValueError(
-        f"{str(source)!r} contains nothing that can be loaded: expected a checkpoint of hf_aselect ({CONFIG} with "
-        f"model_type {model_type!r}), a folder with transformer/ and scheduler/, or a diffusers "
-        f"transformer ({CONFIG} with `_class_name`); found {sorted(path.name for path in folder.iterdir())[:10]}. "
+        f"{str(source)!r} is not a supported checkpoint: expected an hf_aselect checkpoint ({CONFIG} with model_type "
+        f"{model_type!r}), a folder with transformer/ and scheduler/, or a diffusers transformer ({CONFIG} with "
+        f"`_class_name`), found {sorted(path.name for path in folder.iterdir())[:10]}. "
         f"{PICKLES_OF_RESEARCH if any(path.suffix in PICKLES for path in folder.iterdir()) else ''}".rstrip()
     )
 
@@ -246,7 +246,7 @@ def _fetch(
         needed = needed_files(inside, index, options.variant, wanted_text)
     except PickledWeightsError as error:
         raise ValueError(f"{error}{_safetensors_elsewhere(repo_id, options)}") from error
-    logger.info("Fetching %d of the %d files of %s.", len(needed), len(files), repo_id)
+    logger.info("Downloading %d of the %d files of %s.", len(needed), len(files), repo_id)
     # The cards say the licence.
     wanted = [*(prefix + file for file in needed), f"{prefix}README.md", "README.md"]
     return Path(snapshot_download(repo_id, allow_patterns=wanted, **options.of_a_download())) / prefix
@@ -278,14 +278,13 @@ def _fetch_entry(
             return path, found, options
         if name == CONFIG:
             raise ValueError(
-                f"{repo_id!r} is a checkpoint of {found.get('model_type') or 'another kind'}; expected one of "
-                "hf_aselect, a pipeline of diffusers with a transformer, or a transformer of diffusers."
+                f"{repo_id!r} is a checkpoint of {found.get('model_type') or 'another kind'}. Pass an hf_aselect "
+                "checkpoint, or a pipeline or transformer of diffusers."
             )
     raise ValueError(
-        f"{repo_id!r} has neither {MODEL_INDEX} nor {CONFIG} in "
-        f"{options.subfolder or 'its first folder'}: it is no checkpoint in diffusers' layout. Where the original "
-        "weights are in one repository, diffusers' are often in another, whose name ends in '-diffusers'; a part "
-        f"of a repository is named by `subfolder=`. {PICKLES_OF_RESEARCH}"
+        f"{repo_id!r} has neither {MODEL_INDEX} nor {CONFIG} in {options.subfolder or 'its root folder'}, so it is "
+        "not a diffusers checkpoint. Look for a repository whose name ends in '-diffusers', or pass the folder of "
+        f"the checkpoint as `subfolder=`. {PICKLES_OF_RESEARCH}"
     )
 
 
@@ -298,8 +297,8 @@ def _fetch_transformer_config(repo_id: str, prefix: str, index: dict[str, Any], 
     part = transformer_part(index)
     if not is_listed(index, part):
         raise ValueError(
-            f"{repo_id!r} is a {index['_class_name']}, which has no `transformer`: features are read from "
-            "diffusion transformers only."
+            f"{repo_id!r} is a {index['_class_name']} without a `transformer`. Only diffusion transformers are "
+            "supported."
         )
     return read_json(Path(hf_hub_download(repo_id, f"{prefix}{part}/{CONFIG}", **options.of_a_download())))
 
@@ -311,7 +310,7 @@ def _files_of(repo_id: str, options: HubOptions) -> list[str]:
     except HfHubHTTPError:
         raise
     except (OSError, _NO_ANSWER) as error:
-        logger.warning("The Hub does not answer (%s): what was downloaded of %s before is taken.", error, repo_id)
+        logger.warning("The Hub cannot be reached (%s). Using the files of %s in the cache.", error, repo_id)
         return []
 
 
@@ -325,7 +324,7 @@ def _safetensors_elsewhere(repo_id: str, options: HubOptions) -> str:
     if not found:
         return ""
     named = ", ".join(f"`revision='{pull.git_reference}'` (by {pull.author})" for pull in found[:3])
-    return f" Or take the safetensors that a pull request offers, if you trust who made it: {named}."
+    return f" Alternatively, load safetensors from a pull request whose author you trust: {named}."
 
 
 def needed_files(

@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 # Little noise and much: there a time that runs the other way is farthest from the right one.
 TIMESTEPS = (50, 950)
 NUM_IMAGES = 4
-# The loss of the layout that was said has to be so many times that of another one. Of small models, trained for a
-# moment, it was 1.4 times and more under a wrong layout, and worse than predicting nothing.
+# A layout is contradicted if its loss is this many times that of another layout. For small models, trained briefly,
+# the loss of a wrong layout was at least 1.4 times as high, and worse than predicting nothing.
 FACTOR = 1.25
-# Weights whose best loss is no less than this share of predicting nothing tell nothing: they are random, or the images
+# Weights whose best loss is at least this share of predicting nothing show nothing: they are random, or the images
 # are not of their kind.
 _NOTHING = 0.99
 
@@ -42,13 +42,13 @@ def is_comparable(config: ASelectConfig, images: Any) -> bool:
         return False
     why = ""
     if images is None:
-        why = "no images were given (`calibration_images=`, `--images`)"
+        why = "no images are given (`calibration_images=`, `--images`)"
     elif isinstance(images, Iterator):
         why = "the images can be read only once"
     elif config.takes_latents and not CalibrationPictures(images, config, NUM_IMAGES, 0).images.is_ready:
-        why = "the model has no VAE (`vae=`, `--vae`), without which it cannot be given images"
+        why = "the model has no VAE (`vae=`, `--vae`) to encode images"
     if why:
-        logger.warning("The layout %r was not checked against what the weights predict: %s.", said, why)
+        logger.warning("`layout=%r` was not checked against the predictions of the weights, because %s.", said, why)
     return not why
 
 
@@ -80,30 +80,30 @@ def compare_layouts(model: Any, images: Any, seed: int = 0, *, is_error: bool = 
         mine = {said: replace(LAYOUTS[said], scheduler=config.scheduler)}
         losses = {name: _loss(denoiser, latents, layout, seed) for name, layout in (LAYOUTS | mine).items()}
     best = min(losses, key=lambda name: losses[name])
-    shares = ", ".join(f"{loss:.2f} as {name!r}" for name, loss in losses.items())
+    shares = ", ".join(f"{loss:.2f} for {name!r}" for name, loss in losses.items())
     measured = (
-        f"The loss as a share of that of predicting nothing, at the worse of timesteps {TIMESTEPS[0]} and "
-        f"{TIMESTEPS[1]}, is {shares}"
+        f"The loss relative to predicting zero, at the worse of timesteps {TIMESTEPS[0]} and {TIMESTEPS[1]}, is "
+        f"{shares}"
     )
     if losses[best] > _NOTHING:
         logger.warning(
-            "The layout %r could not be checked: under none do the weights predict what %d images were noised with "
-            "better than nothing would. They are not trained, or on other images. %s.",
+            "`layout=%r` could not be checked: in no layout do the weights predict the noise of %d images better "
+            "than zero does. They may be untrained, or trained on other images. %s.",
             said,
             len(latents),
             measured,
         )
     elif losses[best] * FACTOR < losses[said]:
         message = (
-            f"The layout was said to be {said!r}, but the weights predict what {len(latents)} images were noised with "
-            f"far better as {best!r}. {measured}; a factor of {FACTOR} counts as far."
+            f"`layout` is {said!r}, but the weights predict the noise of {len(latents)} images far better as "
+            f"{best!r}. {measured} (a factor of {FACTOR} counts as far better)."
         )
         if is_error:
             raise ValueError(
-                f"{message} Nothing is written: pass `layout={best!r}` (`--layout {best}`), or, if you know better, "
+                f"{message} Nothing was written. Pass `layout={best!r}` (`--layout {best}`), or skip this check with "
                 "`check_layout=False` (`--no-layout-check`)."
             )
-        logger.warning("%s Load them again with `layout=%r`, unless you know better.", message, best)
+        logger.warning("%s If the layout is not known for certain, load them again with `layout=%r`.", message, best)
     return losses
 
 

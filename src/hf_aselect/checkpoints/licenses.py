@@ -1,4 +1,4 @@
-"""Licences of published weights, and what a card says of one."""
+"""Licences of published weights, from a table and from model cards."""
 
 import os
 import re

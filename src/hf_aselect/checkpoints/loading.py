@@ -51,18 +51,18 @@ def take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -
         return True
     if kwargs.get("layout") is not None:
         raise ValueError(
-            f"`layout={kwargs['layout']!r}` is for research weights, and {str(source)!r} is an hf_aselect checkpoint, "
-            "which knows its own: leave it out."
+            f"`layout={kwargs['layout']!r}` is for research weights, but {str(source)!r} is an hf_aselect "
+            "checkpoint. Omit it."
         )
     if isinstance(kwargs.get("vae"), str | os.PathLike):
         raise ValueError(
-            f"`vae={str(kwargs['vae'])!r}` names a VAE, and {str(source)!r} is an hf_aselect checkpoint, which has "
-            "its own or none. Convert what it was made of again, with that VAE (`hf-aselect convert --vae`)."
+            f"`vae={str(kwargs['vae'])!r}` cannot be used, because {str(source)!r} is an hf_aselect checkpoint. To "
+            "change its VAE, convert its source again (`hf-aselect convert --vae`)."
         )
     if text:
         raise ValueError(
-            f"{', '.join(text)} can only be given with a diffusers pipeline; in an hf_aselect checkpoint the empty "
-            "prompt's embeddings are among the weights."
+            f"{', '.join(text)} can only be used with a diffusers pipeline. An hf_aselect checkpoint already "
+            "contains the empty prompt's embeddings."
         )
     return False
 
@@ -73,7 +73,7 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
     Of a configuration that is given, as an adapter's, the fields are taken that the files do not say.
 
     Raises:
-        ValueError: If the configuration is folded, of another transformer or none of ours, a text encoder is given,
+        ValueError: If the configuration is folded, of another transformer or model type, a text encoder is given,
             or as `load_diffusers`.
     """
     given = kwargs.pop("config", None)
@@ -81,8 +81,8 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
         _take_config(given, kwargs)
     if encoders := [name for name, value in text.items() if name != "prompt_embeds" and value is not None]:
         raise ValueError(
-            f"{', '.join(encoders)} can only be None, which does without it; another text encoder cannot be given. "
-            "Pass `prompt_embeds=`, the empty prompt's embeddings by name."
+            f"{', '.join(encoders)} must be None, which skips loading it. To use another text encoder, pass its "
+            "embeddings of the empty prompt as a dictionary, `prompt_embeds=`."
         )
     options = HubOptions(**{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs})
     kwargs["dtype"] = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
@@ -111,19 +111,23 @@ def take_diffusers(source: str | os.PathLike[str], folder: Path, text: dict[str,
 
 
 def _take_config(config: Any, kwargs: dict[str, Any]) -> None:
-    """Put into the keywords what a given configuration says and the files do not, unless it is there.
+    """Add the fields of a given configuration to the keywords, unless the files or the keywords have them.
 
     Raises:
-        ValueError: If it is no configuration of ours, folded, or the keywords name classes as well.
+        ValueError: If it is not an `ASelectConfig`, is folded, or the keywords name classes as well.
     """
     # By its name: a checkpoint's own code has a class of its own.
     if getattr(config, "model_type", None) != ASelectConfig.model_type or config.folded:
         raise ValueError(
-            "`config=` must be an ASelectConfig that is not folded where diffusers saved the model, whose files say "
-            f"what it is, got {type(config).__name__}. Or give fields as keywords (`timestep=`, `block=`, ...)."
+            "`config` of a diffusers checkpoint must be an ASelectConfig that is not folded, got "
+            f"{type(config).__name__}. You can also pass its fields as keyword arguments (`timestep=`, `block=`, "
+            "...)."
         )
     if {"num_labels", "id2label"} & set(kwargs):
-        raise ValueError("Give `num_labels` and `id2label`, or a `config=` that names the classes, not both.")
+        raise ValueError(
+            "`num_labels` and `id2label` cannot be used together with a `config` that names the classes. Pass one "
+            "of them."
+        )
     for name in TOLD_BY_CONFIG - kwargs.keys():
         kwargs[name] = getattr(config, name)
 
@@ -141,8 +145,8 @@ def _check_same_transformer(given: ASelectConfig, found: ASelectConfig, source: 
     """
     if _of_transformer(given) != _of_transformer(found):
         raise ValueError(
-            f"`config=` is of another transformer than {str(source)!r}: {short(_of_transformer(given))} in place of "
-            f"{short(_of_transformer(found))}."
+            f"`config` does not match the transformer of {str(source)!r}: it has {short(_of_transformer(given))}, "
+            f"expected {short(_of_transformer(found))}."
         )
 
 

@@ -30,7 +30,7 @@ from .weight_files import CONFIG, PICKLES, iterate_weights, unreadable, weight_f
 
 logger = logging.getLogger(__name__)
 
-# A pickle is mapped again after so many bytes, so that what was read before leaves memory.
+# A pickle is mapped again after this many bytes, to free the memory of the tensors read before.
 _MAPPED_BYTES = 2**27
 # Dictionaries in one another, in a checkpoint of a training.
 _MAX_DEPTH = 8
@@ -86,12 +86,12 @@ _BLOCK = {
 _QKV = "attn.qkv"
 # What only training needs: REPA's and SRA's heads that are compared with another model's features.
 _DROPPED = re.compile(r"(projectors|ap_head)\.")
-# Names of tensors by which other architectures are known, and what of them a `DiTTransformer2DModel` has not.
+# Tensor names that identify other architectures, and their parts that a `DiTTransformer2DModel` does not have.
 _OTHERS = (
     (
         r"(^|\.)(x_embedder\.proj1\.|in_context_posemb)",
         "JiT",
-        "rotary positions, SwiGLU, RMSNorm and tokens of the class",
+        "rotary positions, SwiGLU, RMSNorm and class tokens",
     ),
     (r"(^|\.)(s_embedder|s_projector)\.", "RAE", "rotary positions, SwiGLU, RMSNorm and a wide head of blocks"),
     (r"(^|\.)(cls_projectors2|wg_norm)\.", "REG", "a class token among the patches"),
@@ -100,7 +100,7 @@ _OTHERS = (
     (r"(^|\.)(in_blocks|mid_block|out_blocks)\.", "U-ViT", "skip connections between its blocks"),
     (
         r"(^|\.)(feat_rope\.|blocks\.0\.(mlp\.w\d|norm1\.weight))",
-        "LightningDiT or another of its kind",
+        "LightningDiT or a similar model",
         "rotary positions, SwiGLU and RMSNorm",
     ),
     (
@@ -112,7 +112,7 @@ _OTHERS = (
 # Classes by which ports of some of them are known.
 _KIN_CLASSES = re.compile(r"(LightningDiT|JiT|RAEDiT|DiTwDDT)")
 # As of diffusers 0.42, which has RAE's autoencoder alone.
-_NOT_THERE = "diffusers has no transformer of this kind"
+_NOT_THERE = "diffusers has no such transformer"
 # Classes of ports that keep the research names in diffusers' folders.
 _PORT = re.compile(r"(SiT|DiT|REPA|SRA)([A-Z_0-9].*)?")
 
@@ -130,8 +130,8 @@ def refuse_kin(class_name: Any) -> None:
     """
     if isinstance(class_name, str) and class_name not in FAMILIES and _KIN_CLASSES.match(class_name):
         raise ValueError(
-            f"A {class_name} is not read: it has rotary positions, SwiGLU and RMSNorm, which a DiTTransformer2DModel "
-            f"has not, and {_NOT_THERE}."
+            f"{class_name} is not supported: it has rotary positions, SwiGLU and RMSNorm, which a "
+            f"DiTTransformer2DModel does not have, and {_NOT_THERE}."
         )
 
 
@@ -163,26 +163,26 @@ class ResearchWeights:
         for pattern, name, lacking in _OTHERS:
             if found := next((key for key in self.shapes if re.search(pattern, key)), None):
                 raise ValueError(
-                    f"{self.where!r} holds the weights of {name} (it has {found!r}). They cannot be converted: a "
+                    f"{self.where!r} has the weights of {name} (which has {found!r}). They cannot be converted: a "
                     f"DiTTransformer2DModel has no {lacking}, and {_NOT_THERE}."
                 )
         if not self.names:
             raise ValueError(
-                f"{self.where!r} holds no weights in the research layout of DiT, SiT or REPA ({_ANCHOR}, "
-                f"blocks.0.attn.qkv.weight, ...), but {short(sorted(self.shapes)[:4])}."
+                f"{self.where!r} has no weights in the layout of the DiT, SiT or REPA research code: expected "
+                f"{_ANCHOR}, blocks.0.attn.qkv.weight, ..., found {short(sorted(self.shapes)[:4])}."
             )
         dropped = [name for name in self.names if _DROPPED.match(name)]
         expected = self._expected()
         unknown = sorted(self.names.keys() - expected - {"pos_embed"} - set(dropped))
         if missing := sorted(expected - self.names.keys()):
             raise ValueError(
-                f"{self.where!r} lacks {len(missing)} tensors of a DiT of {self.num_layers} blocks, among them "
-                f"{', '.join(missing[:3])}. It is incomplete, or of another architecture."
+                f"{self.where!r} lacks {len(missing)} tensors of a DiT with {self.num_layers} blocks, such as "
+                f"{', '.join(missing[:3])}. It is incomplete or has another architecture."
             )
         if unknown:
             raise ValueError(
-                f"{self.where!r} has {len(unknown)} tensors that a DiT has not, among them {', '.join(unknown[:3])}: "
-                "it is of another architecture, and cannot be converted."
+                f"{self.where!r} has {len(unknown)} tensors that a DiT does not have, such as "
+                f"{', '.join(unknown[:3])}. It has another architecture and cannot be converted."
             )
 
     @cached_property
@@ -196,7 +196,7 @@ class ResearchWeights:
         prefix = min(prefixes, key=lambda each: ("ema" not in each, len(each)))
         if len(prefixes) > 1:
             others = ", ".join(repr(each.rstrip(".")) for each in prefixes if each != prefix)
-            logger.info("%s holds several sets of weights: %r is taken, not %s.", self.where, prefix[:-1], others)
+            logger.info("%s has several sets of weights. Using %r, not %s.", self.where, prefix[:-1], others)
         found = {name.removeprefix(prefix): key for name, key in keys.items() if name.startswith(prefix)}
         # REPA's first checkpoints count the blocks after the one that is aligned again.
         depth = _depth(found, "blocks")
@@ -216,7 +216,7 @@ class ResearchWeights:
         return self._shape("final_layer.linear.weight", 2)[0] / max(1, self._shape(_ANCHOR, 4)[2]) ** 2
 
     def _expected(self) -> set[str]:
-        """Return the names that a DiT of so many blocks has."""
+        """Return the tensor names of a DiT with this number of blocks."""
         blocks = [f"blocks.{block}.{part}" for block in range(self.num_layers) for part in (_QKV, *_BLOCK)]
         both = [f"{stem}.{kind}" for stem in (*_WHOLE, *_EMBEDDERS, *blocks) for kind in ("weight", "bias")]
         return set(both) - {"y_embedder.embedding_table.bias"}
@@ -246,21 +246,20 @@ class ResearchWeights:
         is_usual = outputs in (channels, 2 * channels) and mlp_ratio == 4 and frequencies == _FREQUENCIES
         if not is_usual or min(width, channels, patch) < 1:
             raise ValueError(
-                f"{self.where!r} is no DiT of the usual form: of {channels} channels it predicts {outputs:g} "
-                f"(expected as many, or twice with a learned variance), its MLPs are {mlp_ratio:g} times as wide as "
-                f"the tokens (expected 4), and it has {frequencies} frequencies of the timestep (expected "
-                f"{_FREQUENCIES})."
+                f"{self.where!r} is not a standard DiT: it predicts {outputs:g} channels from {channels} (expected "
+                f"as many, or twice as many with a learned variance), its MLPs are {mlp_ratio:g} times as wide as "
+                f"the tokens (expected 4), and it has {frequencies} timestep frequencies (expected {_FREQUENCIES})."
             )
         if rows in (10, 100, 1000):
             logger.warning(
-                "%s has embeddings of %d labels: the last is taken for the null label, with which features are read. "
-                "If it was trained without dropping labels there is none, and the last is a class.",
+                "%s has embeddings for %d labels. The last is assumed to be the null label, with which features are "
+                "read. If the model was trained without label dropout, it is the embedding of a class.",
                 self.where,
                 rows,
             )
         heads = self._heads(width, num_attention_heads)
         if rows > MAX_SIZE:
-            raise ValueError(f"{self.where!r} has embeddings of {rows} classes; at most {MAX_SIZE} are expected.")
+            raise ValueError(f"{self.where!r} must have embeddings for at most {MAX_SIZE} classes, got {rows}.")
         sizes = {
             "num_attention_heads": heads,
             "attention_head_dim": width // heads,
@@ -280,14 +279,16 @@ class ResearchWeights:
         heads = _HEADS.get(width) if heads is None else heads
         if heads is None:
             raise ValueError(
-                f"{self.where!r} is {width} wide, which is none of the published sizes "
-                f"({', '.join(map(str, _HEADS))}), and its tensors do not tell how many attention heads it has. Pass "
-                "`num_attention_heads=` (`--num-attention-heads`)."
+                f"{self.where!r} has a width of {width}, which matches none of the published sizes "
+                f"({', '.join(map(str, _HEADS))}). Pass `num_attention_heads=` (`--num-attention-heads`)."
             )
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
             raise ValueError(f"`num_attention_heads` must be an integer that divides {width}, got {heads!r}.")
         if given is not None and said not in (None, given):
-            raise ValueError(f"`num_attention_heads` is {given}, but the {CONFIG} of {self.where!r} says {said}.")
+            raise ValueError(
+                f"`num_attention_heads` is {given}, but {CONFIG} of {self.where!r} has {said}. Omit it, or correct "
+                "the file."
+            )
         return heads
 
     def _sample_size(self, width: int, patch: int) -> int:
@@ -300,8 +301,8 @@ class ResearchWeights:
             said = self.config.get("input_size", self.config.get("sample_size"))
             if not isinstance(said, int) or said < 1 or said % patch:
                 raise ValueError(
-                    f"{self.where!r} has no `pos_embed`, by which the size of its latents is known. Save the weights "
-                    f"with it, or write a {CONFIG} beside them with the latents a side as `input_size`."
+                    f"{self.where!r} has no `pos_embed`, so the size of its latents is unknown. Save the weights "
+                    f"with it, or add a {CONFIG} with the side of the latents as `input_size`."
                 )
             return said
         _, num_tokens, _ = self._shape("pos_embed", 3)
@@ -311,8 +312,8 @@ class ResearchWeights:
         is_usual = side**2 == num_tokens and width % 4 == 0 and table.shape == (1, num_tokens, width)
         if not is_usual or not torch.allclose(table.float(), sincos_table(width, side, side, side, 1), atol=1e-2):
             raise ValueError(
-                f"{self.where!r} has positions of its own (`pos_embed` of shape {tuple(table.shape)}), in place of "
-                "the sines and cosines of a square grid that the original DiT has, and cannot be converted."
+                f"{self.where!r} has a learned `pos_embed` of shape {tuple(table.shape)}, but DiT has the sines and "
+                "cosines of a square grid. It cannot be converted."
             )
         return side * patch
 
@@ -343,8 +344,8 @@ class ResearchWeights:
                 said = said[0]
             if said is not None and said not in values:
                 raise ValueError(
-                    f"The {CONFIG} of {self.where!r} says {name} {short(said)}, but its tensors say {values[0]}. One "
-                    "of the two is of another model."
+                    f"{CONFIG} of {self.where!r} has {name}={short(said)}, but the tensors have {values[0]}. Use the "
+                    "configuration that belongs to these weights."
                 )
 
     def layout(
@@ -364,35 +365,35 @@ class ResearchWeights:
         name = by_embedding.get(timestep_embedding or "") if name is None else name
         known = "; ".join(f"{key!r}: {each.words}" for key, each in LAYOUTS.items())
         has_projectors = any(each.startswith("projectors.") for each in self.names)
-        hint = " It has `projectors`, which REPA's code trains." if has_projectors else ""
+        hint = " It has `projectors`, which only REPA trains." if has_projectors else ""
         if name is None:
             raise ValueError(
-                f"{self.where!r} holds weights in the research layout of DiT, SiT and REPA, and they do not tell "
-                f"whose they are. Pass `layout=` (`hf-aselect convert --layout`): {known}.{hint}"
+                f"{self.where!r} has weights of the DiT, SiT or REPA research code, whose tensors do not show which. "
+                f"Pass `layout=` (`hf-aselect convert --layout`): {known}.{hint}"
             )
         if name not in LAYOUTS:
             raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {short(name)}. {known}.")
         layout = LAYOUTS[name]
         if timestep_embedding not in (None, layout.timestep_embedding):
             raise ValueError(
-                f"`layout={name!r}` has `timestep_embedding={layout.timestep_embedding!r}`, got "
-                f"{timestep_embedding!r} beside it. Leave one of the two out."
+                f"`timestep_embedding={timestep_embedding!r}` conflicts with `layout={name!r}`, which uses "
+                f"{layout.timestep_embedding!r}. Omit one of them."
             )
         learns_variance = self.predicted_channels == 2 * self._shape(_ANCHOR, 4)[1]
         if (name == "repa" and learns_variance) or (name != "repa" and has_projectors):
             sign = (
-                "`projectors`, which REPA's code trains"
+                "`projectors`, which only REPA trains"
                 if has_projectors
-                else "outputs for a variance, as DiT and SiT"
+                else "outputs for a variance, like DiT and SiT"
             )
-            message = f"{self.where!r} is said to be of layout {name!r}, but has {sign}."
+            message = f"`layout` of {self.where!r} is {name!r}, but it has {sign}."
             if is_checked:
                 fits = "'repa'" if has_projectors else "'dit' or 'sit'"
                 raise ValueError(
-                    f"{message} Pass `layout=` (`--layout`) {fits}, or, if you know better, `check_layout=False` "
+                    f"{message} Pass `layout=` (`--layout`) {fits}, or skip this check with `check_layout=False` "
                     "(`--no-layout-check`)."
                 )
-            logger.warning("%s It was not to be checked.", message)
+            logger.warning("%s The conversion continues because the layout check is off.", message)
         return layout
 
     def scheduler(self, layout: ResearchLayout, found: dict[str, Any] | None) -> dict[str, Any]:
@@ -405,11 +406,14 @@ class ResearchWeights:
             return dict(layout.scheduler)
         name = found.get("_class_name")
         if name not in (*DDPM_LIKE, *FLOW_MATCHING):
-            logger.warning("The scheduler of %s, %s, is not read: that of the layout is taken.", self.where, name)
+            logger.warning(
+                "The scheduler of %s, %s, is not used. The noise schedule is that of the layout.", self.where, name
+            )
             return dict(layout.scheduler)
         if is_flow_matching(found) != is_flow_matching(layout.scheduler):
             raise ValueError(
-                f"The scheduler of {self.where!r} is a {name}, which is not of {layout.words}. Pass another `layout=`."
+                f"The scheduler of {self.where!r} is a {name}, which does not match the layout ({layout.words}). "
+                "Pass another `layout=`."
             )
         return found
 
@@ -418,7 +422,7 @@ class ResearchWeights:
         dropped = sorted(name for name in self.names if _DROPPED.match(name))
         if dropped:
             logger.warning(
-                "%d tensors of %s (%s) serve training alone and are left out.",
+                "%d tensors of %s (%s) are only used in training and are ignored.",
                 len(dropped),
                 self.where,
                 ", ".join(sorted({f"{name.partition('.')[0]}.*" for name in dropped})),
@@ -429,7 +433,7 @@ class ResearchWeights:
             yield from self._mapped(kept[key], value)
 
     def _mapped(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield what becomes of a tensor, as tensors of their own."""
+        """Yield the converted names and tensors of one tensor, in separate memory."""
         stem, _, kind = name.rpartition(".")
         if stem in _WHOLE:
             yield f"{_WHOLE[stem]}.{kind}", value
@@ -451,7 +455,7 @@ class ResearchWeights:
             expected: Shapes by the names that `DiTModel` gives them.
 
         Raises:
-            ValueError: If one has not.
+            ValueError: If one has another shape.
         """
         for name in sorted(self._expected()):
             # Of a wrong shape there may be no thirds.
@@ -462,8 +466,8 @@ class ResearchWeights:
                     is_divided = False
             if not is_divided:
                 raise ValueError(
-                    f"{name!r} of {self.where!r} has shape {shape}, which does not fit the other tensors: "
-                    "it is broken, or of another architecture."
+                    f"{name!r} of {self.where!r} has shape {shape}, which does not match the other tensors. The file "
+                    "is damaged or has another architecture."
                 )
 
 
@@ -503,8 +507,8 @@ def research_in(folder: Path, variant: str | None = None) -> ResearchWeights | N
     if len(read) > 1:
         names = ", ".join(files[0].name for files, _ in read)
         raise ValueError(
-            f"{str(folder)!r} holds several research checkpoints ({names}). Move one into a folder of its own, or "
-            "convert it: hf-aselect convert FILE OUTPUT --layout ..."
+            f"{str(folder)!r} has several research checkpoints ({names}). Move one to its own folder, or convert it: "
+            "hf-aselect convert FILE OUTPUT --layout ..."
         )
     ((files, shapes),) = read
     return ResearchWeights(str(folder), shapes, lambda keys: _of_safetensors(files, keys), config)
@@ -524,12 +528,11 @@ def research_file(path: Path, allow_pickle: bool = False) -> ResearchWeights:
         shapes = _shapes_of([path])
         return ResearchWeights(str(path), shapes, lambda keys: _of_safetensors([path], keys), config)
     if path.suffix not in PICKLES:
-        raise ValueError(f"{str(path)!r} is no file of weights: expected .safetensors, {', '.join(PICKLES)}.")
+        raise ValueError(f"{str(path)!r} is not a file of weights: expected .safetensors, {', '.join(PICKLES)}.")
     if not allow_pickle:
         raise PickledWeightsError(
-            f"{str(path)!r} is a pickle, which could run any code when it is read as Python reads it. Pass "
-            "`allow_pickle=True` (`--allow-pickle`) to read its tensors with torch's reader of weights alone, which "
-            "runs no code of the file."
+            f"{str(path)!r} is a pickle, and loading a pickle can run arbitrary code. Pass `allow_pickle=True` "
+            "(`--allow-pickle`) to read its tensors with `torch.load(weights_only=True)`, which runs none."
         )
     tensors = _unpickled(path)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -601,15 +604,15 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"{culprit[1]!r}" if culprit else "something else"
         raise ValueError(
-            f"{str(path)!r} holds more than tensors: {what}, which could run code. It is not read. Save its weights "
-            "alone where you trust it (`safetensors.torch.save_file(weights, 'weights.safetensors')`)."
+            f"{str(path)!r} contains more than tensors ({what}) and is not read, because that could run code. If you "
+            "trust the file, save its weights with `safetensors.torch.save_file(weights, 'weights.safetensors')`."
         ) from error
-    except Exception as error:  # whatever torch makes of what is no checkpoint
-        raise unreadable(path, "file of weights of torch", error) from error
+    except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
+        raise unreadable(path, "PyTorch weights file", error) from error
     tensors = _named_tensors(found)
     if not tensors:
         of = f" of {short(list(found))}" if isinstance(found, dict) else ""
-        raise ValueError(f"{str(path)!r} holds no weights by name, but a {type(found).__name__}{of}.")
+        raise ValueError(f"{str(path)!r} must contain a dictionary of weights, got a {type(found).__name__}{of}.")
     return tensors
 
 

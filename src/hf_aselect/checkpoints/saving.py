@@ -15,22 +15,22 @@ from ..model.denoisers import build_denoiser, build_vae_encoder
 
 logger = logging.getLogger(__name__)
 
-# What diffusers makes of projections that it fuses, and of what, side by side.
+# Projections that diffusers fuses: the fused one, and those that it concatenates.
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
 _FUSED_NAME = re.compile(rf"(.*\.)({'|'.join(_FUSED)})\.(weight|bias)")
-# What torch.compile puts in the place of a module that was compiled by itself.
+# The name that torch.compile adds to a submodule that was compiled alone.
 _COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 _ADAPTERS = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module|ia3_\w+)\.")
 
 _OF_ADAPTERS = (
-    "There are adapters in it. Save them alone (`peft.get_peft_model` in place of `inject_adapter_in_model`, "
-    "or `save_lora_adapter` of the transformer); or merge them, by peft's `merge_and_unload()`, or "
-    "`fuse_lora()` and `unload_lora()` of the transformer; or take them out, by "
-    "`diffusers.utils.recurse_remove_peft_layers(transformer)`."
+    "The model has adapters. Save them alone (`peft.get_peft_model` instead of `inject_adapter_in_model`, or "
+    "`save_lora_adapter` of the transformer), merge them (`merge_and_unload()` of peft, or `fuse_lora()` and "
+    "`unload_lora()` of the transformer), or remove them "
+    "(`diffusers.utils.recurse_remove_peft_layers(transformer)`)."
 )
 
 
@@ -66,7 +66,7 @@ def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             built["vae"] = vae
     _check_names({name.removeprefix(prefix) for name in whole if name.startswith(prefix)}, built)
     if adapted := sorted(name for name in whole if not name.startswith(prefix) and _ADAPTERS.search(name)):
-        raise ValueError(f"The head could not be loaded: {_some('it has also', adapted)}. {_OF_ADAPTERS}")
+        raise ValueError(f"The saved head could not be loaded again: {_some('it also has', adapted)}. {_OF_ADAPTERS}")
     if part := next((each for each in HEADS.values() if hasattr(model, each)), None):
         _settle_head(model, part, {name: value for name, value in whole.items() if name.startswith(f"{part}.")})
     _warn_of_processors(base, built)
@@ -96,7 +96,7 @@ def in_memory(model: nn.Module, name: str, value: Tensor) -> Tensor:
         with align_module_device(module, torch.device("cpu")):
             value = getattr(module, own).detach()
     if value.device.type == "meta":
-        raise ValueError(f"The weight {name!r} is not in memory, and no hook of accelerate brings it in.")
+        raise ValueError(f"The weight {name!r} is not in memory and has no accelerate hook to load it.")
     return value
 
 
@@ -159,24 +159,24 @@ def _check_names(names: set[str], built: nn.Module) -> None:
     missing = sorted(expected - names)
     if not more and not missing:
         return
-    remedy = "Put back what was replaced."
+    remedy = "Restore the modules that were replaced."
     if any(_ADAPTERS.search(name) for name in more):
         remedy = _OF_ADAPTERS
     elif any(_FUSED_NAME.fullmatch(name) for name in more):
         remedy = (
-            "Its fused projections were trained. Copy them to those that they were made of, and call "
+            "Its fused projections were trained. Copy them to the separate projections, and call "
             "`unfuse_qkv_projections()` of the transformer."
         )
     elif any("parametrizations." in name for name in more):
-        remedy = "Take out what parametrizes its weights (`torch.nn.utils.parametrize.remove_parametrizations`)."
+        remedy = "Remove the parametrizations (`torch.nn.utils.parametrize.remove_parametrizations`)."
     elif any("_packed_params" in name or name.endswith(("scale", "zero_point", ".SCB")) for name in more):
         remedy = (
-            "Its layers are quantized. Save the model before, and quantize it when it is loaded "
+            "Its layers are quantized. Save the model before quantization, and quantize it at loading "
             "(`quantization_config=`)."
         )
     raise ValueError(
-        f"The backbone is not as its configuration says and could not be loaded: {_some('it has also', more)}"
-        f"{'; ' if more and missing else ''}{_some('it lacks', missing)}. {remedy}"
+        "The backbone does not match its configuration and could not be loaded again: "
+        f"{_some('it also has', more)}{' and ' if more and missing else ''}{_some('it lacks', missing)}. {remedy}"
     )
 
 
@@ -197,8 +197,8 @@ def _settle_head(model: Any, part: str, state: Mapping[str, Tensor]) -> None:
             config.num_labels = counts.pop() if counts else config.num_labels
             return
     logger.warning(
-        "The head is a %s that no configuration builds, and `from_pretrained` rejects it. To load what is saved here: "
-        "load with `ignore_mismatched_sizes=True`, put such a module in `model.%s` again, and call "
+        "The head is a custom %s, which `from_pretrained` cannot build. To load this checkpoint, pass "
+        "`ignore_mismatched_sizes=True`, set `model.%s` to such a module, and call "
         '`model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.',
         type(head).__name__,
         part,
@@ -208,7 +208,7 @@ def _settle_head(model: Any, part: str, state: Mapping[str, Tensor]) -> None:
 def _head_of(model: Any, part: str) -> dict[str, torch.Size]:
     """Return the names and shapes of the head that a model's configuration builds."""
     config = copy.deepcopy(model.config)
-    config._attn_implementation = None  # of which building says something
+    config._attn_implementation = None  # else building logs a message
     with torch.device("meta"), no_init_weights():
         built = getattr(type(model)(config), part)
     return {f"{part}.{name}": value.shape for name, value in built.state_dict().items()}
@@ -230,8 +230,8 @@ def _warn_of_processors(base: nn.Module, built: nn.Module) -> None:
     }
     if others := sorted(name for name in found if not name.startswith("Fused")):
         logger.warning(
-            "Attention processors are not saved: the model is loaded with diffusers' own in the place of %s. Set "
-            "them again (`set_attn_processor`) if they compute anything else.",
+            "Attention processors are not saved. The loaded model has diffusers' default processors instead of %s, "
+            "so set yours again with `set_attn_processor`.",
             ", ".join(others),
         )
 
@@ -248,6 +248,6 @@ def _check_kinds(state: Mapping[str, Tensor]) -> None:
         if not is_plain or not is_number:
             kind = type(value).__name__ if not is_plain else value.dtype
             raise ValueError(
-                f"The weight {name!r} is quantized ({kind}) and could not be loaded as it is. Save the model before "
-                "it is quantized, and quantize it when it is loaded (`quantization_config=`)."
+                f"The weight {name!r} is quantized ({kind}) and could not be loaded again. Save the model before "
+                "quantization, and quantize it at loading (`quantization_config=`)."
             )

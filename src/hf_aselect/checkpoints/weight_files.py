@@ -63,8 +63,8 @@ def weights_of(
         there = sorted(name for name in names if name.endswith(".safetensors"))
         wanted = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
         raise ValueError(
-            f"{where!r} has no weights {wanted!r}, whole or in shards; it has {', '.join(there[:4]) or 'none'}. "
-            "Save or download them again, or name the variant that there is by `variant=`."
+            f"{where!r} has no weights {wanted!r}, neither in one file nor in shards (found "
+            f"{', '.join(there[:4]) or 'none'}). Save or download them again, or pass the `variant=` that exists."
         )
     return [prefix + name for name in found]
 
@@ -117,11 +117,11 @@ def check_parts(folder: Path, wanted: Iterable[str]) -> None:
     missing = [part for part in listed if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if missing:
         is_text = all(part.startswith(("text_encoder", "tokenizer")) for part in missing)
-        instead = "pass `prompt_embeds=`, the empty prompt's embeddings by name" if is_text else ""
-        instead = instead or "if it was left out of a folder of your own on purpose, write [null, null] for it there"
+        instead = "pass the empty prompt's embeddings as a dictionary, `prompt_embeds=`" if is_text else ""
+        instead = instead or "list it there as [null, null] if you left it out on purpose"
         raise ValueError(
-            f"{str(folder)!r} lacks {', '.join(f'{part}/' for part in missing)}, which its {MODEL_INDEX} lists. "
-            f"Download or copy the whole pipeline, or {instead}."
+            f"{str(folder)!r} lacks {', '.join(f'{part}/' for part in missing)}, which {MODEL_INDEX} lists. Download "
+            f"or copy the whole pipeline, or {instead}."
         )
 
 
@@ -137,7 +137,7 @@ def tensor_bytes(files: Iterable[Path]) -> dict[str, int]:
                 found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
                 sizes |= {name: prod(each.get_shape()) * _bits(each.get_dtype()) // 8 for name, each in found.items()}
         except (OSError, SafetensorError, ValueError):
-            logger.warning("The size of %s is unknown: it is no safetensors file.", path.name)
+            logger.warning("The size of %s is unknown, because it is not a safetensors file.", path.name)
     return sizes
 
 
@@ -179,26 +179,29 @@ def unreadable(path: Path, wanted: str, error: Exception) -> ValueError:
     Args:
         path: The file.
         wanted: What it was read as.
-        error: What its reader made of it.
+        error: The error of its reader.
     """
     with path.open("rb") as opened:
         head = opened.read(256)
-    what, remedy = f"truncated or no {wanted}", "Save or download it again."
+    what, remedy = f"truncated or not a {wanted}", "Save or download it again."
     if not head:
         what = "empty"
     elif head.startswith(b"version https://git-lfs"):
-        what, remedy = "a pointer of Git LFS, which stands in the place of the file", "Fetch that: `git lfs pull`."
+        what, remedy = "a Git LFS pointer instead of the file itself", ("Download the file: `git lfs pull`.")
     elif path.suffix == ".safetensors" and (head.startswith(b"PK") or head[:1] == b"\x80"):
-        what = "no safetensors, but a pickle as `torch.save` writes it"
-        remedy = "Name it .pt; `hf-aselect convert FILE OUTPUT --layout ... --allow-pickle` reads research weights."
+        what = "a pickle (saved by `torch.save`) instead of safetensors"
+        remedy = (
+            "If it has research weights, rename it to .pt and run `hf-aselect convert FILE OUTPUT --layout ... "
+            "--allow-pickle`."
+        )
     elif path.suffix != ".safetensors" and head[8:9] == b"{":
-        what, remedy = "a safetensors file", "Name it .safetensors; `--allow-pickle` is not needed then."
+        what, remedy = "a safetensors file", "Rename it to .safetensors, which needs no `--allow-pickle`."
     elif all(each in b"\t\n\r" or 32 <= each < 127 for each in head):
-        what = f"text, and no {wanted}"  # a link may lead to one that is nobody's business
+        what = f"a text file instead of a {wanted}"  # a link may lead to one that is nobody's business
     elif head.startswith(b"PK") and b"/data.pkl" not in head:
-        what = f"a zip archive of other things, and no {wanted}"
+        what = f"a zip archive instead of a {wanted}"
     elif "mmap can only be used" in str(error):
-        what, remedy = "of the kind before torch 1.6, or broken", "Load and save it again with a newer torch."
+        what, remedy = "damaged or saved before torch 1.6", "Load it and save it again with a newer torch."
     return ValueError(f"{str(path)!r} is {what}. {remedy}")
 
 
@@ -222,8 +225,8 @@ def refuse_pickled_names(where: str, names: Iterable[str]) -> None:
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if any("model" in name for name in pickles) and not any(name.endswith(".safetensors") for name in names):
         raise PickledWeightsError(
-            f"{where!r} has only pickled weights ({', '.join(pickles)}), which are never unpickled, as "
-            "they can run any code. If you trust them, load the pipeline with diffusers and save it again, which "
-            "writes safetensors: `DiffusionPipeline.from_pretrained(source).save_pretrained(folder)`. What the "
-            "research code of DiT, SiT or REPA saved is converted by `hf-aselect convert FILE OUTPUT --layout ...`."
+            f"{where!r} has only pickled weights ({', '.join(pickles)}), which are not loaded because a pickle can "
+            "run arbitrary code. If you trust them, save safetensors with diffusers: "
+            "`DiffusionPipeline.from_pretrained(source).save_pretrained(folder)`. Weights of the DiT, SiT or REPA "
+            "research code are converted with `hf-aselect convert FILE OUTPUT --layout ...`."
         )

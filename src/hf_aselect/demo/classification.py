@@ -50,7 +50,7 @@ class DemoSettings:
         num_calibration: Training images that the timestep is selected from.
         num_probe: Training images, and test images, of the linear probes, which are fitted at each timestep.
         few: Numbers of labelled images that the head is fitted to, too; each class has as many of them.
-        num_draws: How often so many are drawn; the figure is the mean.
+        num_draws: How often these are drawn; the result is the mean.
         attention_head: Whether to train an attention head, too, which takes minutes.
         num_views: Views of each training image for it: the image itself, the others mirrored and shifted.
         num_epochs: Its epochs over all views.
@@ -214,11 +214,11 @@ def few_label_accuracies(
 
 
 def draw_labels(labels: Tensor, num: int, num_draws: int, seed: int) -> list[Tensor]:
-    """Return so many images, as many of each class, as often as they are drawn.
+    """Return the indices of `num` images, equally many of each class, for each draw.
 
     Args:
         labels: Class of each image, (n,).
-        num: Images of a draw; fewer where it is no multiple of the classes, or a class has not so many.
+        num: Images of a draw; fewer where it is not a multiple of the classes, or a class has too few.
         num_draws: Draws.
         seed: Seed of the draws.
 

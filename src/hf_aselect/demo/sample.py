@@ -17,7 +17,7 @@ def load_embedded_split(split: str, size: int) -> Dataset:
         size: Number of images.
 
     Raises:
-        ValueError: If the sample has no so many images.
+        ValueError: If the sample has fewer images.
     """
     # Not through `load_dataset`, which would copy the sample into a cache.
     dataset = Dataset(pyarrow.parquet.read_table(EMBEDDED / f"{split}.parquet"))

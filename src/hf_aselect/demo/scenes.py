@@ -18,8 +18,8 @@ DARK = 8
 def compose_scenes(split: str, count: int) -> tuple[Dataset, list[str]]:
     """Return scenes of two items of the embedded sample each, with masks, and the classes' names.
 
-    Items lie at random places, the later ones over the earlier ones. A scene is no photograph, and items of a clothes
-    shop on black are far easier to tell from what is behind them than anything in one.
+    Items are at random places, the later ones over the earlier ones. A scene is much easier to segment than a
+    photograph, because the background is black.
 
     Args:
         split: "train" or "test" of the sample; scenes of one have no item of the other.

@@ -85,7 +85,7 @@ def _pixart_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> 
 
 
 def fold_sd3(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
-    """Fold Stable Diffusion 3: the text's stream goes on as far as the image's attention looks at it."""
+    """Fold Stable Diffusion 3: the text stream is kept as far as the image's attention reads it."""
     first = denoiser.blocks[0]
     layout = FoldedLayout(
         **_sizes(denoiser, config, starts[0]),
@@ -230,7 +230,7 @@ def _mlp(mlp: Any) -> dict[str, Any]:
     """Return width and activation of an MLP.
 
     Raises:
-        ValueError: If it has a gate of its own or another activation.
+        ValueError: If it has a separate gate or another activation.
     """
     entry = mlp.net[0]
     if type(entry).__name__ != "GELU":

@@ -1,7 +1,7 @@
 """Layers of a folded transformer: what modulation, gates and a constant prompt make of a denoiser's own layers.
 
-At one timestep they are multiplied into the layers. Several timesteps share the layers as they are, and each has norms
-and gates of its own.
+At one timestep they are multiplied into the layers. Several timesteps share the layers, and each has its own norms
+and gates.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def block_state(layout: FoldedLayout, index: int, stream: Stream) -> State:
     """Return the state of a block's image stream, with its taps."""
     prefix, features = f"blocks.{index}.", layout.features_at(index)
     is_run, is_attending = layout.is_run(index), layout.is_attending(index)
-    # Where attention is read behind its projection, the gate stays a vector of its own.
+    # Where attention is read after its projection, the gate stays a separate vector.
     has_gate = is_run and _has_gate(features, stream.modulations)
     is_gated = is_run and not has_gate
     state = _stream_state(
@@ -331,7 +331,7 @@ def _mlp_step_state(prefix: str, norm: Any, modulations: Sequence[Modulation]) -
 
 
 def _has_gate(features: Sequence[str], modulations: Sequence[Modulation]) -> bool:
-    """Return whether the gate behind a block's attention is a vector of its own, where it is run to its end."""
+    """Return whether the gate after a block's attention stays a separate vector, if the block is run to its end."""
     return "attention" in features or len(modulations) > 1
 
 
@@ -369,7 +369,7 @@ def chunks(values: Tensor, count: int) -> list[Modulation]:
 
 
 def table_modulation(block: Any, condition: Tensor) -> Modulation:
-    """Return the modulation of a block with a table of its own, to which the conditioning, (1, 6 · D), is added."""
+    """Return the modulation of a block with its own table, to which the conditioning, (1, 6 · D), is added."""
     table = block.scale_shift_table + condition.reshape(6, -1)
     return chunks(table.reshape(1, -1), 6)[0]
 
@@ -385,14 +385,14 @@ def _affine(norm: Any, shift: Tensor, scale: Tensor) -> Layer:
 
 
 def _modulated(layer: Layer, norm: Any, shift: Tensor, scale: Tensor) -> Layer:
-    """Return the layer that makes of the norm's output what a layer makes of the modulated one."""
+    """Return the layer that maps the norm's output as the given layer maps the modulated output."""
     weight, bias = layer
     total, offset = _affine(norm, shift, scale)
     return weight * total, bias + weight @ offset
 
 
 def _gated(layer: Layer, gate: Tensor) -> Layer:
-    """Return the layer that makes what the gate leaves of a layer's output."""
+    """Return the layer with a gate multiplied into its output."""
     weight, bias = layer
     return gate[:, None] * weight, gate * bias
 
@@ -423,7 +423,7 @@ def _norm_weight(norm: Any, layout: FoldedLayout, size: int | None = None) -> Te
     """Return the weight of a norm of queries or keys, by default of a head.
 
     Raises:
-        ValueError: If it is no root mean square norm, or another than the rest.
+        ValueError: If it is not a root mean square norm, or another than the rest.
     """
     if not type(norm).__name__.endswith("RMSNorm"):
         raise ValueError(f"Only RMSNorm on queries and keys can be folded, got {type(norm).__name__}.")
@@ -439,7 +439,7 @@ def plain(layer: Any, kind: type[Any] = nn.Linear) -> Layer:
     """Return weight and bias of a linear layer or a convolution; reject anything that computes more than they say.
 
     Raises:
-        ValueError: If it is no plain layer of its kind: adapters and quantized weights would get lost.
+        ValueError: If it is not a plain layer of its kind: adapters and quantized weights would get lost.
     """
     if type(layer) is not kind:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Model cards: what is known of a model and its training, as README.md."""
+"""Model cards (README.md): the facts of a model and its training."""
 
 import logging
 import os
@@ -88,7 +88,7 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a model; what is None is left out of the card.
+    """The facts of a model for its card; fields that are None are left out.
 
     Args:
         model_name: Its name.
@@ -128,7 +128,7 @@ class CardFacts:
         adapter_of: What an adapter (LoRA) of peft is put on: an id on the Hub, or the name of a folder. It is then
             loaded by peft.
         folded: Whether the timestep is in the weights.
-        has_processor: Whether there is an image processor beside it; latents without a VAE are no images.
+        has_processor: Whether there is an image processor beside it; latents without a VAE are not images.
         needs_diffusers: Whether it is loaded through diffusers; None: where that is not known.
         tags: Further tags.
     """
@@ -202,7 +202,7 @@ class CardFacts:
 
 
 def render_card(facts: CardFacts) -> str:
-    """Return the text of a model card: front matter for the Hub, then what is known."""
+    """Return the text of a model card: front matter for the Hub, then the facts."""
     metric, _ = _metric(facts)
     base_license, auto = _base_license(facts), facts.auto_class or _TASKS[facts.task].auto
     card = ModelCard.from_template(
@@ -256,7 +256,7 @@ def own_words(text: str) -> str:
 
 
 def refuse_unknown_facts(facts: Mapping[str, Any], options: Sequence[str] = ()) -> None:
-    """Reject names that are no fields of `CardFacts`, naming the nearest.
+    """Reject names that are not fields of `CardFacts`, naming the nearest.
 
     Args:
         facts: What was given as facts.
@@ -329,7 +329,7 @@ def _is_endless(value: Any) -> bool:
 
 
 def _base_license(facts: CardFacts) -> tuple[str | None, str | None, bool]:
-    """Return what is known of the licence of what the model was made from: of the table, else of its own card."""
+    """Return the licence of the base model: from the table, else from the base model's card."""
     identifier, name, is_non_commercial = license_of(facts.base_model or "")
     if identifier is None and facts.base_license is not None:
         identifier, _, after = facts.base_license.partition("/")

@@ -249,7 +249,7 @@ def _is_of_facebook(config: ASelectConfig) -> bool:
 
 
 def _facts_of_read_out(config: ASelectConfig) -> dict[str, Any]:
-    """Return the facts of what a configuration reads: one timestep, block and feature, or several side by side."""
+    """Return the facts of a configuration's read-out: one timestep, block and feature, or several concatenated."""
     read_outs = config.read_outs()
     timesteps, blocks, features = (list(dict.fromkeys(each)) for each in zip(*read_outs, strict=True))
     known = [] if timesteps == ["auto"] else timesteps
@@ -261,7 +261,7 @@ def _facts_of_read_out(config: ASelectConfig) -> dict[str, Any]:
 
 
 def _facts_of_selection(record: TimestepSelection | None) -> dict[str, Any]:
-    """Return the facts that the record of a selection tells; none if there is no record."""
+    """Return the facts in the record of a selection; none if there is no record."""
     if record is None:
         return {}
     selected = record.timesteps.index(record.timestep)
@@ -296,7 +296,7 @@ def keep_own_words(repo_id: str, folder: str | os.PathLike[str], commit: Commit)
     """Put what a reader wrote on the repository's card into that of a folder, unless it has such words already.
 
     Raises:
-        HfHubHTTPError: If the Hub does not answer: what it has would be lost.
+        HfHubHTTPError: If the Hub does not answer, because its text would be lost.
     """
     path = Path(folder) / "README.md"
     here = path.read_text(encoding="utf-8") if path.exists() else ""

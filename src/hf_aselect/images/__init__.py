@@ -1,1 +1,1 @@
-"""Images as people have them: where they lie, and what they come in."""
+"""Images as users have them: folders, files, archives and datasets, and the formats of their rows."""

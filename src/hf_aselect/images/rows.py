@@ -48,8 +48,8 @@ class ImageRows:
     What an image is:
 
     - by the name `pixel_values` (or `features`, `latents`): what the model takes as it is;
-    - of floating-point numbers: in [-1, 1] with negative ones, which is what an image processor made of one; in
-      [0, 1]; or in [0, 255]. What it is of a set, its first images say, and one that is something else is rejected;
+    - of floating-point numbers: in [-1, 1] with negative ones (pixel values from an image processor), in
+      [0, 1], or in [0, 255]. The first images of a set decide which, and an image in another range is rejected;
     - anything else: what the image processor takes.
     """
 
@@ -73,15 +73,17 @@ class ImageRows:
         elif _is_named(first):
             self.kind, self.label = _columns(first, image_column, label_column, is_labelled)
         elif image_column or label_column:
-            raise ValueError("The rows of the dataset are pairs (image, label): there are no columns to name.")
+            raise ValueError(
+                "The dataset's rows are pairs (image, label), so `image_column` and `label_column` cannot be used."
+            )
         else:
             # An image as nested lists is a list of its rows.
             is_nested = isinstance(first, tuple | list) and all(isinstance(each, tuple | list) for each in first)
             self.is_pair = isinstance(first, tuple | list) and not is_nested
             if is_labelled and not (self.is_pair and len(first) > 1):
                 raise ValueError(
-                    "Rows of the dataset must be pairs (image, label) or have both by name, got "
-                    f"{type(first).__name__}. A head needs labels."
+                    "The dataset's rows must be pairs (image, label) or dictionaries with an image and a label, got "
+                    f"{type(first).__name__}."
                 )
         self.first = first
         self.rows = _narrowed(self.rows, self.label, self.kind)
@@ -144,12 +146,12 @@ class ImageRows:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the model takes what is read as it is, by the name of `argument`."""
+        """Whether the model takes the rows as they are, as `argument`."""
         return self.kind in TENSORS or self.scale == _PIXEL_VALUES
 
     @property
     def argument(self) -> str:
-        """What the model calls what is read."""
+        """The argument of the model that takes the rows."""
         return self.kind if self.kind in TENSORS else "pixel_values"
 
     def image(self, row: Any, index: int) -> Any:
@@ -170,11 +172,12 @@ class ImageRows:
         values = _array(image)
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
         bounds = {_BYTES: (0, 255), _FRACTIONS: (0, 1), _PIXEL_VALUES: (-1, 1)}[self.scale]
-        # What is no number, the image processor has words for.
+        # The image processor reports values that are not numbers.
         if low < bounds[0] - _SLACK or high > bounds[1] + _SLACK:
             raise ValueError(
-                f"Image {index} has values from {low:g} to {high:g}, expected {self.scale} as in the "
-                "others. Pixel values, of an image processor, are in [-1, 1]; images in [0, 1] or [0, 255]."
+                f"Image {index} has values from {low:g} to {high:g}, expected {self.scale} as in the other images. "
+                "Scale all images alike: to [0, 1] or [0, 255], or to [-1, 1] for pixel values from an image "
+                "processor."
             )
         if self.scale == _PIXEL_VALUES:
             return _channels_first(image)
@@ -210,7 +213,7 @@ class ImageRows:
         except (IndexError, KeyError, TypeError) as error:
             label = "" if self.label is None else f" and `{self.label}`"
             wanted = "a pair (image, label)" if self.is_pair else f"`{self.kind}`{label}"
-            raise ValueError(f"Row {index} of the dataset has not {wanted}, as the first row has.") from error
+            raise ValueError(f"Row {index} of the dataset does not have {wanted}, unlike the first row.") from error
 
     def _scale(self, first: Any) -> str | None:
         """Return which values the floating-point images have, by the first of them; None of other images."""
@@ -334,8 +337,8 @@ def refuse_addresses(dataset: Any) -> None:
             paths = chunk.field("path").filter(chunk.field("bytes").is_null()).drop_null().to_pylist()
             if outside := [path for path in paths if ADDRESS.search(path)]:
                 raise ValueError(
-                    f"The column {name!r} holds addresses in place of images, {outside[0][:100]!r} among them, and "
-                    "nothing is fetched that was not named. Download them first."
+                    f"The column {name!r} has URLs instead of images, such as {outside[0][:100]!r}, and URLs are not "
+                    "fetched. Download the images first."
                 )
 
 
@@ -349,13 +352,13 @@ def stacked(name: str, indices: list[int], values: list[Any]) -> Tensor:
     """Return the values of a batch as a tensor.
 
     Raises:
-        ValueError: If they are no tensors of one shape.
+        ValueError: If they are not tensors of one shape.
     """
     try:
         return torch.stack([torch.as_tensor(value) for value in values])
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The `{name}` of rows {indices[0]} to {indices[-1]} are no tensors of one shape: {error}"
+            f"`{name}` of rows {indices[0]} to {indices[-1]} must be tensors of one shape: {error}"
         ) from error
 
 
@@ -374,7 +377,7 @@ def _opened(dataset: Any, is_labelled: bool) -> tuple[Any, Any]:
         # Grey images need no axis of channels; what has three or four in its place is one image.
         if dataset.ndim != 4 and (dataset.ndim != 3 or {dataset.shape[0], dataset.shape[-1]} & {1, 3, 4}):
             raise ValueError(
-                f"A set of images must have four axes, as (B, C, H, W), or grey ones three, as (B, H, W), got shape "
+                "A tensor of images must have shape (B, C, H, W), or (B, H, W) for greyscale, got "
                 f"{tuple(dataset.shape)}."
             )
     else:
@@ -416,21 +419,21 @@ def _from_mapping(columns: Mapping[str, Any]) -> _Columns:
     sizes = {name: len(values) for name, values in columns.items() if isinstance(values, Tensor | np.ndarray | list)}
     if len(sizes) != len(columns) or not sizes.keys() & {*TENSORS}:
         raise ValueError(
-            f"{_wanted(columns)} with {', '.join(map(str, columns)) or 'nothing'}. Of a `DatasetDict` give one split."
+            f"{_wanted(columns)} with {', '.join(map(str, columns)) or 'nothing'}. Pass one split of a `DatasetDict`."
         )
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"There must be a label for each image, got {sizes}.")
+        raise ValueError(f"Each image must have a label, got {sizes}.")
     return _Columns(columns)
 
 
 def _wanted(found: Any) -> str:
-    hint = ". Give the `dataset` of a DataLoader." if isinstance(found, torch.utils.data.DataLoader) else ""
+    hint = ". Pass the `dataset` of the DataLoader." if isinstance(found, torch.utils.data.DataLoader) else ""
     if isinstance(found, str | os.PathLike):
         hint = '. Load the images of a folder with `load_dataset("imagefolder", data_dir=...)` of `datasets`.'
     return (
-        "Images must be a list of PIL images or arrays, a dataset with a column of them (and of labels, where "
-        "those are needed), pairs (image, label), a dense tensor, or a dictionary of `pixel_values` (or `features`, "
-        f"`latents`) and `labels`, got {type(found).__name__}{hint}"
+        "Images must be a list of PIL images or arrays, a dataset with an image column (and a label column if "
+        "labels are needed), pairs (image, label), a dense tensor, or a dictionary with `pixel_values` (or "
+        f"`features`, `latents`) and `labels`, got {type(found).__name__}{hint}"
     )
 
 
@@ -440,30 +443,30 @@ def _is_named(row: Any) -> bool:
 
 
 def _is_named_or_plain(value: Any) -> bool:
-    """Return whether a value is no encoded image."""
+    """Return whether a value is not an encoded image."""
     return not isinstance(value, Mapping) or _is_named(value)
 
 
 def _columns(
     row: Mapping[str, Any], image_column: str | None, label_column: str | None, is_labelled: bool
 ) -> tuple[str, str | None]:
-    """Return the names of what is read and of the labels, by the first row."""
+    """Return the names of the image column and the label column, from the first row."""
     names = ", ".join(map(str, row))
     for name in (image_column, label_column):
         if name is not None and name not in row:
             raise ValueError(f"The dataset has no column {name!r}, only {names}.")
     label = label_column or next((name for name in LABELS if name in row), None)
     if label is None and is_labelled:
-        raise ValueError(f"The dataset has no labels, only {names}. Name their column by `label_column=`.")
-    # A selection looks at images; what is cached of them is for a head.
+        raise ValueError(f"The dataset has no label column, only {names}. Pass its name as `label_column=`.")
+    # A selection reads images; cached features are for a head.
     known = (*TENSORS, "image") if is_labelled else ("image", "pixel_values")
     kind = image_column or next((name for name in known if name in row), None)
     if kind is None:
         found = [name for name, value in row.items() if name not in (*LABELS, label) and _is_image(value)]
         if len(found) != 1:
             raise ValueError(
-                "Expected a dataset with a column `image`, or exactly one column of images, got columns "
-                f"{names}. Name it by `image_column=`, or give that column alone (`select_columns`)."
+                f"The dataset must have a column `image` or exactly one image column, got {names}. Pass its name as "
+                "`image_column=`, or select it with `select_columns`."
             )
         kind = found[0]
     return str(kind), label if is_labelled else None

@@ -42,8 +42,8 @@ def read_folder(folder: str | Path, streaming: bool = False) -> Any:
 
     `load_dataset("imagefolder")` also guesses splits from the names of files, and leaves out folders like `__x__`.
     All else is as there: hidden files are left out, zip archives are opened, and `metadata.csv` (or `.jsonl`,
-    `.parquet`) says which images there are, and what belongs to them in place of classes. A warning says so where that
-    leaves out images, or classes.
+    `.parquet`) lists the images, with columns instead of classes. A warning is logged if that
+    leaves out images or classes.
 
     Args:
         folder: The folder.
@@ -56,7 +56,7 @@ def read_folder(folder: str | Path, streaming: bool = False) -> Any:
     folder = Path(folder)
     files = _files_below(folder)
     if not any(_is_image(path) or path.suffix.lower() == ".zip" for path in files):
-        raise ValueError(f"{str(folder)!r} holds no images.")
+        raise ValueError(f"{str(folder)!r} contains no images.")
     splits, is_divided = _splits_of(folder, files)
     patterns: dict[str, list[str]] = {}
     for path, split in splits.items():
@@ -101,8 +101,8 @@ def _splits_of(folder: Path, files: list[Path]) -> tuple[dict[Path, str], bool]:
     strays = [path for path in files if _is_image(path) and path.parent in {folder, *inside} - told]
     if strays and len(set(splits.values())) > 1:
         raise ValueError(
-            f"{str(folder)!r} has the splits {', '.join(path.name for path in inside)}, and {strays[0].name!r} "
-            "lies beside folders of classes. Move it, or name the folder of one split."
+            f"{str(folder)!r} has the splits {', '.join(path.name for path in inside)}, but {strays[0].name!r} is "
+            "beside the class folders. Move it, or pass the folder of one split."
         )
     return ({folder: "train"}, False) if strays else (splits, True)
 
@@ -124,8 +124,8 @@ def _has_archive(files: list[Path]) -> bool:
     archives = [path.name for path in files if path.suffix.lower() == ".zip"]
     if archives and len({path.parent for path in files if _is_image(path)}) > 1:
         logger.warning(
-            "Images of the archive %s lie elsewhere than those beside it, and so there may be no classes, here as in "
-            "`datasets`. Unpack it.",
+            "The images in the archive %s have other paths than the images beside it, so they may get no classes, "
+            "as in `datasets`. Unpack the archive.",
             archives[0],
         )
     return bool(archives)
@@ -140,8 +140,8 @@ def _has_classes(folder: Path, files: list[Path], is_divided: bool) -> bool:
     if len(places) > 1:
         shallow, deep = places[min(places)], places[max(places)]
         logger.warning(
-            "Images lie in folders of different depths, as %s and %s, and so have no classes, here as in `datasets`. "
-            "Move them, so that each folder of a class holds all of its images.",
+            "Images are in folders of different depths, such as %s and %s, so they have no classes, as in "
+            "`datasets`. Move all images of a class directly into one folder.",
             shallow,
             deep,
         )
@@ -154,8 +154,8 @@ def _tell_of_metadata(metadata: Path, splits: Any, num_images: int) -> None:
     num_read = sum(len(split) for split in splits.values())
     if num_read < num_images:
         logger.warning(
-            "%s names %d of the %d images in its place; the others are left out, here as in `datasets`. Remove or "
-            "rename it to read all images, by the folders that they lie in.",
+            "%s lists %d of the %d images in its folder. The others are ignored, as in `datasets`. Remove or rename "
+            "the file to read all images and take their classes from the folders.",
             metadata.name,
             num_read,
             num_images,
@@ -165,7 +165,7 @@ def _tell_of_metadata(metadata: Path, splits: Any, num_images: int) -> None:
 def _said(error: BaseException) -> str:
     """Return what is wrong with the data: the error says that something is, its cause says what."""
     said = error.__cause__ or error
-    return f"an archive is broken ({said})" if isinstance(said, BadZipFile | zlib.error | EOFError) else str(said)
+    return f"an archive is damaged ({said})" if isinstance(said, BadZipFile | zlib.error | EOFError) else str(said)
 
 
 def read_images(source: str, split: str = "train") -> Any:
@@ -181,12 +181,12 @@ def read_images(source: str, split: str = "train") -> Any:
     """
     path = Path(source)
     if path.suffix == ".parquet" and not path.exists():
-        raise ValueError(f"There is no file {source!r}.")
+        raise ValueError(f"The file {source!r} does not exist.")
     try:
         if path.is_dir() and not list(path.glob("**/*.parquet")):
             splits = read_folder(path)
             if split not in splits:
-                raise ValueError(f"it has no split {split!r}, only {', '.join(splits)}")
+                raise ValueError(f"it has no split {split!r}. Its splits are {', '.join(splits)}")
             return splits[split]
         if path.suffix == ".parquet":
             return load_dataset("parquet", data_files=source, split="train")

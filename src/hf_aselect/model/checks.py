@@ -80,7 +80,7 @@ def class_maps(fields: dict[str, Any], num_labels: Any) -> dict[str, dict[Any, A
         num_labels: How many there are, where that is said.
 
     Raises:
-        ValueError: If one of them is not what it must be: classes are counted from 0 on, and named each.
+        ValueError: If one of them is invalid: classes are numbered from 0, and each has a name.
     """
     names, numbers = (plain(fields.get(name)) for name in ("id2label", "label2id"))
     if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
@@ -117,8 +117,8 @@ def read_text(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        ValueError: If it is no file (a pipe would be waited for, a device never ends), larger than any of its kind, or
-            not in UTF-8.
+        ValueError: If it is not a regular file (a pipe would block, a device never ends), is larger than any of its
+            kind, or is not UTF-8.
         OSError: If it is missing or cannot be read.
     """
     if path.exists() and not path.is_file():
@@ -151,10 +151,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def shards_of(index: Path) -> list[Path]:
     """Return the files that an index of weights names: safetensors beside it, and nothing else.
 
-    A link is followed, as the cache of the Hub is made of links.
+    Links are followed, because the files in the Hub's cache are links.
 
     Raises:
-        ValueError: If there are none, or one is missing, lies in another folder, or is no safetensors by its name.
+        ValueError: If there are none, or one is missing, lies in another folder, or is not a safetensors by its name.
     """
     content = read_json(index).get("weight_map")
     if not isinstance(content, dict) or not content:
@@ -173,7 +173,7 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def refuse_other_than_safetensors(files: Iterable[str | os.PathLike[str]]) -> None:
-    """Reject weights that are no safetensors by their names, before one of them is opened.
+    """Reject weights whose file names are not safetensors, before one of them is opened.
 
     Raises:
         PickledWeightsError: If there are any.
@@ -214,7 +214,7 @@ def is_readable(values: Tensor) -> bool:
 
 
 def check_floats(name: str, values: Any) -> None:
-    """Reject what is no tensor of floating-point numbers in memory: others are numbers that stand for something else.
+    """Reject values that are not a floating-point tensor in memory.
 
     Raises:
         ValueError: If it is none.
@@ -264,7 +264,7 @@ def check_latents(latents: Tensor, layout: TransformerLayout) -> None:
 
 
 def _check_sides(images: Tensor, side: int, limit: int | None, what: str, unit: str = "", remedy: str = "") -> None:
-    """Reject sides that are no multiples of a token's, or longer than `limit` tokens, where positions end."""
+    """Reject sides that are not multiples of a token's, or longer than `limit` tokens, where positions end."""
     height, width = images.shape[-2:]
     if limit is not None and max(height, width) > limit * side:
         raise ValueError(

@@ -107,13 +107,13 @@ _OF_TRANSFORMERS = {
 }
 # Keywords of transformers' scripts that no configuration reads: `i2label` is how one of them spells `id2label`.
 _OF_SCRIPTS = {"finetuning_task", "i2label"}
-# Fields of ViT: what is read off the transformer may be given as it is, and dropout as 0.
+# Fields of ViT: sizes may be passed if they equal the transformer's, and dropout if it is 0.
 _READ_OFF = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels", "patch_size"}
 _DROPOUTS = {"hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"}
 _OF_VIT = _READ_OFF | _DROPOUTS | {"encoder_stride", "hidden_act", "intermediate_size", "layer_norm_eps", "qkv_bias"}
 # Keys of a file that transformers would read as those of a text model.
 _OF_TEXT = {"head_dim", "layer_types", "mlp_layer_types", "rope_parameters", "rope_scaling", "rope_theta"}
-# By this name keys of a file that are no fields go past the check of keywords.
+# Under this name, unknown keys of a file bypass the check of keywords.
 _OF_FILE = "_keys_of_file"
 
 
@@ -180,7 +180,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             `select_timestep` finds to be so, with the timestep. Default: "auto" for `hidden`, `normed` and
             `attention` where the timestep is selected; else none.
         noise_seed: Seed of the fixed noise that images are mixed with.
-        num_noise_draws: Tokens are averaged over so many fixed noise draws, at least 1.
+        num_noise_draws: Number of fixed noise draws over which tokens are averaged, at least 1.
         resample_noise_in_training: Whether train mode draws fresh noise for every image (an augmentation).
         freeze_backbone: Whether only the head is trained.
         head: Classification head: "attention" (the A-SelecT authors') or "linear" (pooling, layer norm, linear).
@@ -206,7 +206,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         out_indices: Or their indices, rising, negative from the end: 0 is the stem, 1 the first block. Default: the
             last block, as transformers' backbones; for "upernet" the blocks at 1, 3, 5 and 6 eighths of the depth.
         reshape_hidden_states: Whether a backbone returns maps, (B, D, rows, columns); else tokens, (B, 1 + N, D),
-            behind their mean in the place of a class token, as transformers' DPT wants them.
+            behind their mean in place of a class token, as transformers' DPT wants them.
         image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
             down-sampling; 1024 pixels for FLUX). Other multiples of a token's side work, square or not: DiT, PixArt
             and Sana make their position table again, scaled to it as diffusers does; Stable Diffusion 3 cuts the
@@ -401,7 +401,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         Transformers sets `kwargs` on the finished configuration, past the checks; here they are checked as any value.
 
         Raises:
-            ValueError: As the constructor, and if `config_dict` is no dictionary of fields by name.
+            ValueError: As the constructor, and if `config_dict` is not a dictionary of fields by name.
         """
         if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
             raise ValueError(f"A configuration must be a dictionary of fields by name, got {short(config_dict)}.")
@@ -413,7 +413,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         known = cls.__dataclass_fields__.keys() | _OF_TRANSFORMERS | OWN_FIELDS
         others = {name: value for name, value in config_dict.items() if name not in known | _OF_TEXT}
         _warn_of_unknown(others.keys() - _OF_SCRIPTS - _OF_VIT)
-        # What is a method or property of ours is nothing that a file could say.
+        # A file cannot replace methods and properties.
         others = {name: value for name, value in others.items() if not hasattr(cls, name)}
         config_dict = {name: value for name, value in config_dict.items() if name in known}
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TAKEN - _DTYPES}
@@ -505,7 +505,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def takes_latents(self) -> bool:
-        """Whether there is no VAE, and what the transformer reads are no images."""
+        """Whether there is no VAE, and what the transformer reads are not images."""
         return self.vae is None and self.num_channels not in (1, 3)
 
     @property
@@ -627,7 +627,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return list(dict.fromkeys(timestep for timestep, _, _ in self.read_outs()))
 
     def is_selection_in_use(self, record: dict[str, Any] | None = None) -> bool:
-        """Return whether a selection's record, by default the own, if any, is of what is read: its tap, or several."""
+        """Return whether a selection's record (by default the configuration's) is for the taps that are read."""
         if (record := record or self.selection) is None:
             return True
         selected, tap = record.get("selected_timesteps"), (record.get("block"), record.get("feature"))
@@ -918,7 +918,7 @@ _DTYPES = {"dtype", "torch_dtype"}
 TAKEN = OWN_FIELDS | PreTrainedConfig.__dataclass_fields__.keys() | _OF_TRANSFORMERS | _OF_SCRIPTS | _OF_VIT | _DTYPES
 
 
-# Keywords of others that are near to none of ours, or to one that means something else.
+# Keywords of other libraries that resemble no field here, or one with another meaning.
 _ELSEWHERE = {
     "add_pooling_layer": "it is for a `DiTModel`, and adds nothing there",
     "use_mask_token": "no token is masked",
@@ -944,7 +944,7 @@ def _warn_of_unknown(names: Iterable[str]) -> None:
 
 
 def refuse_unknown_keywords(names: Iterable[str]) -> None:
-    """Reject keywords that are no fields of the configuration, naming the nearest field.
+    """Reject keywords that are not fields of the configuration, naming the nearest field.
 
     Raises:
         ValueError: If there are `names`.

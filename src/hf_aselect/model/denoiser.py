@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .families import Inputs, TransformerFamily
 from .layouts import PROJECTIONS, Tap
 
-# Hooks stay on, as what is put on and taken off at each read is lost where two threads read. What they are to keep is
-# the thread's own.
+# Hooks stay registered, because adding and removing them at each read would fail if two threads read at once. The
+# values to keep are stored per thread.
 _NOW = threading.local()
 
 
@@ -48,7 +48,7 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Hook:
-    """Keeps what a module reads, or what it returns, if this thread waits for it.
+    """Keeps the input or the output of a module, if this thread asked for it.
 
     Args:
         tap: Block and feature; "input" stands for the arguments of a block.
@@ -104,7 +104,7 @@ class _ExactTimesteps:
 
 
 class BlockStep(GradientCheckpointingLayer):
-    """Runs a block so that transformers can have it computed again in the backward pass; has no weights of its own.
+    """Runs a block so that transformers can recompute it in the backward pass; has no weights.
 
     diffusers' transformers have a switch for all of their blocks instead, which stays off: transformers counts blocks
     to leave some out, and hooks of FSDP are to run once.
@@ -270,7 +270,7 @@ class Denoiser(nn.Module):
     def _read_sharded(self, inputs: Inputs, taps: Sequence[Tap], last: int) -> dict[Tap, Tensor]:
         """Return the tokens at several taps where FSDP gathers a block's weights while it is called.
 
-        A block's call must end in good order, and what is read inside of it must be what a call of it returns.
+        A block's call must complete, and values read inside the block must be returned by that call.
         """
         inner = sorted({block for block, feature in taps if feature != "hidden"})
         outer = [tap for tap in taps if tap[1] == "hidden"]
@@ -340,7 +340,7 @@ class Denoiser(nn.Module):
 
     @contextmanager
     def _cut(self, last: int) -> Iterator[None]:
-        """Leave out the blocks after a block while this lasts; the first one stays, as it is asked what it reads."""
+        """Leave out the blocks after a block within this context; the first one stays, because its input is read."""
         left, whole = max(last, 0) + 1, []
         for part in self.family.blocks:
             parent_path, _, name = part.path.rpartition(".")
@@ -399,7 +399,7 @@ class Denoiser(nn.Module):
             return [each for name, each in self.named_parameters() if name in names]
         weights = [torch.empty_like(each, device="meta", requires_grad=True) for each in mine]
         buffers = {id(each): each.to("meta") for each in self.buffers()}
-        # A copy, as a transformer may move its tables to where it is run; of what has no data in it.
+        # A copy on the meta device, because a transformer may move its tables to the device of its input.
         twin = copy.deepcopy(self, {**buffers, **{id(each): new for each, new in zip(mine, weights, strict=True)}})
         latents = torch.empty(1, self.num_channels, *2 * [4 * self.patch_size], device="meta", dtype=mine[0].dtype)
         try:
@@ -409,9 +409,9 @@ class Denoiser(nn.Module):
                 gradients = torch.autograd.grad(total, weights, allow_unused=True)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"Which weights of a {self.family.name} a tap depends on is found in a pass without data, which "
-                f"failed ({error}): its call, or the description's, looks at values. Keep the backbone frozen "
-                "(`freeze_backbone=True`), or let `call` make its tensors where `inputs.latents` are."
+                f"The weights that a tap of a {self.family.name} uses could not be found by a pass on the meta "
+                f"device ({error}). Keep the backbone frozen (`freeze_backbone=True`), or let `call` create its "
+                "tensors on the device of `inputs.latents` and not read their values."
             ) from error
         return [each for each, gradient in zip(mine, gradients, strict=True) if gradient is None]
 
@@ -505,8 +505,8 @@ def _check_names(transformer: Any, family: TransformerFamily) -> None:
             names += [attention, *(f"{attention}.{name}" for name in projections)]
     if missing := [name for name in names if name not in modules]:
         raise ValueError(
-            f"The description of {family.name} names {', '.join(missing)}, and the transformer has no such module. "
-            f"It has {', '.join(name for name, _ in transformer.named_children())}."
+            f"The description of {family.name} names {', '.join(missing)}, which the transformer does not have. Its "
+            f"modules are {', '.join(name for name, _ in transformer.named_children())}."
         )
     count, expected = (
         sum(len(transformer.get_submodule(part.path)) for part in family.blocks),
@@ -514,8 +514,7 @@ def _check_names(transformer: Any, family: TransformerFamily) -> None:
     )
     if count != expected.num_layers:
         raise ValueError(
-            f"The description of {family.name} has a `layout` of {expected.num_layers} blocks, and its `blocks` hold "
-            f"{count}."
+            f"The `layout` of {family.name} has {expected.num_layers} blocks, but its `blocks` have {count}."
         )
 
 
@@ -528,9 +527,9 @@ def _check_prompt(transformer: Any, family: TransformerFamily, shapes: Mapping[s
     name, config = family.name, transformer.config
     if set(shapes) != set(family.prompt_fields):
         raise ValueError(
-            f"{name} is conditioned on {', '.join(family.prompt_fields) or 'no prompt'}, but the configuration's "
-            f"`prompt_shapes` has {', '.join(shapes) or 'none'}. Load the whole pipeline, with its text encoders, "
-            "or give `prompt_embeds=`."
+            f"{name} is conditioned on {', '.join(family.prompt_fields) or 'no prompt'}, but `prompt_shapes` in the "
+            f"configuration has {', '.join(shapes) or 'none'}. Load the whole pipeline with its text encoders, or "
+            "pass `prompt_embeds=`."
         )
     for part, size in family.prompt_fields.items():
         width, shape = config.get(size), list(shapes[part])
@@ -542,11 +541,11 @@ def _check_prompt(transformer: Any, family: TransformerFamily, shapes: Mapping[s
     if "axes_lens" in family.sizes and "prompt_embeds" in shapes:
         length, limit = shapes["prompt_embeds"][1], config["axes_lens"][0]
         if length > limit:
-            raise ValueError(f"`prompt_embeds` of a {name} may have at most {limit} tokens, got {length}.")
+            raise ValueError(f"`prompt_embeds` of a {name} must have at most {limit} tokens, got {length}.")
 
 
 def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield path and name of what has no data and is in no checkpoint: buffers, and attributes with tensors."""
+    """Yield path and name of tensors that have no data and are in no checkpoint: buffers and attributes."""
     for path, module in transformer.named_modules():
         named = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         named |= {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
@@ -645,8 +644,8 @@ def is_sharded(module: Any) -> bool:
     found = isinstance(module, FSDPModule)
     if found and tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH_OF_FSDP2:
         raise RuntimeError(
-            f"FSDP2 is supported from torch {'.'.join(map(str, OLDEST_TORCH_OF_FSDP2))} on, got {torch.__version__}: "
-            "older ones train other weights than a single process. Upgrade torch, or train with DDP."
+            f"FSDP2 requires torch >= {'.'.join(map(str, OLDEST_TORCH_OF_FSDP2))}, got {torch.__version__}, which "
+            "trains to different weights than a single process. Upgrade torch, or train with DDP."
         )
     return found
 

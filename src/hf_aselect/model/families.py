@@ -195,9 +195,9 @@ def family_of(name: Any) -> TransformerFamily:
     known: dict[str, TransformerFamily] = {**getattr(package, "FAMILIES", {}), **FAMILIES}
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"Unsupported transformer {name!r}; supported are {', '.join(known)}. Another class can be "
-            "described: before a checkpoint of it is loaded, call `hf_aselect.register_family` with a "
-            f"`TransformerFamily` that says how it is called and where its blocks are.{hint_of(name)}"
+            f"Unsupported transformer {name!r}; supported are {', '.join(known)}. To use another class, "
+            "describe it with a `TransformerFamily` and call `hf_aselect.register_family` before loading its "
+            f"checkpoint.{hint_of(name)}"
         )
     return known[name]
 
@@ -214,7 +214,7 @@ def layout_of(transformer: Mapping[str, Any]) -> TransformerLayout:
     family = family_of(transformer.get("_class_name"))
     if missing := [size for size in family.sizes if transformer.get(size) is None]:
         raise ValueError(
-            f"`transformer` lacks {', '.join(missing)}: give the transformer itself, or the whole configuration that "
+            f"`transformer` lacks {', '.join(missing)}. Pass the transformer itself, or the whole configuration that "
             "diffusers saved."
         )
     if "axes_lens" in family.sizes:
@@ -223,12 +223,10 @@ def layout_of(transformer: Mapping[str, Any]) -> TransformerLayout:
             raise ValueError(f"`transformer` must have a list of three lengths as `axes_lens`, got {lengths!r}.")
     shared = transformer.get("num_kv_heads")
     if shared is not None and not _is_size(shared):
-        raise ValueError(f"`transformer` must have an integer from 1 on as `num_kv_heads`, got {shared!r}.")
+        raise ValueError(f"`transformer` must have a positive integer as `num_kv_heads`, got {shared!r}.")
     sizes = {size: transformer[size] for size in family.sizes if size != "axes_lens"}
     if wrong := {size: value for size, value in sizes.items() if not _is_size(value)}:
-        raise ValueError(
-            f"`transformer` must have sizes that are integers from 1 on, got {wrong}; at most {MAX_SIZE}."
-        )
+        raise ValueError(f"`transformer` must have integers in [1, {MAX_SIZE}] as sizes, got {wrong}.")
     if deep := {size: value for size, value in sizes.items() if "layers" in size and value > MAX_LAYERS}:
         raise ValueError(f"`transformer` must have at most {MAX_LAYERS} blocks, got {deep}.")
     return family.layout(transformer)
@@ -311,8 +309,8 @@ def _pixart_call(inputs: Inputs) -> dict[str, Any]:
 def _sana_layout(config: Mapping[str, Any]) -> TransformerLayout:
     if config.get("guidance_embeds"):
         raise ValueError(
-            "A Sana transformer with `guidance_embeds` (Sana-Sprint) is not supported, as it was distilled on a "
-            "schedule of its own; take the Sana checkpoint that it was distilled from."
+            "A Sana transformer with `guidance_embeds` (Sana-Sprint) is not supported, because it is distilled with "
+            "a different noise schedule. Use the Sana checkpoint it was distilled from."
         )
     return transformer_layout(config)
 

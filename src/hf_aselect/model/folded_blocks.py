@@ -1,4 +1,4 @@
-"""The blocks of folded transformers: what is left of diffusers' blocks at one timestep."""
+"""The blocks of folded transformers: diffusers' blocks at one timestep."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

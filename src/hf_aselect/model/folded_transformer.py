@@ -1,4 +1,4 @@
-"""A folded transformer: what a diffusion transformer is at its timesteps, as a plain vision transformer."""
+"""A folded transformer: a diffusion transformer at fixed timesteps, as a plain vision transformer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from .layouts import FoldedLayout, Tap
 
 
 class FoldedTransformer(nn.Module):
-    """A plain vision transformer: what a diffusion transformer is at its timesteps, as far as it is read.
+    """A plain vision transformer: a diffusion transformer at fixed timesteps, up to the deepest tap.
 
-    It stands in the place of a `Denoiser` and is read like one, but at its own timesteps and taps alone. All of its
+    It stands in place of a `Denoiser` and is read like one, but at its own timesteps and taps alone. All of its
     layers are plain ones (`nn.Linear`, `nn.LayerNorm` or `nn.RMSNorm`, `nn.Conv2d`), and attention goes through the
     host's kernels, but for Sana's linear attention, for which transformers has none. Several timesteps share them, but
     for scales and shifts of the norms, and gates, of which each has its own.
@@ -101,7 +101,7 @@ class FoldedTransformer(nn.Module):
         return tokens
 
     def _number_of(self, timestep: Tensor | int) -> int:
-        """Return which of the layout's timesteps one is; of several only an integer says so without waiting for it."""
+        """Return the index of a timestep in the layout; of several, only an integer avoids waiting for the device."""
         known = self.layout.timesteps
         if len(known) > 1 and (isinstance(timestep, Tensor) or timestep not in known):
             raise ValueError(f"`timestep` must be one of {list(known)}, at which this transformer was folded.")

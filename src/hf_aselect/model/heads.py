@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .layouts import POOLINGS
 
-# What heads were called in checkpoints of 0.1.0's first months, by what they are called now; the longest first. peft
+# Names of heads in early checkpoints of 0.1.0, by their names today; the longest first. peft
 # puts a prefix before the names of an adapter.
 FORMER_NAMES = {
     rf"(?:^|(?<=^base_model\.model\.)){former}\.": f"{name}."
@@ -47,8 +47,8 @@ def without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 class FeatureStandardization(nn.Module):
     """Tokens times a scale plus a shift: what differs between images gets a mean square of 1 in each channel.
 
-    At large timesteps the fixed noise outweighs that by far. Without statistics the tokens stay as they are. Of tokens
-    of several taps and timesteps, side by side, each channel has the statistics of its own.
+    At large timesteps the fixed noise outweighs that by far. Without statistics the tokens stay as they are. Tokens
+    of several taps and timesteps are concatenated, and each channel has its own statistics.
 
     Args:
         width: Width D of the tokens, of all taps and timesteps together.
@@ -71,7 +71,7 @@ class FeatureStandardization(nn.Module):
             grid: Rows and columns of the tokens; None for those that the statistics are of.
 
         Raises:
-            ValueError: If `grid` is None and there are not so many tokens.
+            ValueError: If `grid` is None and the tokens are fewer.
         """
         if self.scale is None or self.shift is None:
             return tokens

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 LUMINANCE = (0.299, 0.587, 0.114)
 # Of `size`: with more, an image would take the machine's memory.
 _MAX_PIXELS = 2**28
-# What PIL makes of broken files.
+# What PIL raises for broken files.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 ADDRESS = re.compile(r"\b(?:https?|ftp|sftp|s3|gs|gcs|abfs|az)://", re.IGNORECASE)
 # What transformers writes into a processor's file.
@@ -83,7 +83,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a processor from the fields of a file, of which those that are none of ours are kept.
+        """Build a processor from the fields of a file; unknown fields are kept.
 
         Raises:
             ValueError: As the constructor, and if a field of the file is a method.
@@ -92,7 +92,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
         fields = {name: value for name, value in image_processor_dict.items() if name not in others}
         for name in others:
             if hasattr(cls, name):
-                raise ValueError(f"An image processor has no field {name!r}.")
+                raise ValueError(f"ASelectImageProcessor has no field {name!r}.")
         # Loading takes many more, and pipelines hand over fields of the model.
         _refuse_unknown({name for name in kwargs if name not in TAKEN and _nearest(name)})
         made: Any = super().from_dict(fields, **kwargs)
@@ -146,7 +146,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
             segmentation_maps: A mask for each image, of its size: PIL of mode L, P (its indices), 1 or I, a file, or
                 integers, (H, W), with an axis of one channel or without; a negative value, as -100, stays as it is.
                 It is turned, cropped and resized with its image, to the nearest value.
-            kwargs: What else the processor takes, in place of its own settings.
+            kwargs: Settings of the processor for this call.
 
         Returns:
             `pixel_values`, (C, H, W) each, and `labels`, (H, W) each, int64.
@@ -168,7 +168,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
             return self._preprocess(prepared, **kwargs)
         masks = _as_list(segmentation_maps)
         if len(masks) != len(prepared):
-            raise ValueError(f"Got {len(masks)} masks for {len(prepared)} images; each image needs its own.")
+            raise ValueError(f"Each image must have one mask, got {len(masks)} masks for {len(prepared)} images.")
         labels = []
         for mask, image, values in zip(masks, images, prepared, strict=True):
             array = _mask_array(mask, image, kwargs["do_exif_transpose"])
@@ -193,18 +193,19 @@ class _ASelectImageProcessing(BaseImageProcessor):
         """Return a mask as its image is cut and resized, (H, W)."""
         if mask.shape != tuple(picture_size):
             raise ValueError(
-                f"A mask has {mask.shape[0]}×{mask.shape[1]} pixels and its image "
-                f"{picture_size[0]}×{picture_size[1]}; they must be equal."
+                f"A mask must have the size of its image, {picture_size[0]}×{picture_size[1]} pixels, got "
+                f"{mask.shape[0]}×{mask.shape[1]}."
             )
         if do_reduce_labels and mask.max() > NO_CLASS:
             raise ValueError(
-                f"`do_reduce_labels` writes {NO_CLASS} for pixels of no class, and a mask has {mask.max()}: more "
-                "classes than that. Reduce the masks yourself, with another value as `semantic_loss_ignore_index`."
+                f"`do_reduce_labels` uses {NO_CLASS} for pixels without a class, but a mask has the class "
+                f"{mask.max()}. Reduce the masks yourself, and set `semantic_loss_ignore_index` to a value that is "
+                "no class."
             )
         if do_reduce_labels and mask.min() < 0:
             raise ValueError(
-                f"`do_reduce_labels` takes 0 for pixels of no class, and a mask holds {mask.min()}. "
-                "Leave it out, and name that value as the model's `semantic_loss_ignore_index`."
+                f"`do_reduce_labels` requires 0 for pixels without a class, but a mask has {mask.min()}. Set it to "
+                "False, and set the model's `semantic_loss_ignore_index` to that value."
             )
         if do_reduce_labels:
             mask = np.where((mask == 0) | (mask == NO_CLASS), NO_CLASS, mask - 1)
@@ -252,8 +253,8 @@ class _ASelectImageProcessing(BaseImageProcessor):
             if middle[2:] == size:
                 continue
             logger.warning_once(
-                "The model saw the middle of an image alone; its mask is continued to the edges. Load the processor "
-                "with `do_center_crop=False`, so that it sees the whole."
+                "The model saw only the center of an image, and its mask is extended to the edges. Load the "
+                "processor with `do_center_crop=False` to segment the whole image."
             )
             if return_segmentation_scores:
                 for name in ("segmentation", "segmentation_scores"):
@@ -276,7 +277,7 @@ class _ASelectImageProcessing(BaseImageProcessor):
 
         Raises:
             ValueError: If `num_channels` is neither 1 nor 3, the image is empty, cannot be read, has another number
-                of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is no number, NaN,
+                of channels than 1, 3 or 4 (the fourth, transparency, is dropped), or holds what is not a number, NaN,
                 infinite values, or values outside [0, 255] (of 16 bits [0, 65535]).
         """
         if num_channels not in (1, 3):
@@ -292,7 +293,8 @@ class _ASelectImageProcessing(BaseImageProcessor):
             # Transformers would say only that it cannot tell which axis is which.
             if 4 not in sides:
                 raise ValueError(
-                    f"An image must have 1, 3 or 4 channels, first or last, got shape {tuple(image.shape)}."
+                    "An image must have 1, 3 or 4 channels, in its first or last dimension, got shape "
+                    f"{tuple(image.shape)}."
                 )
             kwargs["input_data_format"] = "channels_last" if image.shape[-1] == 4 else "channels_first"
         return _with_channels(super().process_image(self._of_backend(image), **kwargs), num_channels)
@@ -327,11 +329,11 @@ class _ASelectImageProcessing(BaseImageProcessor):
         for image in parts:
             if not isinstance(image, Image.Image | np.ndarray | Tensor):
                 raise ValueError(
-                    "An image must be one of PIL, a file, encoded bytes, an array or a tensor, got "
+                    "An image must be a PIL image, a file, encoded bytes, an array or a tensor, got "
                     f"{type(image).__name__}."
                 )
         if not parts or (getattr(images, "ndim", 0) == 4 and not len(images)):
-            raise ValueError("There are no images: the list is empty.")
+            raise ValueError("`images` must have at least one image, got an empty list.")
         if getattr(images, "ndim", None) == 2:
             images = [images]
         if isinstance(images, list | tuple):
@@ -461,8 +463,8 @@ def warn_of_fractions(images: Iterable[Any]) -> None:
     """Say so where an image of floating-point numbers, read as one in [0, 255], may be one in [0, 1]."""
     if any(all(image.shape) and 0 < image.max() <= 1 and bool((image % 1).any()) for image in images):
         logger.warning_once(
-            "An image has floating-point values of at most 1 beside others that reach 255, and is read as a dark one "
-            "in [0, 255]. If it is one in [0, 1], multiply it by 255."
+            "An image has floating-point values of at most 1 while others reach 255, and is read as a dark image in "
+            "[0, 255]. If its values are in [0, 1], multiply it by 255."
         )
 
 
@@ -471,7 +473,8 @@ def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> N
     height, width = size.height or 0, size.width or 0
     if is_sized and not (height and width):
         raise ValueError(
-            f"`size` must be an integer or have `height` and `width`, got {dict(size)}: images are of one shape."
+            "`size` must be an integer or have `height` and `width`, because all images get one shape, got "
+            f"{dict(size)}."
         )
     if is_sized and min(height, width) < 1:
         raise ValueError(f"`size` must be 1 or more, got {height}×{width}.")
@@ -484,12 +487,12 @@ def _check_settings(size: SizeDict, is_sized: bool, kwargs: dict[str, Any]) -> N
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
-    """Reject keywords that are no fields of the processor, naming the nearest."""
+    """Reject keywords that are not fields of the processor, naming the nearest."""
     for name in names:
         if not _is_field(name):
             hint = f" Did you mean {near!r}?" if (near := _nearest(name)) else ""
             hint = " It is for `AutoImageProcessor.from_pretrained`." if name == "use_fast" else hint
-            raise ValueError(f"An image processor has no field {name!r}.{hint}")
+            raise ValueError(f"ASelectImageProcessor has no field {name!r}.{hint}")
 
 
 def _nearest(name: str) -> str:
@@ -514,7 +517,7 @@ def _opened(images: Any) -> Any:
         images = images["path"] if images["bytes"] is None else images["bytes"]
     if isinstance(images, str) and ADDRESS.match(images):
         raise ValueError(
-            f"An image cannot be an address, got {images[:100]!r}: nothing is fetched. Download it first."
+            f"An image cannot be a URL, got {images[:100]!r}. URLs are not fetched, so download it first."
         )
     if not isinstance(images, str | bytes | bytearray | os.PathLike) and not hasattr(images, "read"):
         return images
@@ -531,7 +534,7 @@ def _as_list(segmentation_maps: Any) -> list[Any]:
     if isinstance(maps, list):
         return maps
     if not isinstance(maps, Image.Image | np.ndarray | Tensor):
-        raise ValueError(f"Masks must be images of PIL, files, arrays or tensors, got {type(maps).__name__}.")
+        raise ValueError(f"Masks must be PIL images, files, arrays or tensors, got {type(maps).__name__}.")
     if isinstance(maps, Image.Image) or maps.ndim == 2 or (maps.ndim == 3 and maps.shape[-1] == 1):
         return [maps]
     return [*maps]
@@ -546,8 +549,8 @@ def _mask_array(mask: Any, image: Any, is_turned: bool) -> NDArray[np.int64]:
     """Return a mask as class indices, (H, W); turned as its image is, if that is."""
     if isinstance(mask, Image.Image) and mask.mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(
-            f"A mask must have one class index a pixel, got an image of mode {mask.mode}. Map its colours to indices "
-            "first, or save it with a palette (mode P)."
+            f"A mask must have one class index per pixel, got an image of mode {mask.mode}. Map its colors to "
+            "indices first, or save it with a palette (mode P)."
         )
     turn = 1
     try:
@@ -565,13 +568,15 @@ def _mask_array(mask: Any, image: Any, is_turned: bool) -> NDArray[np.int64]:
         array = array.squeeze(0 if len(array) == 1 else -1)  # with an axis of channels
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise ValueError(
-            f"A mask must hold integers of shape (H, W), one class index a pixel, got {array.dtype} of shape "
+            f"A mask must have integers of shape (H, W), one class index per pixel, got {array.dtype} of shape "
             f"{array.shape}."
         )
     if not array.size:
-        raise ValueError(f"A mask is empty: it has shape {array.shape}.")
+        raise ValueError(f"A mask must not be empty, got shape {array.shape}.")
     if not (array.min() >= -(2**31) and array.max() < 2**31):  # more than PIL keeps on resizing
-        raise ValueError(f"A mask holds {array.min()} to {array.max()}, expected class indices below 2**31.")
+        raise ValueError(
+            f"A mask must have class indices in [0, 2**31), got values from {array.min()} to {array.max()}."
+        )
     if turn in _TURNS:
         array = np.asarray(Image.fromarray(array.astype(np.int32)).transpose(Image.Transpose[_TURNS[turn]]))
     warn_of_foreground(array, NO_CLASS)
@@ -586,8 +591,8 @@ def _eight_bits(image: Image.Image) -> Any:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 65535):  # NaN, too
         raise ValueError(
-            f"An image of mode {image.mode} holds values from {low:g} to {high:g}; expected values in [0, 255], or "
-            "in [0, 65535] of 16 bits. Scale them first."
+            f"An image of mode {image.mode} must have values in [0, 255], or in [0, 65535] for 16 bits, got values "
+            f"from {low:g} to {high:g}. Scale them first."
         )
     if high > 255:
         # `convert` would clip instead of scale.
@@ -600,7 +605,7 @@ def _eight_bits(image: Image.Image) -> Any:
 def _pil_values(image: Image.Image, num_channels: int, is_turned: bool) -> NDArray[Any]:
     """Return the values of a PIL image, (C, H, W)."""
     if not all(image.size):
-        raise ValueError(f"An image is empty: it has {image.width}×{image.height} pixels.")
+        raise ValueError(f"An image must not be empty, got {image.width}×{image.height} pixels.")
     try:
         image = _eight_bits(ImageOps.exif_transpose(image) if is_turned else image)
         if not isinstance(image, Image.Image):
@@ -631,22 +636,21 @@ def _numbers(image: Any) -> Any:
         image = _dense(image, "image")
     if not _is_float(image) and not re.match("u?int", kind):
         raise ValueError(
-            f"An image must hold numbers in [0, 255], got values of {kind}. Of a mask of true and false, "
-            "multiply by 255."
+            f"An image must have numbers in [0, 255], got values of {kind}. Multiply a Boolean mask by 255."
         )
     if not all(image.shape):
-        raise ValueError(f"An image is empty: it has shape {tuple(image.shape)}.")
+        raise ValueError(f"An image must not be empty, got shape {tuple(image.shape)}.")
     if kind == "uint8":
         return image
     low, high = float(image.min()), float(image.max())
     if not np.isfinite([low, high]).all():
-        raise ValueError("An image holds NaN or infinite values; expected values in [0, 255].")
+        raise ValueError("An image must have values in [0, 255], got NaN or infinite values.")
     if kind == "uint16" and high > 255:
         return _bytes(image >> 8)
     # Rounding and resampling may pass the ends by a little.
     if not (low >= -0.5 and high <= 255.5):
         raise ValueError(
-            f"An image must hold values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
+            f"An image must have values in [0, 255], got values from {low:g} to {high:g}. Scale them first."
         )
     if not _is_float(image):
         return _bytes(image)
@@ -663,7 +667,7 @@ def _as_bytes(image: Any) -> Any:
 def _dense(values: Tensor, what: str) -> Tensor:
     """Return a tensor in one of the types that all operations take, numpy's too: bytes, int64 or float32."""
     if values.is_meta or values.layout != torch.strided:
-        kind = "without data, on the device meta" if values.is_meta else f"a {values.layout} tensor"
+        kind = "without data (on the meta device)" if values.is_meta else f"a {values.layout} tensor"
         raise ValueError(f"A {what} must be a dense tensor with data, got one that is {kind}.")
     values = values.detach()
     if values.is_floating_point():
@@ -683,7 +687,7 @@ def _check_fields(fields: dict[str, Any]) -> None:
         if name in ("image_mean", "image_std") and value is not None:
             numbers = value if isinstance(value, list | tuple) else [value]
             if not all(is_finite_number(number) for number in numbers):
-                raise ValueError(f"`{name}` must be finite numbers, one a channel, got {value!r}.")
+                raise ValueError(f"`{name}` must be finite numbers, one per channel, got {value!r}.")
 
 
 def _with_channels(values: Any, num_channels: int) -> Any:

@@ -13,7 +13,7 @@ MAX_READ_OUTS = 4096
 Feature = Literal["hidden", "normed", "query", "key", "value", "attention"]
 FEATURES: tuple[str, ...] = get_args(Feature)
 PROJECTIONS = ("query", "key", "value")
-# Of a linear head: so many statistics of each channel, see `heads.pooled_tokens`.
+# Statistics per channel that a linear head reads, see `heads.pooled_tokens`.
 POOLINGS = {"mean": 1, "mean_std": 2, "regions": 5}
 # Those that are read before the block's attention is run.
 BEFORE_ATTENTION = ("normed", *PROJECTIONS)
@@ -38,7 +38,7 @@ def check_format(name: str, record: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a value with Python's own numbers and lists in the place of numpy's, torch's and tuples, also inside."""
+    """Return a value with Python's own numbers and lists in place of numpy's, torch's and tuples, also inside."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, dict):
@@ -116,7 +116,7 @@ class TransformerLayout:
         patch_size: Latents a side that one token stands for.
         sample_size: Latents a side that the transformer was made for.
         max_grid: Tokens a side that its position table reaches; None where there is no limit.
-        num_attention_outputs: The first so many blocks have an output projection of their attention alone.
+        num_attention_outputs: How many of the first blocks have an output projection for attention alone.
         needs_prompt: Whether it is conditioned on a text, and so on the embeddings of the empty one.
     """
 
@@ -149,8 +149,8 @@ class FoldedLayout:
         timestep: Timestep whose conditioning is in the weights, in [0, 1000); the first of several.
         taps: Where it can be read, as `tap_key` names it; blocks count as in the transformer that it was made from,
             and none after the last of them is there.
-        others: Further timesteps. All of them share the weights, and what the conditioning of each makes of norms and
-            gates stands beside them.
+        others: Further timesteps. All of them share the weights, and each has norms and gates folded with its
+            conditioning.
         num_channels: Channels of the latents.
         patch_size: Latents a side that one token stands for.
         hidden_size: Width D of the tokens.
@@ -254,7 +254,7 @@ class FoldedLayout:
         if not self.position_scale or not self.rotary_theta:
             raise ValueError("`folded_layout` must have a `position_scale` and a `rotary_theta` above 0.")
         if not self.taps:
-            raise ValueError("`folded_layout` must name at least one tap in `taps`.")
+            raise ValueError("`folded_layout` must have at least one tap in `taps`, got an empty list.")
         for key in self.taps:
             parse_tap_key(key)
 
@@ -266,7 +266,7 @@ class FoldedLayout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FoldedLayout":
-        """Build a layout from what `to_dict` made of one.
+        """Build a layout from the output of `to_dict`.
 
         Raises:
             ValueError: If a value is missing, unknown or of the wrong kind.

@@ -156,7 +156,8 @@ class TokenReader(PreTrainedModel):
             Noised latents, (B, C, h, w).
 
         Raises:
-            ValueError: If `timestep` is outside [0, 1000), `draw` is no integer from 0 on, or latents are none.
+            ValueError: If `timestep` is outside [0, 1000), `draw` is not an integer >= 0, or `latents` is not a
+                floating-point tensor (B, C, h, w).
         """
         check_floats("latents", latents)
         draw = plain(draw)
@@ -271,8 +272,8 @@ class TokenReader(PreTrainedModel):
 
         They are what `encode` would return for such images of `config.image_size`, sampled by DDIM, or Euler's method
         for flow matching, with classifier-free guidance: 2 · `num_images` · `num_steps` passes of an image through the
-        whole transformer. One class, or a text (then empty), needs half of that and has no guidance. `seed`
-        alone says what comes out, beyond rounding; the same images come first in a larger set.
+        whole transformer. One class, or a text (then empty), needs half of that and has no guidance. Images
+        depend only on `seed`, up to rounding, and a larger set begins with the same images.
 
         Args:
             num_images: How many, at least 1.
@@ -285,8 +286,8 @@ class TokenReader(PreTrainedModel):
             Latents, (n, C, h, w), float32, on the CPU; in pixel space clamped to [-1, 1].
 
         Raises:
-            ValueError: If a number is out of range, the scheduler's `prediction_type` is unknown, or NaN or infinite
-                values come out.
+            ValueError: If a number is out of range, the scheduler's `prediction_type` is unknown, or the images
+                have NaN or infinite values.
             ImportError: If the package is not installed.
         """
         generation = package("selection.generation", "Generating images")
@@ -358,7 +359,7 @@ class ShareableModel(TokenReader):
         atomic = package("checkpoints.atomic")
         try:
             with nullcontext() if with_code and is_users else without_code(self):
-                # Of a file in the place of the folder transformers says what is wrong.
+                # If it is a file instead of a folder, transformers raises a clear error.
                 if atomic is None or push_to_hub or os.path.isfile(folder):
                     super().save_pretrained(folder, *args, **kwargs, push_to_hub=push_to_hub)  # type: ignore[misc]
                     return []
@@ -441,7 +442,7 @@ class ShareableModel(TokenReader):
 
 
 def save_image_processor(model: Any, folder: str | os.PathLike[str], include_code: bool = True) -> None:
-    """Write the image processor of a model beside it; nothing for a model of latents that are no images.
+    """Write the image processor of a model beside it; nothing for a model of latents that are not images.
 
     A segmenter is to see the whole of an image, as it is stored, as its masks must cover it; others see the middle,
     undistorted and upright.
@@ -651,7 +652,7 @@ class ASelectPreTrainedModel(ShareableModel):
 
         Args:
             images: As in `select_timestep`; a few dozen or more.
-            max_images: Look at so many at the most; a larger set is sampled.
+            max_images: Look at no more images than this; a larger set is sampled.
 
         Raises:
             ValueError: If there is no head, `config.standardize_features` is False, the timestep is not selected yet,
@@ -691,7 +692,7 @@ class ASelectPreTrainedModel(ShareableModel):
             image_column: Column of the images. Default: `image`, or the only one with images.
             label_column: Column of the labels. Default: `labels`, `label`, `label_ids`, `annotation` or `mask`.
             eval_dataset: Images to evaluate the fitted head on, of the same kind; or several such sets by name.
-            max_images: Use at most so many: a random sample, or the first of a stream. Default: all.
+            max_images: Use no more images than this: a random sample, or the first of a stream. Default: all.
             balance_classes: Whether each class counts the same, however many images (or pixels) it has. Unless the
                 labels are known beforehand the images are read twice.
             allow_missing: Whether classes may be without an image; they are then never predicted.
@@ -771,7 +772,7 @@ class ASelectPreTrainedModel(ShareableModel):
         package("selection.apply", "Applying a selection").apply_selection(self, selection)
 
     def lora_targets(self, names: Sequence[str] = LORA_LAYERS) -> list[str]:
-        """Return the names of the backbone's layers that LoRA goes on: those of these kinds up to the deepest tap.
+        """Return the names of the backbone's layers to apply LoRA to: those of these kinds up to the deepest tap.
 
             config = peft.LoraConfig(target_modules=model.lora_targets(), modules_to_save=["classifier"])
 
@@ -824,7 +825,7 @@ class ASelectPreTrainedModel(ShareableModel):
 
 
 def _take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> bool:
-    """Put what diffusers saved, if it did, into the keywords of `from_pretrained`; return whether it did."""
+    """Add a diffusers checkpoint to the keywords of `from_pretrained`; return whether the source is one."""
     needed = source is not None and is_of_diffusers(source)
     loading = package("checkpoints.loading", "Loading a diffusers checkpoint" if needed else None)
     if loading is not None and loading.take_source(source, kwargs):
@@ -846,7 +847,7 @@ def _place_buffers(model: nn.Module, device_map: Any) -> None:
 
 @contextmanager
 def _explained(source: Any) -> Iterator[None]:
-    """Say of broken weights and unknown keywords what is wrong, where transformers says less."""
+    """Raise clear errors for broken weights and unknown keywords, where those of transformers are unclear."""
     try:
         yield
     except SafetensorError as error:
@@ -1010,7 +1011,7 @@ class DiTModel(ASelectPreTrainedModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> Self:
-        """Set train mode, except for what is frozen: it stays as it is used later. What others put in is theirs."""
+        """Set train mode, except for frozen parts, which stay in eval mode; modules added by others are unchanged."""
         super().train(mode)
         for module in self._frozen_modules():
             module.training = module.training and isinstance(module, GradientCheckpointingLayer)

@@ -15,7 +15,7 @@ DDPM_LIKE = (
     *("DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler"),
     *("DPMSolverSinglestepScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler"),
 )
-# Those that know flow matching alone. Some of the above do it when they are told to.
+# Schedulers for flow matching only. Some of the above also support it, by a setting.
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 # What makes a flow-matching scheduler visit other timesteps than those of one shift: an image's size, an end that is
 # not 0, sigmas spaced in another way.
@@ -39,7 +39,7 @@ class NoiseSchedule:
         alphas: Factor of the signal at each timestep, (1000,), falling, in [0, 1].
         sigmas: Factor of the noise at each timestep, (1000,), rising, in [0, 1].
         sampled: Timesteps that a sampler of 1000 steps visits, (1000,), falling; None where that is not known.
-        num_trained: The first so many timesteps are those that the transformer was trained on.
+        num_trained: The transformer was trained on this many timesteps, the lowest ones.
 
     Raises:
         ValueError: If there are not 1000 timesteps, or the factors do not fall and rise within [0, 1].
@@ -169,7 +169,7 @@ class NoiseSchedule:
         """Return the signal's factor at integer timesteps in [0, 1000), same shape, float64, on the CPU.
 
         Raises:
-            ValueError: If a timestep is no integer or outside [0, 1000).
+            ValueError: If a timestep is not an integer or outside [0, 1000).
         """
         return self.alphas[_checked_timesteps(timesteps)]
 
@@ -177,7 +177,7 @@ class NoiseSchedule:
         """Return the noise's factor at integer timesteps in [0, 1000), same shape, float64, on the CPU.
 
         Raises:
-            ValueError: If a timestep is no integer or outside [0, 1000).
+            ValueError: If a timestep is not an integer or outside [0, 1000).
         """
         return self.sigmas[_checked_timesteps(timesteps)]
 
@@ -187,7 +187,7 @@ class NoiseSchedule:
         It falls with t.
 
         Raises:
-            ValueError: If a timestep is no integer or outside [0, 1000).
+            ValueError: If a timestep is not an integer or outside [0, 1000).
         """
         chosen = _checked_timesteps(timesteps)
         signal, noise = (factor[chosen].square().clamp_min(MIN_POWER).log() for factor in (self.alphas, self.sigmas))
@@ -215,7 +215,7 @@ class NoiseSchedule:
         """Return the index at which a sampler of 1000 steps comes nearest to a timestep; see `timestep_at_index`.
 
         Raises:
-            ValueError: If `timestep` is no integer in [0, 1000), or a sampler's timesteps depend on more than is known
+            ValueError: If `timestep` is not in [0, 1000), or a sampler's timesteps depend on more than is known
                 here.
         """
         if _checked_timesteps(timestep).numel() != 1:
@@ -269,7 +269,7 @@ class NoiseSchedule:
             num: Timesteps wanted, at least 1; where two would be the same there is one.
 
         Raises:
-            ValueError: If `num` is no integer from 1 on.
+            ValueError: If `num` is not an integer >= 1.
         """
         num = plain(num)
         if isinstance(num, bool) or not isinstance(num, int) or num < 1:
@@ -291,7 +291,7 @@ class NoiseSchedule:
             Noised latents, (B, C, h, w), computed in float32 and returned in the dtype of `latents`.
 
         Raises:
-            ValueError: If a timestep is no integer or outside [0, 1000), or there are not as many as latents.
+            ValueError: If a timestep is not an integer or outside [0, 1000), or there are not as many as latents.
         """
         if not isinstance(timesteps, Tensor):
             check_timestep(timesteps)
@@ -314,9 +314,9 @@ def _shifted(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def count_trained(config: dict[str, Any]) -> int:
-    """Return how many timesteps, from 0 on, the transformer of a scheduler's configuration was trained on.
+    """Return the number of timesteps, counted from 0, that the transformer of a scheduler was trained on.
 
-    They are fewer than 1000 for one of Wan 2.2's two, which was trained where there is less noise than at a share.
+    It is below 1000 for one of Wan 2.2's two transformers, which was trained at low noise only.
     """
     share = config.get("boundary_ratio", 1)
     return max(1, min(NUM_TIMESTEPS, int(NUM_TIMESTEPS * share))) if is_finite_number(share) else NUM_TIMESTEPS

@@ -1,4 +1,4 @@
-"""The kinds of VAE: what diffusers calls their sizes, and how images become the latents that transformers know."""
+"""The kinds of VAE: diffusers' names for their sizes, and how images become the transformer's latents."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def check_vae(vae: dict[str, Any] | None) -> None:
     """Reject a VAE that is none of those we can encode with.
 
     Raises:
-        ValueError: If `vae` is no configuration of one of them.
+        ValueError: If `vae` is not a configuration of one of them.
     """
     if vae is None:
         return
@@ -172,7 +172,7 @@ def keep_encoder(vae: Any) -> nn.Module:
     if hasattr(vae, "post_quant_conv"):
         vae.post_quant_conv = None
     if hasattr(vae, "bn"):
-        # The statistics alone: a batch norm also counts batches, in an integer, which is no weight.
+        # The statistics only: a batch norm also counts batches, in an integer.
         statistics = nn.Module()
         for name in ("running_mean", "running_var"):
             statistics.register_buffer(name, getattr(vae.bn, name))

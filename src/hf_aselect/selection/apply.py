@@ -195,7 +195,7 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
         model: The model.
         selection: The selection.
         are_statistics_kept: Whether the statistics that the model has are those of this selection, though it is not
-            read as it was selected yet: they came with the weights of a training that goes on.
+            read as it was selected yet: they came with the weights of a resumed training.
     """
     # By what it has: a checkpoint's own code and the package have a class each.
     if not hasattr(selection, "selected") or not hasattr(selection, "to_dict"):

@@ -110,7 +110,7 @@ def generate_latents(
         size: Height and width of the latents, multiples of the patch size.
         num_images: How many, at least 1.
         num_steps: Timesteps on the way from noise, a divisor of 1000.
-        guidance_scale: Prediction = null + scale · (class − null), at least 1; 1 is no guidance.
+        guidance_scale: Prediction = null + scale · (class − null), at least 1; 1 is not a guidance.
         batch_size: Images at once; with guidance the transformer sees twice as many.
         seed: Seed of classes and noise.
 

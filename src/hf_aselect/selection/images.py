@@ -20,7 +20,7 @@ class CalibrationPictures:
     Args:
         images: The images, whatever they come in, see `ImageRows`; or those.
         config: Configuration of the model that they are for.
-        max_images: Read so many at the most: a random sample of a set of known size, the first ones of a stream.
+        max_images: Read no more than this: a random sample of a set of known size, the first ones of a stream.
         seed: Seed of the sample.
 
     Raises:
@@ -115,7 +115,7 @@ class CalibrationPictures:
         return processed
 
     def _processed(self, indices: list[int], pictures: list[Any], masks: list[Any] | None = None) -> BatchFeature:
-        """Return what the processor makes of images and their masks, if any.
+        """Return images, and their masks if any, from the processor.
 
         Raises:
             ValueError: If it rejects one, which is named by its index.
@@ -141,7 +141,7 @@ def check_pixel_values(values: Tensor) -> None:
     """Reject what is given for pixel values and is none.
 
     Raises:
-        ValueError: If it is no floating-point tensor (B, C, H, W) in [-1, 1].
+        ValueError: If it is not a floating-point tensor (B, C, H, W) in [-1, 1].
     """
     if not values.is_floating_point():
         raise ValueError(

@@ -15,9 +15,9 @@ MASSIVE_FEATURES = ("hidden", "normed", "attention")
 # Width from which transformers are known to have such channels: DiT-L's. Smaller ones are loaded without a warning.
 LARGE = 1024
 
-# A channel is massive where it exceeds the token's median magnitude so many times, in so large a share of tokens.
-# Normal values never do so; the embedded DiT, which has no such channels, comes to 15 times, published ones to
-# hundreds.
+# A channel is massive if it exceeds the token's median magnitude by this factor, in this share of tokens. Normally
+# distributed values never do. The largest factor is 15 in the embedded DiT, which has no such channels, and hundreds
+# in published models.
 FACTOR = 30.0
 SHARE = 0.9
 

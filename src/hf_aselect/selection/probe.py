@@ -166,6 +166,6 @@ def _standardised(features: Tensor, reference: Tensor) -> Tensor:
 
 
 def _shrunk(eigenvalues: Tensor, strength: float) -> Tensor:
-    """Return what a ridge makes of eigenvalues, (D,); of features that are constant, nothing that is not finite."""
+    """Return the inverse of eigenvalues with a ridge added, (D,); finite even if all features are constant."""
     shrunk: Tensor = 1 / (eigenvalues.clamp_min(0) + strength * eigenvalues.mean()).clamp_min(1e-12)
     return shrunk

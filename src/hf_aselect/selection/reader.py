@@ -68,7 +68,7 @@ class Reader:
         model: Model to read with.
         images: The set.
         channels: Channels to set to zero, by tap; None where nobody knows them yet, and none is.
-        num_draws: Noise draws of each image, of its own; 0 stands for the model's noise, the same for all images.
+        num_draws: Noise draws of each image, different for each; 0 stands for the model's noise, the same for all.
         batch_size: Noised images in one forward pass.
         seed: Seed of the images' own noise.
     """
@@ -144,7 +144,7 @@ class Reader:
     def _noise(self, latents: Tensor, indices: list[int]) -> Tensor:
         """Return the noise of each draw and image, (K, B, C, h, w); the timesteps share it.
 
-        Each image has noise of its own, a function of the seed and the image: what two draws have in common must
+        Each image has its own noise, a function of the seed and the image: what two draws have in common must
         vanish in the mean over images. Only a criterion of the features as they are used later has the model's own.
         """
         shape = tuple(latents.shape[1:])

@@ -65,10 +65,14 @@ class TimestepSelection:
             None where nothing is standardized.
 
     Example:
-        >>> from hf_aselect import DiTModel, TimestepSelection
-        >>> selection = TimestepSelection.from_dict(
-        ...     DiTModel.from_pretrained("src/hf_aselect/assets/fashion_mnist").config.selection
-        ... )
+        >>> import torch
+        >>> from hf_aselect import DiTModel, TimestepSelection, select_timestep
+        >>> model = DiTModel.from_pretrained("src/hf_aselect/assets/fashion_mnist", timestep=0)
+        >>> selection = select_timestep(model, torch.rand(8, 1, 28, 28), timesteps=[19, 900])
+        >>> selection.timesteps, len(selection.scores)
+        ([19, 900], 2)
+        >>> TimestepSelection.from_dict(selection.to_dict()) == selection
+        True
     """
 
     timestep: int

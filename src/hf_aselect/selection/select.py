@@ -87,8 +87,8 @@ def select_timestep(
         criterion: "signal_hfr" (share of high frequencies in what two noise draws agree on), "hfr" (the paper's, of
             one noise draw), "consensus" (how much of what the features agree on can be read from this one, as
             `config.head` sees it: an attention head sees more than the tokens' mean), "probe" (accuracy of a linear
-            probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or one with settings of its own,
-            such as `criteria.HFR(cutoff=0.25)`.
+            probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or a criterion with other
+            settings, such as `criteria.HFR(cutoff=0.25)`.
         timesteps: Timesteps to read, integers in [0, 1000): all of them, from every image. Default: from coarse to
             fine on `model.noise_schedule.even_timesteps()`.
         labels: For "probe": class index of each image in `images`; or, for dense tasks, its mask, one class index a
@@ -97,8 +97,8 @@ def select_timestep(
             select the block, too, by "consensus", "probe" or "patch_probe".
         feature: Feature to read in place of the configuration's (first) one; several, or "auto" for `hidden`, `query`,
             `key` and `value`, to select the feature, too, in the same way.
-        max_images: Look at no more images than this; a larger set is sampled. Of its own images the transformer
-            generates 128 at the most, unguided: each costs 20 passes through all of it.
+        max_images: Look at no more images than this; a larger set is sampled. Without `images` the transformer
+            generates at most 128, unguided: each costs 20 passes through the whole transformer.
         confidence: Look at no more images once the selection is as sure as this, in [0, 1].
         batch_size: Noised images in one forward pass; does not change the result beyond rounding.
         seed: Seed in [0, 2**63) of the sampled or generated images, of the bootstrap and, for "hfr" and

@@ -52,9 +52,18 @@ class ASelectCallback(TrainerCallback):
             given with a stream, or a model is to follow a selection of another number of timesteps than it reads.
 
     Example:
-        >>> from hf_aselect import ASelectCallback
-        >>> callback = ASelectCallback(max_images=256, dataset="my images")
-        >>> trainer = Trainer(model, args, train_dataset=train, callbacks=[callback])  # doctest: +SKIP
+        >>> import torch
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from hf_aselect import ASelectCallback, DiTForImageClassification
+        >>> folder = "src/hf_aselect/assets/fashion_mnist"
+        >>> model = DiTForImageClassification.from_pretrained(folder, timestep=0, head="linear", num_labels=2)
+        >>> model.config.timestep = "auto"
+        >>> train = [{"pixel_values": torch.rand(1, 28, 28), "labels": i % 2} for i in range(8)]
+        >>> callback = ASelectCallback(max_images=8, timesteps=[19, 900], dataset="my images")
+        >>> args = TrainingArguments("run", max_steps=1, report_to="none")
+        >>> trainer = Trainer(model, args, train_dataset=train, callbacks=[callback])
+        >>> callback in trainer.callback_handler.callbacks  # `trainer.train()` selects the timestep first
+        True
     """
 
     def __init__(
@@ -93,15 +102,15 @@ class ASelectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Select the timestep where none is selected; a training that goes on keeps its choice and its figures."""
+        """Select the timestep if none is selected; a resumed training keeps its selection and its metrics."""
         model, dataloader = unwrapped(kwargs["model"]), kwargs["train_dataloader"]
         if args.push_to_hub and model.include_code is None:
-            # `Trainer` pushes what it copies out of its checkpoints.
+            # `Trainer` pushes files that it copies from its checkpoints.
             model.include_code = True
         self._check_reselection(model, dataloader)
         self._read_history(state)
         if self.selections and (model.config.timestep == "auto" or self.follow):
-            # A training that goes on: its choice was made on the weights that it began with.
+            # A resumed training: its selection was made on the weights that it started from.
             apply_selection(model, self.selections[-1 if self.follow else 0][1], are_statistics_kept=True)
         if model.config.timestep == "auto":
             selection = self._select(model, dataloader)
@@ -122,7 +131,7 @@ class ASelectCallback(TrainerCallback):
             self.metrics_by_step[step] = {**self.metrics_by_step.get(step, {}), **metrics}
 
     def _read_history(self, state: TrainerState) -> None:
-        """Take the figures and choices of a training that goes on from the trainer's history."""
+        """Read the metrics and selections of a resumed training from the trainer's history."""
         self.metrics_by_step = {}
         for row in state.log_history:
             self._take_metrics(int(row["step"]), row)
@@ -246,7 +255,7 @@ class ASelectCallback(TrainerCallback):
         """Put the model's code beside it, and keep the card.
 
         Out of a checkpoint `Trainer` copies weights and configuration, and not the code that the configuration names;
-        the card it pushes as it is. Any other push begins with a draft of its own in the place of the card.
+        the card it pushes as it is. Any other push starts by replacing the card with Trainer's draft.
         """
         if not state.is_world_process_zero:
             return

@@ -188,8 +188,8 @@ def fit_ridge(
         folds: Sums over the rows of each fold, with one origin.
         samples: Features of some rows of each fold, (m, D), for `loss`.
         loss: Takes the held-out predictions of all samples, in the order of the folds, (M, K), and returns the loss.
-            Default: the squared error of all rows, of each target as a share of its own variance, so that a target
-            counts the same in any unit.
+            Default: the squared error of all rows, divided by each target's variance, so that the unit of a target
+            does not matter.
         strengths: The strengths to select from, each at least 0.
         scale: What the features are multiplied by first, (D,). Default: they are standardized.
 

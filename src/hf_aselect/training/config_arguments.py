@@ -15,7 +15,7 @@ SELECTED = (
 )
 # Fields of which several values can be given.
 SEVERAL = ("timestep", "block", "feature")
-# Fields that are no single word on a command line: records of diffusers and of this package.
+# Fields that cannot be given as one word on a command line: records of diffusers and of this package.
 _RECORDS = (
     *("transformer", "vae", "scheduler", "selection", "model_type", "prompt_shapes", "read_out"),
     *("folded", "folded_layout", "standardized_grid"),
@@ -28,12 +28,12 @@ def int_or_word(value: str) -> int | str:
 
 
 def one_or_several(values: list[Any]) -> Any:
-    """Return the values of an option that takes several: one by itself, several as a list."""
+    """Return the values of an option that takes several: a single value as it is, several as a list."""
     return values[0] if len(values) == 1 else values
 
 
 def _kind_of(name: str, kind: Any) -> Any:
-    """Return what `HfArgumentParser` makes of the words of a field's option."""
+    """Return the value of a field's option that `HfArgumentParser` parses from its words."""
     if name in SEVERAL:
         return list[int_or_word]  # type: ignore[valid-type]
     return kind if kind in (bool, float) else int_or_word

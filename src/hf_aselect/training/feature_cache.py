@@ -64,8 +64,8 @@ def cache_features(
             (C, h, w), the VAE's posterior mean (the images themselves in pixel space), which stay valid when the
             timestep changes: models take them as `latents=`.
         image_column: Column of the images. Default: `image`, or the only one with images.
-        num_views: Views of each image: the image itself, then so many less one augmented ones. Row `v * len + i`
-            is view v of image i; the column `view` says v.
+        num_views: Views of each image: the image itself, then `num_views - 1` augmented ones. Row `v * len + i`
+            is view v of image i; the column `view` has v.
         augment: What makes an augmented view, from an image (PIL) to an image. Default: a random crop of 8/9 of each
             side and a flip. Random numbers of `random`, numpy and torch are seeded for each view, by `seed`.
         batch_size: Images in one forward pass, at least 1; no part of the fingerprint.
@@ -149,7 +149,7 @@ def _made(dataset: Any, image_column: str | None) -> tuple[ImageRows, None, dict
     """Return the rows that a transform or a dataset of torch makes, nothing, and their other values with their kinds.
 
     Raises:
-        ValueError: If there is no image or pixel values among them, or what `datasets` cannot keep.
+        ValueError: If they have neither an image nor pixel values, or values that `datasets` cannot store.
     """
     rows = ImageRows(dataset, image_column=image_column)
     kept: dict[str, Any] = {}
@@ -300,8 +300,8 @@ def _hash_of_weights(reader: FeatureReader) -> str | None:
         return None
     digest = hashlib.sha256()
     for name, module in part.named_modules():
-        # peft's layers: which of their adapters count, and how much, is no weight. transformers' models have methods
-        # of similar names.
+        # peft's layers: which adapters are active, and their scale, are not weights. transformers' models have
+        # methods of similar names.
         if hasattr(module, "merged_adapters"):
             switches = module.disable_adapters, list(module.active_adapters), list(module.merged_adapters)
             digest.update(repr((name, *switches, sorted(module.scaling.items()))).encode())

@@ -25,8 +25,8 @@ from .cache_origin import DESCRIPTION
 from .feature_reader import FeatureReader
 
 logger = logging.getLogger(__name__)
-# A process that is killed loses the part that it was writing: so small, and at least so many of them, that several
-# processes have something to share.
+# A killed process loses the part that it was writing, so parts are small. There are enough of them for several
+# processes to share.
 PART_BYTES, MIN_PARTS, MIN_PART_ROWS, MAX_PART_ROWS = 2**27, 16, 256, 2048
 # Of each batch that is written, in bytes.
 HEADER_BYTES = 512
@@ -111,7 +111,7 @@ def is_finished(target: Path) -> bool:
 
 
 def write_parts(parts: FeatureParts, target: Path, fingerprint: dict[str, Any]) -> None:
-    """Compute what is not there yet; the folder appears when all of it is.
+    """Compute the parts that are missing; the folder appears when it is complete.
 
     Raises:
         ValueError: If processes differ in what they cache, or as `FeatureReader.read`.
@@ -146,7 +146,7 @@ def write_parts(parts: FeatureParts, target: Path, fingerprint: dict[str, Any]) 
 
 def _processes() -> PartialState:
     """Return accelerate's view of the processes that share the work."""
-    # It takes part in a group of processes without an accelerator only where it is told so.
+    # Without an accelerator it joins a group of processes only if `cpu` is True.
     return PartialState(cpu=True) if not torch.accelerator.is_available() else PartialState()
 
 
@@ -173,7 +173,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    """Raise before what the disk cannot hold is begun.
+    """Raise an error before writing more than fits on the disk.
 
     Raises:
         OSError: If there is too little space.

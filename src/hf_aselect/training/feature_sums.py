@@ -23,7 +23,7 @@ _NUM_TOGETHER = 2**12
 _NUM_WORKING = 12
 # Solutions of each fold that are held at once, beside their sums: of the strengths that are tried together.
 _NUM_SOLUTIONS = 9
-# A token's number in its image has so many bits.
+# Bits of a token's number in its image.
 TOKEN_BITS = 20
 
 
@@ -35,7 +35,7 @@ class Rows:
         features: Features, (n, D), float32.
         targets: Targets as `Targets` keeps them.
         images: Number of the image that a row is of, (n,), int64; all views of an image have one.
-        numbers: A number of its own for each row, (n,), int64.
+        numbers: A different number for each row, (n,), int64.
     """
 
     features: Tensor

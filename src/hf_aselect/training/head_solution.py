@@ -10,9 +10,9 @@ from .closed_form import ClosedForm, Moments, RowSpace, fit_ridge, fit_scale
 from .feature_sums import NUM_FOLDS, Rows, add_rows
 from .targets import MULTI, REGRESSION, Targets
 
-# Held-out predictions that strengths are compared by: so many rows, and so many numbers a strength.
+# Limits on the held-out predictions that strengths are compared by: rows, and numbers per strength.
 _NUM_COMPARED, _NUM_PREDICTED = 2**13, 2**20
-# Those that the scale of the logits, a single number, is fitted to.
+# Limit on the predictions that the scale of the logits (a single number) is fitted to.
 _NUM_FOR_SCALE = 2**14
 # Those that are looked at at once.
 _NUM_TOGETHER = 2**14

@@ -16,7 +16,7 @@ from ..model.image_processing_aselect import ASelectImageProcessor
 from ..selection.distribution import Share
 from ..selection.images import CalibrationPictures
 
-# Of cached features, which no transformer has to read: so many numbers at once, and at most so many rows.
+# Limits on cached features read at once, which need no transformer: numbers, and rows.
 _MAX_NUMBERS, _MAX_ROWS = 2**22, 2048
 
 
@@ -44,7 +44,7 @@ class LabelledImages(CalibrationPictures):
         is_dense: Whether labels are masks, which are cropped and resized with their images.
         image_column: Column of the images. Default: `image`, or the only one with images.
         label_column: Column of the labels. Default: the first of `LABELS`.
-        max_images: Read at most so many: a random sample of a set of known size, the first ones of a stream.
+        max_images: Read no more than this: a random sample of a set of known size, the first ones of a stream.
         seed: Seed of the sample.
 
     Raises:

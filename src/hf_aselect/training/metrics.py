@@ -94,7 +94,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]
             kwargs: Passed on to transformers.
 
         Raises:
-            ValueError: If shapes differ, or a value is no class index: outside [0, K), and no `ignore_index` of a
+            ValueError: If shapes differ, or a value is not a class index: outside [0, K), and no `ignore_index` of a
                 reference.
         """
         counts = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)

@@ -19,7 +19,7 @@ Augment = Callable[[Any], Any]
 
 
 class Views:
-    """The images of a dataset, then so many augmented ones of each: row `v * len(dataset) + i` is view v of image i.
+    """The images of a dataset, then augmented views of each: row `v * len(dataset) + i` is view v of image i.
 
     Args:
         images: The rows of the dataset.
@@ -29,7 +29,7 @@ class Views:
         is_made: Whether such code makes the rows: a transform, or a dataset of torch.
 
     Raises:
-        ValueError: If there is to be more than one view of what is no image any more.
+        ValueError: If more than one view is asked for, and the rows are not images.
     """
 
     def __init__(
