@@ -183,7 +183,7 @@ def test_a_column_that_is_not_there_is_named(pixel_folder, parquet, capsys):
     assert run(pixel_folder, "--images", parquet, "--image-column", "picture") == 1
     assert "have no column 'picture', only photo, thumbnail" in capsys.readouterr().err
     assert run(pixel_folder, "--images", parquet) == 1
-    assert "exactly one column of images" in capsys.readouterr().err
+    assert "exactly one image column" in capsys.readouterr().err
 
 
 def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys):

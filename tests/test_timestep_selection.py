@@ -321,7 +321,7 @@ def test_counts_below_one_are_refused(model, pixels, name):
 
 
 def test_pixel_values_that_were_not_scaled_are_refused(model):
-    with pytest.raises(ValueError, match=r"has values from -3 to 255, expected \[0, 255\] as in the others"):
+    with pytest.raises(ValueError, match=r"has values from -3 to 255, expected \[0, 255\] as in the other images"):
         select_timestep(model, torch.tensor([-3.0, 255.0]).expand(2, 3, 8, 2))
 
 
@@ -341,7 +341,7 @@ def test_what_is_no_set_of_pictures_is_refused(model, images):
 
 
 def test_a_dataset_without_pictures_is_refused(model):
-    with pytest.raises(ValueError, match="a column `image`, or exactly one column of images"):
+    with pytest.raises(ValueError, match="a column `image` or exactly one image column"):
         select_timestep(model, datasets.Dataset.from_dict({"label": [1, 2]}))
 
 

@@ -63,7 +63,7 @@ class LabelledImages(CalibrationPictures):
         seed: int = 0,
     ) -> None:
         rows = ImageRows(dataset, image_column=image_column, label_column=label_column, is_labelled=True)
-        column = (getattr(dataset, "features", None) or {}).get(rows.label)
+        column: Any = (getattr(dataset, "features", None) or {}).get(rows.label)
         while is_dense and hasattr(column, "feature"):
             column = column.feature  # masks as lists of rows
         names = getattr(column, "names", None)
