@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,6 +51,47 @@ def test_the_choice_is_printed_and_written_down(pixel_folder, folder, tmp_path, 
     assert f"Timestep {record.timestep} for query of block 1, confidence" in shown
     assert "from 6 given images in" in shown
     assert (tmp_path / "report" / "timestep_curve.png").stat().st_size > 1000
+
+
+def without_matplotlib(monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_without_matplotlib_the_record_is_written_all_the_same(
+    pixel_folder, folder, tmp_path_factory, capsys, monkeypatch
+):
+    without_matplotlib(monkeypatch)
+    report = tmp_path_factory.mktemp("report")
+    (report / "timestep_curve.png").write_text("of an earlier selection")
+    assert run(pixel_folder, "--images", folder, "--timesteps", 10, 500, 700, "--output", report) == 0
+    assert [path.name for path in report.iterdir()] == ["selection.json"]
+    shown = capsys.readouterr()
+    assert "There is no plot of the curve. Plots need matplotlib: pip install 'hf_aselect[demo]'\n" in shown.err
+    assert f"Saved {report / 'selection.json'}." in shown.out
+
+
+def test_without_matplotlib_the_demo_does_not_begin(tmp_path, capsys, monkeypatch):
+    without_matplotlib(monkeypatch)
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 1
+    assert "pip install 'hf_aselect[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "hf_aselect"])
+def test_the_advice_to_select_on_ones_own_images_works(pixel_folder, folder, tmp_path, caplog, kind):
+    source = pixel_folder
+    if kind == "hf_aselect":
+        source = tmp_path / "source"
+        DiTModel.from_pretrained(pixel_folder, timestep=5).save_pretrained(source)
+    DiTModel.from_pretrained(source, timestep="auto")
+    (said,) = [text for text in caplog.messages if "on images that the transformer generated" in text]
+    command = re.search("`hf-aselect ([^`]*)`", said).group(1)
+    output = tmp_path / "selected"
+    words = command.replace("SELECTED", str(output)).replace("FOLDER", str(folder)).split()
+    assert str(source) in words and main(words) == 0
+    if kind == "diffusers":
+        assert DiTModel.from_pretrained(output).config.selection["pictures"] == "given"
 
 
 def test_options_reach_the_selection(pixel_folder, parquet, tmp_path):
@@ -141,7 +183,7 @@ def test_a_column_that_is_not_there_is_named(pixel_folder, parquet, capsys):
     assert run(pixel_folder, "--images", parquet, "--image-column", "picture") == 1
     assert "have no column 'picture', only photo, thumbnail" in capsys.readouterr().err
     assert run(pixel_folder, "--images", parquet) == 1
-    assert "exactly one column of images" in capsys.readouterr().err
+    assert "exactly one image column" in capsys.readouterr().err
 
 
 def test_convert_prints_what_it_made_and_dropped(latent_folder, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import END_OF_PROCESSES, HEAD, take_one_step
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from datasets import Image as Pictures
 from forking import offline
 from huggingface_hub import ModelCard
@@ -22,6 +22,7 @@ from hf_aselect import (
     DiTForSemanticSegmentation,
     DiTModel,
     cache_features,
+    select_timestep,
 )
 from hf_aselect.cli import main
 from hf_aselect.hub.push import write_model_card
@@ -133,7 +134,7 @@ def test_it_is_saved_loaded_and_folded_like_any_other(fitted, test, tmp_path):
     ASelectImageProcessor.from_model_config(model.config).save_pretrained(tmp_path)
     classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
     (best,) = classify(test[3]["image"], top_k=1)
-    assert best["label"] == "LABEL_3" and 0.5 < best["score"] <= 1
+    assert best["label"] == "3" and 0.5 < best["score"] <= 1
 
 
 def test_it_is_exported(fitted, test):
@@ -159,6 +160,68 @@ def test_trainer_goes_on_from_it(fitted, train, tmp_path):
     assert moved == {"classifier.output_projection.weight", "classifier.output_projection.bias"}
     with torch.no_grad():
         assert float(model.eval()(pixels, labels=labels).loss) < loss + 0.01
+
+
+def moved_with(caplog, model, selection):
+    """Apply a selection, and return what is said of the head."""
+    caplog.clear()
+    model.apply_selection(selection)
+    return [record.getMessage() for record in caplog.records if "train it again" in record.getMessage()]
+
+
+def test_a_fitted_head_that_is_read_elsewhere_is_warned_of_once(model, train, pixels, caplog):
+    here, elsewhere = (select_timestep(model, pixels, criterion="hfr", timesteps=[each]) for each in (20, 500))
+    assert moved_with(caplog, model, elsewhere) == moved_with(caplog, model, here) == []  # a new head
+    model.fit_head(train)
+    assert moved_with(caplog, model, here) == []
+    told = "The head was fitted at timestep 20. At timestep 500 fit or train it again."
+    assert moved_with(caplog, model, elsewhere) == [told]
+    assert moved_with(caplog, model, elsewhere) == []
+    model.fit_head(train)
+    assert moved_with(caplog, model, elsewhere) == []
+    key = select_timestep(model, pixels, criterion="hfr", timesteps=[500], feature="key")
+    (told,) = moved_with(caplog, model, key)
+    assert "fitted at timestep 500 (query of block 1). At timestep 500 (key of block 1) fit" in told
+
+
+def test_a_loaded_head_that_is_read_elsewhere_is_warned_of(fitted, pixels, tmp_path, caplog):
+    fitted[0].save_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    here, elsewhere = (select_timestep(model, pixels, criterion="hfr", timesteps=[each]) for each in (20, 500))
+    assert moved_with(caplog, model, here) == []
+    told = ["The head was trained at timestep 20. At timestep 500 fit or train it again."]
+    assert moved_with(caplog, model, elsewhere) == told
+    # What it is loaded to read says nothing of where it was trained.
+    model = AutoModelForImageClassification.from_pretrained(tmp_path, timestep=500)
+    assert moved_with(caplog, model, here) == []
+    assert moved_with(caplog, model, elsewhere) == told
+
+
+NAMES = ["cat", "dog", "bird", "fish"]
+
+
+def test_a_fit_takes_the_names_of_the_classes_where_nobody_set_any(pixel_folder, model, train):
+    named = train.cast_column("label", ClassLabel(names=NAMES))
+    model.fit_head(named)
+    assert model.config.id2label == dict(enumerate(NAMES))
+    assert model.config.label2id == {name: number for number, name in enumerate(NAMES)}
+    own = {number: f"class {number}" for number in range(4)}
+    model = load(pixel_folder, id2label=own, label2id={name: number for number, name in own.items()})
+    model.fit_head(named)
+    assert model.config.id2label == own
+    five = load(pixel_folder, num_labels=5)
+    five.fit_head(named, allow_missing=True)
+    assert five.config.id2label[0] == "LABEL_0" and five.config.num_labels == 5
+
+
+def test_a_segmenters_fit_takes_the_names_of_the_classes(pixel_folder):
+    rows = [(image, np.asarray(mask).astype(int)) for image, mask in scenes(8)]
+    kinds = Features(image=Pictures(), label=List(List(ClassLabel(names=NAMES[:3]))))
+    masks = [np.where(mask == 255, -1, mask).tolist() for _, mask in rows]
+    named = Dataset.from_dict({"image": [image for image, _ in rows], "label": masks}, kinds)
+    model = load(pixel_folder, DiTForSemanticSegmentation, **SEGMENTER, semantic_loss_ignore_index=-1)
+    model.fit_head(named)
+    assert model.config.id2label == dict(enumerate(NAMES[:3]))
 
 
 def test_its_card_says_how_it_was_fitted(fitted, tmp_path):
@@ -771,7 +834,6 @@ def test_the_command_selects_the_timestep_where_there_is_none(pixel_folder, trai
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert f"timestep               {model.config.timestep}, selected from 40 images" in capsys.readouterr().out
     assert model.config.selection["settings"]["pooling"] == "mean"
-    assert model.config.selection["options"]["num_train_images"] == 40
     assert model.config.id2label == {number: f"class {number}" for number in range(4)}
     assert (tmp_path / "out" / "timestep_curve.png").is_file()
     # Again, from what it wrote: the timestep stays, and the head is another one.
@@ -830,6 +892,7 @@ def test_the_command_takes_more_classes_than_255(pixel_folder, tmp_path, capsys)
     ("words", "complaint"),
     [
         (["--images", "missing.parquet"], "The file 'missing.parquet' does not exist."),
+        (["--images", "nowhere"], "No folder or file 'nowhere' exists here."),
         (["--label-column", "kind"], "The images have no column 'kind', only image, label."),
         (
             ["--label-column", "image"],

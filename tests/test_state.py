@@ -272,7 +272,7 @@ def test_what_others_put_in_behaves_as_in_a_backbone_that_is_trained(saved, adap
         own = {part for part in base._own_modules["denoiser"] if part.__class__.__module__.startswith("diffusers")}
         calls = [0, 0, 0]
         for number, block in enumerate(base.denoiser.blocks):
-            block.register_forward_pre_hook(partial(_count, calls, number))
+            block.ff.register_forward_pre_hook(partial(_count, calls, number))
         modes = []
         for mode in (True, False, True):
             adapted.train(mode)

@@ -321,7 +321,7 @@ def test_counts_below_one_are_refused(model, pixels, name):
 
 
 def test_pixel_values_that_were_not_scaled_are_refused(model):
-    with pytest.raises(ValueError, match=r"has values from -3 to 255, expected \[0, 255\] as in the others"):
+    with pytest.raises(ValueError, match=r"has values from -3 to 255, expected \[0, 255\] as in the other images"):
         select_timestep(model, torch.tensor([-3.0, 255.0]).expand(2, 3, 8, 2))
 
 
@@ -341,7 +341,7 @@ def test_what_is_no_set_of_pictures_is_refused(model, images):
 
 
 def test_a_dataset_without_pictures_is_refused(model):
-    with pytest.raises(ValueError, match="a column `image`, or exactly one column of images"):
+    with pytest.raises(ValueError, match="a column `image` or exactly one image column"):
         select_timestep(model, datasets.Dataset.from_dict({"label": [1, 2]}))
 
 
@@ -447,8 +447,8 @@ def test_pictures_are_added_while_the_choice_is_unsure():
 def test_a_choice_at_the_edge_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, logger="hf_aselect"):
         selection = select_timestep(BlindModel(100), pictures(64), criterion="hfr", timesteps=[0, 100, 999])
-    (warning,) = [text for text in selection.warnings if "edge" in text]
-    assert "lies at the noisy edge of the grid" in warning
+    (warning,) = [text for text in selection.warnings if "end of" in text]
+    assert "is at the noisy end of the timesteps" in warning
     assert "criterion='probe'" in warning
     assert warning in caplog.text
 
@@ -456,10 +456,10 @@ def test_a_choice_at_the_edge_is_warned_of(caplog):
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
-        ([0.1, 0.2, 0.3, 0.4], "noisy edge of the grid, and the curve only rises toward it: "),
-        ([0.2, 0.1, 0.3, 0.4], "noisy edge of the grid: "),
-        ([0.4, 0.3, 0.2, 0.1], "clean edge of the grid, and the curve only rises toward it: "),
-        ([0.4, 0.2, 0.3, 0.1], "clean edge of the grid: "),
+        ([0.1, 0.2, 0.3, 0.4], "noisy end of the timesteps that were scored, and scores only rise toward it: "),
+        ([0.2, 0.1, 0.3, 0.4], "noisy end of the timesteps that were scored: "),
+        ([0.4, 0.3, 0.2, 0.1], "clean end of the timesteps that were scored, and scores only rise toward it: "),
+        ([0.4, 0.2, 0.3, 0.1], "clean end of the timesteps that were scored: "),
     ],
 )
 def test_the_warning_says_whether_the_curve_only_rises(scores, words):
@@ -469,8 +469,13 @@ def test_the_warning_says_whether_the_curve_only_rises(scores, words):
     timesteps = [0, 100, 300, 999]
     curve = bootstrap(timesteps, SCHEDULE.log_snr(torch.tensor(timesteps)), sums, HFR().score, 0)
     (warning,) = curve.warnings(0.95, ("more images", "the probe"))
-    assert warning.startswith(f"it lies at the {words}")
+    assert warning.startswith(f"it is at the {words}")
     assert warning.endswith("Compare it with a timestep inside the range, using the probe.")
+
+
+def test_of_two_timesteps_one_is_always_at_an_end():
+    selection = select_timestep(BlindModel(100), pictures(64), criterion="hfr", timesteps=[100, 999])
+    assert not [text for text in selection.warnings if "end of the timesteps" in text]
 
 
 def test_a_clear_peak_is_not_warned_of():

@@ -25,7 +25,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,15 @@ from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
 
 FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
-# What the default was before. First all timesteps were references, on a grid from a log-SNR of 14 to -14, and regions
-# did not count. Then the references lay in a fixed range, however few labels there are.
-ALL, FIXED = "consensus of all timesteps", "consensus of a fixed range"
-FORMER = {
-    ALL: (
-        (accumulators, "reference_range", lambda *_: (-np.inf, np.inf)),
-        (noise_schedule, "MAX_LOG_SNR", 14.0),
-    ),
-    FIXED: ((accumulators, "reference_range", lambda *_: (-5.5, 8.0)),),
-}
+# What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14, and no regions.
+FORMER = "consensus of all timesteps"
+# The default, which is told how many labelled images there will be.
+TOLD = "consensus, number of labels"
 CRITERIA: dict[str, Criterion] = {
     "hfr": HFR(),
     "signal_hfr": SignalHFR(),
-    ALL: Consensus(region_weight=0.0),
-    FIXED: Consensus(),
+    FORMER: Consensus(region_weight=0.0),
+    TOLD: Consensus(),
 }
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
@@ -128,7 +122,7 @@ class BenchmarkArguments:
     )
     consensus_only: bool = field(
         default=False,
-        metadata={"help": "Only select by the default, and by what it was before: with references of a fixed range."},
+        metadata={"help": "Only select by the default, and by it with the number of labels."},
     )
     search_only: bool = field(
         default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
@@ -279,9 +273,9 @@ class Pair:
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
             others = () if self.args.consensus_only else CRITERIA
-            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in FORMER]
-            former = FIXED if self.args.consensus_only else ALL
-            ways += [(name, truth) for name in (former, DEFAULT) for truth in HEADS if (truth, tap) in hits]
+            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in (FORMER, TOLD)]
+            beside = TOLD if self.args.consensus_only else FORMER
+            ways += [(name, truth) for name in (beside, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
                 if name in ("signal_hfr", DEFAULT) and self.args.own_pictures:
@@ -312,7 +306,7 @@ class Pair:
         images = None if generated else self.train.select_columns([self.args.image_column])
         # A segmenter has no such head.
         self.model.config.head = HEADS[truth] if truth and self.per_picture else self.head
-        with as_before(name):
+        with as_before() if name == FORMER else nullcontext():
             record = select_timestep(
                 self.model,
                 images,
@@ -321,7 +315,7 @@ class Pair:
                 feature=tap[1],
                 labels=self.labels[0] if name == "probe" else None,
                 seed=seed,
-                num_train_images=self.args.num_train,
+                num_train_images=self.args.num_train if name == TOLD else None,
             )
         places = [self.nearest(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
@@ -364,9 +358,7 @@ class Pair:
         rows = []
         for name, options in ways.items():
             for seed in self.args.seeds:
-                record = select_timestep(
-                    self.model, images, seed=seed, num_train_images=self.args.num_train, **options
-                )
+                record = select_timestep(self.model, images, seed=seed, **options)
                 tap = (record.block, record.feature)
                 place = taps.index(tap) * len(self.grid) + self.nearest(record.timestep)
                 found = {"criterion": TAPS + name, "truth": truth, "block": tap[0], "feature": tap[1], "seed": seed}
@@ -422,10 +414,14 @@ class Pair:
 
 
 @contextmanager
-def as_before(former: str) -> Iterator[None]:
-    """Let a consensus select as a former default did; any other criterion selects as it does."""
+def as_before() -> Iterator[None]:
+    """Let a consensus take all timesteps as references, and grids go further."""
+    names: tuple[tuple[Any, str, Any], ...] = (
+        (accumulators, "reference_range", lambda *_: (-np.inf, np.inf)),
+        (noise_schedule, "MAX_LOG_SNR", 14.0),
+    )
     with ExitStack() as stack:
-        for module, name, value in FORMER.get(former, ()):
+        for module, name, value in names:
             stack.enter_context(patch.object(module, name, value))
         yield
 

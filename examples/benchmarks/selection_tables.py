@@ -199,12 +199,12 @@ def table_of_own_images(rows: list[Row], pairs: dict[str, Row]) -> list[str]:
 
 
 def table_of_few_labels(folder: Path) -> str:
-    """Return what is lost with few labels: today's default, that of a fixed range before it, and fixed timesteps.
+    """Return what is lost with few labels: by the default, where it is told their number, and at fixed timesteps.
 
     Args:
         folder: Results of runs with `--consensus_only`.
     """
-    ways = {"fixed range": "consensus of a fixed range", "today's": DEFAULT}
+    ways = {"default": DEFAULT, "`num_train_images=100`": f"{DEFAULT}, number of labels"}
     ways |= {name: name for name in ("t = 50", "t = 100", "t = 300")}
     lines = []
     for path in sorted(folder.glob("*.json")):

@@ -67,10 +67,16 @@ def main() -> None:
         print(f"Warning: {warning}")
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
-    plots = selection.plot(output / "timestep_curve.png")
+    record = output / "selection.json"
+    record.write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
+    plots = []
+    try:
+        plots = selection.plot(output / "timestep_curve.png")
+    except ImportError as error:
+        print(f"Warning: There is no plot of the curve. {error}")
     where = f"{selection.feature} of block {selection.block}, confidence {selection.confidence:.2f}"
-    print(f"Timestep {', '.join(map(str, selection.selected))} for {where}. Saved {', '.join(map(str, plots))}.")
+    written = ", ".join(map(str, [record, *plots]))
+    print(f"Timestep {', '.join(map(str, selection.selected))} for {where}. Saved {written}.")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,8 @@ def _add_demo(commands: Any) -> None:
 def _demo(parsed: argparse.Namespace) -> None:
     try:
         # It needs the packages of the `train` extra, and they take seconds to import.
+        import matplotlib  # noqa: F401 - it draws when all the work is done
+
         from .demo.classification import DemoSettings, run_demo
         from .demo.segmentation import SegmentationDemoSettings, run_segmentation_demo
         from .demo.tables import format_segmentation_table, format_table
@@ -210,8 +212,8 @@ def _add_select(commands: Any) -> None:
         "--block",
         type=_block,
         action="append",
-        help="block to read, negative counts from the end (default: SOURCE's first); repeat it, or pass auto for "
-        "every third block, to select the block as well",
+        help="block to read, negative numbers count from the end (default: SOURCE's first); repeat it, or pass auto "
+        "for every third block, to select the block as well",
     )
     select.add_argument(
         "--feature",
@@ -364,7 +366,8 @@ def _add_fit(commands: Any) -> None:
         type=_block_or_all,
         nargs="+",
         metavar="B",
-        help="block to read, negative counts from the end; repeat it for several, or pass all (default: SOURCE's)",
+        help="block to read, negative numbers count from the end; repeat it for several, or pass all (default: "
+        "SOURCE's)",
     )
     tap.add_argument(
         "--feature",
@@ -503,7 +506,6 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
         calibration_images=images,
-        num_train_images=None if is_dense else len(train),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a head that is there is of no use
@@ -601,7 +603,14 @@ def _write_selection(selection: Any, output: Path) -> list[Path]:
     # The heat map of an earlier selection would seem to be of this one.
     with whole_files(output, r"timestep_curve(_heat_map)?\.png") as unfinished:
         (unfinished / "selection.json").write_text(json.dumps(selection.to_dict(), indent=1), encoding="utf-8")
-        figures = selection.plot(unfinished / "timestep_curve.png")
+        try:
+            figures = selection.plot(unfinished / "timestep_curve.png")
+        except ImportError as error:
+            figures = []
+            print(f"There is no plot of the curve. {error}", file=sys.stderr)
+    if not figures:
+        for name in ("timestep_curve.png", "timestep_curve_heat_map.png"):
+            (output / name).unlink(missing_ok=True)
     return [output / name for name in ("selection.json", *(path.name for path in figures))]
 
 
@@ -757,7 +766,10 @@ def _add_fold(commands: Any) -> None:
         "(default: SOURCE's); repeat it for several, like --block and --feature",
     )
     fold.add_argument(
-        "--block", type=int, action="append", help="block to read, negative counts from the end (default: SOURCE's)"
+        "--block",
+        type=int,
+        action="append",
+        help="block to read, negative numbers count from the end (default: SOURCE's)",
     )
     fold.add_argument(
         "--feature", action="append", help="hidden, normed, query, key, value or attention (default: SOURCE's)"

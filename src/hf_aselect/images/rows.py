@@ -428,6 +428,8 @@ def _from_mapping(columns: Mapping[str, Any]) -> _Columns:
 
 def _wanted(found: Any) -> str:
     hint = ". Pass the `dataset` of the DataLoader." if isinstance(found, torch.utils.data.DataLoader) else ""
+    if isinstance(found, str | os.PathLike):
+        hint = '. Load the images of a folder with `load_dataset("imagefolder", data_dir=...)` of `datasets`.'
     return (
         "Images must be a list of PIL images or arrays, a dataset with an image column (and a label column if "
         "labels are needed), pairs (image, label), a dense tensor, or a dictionary with `pixel_values` (or "

@@ -192,4 +192,11 @@ def read_images(source: str, split: str = "train") -> Any:
             return load_dataset("parquet", data_files=source, split="train")
         return load_dataset(source, split=split)
     except (DatasetsError, ValueError) as error:
-        raise ValueError(f"{source!r} cannot be read as images: {_said(error)}") from error
+        raise ValueError(f"{source!r} cannot be read as images: {_said(error)}{_missing_here(path)}") from error
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}{_missing_here(path)}") from error
+
+
+def _missing_here(path: Path) -> str:
+    """Return what to say where a name was taken for one of the Hub because nothing of this name exists here."""
+    return "" if path.exists() else f". No folder or file {str(path)!r} exists here."

@@ -739,7 +739,7 @@ class ASelectPreTrainedModel(ShareableModel):
             self._set_standardization(None)
         if config.timestep == "auto":
             settling = package("selection.apply", "Selecting a timestep (`timestep='auto'`)")
-            settling.settle(self, calibration_images, num_train_images)
+            settling.settle(self, calibration_images, num_train_images, info)
             return
         if config.zeroed_channels == "auto":
             raise ValueError(

@@ -1,13 +1,15 @@
 """A model takes a selection over: timestep, tap, record and massive channels."""
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..model.checks import HEADS, check_count
 from ..model.configuration_aselect import ASelectConfig
-from ..model.layouts import Tap, tap_key
+from ..model.layouts import ReadOut, Tap, tap_key
 from .distribution import Share, called_by, refuse_flattened, unwrapped
 from .images import CalibrationPictures
 from .massive_channels import LARGE, MASSIVE_FEATURES
@@ -22,24 +24,32 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 2**15  # in one forward pass of a selection that loading makes
 
 
-def settle(model: Any, images: Any, num_train_images: int | None = None) -> None:
+def settle(model: Any, images: Any, num_train_images: int | None = None, info: dict[str, Any] | None = None) -> None:
     """Select the timestep of a model that is loaded, and let it be read there.
 
     Args:
         model: The model.
         images: As in `select_timestep`.
         num_train_images: As there.
+        info: transformers' loading info; code that was pushed before gives none.
     """
+    if info is not None:
+        _note_loaded_head(model, info)
     selection = select_timestep(
         model, images, batch_size=batch_size_for(model.config), num_train_images=num_train_images
     )
     if selection.pictures == "generated":
+        source = model.config.name_or_path or "SOURCE"
         # Scripts for any model of transformers have no word for calibration images.
+        if "model_type" in _saved_fields(model.config):
+            advice = f"`hf-aselect select {source} --images FOLDER` and load it with the `timestep=` that this prints"
+        else:
+            advice = f"`hf-aselect convert {source} SELECTED --timestep auto --images FOLDER` and load SELECTED"
         logger.warning(
-            "Selected timestep %s on images that the transformer generated. To select it on your own images first, "
-            "run `hf-aselect select %s --images FOLDER --output SELECTED` and load SELECTED.",
+            "Selected timestep %s on images that the transformer generated. To select it on your own images, pass "
+            "`calibration_images=`, or run %s.",
             selection.timestep,
-            model.config.name_or_path or "SOURCE",
+            advice,
         )
     model.apply_selection(selection)
 
@@ -63,8 +73,9 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
     Raises:
         ValueError: If there are images and nothing to standardize by them.
     """
+    _note_loaded_head(model, info)
     config, why = model.config, None
-    is_new = any(name.partition(".")[0] in HEADS.values() for name in info["missing_keys"])
+    is_new = _is_head_new(info)
     # Of a head that is read elsewhere than it was trained the statistics are left over.
     is_moved = any(".standardization." in name for name in info["unexpected_keys"])
     if not model._standardizations():
@@ -93,6 +104,43 @@ def settle_standardization(model: Any, images: Any, info: dict[str, Any]) -> Non
             "The features of the new head are not standardized, so that it may learn little at a large timestep. "
             "Pass `calibration_images=`, or call `model.standardize(images)`, before you train it."
         )
+
+
+def _is_head_new(info: dict[str, Any]) -> bool:
+    """Return whether a head was not among the weights that were loaded, by transformers' loading info."""
+    return any(name.partition(".")[0] in HEADS.values() for name in info["missing_keys"])
+
+
+def note_head(model: Any, how: str, read_outs: list[ReadOut] | None) -> None:
+    """Note on a model where its head is of use, for a warning if it is read elsewhere.
+
+    Args:
+        model: The model.
+        how: How its head came to be: "fitted" or "trained".
+        read_outs: What it read then; None if that is unknown.
+    """
+    model._head_origin = None if read_outs is None else (how, read_outs)
+
+
+def _note_loaded_head(model: Any, info: dict[str, Any]) -> None:
+    """Note what a head that was loaded was saved with, which need not be what it is loaded to read."""
+    if model is model._base() or _is_head_new(info):
+        return
+    kind = type(model.config)
+    known = {name: value for name, value in _saved_fields(model.config).items() if name in kind.__dataclass_fields__}
+    with suppress(ValueError, StrictDataclassError):  # it may make sense only with what it was loaded with
+        note_head(model, "trained", kind.from_dict(known).read_outs() if known else None)
+
+
+def _saved_fields(config: Any) -> dict[str, Any]:
+    """Return the configuration that lies beside the weights that were loaded; empty if there is none."""
+    try:
+        fields, _ = type(config).get_config_dict(
+            config.name_or_path, revision=getattr(config, "_commit_hash", None), local_files_only=True
+        )
+    except (OSError, ValueError):
+        return {}
+    return dict(fields)
 
 
 def warn_of_unknown_channels(model: Any) -> None:
@@ -180,10 +228,29 @@ def apply_selection(model: Any, selection: TimestepSelection, are_statistics_kep
         for each in own if is_trained else ():
             each.requires_grad_(True)
         base.freeze()  # other blocks come after the tap
+    is_told = False
     if model._standardizations():
         # What came with weights before there was a timestep is of the timestep that those were trained at.
         is_elsewhere = before != base.read_outs() and was_selected and not are_statistics_kept
-        _standardize_as(model, selection, is_elsewhere)
+        is_told = _standardize_as(model, selection, is_elsewhere)
+    how, origin = getattr(model, "_head_origin", None) or ("", None)
+    if origin is not None and origin != config.read_outs() and not are_statistics_kept:
+        note_head(model, how, None)  # once: whoever trains it again need not hear of it
+        if not is_told:
+            there, here = _places(origin, config.read_outs())
+            logger.warning("The head was %s at %s. At %s fit or train it again.", how, there, here)
+
+
+def _places(origin: list[ReadOut], now: list[ReadOut]) -> list[str]:
+    """Return what was read and what is read now in words: the timesteps, and the taps where these are others."""
+    found = []
+    taps = [list(dict.fromkeys((block, feature) for _, block, feature in each)) for each in (origin, now)]
+    for read_outs, its_taps in zip((origin, now), taps, strict=True):
+        timesteps = list(dict.fromkeys(timestep for timestep, _, _ in read_outs))
+        words = f"timestep{'s' * (len(timesteps) > 1)} {', '.join(map(str, timesteps))}"
+        names = ", ".join(f"{feature} of block {block}" for block, feature in its_taps)
+        found.append(words if taps[0] == taps[1] else f"{words} ({names})")
+    return found
 
 
 def _of_other_width(selection: TimestepSelection, config: ASelectConfig, new: ASelectConfig) -> str:
@@ -201,8 +268,8 @@ def _of_other_width(selection: TimestepSelection, config: ASelectConfig, new: AS
     )
 
 
-def _standardize_as(model: Any, selection: TimestepSelection, is_elsewhere: bool) -> None:
-    """Standardize what a model's head reads as a selection measured it, if it did."""
+def _standardize_as(model: Any, selection: TimestepSelection, is_elsewhere: bool) -> bool:
+    """Standardize what a model's head reads as a selection measured it, if it did; return whether it warned."""
     config, found = model.config, selection.standardization or {}
     is_measured = all(each in found for each in model._base().read_outs())
     if config.standardize_features and is_measured:
@@ -213,8 +280,10 @@ def _standardize_as(model: Any, selection: TimestepSelection, is_elsewhere: bool
             "Removed the feature statistics, because they belong to another timestep or tap, and a saved selection "
             "has none. Call `model.standardize(images)`, and train the head again."
         )
+        return True
     elif config.standardized_grid is None and config.standardize_features:
         logger.info(
             "The head's features are not standardized, because a saved selection has no feature statistics. Call "
             "`model.standardize(images)` before you train the head."
         )
+    return False

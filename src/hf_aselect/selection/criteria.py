@@ -277,9 +277,9 @@ class Consensus:
     predicts from pooled tokens, cross-validated: a linear probe whose labels are the transformer's own. See
     `consensus`. The references are `hidden`, `query`, `key` and `value` of the first block and of those at 3/8 and 6/8
     of the depth, and the tap itself, at those timesteps of the coarse grid (or of the given ones) whose log-SNR lies
-    between -5.5 and an end of 2 to 8, the lower the more the images are aligned (`consensus.reference_range`). So a
-    pass goes to 6/8 of the depth even for an earlier tap. Several taps are held against the same targets, so that
-    their scores can be compared.
+    between -5.5 and 8, or less for few labels of aligned images (`consensus.reference_range`). So a pass goes to 6/8
+    of the depth even for an earlier tap. Several taps are held against the same targets, so that their scores can be
+    compared.
 
     Args:
         pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",

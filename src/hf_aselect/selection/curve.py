@@ -67,13 +67,15 @@ class TimestepCurve:
 
     def _edge_warning(self, remedy: str) -> str:
         best, curve = self.best[1], self._curve
-        if best not in (0, len(curve) - 1):
+        # Of one or two timesteps each is at an end.
+        if len(curve) < 3 or best not in (0, len(curve) - 1):
             return ""
         steady = all((after >= before) == bool(best) for before, after in pairwise(curve))
         return (
-            f"it lies at the {'noisy' if best else 'clean'} edge of the grid"
-            + (", and the curve only rises toward it: " if steady else ": ")
-            + ("the criterion may measure only noise" if best else "the criterion may see only what noise removes")
+            f"it is at the {'noisy' if best else 'clean'} end of the timesteps that were scored"
+            + (", and scores only rise toward it: " if steady else ": ")
+            + "the criterion may depend only on "
+            + ("the noise" if best else "details that noise removes")
             + f". Compare it with a timestep inside the range, using {remedy}."
         )
 

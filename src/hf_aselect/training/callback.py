@@ -208,9 +208,6 @@ class ASelectCallback(TrainerCallback):
             )
         pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
         given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
-        # A mask labels each patch of an image.
-        if hasattr(dataloader.dataset, "__len__") and not hasattr(unwrapped(model), "decoder"):
-            given.setdefault("num_train_images", len(dataloader.dataset))
         if needs_labels:
             given["labels"] = [label_of(row) for row in rows]
         return select_timestep(model, {"pixel_values": pixels}, **given)

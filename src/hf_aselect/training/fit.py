@@ -16,7 +16,7 @@ from ..images.rows import TENSORS
 from ..model.checks import check_count
 from ..model.denoiser import is_sharded
 from ..model.layouts import plain
-from ..selection.apply import batch_size_for
+from ..selection.apply import batch_size_for, note_head
 from ..selection.distribution import Share, gather_objects, is_partitioned, refuse_flattened, unwrapped
 from ..selection.reader import eval_mode
 from ..selection.sweep import progress_bar
@@ -160,6 +160,8 @@ def fit_head(model: Any, dataset: Any, options: FitOptions, eval_dataset: Any = 
         or None,
         seconds=round(time.monotonic() - started, 3),
     )
+    _take_names(images, model.config)
+    note_head(model, "fitted", model.config.read_outs())
     model.card_facts = {**model.card_facts, **_card_facts(fit, figures, images.is_dense)}
     if any(hasattr(module, "merged_adapters") for module in model.modules()):
         # peft's layers. With its head among the adapters, a model has no head to fit.
@@ -301,6 +303,14 @@ def _check_names(images: LabelledImages, judged: dict[str, LabelledImages], conf
                         "dataset (`id2label=`)."
                     )
         known.append((what, each.class_numbers))
+
+
+def _take_names(images: LabelledImages, config: Any) -> None:
+    """Name the classes as the images do, where nobody has named them."""
+    default = {number: f"LABEL_{number}" for number in range(config.num_labels)}
+    if len(images.class_numbers) == config.num_labels and config.id2label == default:
+        config.id2label = {number: name for name, number in images.class_numbers.items()}
+        config.label2id = dict(images.class_numbers)
 
 
 def _eval_name(name: str) -> str:

@@ -63,7 +63,10 @@ class LabelledImages(CalibrationPictures):
         seed: int = 0,
     ) -> None:
         rows = ImageRows(dataset, image_column=image_column, label_column=label_column, is_labelled=True)
-        names = getattr((getattr(dataset, "features", None) or {}).get(rows.label), "names", None)
+        column: Any = (getattr(dataset, "features", None) or {}).get(rows.label)
+        while is_dense and hasattr(column, "feature"):
+            column = column.feature  # masks as lists of rows
+        names = getattr(column, "names", None)
         # By name, where `datasets` knows the names of the classes.
         names = () if is_transformed(dataset) else names or ()
         self.class_numbers = {name: number for number, name in enumerate(names)}
