@@ -135,5 +135,8 @@ def test_arrays_of_other_numbers_of_channels_are_refused(num_channels):
 
 
 def test_a_size_without_height_and_width_is_refused():
-    with pytest.raises(ValueError, match=r"must be an integer or have `height` and `width`, got .'shortest"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be an integer or have `height` and `width`, because all images get one shape, got .'shortest",
+    ):
         values_of(RED, size={"shortest_edge": 8}, do_center_crop=False)
