@@ -171,13 +171,13 @@ def test_what_can_be_saved_comes_back(saved, tmp_path, change):
 
 
 CANNOT = {
-    injected: "merge them (`merge_and_unload",
-    injected_into_the_transformer: "or remove them (`diffusers.utils.recurse_remove_peft_layers",
+    injected: r"merge them \(`merge_and_unload",
+    injected_into_the_transformer: r"or remove them \(`diffusers.utils.recurse_remove_peft_layers",
     added_by_diffusers: r"`fuse_lora\(\)` and `unload_lora\(\)` of the transformer",
     fused_but_there: r"`fuse_lora\(\)` and `unload_lora\(\)` of the transformer",
     trained_projections: r"Its fused projections were trained\. .*unfuse_qkv_projections",
     parametrized: r"remove_parametrizations",
-    quantized_by_torch: r"could not be loaded: .* Its layers are quantized\. Save the model before",
+    quantized_by_torch: r"could not be loaded again: .* Its layers are quantized\. Save the model before",
     quantized_by_torchao: "is quantized .* Save the model before",
     quantized_by_bitsandbytes: "Save the model before",
     to_integers: r"is quantized \(torch\.int8\).* Save the model before",

@@ -553,7 +553,7 @@ def test_bad_masks_are_refused(processor, mask, message):
 
 
 def test_as_many_masks_as_pictures_are_wanted(processor):
-    with pytest.raises(ValueError, match="Got 1 masks for 2 images"):
+    with pytest.raises(ValueError, match="got 1 masks for 2 images"):
         processor([np.zeros((8, 8, 3), dtype=np.uint8)] * 2, [np.zeros((8, 8), dtype=np.uint8)])
 
 
