@@ -678,9 +678,9 @@ def test_parts_that_are_needed_cannot_be_left_out(sd3_folder, tmp_path, without,
 
 
 def test_parts_to_do_without_are_checked_where_there_is_no_text_or_it_is_given(latent_folder, sd3_folder):
-    with pytest.raises(ValueError, match="text_encoder_3 of a .* can be left out: none"):
+    with pytest.raises(ValueError, match=r"text_encoder_3 of a .* can be left out: none"):
         DiTModel.from_pretrained(latent_folder, timestep=5, text_encoder_3=None)
-    with pytest.raises(ValueError, match="text_encoder of a .* can be left out: text_encoder_3, tokenizer_3"):
+    with pytest.raises(ValueError, match=r"text_encoder of a .* can be left out: text_encoder_3, tokenizer_3"):
         DiTModel.from_pretrained(sd3_folder, timestep=5, text_encoder=None)
 
 

@@ -563,7 +563,7 @@ def test_a_field_that_the_configuration_lacks_is_named(registry, changed):
     register_family(replace(family, **changed))
     config = {**build_transformer().config, "_class_name": family.name}
     with pytest.raises(
-        (ValueError, StrictDataclassError), match=r"names the field '(classes|norm_type|width)', which must be"
+        (ValueError, StrictDataclassError), match=r"names the field '(classes|norm_type|width)', which"
     ):
         ASelectConfig(transformer=config)
 
