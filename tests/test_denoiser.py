@@ -626,7 +626,7 @@ def test_a_prediction_of_another_shape_is_refused(registry, output):
     register_family(family)
     config = {**build_transformer().config, "out_channels": 6, "_class_name": family.name}
     denoiser = build_denoiser(ASelectConfig(transformer=config)).eval()
-    with pytest.raises(ValueError, match=r"`output` of Plain.* in the shape of the latents, \(2, 3, 8, 8\), got"):
+    with pytest.raises(ValueError, match=r"`output` of Plain.* with the shape of the latents, \(2, 3, 8, 8\), got"):
         denoiser.predict(torch.randn(2, 3, 8, 8), torch.full((2,), 5), torch.zeros(2, dtype=torch.long))
 
 
