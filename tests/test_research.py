@@ -625,8 +625,11 @@ def test_weights_are_found_in_whatever_holds_them(tmp_path, form):
 
 def test_weights_in_a_dictionary_that_holds_itself_are_found(tmp_path):
     weights = weights_of()
+    expected = weights["final_layer.linear.weight"]
     weights["itself"] = weights
     convert(save(weights, tmp_path / "weights.pt"), tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["denoiser.transformer.proj_out_2.weight"], expected)
 
 
 @pytest.mark.parametrize("options", [{"revision": "main"}, {"subfolder": "there"}, {"variant": "fp16"}])

@@ -271,11 +271,11 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one image and its label."""
         row = self.split[index]
-        picture = row[self.args.image_column]
+        image = row[self.args.image_column]
         if self.seed is not None and self.args.crop_share < 1:
             numbers = random.Random(f"{self.seed} {self.epoch} {index}")
-            (picture,) = cropped_and_flipped([picture], self.args.crop_share, numbers)
-        pixels = self.processor(picture, return_tensors="pt").pixel_values[0]
+            (image,) = cropped_and_flipped([image], self.args.crop_share, numbers)
+        pixels = self.processor(image, return_tensors="pt").pixel_values[0]
         return {"pixel_values": pixels, "labels": row[self.args.label_column]}
 
 
@@ -285,15 +285,15 @@ def as_pixels(
     """Return a stream of `pixel_values` and `labels`: shuffled within a buffer and cropped anywhere if seeded."""
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
-        picture = row[args.image_column]
+        image = row[args.image_column]
         if seed is not None and args.crop_share < 1:
             # By the place in the shuffled stream, which is another one in another epoch: whoever reads it, and
             # whether it is read again.
             worker = torch.utils.data.get_worker_info()
             numbers = random.Random(f"{seed} {os.environ.get('RANK', 0)} {worker.id if worker else 0} {index}")
-            (picture,) = cropped_and_flipped([picture], args.crop_share, numbers)
+            (image,) = cropped_and_flipped([image], args.crop_share, numbers)
         return {
-            "pixel_values": processor(picture, return_tensors="np").pixel_values[0],
+            "pixel_values": processor(image, return_tensors="np").pixel_values[0],
             "labels": row[args.label_column],
         }
 
