@@ -75,7 +75,8 @@ class Inputs:
 
 def last_tokens(sequence: Tensor, num_tokens: int) -> Tensor:
     """Return the image's tokens where they are all, or come after the text's, (B, N, D)."""
-    return sequence[:, -num_tokens:]
+    # A slice is not what the next block reads: it would get no gradient.
+    return sequence if sequence.shape[1] == num_tokens else sequence[:, -num_tokens:]
 
 
 def first_tokens(sequence: Tensor, num_tokens: int) -> Tensor:

@@ -900,7 +900,7 @@ class DiTModel(ASelectPreTrainedModel):
     Args:
         config: The configuration.
         add_pooling_layer: False, as scripts pass it that want ViT without one. There is none to be added.
-        use_mask_token: False, as of ViT. There is none.
+        use_mask_token: As of ViT. There is none, with a warning if it is True.
 
     Example:
         >>> import torch
@@ -918,7 +918,8 @@ class DiTModel(ASelectPreTrainedModel):
         if add_pooling_layer:
             raise ValueError("`add_pooling_layer=True` is not supported: `pooler_output` is the mean of the tokens.")
         if use_mask_token:
-            raise ValueError("`use_mask_token=True` is not supported, because images cannot be masked. Omit it.")
+            # A ViT with a mask token computes the same as long as nothing is masked, and `forward` refuses masks.
+            logger.warning("`use_mask_token=True` is ignored, because images cannot be masked.")
         super().__init__(config)
         self.schedule = NoiseSchedule.from_config(config.scheduler or {})
         self.denoiser = build_denoiser(config)
