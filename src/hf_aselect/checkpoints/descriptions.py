@@ -103,6 +103,7 @@ def _check_fields(family: TransformerFamily) -> None:
     check(isinstance(family.num_classes, str), "num_classes", 'the name of a field, or ""')
     check(isinstance(family.pipeline, str), "pipeline", 'the name of a pipeline of diffusers, or ""')
     check(isinstance(family.output_module, str), "output_module", 'the name of a module, or ""')
+    check(are_words(family.whole_modules), "whole_modules", "a tuple of names of modules")
     check(are_words(family.timestep_embeddings), "timestep_embeddings", "a tuple of names")
     check(family.prepare is None or callable(family.prepare), "prepare", "a function, or None")
     check(family.encode_prompt is None or callable(family.encode_prompt), "encode_prompt", "a function, or None")

@@ -139,6 +139,8 @@ class TransformerFamily:
         patch_embedding: Name of the module that makes tokens of latents. Where it is, the model computes.
         timestep_modules: Names of modules that get the timestep rounded in half precision, and what timesteps in
             [0, 1000] are divided by to be what they take.
+        whole_modules: Names of modules that take weights of layers inside of them without calling these layers. While
+            such a module runs, all of its weights are in memory, and on one device.
         timestep_embeddings: Ways to embed a timestep that its checkpoints were trained with, of which a configuration
             names one.
         prepare: Changes a new transformer for one of them; None where there is nothing to change.
@@ -172,6 +174,7 @@ class TransformerFamily:
     output_module: str = ""
     timestep_embeddings: tuple[str, ...] = ("diffusers",)
     prepare: Callable[[Any, str], None] | None = None
+    whole_modules: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Go into a pickle by name: a description consists of functions."""
@@ -650,6 +653,7 @@ _ALL = (
         },
         patch_embedding="pos_embed",
         timestep_modules={"time_extra_emb.time_proj": 1},
+        whole_modules=("time_extra_emb.pooler",),
     ),
     TransformerFamily(
         "LuminaNextDiT2DModel",
