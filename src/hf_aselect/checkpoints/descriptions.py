@@ -39,11 +39,7 @@ def register_family(family: TransformerFamily) -> None:
         ...         "AllegroTransformer3DModel",
         ...         sizes=("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size"),
         ...         layout=lambda config: transformer_layout(config, sample_size=config["sample_size"][0]),
-        ...         call=lambda inputs: {
-        ...             "hidden_states": inputs.latents[:, :, None],
-        ...             "timestep": inputs.timesteps,
-        ...             "encoder_hidden_states": inputs.text,
-        ...         },
+        ...         call=lambda inputs: inputs.keywords(inputs.timesteps, inputs.latents[:, :, None]),
         ...         blocks=(TransformerBlocks("transformer_blocks", "attn1"),),
         ...         prompt_fields={"prompt_embeds": "caption_channels"},
         ...         patch_embedding="pos_embed",
