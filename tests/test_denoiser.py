@@ -412,7 +412,7 @@ def test_the_command_refuses_to_fold_a_described_family_before_it_loads(load, fo
         model.save_pretrained(folder := tmp_path / "saved")
     monkeypatch.setattr(DiTModel, "from_pretrained", None)
     assert main(["fold", str(folder), str(tmp_path / "out"), "--timestep", "5"]) == 1
-    assert "A AuraFlowTransformer2DModel cannot be folded. Supported are DiT" in capsys.readouterr().err
+    assert "AuraFlowTransformer2DModel cannot be folded. Supported are DiT" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
