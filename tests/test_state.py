@@ -408,6 +408,17 @@ def test_a_call_does_not_make_a_model_another_one(saved):
     assert pickle.dumps(model) == before
 
 
+def test_layers_up_to_the_tap_are_found_under_either_kind_of_checkpointing(saved):
+    """A sibling: the older kind takes no part in `torch.autograd.grad`, by which they are found."""
+    model = by_class(saved[False], None)
+    expected = model.lora_targets()
+    enable_checkpointing(model, {"use_reentrant": True})
+    assert model.train().lora_targets() == expected
+    selection = select_timestep(model, images_of(model, num=8), timesteps=[50, 500], block=1, feature="hidden")
+    model.apply_selection(selection)
+    assert all(step.gradient_checkpointing for step in model.backbone.denoiser.steps)
+
+
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_another_tap_trains_what_was_trained(saved, is_adapted):
     """A sibling: under adapters peft froze the backbone, and a selection at another tap leaves it so."""
