@@ -13,6 +13,7 @@ import torch
 from conftest import build_transformer, build_vae
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, UperNetConfig, ViTConfig
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
@@ -319,6 +320,7 @@ def test_a_misspelt_argument_of_forward_is_refused(classifier, pixels, name):
     assert classifier(pixels, num_items_in_batch=7, interpolate_pos_encoding=True, return_loss=True).loss is None
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 stops at its own exceptions")
 def test_further_arguments_of_forward_break_no_graph(classifier, pixels):
     compiled = torch.compile(classifier.eval(), fullgraph=True, backend="eager")
     labels = torch.zeros(7).long()
