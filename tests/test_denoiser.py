@@ -21,7 +21,7 @@ from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from pipelines import LOAD_OPTIONS, video_vae
+from pipelines import LOAD_OPTIONS, randomized, video_vae
 from pipelines import PIPELINES as FOLDED_PIPELINES
 from test_denoiser_dit import TAPS, build_transformer
 from test_vae import WAN22
@@ -38,6 +38,7 @@ from hf_aselect import (
 )
 from hf_aselect.cli import main
 from hf_aselect.model import denoisers, families
+from hf_aselect.model.denoiser import Denoiser
 from hf_aselect.model.denoisers import build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
 
@@ -258,9 +259,7 @@ def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     from accelerate import cpu_offload
 
     model, other = load(name), load(name)
-    # HunyuanDiT's pooling of the text takes the weights of its parts without calling them, which offloading waits for.
-    whole = ["HunyuanDiTAttentionPool"] if name == "hunyuan_dit" else None
-    cpu_offload(other.denoiser, execution_device=torch.device("cpu"), preload_module_classes=whole)
+    cpu_offload(other.denoiser, execution_device=torch.device("cpu"))
     noised = noised_of(model)
     taps = [(1, "query"), (2, "hidden")]
     with torch.no_grad():
@@ -269,6 +268,40 @@ def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     for tap in taps:
         assert torch.equal(found[tap], expected[tap]) and torch.equal(again[tap], expected[tap])
     assert all(parameter.is_meta for parameter in other.denoiser.transformer.parameters())
+
+
+class MixedTransformer2DModel(diffusers.DiTTransformer2DModel):
+    """A DiT whose latents are mixed by a layer of torch that takes the weights of the layer inside of it."""
+
+    def forward(self, hidden_states, **options):
+        rows = hidden_states.flatten(2).mT
+        mixed = self.mixer(rows, rows, rows)[0].mT.unflatten(2, hidden_states.shape[2:])
+        return super().forward(hidden_states=hidden_states + mixed, **options)
+
+
+@pytest.mark.parametrize("whole", [(), ("mixer",)])
+def test_layers_that_are_never_called_are_brought_in_where_the_description_says_so(whole):
+    from accelerate import cpu_offload
+
+    transformer = randomized(MixedTransformer2DModel.from_config(build_transformer().config))
+    transformer.mixer = torch.nn.MultiheadAttention(3, 1, batch_first=True)
+    family = replace(FAMILIES["DiTTransformer2DModel"], whole_modules=whole)
+    denoiser, other = (Denoiser(copy.deepcopy(transformer), family).eval() for _ in range(2))
+    cpu_offload(other, execution_device=torch.device("cpu"))
+    noised = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = denoiser(noised, 141, 1, "query")
+        if not whole:
+            with pytest.raises(RuntimeError, match="meta"):
+                other(noised, 141, 1, "query")
+            return
+        for _ in range(2):
+            assert torch.equal(other(noised, 141, 1, "query"), expected)
+    assert all(parameter.is_meta for parameter in other.parameters())
+
+
+def test_a_device_map_puts_layers_that_are_never_called_on_one_device(load):
+    assert {"HunyuanDiTAttentionPool", "HunyuanDiTBlock"} <= load("hunyuan_dit")._no_split_modules
 
 
 @pytest.mark.skipif(not hasattr(DiTModel, "activation_checkpointing_enable"), reason="of later transformers")
@@ -488,6 +521,7 @@ def test_what_is_no_description_is_not_registered(registry):
         ("pipeline", ["FluxPipeline"], "must be given together"),
         ("encode_prompt", ["FluxPipeline"], "must be a function, or None"),
         ("output_module", [None, 7], 'must be the name of a module, or ""'),
+        ("whole_modules", ["pooler", (7,), None], "must be a tuple of names of modules"),
         ("timestep_embeddings", ["sit", (7,), None], "must be a tuple of names"),
         ("prepare", ["original"], "must be a function, or None"),
         ("encode_prompt", [lambda pipe, config: {}], "must be given together"),
@@ -637,6 +671,7 @@ def test_a_prediction_of_another_shape_is_refused(registry, output):
         ({"blocks": (TransformerBlocks("layers"),)}, "layers"),
         ({"blocks": (TransformerBlocks(attention="attention"),)}, r"transformer_blocks\.0\.attention"),
         ({"timestep_modules": {"time_proj": 1}}, "time_proj"),
+        ({"whole_modules": ("pooler",)}, "pooler"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(registry, changed, named):

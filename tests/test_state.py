@@ -379,7 +379,7 @@ def a_segmenter(folder):
     return DiTForSemanticSegmentation.from_pretrained(folder, **options)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 writes code that lacks torch")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 compiles no model of transformers")
 @pytest.mark.parametrize("make", [a_classifier, a_segmenter])
 def test_a_model_compiles_before_it_was_called(pixel_folder, make):
     noise_schedule._KEPT_NOISE.clear()
