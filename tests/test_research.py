@@ -842,6 +842,7 @@ def test_the_command_converts_and_selects(pickled, tmp_path, vae_folder, picture
 
 @pytest.mark.parametrize("given", [[7], [7, 90]])
 def test_the_command_writes_a_timestep_of_any_source(latent_folder, tmp_path, given):
+    """One timestep was asked for; several are its sibling."""
     words = ["convert", str(latent_folder), str(tmp_path / "out"), "--timestep", *map(str, given)]
     assert main(words) == 0
     assert ASelectConfig.from_pretrained(tmp_path / "out").timestep == (given if len(given) > 1 else given[0])

@@ -416,6 +416,9 @@ class Denoiser(nn.Module):
         buffers = {id(each): each.to("meta") for each in self.buffers()}
         # A copy on the meta device, because a transformer may move its tables to the device of its input.
         twin = copy.deepcopy(self, {**buffers, **{id(each): new for each, new in zip(mine, weights, strict=True)}})
+        # The older kind (`use_reentrant`) rejects `autograd.grad`.
+        for step in twin.steps:
+            step.gradient_checkpointing = False  # type: ignore[assignment]
         latents = torch.empty(1, self.num_channels, *2 * [4 * self.patch_size], device="meta", dtype=mine[0].dtype)
         try:
             with torch.enable_grad():
