@@ -71,8 +71,8 @@ MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
 NUM_HALVES = 20
 OF_THE_SEARCH = (
-    *("train_file", "test_file", "annotation_column", "ignore_index", "num_train", "num_test", "attention_features"),
-    *("plain_features", "num_attention_train", "num_measured"),
+    *("train_file", "test_file", "annotation_column", "ignore_index", "num_train", "num_draws", "num_test"),
+    *("attention_features", "plain_features", "num_attention_train", "num_measured"),
 )
 # Of an attention head's training: as many steps from few images as from many.
 BATCH_SIZE = 50
@@ -100,6 +100,10 @@ class BenchmarkArguments:
     )
     ignore_index: int = field(default=UNLABELLED, metadata={"help": "Class index that stands for no label."})
     num_train: int = field(default=1500, metadata={"help": "Images that a ridge classifier is fitted to."})
+    num_draws: int = field(
+        default=1,
+        metadata={"help": "Draws of --num_train images over which a ridge classifier is averaged."},
+    )
     num_test: int = field(default=2500, metadata={"help": "Images that it is tried on."})
     attention_features: list[str] = field(
         default_factory=lambda: ["hidden", "query"],
@@ -140,7 +144,14 @@ class Pair:
         self.saved_seconds = 0.0  # that images of its own would have taken to make again
         self.make_own_pictures_once()
         self.processor = ASelectImageProcessor.from_model_config(self.model.config)
-        self.train = sample(args.train_file, args.num_train)
+        # Selections, measures and attention heads have the first draw alone.
+        self.drawn = sample(args.train_file, args.num_train * args.num_draws)
+        if args.num_draws > 1 and len(self.drawn) < args.num_train * args.num_draws:
+            raise ValueError(
+                f"--num_draws of --num_train images each are {args.num_train * args.num_draws} images, and "
+                f"{args.train_file} has {len(self.drawn)}. Take fewer of either."
+            )
+        self.train = self.drawn.select(range(min(args.num_train, len(self.drawn))))
         self.test = sample(args.test_file, args.num_test)
         schedule = self.model.noise_schedule
         # The grid of a selection is within that of the search, so that every choice has its accuracy.
@@ -149,7 +160,8 @@ class Pair:
         self.taps: list[Tap] = [(block, feature) for block in blocks for feature in FEATURES]
         self.attention_taps = [tap for tap in self.taps if tap[1] in args.attention_features]
         self.plain_taps = [tap for tap in self.attention_taps if tap[1] in args.plain_features]
-        self.labels = [self.read_labels(rows) for rows in (self.train, self.test)]
+        self.drawn_labels = self.read_labels(self.drawn)
+        self.labels = [self.drawn_labels[: len(self.train)], self.read_labels(self.test)]
 
     @property
     def per_picture(self) -> bool:
@@ -178,6 +190,10 @@ class Pair:
             patches = square.reshape(cells, side // cells, cells, side // cells).swapaxes(1, 2).reshape(cells**2, -1)
             labels.append([np.bincount(patch).argmax() for patch in patches])
         return np.array(labels)
+
+    def split(self, labels: np.ndarray) -> list[np.ndarray]:
+        """Return the labels of each draw."""
+        return [labels[start : start + len(self.train)] for start in range(0, len(labels), len(self.train))]
 
     @torch.no_grad()
     def tokens(self, latents: Tensor, timestep: int, noise: Tensor | None = None) -> dict[Tap, Tensor]:
@@ -208,7 +224,7 @@ class Pair:
         if path.exists():
             with np.load(path) as stored:
                 done = dict(stored) if str(stored["settings"]) == str(done["settings"]) else done
-        train, test = self.model.encode(self.pixel_values(self.train)), self.model.encode(self.pixel_values(self.test))
+        train, test = (self.model.encode(self.pixel_values(rows)) for rows in (self.drawn, self.test))
         for timestep in tqdm(self.grid, desc="Trying each timestep"):
             if f"{timestep}/seconds" not in done:
                 found = self.try_timestep(train, test, timestep)
@@ -231,7 +247,7 @@ class Pair:
     def try_timestep(self, train: Tensor, test: Tensor, timestep: int) -> dict[str, np.ndarray]:
         """Return for each test image whether each tap's classifiers are right about it, and the measures."""
         generator = torch.Generator().manual_seed(0)
-        measured = train[: self.args.num_measured]
+        measured = train[: len(self.train)][: self.args.num_measured]
         draws = [torch.randn(measured.shape, generator=generator) for _ in range(4)]
         started = time.monotonic()
         tokens = [self.tokens(latents, timestep) for latents in (train, test)]
@@ -239,7 +255,9 @@ class Pair:
         for tap in self.taps:
             place = f"{tap[0]}/{tap[1]}"
             parts = [part[tap] for part in tokens]
-            found[f"ridge/{place}"] = ridge_hits(parts[0], self.labels[0], parts[1], self.labels[1])
+            every = zip(parts[0].split(len(self.train)), self.split(self.drawn_labels), strict=True)
+            found[f"ridge/{place}"] = np.mean([ridge_hits(*draw, parts[1], self.labels[1]) for draw in every], axis=0)
+            parts[0] = parts[0][: len(self.train)]
             ways = {"attention": tap in self.attention_taps, PLAIN: tap in self.plain_taps}
             for truth in (truth for truth, is_wanted in ways.items() if is_wanted):
                 part = slice(self.args.num_attention_train)
@@ -252,7 +270,7 @@ class Pair:
         found["seconds"] = np.array(time.monotonic() - started)
         views = [self.tokens(measured, timestep, noise) for noise in draws]
         for tap in self.taps:
-            own = tokens[0][tap][: self.args.num_measured].mean(1).double().numpy()
+            own = tokens[0][tap][: len(measured)].mean(1).double().numpy()
             pooled = np.stack([view[tap][:, 0].double().numpy() for view in views])
             for name, value in (("RankMe", rank_me(own)), ("alpha-ReQ", alpha_req(own)), ("LiDAR", lidar(pooled))):
                 found[f"{name}/{tap[0]}/{tap[1]}"] = np.array(value)
