@@ -54,13 +54,13 @@ FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
 # What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14, and no regions.
 FORMER = "consensus of all timesteps"
-# The default, which is told how many labelled images there will be.
-TOLD = "consensus, number of labels"
+# The default, which is not told how many labelled images there will be.
+UNTOLD = "consensus, number of labels unknown"
 CRITERIA: dict[str, Criterion] = {
     "hfr": HFR(),
     "signal_hfr": SignalHFR(),
     FORMER: Consensus(region_weight=0.0),
-    TOLD: Consensus(),
+    UNTOLD: Consensus(),
 }
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
@@ -126,7 +126,7 @@ class BenchmarkArguments:
     )
     consensus_only: bool = field(
         default=False,
-        metadata={"help": "Only select by the default, and by it with the number of labels."},
+        metadata={"help": "Only select by the default, and by it without the number of labels."},
     )
     search_only: bool = field(
         default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
@@ -167,6 +167,11 @@ class Pair:
     def per_picture(self) -> bool:
         """Whether a label belongs to an image rather than to a patch."""
         return self.args.annotation_column is None
+
+    @property
+    def num_labelled(self) -> int | None:
+        """Number of labelled images, which is not known of patches: as `hf-aselect fit` tells it."""
+        return self.args.num_train if self.per_picture else None
 
     def pixel_values(self, rows: Dataset) -> Tensor:
         """Return images as (n, C, H, W)."""
@@ -291,8 +296,8 @@ class Pair:
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
             others = () if self.args.consensus_only else CRITERIA
-            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in (FORMER, TOLD)]
-            beside = TOLD if self.args.consensus_only else FORMER
+            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in (FORMER, UNTOLD)]
+            beside = UNTOLD if self.args.consensus_only else FORMER
             ways += [(name, truth) for name in (beside, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
@@ -333,7 +338,7 @@ class Pair:
                 feature=tap[1],
                 labels=self.labels[0] if name == "probe" else None,
                 seed=seed,
-                num_train_images=self.args.num_train if name == TOLD else None,
+                num_train_images=None if name == UNTOLD else self.num_labelled,
             )
         places = [self.nearest(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
@@ -376,7 +381,7 @@ class Pair:
         rows = []
         for name, options in ways.items():
             for seed in self.args.seeds:
-                record = select_timestep(self.model, images, seed=seed, **options)
+                record = select_timestep(self.model, images, seed=seed, num_train_images=self.num_labelled, **options)
                 tap = (record.block, record.feature)
                 place = taps.index(tap) * len(self.grid) + self.nearest(record.timestep)
                 found = {"criterion": TAPS + name, "truth": truth, "block": tap[0], "feature": tap[1], "seed": seed}

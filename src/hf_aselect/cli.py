@@ -506,6 +506,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
         calibration_images=images,
+        num_train_images=None if is_dense else len(train),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a head that is there is of no use
