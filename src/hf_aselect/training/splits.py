@@ -89,8 +89,8 @@ def train_and_validation(splits: DatasetDict, seed: int, label_column: str | Non
             if lonely := [name for name, count in counts.items() if count == 1]:
                 name = train.features[label_column].int2str(lonely[0])
                 raise ValueError(
-                    f"Of class {name!r} there is one image, which cannot be in a training and an evaluation split. Pass "
-                    "a validation split, or more images."
+                    f"Of class {name!r} there is one image, which cannot be in a training and an evaluation split. "
+                    "Pass a validation split, or more images."
                 )
         parts = train.train_test_split(size, seed=seed, stratify_by_column=label_column)
         return parts["train"], parts["test"]
