@@ -1,5 +1,6 @@
 """What is particular to reading by hooks on a transformer's own call, and to families that users describe."""
 
+import ast
 import copy
 import importlib
 import json
@@ -7,11 +8,13 @@ import pickle
 import shutil
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import diffusers
+import generic_pipelines
 import numpy as np
 import pytest
 import torch
@@ -36,6 +39,7 @@ from hf_aselect import (
     register_family,
     transformer_layout,
 )
+from hf_aselect.checkpoints import empty_prompt
 from hf_aselect.cli import main
 from hf_aselect.model import denoisers, families
 from hf_aselect.model.denoiser import Denoiser
@@ -412,8 +416,43 @@ def test_the_command_refuses_to_fold_a_described_family_before_it_loads(load, fo
         model.save_pretrained(folder := tmp_path / "saved")
     monkeypatch.setattr(DiTModel, "from_pretrained", None)
     assert main(["fold", str(folder), str(tmp_path / "out"), "--timestep", "5"]) == 1
-    assert "A AuraFlowTransformer2DModel cannot be folded. Supported are DiT" in capsys.readouterr().err
+    assert "AuraFlowTransformer2DModel cannot be folded. Supported are DiT" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def lines_of_families():
+    """Lines of each described family: what it alone uses of descriptions, encoders of prompts and tiny pipelines."""
+    trees = [ast.parse(Path(each.__file__).read_text()) for each in (families, empty_prompt, generic_pipelines)]
+    defined = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    def names(node):
+        found = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        return found | {name for each in found & defined.keys() for name in names(defined[each])}
+
+    parts = {}
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "TransformerFamily":
+            parts[node.args[0].value] = [node]
+    (encoders,) = (each.value for each in trees[1].body if ast.unparse(each).startswith("_ENCODERS"))
+    pipelines = {name: node for name, node in defined.items() if name in GENERIC_PIPELINES}
+    for name, entry in zip(encoders.keys, encoders.values, strict=True):
+        parts[name.value] += [entry, *(node for node in pipelines.values() if name.value in names(node))]
+    used = {name: set().union(*map(names, nodes)) & defined.keys() for name, nodes in parts.items()}
+    shared = Counter(name for each in used.values() for name in each)
+    return {
+        name: sum(node.end_lineno - node.lineno + 1 for node in nodes)
+        + sum(defined[each].end_lineno - defined[each].lineno + 1 for each in used[name] if shared[each] == 1)
+        for name, nodes in parts.items()
+        if any(isinstance(node, ast.FunctionDef) for node in nodes)
+    }
+
+
+def test_a_family_takes_as_few_lines_as_contributors_are_told():
+    """HunyuanDiT has two texts with masks, and positions, sizes and a style that its pipeline makes."""
+    lines = lines_of_families()
+    assert len(lines) == len(DESCRIBED)
+    assert lines.pop("HunyuanDiT2DModel") <= 70
+    assert max(lines.values()) <= 60, lines
 
 
 def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp_path):
@@ -635,6 +674,14 @@ def called(change):
             "does not return hidden_states. Its `forward` accepts hidden_",
         ),
         (called(lambda given, _: {**given, "return_dict": False}), "returns return_dict, which is set automatically"),
+        (
+            called(lambda given, _: {**given, "hidden_states": given["hidden_states"].flatten(2)}),
+            r"failed \(RuntimeError: .*\) after `call` returned hidden_states \(2, 3, 64\), timestep \(2,\)",
+        ),
+        (
+            called(lambda given, _: {**given, "class_labels": given["timestep"] + 0.5}),
+            r"failed \(RuntimeError: .*\) after `call` returned .*, class_labels \(2,\)",
+        ),
         ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, r"is 1, but a block returns Tensor\. Set it"),
         ({"tokens": lambda sequence, count: sequence}, None),
         ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 image tokens .* got \(2, 15, 16\)"),

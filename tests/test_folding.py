@@ -547,7 +547,7 @@ def test_other_families_are_refused_by_name(load, monkeypatch):
     monkeypatch.delitem(folding.FOLDED, "SanaTransformer2DModel")
     with pytest.raises(
         ValueError,
-        match=r"A SanaTransformer2DModel cannot be folded. Supported are DiTTransformer2DModel, Pix",
+        match=r"SanaTransformer2DModel cannot be folded. Supported are DiTTransformer2DModel, Pix",
     ):
         load("sana").fold()
 
