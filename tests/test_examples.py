@@ -28,6 +28,7 @@ from diffusers import (
     UNet2DModel,
 )
 from forking import SCRIPT, offline
+from packaging.version import Version
 from PIL import Image as PILImage
 from PIL import ImageOps
 from pipelines import pixart_sigma
@@ -897,6 +898,7 @@ def test_digits_are_not_made_smaller_and_some_are_left_to_test(option, value, sa
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 takes no free batch here")
 def test_a_trained_model_is_written_as_onnx(pretrained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the `export` extra is not installed")
     model = DiTForImageClassification.from_pretrained(pretrained, timestep=50, num_labels=2, head="linear")
