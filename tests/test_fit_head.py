@@ -836,6 +836,7 @@ def test_the_command_selects_the_timestep_where_there_is_none(pixel_folder, trai
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert f"timestep               {model.config.timestep}, selected from 40 images" in capsys.readouterr().out
     assert model.config.selection["settings"]["pooling"] == "mean"
+    assert model.config.selection["options"]["num_train_images"] == 40
     assert model.config.id2label == {number: f"class {number}" for number in range(4)}
     assert (tmp_path / "out" / "timestep_curve.png").is_file()
     # Again, from what it wrote: the timestep stays, and the head is another one.
