@@ -57,6 +57,13 @@ def test_a_folder_of_transformer_and_scheduler_has_their_weights(pixel_folder):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("source", [dit, list, dict], ids=["a pipeline", "a list", "a dictionary"])
+def test_a_source_that_is_no_name_is_rejected(source):
+    source = source()
+    with pytest.raises(ValueError, match=rf"got a {type(source).__name__}\. Save it first .* pass the folder"):
+        DiTModel.from_pretrained(source)
+
+
 def test_a_bare_transformer_takes_dits_own_schedule(bare_folder):
     model = DiTModel.from_pretrained(bare_folder, timestep=5)
     theirs = DDPMScheduler(beta_schedule="linear").alphas_cumprod

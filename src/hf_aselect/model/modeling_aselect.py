@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -564,6 +564,11 @@ class ASelectPreTrainedModel(ShareableModel):
         """
         source = pretrained_model_name_or_path
         source = os.fspath(source) if isinstance(source, os.PathLike) else source  # of any kind, as `os.scandir`'s
+        if not isinstance(source, (str, NoneType)):
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be a folder, an id on the Hub, or None, got "
+                f"a {type(source).__name__}. Save it first (`save_pretrained`), and pass the folder."
+            )
         adapters = package("checkpoints.adapters")
         if adapters is not None and (adapter := adapters.find_adapter(source, kwargs)) is not None:
             kwargs |= {"calibration_images": calibration_images, "num_train_images": num_train_images}
