@@ -1,4 +1,5 @@
 import builtins
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,6 +113,20 @@ def test_the_predictions_are_a_picture(tmp_path):
     plot_predictions(tmp_path / "p.png", PICTURES, ["cat", "dog", "cat"], ["cat", "cat", "cat"])
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_long_names_are_cut_and_do_not_run_into_the_next_image(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    names = ["American pit bull terrier", "Staffordshire bull terrier", "Ankle boot"]
+    plot_predictions(tmp_path / "p.png", PICTURES, names, [names[1], names[1], names[2]])
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    titles = [axes.title for axes in figure.axes]
+    assert titles[0].get_text() == "✗ Staffordshire b…\ntrue: American pit…"
+    assert titles[2].get_text() == "✓ Ankle boot"
+    boxes = [title.get_window_extent() for title in titles]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_wrong_predictions_look_different(tmp_path):

@@ -65,7 +65,7 @@ def plot_timestep_curve(
     positions = [-value for value in log_snr]
     label = criterion if accuracies is None else f"{criterion} (left)"
     lines = _draw_scores(axes, positions, scores, intervals, smoothed, label)
-    axes.set_ylabel(f"{criterion}, 95 % interval" if intervals is not None else criterion)
+    axes.set_ylabel(f"{criterion} score (shaded: 95 % interval)" if intervals is not None else criterion)
     if accuracies is not None:
         lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
     mark = positions[list(timesteps).index(chosen)]
@@ -95,7 +95,7 @@ def _draw_scores(
         axes.fill_between(positions, low, high, color=BLUE, alpha=0.2, linewidth=0)
     lines: list[Any] = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=label)
     if smoothed is not None:
-        lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="mean of neighbours")
+        lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="smoothed")
     return lines
 
 
@@ -191,7 +191,7 @@ def plot_predictions(
     images: Sequence[Any],
     true_names: Sequence[str],
     predicted_names: Sequence[str],
-    columns: int = 8,
+    columns: int = 5,
 ) -> None:
     """Draw images with their true and predicted names as a PNG; wrong ones have a cross, a frame and both names.
 
@@ -212,7 +212,8 @@ def plot_predictions(
             f"{len(images)}, {len(true_names)} and {len(predicted_names)}."
         )
     rows = math.ceil(len(images) / columns)
-    figure = _new_figure(1.45 * columns, 1.8 * rows)
+    # Small in inches, so that the names are readable when a page shows the image at a third of its width.
+    figure = _new_figure(1.35 * columns, 1.75 * rows)
     for index, (image, true, predicted) in enumerate(zip(images, true_names, predicted_names, strict=True)):
         _draw_prediction(figure.add_subplot(rows, columns, index + 1), image, true, predicted)
     _save(figure, path)
@@ -223,10 +224,12 @@ def _draw_prediction(axes: Any, image: Any, true: str, predicted: str) -> None:
     axes.imshow(image, cmap="gray" if image.mode in ("L", "1") else None)
     axes.set_xticks([])
     axes.set_yticks([])
+    # Longer ones would run into the next image's.
+    true_name, predicted_name = _short(true, 14), _short(predicted, 16)
     if true == predicted:
-        axes.set_title(f"✓ {true}", fontsize=8)
+        axes.set_title(f"✓ {predicted_name}", fontsize=9)
         return
-    axes.set_title(f"✗ {predicted}\ntrue: {true}", fontsize=8, color=ORANGE)
+    axes.set_title(f"✗ {predicted_name}\ntrue: {true_name}", fontsize=9)
     for spine in axes.spines.values():
         spine.set(color=ORANGE, linewidth=3)
 
@@ -286,7 +289,7 @@ def _draw_shares(axes: Any, shares: Any, names: Sequence[str]) -> None:
     """Draw a confusion matrix in shares of its rows, (k, k), in [0, 1], with numbers from half a per cent."""
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    shown = [_short(name, 24) for name in names]
     axes.set_xticks(range(len(shown)), shown, rotation=90)
     axes.set_yticks(range(len(shown)), shown)
     axes.set_xlabel("predicted class (numbers: % of the row)")
@@ -372,6 +375,11 @@ def _patches(colours: Any, names: Sequence[str]) -> list[Any]:
     from matplotlib.patches import Patch
 
     return [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+
+
+def _short(name: str, length: int) -> str:
+    """Return a name, cut to a length."""
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
 def _check_length(name: str, values: Sequence[Any] | None, expected: int) -> None:

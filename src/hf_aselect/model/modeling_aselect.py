@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -65,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 # Layers that LoRA is put on: queries and values, which folded models, PRX and FLUX.2's last blocks have in one.
 LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp", "img_qkv_proj", "to_qkv_mlp_proj")
+# What is being loaded: transformers gets diffusers' weights as a state dict, and would report them "from: None".
+SOURCE: ContextVar[str | None] = ContextVar("source", default=None)
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
@@ -612,6 +615,13 @@ class ASelectPreTrainedModel(ShareableModel):
         model._weight_conversions = [each for each in model._weight_conversions if each not in former]
         return found
 
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Finish as transformers does, whose report then names where diffusers' weights come from."""
+        name = load_config.pretrained_model_name_or_path or SOURCE.get()
+        load_config = replace(load_config, pretrained_model_name_or_path=name)
+        return PreTrainedModel._finalize_model_loading(model, load_config, *args, **kwargs)
+
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
         name = adapter_name or "default"
@@ -847,7 +857,8 @@ def _place_buffers(model: nn.Module, device_map: Any) -> None:
 
 @contextmanager
 def _explained(source: Any) -> Iterator[None]:
-    """Raise clear errors for broken weights and unknown keywords, where those of transformers are unclear."""
+    """Name the source in transformers' report, and raise clear errors for broken weights and unknown keywords."""
+    token = SOURCE.set(None if source is None else str(source))
     try:
         yield
     except SafetensorError as error:
@@ -861,6 +872,8 @@ def _explained(source: Any) -> Iterator[None]:
             raise ValueError(f"Set {', '.join(found)} in `config=` instead of passing keywords beside it.") from error
         refuse_unknown_keywords(found)
         raise
+    finally:
+        SOURCE.reset(token)
 
 
 def _zeroed_at(config: ASelectConfig, read_out: ReadOut, width: int) -> list[int]:
