@@ -283,10 +283,10 @@ def pictures():
     return [Image.fromarray(value.numpy()) for value in values]
 
 
-def enable_checkpointing(model):
+def enable_checkpointing(model, *options):
     """Turn checkpointing on: by its new name in transformers 5.23, where the old one is deprecated."""
     name = "activation_checkpointing_enable"
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(*options)
 
 
 def take_one_step(model, rows, batch_size, folder):

@@ -31,7 +31,7 @@ from diffusers import (
 )
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from pipelines import VOCABULARY, WIDTH, flux2_vae, gemma, kl, randomized, t5, tokenizer, video_vae
+from pipelines import SMALL, VOCABULARY, WIDTH, flux2_vae, gemma, kl, randomized, t5, tokenizer, video_vae
 from transformers import (
     BertConfig,
     BertModel,
@@ -49,7 +49,7 @@ from transformers import (
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 SIZES = {"attention_head_dim": 16, "num_attention_heads": 2}
-# Of a decoder that reads the prompt.
+# Of a language model that reads the prompt.
 LANGUAGE_MODEL = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": WIDTH,
@@ -232,35 +232,21 @@ def cogview4(**options):
 def hunyuan_dit(**options):
     given = {
         "in_channels": 4,
-        "patch_size": 2,
-        "sample_size": 8,
         "hidden_size": WIDTH,
-        "num_layers": 4,
         "cross_attention_dim": WIDTH,
         "cross_attention_dim_t5": WIDTH,
         "pooled_projection_dim": 4,
-        # As the pipeline pads them.
-        "text_len": 77,
-        "text_len_t5": 256,
-        "use_style_cond_and_image_meta_size": False,
-        **SIZES,
+        **SMALL,
+        "num_layers": 4,
         **options,
     }
-    bert = BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=80,
-    )
     return HunyuanDiTPipeline(
         transformer=randomized(HunyuanDiT2DModel(**given)),
         vae=kl(scaling_factor=0.13025),
         scheduler=DDPMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.03, prediction_type="v_prediction"
         ),
-        text_encoder=randomized(BertModel(bert)),
+        text_encoder=randomized(BertModel(BertConfig(**LANGUAGE_MODEL))),
         tokenizer=tokenizer("<s> $A </s>"),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from hf_aselect import (
     ASelectConfig,
     ASelectImageProcessor,
+    ASelectImageProcessorPil,
     DiTForImageClassification,
     NoiseSchedule,
     TimestepSelection,
@@ -151,7 +152,8 @@ def test_of_a_thin_picture_the_middle_square_is_taken(size):
     picture = noise("RGB", *size)
     left, top = ((side - 3) // 2 for side in size)
     middle = picture.crop((left, top, left + 3, top + 3)).resize((8, 8), Image.Resampling.BICUBIC)
-    found = ASelectImageProcessor(size=8)(picture, return_tensors="pt").pixel_values[0]
+    # By PIL: torchvision's filter may differ by one step of 255.
+    found = ASelectImageProcessorPil(size=8)(picture, return_tensors="pt").pixel_values[0]
     same(found, expected(middle, 3))
 
 

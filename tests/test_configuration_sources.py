@@ -13,6 +13,7 @@ import torch
 from conftest import build_transformer, build_vae
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, UperNetConfig, ViTConfig
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, NoiseSchedule, convert_diffusers
@@ -109,6 +110,7 @@ def test_classes_that_are_not_counted_from_0_are_named(config_of, given):
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor, np.array], ids=["int64", "int32", "torch", "0-d"])
 def test_integers_of_any_library_are_taken(config_of, kind, tmp_path):
+    """Those of numpy were met; siblings: other widths, tensors, arrays of no axis."""
     fields = {"block": 1, "noise_seed": 7, "head_num_layers": 1, "num_labels": 3, "image_size": 16}
     config = config_of(**{name: kind(value) for name, value in fields.items()}, timestep=kind(9))
     for name, value in {**fields, "timestep": 9}.items():
@@ -208,6 +210,7 @@ def test_a_scheduler_given_as_an_object_takes_the_place_of_the_files(pixel_folde
 
 
 def test_any_kind_of_path_is_a_source(pixel_folder, converted):
+    """An entry of `os.scandir` was met; its sibling is one of a folder of ours."""
     for folder in (pixel_folder, converted):
         (entry,) = [each for each in os.scandir(folder.parent) if each.name == folder.name]
         assert DiTModel.from_pretrained(entry, timestep=50).config.timestep == 50
@@ -215,6 +218,7 @@ def test_any_kind_of_path_is_a_source(pixel_folder, converted):
 
 @pytest.mark.parametrize("field", ["my_run", "a_field_of_a_later_version", "finetuning_task"])
 def test_unknown_keys_of_a_file_are_kept(classifier, tmp_path, field):
+    """A key of one's own was met; siblings: one of a later version, one that scripts pass."""
     setattr(classifier.config, field, {"x": 1})
     classifier.save_pretrained(tmp_path)
     loaded = DiTForImageClassification.from_pretrained(tmp_path)
@@ -319,6 +323,7 @@ def test_a_misspelt_argument_of_forward_is_refused(classifier, pixels, name):
     assert classifier(pixels, num_items_in_batch=7, interpolate_pos_encoding=True, return_loss=True).loss is None
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 stops at its own exceptions")
 def test_further_arguments_of_forward_break_no_graph(classifier, pixels):
     compiled = torch.compile(classifier.eval(), fullgraph=True, backend="eager")
     labels = torch.zeros(7).long()
@@ -328,6 +333,7 @@ def test_further_arguments_of_forward_break_no_graph(classifier, pixels):
 
 @pytest.mark.parametrize("given", [{"use_temp_dir": True}, {"safe_serialization": True}, {"tags": None}])
 def test_keywords_of_transformers_are_taken_by_a_push(classifier, monkeypatch, given):
+    """`use_temp_dir` was met; the others are its siblings."""
     pushed = {}
     monkeypatch.setattr("hf_aselect.hub.push._push", lambda *_, **options: pushed.update(options))
     classifier.push_to_hub("me/model", commit_message="x", private=True, **given)

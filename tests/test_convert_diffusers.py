@@ -941,6 +941,7 @@ XL_2 |= {"out_channels": 8, "num_embeds_ada_norm": 1000, "sample_size": 32, "_cl
     ],
 )
 def test_the_timestep_embedding_is_read_off_the_source(transformer, scheduler, expected):
+    """A smaller transformer on latents was met; siblings: another side, pixels in place of latents."""
     scheduler = scheduler if isinstance(scheduler, dict) else {"_class_name": scheduler}
     parts = {"transformer": transformer, "scheduler": scheduler}
     assert _default_embedding(parts, {}) == expected

@@ -1,5 +1,6 @@
 """What is particular to reading by hooks on a transformer's own call, and to families that users describe."""
 
+import ast
 import copy
 import importlib
 import json
@@ -7,11 +8,13 @@ import pickle
 import shutil
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import diffusers
+import generic_pipelines
 import numpy as np
 import pytest
 import torch
@@ -21,7 +24,7 @@ from generic_pipelines import GENERIC_PIPELINES, prediction_of
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from pipelines import LOAD_OPTIONS, video_vae
+from pipelines import LOAD_OPTIONS, randomized, video_vae
 from pipelines import PIPELINES as FOLDED_PIPELINES
 from test_denoiser_dit import TAPS, build_transformer
 from test_vae import WAN22
@@ -36,8 +39,10 @@ from hf_aselect import (
     register_family,
     transformer_layout,
 )
+from hf_aselect.checkpoints import empty_prompt
 from hf_aselect.cli import main
 from hf_aselect.model import denoisers, families
+from hf_aselect.model.denoiser import Denoiser
 from hf_aselect.model.denoisers import build_denoiser
 from hf_aselect.model.families import FAMILIES, layout_of
 
@@ -258,9 +263,7 @@ def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     from accelerate import cpu_offload
 
     model, other = load(name), load(name)
-    # HunyuanDiT's pooling of the text takes the weights of its parts without calling them, which offloading waits for.
-    whole = ["HunyuanDiTAttentionPool"] if name == "hunyuan_dit" else None
-    cpu_offload(other.denoiser, execution_device=torch.device("cpu"), preload_module_classes=whole)
+    cpu_offload(other.denoiser, execution_device=torch.device("cpu"))
     noised = noised_of(model)
     taps = [(1, "query"), (2, "hidden")]
     with torch.no_grad():
@@ -269,6 +272,40 @@ def test_an_offloaded_model_reads_as_one_in_memory(load, name):
     for tap in taps:
         assert torch.equal(found[tap], expected[tap]) and torch.equal(again[tap], expected[tap])
     assert all(parameter.is_meta for parameter in other.denoiser.transformer.parameters())
+
+
+class MixedTransformer2DModel(diffusers.DiTTransformer2DModel):
+    """A DiT whose latents are mixed by a layer of torch that takes the weights of the layer inside of it."""
+
+    def forward(self, hidden_states, **options):
+        rows = hidden_states.flatten(2).mT
+        mixed = self.mixer(rows, rows, rows)[0].mT.unflatten(2, hidden_states.shape[2:])
+        return super().forward(hidden_states=hidden_states + mixed, **options)
+
+
+@pytest.mark.parametrize("whole", [(), ("mixer",)])
+def test_layers_that_are_never_called_are_brought_in_where_the_description_says_so(whole):
+    from accelerate import cpu_offload
+
+    transformer = randomized(MixedTransformer2DModel.from_config(build_transformer().config))
+    transformer.mixer = torch.nn.MultiheadAttention(3, 1, batch_first=True)
+    family = replace(FAMILIES["DiTTransformer2DModel"], whole_modules=whole)
+    denoiser, other = (Denoiser(copy.deepcopy(transformer), family).eval() for _ in range(2))
+    cpu_offload(other, execution_device=torch.device("cpu"))
+    noised = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = denoiser(noised, 141, 1, "query")
+        if not whole:
+            with pytest.raises(RuntimeError, match="meta"):
+                other(noised, 141, 1, "query")
+            return
+        for _ in range(2):
+            assert torch.equal(other(noised, 141, 1, "query"), expected)
+    assert all(parameter.is_meta for parameter in other.parameters())
+
+
+def test_a_device_map_puts_layers_that_are_never_called_on_one_device(load):
+    assert {"HunyuanDiTAttentionPool", "HunyuanDiTBlock"} <= load("hunyuan_dit")._no_split_modules
 
 
 @pytest.mark.skipif(not hasattr(DiTModel, "activation_checkpointing_enable"), reason="of later transformers")
@@ -379,8 +416,43 @@ def test_the_command_refuses_to_fold_a_described_family_before_it_loads(load, fo
         model.save_pretrained(folder := tmp_path / "saved")
     monkeypatch.setattr(DiTModel, "from_pretrained", None)
     assert main(["fold", str(folder), str(tmp_path / "out"), "--timestep", "5"]) == 1
-    assert "A AuraFlowTransformer2DModel cannot be folded. Supported are DiT" in capsys.readouterr().err
+    assert "AuraFlowTransformer2DModel cannot be folded. Supported are DiT" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def lines_of_families():
+    """Lines of each described family: what it alone uses of descriptions, encoders of prompts and tiny pipelines."""
+    trees = [ast.parse(Path(each.__file__).read_text()) for each in (families, empty_prompt, generic_pipelines)]
+    defined = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    def names(node):
+        found = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        return found | {name for each in found & defined.keys() for name in names(defined[each])}
+
+    parts = {}
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "TransformerFamily":
+            parts[node.args[0].value] = [node]
+    (encoders,) = (each.value for each in trees[1].body if ast.unparse(each).startswith("_ENCODERS"))
+    pipelines = {name: node for name, node in defined.items() if name in GENERIC_PIPELINES}
+    for name, entry in zip(encoders.keys, encoders.values, strict=True):
+        parts[name.value] += [entry, *(node for node in pipelines.values() if name.value in names(node))]
+    used = {name: set().union(*map(names, nodes)) & defined.keys() for name, nodes in parts.items()}
+    shared = Counter(name for each in used.values() for name in each)
+    return {
+        name: sum(node.end_lineno - node.lineno + 1 for node in nodes)
+        + sum(defined[each].end_lineno - defined[each].lineno + 1 for each in used[name] if shared[each] == 1)
+        for name, nodes in parts.items()
+        if any(isinstance(node, ast.FunctionDef) for node in nodes)
+    }
+
+
+def test_a_family_takes_as_few_lines_as_contributors_are_told():
+    """HunyuanDiT has two texts with masks, and positions, sizes and a style that its pipeline makes."""
+    lines = lines_of_families()
+    assert len(lines) == len(DESCRIBED)
+    assert lines.pop("HunyuanDiT2DModel") <= 70
+    assert max(lines.values()) <= 60, lines
 
 
 def test_the_family_that_contributors_are_shown_reads_as_ours_does(registry, tmp_path):
@@ -488,6 +560,7 @@ def test_what_is_no_description_is_not_registered(registry):
         ("pipeline", ["FluxPipeline"], "must be given together"),
         ("encode_prompt", ["FluxPipeline"], "must be a function, or None"),
         ("output_module", [None, 7], 'must be the name of a module, or ""'),
+        ("whole_modules", ["pooler", (7,), None], "must be a tuple of names of modules"),
         ("timestep_embeddings", ["sit", (7,), None], "must be a tuple of names"),
         ("prepare", ["original"], "must be a function, or None"),
         ("encode_prompt", [lambda pipe, config: {}], "must be given together"),
@@ -637,6 +710,7 @@ def test_a_prediction_of_another_shape_is_refused(registry, output):
         ({"blocks": (TransformerBlocks("layers"),)}, "layers"),
         ({"blocks": (TransformerBlocks(attention="attention"),)}, r"transformer_blocks\.0\.attention"),
         ({"timestep_modules": {"time_proj": 1}}, "time_proj"),
+        ({"whole_modules": ("pooler",)}, "pooler"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(registry, changed, named):

@@ -19,6 +19,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, merge_fsdp_weights
 from conftest import END_OF_PROCESSES
 from forking import SCRIPT, offline
 from generic_pipelines import GENERIC_PIPELINES
+from packaging.version import Version
 from PIL import Image as PILImage
 
 from hf_aselect import DiTForImageClassification, convert_diffusers
@@ -290,9 +291,13 @@ def test_a_stream_is_shared_without_a_row_read_twice(pixel_folder, tmp_path):
         assert sorted(each["rows"]) == sorted(alone["rows"])
 
 
+needs_fsdp2 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.10"), reason="FSDP2 on a CPU learns something else before torch 2.10"
+)
 SEVERAL = ", timestep=[5, 60], block=[1, 2], feature=['key', 'attention']"
 
 
+@needs_fsdp2
 @pytest.mark.parametrize(
     ("fields", "folding"),
     [("", ""), (SEVERAL, ""), (SEVERAL, ".fold()")],
@@ -316,6 +321,7 @@ def test_sharded_over_two_processes_it_learns_the_same_and_is_merged_to_one_chec
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
 
 
+@needs_fsdp2
 def test_sharded_over_two_processes_a_described_family_learns_the_same(pixel_folder, tmp_path):
     """Its call must end in good order, and what is read inside a block must be what a call of it returns."""
     text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -334,6 +340,7 @@ def test_sharded_over_two_processes_a_described_family_learns_the_same(pixel_fol
     assert max(each["local"] for each in both) <= 0.6 * alone["local"]
 
 
+@needs_fsdp2
 def test_sharded_over_two_processes_a_described_family_with_a_text_learns_the_same(tmp_path):
     """Blocks of two streams and of one; the empty prompt's embeddings are buffers of a module that is sharded."""
     GENERIC_PIPELINES["aura_flow"]().save_pretrained(tmp_path / "pipeline")
@@ -349,6 +356,7 @@ def test_sharded_over_two_processes_a_described_family_with_a_text_learns_the_sa
     assert max(each["local"] for each in both) <= 0.6 * alone["local"]
 
 
+@needs_fsdp2
 def test_sharded_by_accelerate_it_chooses_and_learns_the_same(pixel_folder, tmp_path):
     launch(PREPARED, pixel_folder, tmp_path)
     launch(PREPARED, pixel_folder, tmp_path, world=2)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from pipelines import LOAD_OPTIONS, PIPELINES, distance, dit_transformer, images_of, sana, sd3
 from torch import nn
@@ -395,6 +396,7 @@ def test_gradient_checkpointing_changes_nothing(load, name):
 
 
 @pytest.mark.process
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 writes code that lacks torch")
 def test_compiled_without_graph_breaks(classifier, pixels):
     classifier.config.timestep = TIMESTEP
     folded = classifier.fold()
@@ -452,6 +454,7 @@ def test_tokens_without_a_positive_query_get_nothing_of_linear_attention():
 
 
 @pytest.mark.process
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 writes code that lacks torch")
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch's exporter, of its own trees
 def test_exported_with_a_free_batch(classifier, pixels, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the `export` extra is not installed")
@@ -544,7 +547,7 @@ def test_other_families_are_refused_by_name(load, monkeypatch):
     monkeypatch.delitem(folding.FOLDED, "SanaTransformer2DModel")
     with pytest.raises(
         ValueError,
-        match=r"A SanaTransformer2DModel cannot be folded. Supported are DiTTransformer2DModel, Pix",
+        match=r"SanaTransformer2DModel cannot be folded. Supported are DiTTransformer2DModel, Pix",
     ):
         load("sana").fold()
 

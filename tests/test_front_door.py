@@ -87,6 +87,37 @@ def test_the_files_that_are_named_exist(path):
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def requirements(text):
+    found = [re.fullmatch(r"([\w.-]+)(.*)", line.strip()) for line in text.splitlines() if line.strip()]
+    return {line[1]: line[2] for line in found if line and not line[0].startswith("hf_aselect")}
+
+
+def test_bounds_are_wide_and_closed():
+    """Each is from the oldest version that was tried to before one that may break; a minor version is no reason."""
+    extras = SETUP["options.extras_require"]
+    every = requirements(SETUP["options"]["install_requires"])
+    for extra in ("train", "demo", "peft", "export", "test"):
+        every |= requirements(extras[extra])
+    for name, bounds in every.items():
+        operators = {each.operator for each in SpecifierSet(bounds)}
+        assert ">=" in operators and operators & {"<", "<="}, name
+    assert SpecifierSet(every["transformers"]).contains("5.18") and SpecifierSet(every["torch"]).contains("2.6")
+    # The minor version after the newest that the tests ran with; a nightly run says what becomes of it.
+    assert SpecifierSet(every["diffusers"]).contains("0.43")
+    # Siblings: what older scikit-learn, matplotlib and pyarrow were shut out for were warnings of tests.
+    for name, oldest in {"scikit-learn": "1.6", "matplotlib": "3.9", "pyarrow": "21"}.items():
+        assert SpecifierSet(every[name]).contains(oldest), name
+
+
+def test_training_installs_nothing_that_the_demo_alone_needs():
+    extras = SETUP["options.extras_require"]
+    assert not requirements(extras["train"]).keys() & {"scikit-learn", "scipy", "matplotlib", "threadpoolctl"}
+    assert "hf_aselect[train]" in extras["demo"] and "scikit-learn" in requirements(extras["demo"])
+    # A sibling: torchvision, gradio and onnx come with extras of their own.
+    others = {"torchvision", "gradio", "onnx", "peft"}
+    assert not (requirements(SETUP["options"]["install_requires"]) | requirements(extras["train"])).keys() & others
+
+
 def test_extras_that_the_workflow_installs_exist():
     extras = re.findall(r"\.\[(\w+)\]", (GITHUB / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     assert extras and set(extras) <= set(SETUP["options.extras_require"])

@@ -1,11 +1,12 @@
 import math
+import shutil
 
 import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from hf_aselect import NoiseSchedule
+from hf_aselect import DiTModel, NoiseSchedule
 from hf_aselect.model.noise_schedule import DDPM_LIKE, fixed_noise
 
 EVERY = torch.arange(1000)
@@ -113,6 +114,20 @@ def test_a_time_that_runs_the_other_way_is_refused():
     with pytest.raises(ValueError, match=r"`invert_sigmas=True` .* not supported. .* pass `scheduler=` without it"):
         NoiseSchedule.from_config(given)
     NoiseSchedule.from_config({**given, "invert_sigmas": False})
+
+
+def test_so_it_is_as_an_object_and_beside_a_transformer(pixel_folder, tmp_path):
+    """Siblings: nothing that reads a scheduler passes it over."""
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    shutil.copytree(pixel_folder / "transformer", tmp_path / "transformer")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    for call in (
+        lambda: NoiseSchedule.from_config(scheduler),
+        lambda: DiTModel.from_pretrained(tmp_path, timestep=50),
+        lambda: DiTModel.from_pretrained(pixel_folder, timestep=50, scheduler=scheduler),
+    ):
+        with pytest.raises(ValueError, match="`invert_sigmas=True` of the scheduler"):
+            call()
 
 
 def test_unknown_betas_are_refused():

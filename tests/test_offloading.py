@@ -4,6 +4,7 @@ import accelerate
 import datasets
 import pytest
 import torch
+from generic_pipelines import hunyuan_dit
 from pipelines import images_of, pixart_alpha, sd3
 
 from hf_aselect import DiTForImageClassification, cache_features, select_timestep
@@ -17,9 +18,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of classifiers with a VAE and a prompt; PixArt's blocks have weights that hang on no layer."""
+    """Folders of classifiers with a VAE and a prompt.
+
+    PixArt's blocks have weights that hang on no layer, and HunyuanDiT's pooling has layers that are never called.
+    """
+    pipelines = {"sd3": lambda: sd3(t5_too=False), "pixart_alpha": pixart_alpha, "hunyuan_dit": hunyuan_dit}
     folders = {}
-    for name, build in (("sd3", lambda: sd3(t5_too=False)), ("pixart_alpha", pixart_alpha)):
+    for name, build in pipelines.items():
         folder = tmp_path_factory.mktemp(name)
         build().save_pretrained(folder / "pipeline")
         torch.manual_seed(0)
@@ -117,6 +122,7 @@ WAYS = [
             ("pixart_alpha", way)
             for way in (cpu_offload_with_buffers, disk_offload, auto_that_splits, stored_in_8_bits)
         ),
+        *(("hunyuan_dit", way) for way in (cpu_offload, all_on_disk, transformer_on_disk, stored_in_8_bits)),
     ],
 )
 def test_what_is_offloaded_does_the_same(saved, pictures, tmp_path, name, offload):

@@ -42,7 +42,7 @@ def deep_folder(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:Could not find a config file in")  # peft's, of a base that diffusers saved
 @pytest.mark.parametrize("head", ["attention", "linear", "linear decoder", "upernet"])
 def test_the_words_of_tutorials_mean_the_whole_head(head, deep_folder, pixels, tmp_path):
-    """`classifier` of a classifier, as ViT's; `decode_head` of a segmenter, as SegFormer's and UperNet's."""
+    """`classifier` of a classifier, as ViT's; `decode_head` of a segmenter, as SegFormer's and UperNet's: siblings."""
     kind, fields, word = DiTForImageClassification, {"head": head}, "classifier"
     if head in ("linear decoder", "upernet"):
         fields = {"decoder": head.removesuffix(" decoder"), "decoder_hidden_size": 8, "auxiliary_hidden_size": 0}
@@ -207,6 +207,7 @@ def test_every_tracker_hears_of_a_selection(is_open, pixel_folder, pixels, tmp_p
 
 
 def test_a_selection_while_the_backbone_is_trained_is_logged_beside_the_epochs_loss(pixel_folder, pixels, tmp_path):
+    """A sibling: a selection in the middle of a training."""
     model = load(pixel_folder, freeze_backbone=False)
     tracker = Tracker()
     options = {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
@@ -217,6 +218,7 @@ def test_a_selection_while_the_backbone_is_trained_is_logged_beside_the_epochs_l
 
 
 def test_a_card_has_one_result_for_each_evaluation_set(pixel_folder, pixels, tmp_path):
+    """Two sets by name were met; siblings: a name with an underscore, a metric whose name could be a set's."""
     rows = rows_of(pixels)
     sets = {"near": rows[:4], "far_away": rows[4:]}
     options = {"eval_dataset": sets, "compute_metrics": compute_accuracy, "eval_strategy": "steps", "eval_steps": 1}
@@ -237,6 +239,7 @@ def test_a_card_has_one_result_for_each_evaluation_set(pixel_folder, pixels, tmp
 
 @pytest.mark.parametrize("given", ["features", "latents", "pixel_values"])
 def test_metrics_are_handed_the_inputs_whatever_they_are(given, pixel_folder, pixels, tmp_path):
+    """Cached features were met; cached latents are their sibling."""
     model, seen = load(pixel_folder), []
     with torch.no_grad():
         made = {"features": model.extract_features, "latents": model.encode}.get(given, lambda images: images)(pixels)
@@ -262,6 +265,7 @@ def test_heads_of_transformers_do_not_warn_of_the_backbone(kind, pixel_folder, c
 
 
 def test_the_card_of_a_backbone_in_a_folder_runs(pixel_folder, pixels, tmp_path, monkeypatch):
+    """The code for the package was met; the code that comes with the weights is its sibling."""
     model = load(pixel_folder, DiTBackbone, num_labels=2)
     model.save_pretrained(tmp_path, include_code=True)
     write_model_card(model, tmp_path)
@@ -276,6 +280,7 @@ def test_the_card_of_a_backbone_in_a_folder_runs(pixel_folder, pixels, tmp_path,
 
 
 def test_a_layer_without_a_bias_comes_back(pixel_folder, tmp_path):
+    """A sibling of another number of classes."""
     model = DiTForImageClassification.from_pretrained(pixel_folder, timestep=5, num_labels=4)
     model.classifier = nn.Linear(model.classifier.in_features, 4, bias=False)
     pixel_values = torch.rand(2, 3, 8, 8) * 2 - 1

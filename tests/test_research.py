@@ -384,6 +384,8 @@ OTHERS = {
     "U-ViT": {"in_blocks.0.attn.qkv.weight": (4, 4)},
     "LightningDiT": {"blocks.0.mlp.w12.weight": (4, 4), "blocks.0.norm1.weight": (4,)},
     "a DiT that normalizes": {"blocks.0.attn.q_norm.weight": (4,)},
+    "a DiT with rotary positions": {"rope.freqs": (4, 4)},
+    "a DiT with gated MLPs": {"blocks.0.mlp.gate_proj.weight": (4, 4)},
 }
 
 
@@ -423,6 +425,10 @@ def test_other_architectures_are_known_by_their_class(class_name, tmp_path):
     ("edit", "words"),
     [
         (without("blocks.1.attn.proj"), r"lacks 2 tensors of a DiT with 3 blocks, such as blocks.1.attn.proj.bias"),
+        (
+            lambda weights: {name.replace("fc1", "up"): value for name, value in weights.items()},
+            r"lacks 6 tensors .* blocks.0.mlp.fc1.bias.* has blocks.0.mlp.up.bias, .* instead",
+        ),
         (without("y_embedder"), "lacks 1 tensors .* y_embedder.embedding_table.weight"),
         (without("pos_embed"), "has no `pos_embed`, so the size of its latents is unknown"),
         (
@@ -836,6 +842,7 @@ def test_the_command_converts_and_selects(pickled, tmp_path, vae_folder, picture
 
 @pytest.mark.parametrize("given", [[7], [7, 90]])
 def test_the_command_writes_a_timestep_of_any_source(latent_folder, tmp_path, given):
+    """One timestep was asked for; several are its sibling."""
     words = ["convert", str(latent_folder), str(tmp_path / "out"), "--timestep", *map(str, given)]
     assert main(words) == 0
     assert ASelectConfig.from_pretrained(tmp_path / "out").timestep == (given if len(given) > 1 else given[0])

@@ -10,6 +10,7 @@ from conftest import HEAD, build_transformer, enable_checkpointing
 from datasets import Dataset
 from diffusers import DDPMScheduler
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
@@ -379,6 +380,7 @@ def test_other_sizes_are_read(standardized):
         assert logits(standardized, pixel_values).isfinite().all()
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 follows no `hasattr` of a number")
 def test_it_is_compiled_and_exported_whole(standardized):
     folded = standardized.fold().eval()
     pixel_values = images(3)

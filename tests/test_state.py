@@ -19,12 +19,23 @@ from transformers import (
     AutoBackbone,
     AutoModel,
     AutoModelForImageClassification,
+    BertConfig,
+    DetrConfig,
+    DetrForObjectDetection,
+    DPTConfig,
+    DPTForDepthEstimation,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
     PreTrainedConfig,
     PreTrainedModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
 )
 
 from hf_aselect import (
@@ -149,6 +160,58 @@ def by_mask2former(folder, path):
     return Mask2FormerForUniversalSegmentation.from_pretrained(path)
 
 
+def by_a_head(kind, config, folder, path):
+    kind(config(folder)).save_pretrained(path)
+    return kind.from_pretrained(path)
+
+
+def of_dpt(folder):
+    sizes = {"neck_hidden_sizes": [16] * 4, "fusion_hidden_size": 16, "reassemble_factors": [1] * 4}
+    return DPTConfig(backbone_config=backbone_config(folder), hidden_size=16, is_hybrid=False, **sizes)
+
+
+def of_detr(folder, **options):
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 4}
+    small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return DetrConfig(backbone_config=backbone_config(folder), **small, **options)
+
+
+def of_maskformer(folder):
+    sizes = {"fpn_feature_size": 32, "mask_feature_size": 32}
+    return MaskFormerConfig(backbone_config=backbone_config(folder), decoder_config=of_detr(folder), **sizes)
+
+
+BERT = {"vocab_size": 10, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+def of_an_encoder_and_decoder(folder):
+    decoder = BertConfig(**BERT, is_decoder=True, add_cross_attention=True)
+    return VisionEncoderDecoderConfig.from_encoder_decoder_configs(by_auto_model(folder, None).config, decoder)
+
+
+def of_two_encoders(folder):
+    config = by_auto_model(folder, None).config
+    return VisionTextDualEncoderConfig.from_vision_text_configs(config, BertConfig(**BERT), projection_dim=8)
+
+
+# Siblings of UperNet: other heads that take a backbone, and those that take a base model.
+HEADS = {
+    DPTForDepthEstimation: of_dpt,
+    DetrForObjectDetection: of_detr,
+    MaskFormerForInstanceSegmentation: of_maskformer,
+    VisionEncoderDecoderModel: of_an_encoder_and_decoder,
+    VisionTextDualEncoderModel: of_two_encoders,
+}
+
+
+def by_accelerators_state(folder, path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(by_class(folder, path))
+    accelerator.save_state(str(path))
+    accelerator.load_state(str(path))
+    return model.train()
+
+
 def by_a_composite(folder, path):
     Composite(CompositeConfig(backbone_config=backbone_config(folder).to_dict())).save_pretrained(path)
     return Composite.from_pretrained(path)
@@ -194,6 +257,8 @@ LOADERS = [
     by_upernet,
     by_mask2former,
     by_a_composite,
+    by_accelerators_state,
+    *(pytest.param(partial(by_a_head, kind, config), id=kind.__name__) for kind, config in HEADS.items()),
     by_peft,
     by_merging,
     by_transformers_adapters,
@@ -336,6 +401,7 @@ def of_family(family, **options):
 
 @pytest.mark.parametrize("is_folded", [False, True])
 def test_each_parameter_that_is_trainable_is_used(family, is_folded):
+    """PixArt and Sana were met; the other families, and all of them folded, are siblings."""
     model = of_family(family, block=1, feature="hidden", freeze_backbone=False).train()
     model = model.fold().train() if is_folded else model
     model(images_of(model), labels=torch.tensor([0, 1])).loss.backward()
@@ -379,7 +445,7 @@ def a_segmenter(folder):
     return DiTForSemanticSegmentation.from_pretrained(folder, **options)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 writes code that lacks torch")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 compiles no model of transformers")
 @pytest.mark.parametrize("make", [a_classifier, a_segmenter])
 def test_a_model_compiles_before_it_was_called(pixel_folder, make):
     noise_schedule._KEPT_NOISE.clear()
@@ -406,6 +472,17 @@ def test_a_call_does_not_make_a_model_another_one(saved):
     before = pickle.dumps(model)
     model(torch.zeros(1, 3, 24, 16))
     assert pickle.dumps(model) == before
+
+
+def test_layers_up_to_the_tap_are_found_under_either_kind_of_checkpointing(saved):
+    """A sibling: the older kind takes no part in `torch.autograd.grad`, by which they are found."""
+    model = by_class(saved[False], None)
+    expected = model.lora_targets()
+    enable_checkpointing(model, {"use_reentrant": True})
+    assert model.train().lora_targets() == expected
+    selection = select_timestep(model, images_of(model, num=8), timesteps=[50, 500], block=1, feature="hidden")
+    model.apply_selection(selection)
+    assert all(step.gradient_checkpointing for step in model.backbone.denoiser.steps)
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])

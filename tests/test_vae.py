@@ -13,6 +13,7 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_img2img
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from pipelines import dc, dit_transformer, flux2_vae, images_of, kl, video_vae
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, DiTModel, convert_diffusers
@@ -144,6 +145,7 @@ def test_encoding_leaves_nothing_in_the_vae(saved, name):
     assert set(vars(model.vae)) == before
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="to torch 2.6 `get` of a mapping is `[]`")
 @pytest.mark.parametrize("name", VAES)
 def test_encoding_is_compiled_without_a_break_and_exported(name):
     vae, pixel_values = keep_encoder(VAES[name]()).eval(), torch.rand(1, 3, 32, 32) * 2 - 1

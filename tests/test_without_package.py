@@ -216,6 +216,7 @@ AUTO = ["AutoImageProcessor", "AutoModel", "AutoModelForImageClassification", "A
 
 @pytest.mark.parametrize("name", ["tokens", "classifier", "segmenter", "backbone", "folded", "converted"])
 def test_every_auto_class_loads_every_folder(hub, pushed, pixel_folder, tmp_path, name):
+    """Base models, classifiers and converted folders were met; the others are siblings."""
     # What is folded has its own taps alone, and a backbone reads others.
     source, auto = f"me/{name}", AUTO if name == "folded" else [*AUTO, "AutoBackbone"]
     if name == "converted":

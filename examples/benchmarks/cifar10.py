@@ -57,6 +57,7 @@ from hf_aselect import (
     cache_features,
     select_timestep,
 )
+from hf_aselect.checkpoints.atomic import whole_file
 from hf_aselect.selection.criteria import Consensus
 from hf_aselect.selection.probe import ridge_probe_accuracy
 
@@ -121,9 +122,8 @@ class Benchmark:
 
     def save(self) -> None:
         """Write the results."""
-        temporary = self.path.with_name(".results.json.incomplete")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        with whole_file(self.path) as unfinished:
+            unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         (self.output / "table.md").write_text(table(self.results), encoding="utf-8")
         draw(self.output / "curve.png", self.results)
 
@@ -432,10 +432,9 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         right.set_title(f"dotted: selected without labels, t = {results['linear_timestep']}", fontsize=10)
     right.set_xticks(list(places.values()), [str(timestep) for timestep in places])
     right.set(xlabel="timestep (0 = least noise)", ylabel="accuracy of a ridge classifier, %")
-    temporary = path.with_suffix(".incomplete.png")
-    figure.savefig(temporary, dpi=130)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
     plt.close(figure)
-    temporary.replace(path)
 
 
 def main() -> None:

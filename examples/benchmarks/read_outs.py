@@ -55,6 +55,7 @@ from hf_aselect import (
     TimestepSelection,
     select_timestep,
 )
+from hf_aselect.checkpoints.atomic import whole_file
 from hf_aselect.model.heads import AttentionHead
 from hf_aselect.selection.criteria import Consensus
 from hf_aselect.selection.distribution import Share
@@ -211,9 +212,8 @@ class Benchmark:
 
     def save(self) -> None:
         """Write the results and the tables."""
-        temporary = self.path.with_name(".results.json.incomplete")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        with whole_file(self.path) as unfinished:
+            unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         (self.output / "table.md").write_text(tables(self.results), encoding="utf-8")
 
     @cached_property

@@ -29,6 +29,7 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value, load_from_d
 
 import hf_aselect
 from hf_aselect import ASelectImageProcessor, DiTForImageClassification, DiTModel
+from hf_aselect.checkpoints.atomic import whole_file
 from hf_aselect.training.cached_features import CachedFeatures
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -165,9 +166,8 @@ def main() -> None:
             rows = fitting(args.num_images, args.repetitions)
         result[section] = rows
         result.setdefault("measured", {})[section] = {**machine("cpu"), "repetitions": args.repetitions}
-        temporary = path.with_name(f".{path.name}.incomplete")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(tables(result))
 
 

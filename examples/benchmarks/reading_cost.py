@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from hf_aselect import ASelectConfig, DiTModel
+from hf_aselect.checkpoints.atomic import whole_file
 
 SD3_SIZES = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 VAE = {
@@ -387,9 +388,8 @@ def fill_cards(results: dict[str, dict[str, float]], folder: Path) -> None:
             lambda found: f"{found[1]}{size_table(found[2].split(', '))}{size_note}{found[3]}", filled
         )
         if filled != text:
-            temporary = path.with_name(".README.md.incomplete")
-            temporary.write_text(filled, encoding="utf-8")
-            temporary.replace(path)
+            with whole_file(path) as unfinished:
+                unfinished.write_text(filled, encoding="utf-8")
 
 
 def main() -> None:
@@ -420,9 +420,8 @@ def main() -> None:
         results[name] = json.loads(finished.stdout.splitlines()[-1])
         print(name, results[name], flush=True)
         if args.output:
-            temporary = args.output.with_name(f".{args.output.name}.incomplete")
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(args.output)
+            with whole_file(args.output) as unfinished:
+                unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

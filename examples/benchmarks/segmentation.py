@@ -16,7 +16,6 @@ stopped goes on there, and several processes may share the work (`--part 0 2` an
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from hf_aselect import (
     MeanIoU,
     select_timestep,
 )
+from hf_aselect.checkpoints.atomic import whole_file
 from hf_aselect.model.modeling_segmentation import enlarge
 
 matplotlib.use("Agg")
@@ -360,10 +360,9 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     axes.set_xticks(places, [str(t) for t in timesteps])
     axes.set(xlabel="timestep (0 = least noise)", ylabel="mIoU on test images, %")
     axes.legend(frameon=False, fontsize=9)
-    temporary = path.with_suffix(".incomplete.png")
-    figure.savefig(temporary, dpi=150)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
     plt.close(figure)
-    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -375,9 +374,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def main() -> None:

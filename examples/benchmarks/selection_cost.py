@@ -11,7 +11,6 @@ held just before, after a first small selection. Everything is in `OUTPUT_DIR/co
 
 import inspect
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from datasets import Dataset, load_dataset
 from transformers import HfArgumentParser
 
 from hf_aselect import DiTModel, select_timestep
+from hf_aselect.checkpoints.atomic import whole_file
 from hf_aselect.selection.criteria import CRITERIA
 
 
@@ -121,9 +121,8 @@ def main() -> None:
     }
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".cost.json.incomplete"
-    temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / "cost.json")
+    with whole_file(folder / "cost.json") as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

@@ -22,7 +22,6 @@ accuracy on all test images, which is lucky by as much as the largest of many no
 
 import inspect
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -44,6 +43,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_aselect import ASelectImageProcessor, DiTModel, TimestepSelection, select_timestep
+from hf_aselect.checkpoints.atomic import whole_file
 from hf_aselect.model import noise_schedule
 from hf_aselect.model.heads import AttentionHead
 from hf_aselect.selection import accumulators
@@ -213,9 +213,8 @@ class Pair:
             if f"{timestep}/seconds" not in done:
                 found = self.try_timestep(train, test, timestep)
                 done.update({f"{timestep}/{name}": values for name, values in found.items()})
-                temporary = path.with_name(f".{path.stem}.incomplete.npz")
-                np.savez(temporary, **done)
-                os.replace(temporary, path)
+                with whole_file(path) as unfinished:
+                    np.savez(unfinished, **done)
 
         def stacked(name: str, tap: Tap) -> np.ndarray:
             return np.stack([done[f"{timestep}/{name}/{tap[0]}/{tap[1]}"] for timestep in self.grid])
@@ -551,10 +550,9 @@ def lidar(views: np.ndarray) -> float:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a file, whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

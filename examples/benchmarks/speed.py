@@ -54,6 +54,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 import hf_aselect
 from hf_aselect import ASelectConfig, ASelectImageProcessor, DiTForImageClassification, DiTModel, cache_features
+from hf_aselect.checkpoints.atomic import whole_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -840,9 +841,8 @@ def main() -> None:
         result[section] = measure[section]()
         result.setdefault("measured", {})[section] = {**machine(device), "repetitions": repetitions}
         # Each as it is ready: all of them take most of an hour.
-        temporary = output / ".speed.json.incomplete"
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if READ_OUTS in (args.sections or ()):
         print(read_out_table(result[READ_OUTS]))
     if all(section in result for section in SECTIONS):

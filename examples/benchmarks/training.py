@@ -42,6 +42,7 @@ from transformers import (
 from transformers.utils import logging as host_logging
 
 from hf_aselect import ASelectConfig, DiTForImageClassification, cache_features
+from hf_aselect.checkpoints.atomic import whole_file
 
 TRANSFORMER = {
     "_class_name": "DiTTransformer2DModel",
@@ -283,9 +284,8 @@ def main() -> None:
         result["processes"] = {kind: processes(kind, args) for kind in ("head", "all")}
     for part in args.parts:
         result.setdefault("measured", {})[part] = {"repetitions": args.repetitions, "torch": torch.__version__}
-    temporary = output / ".training.json.incomplete"
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
 
 

@@ -171,7 +171,7 @@ def to_tensors(batch: dict[str, list], args: PretrainingArguments) -> dict[str, 
     # Of any mode, as the models read them: `convert` would clip what has more than 8 bits.
     whole = {"do_resize": False, "do_center_crop": False, "do_normalize": False}
     values = ASelectImageProcessor(num_channels=args.num_channels, **whole)(batch[args.image_column])["pixel_values"]
-    values = [np.rint(255 * each).astype(np.uint8) for each in values]
+    values = [np.rint(255 * np.asarray(each)).astype(np.uint8) for each in values]
     pictures = [Image.fromarray(each[0] if len(each) == 1 else np.moveaxis(each, 0, -1)) for each in values]
     if args.min_crop < 1:
         pictures = [random_square(picture, args.min_crop) for picture in pictures]

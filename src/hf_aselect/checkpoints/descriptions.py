@@ -39,11 +39,7 @@ def register_family(family: TransformerFamily) -> None:
         ...         "AllegroTransformer3DModel",
         ...         sizes=("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size"),
         ...         layout=lambda config: transformer_layout(config, sample_size=config["sample_size"][0]),
-        ...         call=lambda inputs: {
-        ...             "hidden_states": inputs.latents[:, :, None],
-        ...             "timestep": inputs.timesteps,
-        ...             "encoder_hidden_states": inputs.text,
-        ...         },
+        ...         call=lambda inputs: inputs.keywords(inputs.timesteps, inputs.latents[:, :, None]),
         ...         blocks=(TransformerBlocks("transformer_blocks", "attn1"),),
         ...         prompt_fields={"prompt_embeds": "caption_channels"},
         ...         patch_embedding="pos_embed",
@@ -103,6 +99,7 @@ def _check_fields(family: TransformerFamily) -> None:
     check(isinstance(family.num_classes, str), "num_classes", 'the name of a field, or ""')
     check(isinstance(family.pipeline, str), "pipeline", 'the name of a pipeline of diffusers, or ""')
     check(isinstance(family.output_module, str), "output_module", 'the name of a module, or ""')
+    check(are_words(family.whole_modules), "whole_modules", "a tuple of names of modules")
     check(are_words(family.timestep_embeddings), "timestep_embeddings", "a tuple of names")
     check(family.prepare is None or callable(family.prepare), "prepare", "a function, or None")
     check(family.encode_prompt is None or callable(family.encode_prompt), "encode_prompt", "a function, or None")

@@ -108,6 +108,8 @@ _OTHERS = (
         "a DiT that normalizes its queries and keys",
         "a norm of queries and keys",
     ),
+    (r"(^|\.)\w*rope\w*\.", "a DiT with rotary positions", "rotary positions"),
+    (r"(^|\.)blocks\.0\.mlp\.(gate|gate_proj)\.", "a DiT with gated MLPs", "gated MLPs (SwiGLU)"),
 )
 # Classes by which ports of some of them are known.
 _KIN_CLASSES = re.compile(r"(LightningDiT|JiT|RAEDiT|DiTwDDT)")
@@ -175,9 +177,10 @@ class ResearchWeights:
         expected = self._expected()
         unknown = sorted(self.names.keys() - expected - {"pos_embed"} - set(dropped))
         if missing := sorted(expected - self.names.keys()):
+            others = f" It has {', '.join(unknown[:3])} instead." if unknown else ""
             raise ValueError(
                 f"{self.where!r} lacks {len(missing)} tensors of a DiT with {self.num_layers} blocks, such as "
-                f"{', '.join(missing[:3])}. It is incomplete or has another architecture."
+                f"{', '.join(missing[:3])}.{others} It is incomplete or has another architecture."
             )
         if unknown:
             raise ValueError(

@@ -34,7 +34,7 @@ def check_foldable(name: str | None) -> None:
         ValueError: If it cannot be folded.
     """
     if name is not None and name not in FOLDED:
-        raise ValueError(f"A {name} cannot be folded. Supported are {', '.join(FOLDED)}.")
+        raise ValueError(f"{name} cannot be folded. Supported are {', '.join(FOLDED)}.")
 
 
 def fold_model(model: Any) -> Any:

@@ -292,13 +292,15 @@ def is_stream(dataset: Any) -> bool:
 
 
 def as_rows(dataset: Any) -> Any:
-    """Return a dictionary of tensors, or a table, as rows of a known number; anything else as it is.
+    """Return a dictionary of tensors, a table or an array of objects as rows of a known number; else as it is.
 
     Raises:
         ValueError: If it is a dictionary of anything else.
     """
     if isinstance(dataset, Mapping):
         return _from_mapping(dataset)
+    if isinstance(dataset, np.ndarray) and dataset.dtype == object:
+        return list(dataset)  # images, or pairs, as pandas' `to_numpy` gives them
     made = _OF_TABLES.get((type(dataset).__module__.partition(".")[0], type(dataset).__name__))
     return dataset if made is None else made(dataset)
 

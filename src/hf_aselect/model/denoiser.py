@@ -126,6 +126,14 @@ def _run(step: Any, index: int, forward: Callable[..., Any], block: Any, *args: 
     return step(*args, *kwargs.values(), run=partial(forward, block), names=tuple(kwargs))
 
 
+def _run_whole(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a module that takes weights of its layers, with all that is done where the layers are called."""
+    run = partial(forward, module, *args, **kwargs)
+    for layer in module.children():
+        run = partial(as_if_called, layer, run)
+    return run()
+
+
 class Denoiser(nn.Module):
     """A diffusion transformer that is read at taps of its blocks, and stops after the last tap.
 
@@ -187,6 +195,8 @@ class Denoiser(nn.Module):
     def _add_hooks(self) -> None:
         for path, divisor in self.family.timestep_modules.items():
             self.transformer.get_submodule(path).register_forward_pre_hook(_ExactTimesteps(divisor))
+        for module in self.whole_modules:
+            module.forward = partial(_run_whole, type(module).forward, module)
         blocks = zip(self.blocks, self._parts(), self.steps, strict=True)
         for index, (block, part, step) in enumerate(blocks):
             attention = block.get_submodule(part.attention)
@@ -206,6 +216,11 @@ class Denoiser(nn.Module):
         """The module that makes tokens of noised latents."""
         module: nn.Module = self.transformer.get_submodule(self.family.patch_embedding)
         return module
+
+    @property
+    def whole_modules(self) -> Sequence[Any]:
+        """The modules that take weights of layers inside of them without calling these layers."""
+        return [self.transformer.get_submodule(path) for path in self.family.whole_modules]
 
     def _parts(self) -> list[Any]:
         """Return the list of blocks that each block belongs to."""
@@ -401,6 +416,9 @@ class Denoiser(nn.Module):
         buffers = {id(each): each.to("meta") for each in self.buffers()}
         # A copy on the meta device, because a transformer may move its tables to the device of its input.
         twin = copy.deepcopy(self, {**buffers, **{id(each): new for each, new in zip(mine, weights, strict=True)}})
+        # The older kind (`use_reentrant`) rejects `autograd.grad`.
+        for step in twin.steps:
+            step.gradient_checkpointing = False  # type: ignore[assignment]
         latents = torch.empty(1, self.num_channels, *2 * [4 * self.patch_size], device="meta", dtype=mine[0].dtype)
         try:
             with torch.enable_grad():
@@ -494,7 +512,12 @@ def _check_names(transformer: Any, family: TransformerFamily) -> None:
     Raises:
         ValueError: If there is one.
     """
-    names = [family.patch_embedding, *family.timestep_modules, *(part.path for part in family.blocks)]
+    names = [
+        family.patch_embedding,
+        *family.timestep_modules,
+        *family.whole_modules,
+        *(part.path for part in family.blocks),
+    ]
     names += [family.output_module] if family.output_module else []
     modules = {name for name, _ in transformer.named_modules()}
     for part in family.blocks:

@@ -47,6 +47,17 @@ class Inputs:
         """Timesteps in [0, 1], 0 = least noise, (B,), float32."""
         return self.timesteps / 1000
 
+    def keywords(self, timesteps: Tensor, latents: Tensor | None = None, **others: Any) -> dict[str, Any]:
+        """Return latents, timesteps and text by the names that most of diffusers' transformers have for them.
+
+        Args:
+            timesteps: As the transformer takes them, (B,).
+            latents: As it takes them; None for noised latents as they are.
+            others: What else it is called with.
+        """
+        latents = self.latents if latents is None else latents
+        return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": self.text, **others}
+
     @property
     def image_size(self) -> Tensor:
         """Height and width of each image in pixels, (B, 2), float32."""
@@ -139,6 +150,8 @@ class TransformerFamily:
         patch_embedding: Name of the module that turns latents into tokens. Its device is the model's.
         timestep_modules: Names of modules that would get a rounded timestep in half precision, each with the divisor
             that maps timesteps in [0, 1000] to its range.
+        whole_modules: Names of modules that take weights of layers inside of them without calling these layers. While
+            such a module runs, all of its weights are in memory, and on one device.
         timestep_embeddings: Kinds of timestep embedding that its checkpoints were trained with. A configuration names
             one of them.
         prepare: Adapts a new transformer to a kind of timestep embedding. None if there is nothing to change.
@@ -173,6 +186,7 @@ class TransformerFamily:
     output_module: str = ""
     timestep_embeddings: tuple[str, ...] = ("diffusers",)
     prepare: Callable[[Any, str], None] | None = None
+    whole_modules: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Go into a pickle by name: a description consists of functions."""
@@ -293,19 +307,13 @@ def _dit_output(output: Tensor, inputs: Inputs) -> Tensor:
     return -image if inputs.timestep_embedding == "sit" else image
 
 
-def _sd3_call(inputs: Inputs) -> dict[str, Any]:
-    given = {"hidden_states": inputs.latents, "timestep": inputs.timesteps, "encoder_hidden_states": inputs.text}
-    return {**given, "pooled_projections": inputs.prompt["pooled_prompt_embeds"]}
-
-
 def _pixart_call(inputs: Inputs) -> dict[str, Any]:
     # PixArt-alpha at 1024 pixels is also conditioned on the image's size, as its pipeline gives it.
     size, dtype = inputs.image_size, inputs.latents.dtype
     added: dict[str, Any] = {"resolution": size.to(dtype), "aspect_ratio": (size[:, :1] / size[:, 1:]).to(dtype)}
     if not inputs.transformer.use_additional_conditions:
         added = {"resolution": None, "aspect_ratio": None}
-    given = {"hidden_states": inputs.latents, "timestep": inputs.timesteps, "encoder_hidden_states": inputs.text}
-    return {**given, "added_cond_kwargs": added}
+    return inputs.keywords(inputs.timesteps, added_cond_kwargs=added)
 
 
 def _sana_layout(config: Mapping[str, Any]) -> TransformerLayout:
@@ -315,11 +323,6 @@ def _sana_layout(config: Mapping[str, Any]) -> TransformerLayout:
             "a different noise schedule. Use the Sana checkpoint it was distilled from."
         )
     return transformer_layout(config)
-
-
-def _sana_call(inputs: Inputs) -> dict[str, Any]:
-    timesteps = inputs.timesteps * inputs.transformer.config.timestep_scale
-    return {"hidden_states": inputs.latents, "timestep": timesteps, "encoder_hidden_states": inputs.text}
 
 
 class _WholeMask:
@@ -339,12 +342,6 @@ class _WholeMask:
     def bool(self) -> Tensor:
         """Return the mask, (B, L)."""
         return torch.ones(self.shape, dtype=torch.bool, device=self._device)
-
-
-def _lumina2_call(inputs: Inputs) -> dict[str, Any]:
-    # Its own time runs in the other direction.
-    given = {"hidden_states": inputs.latents, "timestep": 1 - inputs.sigmas, "encoder_hidden_states": inputs.text}
-    return {**given, "encoder_attention_mask": _WholeMask(inputs.text)}
 
 
 def _flux_layout(config: Mapping[str, Any]) -> TransformerLayout:
@@ -369,10 +366,8 @@ def _qwen_layout(config: Mapping[str, Any]) -> TransformerLayout:
 
 
 def _qwen_call(inputs: Inputs) -> dict[str, Any]:
-    size, (rows, columns) = inputs.latents.shape[0], inputs.grid()
-    shapes = [[(1, rows, columns)]] * size
-    packed = {"hidden_states": inputs.packed(), "timestep": inputs.sigmas, "img_shapes": shapes}
-    return {**packed, "encoder_hidden_states": inputs.text}
+    shapes = [[(1, *inputs.grid())]] * len(inputs.latents)
+    return inputs.keywords(inputs.sigmas, inputs.packed(), img_shapes=shapes)
 
 
 def _zimage_layout(config: Mapping[str, Any]) -> TransformerLayout:
@@ -407,37 +402,30 @@ def _cogview4_call(inputs: Inputs) -> dict[str, Any]:
     # not 1000 times the level. The numbers are those of the published scheduler.
     shift = 0.25 + 0.75 * (rows * columns / 256) ** 0.5
     timesteps = 1000 * sigmas / (sigmas + shift * (1 - sigmas))
-    sizes = {"original_size": size, "target_size": size, "crop_coords": size * 0}
-    given = {"hidden_states": inputs.latents, "timestep": timesteps, "encoder_hidden_states": inputs.text}
-    return {**given, **sizes}
+    return inputs.keywords(timesteps, original_size=size, target_size=size, crop_coords=size * 0)
 
 
 def _hunyuan_dit_call(inputs: Inputs) -> dict[str, Any]:
-    transformer, prompt, (rows, columns) = inputs.transformer, inputs.prompt, inputs.grid()
+    config, prompt, dtype = inputs.transformer.config, inputs.prompt, inputs.latents.dtype
     # As in the pipeline, positions span the centre of the grid of a 512-pixel image, for any image size.
-    base = 512 // 8 // 2
-    height, width = (base, round(base / rows * columns)) if rows > columns else (round(base / columns * rows), base)
-    top, left = round((base - height) / 2), round((base - width) / 2)
+    grid, base = inputs.grid(), 512 // 8 // 2
+    sides = [round(base / max(grid) * side) for side in grid]
+    start = [round((base - side) / 2) for side in sides]
+    stop = [first + side for first, side in zip(start, sides, strict=True)]
     rotary = _embeddings().get_2d_rotary_pos_embed(
-        transformer.inner_dim // transformer.num_heads,
-        ((top, left), (top + height, left + width)),
-        (rows, columns),
-        device=inputs.latents.device,
-        output_type="pt",
+        config.attention_head_dim, (start, stop), grid, device=inputs.latents.device, output_type="pt"
     )
     # Versions up to 1.1 are also conditioned on a style and on sizes, the first of which is 1024.
-    first = inputs.image_size * 0
-    return {
-        "hidden_states": inputs.latents,
-        "timestep": inputs.timesteps.to(inputs.latents.dtype),
-        "encoder_hidden_states": inputs.text,
-        "text_embedding_mask": prompt["prompt_mask"],
-        "encoder_hidden_states_t5": prompt["prompt_embeds_2"].contiguous(),
-        "text_embedding_mask_t5": prompt["prompt_mask_2"],
-        "image_meta_size": torch.cat([first + 1024, inputs.image_size, first], dim=1).to(inputs.latents.dtype),
-        "style": torch.zeros(len(first), dtype=torch.long, device=first.device),
-        "image_rotary_emb": rotary,
-    }
+    none = inputs.image_size * 0
+    return inputs.keywords(
+        inputs.timesteps.to(dtype),
+        text_embedding_mask=prompt["prompt_mask"],
+        encoder_hidden_states_t5=prompt["prompt_embeds_2"].contiguous(),
+        text_embedding_mask_t5=prompt["prompt_mask_2"],
+        image_meta_size=torch.cat([none + 1024, inputs.image_size, none], dim=1).to(dtype),
+        style=none[:, 0].long(),
+        image_rotary_emb=rotary,
+    )
 
 
 def _lumina_next_call(inputs: Inputs) -> dict[str, Any]:
@@ -448,14 +436,13 @@ def _lumina_next_call(inputs: Inputs) -> dict[str, Any]:
     rotary = _embeddings().get_2d_rotary_pos_embed_lumina(
         inputs.transformer.head_dim, rows, columns, linear_factor=factor
     )
-    return {
-        "hidden_states": inputs.latents,
-        "timestep": 1 - inputs.sigmas,  # its own time runs the other way
-        "encoder_hidden_states": inputs.text,
-        "encoder_mask": torch.ones(inputs.text.shape[:2], device=inputs.latents.device),
-        "image_rotary_emb": rotary,
-        "cross_attention_kwargs": {"base_sequence_length": (usual // 2) ** 2},
-    }
+    # Its own time runs the other way.
+    return inputs.keywords(
+        1 - inputs.sigmas,
+        encoder_mask=torch.ones(inputs.text.shape[:2], device=inputs.latents.device),
+        image_rotary_emb=rotary,
+        cross_attention_kwargs={"base_sequence_length": (usual // 2) ** 2},
+    )
 
 
 def _embeddings() -> Any:
@@ -464,9 +451,9 @@ def _embeddings() -> Any:
 
 
 def _flux_call(inputs: Inputs) -> dict[str, Any]:
-    packed = {"hidden_states": inputs.packed(), "timestep": inputs.sigmas, "encoder_hidden_states": inputs.text}
     places = inputs.places()
-    return {**packed, "img_ids": places, "txt_ids": places.new_zeros(inputs.text.shape[1], 3)}
+    text = places.new_zeros(inputs.text.shape[1], 3)
+    return inputs.keywords(inputs.sigmas, inputs.packed(), img_ids=places, txt_ids=text)
 
 
 def _flux1_call(inputs: Inputs) -> dict[str, Any]:
@@ -496,10 +483,10 @@ def _flux2_call(inputs: Inputs) -> dict[str, Any]:
     places = inputs.places(side=1, axes=4)
     text = places.new_zeros(inputs.text.shape[1], 4)
     text[:, 3] = torch.arange(len(text), device=text.device)
-    called = {"hidden_states": inputs.latents.flatten(2).mT, "timestep": inputs.sigmas, "img_ids": places}
+    called = inputs.keywords(inputs.sigmas, inputs.latents.flatten(2).mT, img_ids=places, txt_ids=text)
     if inputs.transformer.config.guidance_embeds:
         called["guidance"] = torch.full_like(inputs.sigmas, inputs.guidance)
-    return {**called, "encoder_hidden_states": inputs.text, "txt_ids": text}
+    return called
 
 
 def _flux2_projections(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -549,7 +536,7 @@ _ALL = (
         "SD3Transformer2DModel",
         (*_PLAIN, "pos_embed_max_size"),
         lambda config: transformer_layout(config, max_grid=config["pos_embed_max_size"]),
-        _sd3_call,
+        lambda inputs: inputs.keywords(inputs.timesteps, pooled_projections=inputs.prompt["pooled_prompt_embeds"]),
         # Blocks with a second attention, of the image alone, are read at the first.
         (TransformerBlocks(hidden=1),),
         prompt_fields=_POOLED,
@@ -577,7 +564,7 @@ _ALL = (
         "SanaTransformer2DModel",
         _PLAIN,
         _sana_layout,
-        _sana_call,
+        lambda inputs: inputs.keywords(inputs.timesteps * inputs.transformer.config.timestep_scale),
         (TransformerBlocks(attention="attn1"),),
         prompt_fields={"prompt_embeds": "caption_channels"},
         patch_embedding="patch_embed",
@@ -587,7 +574,8 @@ _ALL = (
         (*_WIDE, "axes_lens"),
         # Rotary positions are tabulated. The refiners of text and image are not counted as blocks.
         lambda config: _lumina_layout(config, max_grid=min(config["axes_lens"][1:])),
-        _lumina2_call,
+        # Its own time runs the other way.
+        lambda inputs: inputs.keywords(1 - inputs.sigmas, encoder_attention_mask=_WholeMask(inputs.text)),
         (TransformerBlocks("layers"),),
         # It points from the noise to the image.
         output=lambda output, inputs: -image_of(output, inputs),
@@ -619,11 +607,7 @@ _ALL = (
         "AuraFlowTransformer2DModel",
         (*_HEADS, "num_mmdit_layers", "num_single_dit_layers", "sample_size", "patch_size", "pos_embed_max_size"),
         _auraflow_layout,
-        lambda inputs: {
-            "hidden_states": inputs.latents,
-            "timestep": inputs.sigmas,
-            "encoder_hidden_states": inputs.text,
-        },
+        lambda inputs: inputs.keywords(inputs.sigmas),
         (TransformerBlocks("joint_transformer_blocks", hidden=1), TransformerBlocks("single_transformer_blocks")),
         prompt_fields={"prompt_embeds": "joint_attention_dim"},
         patch_embedding="pos_embed",
@@ -651,6 +635,7 @@ _ALL = (
         },
         patch_embedding="pos_embed",
         timestep_modules={"time_extra_emb.time_proj": 1},
+        whole_modules=("time_extra_emb.pooler",),
     ),
     TransformerFamily(
         "LuminaNextDiT2DModel",
@@ -698,11 +683,7 @@ _ALL = (
         "PRXTransformer2DModel",
         ("hidden_size", "num_heads", "depth", "in_channels", "patch_size"),
         _prx_layout,
-        lambda inputs: {
-            "hidden_states": inputs.latents,
-            "timestep": inputs.sigmas,
-            "encoder_hidden_states": inputs.text,
-        },
+        lambda inputs: inputs.keywords(inputs.sigmas),
         (TransformerBlocks("blocks", "attention", projections=_prx_projections),),
         prompt_fields={"prompt_embeds": "context_in_dim"},
         patch_embedding="img_in",
@@ -711,11 +692,7 @@ _ALL = (
         "WanTransformer3DModel",
         (*_HEADS, "num_layers", "rope_max_seq_len"),
         _wan_layout,
-        lambda inputs: {
-            "hidden_states": inputs.latents[:, :, None],
-            "timestep": inputs.timesteps,
-            "encoder_hidden_states": inputs.text,
-        },
+        lambda inputs: inputs.keywords(inputs.timesteps, inputs.latents[:, :, None]),
         (TransformerBlocks("blocks", "attn1"),),
         output=lambda output, _: output[:, :, 0],
         prompt_fields={"prompt_embeds": "text_dim"},

@@ -24,6 +24,7 @@ class FoldedTransformer(nn.Module):
     """
 
     num_classes = 0
+    whole_modules: Sequence[nn.Module] = ()
     positions: Tensor  # (1, N, D), of those that are added
 
     def __init__(self, config: Any, layout: FoldedLayout) -> None:

@@ -384,6 +384,12 @@ class ASelectImageProcessorPil(_ASelectImageProcessing, PilBackend):  # type: ig
     """The image processor by PIL and numpy: `ASelectImageProcessor` where torchvision is not installed.
 
     `AutoImageProcessor.from_pretrained(..., backend="pil")` loads it in any case.
+
+    Example:
+        >>> from hf_aselect import ASelectImageProcessorPil
+        >>> from PIL import Image
+        >>> ASelectImageProcessorPil(size=32)(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 32, 32])
     """
 
     def resize(  # type: ignore[override]

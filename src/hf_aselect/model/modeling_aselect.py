@@ -491,8 +491,9 @@ class ASelectPreTrainedModel(ShareableModel):
         super().post_init()
         # accelerate's FSDP rejects class names, here of other families, that the model does not contain.
         here = {type(module).__name__ for module in self.modules()}
-        blocks = {type(block).__name__ for block in self._base().denoiser.blocks}
-        self._no_split_modules = {name for name in self._no_split_modules or () if name in here} | blocks
+        denoiser = self._base().denoiser
+        whole = {type(module).__name__ for module in (*denoiser.blocks, *denoiser.whole_modules)}
+        self._no_split_modules = {name for name in self._no_split_modules or () if name in here} | whole
         if self._base().vae is None:
             self._keep_in_fp32_modules_strict = set()
 
