@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 
 import hf_aselect
 from hf_aselect import DiTForImageClassification, DiTModel, TimestepSelection, cli
@@ -20,7 +22,9 @@ from hf_aselect.hub.push import write_model_card
 
 # Seconds to import, and not needed to print a few lines. accelerate and peft are not among them: transformers itself
 # imports them.
-HEAVY = ("datasets", "diffusers", "evaluate", "matplotlib", "sklearn")
+HEAVY = ("datasets", "diffusers", "evaluate", "matplotlib")
+# Before 5.23 transformers imports it where it is installed.
+HEAVY += ("sklearn",) if Version(transformers.__version__) >= Version("5.23") else ()
 
 
 @pytest.fixture

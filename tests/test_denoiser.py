@@ -674,6 +674,14 @@ def called(change):
             "does not return hidden_states. Its `forward` accepts hidden_",
         ),
         (called(lambda given, _: {**given, "return_dict": False}), "returns return_dict, which is set automatically"),
+        (
+            called(lambda given, _: {**given, "hidden_states": given["hidden_states"].flatten(2)}),
+            r"failed \(RuntimeError: .*\) after `call` returned hidden_states \(2, 3, 64\), timestep \(2,\)",
+        ),
+        (
+            called(lambda given, _: {**given, "class_labels": given["timestep"] + 0.5}),
+            r"failed \(RuntimeError: .*\) after `call` returned .*, class_labels \(2,\)",
+        ),
         ({"blocks": (TransformerBlocks(attention="attn1", hidden=1),)}, r"is 1, but a block returns Tensor\. Set it"),
         ({"tokens": lambda sequence, count: sequence}, None),
         ({"tokens": lambda sequence, count: sequence[:, 1:]}, r"must return the 16 image tokens .* got \(2, 15, 16\)"),

@@ -66,7 +66,7 @@ def test_a_choice_outside_the_grid_is_refused(tmp_path):
 def test_lengths_that_differ_are_refused(tmp_path, name):
     values = {"scores": SCORES, "log_snr": LOG_SNR, "intervals": None, "accuracies": None, name: [0.1]}
     with pytest.raises(ValueError, match=f"`{name}` must have one entry for each of 4 timesteps, got 1"):
-        plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, chosen=50, **values)
+        plot_timestep_curve(tmp_path / "c.png", TIMESTEPS, selected=50, **values)
 
 
 TAPS = ["block 0, hidden", "block 3, query"]
@@ -90,8 +90,8 @@ def test_the_heat_map_shows_its_choice(tmp_path):
         ({"values": [SCORES]}, "`values` must have one row for each of 2 taps, got 1"),
         ({"values": [SCORES, SCORES[:3]]}, "block 3, query` must have one entry for each of 4 timesteps, got 3"),
         ({"log_snr": [1.0]}, "`log_snr` must have one entry for each of 4 timesteps, got 1"),
-        ({"chosen_tap": "block 9, key"}, "got 'block 9, key'"),
-        ({"chosen_timestep": 7}, "selected timestep must be one of .*, got 7"),
+        ({"selected_tap": "block 9, key"}, "got 'block 9, key'"),
+        ({"selected_timestep": 7}, "selected timestep must be one of .*, got 7"),
     ],
 )
 def test_a_heat_map_that_does_not_fit_is_refused(tmp_path, changed, message):
@@ -100,8 +100,8 @@ def test_a_heat_map_that_does_not_fit_is_refused(tmp_path, changed, message):
         "log_snr": LOG_SNR,
         "taps": TAPS,
         "values": [SCORES, SCORES],
-        "chosen_tap": TAPS[0],
-        "chosen_timestep": 50,
+        "selected_tap": TAPS[0],
+        "selected_timestep": 50,
         "label": "accuracy",
     }
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ from conftest import HEAD, build_transformer, enable_checkpointing, example
 from datasets import Dataset
 from diffusers import DDPMScheduler
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from pipelines import PIPELINES
@@ -441,6 +442,7 @@ def test_offloaded_by_the_host_it_gives_the_same(folder, tmp_path, place):
     torch.testing.assert_close(logits(spread), logits(model))
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 writes code that lacks torch")
 @pytest.mark.process
 def test_it_is_compiled_and_exported_whole(folder):
     model = classifier(folder, calibration_images=images()).eval()
@@ -456,6 +458,7 @@ def test_it_is_compiled_and_exported_whole(folder):
     torch.testing.assert_close(found, logits(model, images(7)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 warns of its own graph")
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
 def test_it_is_written_as_onnx(folder, tmp_path, monkeypatch, capsys):

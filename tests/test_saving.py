@@ -1,6 +1,7 @@
 """What is saved of a backbone that diffusers, peft, torch or accelerate changed comes back, or saving says why not."""
 
 import json
+import warnings
 
 import accelerate
 import peft
@@ -11,6 +12,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.utils import recurse_remove_peft_layers
 from pipelines import images_of, sd3
 from torch import nn
+from torch.nn.utils import prune
 
 from hf_aselect import DiTForImageClassification
 
@@ -113,6 +115,17 @@ def parametrized(model):
     nn.utils.parametrizations.weight_norm(transformer_of(model).transformer_blocks[0].attn.to_q)
 
 
+def pruned(model):
+    # A sibling of parametrizations, as is the next.
+    prune.l1_unstructured(transformer_of(model).transformer_blocks[0].attn.to_q, "weight", 0.5)
+
+
+def weight_normed_as_before(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of this older way
+        nn.utils.weight_norm(transformer_of(model).transformer_blocks[0].attn.to_q)
+
+
 def quantized_by_torch(model):
     layer = transformer_of(model).transformer_blocks[0].ff.net[2]
     block = transformer_of(model).transformer_blocks[0]
@@ -177,6 +190,8 @@ CANNOT = {
     fused_but_there: r"`fuse_lora\(\)` and `unload_lora\(\)` of the transformer",
     trained_projections: r"Its fused projections were trained\. .*unfuse_qkv_projections",
     parametrized: r"remove_parametrizations",
+    pruned: r"`torch\.nn\.utils\.prune\.remove`",
+    weight_normed_as_before: r"`torch\.nn\.utils\.remove_weight_norm`",
     quantized_by_torch: r"could not be loaded again: .* Its layers are quantized\. Save the model before",
     quantized_by_torchao: "is quantized .* Save the model before",
     quantized_by_bitsandbytes: "Save the model before",

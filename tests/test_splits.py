@@ -38,6 +38,21 @@ def test_files_keep_their_own_classes_until_they_are_matched(files):
     assert (train["label"][:], validation["label"][:]) == ([0, 1, 0], [1, 0])
 
 
+@pytest.mark.parametrize("counts", [(4, 4), (2, 2), (3, 3, 30), (12, 2)])
+def test_of_few_images_as_many_as_classes_are_held_out(counts):
+    """A tenth of a folder of eight images was met: `datasets` rejects a part smaller than the number of classes."""
+    labels = [name for name, count in enumerate(counts) for _ in range(count)]
+    train, validation = train_and_validation(DatasetDict(train=rows(list(map(str, labels)))), 0, "label")
+    assert len(train) + len(validation) == len(labels) and set(train["label"][:]) == set(range(len(counts)))
+    assert len(validation) == max(-(-len(labels) // 10), len(counts))
+
+
+def test_a_class_of_one_image_says_what_to_pass():
+    """A sibling: then no split has all classes."""
+    with pytest.raises(ValueError, match=r"class 'b' there is one image.*Pass a validation split"):
+        train_and_validation(DatasetDict(train=rows(["a"] * 5 + ["b"])), 0, "label")
+
+
 @pytest.mark.parametrize("sources", [{}, {"dataset_name": "a", "train_dir": "b"}])
 def test_there_must_be_one_source(sources):
     with pytest.raises(ValueError, match="Pass exactly one of --dataset_name, --train_dir and --train_file"):

@@ -201,10 +201,14 @@ def test_an_open_timestep_is_chosen_on_the_first_training_pictures(pixel_folder,
     assert entry["aselect/timestep"] == expected.timestep and entry["step"] == 0 and entry["aselect/drift"] == 0
 
 
-def test_the_callback_takes_the_number_of_training_images(pixel_folder, pixels, tmp_path):
+def test_the_callback_says_how_many_training_images_there_are(pixel_folder, pixels, tmp_path):
     model = unresolved(pixel_folder)
-    train_with(ASelectCallback(max_images=4, num_train_images=50), model, pixels, tmp_path)
-    assert model.config.selection["options"]["num_train_images"] == 50
+    train_with(ASelectCallback(max_images=4, criterion="consensus"), model, pixels, tmp_path)
+    assert model.config.selection["options"]["num_train_images"] == len(pixels)
+    train_with(
+        ASelectCallback(max_images=4, num_train_images=50), (other := unresolved(pixel_folder)), pixels, tmp_path
+    )
+    assert other.config.selection["options"]["num_train_images"] == 50
 
 
 def test_a_chosen_timestep_is_left_alone(trainer):

@@ -54,13 +54,13 @@ FEATURES = ("hidden", "query", "key", "value")
 DEFAULT = inspect.signature(select_timestep).parameters["criterion"].default
 # What the default was before: all timesteps are references, on a grid from a log-SNR of 14 to -14, and no regions.
 FORMER = "consensus of all timesteps"
-# The default, which is told how many labelled images there will be.
-TOLD = "consensus, number of labels"
+# The default, which is not told how many labelled images there will be.
+UNTOLD = "consensus, number of labels unknown"
 CRITERIA: dict[str, Criterion] = {
     "hfr": HFR(),
     "signal_hfr": SignalHFR(),
     FORMER: Consensus(region_weight=0.0),
-    TOLD: Consensus(),
+    UNTOLD: Consensus(),
 }
 # The truths, and the head that each stands for.
 HEADS = {"ridge": "linear", "attention": "attention"}
@@ -71,8 +71,8 @@ MEASURES = ("RankMe", "alpha-ReQ", "LiDAR")
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
 NUM_HALVES = 20
 OF_THE_SEARCH = (
-    *("train_file", "test_file", "annotation_column", "ignore_index", "num_train", "num_test", "attention_features"),
-    *("plain_features", "num_attention_train", "num_measured"),
+    *("train_file", "test_file", "annotation_column", "ignore_index", "num_train", "num_draws", "num_test"),
+    *("attention_features", "plain_features", "num_attention_train", "num_measured"),
 )
 # Of an attention head's training: as many steps from few images as from many.
 BATCH_SIZE = 50
@@ -100,6 +100,10 @@ class BenchmarkArguments:
     )
     ignore_index: int = field(default=UNLABELLED, metadata={"help": "Class index that stands for no label."})
     num_train: int = field(default=1500, metadata={"help": "Images that a ridge classifier is fitted to."})
+    num_draws: int = field(
+        default=1,
+        metadata={"help": "Draws of --num_train images over which a ridge classifier is averaged."},
+    )
     num_test: int = field(default=2500, metadata={"help": "Images that it is tried on."})
     attention_features: list[str] = field(
         default_factory=lambda: ["hidden", "query"],
@@ -122,7 +126,7 @@ class BenchmarkArguments:
     )
     consensus_only: bool = field(
         default=False,
-        metadata={"help": "Only select by the default, and by it with the number of labels."},
+        metadata={"help": "Only select by the default, and by it without the number of labels."},
     )
     search_only: bool = field(
         default=False, metadata={"help": "Only try each timestep; a run without it goes on from there."}
@@ -140,7 +144,14 @@ class Pair:
         self.saved_seconds = 0.0  # that images of its own would have taken to make again
         self.make_own_pictures_once()
         self.processor = ASelectImageProcessor.from_model_config(self.model.config)
-        self.train = sample(args.train_file, args.num_train)
+        # Selections, measures and attention heads have the first draw alone.
+        self.drawn = sample(args.train_file, args.num_train * args.num_draws)
+        if args.num_draws > 1 and len(self.drawn) < args.num_train * args.num_draws:
+            raise ValueError(
+                f"--num_draws of --num_train images each are {args.num_train * args.num_draws} images, and "
+                f"{args.train_file} has {len(self.drawn)}. Take fewer of either."
+            )
+        self.train = self.drawn.select(range(min(args.num_train, len(self.drawn))))
         self.test = sample(args.test_file, args.num_test)
         schedule = self.model.noise_schedule
         # The grid of a selection is within that of the search, so that every choice has its accuracy.
@@ -149,12 +160,18 @@ class Pair:
         self.taps: list[Tap] = [(block, feature) for block in blocks for feature in FEATURES]
         self.attention_taps = [tap for tap in self.taps if tap[1] in args.attention_features]
         self.plain_taps = [tap for tap in self.attention_taps if tap[1] in args.plain_features]
-        self.labels = [self.read_labels(rows) for rows in (self.train, self.test)]
+        self.drawn_labels = self.read_labels(self.drawn)
+        self.labels = [self.drawn_labels[: len(self.train)], self.read_labels(self.test)]
 
     @property
     def per_picture(self) -> bool:
         """Whether a label belongs to an image rather than to a patch."""
         return self.args.annotation_column is None
+
+    @property
+    def num_labelled(self) -> int | None:
+        """Number of labelled images, which is not known of patches: as `hf-aselect fit` tells it."""
+        return self.args.num_train if self.per_picture else None
 
     def pixel_values(self, rows: Dataset) -> Tensor:
         """Return images as (n, C, H, W)."""
@@ -178,6 +195,10 @@ class Pair:
             patches = square.reshape(cells, side // cells, cells, side // cells).swapaxes(1, 2).reshape(cells**2, -1)
             labels.append([np.bincount(patch).argmax() for patch in patches])
         return np.array(labels)
+
+    def split(self, labels: np.ndarray) -> list[np.ndarray]:
+        """Return the labels of each draw."""
+        return [labels[start : start + len(self.train)] for start in range(0, len(labels), len(self.train))]
 
     @torch.no_grad()
     def tokens(self, latents: Tensor, timestep: int, noise: Tensor | None = None) -> dict[Tap, Tensor]:
@@ -208,7 +229,7 @@ class Pair:
         if path.exists():
             with np.load(path) as stored:
                 done = dict(stored) if str(stored["settings"]) == str(done["settings"]) else done
-        train, test = self.model.encode(self.pixel_values(self.train)), self.model.encode(self.pixel_values(self.test))
+        train, test = (self.model.encode(self.pixel_values(rows)) for rows in (self.drawn, self.test))
         for timestep in tqdm(self.grid, desc="Trying each timestep"):
             if f"{timestep}/seconds" not in done:
                 found = self.try_timestep(train, test, timestep)
@@ -230,7 +251,7 @@ class Pair:
     def try_timestep(self, train: Tensor, test: Tensor, timestep: int) -> dict[str, np.ndarray]:
         """Return for each test image whether each tap's classifiers are right about it, and the measures."""
         generator = torch.Generator().manual_seed(0)
-        measured = train[: self.args.num_measured]
+        measured = train[: len(self.train)][: self.args.num_measured]
         draws = [torch.randn(measured.shape, generator=generator) for _ in range(4)]
         started = time.monotonic()
         tokens = [self.tokens(latents, timestep) for latents in (train, test)]
@@ -238,7 +259,9 @@ class Pair:
         for tap in self.taps:
             place = f"{tap[0]}/{tap[1]}"
             parts = [part[tap] for part in tokens]
-            found[f"ridge/{place}"] = ridge_hits(parts[0], self.labels[0], parts[1], self.labels[1])
+            every = zip(parts[0].split(len(self.train)), self.split(self.drawn_labels), strict=True)
+            found[f"ridge/{place}"] = np.mean([ridge_hits(*draw, parts[1], self.labels[1]) for draw in every], axis=0)
+            parts[0] = parts[0][: len(self.train)]
             ways = {"attention": tap in self.attention_taps, PLAIN: tap in self.plain_taps}
             for truth in (truth for truth, is_wanted in ways.items() if is_wanted):
                 part = slice(self.args.num_attention_train)
@@ -251,7 +274,7 @@ class Pair:
         found["seconds"] = np.array(time.monotonic() - started)
         views = [self.tokens(measured, timestep, noise) for noise in draws]
         for tap in self.taps:
-            own = tokens[0][tap][: self.args.num_measured].mean(1).double().numpy()
+            own = tokens[0][tap][: len(measured)].mean(1).double().numpy()
             pooled = np.stack([view[tap][:, 0].double().numpy() for view in views])
             for name, value in (("RankMe", rank_me(own)), ("alpha-ReQ", alpha_req(own)), ("LiDAR", lidar(pooled))):
                 found[f"{name}/{tap[0]}/{tap[1]}"] = np.array(value)
@@ -272,8 +295,8 @@ class Pair:
             rows.append(self.random_row(tap, hits))
         for tap in tqdm(self.taps, desc="Selecting"):
             others = () if self.args.consensus_only else CRITERIA
-            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in (FORMER, TOLD)]
-            beside = TOLD if self.args.consensus_only else FORMER
+            ways: list[tuple[str, str | None]] = [(name, None) for name in others if name not in (FORMER, UNTOLD)]
+            beside = UNTOLD if self.args.consensus_only else FORMER
             ways += [(name, truth) for name in (beside, DEFAULT) for truth in HEADS if (truth, tap) in hits]
             for name, truth in ways:
                 rows += [self.selection_row(name, tap, hits, seed, truth) for seed in self.args.seeds]
@@ -314,7 +337,7 @@ class Pair:
                 feature=tap[1],
                 labels=self.labels[0] if name == "probe" else None,
                 seed=seed,
-                num_train_images=self.args.num_train if name == TOLD else None,
+                num_train_images=None if name == UNTOLD else self.num_labelled,
             )
         places = [self.nearest(timestep) for timestep in record.timesteps]
         correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
@@ -357,7 +380,7 @@ class Pair:
         rows = []
         for name, options in ways.items():
             for seed in self.args.seeds:
-                record = select_timestep(self.model, images, seed=seed, **options)
+                record = select_timestep(self.model, images, seed=seed, num_train_images=self.num_labelled, **options)
                 tap = (record.block, record.feature)
                 place = taps.index(tap) * len(self.grid) + self.nearest(record.timestep)
                 found = {"criterion": TAPS + name, "truth": truth, "block": tap[0], "feature": tap[1], "seed": seed}

@@ -199,24 +199,22 @@ def table_of_own_images(rows: list[Row], pairs: dict[str, Row]) -> list[str]:
 
 
 def table_of_few_labels(folder: Path) -> str:
-    """Return what is lost with few labels: by the default, where it is told their number, and at fixed timesteps.
+    """Return what a linear head loses with few labels: without their number, by the default, and at fixed timesteps.
 
     Args:
         folder: Results of runs with `--consensus_only`.
     """
-    ways = {"default": DEFAULT, "`num_train_images=100`": f"{DEFAULT}, number of labels"}
+    ways = {"number unknown": f"{DEFAULT}, number of labels unknown", "`num_train_images=100`": DEFAULT}
     ways |= {name: name for name in ("t = 50", "t = 100", "t = 300")}
     lines = []
     for path in sorted(folder.glob("*.json")):
         pair = json.loads(path.read_text(encoding="utf-8"))
         name = f"`{path.stem}`" + " (held out)" * pair["arguments"]["looked_at_once"]
-        for truth, key in LOSSES.items():
-            found = [
-                mean_and_worst(key, [{**row, "pair": name} for row in of(pair["rows"], way)]) for way in ways.values()
-            ]
-            if np.isfinite(found[0][0]):
-                lines.append([name, truth, *(f"{mean:.2f} ({worst:.2f})" for mean, worst in found)])
-    return "\n".join(markdown("", ["pair", "truth", *ways], lines)[2:])
+        found = [
+            mean_and_worst("loss", [{**row, "pair": name} for row in of(pair["rows"], way)]) for way in ways.values()
+        ]
+        lines.append([name, *(f"{mean:.2f} ({worst:.2f})" for mean, worst in found)])
+    return "\n".join(markdown("", ["pair", *ways], lines)[2:])
 
 
 def extra_losses(rows: list[Row], name: str, key: str) -> list[float]:

@@ -141,6 +141,7 @@ def main() -> None:
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
         calibration_images=train.shuffle(args.seed)[:256][args.image_column] if has_use else None,
+        num_train_images=len(train),
         head="linear",
         head_norm=True,
         id2label=dict(enumerate(names)),

@@ -502,6 +502,7 @@ def main() -> None:
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
         calibration_images=calibration,
+        num_train_images=len(trained_on) if hasattr(trained_on, "__len__") else None,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         **given,

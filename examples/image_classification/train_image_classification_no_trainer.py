@@ -181,6 +181,7 @@ def main() -> None:
     model = DiTForImageClassification.from_pretrained(
         args.model_name_or_path,
         calibration_images=calibration,
+        num_train_images=len(train),
         **given,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},

@@ -506,6 +506,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
         calibration_images=images,
+        num_train_images=None if is_dense else len(train),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a head that is there is of no use
@@ -585,11 +586,11 @@ def _print_taps(selection: Any) -> None:
     print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  smoothed score")
     rows = []
     for tap in selection.table or []:
-        is_chosen = (tap["block"], tap["feature"]) == (selection.block, selection.feature)
+        is_selected = (tap["block"], tap["feature"]) == (selection.block, selection.feature)
         means = tap["smoothed"]
         # What was selected need not be the highest of its tap, where few of the resamples selected that.
-        place = selection.timesteps.index(selection.timestep) if is_chosen else means.index(max(means))
-        rows.append((means[place], not is_chosen, tap["block"], tap["feature"], selection.timesteps[place]))
+        place = selection.timesteps.index(selection.timestep) if is_selected else means.index(max(means))
+        rows.append((means[place], not is_selected, tap["block"], tap["feature"], selection.timesteps[place]))
     for mean, is_other, block, feature, timestep in sorted(rows, key=lambda row: (-row[0], row[1])):
         print(f"{block:>5} {feature:<9} {timestep:>13}  {mean:.4f}{'' if is_other else '  <- selected'}")
     print()

@@ -19,7 +19,7 @@ def plot_timestep_curve(
     timesteps: Sequence[int],
     scores: Sequence[float],
     log_snr: Sequence[float],
-    chosen: int,
+    selected: int,
     intervals: Sequence[Sequence[float]] | None = None,
     smoothed: Sequence[float] | None = None,
     criterion: str = "consensus",
@@ -37,7 +37,7 @@ def plot_timestep_curve(
         timesteps: Timesteps, rising.
         scores: The criterion at each.
         log_snr: 2·ln(alpha / sigma) at each.
-        chosen: The selected timestep, one of `timesteps`.
+        selected: The selected timestep, one of `timesteps`.
         intervals: Low and high end of each score's interval.
         smoothed: Each score averaged with its neighbours, if the selection was made by that; it need not be the
             highest, where draws of the images do not agree.
@@ -56,7 +56,7 @@ def plot_timestep_curve(
     for name, values in of_curve.items():
         _check_length(name, values, len(timesteps))
     _check_length("accuracies", accuracies, len(accuracy_log_snr))
-    for each in (chosen, *others):
+    for each in (selected, *others):
         if each not in timesteps:
             raise ValueError(f"The selected timestep must be one of {list(timesteps)}, got {each}.")
     # Small in inches, so that the text is readable when a page shows the image at a third of its width.
@@ -68,14 +68,14 @@ def plot_timestep_curve(
     axes.set_ylabel(f"{criterion} score (shaded: 95 % interval)" if intervals is not None else criterion)
     if accuracies is not None:
         lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
-    mark = positions[list(timesteps).index(chosen)]
-    lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"selected: t = {chosen}"))
+    mark = positions[list(timesteps).index(selected)]
+    lines.append(axes.axvline(mark, color=GREY, linestyle=":", linewidth=1.5, label=f"selected: t = {selected}"))
     name = f"also selected: t = {', '.join(map(str, others))}"
     marks = [positions[list(timesteps).index(other)] for other in others]
     beside = [axes.axvline(mark, color=GREY, linestyle=(0, (1, 4)), linewidth=1.5, label=name) for mark in marks]
     # One line of the legend for all.
     lines += beside[:1]
-    _label_timesteps(axes, timesteps, log_snr, positions, named=(chosen, *others))
+    _label_timesteps(axes, timesteps, log_snr, positions, named=(selected, *others))
     axes.grid(axis="y", alpha=0.3)
     figure.legend(handles=lines, loc="outside upper center", ncols=2 if len(lines) > 3 else 3, frameon=False)
     _save(figure, path)
@@ -114,8 +114,8 @@ def plot_timestep_heat_map(
     log_snr: Sequence[float],
     taps: Sequence[str],
     values: Sequence[Sequence[float]],
-    chosen_tap: str,
-    chosen_timestep: int,
+    selected_tap: str,
+    selected_timestep: int,
     label: str,
     others: Sequence[int] = (),
 ) -> None:
@@ -130,8 +130,8 @@ def plot_timestep_heat_map(
         log_snr: 2·ln(alpha / sigma) at each.
         taps: Names of the taps, such as "block 3, query": the rows, from the top.
         values: For each tap, the value at each timestep; the largest is the best, and of equal ones the first.
-        chosen_tap: Name of the selected tap, one of `taps`.
-        chosen_timestep: The selected timestep, one of `timesteps`.
+        selected_tap: Name of the selected tap, one of `taps`.
+        selected_timestep: The selected timestep, one of `timesteps`.
         label: What the values are.
         others: Timesteps that were selected beside it, of `timesteps`.
 
@@ -144,9 +144,9 @@ def plot_timestep_heat_map(
     _check_length("log_snr", log_snr, len(timesteps))
     for tap, row in zip(taps, values, strict=True):
         _check_length(f"values of {tap}", row, len(timesteps))
-    if chosen_tap not in taps:
-        raise ValueError(f"The selected tap must be one of {list(taps)}, got {chosen_tap!r}.")
-    for each in (chosen_timestep, *others):
+    if selected_tap not in taps:
+        raise ValueError(f"The selected tap must be one of {list(taps)}, got {selected_tap!r}.")
+    for each in (selected_timestep, *others):
         if each not in timesteps:
             raise ValueError(f"The selected timestep must be one of {list(timesteps)}, got {each}.")
     figure = _new_figure(7.4, 1.9 + 0.27 * len(taps))
@@ -155,14 +155,14 @@ def plot_timestep_heat_map(
     image = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label=label, pad=0.02)
     dots = _mark_best(axes, values)
-    down, named = list(taps).index(chosen_tap), ", ".join(map(str, (chosen_timestep, *others)))
-    for each in (*others, chosen_timestep):
-        box = _mark_cell(axes, list(timesteps).index(each), down, f"selected: {chosen_tap}, t = {named}")
+    down, named = list(taps).index(selected_tap), ", ".join(map(str, (selected_timestep, *others)))
+    for each in (*others, selected_timestep):
+        box = _mark_cell(axes, list(timesteps).index(each), down, f"selected: {selected_tap}, t = {named}")
     # Lines must not widen what the map takes up.
     axes.set_xlim(-0.5, len(timesteps) - 0.5)
     axes.set_ylim(len(taps) - 0.5, -0.5)
     axes.set_yticks(range(len(taps)), taps)
-    _label_timesteps(axes, timesteps, log_snr, range(len(timesteps)), named=(chosen_timestep, *others))
+    _label_timesteps(axes, timesteps, log_snr, range(len(timesteps)), named=(selected_timestep, *others))
     figure.legend(handles=[box, dots], loc="outside upper center", frameon=False)
     _save(figure, path)
 

@@ -215,6 +215,8 @@ def _checked_call(family: TransformerFamily, inputs: Inputs) -> dict[str, Any]:
         _check_keywords(family, inputs.transformer, given)
         _check_widths(family, inputs.transformer)
         _watch(family, inputs)
+        if not inputs.latents.is_meta:
+            _explain(family, inputs.transformer, given)
         _SEEN.add(inputs.transformer)
     return given
 
@@ -251,6 +253,33 @@ def _check_widths(family: TransformerFamily, transformer: Any) -> None:
                     f"{found[0]} channels to {found[1]}. Pass `hidden_size=` and `key_value_size=` to "
                     "`transformer_layout`."
                 )
+
+
+def _explain(family: TransformerFamily, transformer: Any, given: dict[str, Any]) -> None:
+    """Let the next call of a transformer say what it was called with if it fails.
+
+    Raises:
+        ValueError: In that call, if the transformer fails.
+    """
+    run, former = transformer.forward, vars(transformer).get("forward")
+
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        vars(transformer).pop("forward", None)
+        if former is not None:
+            transformer.forward = former  # of a hook of accelerate
+        try:
+            return run(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            _SEEN.discard(transformer)  # the next pass is no better
+            shapes = [f"{key} {tuple(value.shape)}" for key, value in given.items() if isinstance(value, Tensor)]
+            raise ValueError(
+                f"{family.name} failed ({type(error).__name__}: {error}) after `call` returned {', '.join(shapes)}. "
+                "Return what diffusers' pipeline calls the transformer with."
+            ) from error
+
+    transformer.forward = explained
 
 
 def _watch(family: TransformerFamily, inputs: Inputs) -> None:

@@ -169,6 +169,10 @@ def _check_names(names: set[str], built: nn.Module) -> None:
         )
     elif any("parametrizations." in name for name in more):
         remedy = "Remove the parametrizations (`torch.nn.utils.parametrize.remove_parametrizations`)."
+    elif any(name.endswith(("_g", "_v")) for name in more):
+        remedy = "Remove the weight normalization (`torch.nn.utils.remove_weight_norm`)."
+    elif any(name.endswith("_mask") for name in more):
+        remedy = "Make the pruning permanent (`torch.nn.utils.prune.remove`)."
     elif any("_packed_params" in name or name.endswith(("scale", "zero_point", ".SCB")) for name in more):
         remedy = (
             "Its layers are quantized. Save the model before quantization, and quantize it at loading "

@@ -38,12 +38,12 @@ def compose_scenes(split: str, count: int) -> tuple[Dataset, list[str]]:
     for _ in range(count):
         scene = np.zeros((SIDE, SIDE), dtype=np.uint8)
         mask = np.full((SIDE, SIDE), len(names) - 1, dtype=np.uint8)
-        for chosen in generator.integers(len(items), size=NUM_ITEMS):
-            item = items[chosen]
+        for number in generator.integers(len(items), size=NUM_ITEMS):
+            item = items[number]
             top, left = generator.integers(SIDE - item.shape[0] + 1, size=2)
             here = np.s_[top : top + item.shape[0], left : left + item.shape[1]]
             scene[here] = np.where(item > DARK, item, scene[here])
-            mask[here] = np.where(item > DARK, labels[chosen], mask[here])
+            mask[here] = np.where(item > DARK, labels[number], mask[here])
         images.append(Image.fromarray(scene))
         masks.append(Image.fromarray(mask))
     return Dataset.from_dict({"image": images, "annotation": masks}), names

@@ -39,11 +39,11 @@ def format_table(results: dict[str, Any]) -> str:
 def format_segmentation_table(results: dict[str, Any]) -> str:
     """Return the demo's table: mean intersection over union, timesteps and seconds."""
     figures, seconds = results["mean_iou"], results["seconds"]
-    chosen = f"t = {results['timestep']}"
+    selected = f"t = {results['timestep']}"
     rows = [
-        ("UperNet", f"{chosen}, selected without labels", figures["upernet"], seconds["upernet"]),
+        ("UperNet", f"{selected}, selected without labels", figures["upernet"], seconds["upernet"]),
         *probe_rows(results, figures, results["timestep"], seconds["select_timestep"]),
-        ("linear probe", f"{chosen}, random weights", figures["random_weights"], seconds["random_weights"]),
+        ("linear probe", f"{selected}, random weights", figures["random_weights"], seconds["random_weights"]),
         ("most frequent class", "grey level of a pixel", figures["colours"], seconds["colours"]),
     ]
     notes = [

@@ -189,8 +189,8 @@ class NoiseSchedule:
         Raises:
             ValueError: If a timestep is not an integer or outside [0, 1000).
         """
-        chosen = _checked_timesteps(timesteps)
-        signal, noise = (factor[chosen].square().clamp_min(MIN_POWER).log() for factor in (self.alphas, self.sigmas))
+        given = _checked_timesteps(timesteps)
+        signal, noise = (factor[given].square().clamp_min(MIN_POWER).log() for factor in (self.alphas, self.sigmas))
         return signal - noise
 
     def timestep_at_index(self, index: int) -> int:

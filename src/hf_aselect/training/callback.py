@@ -44,7 +44,8 @@ class ASelectCallback(TrainerCallback):
         criterion: As in `select_timestep`; "probe" reads the labels, too.
         reselect_epochs: Select again every N epochs while the backbone is trained; None: never.
         follow: Whether the model is read at the new choice from then on; else it is only reported.
-        options: Further arguments of `select_timestep`, by name.
+        options: Further arguments of `select_timestep`, by name. `num_train_images` is the number of training images,
+            unless it is given, they are a stream, or the model is a segmenter.
 
     Raises:
         ValueError: If a number is out of range; on training, if the timestep is to be selected and there are no pixel
@@ -208,6 +209,9 @@ class ASelectCallback(TrainerCallback):
             )
         pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
         given: dict[str, Any] = {"criterion": self.criterion, "max_images": self.max_images, **self.options}
+        # A mask labels each patch of an image.
+        if hasattr(dataloader.dataset, "__len__") and not hasattr(unwrapped(model), "decoder"):
+            given.setdefault("num_train_images", len(dataloader.dataset))
         if needs_labels:
             given["labels"] = [label_of(row) for row in rows]
         return select_timestep(model, {"pixel_values": pixels}, **given)

@@ -1,5 +1,7 @@
 """The training and the evaluation split of what a training script is given: a dataset, a folder or files."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, load_dataset
@@ -63,6 +65,8 @@ def _read_files(files: dict[str, str | None], streaming: bool) -> DatasetDict | 
 def train_and_validation(splits: DatasetDict, seed: int, label_column: str | None = None) -> tuple[Dataset, Dataset]:
     """Return the training and the evaluation split: `validation`, else `test`, else a tenth of the training split.
 
+    The tenth has as many images as there are classes at least.
+
     Args:
         splits: Splits by name, `train` among them.
         seed: Seed of the tenth.
@@ -70,14 +74,25 @@ def train_and_validation(splits: DatasetDict, seed: int, label_column: str | Non
             the tenth has each class in its proportion.
 
     Raises:
-        ValueError: If the evaluation split has classes that the training split lacks.
+        ValueError: If the evaluation split has classes that the training split lacks, or a tenth is to be held out and
+            a class has one image.
     """
     train = splits["train"]
     if label_column and not isinstance(train.features[label_column], ClassLabel):
         train = train.class_encode_column(label_column)
     held_out = splits.get("validation", splits.get("test"))
     if held_out is None:
-        parts = train.train_test_split(0.1, seed=seed, stratify_by_column=label_column)
+        size = math.ceil(0.1 * len(train))
+        if label_column:
+            counts = Counter(train[label_column][:])
+            size = max(size, len(counts))
+            if lonely := [name for name, count in counts.items() if count == 1]:
+                name = train.features[label_column].int2str(lonely[0])
+                raise ValueError(
+                    f"Of class {name!r} there is one image, which cannot be in a training and an evaluation split. "
+                    "Pass a validation split, or more images."
+                )
+        parts = train.train_test_split(size, seed=seed, stratify_by_column=label_column)
         return parts["train"], parts["test"]
     return train, with_classes_of(train, held_out, label_column) if label_column else held_out
 
