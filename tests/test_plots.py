@@ -155,6 +155,22 @@ def test_overlays_show_pictures_masks_and_predictions(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["o.png"]
 
 
+def test_overlays_can_be_read_in_grey_by_the_numbers_of_classes(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    mask = np.full((40, 60), 1)
+    mask[5:35, 5:15] = mask[25:35, 5:50] = 0  # an L, whose mean lies beside it
+    mask[0, :4] = 2  # less than 2 % of the pixels
+    plot_overlays(tmp_path / "o.png", [np.zeros((40, 60))], [mask], [mask], ["sky", "road", "car"])
+    (figure,) = drawn
+    image, truth, prediction = figure.axes
+    assert not image.texts and len(prediction.texts) == 2
+    for text, index in zip(truth.texts, (0, 1), strict=True):
+        column, row = text.get_position()
+        assert text.get_text() == str(index) and (mask[row - 3 : row + 4, column - 3 : column + 4] == index).all()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0 sky", "1 road", "2 car"]
+
+
 def test_overlays_need_a_mask_for_each_picture(tmp_path):
     with pytest.raises(ValueError, match="got 1, 2 and 2"):
         plot_overlays(tmp_path / "o.png", [np.zeros((2, 2))], MASKS, MASKS, ["sky"])

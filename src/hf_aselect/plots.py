@@ -323,6 +323,8 @@ def plot_overlays(
 ) -> None:
     """Draw images, their masks and predicted masks side by side, with a legend of the classes, as a PNG.
 
+    Areas of at least 2 % of an image also have the number of their class, so that they can be told apart in grey.
+
     Args:
         path: File to write; it appears whole or not at all.
         images: Images as arrays, (H, W) or (H, W, 3), in [0, 1].
@@ -340,7 +342,8 @@ def plot_overlays(
             f"{len(truths)} and {len(predictions)}."
         )
     height, width = images[0].shape[:2]
-    figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)
+    # Small in inches, so that the legend is readable when a page shows the image at a third of its width.
+    figure = _new_figure(6.6, (2.2 * height / width + 0.15) * len(images) + 0.9)
     colours = _class_colours(len(names))
     titles = ("image", "truth (black: no class)", "prediction")
     for row, (image, *masks) in enumerate(zip(images, truths, predictions, strict=True)):
@@ -348,9 +351,11 @@ def plot_overlays(
             axes = figure.add_subplot(len(images), 3, 3 * row + column + 1)
             axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.axis("off")
+            if column:
+                _number_areas(axes, np.asarray(masks[column - 1]), len(names))
             if not row:
-                axes.set_title(titles[column])
-    figure.legend(handles=_patches(colours, names), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+                axes.set_title(titles[column], fontsize=9)
+    figure.legend(handles=_patches(colours, names), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
 
@@ -369,12 +374,36 @@ def _coloured(mask: Any, colours: Any) -> Any:
     return np.where(known[..., None], colours[np.where(known, mask, 0)], 0.0)
 
 
+def _number_areas(axes: Any, mask: Any, num_classes: int) -> None:
+    """Write the number of each class with at least 2 % of the pixels onto its area, (H, W)."""
+    # It takes a second to import, and only reports need it.
+    from matplotlib.patheffects import withStroke
+
+    for index in range(num_classes):
+        if (mask == index).mean() >= 0.02:
+            row, column = _inner_pixel(mask == index)
+            outline = [withStroke(linewidth=2, foreground="black")]
+            style = {"ha": "center", "va": "center", "fontsize": 8, "color": "white", "path_effects": outline}
+            axes.text(column, row, str(index), **style)
+
+
+def _inner_pixel(area: Any) -> Any:
+    """Return row and column of a pixel of an area, (H, W), that is as far from its edge as any other."""
+    inside = smaller = area
+    while smaller.any():
+        inside, padded = smaller, np.pad(smaller, 1)
+        smaller = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    places = np.argwhere(inside)
+    return places[len(places) // 2]
+
+
 def _patches(colours: Any, names: Sequence[str]) -> list[Any]:
-    """Return what a legend shows of each class."""
+    """Return the colour, number and name of each class for a legend."""
     # It takes a second to import, and only reports need it.
     from matplotlib.patches import Patch
 
-    return [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+    numbered = enumerate(zip(colours, names, strict=True))
+    return [Patch(color=colour, label=f"{index} {_short(name, 20)}") for index, (colour, name) in numbered]
 
 
 def _short(name: str, length: int) -> str:
