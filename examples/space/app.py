@@ -99,7 +99,9 @@ def load(source: str | None) -> Seen:
     except OSError:  # saved without one
         processor = ASelectImageProcessor.from_model_config(model.config)
     examples = scenes() if isinstance(model, DiTForSemanticSegmentation) else of_each_class(6)
-    return Seen(model, processor, Path(source).name, examples, selection)
+    # A Hub id as it is, of a path the end.
+    name = "/".join(Path(source).resolve().parts[-2:]) if os.path.isdir(source) else source
+    return Seen(model, processor, f"`{name}`", examples, selection)
 
 
 def sample(split: str, num: int) -> Dataset:
