@@ -7,7 +7,9 @@ named by the ids of the tests.
 import json
 import os
 
+import accelerate
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import build_transformer, build_vae
@@ -202,6 +204,62 @@ def test_an_object_that_replaces_a_part_of_a_pipeline_brings_its_weights(latent_
     read = (model.denoiser.transformer if part == "transformer" else model.vae).state_dict()
     theirs = given.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in read.items() if name in theirs)
+
+
+def offloaded(part):
+    return accelerate.cpu_offload(part, execution_device="cpu")
+
+
+def cast_to_16_bits(part):
+    part.enable_layerwise_casting(torch.bfloat16, torch.float32)
+
+
+def trained_fusion(part):
+    part.fuse_qkv_projections()
+    with torch.no_grad():
+        part.encoder.mid_block.attentions[0].to_qkv.weight.mul_(1.1)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("transformer", offloaded),
+        ("vae", offloaded),
+        ("transformer", cast_to_16_bits),
+        ("transformer", lambda part: part.compile(backend="eager")),
+        ("vae", lambda part: part.fuse_qkv_projections()),
+    ],
+)
+def test_an_object_that_was_changed_in_place_brings_its_weights(latent_folder, part, change, pixels, caplog):
+    """Siblings of what is changed in a model before it is saved."""
+    pixel_values = pixels.repeat(1, 1, 2, 2)
+    given = {"transformer": build_transformer(num_channels=4), "vae": build_vae()}[part]
+    for weight in given.parameters():
+        weight.data = weight.data.bfloat16().float()
+    expected = DiTModel.from_pretrained(latent_folder, timestep=50, **{part: given})(pixel_values).last_hidden_state
+    change(given)
+    found = DiTModel.from_pretrained(latent_folder, timestep=50, **{part: given})(pixel_values).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    assert "are ignored" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        (
+            "transformer",
+            lambda part: peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q"]), part),
+            r"`transformer=` has weights of adapters: .*lora_A.*fuse_lora",
+        ),
+        ("vae", trained_fusion, r"`vae=` has fused projections that were trained.*unfuse_qkv_projections"),
+        ("transformer", lambda part: part.to("meta"), "is not in memory and has no accelerate hook"),
+    ],
+)
+def test_an_object_that_is_no_checkpoint_says_what_to_undo(latent_folder, part, change, words):
+    given = {"transformer": build_transformer(num_channels=4), "vae": build_vae()}[part]
+    change(given)
+    with pytest.raises(ValueError, match=words):
+        DiTModel.from_pretrained(latent_folder, timestep=50, **{part: given})
 
 
 def test_a_scheduler_given_as_an_object_takes_the_place_of_the_files(pixel_folder):

@@ -28,6 +28,7 @@ from diffusers import (
     UNet2DModel,
 )
 from forking import SCRIPT, offline
+from packaging.version import Version
 from PIL import Image as PILImage
 from PIL import ImageOps
 from pipelines import pixart_sigma
@@ -196,7 +197,10 @@ def test_pretraining_draws_a_row_of_pictures_for_each_class(pretrained):
         assert samples.size == (2 * 2 * 8, 2 * 8 * 8)  # 2 classes, 8 rows, drawn twice as large
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+
+
+@pytest.mark.parametrize("optim", ["adamw", pytest.param("muon", marks=needs_muon)])
 def test_pretraining_goes_on_where_it_was_killed(optim, parquet, pretrained, tmp_path):
     """A run that is killed after its first checkpoint and started again ends with the weights of one that was not."""
     arguments = ("--train_file", parquet, "--output_dir", tmp_path, "--num_pictures", 48, *PRETRAIN, "--optim", optim)
@@ -226,6 +230,15 @@ def test_pictures_are_known_wherever_they_lie_and_by_more_than_their_number(parq
     assert digest(rows.select(range(len(rows) - 1, -1, -1)), "picture") != known
 
 
+@pytest.mark.parametrize("script", ["pretraining/pretrain_dit.py", "pretraining/pretrain_vae.py"])
+def test_muon_asks_for_a_torch_that_has_it(script, parquet, tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ValueError, match=r"--optim muon requires torch >= 2\.9, got .* Give --optim adamw"):
+        prepare(script, "--train_file", parquet, "--output_dir", tmp_path / "out", *PRETRAIN, "--optim", "muon")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_muon
 @pytest.mark.parametrize(
     ("script", "num_matrices"),
     [
@@ -885,6 +898,7 @@ def test_digits_are_not_made_smaller_and_some_are_left_to_test(option, value, sa
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 takes no free batch here")
 def test_a_trained_model_is_written_as_onnx(pretrained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the `export` extra is not installed")
     model = DiTForImageClassification.from_pretrained(pretrained, timestep=50, num_labels=2, head="linear")

@@ -442,7 +442,7 @@ def test_offloaded_by_the_host_it_gives_the_same(folder, tmp_path, place):
     torch.testing.assert_close(logits(spread), logits(model))
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 writes code that lacks torch")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.6 compiles no model of transformers")
 @pytest.mark.process
 def test_it_is_compiled_and_exported_whole(folder):
     model = classifier(folder, calibration_images=images()).eval()

@@ -404,6 +404,8 @@ class Pretraining:
     def check_arguments(self) -> None:
         """Reject options that do not go together, before anything is read or written."""
         args, is_flow_matching = self.args, self.args.prediction_type == "flow_matching"
+        if args.optim == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"--optim muon requires torch >= 2.9, got {torch.__version__}. Give --optim adamw.")
         if not 1e-6 <= args.shift <= 1e6:  # what `DiTModel.from_pretrained` takes
             raise ValueError(
                 f"--shift must be above 0, in [1e-6, 1e6], got {args.shift}. 1 leaves timesteps unchanged."

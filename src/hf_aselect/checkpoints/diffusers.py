@@ -20,6 +20,7 @@ from ..model.vae import ENCODER_WEIGHTS
 from .empty_prompt import checked_embeddings, encode_empty_prompt, text_parts
 from .hub_files import HubOptions, locate
 from .research import ResearchWeights, is_port, refuse_kin, research_in
+from .saving import weights_of
 from .weight_files import (
     CONFIG,
     MODEL_INDEX,
@@ -177,9 +178,9 @@ def load_diffusers(
     weights_of_vae: Iterable[tuple[str, Tensor]]
     weights_of_vae = iterate_weights(vae_files if config.vae is not None else [])
     if "transformer" in modules:
-        weights_of_transformer = modules["transformer"].state_dict().items()
+        weights_of_transformer = weights_of("transformer", modules["transformer"])
     if "vae" in modules:
-        weights_of_vae = modules["vae"].state_dict().items()
+        weights_of_vae = weights_of("vae", modules["vae"])
     return config, _weights(weights_of_transformer, weights_of_vae, embeddings, expected, folder.name, name)
 
 
@@ -226,7 +227,7 @@ def load_research(
     weights.check_shapes(expected)
     of_vae: Iterable[tuple[str, Tensor]] = iterate_weights(vae_files if config.vae is not None else [])
     if vae is not None:
-        of_vae = vae.state_dict().items()
+        of_vae = weights_of("vae", vae)
     return config, _weights(
         weights.of_diffusers(), of_vae, {}, expected, weights.where, parts["transformer"]["_class_name"]
     )

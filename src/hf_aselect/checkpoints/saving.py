@@ -1,9 +1,9 @@
-"""What is saved of a model in which diffusers, peft or accelerate changed something: what can be loaded again."""
+"""What is kept of a model in which diffusers, peft or accelerate changed something: what can be loaded again."""
 
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,8 +58,7 @@ def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     state = dict(model.state_dict() if given is None else given)
     base = model._base()
     prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
-    whole = _without_fused({_COMPILED.sub(r"\1", name): value for name, value in state.items()})
-    _cast_as_computed(model, whole)
+    whole = _as_built(model, state)
     with torch.device("meta"):
         built = nn.ModuleDict({"denoiser": build_denoiser(base.config)})
         if (vae := build_vae_encoder(base.config)) is not None:
@@ -77,6 +76,37 @@ def with_whole_state(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         whole = {name: in_memory(model, name, value) for name, value in whole.items()}
     is_same = whole.keys() == state.keys() and all(value is state[name] for name, value in whole.items())
     return kwargs if is_same else {**kwargs, "state_dict": whole}
+
+
+def weights_of(part: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Return the weights of an object of diffusers as its files would have them, one after the other.
+
+    Args:
+        part: What it was given as, for the error: "transformer" or "vae".
+        module: The object.
+
+    Raises:
+        ValueError: If it has adapters, fused projections that were trained, or weights that nobody knows the place of.
+    """
+    state = _as_built(module, module.state_dict())
+    if adapted := sorted(name for name in state if _ADAPTERS.search(name)):
+        raise ValueError(
+            f"`{part}=` has weights of adapters: {_some('it also has', adapted)}. Merge them (`fuse_lora()` and "
+            "`unload_lora()`), or remove them (`diffusers.utils.recurse_remove_peft_layers`)."
+        )
+    if any(_parts_of(name, state) for name in state):
+        raise ValueError(
+            f"`{part}=` has fused projections that were trained. Copy them to the separate projections, and call "
+            "`unfuse_qkv_projections()`."
+        )
+    return ((name, in_memory(module, name, value)) for name, value in state.items())
+
+
+def _as_built(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state by the names and in the dtypes that a model has before torch and diffusers change it in place."""
+    whole = _without_fused({_COMPILED.sub(r"\1", name): value for name, value in state.items()})
+    _cast_as_computed(model, whole)
+    return whole
 
 
 def in_memory(model: nn.Module, name: str, value: Tensor) -> Tensor:
@@ -122,12 +152,18 @@ def _without_fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state without the projections that are fused of others, as long as they are equal to those."""
     kept = {}
     for name, value in state.items():
-        found = _FUSED_NAME.fullmatch(name)
-        parts = [state.get(f"{found[1]}{part}.{found[3]}") for part in _FUSED[found[2]]] if found else []
-        is_copy = bool(parts) and all(part is not None for part in parts)
-        if not is_copy or not _are_equal(torch.cat(parts), value):  # type: ignore[arg-type]
+        parts = _parts_of(name, state)
+        if not parts or not _are_equal(torch.cat(parts), value):
             kept[name] = value
     return kept
+
+
+def _parts_of(name: str, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the projections that one is fused of, if it is one and all of them are there."""
+    found = _FUSED_NAME.fullmatch(name)
+    parts = [state.get(f"{found[1]}{part}.{found[3]}") for part in _FUSED[found[2]]] if found else []
+    there = [part for part in parts if part is not None]
+    return there if len(there) == len(parts) else []
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
@@ -142,7 +178,7 @@ def _cast_as_computed(model: nn.Module, state: dict[str, Tensor]) -> None:
             if (dtype := getattr(hook, "compute_dtype", None)) is None:
                 continue
             for name, _ in module.named_parameters():
-                name = _COMPILED.sub(r"\1", f"{owner}.{name}")
+                name = _COMPILED.sub(r"\1", f"{owner}.{name}".removeprefix("."))
                 if name in state:
                     state[name] = state[name].to(dtype)
 

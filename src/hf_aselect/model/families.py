@@ -213,7 +213,7 @@ def family_of(name: Any) -> TransformerFamily:
         raise ValueError(
             f"Unsupported transformer {name!r}; supported are {', '.join(known)}. To use another class, "
             "describe it with a `TransformerFamily` and call `hf_aselect.register_family` before loading its "
-            f"checkpoint.{hint_of(name)}"
+            f"checkpoint; `help(hf_aselect.register_family)` has an example.{hint_of(name)}"
         )
     return known[name]
 
