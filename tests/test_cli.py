@@ -136,7 +136,7 @@ def test_with_labels_the_probe_compares_blocks_and_features(pixel_folder, pictur
     assert (tmp_path / "report" / "timestep_curve_heat_map.png").stat().st_size > 1000
     shown = capsys.readouterr().out
     assert "timestep_curve_heat_map.png" in shown
-    taps = shown.split("best timestep  mean of neighbours\n")[1].split("\n\n")[0].splitlines()
+    taps = shown.split("best timestep  smoothed score\n")[1].split("\n\n")[0].splitlines()
     assert len(taps) == 4
     assert taps[0].split()[:3] == [str(record[name]) for name in ("block", "feature", "timestep")]
     assert [line.endswith("<- selected") for line in taps] == [True, False, False, False]
@@ -227,7 +227,7 @@ def test_fold_writes_a_model_that_reads_alike(classifier, tmp_path, capsys, pixe
     classifier.config.timestep = 7
     classifier.save_pretrained(tmp_path / "whole")
     assert main(["fold", str(tmp_path / "whole"), str(tmp_path / "folded"), "--dtype", "float32"]) == 0
-    assert "reads 1.query at timestep 7" in capsys.readouterr().out
+    assert "reads query of block 1 at timestep 7" in capsys.readouterr().out
     folded = DiTForImageClassification.from_pretrained(tmp_path / "folded")
     assert folded.config.folded
     with torch.no_grad():

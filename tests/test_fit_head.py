@@ -27,6 +27,7 @@ from hf_aselect import (
 )
 from hf_aselect.cli import main
 from hf_aselect.hub.push import write_model_card
+from hf_aselect.selection import sweep
 from hf_aselect.training import feature_sums, fit
 from hf_aselect.training.labelled_images import LabelledImages
 
@@ -68,6 +69,19 @@ def loaded(pixel_folder):
 
 
 @pytest.fixture
+def bars(monkeypatch):
+    """The progress bars that were shown."""
+    made, bar = [], sweep.host_logging.tqdm
+
+    def shown(**kwargs):
+        made.append(bar(**kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(sweep.host_logging, "tqdm", shown)
+    return made
+
+
+@pytest.fixture
 def model(loaded):
     return copy.deepcopy(loaded)
 
@@ -92,6 +106,22 @@ def weights(model):
     return torch.cat(
         [model.classifier.output_projection.weight.flatten(), model.classifier.output_projection.bias]
     ).detach()
+
+
+def test_progress_bars_know_how_much_there_is_to_do(bars, pixel_folder, train, test):
+    model = load(pixel_folder, timestep="auto", calibration_images=train, num_noise_draws=2)
+    model.fit_head(train, eval_dataset=test)
+    assert [(bar.desc, bar.unit) for bar in bars] == [
+        ("Selecting the timestep", "pass"),
+        ("Standardizing features", "pass"),
+        ("Fitting the head", "image"),
+        ("Evaluating the head", "image"),
+    ]
+    assert all(bar.n == bar.total > 0 for bar in bars), [(bar.desc, bar.n, bar.total) for bar in bars]
+    assert [bar.n for bar in bars[2:]] == [120, 40]
+    # The size of a stream is unknown.
+    model.fit_head(train.to_iterable_dataset(), replace_head=True)
+    assert bars[-1].total is None and bars[-1].n == 120
 
 
 def close(one, other):

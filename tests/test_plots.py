@@ -1,4 +1,5 @@
 import builtins
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -114,6 +115,20 @@ def test_the_predictions_are_a_picture(tmp_path):
         assert picture.format == "PNG"
 
 
+def test_long_names_are_cut_and_do_not_run_into_the_next_image(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    names = ["American pit bull terrier", "Staffordshire bull terrier", "Ankle boot"]
+    plot_predictions(tmp_path / "p.png", PICTURES, names, [names[1], names[1], names[2]])
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    titles = [axes.title for axes in figure.axes]
+    assert titles[0].get_text() == "✗ Staffordshire b…\ntrue: American pit…"
+    assert titles[2].get_text() == "✓ Ankle boot"
+    boxes = [title.get_window_extent() for title in titles]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
 def test_wrong_predictions_look_different(tmp_path):
     plot_predictions(tmp_path / "right.png", PICTURES, ["cat"] * 3, ["cat"] * 3)
     plot_predictions(tmp_path / "wrong.png", PICTURES, ["dog"] * 3, ["cat"] * 3)
@@ -138,6 +153,22 @@ def test_overlays_show_pictures_masks_and_predictions(tmp_path):
     # The classes' colours (matplotlib's tab20), and black for pixels of no class.
     assert {(31, 119, 180), (255, 127, 14), (44, 160, 44), (0, 0, 0), (255, 255, 255)} <= colours
     assert [path.name for path in tmp_path.iterdir()] == ["o.png"]
+
+
+def test_overlays_can_be_read_in_grey_by_the_numbers_of_classes(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    mask = np.full((40, 60), 1)
+    mask[5:35, 5:15] = mask[25:35, 5:50] = 0  # an L, whose mean lies beside it
+    mask[0, :4] = 2  # less than 2 % of the pixels
+    plot_overlays(tmp_path / "o.png", [np.zeros((40, 60))], [mask], [mask], ["sky", "road", "car"])
+    (figure,) = drawn
+    image, truth, prediction = figure.axes
+    assert not image.texts and len(prediction.texts) == 2
+    for text, index in zip(truth.texts, (0, 1), strict=True):
+        column, row = text.get_position()
+        assert text.get_text() == str(index) and (mask[row - 3 : row + 4, column - 3 : column + 4] == index).all()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0 sky", "1 road", "2 car"]
 
 
 def test_overlays_need_a_mask_for_each_picture(tmp_path):

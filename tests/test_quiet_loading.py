@@ -1,5 +1,6 @@
 """Loading a checkpoint that has no problems prints nothing but transformers' own lines."""
 
+import logging
 import os
 import re
 import subprocess
@@ -54,3 +55,16 @@ def test_a_load_without_problems_prints_nothing_of_ours(tmp_path):
     assert done.returncode == 0, done.stdout
     lines = [line.strip() for line in re.split(r"[\r\n]+", done.stdout) if line.strip()]
     assert [line for line in lines if not OF_TRANSFORMERS.fullmatch(line)] == []
+
+
+def test_the_report_of_a_new_head_names_its_source(caplog, tmp_path):
+    from hf_aselect import DiTForImageClassification, DiTModel
+
+    with caplog.at_level(logging.WARNING):
+        DiTForImageClassification.from_pretrained(EMBEDDED, timestep=19, block=4, num_labels=10)
+        DiTModel.from_pretrained(EMBEDDED, timestep=19, block=4).save_pretrained(tmp_path)
+        DiTForImageClassification.from_pretrained(tmp_path, num_labels=10)
+    reports = [re.sub(r"\x1b\[\d*m", "", each.message) for each in caplog.records if "LOAD REPORT" in each.message]
+    # Loggers that propagate report each of them twice.
+    sources = list(dict.fromkeys(re.search("from: (.*)", each)[1] for each in reports))
+    assert sources == [str(EMBEDDED), str(tmp_path)]

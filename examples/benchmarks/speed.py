@@ -692,8 +692,8 @@ def tables(result: dict[str, Any]) -> str:
     ]
     lines += [f"| `{row['operation']}` | {row['dtype']} | {row['share']:.1%} |" for row in result["profile"]]
     imports = result["import_seconds"]
-    lines += ["", f"`import hf_aselect` takes {imports['ratio']:.2f} times what it imports of its hosts "]
-    lines[-1] += f"({imports['hf_aselect']:.2f} s, {imports['host']:.2f} s)."
+    lines += ["", f"`import hf_aselect` takes {imports['ratio']:.2f} times as long as its imports "]
+    lines[-1] += f"from other libraries alone ({imports['hf_aselect']:.2f} s, {imports['host']:.2f} s)."
     return "\n".join(lines) + "\n"
 
 

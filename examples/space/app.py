@@ -53,6 +53,8 @@ img.overlay { width: 100%; max-width: 32rem; max-height: 32rem; object-fit: cont
 .legend b { display: inline-block; min-width: 1.5rem; margin-right: 0.25rem; text-align: center; }
 .wide { overflow-x: auto; }
 img.curve { width: 100%; min-width: 34rem; max-width: 44rem; background: white; border-radius: 0.5rem; }
+.slides { display: none; }
+@media (max-width: 38rem) { .slides { display: block; margin: 0 0 0.5rem; } }
 button.example { flex-wrap: nowrap; text-align: left; }
 .example img { width: 2rem; height: 2rem; object-fit: contain; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
@@ -97,7 +99,9 @@ def load(source: str | None) -> Seen:
     except OSError:  # saved without one
         processor = ASelectImageProcessor.from_model_config(model.config)
     examples = scenes() if isinstance(model, DiTForSemanticSegmentation) else of_each_class(6)
-    return Seen(model, processor, Path(source).name, examples, selection)
+    # A Hub id as it is, of a path the end.
+    name = "/".join(Path(source).resolve().parts[-2:]) if os.path.isdir(source) else source
+    return Seen(model, processor, f"`{name}`", examples, selection)
 
 
 def sample(split: str, num: int) -> Dataset:
@@ -320,8 +324,8 @@ def tokens_at(seen: Seen, path: str | None, timestep: float) -> tuple[str, str]:
     scale = max(1, 384 // max(colours.size))
     large = colours.resize((scale * colours.width, scale * colours.height), Image.Resampling.NEAREST)
     level = float(seen.model.noise_schedule.log_snr(torch.tensor([timestep]))[0])
-    is_own = timestep == seen.model.config.timestep
-    said = f"**t = {timestep}**{', the selected timestep' if is_own else ''}; log-SNR {level:.1f}"
+    own = ", the selected timestep" if timestep == seen.model.config.timestep else ""
+    said = f"**t = {timestep}**{own}. Its log-SNR is {level:.1f}, and higher means less noise."
     return img(large, f"Tokens at timestep {timestep}: similar tokens have similar colours", "tokens"), said
 
 
@@ -340,7 +344,8 @@ def curve(seen: Seen) -> str:
             )
             # On a phone it is wider than the page, and slides by finger or arrow keys.
             words = 'tabindex="0" role="region" aria-label="The curve of the selection"'
-            return f'<div class="wide" {words}>{img(picture, alt, "curve")}</div>'
+            slides = '<p class="slides">Slide the curve sideways to see all of it.</p>'
+            return f'{slides}<div class="wide" {words}>{img(picture, alt, "curve")}</div>'
 
 
 def certainty(seen: Seen) -> str:
@@ -349,9 +354,10 @@ def certainty(seen: Seen) -> str:
         return ""
     warnings = "".join(f"\n- {warning}" for warning in seen.selection.warnings)
     return (
-        f"Selected by *{seen.selection.criterion}* from {seen.selection.num_images} images"
-        f"{'' if seen.selection.criterion in ('probe', 'patch_probe') else ', without labels'}; "
-        f"{seen.selection.confidence:.0%} of bootstrap resamples of them agree.{warnings}"
+        f"Selected by the *{seen.selection.criterion}* score from {seen.selection.num_images} images"
+        f"{'' if seen.selection.criterion in ('probe', 'patch_probe') else ', without labels'}. "
+        f"{seen.selection.confidence:.0%} of the bootstrap resamples of these images select it or a timestep close to "
+        f"it.{warnings}"
     )
 
 
@@ -404,11 +410,11 @@ def build(seen: Seen) -> gr.Blocks:
                     found: Any = gr.HTML(f"<p>{FIRST}</p>")
                 else:
                     found = gr.Label(label="Predicted classes", num_top_classes=min(5, config.num_labels))
-        middle_of_it = "" if is_segmenter else " (its centre, if it has another shape than the model's input)"
+        cropped = "" if is_segmenter else " An image of another shape than the model's input is cropped to its centre."
         gr.Markdown(
-            f"## Tokens{'' if config.folded else ' at each noise level'}\n\nEach square is the token of a patch of "
-            f"the image{middle_of_it}, with its first three principal components as red, green and blue. Similar "
-            "tokens have similar colours."
+            f"## Tokens{'' if config.folded else ' at each noise level'}\n\nEach square is the token of one patch of "
+            "the image. Red, green and blue are its first three principal components, so similar tokens have similar "
+            f"colours.{cropped}"
         )
         if config.folded:
             gr.Markdown(f"This model is folded at t = {config.timestep}, so other timesteps cannot be shown.")

@@ -573,7 +573,7 @@ def _read_outs_in_words(config: Any) -> str:
 
 def _print_curve(selection: Any) -> None:
     """Print the score of each timestep, in the order of the timesteps."""
-    print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  mean of neighbours")
+    print(f"{'timestep':>8} {'log-SNR':>8} {selection.criterion:>12}   {'95 % interval':<16}  smoothed")
     columns = selection.timesteps, selection.log_snr, selection.scores, selection.intervals, selection.smoothed
     for timestep, level, score, (low, high), mean in zip(*columns, strict=True):
         mark = "  <- selected" if timestep in selection.selected else ""
@@ -583,7 +583,7 @@ def _print_curve(selection: Any) -> None:
 
 def _print_taps(selection: Any) -> None:
     """Print the best timestep of each tap that was compared, the best tap first."""
-    print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  mean of neighbours")
+    print(f"{'block':>5} {'feature':<9} {'best timestep':>13}  smoothed score")
     rows = []
     for tap in selection.table or []:
         is_selected = (tap["block"], tap["feature"]) == (selection.block, selection.feature)
@@ -798,10 +798,10 @@ def _fold(parsed: argparse.Namespace) -> None:
         write_model_card(folded, unfinished, model_name=target.name)
     before, after = (sum(one.numel() for one in each.parameters()) for each in (model, folded))
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    layout = folded.config.folding
+    timesteps = folded.config.folding.timesteps
     print(
-        f"Saved {parsed.output}: {after / 1e6:.1f} M parameters of {before / 1e6:.1f} M, {size / 1e6:.1f} MB; reads "
-        f"{', '.join(layout.taps)} at timestep {', '.join(map(str, layout.timesteps))}."
+        f"Saved {parsed.output} with {after / 1e6:.1f} of {before / 1e6:.1f} million parameters ({size / 1e6:.1f} MB)."
+        f" It reads {_read_outs_in_words(folded.config)} at timestep {', '.join(map(str, timesteps))}."
     )
 
 

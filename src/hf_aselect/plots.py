@@ -65,7 +65,7 @@ def plot_timestep_curve(
     positions = [-value for value in log_snr]
     label = criterion if accuracies is None else f"{criterion} (left)"
     lines = _draw_scores(axes, positions, scores, intervals, smoothed, label)
-    axes.set_ylabel(f"{criterion}, 95 % interval" if intervals is not None else criterion)
+    axes.set_ylabel(f"{criterion} score (shaded: 95 % interval)" if intervals is not None else criterion)
     if accuracies is not None:
         lines += _draw_accuracies(axes.twinx(), [-value for value in accuracy_log_snr], accuracies, accuracy_name)
     mark = positions[list(timesteps).index(selected)]
@@ -95,7 +95,7 @@ def _draw_scores(
         axes.fill_between(positions, low, high, color=BLUE, alpha=0.2, linewidth=0)
     lines: list[Any] = axes.plot(positions, scores, color=BLUE, marker="o", markersize=4, label=label)
     if smoothed is not None:
-        lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="mean of neighbours")
+        lines += axes.plot(positions, smoothed, color=BLUE, linestyle="-.", linewidth=0.8, label="smoothed")
     return lines
 
 
@@ -191,7 +191,7 @@ def plot_predictions(
     images: Sequence[Any],
     true_names: Sequence[str],
     predicted_names: Sequence[str],
-    columns: int = 8,
+    columns: int = 5,
 ) -> None:
     """Draw images with their true and predicted names as a PNG; wrong ones have a cross, a frame and both names.
 
@@ -212,7 +212,8 @@ def plot_predictions(
             f"{len(images)}, {len(true_names)} and {len(predicted_names)}."
         )
     rows = math.ceil(len(images) / columns)
-    figure = _new_figure(1.45 * columns, 1.8 * rows)
+    # Small in inches, so that the names are readable when a page shows the image at a third of its width.
+    figure = _new_figure(1.35 * columns, 1.75 * rows)
     for index, (image, true, predicted) in enumerate(zip(images, true_names, predicted_names, strict=True)):
         _draw_prediction(figure.add_subplot(rows, columns, index + 1), image, true, predicted)
     _save(figure, path)
@@ -223,10 +224,12 @@ def _draw_prediction(axes: Any, image: Any, true: str, predicted: str) -> None:
     axes.imshow(image, cmap="gray" if image.mode in ("L", "1") else None)
     axes.set_xticks([])
     axes.set_yticks([])
+    # Longer ones would run into the next image's.
+    true_name, predicted_name = _short(true, 14), _short(predicted, 16)
     if true == predicted:
-        axes.set_title(f"✓ {true}", fontsize=8)
+        axes.set_title(f"✓ {predicted_name}", fontsize=9)
         return
-    axes.set_title(f"✗ {predicted}\ntrue: {true}", fontsize=8, color=ORANGE)
+    axes.set_title(f"✗ {predicted_name}\ntrue: {true_name}", fontsize=9)
     for spine in axes.spines.values():
         spine.set(color=ORANGE, linewidth=3)
 
@@ -286,7 +289,7 @@ def _draw_shares(axes: Any, shares: Any, names: Sequence[str]) -> None:
     """Draw a confusion matrix in shares of its rows, (k, k), in [0, 1], with numbers from half a per cent."""
     # Brightness rises evenly with the value, in grey and for the colour-blind, too.
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    shown = [_short(name, 24) for name in names]
     axes.set_xticks(range(len(shown)), shown, rotation=90)
     axes.set_yticks(range(len(shown)), shown)
     axes.set_xlabel("predicted class (numbers: % of the row)")
@@ -320,6 +323,8 @@ def plot_overlays(
 ) -> None:
     """Draw images, their masks and predicted masks side by side, with a legend of the classes, as a PNG.
 
+    Areas of at least 2 % of an image also have the number of their class, so that they can be told apart in grey.
+
     Args:
         path: File to write; it appears whole or not at all.
         images: Images as arrays, (H, W) or (H, W, 3), in [0, 1].
@@ -337,7 +342,8 @@ def plot_overlays(
             f"{len(truths)} and {len(predictions)}."
         )
     height, width = images[0].shape[:2]
-    figure = _new_figure(9, (3 * height / width + 0.15) * len(images) + 0.6)
+    # Small in inches, so that the legend is readable when a page shows the image at a third of its width.
+    figure = _new_figure(6.6, (2.2 * height / width + 0.15) * len(images) + 0.9)
     colours = _class_colours(len(names))
     titles = ("image", "truth (black: no class)", "prediction")
     for row, (image, *masks) in enumerate(zip(images, truths, predictions, strict=True)):
@@ -345,9 +351,11 @@ def plot_overlays(
             axes = figure.add_subplot(len(images), 3, 3 * row + column + 1)
             axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.axis("off")
+            if column:
+                _number_areas(axes, np.asarray(masks[column - 1]), len(names))
             if not row:
-                axes.set_title(titles[column])
-    figure.legend(handles=_patches(colours, names), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+                axes.set_title(titles[column], fontsize=9)
+    figure.legend(handles=_patches(colours, names), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
 
@@ -366,12 +374,41 @@ def _coloured(mask: Any, colours: Any) -> Any:
     return np.where(known[..., None], colours[np.where(known, mask, 0)], 0.0)
 
 
+def _number_areas(axes: Any, mask: Any, num_classes: int) -> None:
+    """Write the number of each class with at least 2 % of the pixels onto its area, (H, W)."""
+    # It takes a second to import, and only reports need it.
+    from matplotlib.patheffects import withStroke
+
+    for index in range(num_classes):
+        if (mask == index).mean() >= 0.02:
+            row, column = _inner_pixel(mask == index)
+            outline = [withStroke(linewidth=2, foreground="black")]
+            style = {"ha": "center", "va": "center", "fontsize": 8, "color": "white", "path_effects": outline}
+            axes.text(column, row, str(index), **style)
+
+
+def _inner_pixel(area: Any) -> Any:
+    """Return row and column of a pixel of an area, (H, W), that is as far from its edge as any other."""
+    inside = smaller = area
+    while smaller.any():
+        inside, padded = smaller, np.pad(smaller, 1)
+        smaller = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    places = np.argwhere(inside)
+    return places[len(places) // 2]
+
+
 def _patches(colours: Any, names: Sequence[str]) -> list[Any]:
-    """Return what a legend shows of each class."""
+    """Return the colour, number and name of each class for a legend."""
     # It takes a second to import, and only reports need it.
     from matplotlib.patches import Patch
 
-    return [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+    numbered = enumerate(zip(colours, names, strict=True))
+    return [Patch(color=colour, label=f"{index} {_short(name, 20)}") for index, (colour, name) in numbered]
+
+
+def _short(name: str, length: int) -> str:
+    """Return a name, cut to a length."""
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
 def _check_length(name: str, values: Sequence[Any] | None, expected: int) -> None:

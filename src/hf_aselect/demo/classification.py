@@ -36,6 +36,8 @@ from .sample import EMBEDDED, classes_of, load_embedded_split
 READ_OUT: dict[str, Any] = {"block": [2, 7], "feature": ["hidden", "key"], "pooling": "regions"}
 # What the linear probes read in comparison: the tap that a model of this depth has by default.
 SINGLE_TAP: dict[str, Any] = {"block": 3, "feature": "query"}
+# Test images in the figure of predictions.
+NUM_SHOWN = 25
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def run_demo(output: str | os.PathLike[str], settings: DemoSettings | None = Non
         results |= {"attention_head_timestep": other.config.timestep, **given}
     with watch.measure("save_and_reload"):
         save_classifier(model, processor, for_probe, results, output)
-        save_predictions(test, predict(model, pooled["test"][:40]), output / "predictions.png")
+        save_predictions(test, predict(model, pooled["test"][:NUM_SHOWN]), output / "predictions.png")
         check_reloaded(model, pixels["test"][:200], test["image"][:16], output / "model")
     write_json(output / "results.json", results)
     return results
@@ -336,9 +338,9 @@ def save_classifier(
 
 
 def save_predictions(test: Dataset, predicted: list[int], path: Path) -> None:
-    """Draw the first 40 test images with their true and predicted names."""
+    """Draw the first test images with their true and predicted names."""
     names = test.features["label"].names
-    shown = range(min(40, len(test)))
+    shown = range(min(NUM_SHOWN, len(test)))
     plot_predictions(
         path,
         [test[index]["image"] for index in shown],

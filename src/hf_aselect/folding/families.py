@@ -26,8 +26,8 @@ from .passes import Pass
 
 Weights = Iterator[tuple[str, Tensor]]
 Folded = tuple[FoldedLayout, Weights]
-# What folds a family, of the denoiser, its configuration, a pass with the conditioning of each timestep, and timesteps
-# and keys of the taps, as the layout has them.
+# A function that folds a family. It takes the denoiser, its configuration, the first block's inputs at each timestep,
+# and the timesteps and tap keys of the layout.
 Fold = Callable[[Any, ASelectConfig, list[Pass], dict[str, Any]], Folded]
 
 
@@ -114,7 +114,7 @@ def _sd3_weights(denoiser: Any, starts: list[Pass], layout: FoldedLayout) -> Wei
 
 
 def fold_flux(denoiser: Any, config: ASelectConfig, starts: list[Pass], read: dict[str, Any]) -> Folded:
-    """Fold FLUX: blocks of two streams as Stable Diffusion 3's, then those of one."""
+    """Fold FLUX: double-stream blocks like those of Stable Diffusion 3, then single-stream blocks."""
     transformer = denoiser.transformer
     first = transformer.transformer_blocks[0]
     norms = [block.attn.norm_q for block in denoiser.blocks]
@@ -242,7 +242,7 @@ def _mlp(mlp: Any) -> dict[str, Any]:
 
 
 def _sincos(embedding: Any) -> dict[str, Any]:
-    """Return what a table of sines and cosines is computed from."""
+    """Return the parameters of a sinusoidal position table."""
     return {
         "positions": "sincos",
         "position_base_size": embedding.base_size,
@@ -251,7 +251,7 @@ def _sincos(embedding: Any) -> dict[str, Any]:
 
 
 def _rotary(embedding: Any) -> dict[str, Any]:
-    """Return what rotary positions are computed from."""
+    """Return the parameters of rotary positions."""
     return {
         "positions": "rotary",
         "rotary_sizes": tuple(embedding.axes_dim),

@@ -16,7 +16,7 @@ from .families import Fold, fold_dit, fold_flux, fold_lumina2, fold_pixart, fold
 from .layers import State
 from .passes import Begin, begin_dit, begin_flux, begin_lumina2, begin_pixart, begin_sana, begin_sd3
 
-# By the name of diffusers' class: where a checkpoint's own code runs, our classes are there twice.
+# Keyed by the name of diffusers' class. Classes of this package exist twice if a checkpoint's own code is loaded.
 FOLDED: dict[str, tuple[Begin, Fold]] = {
     "DiTTransformer2DModel": (begin_dit, fold_dit),
     "PixArtTransformer2DModel": (begin_pixart, fold_pixart),
@@ -28,20 +28,20 @@ FOLDED: dict[str, tuple[Begin, Fold]] = {
 
 
 def check_foldable(name: str | None) -> None:
-    """Reject a class of transformers that cannot be folded; None is none.
+    """Reject a class of transformers that cannot be folded. None is accepted.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If it cannot be folded.
     """
     if name is not None and name not in FOLDED:
         raise ValueError(f"{name} cannot be folded. Supported are {', '.join(FOLDED)}.")
 
 
 def fold_model(model: Any) -> Any:
-    """Return a model's folded twin; see its `fold`.
+    """Return a folded copy of a model. See its `fold`.
 
     Raises:
-        ValueError: If it has no timestep, is folded already, or a part of it is not in memory; and as
+        ValueError: If its timestep is not selected, it is already folded, or some weights are not in memory, and as in
             `fold_denoiser`.
     """
     model = unwrapped(model)
@@ -50,7 +50,7 @@ def fold_model(model: Any) -> Any:
     config.resolved_timestep()
     if config.folded:
         raise ValueError("This model is already folded. Fold the model it was folded from.")
-    if len(config.read_outs()) == 1:  # a list of one is one
+    if len(config.read_outs()) == 1:  # also written as a list of one
         config = moved(config, [config.resolved_timestep()], config.taps()[0])
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("Some weights of this model are not in memory. Load it without offloading to fold it.")
@@ -70,16 +70,16 @@ def fold_model(model: Any) -> Any:
 
 
 def _move_block(config: ASelectConfig, read: list[ReadOut]) -> list[ReadOut]:
-    """Move what the configuration reads to a block that is kept, and return all that is read.
+    """Set the configuration's block to one that is kept, and return all read-outs.
 
-    A backbone or decoder reads other blocks than the configuration's, which would be kept for nothing.
+    A backbone or decoder reads other blocks than the configuration's, which would be kept without use.
     """
     own, block = config.read_outs(), max(block for _, block, _ in read)
     if block < 0:  # the stem alone, which the configuration cannot name
         block = 0
         read = [*read, *((timestep, block, feature) for timestep, _, feature in own)]
     if isinstance(config.zeroed_channels, list) and config.zeroed_channels:
-        # They stay where they are.
+        # The channels still belong to the former block.
         config.zeroed_channels = {tap_key(*config.taps()[0]): config.zeroed_channels}
     config.block = block
     if config.read_out is not None:
@@ -100,7 +100,7 @@ def _with_weights(model: Any, config: ASelectConfig, weights: State) -> Any:
 
 @torch.no_grad()
 def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, read: Sequence[ReadOut]) -> tuple[FoldedLayout, State]:
-    """Return what a denoiser is at the timesteps and taps that it is read at: layout and weights.
+    """Return the layout and weights of a denoiser that is folded at some timesteps and taps.
 
     At a constant timestep and label (or prompt) the six modulation vectors of a block are constants. With LN the norm
     without affine, W·((1 + scale)·LN(x) + shift) + b = (W·diag(1 + scale))·LN(x) + (W·shift + b), and
@@ -108,19 +108,19 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, read: Sequence[Read
     whose weights they scale. Query, key and value become one layer. The products are computed in float64 and rounded
     once, to the weights' dtype.
 
-    With several timesteps such products would be another set of weights for each. There W stays as it is, the same
-    for all, and LN gets 1 + scale and shift as its own weight and bias, one row a timestep, as the gates have.
+    With several timesteps each would need its own products. Instead all timesteps share W, and LN gets 1 + scale and
+    shift as its weight and bias, with one row per timestep. The gates have one row per timestep, too.
 
     Args:
         denoiser: A denoiser of DiT (or SiT), PixArt, Stable Diffusion 3, FLUX, Sana or Lumina-Image 2.
         config: Its configuration.
-        read: Where it is to be read: integer timestep, block, counted from the first, and feature.
+        read: Read-outs: integer timestep, block (counted from the first) and feature.
 
     Returns:
-        The layout, and the state of a `FoldedTransformer` of it.
+        The layout, and the state dict of the `FoldedTransformer` with this layout.
 
     Raises:
-        ValueError: If the family cannot be folded, or a layer is none that a plain one could stand for.
+        ValueError: If the family or one of its layers cannot be folded.
     """
     name = type(denoiser.transformer).__name__
     check_foldable(name)
@@ -135,5 +135,5 @@ def fold_denoiser(denoiser: Denoiser, config: ASelectConfig, read: Sequence[Read
         steps = [torch.full((1,), timestep, device=device) for timestep in timesteps]
         starts = [begin(denoiser, latents, each) for each in steps]
         layout, weights = fold(denoiser, config, starts, where)
-        # Each is rounded as it comes: in float64 all of them would take twice the model's memory.
+        # Weights are rounded one by one, because all of them in float64 would take twice the model's memory.
         return layout, {name: value.to(device, dtype, copy=True).contiguous() for name, value in weights}

@@ -1,6 +1,6 @@
-"""Layers of a folded transformer: what modulation, gates and a constant prompt make of a denoiser's own layers.
+"""Layers of a folded transformer: a denoiser's layers merged with modulation, gates and a constant prompt.
 
-At one timestep they are multiplied into the layers. Several timesteps share the layers, and each has its own norms
+At one timestep these are multiplied into the layers. Several timesteps share the layers, but each has its own norms
 and gates.
 """
 
@@ -22,7 +22,7 @@ Layer = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Modulation:
-    """What a block's conditioning does to a stream at a constant timestep, (D,) each, float64."""
+    """The modulation of a stream in a block at a constant timestep, (D,) each, float64."""
 
     shift: Tensor
     scale: Tensor
@@ -37,17 +37,17 @@ class Stream:
     """The layers of one stream of a block, under one set of names.
 
     Args:
-        query: Projection to queries; so `key` and `value`.
+        query: Projection to queries.
         key: Projection to keys.
         value: Projection to values.
-        query_norm: Norm of queries; None if there is none. So `key_norm`.
-        key_norm: Norm of keys.
-        output: Projection of what attention yields.
+        query_norm: Norm of queries, or None.
+        key_norm: Norm of keys, or None.
+        output: Output projection of the attention.
         mlp: The MLP.
         norm: Norm before attention.
         mlp_norm: Norm before the MLP.
-        modulations: What the conditioning does to the stream, at each timestep.
-        offset: Constant that is added behind the attention's gate, (D,), float64.
+        modulations: Modulation of the stream at each timestep.
+        offset: Constant that is added after the attention's gate, (D,), float64.
     """
 
     query: Any
@@ -196,7 +196,7 @@ def _sana_attention_state(
 
 
 def _sana_mlp_state(prefix: str, block: Any, modulations: Sequence[Modulation]) -> State:
-    """Return the state of Sana's MLP of convolutions, of which those of single tokens are linear layers."""
+    """Return the state of Sana's convolutional MLP. Its 1 × 1 convolutions become linear layers."""
     mlp = block.ff
     norm, modulation = _folded_in(block.norm2, modulations)
     (up, up_bias), convolution, (down, _) = (
@@ -289,7 +289,7 @@ def _stream_state(
 
 
 def _output_layer(stream: Stream) -> Layer:
-    """Return the projection of what attention yields, with its gate and what is added behind it."""
+    """Return the attention's output projection, merged with its gate and the constant after it."""
     weight, bias = _gated(plain(stream.output), _needed(stream.modulations[0].gate))
     return weight, bias if stream.offset is None else bias + stream.offset
 
@@ -354,15 +354,15 @@ def cross_state(prefix: str, attention: Any, context: Tensor) -> State:
 
 
 def cross_constant(attention: Any, context: Tensor) -> Tensor:
-    """Return what cross-attention to a prompt of one token adds to every token, (D,), float64.
+    """Return the constant that cross-attention to a one-token prompt adds to every token, (D,), float64.
 
-    That token gets all attention, whatever the query.
+    The only token gets an attention weight of 1 from every query.
     """
     return wide(attention.to_out[0](attention.to_v(context))[0, 0])
 
 
 def chunks(values: Tensor, count: int) -> list[Modulation]:
-    """Return the modulations, (1, count · D), that diffusers' order stands for: three or six, then perhaps three."""
+    """Return the modulations, (1, count · D), in diffusers' order: three or six, then optionally three more."""
     parts = wide(values)[0].chunk(count)
     first = Modulation(*parts[: 3 if count == 3 else 6])
     return [first, Modulation(*parts[6:])] if count > 6 else [first]
@@ -398,7 +398,7 @@ def _gated(layer: Layer, gate: Tensor) -> Layer:
 
 
 def _scale(norm: Any, factor: Tensor) -> Tensor:
-    """Return what a norm's output is multiplied with, (D,): its own weight, if any, and a factor."""
+    """Return the scale of a norm, (D,): its own weight, if any, times a factor."""
     return factor if norm.weight is None else factor * wide(norm.weight)
 
 
@@ -457,7 +457,7 @@ def wide(values: Tensor) -> Tensor:
 
 
 def _fused(attention: Any, projections: Sequence[str]) -> Layer:
-    """Return those of query, key and value that are needed, as one layer."""
+    """Return the required projections among query, key and value as one layer."""
     named = {"query": attention.to_q, "key": attention.to_k, "value": attention.to_v}
     return _side_by_side([plain(named[name]) for name in projections])
 

@@ -1,7 +1,7 @@
-"""What the first block of a transformer is given: the families that are folded, step by step.
+"""The inputs of a transformer's first block, for the families that can be folded.
 
-A denoiser is read by hooks on diffusers' own call. Folding needs what that call makes before the first block, so it is
-written out here; `tests/test_folding.py` holds both equal.
+A denoiser is read by hooks on diffusers' own call. Folding needs the values that this call computes before the first
+block, so those steps are repeated here. `tests/test_folding.py` checks that both are equal.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from ..model.denoiser import grid_of
 
 @dataclass
 class Pass:
-    """What the first block is given.
+    """The inputs of the first block.
 
     Args:
         hidden_states: Tokens, (B, N, D): the image's, or, where there is one stream, text and image.
         rows: Rows of the token grid.
         columns: Its columns.
-        condition: What the blocks are modulated with.
+        condition: Conditioning that modulates the blocks.
         context: Tokens of the text, (B, L, D), where there are any.
         rotary: Rotary position embeddings, where there are any.
     """
@@ -40,7 +40,7 @@ Begin = Callable[[Any, Tensor, Tensor], Pass]
 
 
 def begin_dit(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
-    """Return what the first block of a DiT or SiT is given: tokens, timesteps and labels.
+    """Return the inputs of the first block of a DiT or SiT: tokens, timesteps and labels.
 
     Source: diffusers, `models/transformers/dit_transformer_2d.py`.
     """
@@ -53,7 +53,7 @@ def begin_dit(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
 
 
 def begin_pixart(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
-    """Return what the first block of a PixArt is given; all blocks share one modulation.
+    """Return the inputs of the first block of a PixArt; all blocks share one modulation.
 
     Source: diffusers, `models/transformers/pixart_transformer_2d.py`.
     """
@@ -74,7 +74,7 @@ def begin_pixart(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pa
 
 
 def begin_sd3(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
-    """Return what the first block of a Stable Diffusion 3 is given.
+    """Return the inputs of the first block of a Stable Diffusion 3.
 
     Source: diffusers, `models/transformers/transformer_sd3.py`.
     """
@@ -90,7 +90,7 @@ def begin_sd3(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
 
 
 def begin_flux(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
-    """Return what the first block of a FLUX.1 is given: 2 × 2 latents in one token, as diffusers' pipeline packs them.
+    """Return the inputs of the first block of a FLUX.1, with latents packed 2 × 2 as in diffusers' pipeline.
 
     Source: diffusers, `models/transformers/transformer_flux.py` and `pipelines/flux/pipeline_flux.py`.
     """
@@ -118,7 +118,7 @@ def begin_flux(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass
 
 
 def begin_sana(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
-    """Return what the first block of a Sana is given.
+    """Return the inputs of the first block of a Sana.
 
     Source: diffusers, `models/transformers/sana_transformer.py`.
     """
@@ -133,7 +133,7 @@ def begin_sana(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass
 
 
 def begin_lumina2(denoiser: Any, noised_latents: Tensor, timesteps: Tensor) -> Pass:
-    """Return what the first block of a Lumina-Image 2.0 is given: refined text and image in one line.
+    """Return the inputs of the first block of a Lumina-Image 2.0: one sequence of refined text and image tokens.
 
     Source: diffusers, `models/transformers/transformer_lumina2.py`.
     """

@@ -37,11 +37,11 @@ from .noise_schedule import count_trained
 from .vae import check_vae, image_channels_of, latent_channels_of, vae_scale_factor_of
 
 logger = logging.get_logger(__name__)
-# By this a folder is known to hold code: every class that travels needs it.
+# A folder with this file contains the code: every class that travels needs it.
 CODE = "configuration_aselect.py"
-# Where UperNet reads, in eighths of the depth: shallow to three quarters, with the default tap among them.
+# Blocks that UperNet reads, in eighths of the depth. The default tap is one of them.
 UPERNET_EIGHTHS = (1, 3, 5, 6)
-# diffusers' defaults of `DiTTransformer2DModel`, written out: they are DiT-XL/2's sizes.
+# The defaults of diffusers' `DiTTransformer2DModel`, which are the sizes of DiT-XL/2.
 DIT_XL_2 = {
     "_class_name": "DiTTransformer2DModel",
     "num_attention_heads": 16,
@@ -60,7 +60,7 @@ DDPM_LINEAR = {
     "beta_end": 0.02,
     "beta_schedule": "linear",
 }
-# Nobody needs more; with more, building a model would take the machine's memory, or its time.
+# An upper bound. A model with more tokens would exhaust the memory while it is built.
 _MAX_TOKENS = 2**20
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "head": ("linear", "attention"),
@@ -80,13 +80,13 @@ _RANGES: dict[str, tuple[int, float]] = {
 }
 # Fields that are configurations of diffusers' objects.
 PARTS = ("transformer", "vae", "scheduler")
-# What a read-out takes the place of, by default.
+# Fields that `read_out` replaces, with their defaults.
 _OF_READ_OUT = {"timestep": "auto", "block": None, "feature": "query"}
 _BESIDE_READ_OUT = (
     "`read_out` replaces `timestep`, `block` and `feature`, got {} as well. Omit them, or pass `read_out=None`."
 )
-# What transformers' Auto classes find beside a checkpoint. One module names all models, and imports the others:
-# whichever is loaded, the code of all comes with it and can be saved again.
+# The classes that transformers' Auto classes load from a checkpoint's code. One module names all models and imports
+# the others, so the code of all models is loaded, and can be saved again, with any of them.
 ALL_MODELS = "modeling_segmentation"
 AUTO_MAP = {
     "AutoConfig": "configuration_aselect.ASelectConfig",
@@ -96,12 +96,12 @@ AUTO_MAP = {
     "AutoModelForImageClassification": f"{ALL_MODELS}.DiTForImageClassification",
     "AutoModelForSemanticSegmentation": f"{ALL_MODELS}.DiTForSemanticSegmentation",
 }
-# What transformers takes beside the fields of its own configurations, or writes into one (`to_dict`, `Trainer`).
+# Keys that transformers accepts in addition to its configurations' fields, or writes (`to_dict`, `Trainer`).
 _OF_TRANSFORMERS = {
     *("_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map"),
     *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config"),
     *("quantization_config", "stage_names", "tie_word_embeddings", "torch_dtype", "use_cache"),
-    # Of transformers 4.
+    # From transformers 4.
     *("add_cross_attention", "cross_attention_hidden_size", "is_decoder", "prefix", "pruned_heads"),
     *("task_specific_params", "tie_encoder_decoder", "torchscript", "use_bfloat16"),
 }
@@ -111,14 +111,14 @@ _OF_SCRIPTS = {"finetuning_task", "i2label"}
 _READ_OFF = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels", "patch_size"}
 _DROPOUTS = {"hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"}
 _OF_VIT = _READ_OFF | _DROPOUTS | {"encoder_stride", "hidden_act", "intermediate_size", "layer_norm_eps", "qkv_bias"}
-# Keys of a file that transformers would read as those of a text model.
+# Keys that transformers would interpret as fields of a text model.
 _OF_TEXT = {"head_dim", "layer_types", "mlp_layer_types", "rope_parameters", "rope_scaling", "rope_theta"}
 # Under this name, unknown keys of a file bypass the check of keywords.
 _OF_FILE = "_keys_of_file"
 
 
 def _plain_on_assignment(kind: Any) -> Any:
-    """Let values of numpy and torch, tuples and objects of diffusers be taken by each field of a configuration."""
+    """Make each field of a configuration accept numpy and torch values, tuples and diffusers objects."""
     assign = kind.__setattr__
     numbers = {name for name, field in kind.__annotations__.items() if field is float}
 
@@ -160,26 +160,27 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         block: Block at which features are read, 0-based, negative from the end; a list of them, or "all". Default:
             `3 * num_hidden_layers // 8`, the place of the A-SelecT authors' choice (9 of the 24 blocks of Stable
             Diffusion 3).
-        feature: What is read there: `hidden` (block output), `normed` (adaLN-modulated input of attention), `query`,
-            `key`, `value` (before the head split), `attention` (after the output projection, before the gate), or a
-            list of them. FLUX's blocks of one stream have no `attention`. Of several timesteps, blocks and features
-            each combination is read, and the tokens are concatenated along their channels: timesteps outermost, then
-            blocks, then features, each in the order given.
-        read_out: In place of those three a list of [timestep, block, feature], concatenated in this order; the three
-            are then those of its first entry.
-        timestep_embedding: Of a `DiTTransformer2DModel`: "diffusers" for one that was trained with diffusers,
-            "original" for weights of `facebookresearch/DiT` (the frequencies of diffusers' sinusoidal embedding differ
-            a little from those), "sit" for weights of SiT, which is given 1 - t/1000, "repa" for those of REPA and
-            SRA, which are given t/1000. The other families have "diffusers" alone.
-        prompt_shapes: Shapes of the empty prompt's embeddings, which text-conditioned transformers have among their
-            weights, by name: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the conversion.
-        guidance: Guidance that a guidance-distilled transformer (FLUX.1-dev) is conditioned on, 1 = none.
-        zeroed_channels: Channels of the tokens that are set to zero: a list for those of the configuration's own tap
-            (an empty one: none, anywhere), or, for any taps, lists by `"BLOCK.FEATURE"`, as `{"9.hidden": [3, 71]}`. A
-            few channels dwarf all others in the residual stream of large transformers. "auto": those that
-            `select_timestep` finds to be so, with the timestep. Default: "auto" for `hidden`, `normed` and
-            `attention` where the timestep is selected; else none.
-        noise_seed: Seed of the fixed noise that images are mixed with.
+        feature: Feature to read at the block: `hidden` (block output), `normed` (adaLN-modulated input of attention),
+            `query`, `key`, `value` (before the head split), `attention` (after the output projection, before the
+            gate), or a list of them. FLUX's single-stream blocks have no `attention`. With several timesteps, blocks
+            or features, every combination is read, and the tokens are concatenated along their channels: timesteps
+            outermost, then blocks, then features, each in the order given.
+        read_out: List of [timestep, block, feature] that replaces the three fields, concatenated in this order. The
+            three fields then have the values of its first entry.
+        timestep_embedding: Timestep embedding of a `DiTTransformer2DModel`: "diffusers" for weights trained with
+            diffusers, "original" for weights of `facebookresearch/DiT` (its sinusoidal frequencies differ slightly
+            from those of diffusers), "sit" for weights of SiT, which takes 1 - t/1000, and "repa" for weights of REPA
+            and SRA, which take t/1000. Other families only have "diffusers".
+        prompt_shapes: Shapes of the empty prompt's embeddings by name, which are saved among the weights of a
+            text-conditioned model: `prompt_embeds` (1, L, C), `pooled_prompt_embeds` (1, C). Written by the
+            conversion.
+        guidance: Guidance scale that a guidance-distilled transformer (FLUX.1-dev) is conditioned on. 1 is none.
+        zeroed_channels: Channels of the tokens that are set to zero. A list applies to the configuration's own tap (an
+            empty list: no channel at any tap). A dictionary has one list per tap, such as `{"9.hidden": [3, 71]}`. In
+            large transformers, a few channels of the residual stream dwarf all others: with "auto",
+            `select_timestep` finds these together with the timestep. Default: "auto" for `hidden`, `normed` and
+            `attention` if the timestep is selected, else none.
+        noise_seed: Seed of the fixed noise that is added to images.
         num_noise_draws: Number of fixed noise draws over which tokens are averaged, at least 1.
         resample_noise_in_training: Whether train mode draws fresh noise for every image (an augmentation).
         freeze_backbone: Whether only the head is trained.
@@ -189,22 +190,23 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         head_num_attention_heads: Attention heads in each of them.
         head_mlp_ratio: Width of their MLPs as a multiple of `head_hidden_size`.
         head_norm: Whether the linear head has a layer norm. One that `fit_head` fitted has none.
-        pooling: What the linear head reads of the tokens: their "mean"; "mean_std", their mean and deviation; or
-            "regions", the mean of each quarter of the image and that deviation, see `heads.pooled_tokens`.
+        pooling: How tokens are pooled for the linear head: "mean"; "mean_std" for mean and standard deviation; or
+            "regions" for the mean of each quarter of the image and the standard deviation. See `heads.pooled_tokens`.
         standardize_features: Whether a new head (or decoder) standardizes the tokens by their mean and spread over the
-            images that the timestep is selected from, or those given to `model.standardize`. It does not in a
-            checkpoint from before this field.
-        standardized_grid: Rows and columns of the token grid of those statistics, which are among the head's weights;
-            None where there are none. Written by the package.
+            images that the timestep is selected from, or over those passed to `model.standardize`. False for a
+            checkpoint that was saved before this field existed.
+        standardized_grid: Rows and columns of the token grid that these statistics were computed on. The statistics
+            are part of the head's weights. None without statistics. Written by the package.
         decoder: Segmentation decoder: "linear" (batch norm and a classifier of each token of `block`) or "upernet" (of
             four blocks, `out_indices`).
         decoder_hidden_size: Channels of UperNet.
         auxiliary_hidden_size: Channels of its auxiliary head, which only training uses; 0 for none.
         auxiliary_loss_weight: Weight of that head's loss.
         semantic_loss_ignore_index: Value of mask pixels that have no class.
-        out_features: Stages that a backbone returns: "stem" is what the first block reads, "stage1" the first block.
-        out_indices: Or their indices, rising, negative from the end: 0 is the stem, 1 the first block. Default: the
-            last block, as transformers' backbones; for "upernet" the blocks at 1, 3, 5 and 6 eighths of the depth.
+        out_features: Stages that a backbone returns: "stem" is the input of the first block, "stage1" its output.
+        out_indices: Indices of the stages in increasing order, negative from the end: 0 is the stem, 1 the first
+            block. Default: the last block, as transformers' backbones; for "upernet" the blocks at 1, 3, 5 and 6
+            eighths of the depth.
         reshape_hidden_states: Whether a backbone returns maps, (B, D, rows, columns); else tokens, (B, 1 + N, D),
             behind their mean in place of a class token, as transformers' DPT wants them.
         image_size: Pixels a side, or [height, width]. Default: the transformer's `sample_size` (times the VAE's
@@ -212,17 +214,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             and Sana make their position table again, scaled to it as diffusers does; Stable Diffusion 3 cuts the
             middle out of its table, which ends at 192 tokens a side (3.5-medium: 384); FLUX and Lumina have rotary
             positions.
-        folded: Whether the timesteps' conditioning is in the weights, as `model.fold()` makes it: the model reads at
-            its own timesteps and taps alone.
-        folded_layout: What a folded transformer is built of, as from `FoldedLayout.to_dict()`. Written by `fold`.
-        selection: Record of the timestep's choice, as from `TimestepSelection.to_dict()`.
-        base_model: Id on the Hub of what the weights were made from: their licence holds for this model, too.
-        base_license: Licence of that, by its own card: an identifier of the Hub, or "other/NAME".
-        initializer_range: Standard deviation of newly initialised weights; the attention head has Xavier's instead.
+        folded: Whether the conditioning on the timesteps is merged into the weights, as by `model.fold()`. Such a
+            model only reads at its own timesteps and taps.
+        folded_layout: Layout of a folded transformer, as from `FoldedLayout.to_dict()`. Written by `fold`.
+        selection: Record of the timestep selection, as from `TimestepSelection.to_dict()`.
+        base_model: Hub id of the model that the weights derive from. Its licence also applies to this model.
+        base_license: Licence of the base model according to its card: a Hub identifier, or "other/NAME".
+        initializer_range: Standard deviation of newly initialised weights, except for the attention head, which uses
+            Xavier initialisation.
 
     Raises:
-        ValueError: If a keyword is unknown or a value does not fit; inside a `StrictDataclassError` of
-            huggingface_hub where the value was checked after construction.
+        ValueError: If a keyword is unknown or a value is invalid. When a value is checked after construction,
+            huggingface_hub wraps the error in a `StrictDataclassError`.
 
     Example:
         >>> from hf_aselect import ASelectConfig
@@ -278,10 +281,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill what is derived from the transformer and reject unknown keywords."""
+        """Fill the fields that follow from the transformer and reject unknown keywords."""
         others, kwargs = kwargs.pop(_OF_FILE, {}), plain(kwargs)
         if "model_type" in kwargs or self.transformers_version is not None:
-            # `to_dict()` has both, and with them what a file, or a user, had in it beside the fields.
+            # The values come from `to_dict()`, which also has keys that are not fields, from a file or a user.
             others = {**others, **{name: value for name, value in kwargs.items() if name not in TAKEN}}
             others = {name: value for name, value in others.items() if not hasattr(type(self), name)}
             kwargs = {name: value for name, value in kwargs.items() if name not in others}
@@ -310,7 +313,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             self.image_size = layout.sample_size * self.vae_scale_factor
         for name, value in of_vit.items():
             self._refuse_other_than(name, value)
-        # Transformers' names: what the first block reads, then each block.
+        # Named as in transformers: the input of the first block, then each block.
         self.stage_names = ["stem", *(f"stage{number}" for number in range(1, layout.num_layers + 1))]
         if out_features is None and out_indices is None:
             out_indices = self._default_out_indices()
@@ -320,7 +323,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs, **others)
 
     def _refuse_other_than(self, name: str, value: Any) -> None:
-        """Reject a field of ViT that is something else here."""
+        """Reject a field of ViT whose value differs from that of the transformer."""
         own = getattr(self, name) if name in _READ_OFF else 0 if name in _DROPOUTS else None
         if value is None or value != own:
             what = f"is {own}" if own is not None else "follows from `_class_name`"
@@ -329,7 +332,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _take_read_out(self, read_out: list[Any]) -> None:
-        """Let timestep, block and feature be those of the first entry of a read-out, where they are not given."""
+        """Set the timestep, block and feature that are not given to the first entry of a read-out."""
         are_entries = all(isinstance(each, list | tuple) and len(each) == 3 and each[0] != "auto" for each in read_out)
         if not 1 <= len(read_out) <= MAX_READ_OUTS or not are_entries:
             raise ValueError(
@@ -341,7 +344,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 setattr(self, name, value)
 
     def _default_out_indices(self) -> list[int]:
-        """Return the stages that are read where none are named: the last, as transformers'; or UperNet's four."""
+        """Return the default stages: the last one, as in transformers, or the four of UperNet."""
         depth = len(self.stage_names) - 1
         is_deep_enough = self.decoder == "upernet" and depth >= 4
         return [1 + share * depth // 8 for share in UPERNET_EIGHTHS] if is_deep_enough else [depth]
@@ -384,7 +387,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return self
 
     def _check_order(self, out_indices: list[int] | tuple[int, ...]) -> None:
-        """Reject stages that do not exist or are out of order, of which transformers takes the first wrong one."""
+        """Reject stages that do not exist or are out of order. transformers does not detect all of these."""
         depth = len(self.stage_names)
         if not isinstance(out_indices, list | tuple):
             raise ValueError(f"`out_indices` must be a list of integers, got {out_indices!r}.")
@@ -398,7 +401,8 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a dictionary, with `kwargs` in place of its values.
 
-        Transformers sets `kwargs` on the finished configuration, past the checks; here they are checked as any value.
+        transformers sets `kwargs` on the finished configuration without checks. Here they are checked like other
+        values.
 
         Raises:
             ValueError: As the constructor, and if `config_dict` is not a dictionary of fields by name.
@@ -406,7 +410,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
             raise ValueError(f"A configuration must be a dictionary of fields by name, got {short(config_dict)}.")
         if not isinstance(config_dict.get("quantization_config", {}), dict):
-            # Transformers asks it for things that only a dictionary has.
+            # transformers calls methods of a dictionary on it.
             raise ValueError(
                 f"`quantization_config` must be a dictionary, got {short(config_dict['quantization_config'])}."
             )
@@ -417,24 +421,24 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         others = {name: value for name, value in others.items() if not hasattr(cls, name)}
         config_dict = {name: value for name, value in config_dict.items() if name in known}
         own_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TAKEN - _DTYPES}
-        # As scripts pass what they were not given: it stays as it was saved.
+        # Scripts pass None for arguments that they were not given. The saved value stays.
         own_fields = {
             name: value for name, value in own_fields.items() if value is not None or name not in _OF_READ_OUT
         }
         maps, num_labels = class_maps(config_dict, None), plain(own_fields.get("num_labels"))
         own_fields |= (own_maps := class_maps(own_fields, num_labels))
         if own_maps or (num_labels is not None and maps and len(maps["id2label"]) != num_labels):
-            # Another number of classes has other names.
+            # The saved class names do not fit another number of classes.
             config_dict = {name: value for name, value in config_dict.items() if name not in (*maps, "num_labels")}
         if "model_type" in config_dict:
-            # A checkpoint from before there was such a field.
+            # The default for checkpoints that were saved before the field existed.
             config_dict = {"standardize_features": False, **config_dict}
         if own_fields.get("timestep", "auto") != "auto" or own_fields.get("read_out") is not None:
-            # It is of those that were saved.
+            # The saved number belongs to the saved timesteps.
             config_dict = {name: value for name, value in config_dict.items() if name != "num_timesteps"}
         of_read_out = own_fields.keys() & _OF_READ_OUT
         if own_fields.get("read_out") is not None:
-            # It takes their place, whatever was saved.
+            # A read-out replaces the saved fields.
             config_dict = {name: value for name, value in config_dict.items() if name not in _OF_READ_OUT}
         elif of_read_out and config_dict.get("read_out") is not None and "read_out" not in own_fields:
             raise ValueError(_BESIDE_READ_OUT.format(", ".join(sorted(of_read_out))))
@@ -443,15 +447,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         config, unused = super().from_dict(values, return_unused_kwargs=True, **kwargs)
         if own_fields and config_dict.get("standardized_grid"):
             saved = super().from_dict(dict(config_dict))
-            if config._what_is_read() != saved._what_is_read():
+            if config._read_settings() != saved._read_settings():
                 config.standardized_grid = None
         if is_unused_asked:
             return config, unused
         refuse_unknown_keywords({name for name in unused if not name.startswith("_")})
         return config
 
-    def _what_is_read(self) -> tuple[Any, ...]:
-        """Return what the statistics of tokens depend on, beside the weights."""
+    def _read_settings(self) -> tuple[Any, ...]:
+        """Return the settings, other than weights, that the statistics of tokens depend on."""
         stages = self.stage_read_outs() if self.decoder == "upernet" else [self.read_outs()]
         channels = [self.channels_at(block, feature) for stage in stages for _, block, feature in stage]
         return stages, self.noise_seed, self.num_noise_draws, channels, self.standardize_features
@@ -473,18 +477,18 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def pooled_size(self) -> int:
-        """Width of what a linear head reads of one image."""
+        """Width of the pooled features of one image, the input of a linear head."""
         return self.feature_size * POOLINGS[self.pooling]
 
     @property
     def is_pooling_of_raw_tokens(self) -> bool:
-        """Whether tokens are pooled as they are, or to their mean alone, which can be standardized afterwards."""
+        """Whether pooling needs no standardized tokens: there are none, or only the mean is pooled."""
         return self.pooling == "mean" or self.standardized_grid is None
 
     def widths_of(self, read_outs: Iterable[ReadOut]) -> list[int]:
-        """Return the width of each one's tokens: `hidden_size`, but for keys and values that several heads share."""
+        """Return the width of each read-out: `hidden_size`, or less for keys and values that several heads share."""
         sizes = dict.fromkeys(("key", "value"), self.layout.key_value_size)
-        # As long as none is selected, "auto" stands for all that will be.
+        # Before the selection, "auto" stands for all timesteps that will be selected.
         counts, width = {"auto": self.num_timesteps}, self.layout.hidden_size
         return [counts.get(str(t), 1) * sizes.get(feature, width) for t, _, feature in read_outs]
 
@@ -505,7 +509,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def takes_latents(self) -> bool:
-        """Whether there is no VAE, and what the transformer reads are not images."""
+        """Whether the inputs are latents: there is no VAE, and the number of channels is not that of an image."""
         return self.vae is None and self.num_channels not in (1, 3)
 
     @property
@@ -567,7 +571,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return self._checked_read_outs(named)
 
     def _checked_read_outs(self, named: list[Any]) -> list[ReadOut]:
-        """Return what is read, blocks counted from the first; reject what there is not, and what is named twice."""
+        """Return the read-outs with blocks counted from the first, and reject invalid and repeated ones."""
         folded = self.folded_layout or {}  # looked at when the configuration was made
         folded_at = [folded["timestep"], *folded.get("others", ())] if folded else []
         for timestep, _, feature in named:
@@ -591,11 +595,11 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return found
 
     def taps(self) -> list[Tap]:
-        """Return block and feature of each tap that is read, at whatever timesteps."""
+        """Return the block and feature of each tap, without its timesteps."""
         return list(dict.fromkeys((block, feature) for _, block, feature in self.read_outs()))
 
     def block_index(self, block: int | None = None) -> int:
-        """Return a block's index counted from the first; of None the config's own block, the first of several.
+        """Return a block's index counted from the first. None stands for the configuration's (first) block.
 
         Raises:
             ValueError: If there is no such block.
@@ -635,7 +639,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return is_of_tap and self.timesteps() == (selected or [record.get("timestep")])
 
     def validate_tap(self) -> None:
-        """Reject what cannot be read: timesteps outside [0, 1000), unknown features, blocks that there are not."""
+        """Reject timesteps outside [0, 1000), unknown features and blocks that do not exist."""
         for _, block, feature in self.read_outs():
             self.check_tap(block, feature)
         limit = count_trained(self.scheduler) if isinstance(self.scheduler, dict) else NUM_TIMESTEPS
@@ -649,7 +653,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`num_timesteps` must be at least 1, and 1 unless `timestep='auto'`, got {count}.")
 
     def channels_at(self, block: int, feature: str) -> list[int] | None:
-        """Return the channels that are set to zero at a tap; None where nothing is said of it.
+        """Return the channels that are set to zero at a tap, or None if the configuration does not list the tap.
 
         Args:
             block: Block index, counted from the first; -1 is a backbone's stem.
@@ -665,7 +669,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return None
 
     def stage_read_outs(self, stages: Iterable[int] | None = None) -> list[list[ReadOut]]:
-        """Return what a backbone reads at each stage: every timestep and feature of `read_outs`, at the stage's block.
+        """Return the read-outs of each stage of a backbone: all timesteps and features, at the stage's block.
 
         The stem is the hidden state of block -1, at every timestep.
 
@@ -680,15 +684,15 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         ]
 
     def hidden_read_outs(self, output_hidden_states: bool | None) -> list[ReadOut]:
-        """Return what the first block reads and each block's output, if they are asked for, at the first timestep.
+        """Return the read-outs of `hidden_states`: the first block's input and each block's output at one timestep.
 
-        Of a folded model these are those among them that it is read at.
+        A folded model only returns those that it was folded at.
 
         Args:
-            output_hidden_states: Whether they are; None for what the configuration says.
+            output_hidden_states: Whether they are requested. Default: the configuration's setting.
 
         Raises:
-            ValueError: If they are asked for by name and the model is folded at other features.
+            ValueError: If they are requested here and the model is folded at other features.
         """
         if not (self.output_hidden_states if output_hidden_states is None else output_hidden_states):
             return []
@@ -703,14 +707,14 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
         return [(timestep, block, "hidden") for block in kept]
 
     def check_tap(self, block: int, feature: str) -> None:
-        """Reject a feature that there is not, or not at this block, counted from the first.
+        """Reject a feature that does not exist, or not at this block (counted from the first).
 
         Raises:
             ValueError: If `feature` is unknown, or the block has none of that name, or there is no such block.
         """
         check_feature(feature)
         layout = self.layout
-        # What the first block reads counts as the output of a block before it.
+        # The input of the first block counts as the output of block -1.
         first = -1 if feature == "hidden" else 0
         if isinstance(block, bool) or not isinstance(block, int) or not first <= block < layout.num_layers:
             raise ValueError(
@@ -732,16 +736,16 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def folding(self) -> FoldedLayout | None:
-        """What a folded transformer is built of; None where it is not folded."""
+        """The layout of a folded transformer, or None if the model is not folded."""
         return None if self.folded_layout is None else FoldedLayout.from_dict(self.folded_layout)
 
     def validate_selection(self) -> None:
-        """Reject the record of a selection that a later version wrote in another way."""
+        """Reject a selection record that a later version wrote in another format."""
         if self.selection is not None:
             check_format("selection", self.selection)
 
     def validate_folding(self) -> None:
-        """Reject a timestep or sizes other than those that a model was folded at."""
+        """Reject a timestep or sizes that differ from those the model was folded at."""
         folded = self.folding
         if self.folded != (folded is not None):
             raise ValueError(
@@ -764,7 +768,7 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_vae(self) -> None:
-        """Reject a VAE whose latents are not what the transformer takes."""
+        """Reject a VAE whose latents do not fit the transformer."""
         made = latent_channels_of(self.vae) if self.vae else None
         if made is not None and made != self.layout.num_channels:
             raise ValueError(
@@ -867,10 +871,10 @@ class ASelectConfig(BackboneConfigMixin, PreTrainedConfig):
                 self.check_tap(block, feature)
 
     def validate_output_attentions(self) -> None:
-        """Reject nothing: there are no attention weights with any kernel, which is said when they are asked for."""
+        """Accept any value. `forward` rejects `output_attentions`, because most kernels return no weights."""
 
     def validate_host_fields(self) -> None:
-        """Reject values that transformers takes as they are and trips over later."""
+        """Reject values that transformers accepts unchecked and fails on later."""
         classes = self.architectures
         if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
             raise ValueError(f"`architectures` must be a list of class names, got {classes!r}.")
@@ -906,19 +910,19 @@ _HOW_TO_RESOLVE = (
     "or set `model.config.timestep` to an integer in [0, 1000)"
 )
 
-# What a user may give: the fields, and the two that transformers keeps under other names.
+# The fields that users may set, including the two that transformers stores under other names.
 OWN_FIELDS = {name for name in ASelectConfig.__annotations__ if not name.startswith("_")} | {
     "out_features",
     "out_indices",
 }
 
 
-# What a call may give beside: what transformers and its scripts know.
+# All accepted keywords, including those of transformers and its scripts.
 _DTYPES = {"dtype", "torch_dtype"}
 TAKEN = OWN_FIELDS | PreTrainedConfig.__dataclass_fields__.keys() | _OF_TRANSFORMERS | _OF_SCRIPTS | _OF_VIT | _DTYPES
 
 
-# Keywords of other libraries that resemble no field here, or one with another meaning.
+# Keywords of other libraries that resemble no field, or a field with another meaning.
 _ELSEWHERE = {
     "add_pooling_layer": "it is for a `DiTModel`, and adds nothing there",
     "use_mask_token": "no token is masked",
@@ -926,19 +930,19 @@ _ELSEWHERE = {
     "pooler_output_size": "the pooled output is the mean of the tokens",
     "use_auth_token": "did you mean `token`?",
 }
-# What loading takes, by names that may be misspelt.
+# Keywords of `from_pretrained`, which users may misspell.
 _OF_LOADING = {"attn_implementation", "cache_dir", "calibration_images", "device_map", "ignore_mismatched_sizes"}
 _OF_LOADING |= {"local_files_only", "revision", "subfolder", "token", "trust_remote_code", "variant"}
 
 
 def _nearest(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Return the nearest of the known names of each of some names that has one."""
+    """Return the closest known name of each name that has one."""
     near = {name: difflib.get_close_matches(name, sorted(known), n=1) for name in names}
     return {name: found[0] for name, found in near.items() if found}
 
 
 def _warn_of_unknown(names: Iterable[str]) -> None:
-    """Say which keys of a file may be misspelt fields."""
+    """Warn about keys of a file that may be misspelt fields."""
     for name, field in sorted(_nearest(names, OWN_FIELDS | {"num_labels"}).items()):
         logger.warning_once(f"The configuration has an unknown key `{name}`. Did you mean `{field}`?")
 
@@ -959,11 +963,11 @@ def is_code_saved(saved: Any, folder: str | os.PathLike[str], is_pushed: bool, a
     """Return whether the code of a configuration, model or image processor is saved beside it.
 
     Args:
-        saved: What is saved.
-        folder: Where.
-        is_pushed: Whether it is pushed to the Hub from there.
-        asked: What the user said; None for the default: where it is pushed, where the folder has the code already, and
-            where the object itself was loaded from such code, without which it could not be loaded again.
+        saved: The object to save.
+        folder: Folder to save it in.
+        is_pushed: Whether the folder is pushed to the Hub.
+        asked: The user's setting. By default, code is saved on a push, if the folder already contains it, or if the
+            object was itself loaded from such code, because it could not be loaded again without it.
     """
     if asked is not None:
         return asked
@@ -972,11 +976,11 @@ def is_code_saved(saved: Any, folder: str | os.PathLike[str], is_pushed: bool, a
 
 
 def write_code(source: Path, folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Copy all modules that are here into a folder, and return the classes that transformers' Auto classes find there.
+    """Copy all modules of a folder into another, and return the `auto_map` of the copied classes.
 
     Args:
-        source: Where they are: this folder, or in a copy that came with a checkpoint that of the model's class.
-        folder: Made if it is missing.
+        source: Folder of the modules: this one, or, for code that was loaded from a checkpoint, that of the class.
+        folder: Target folder, created if missing.
     """
     os.makedirs(folder, exist_ok=True)
     modules = [path for path in source.glob("*.py") if path.name != "__init__.py"]
@@ -988,7 +992,7 @@ def write_code(source: Path, folder: str | os.PathLike[str]) -> dict[str, str]:
 
 @contextmanager
 def without_code(*saved: Any) -> Iterator[None]:
-    """Let transformers copy no code of objects that it saves, for a while: it asks the objects for it."""
+    """Keep transformers from copying the code of objects that it saves. It reads this from their attributes."""
     for each in saved:
         vars(each).pop("auto_map", None)
         vars(each).update({"is_remote_code": bool} if hasattr(each, "forward") else {"_auto_class": None})

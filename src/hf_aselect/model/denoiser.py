@@ -1,4 +1,4 @@
-"""A diffusion transformer that is read at taps of its blocks, by hooks on its own call, and run no further."""
+"""A diffusion transformer that is read at taps of its blocks by hooks, and stops after the last tap."""
 
 import copy
 import threading
@@ -22,20 +22,20 @@ _NOW = threading.local()
 
 
 class _Stop(BaseException):
-    """Ends a transformer's call when all is read; no `except Exception` on the way may take it."""
+    """Ends a transformer's call after the last tap. It must not be caught by an `except Exception`."""
 
 
 @dataclass
 class _Reading:
-    """What is read from one call.
+    """The state of one call that is read.
 
     Args:
-        inputs: What the transformer is called with.
-        keep: Makes of a sequence the image's tokens.
+        inputs: Inputs of the transformer.
+        keep: Returns the image's tokens of a sequence.
         waiting: Taps that are still to be read.
-        may_stop: Whether the call ends with the last of them.
-        found: What was read.
-        timed: Modules that were given the timesteps.
+        may_stop: Whether the call ends at the last of them.
+        found: Values that were read, by tap.
+        timed: Modules that already received the timesteps.
     """
 
     inputs: Inputs
@@ -48,11 +48,11 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Hook:
-    """Keeps the input or the output of a module, if this thread asked for it.
+    """Keeps the input or the output of a module if this thread requested it.
 
     Args:
         tap: Block and feature; "input" stands for the arguments of a block.
-        output: Which of the module's outputs.
+        output: Index of the module's output.
     """
 
     tap: Tap
@@ -73,19 +73,19 @@ class _Hook:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return what a block or an attention reads, however it is called."""
+    """Return the input tokens of a block or an attention, passed by position or by name."""
     tokens: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else (args or tuple(kwargs.values()))[0]
     return tokens
 
 
 @dataclass(frozen=True)
 class _ExactTimesteps:
-    """Gives a module the timesteps unrounded, which diffusers hands to it in the model's dtype.
+    """Passes the unrounded timesteps to a module. diffusers passes them in the model's dtype.
 
-    FLUX [dev] has its guidance embedded by the same module, after them.
+    FLUX [dev] embeds its guidance by the same module, after the timesteps.
 
     Args:
-        divisor: What timesteps in [0, 1000] are divided by to be what the module takes.
+        divisor: Divisor that maps timesteps in [0, 1000] to the range that the module expects.
     """
 
     divisor: float
@@ -106,18 +106,18 @@ class _ExactTimesteps:
 class BlockStep(GradientCheckpointingLayer):
     """Runs a block so that transformers can recompute it in the backward pass; has no weights.
 
-    diffusers' transformers have a switch for all of their blocks instead, which stays off: transformers counts blocks
-    to leave some out, and hooks of FSDP are to run once.
+    diffusers' own switch for all blocks stays off, because transformers selects the blocks to checkpoint, and hooks of
+    FSDP must run only once.
     """
 
     def forward(self, *values: Any, run: Callable[..., Any], names: tuple[str, ...]) -> Any:
-        """Return what a block makes; the last arguments are those with names, as only the others get gradients."""
+        """Return a block's output. The last `values` are its keyword arguments: only positional ones get gradients."""
         split = len(values) - len(names)
         return run(*values[:split], **dict(zip(names, values[split:], strict=True)))
 
 
 def _run(step: Any, index: int, forward: Callable[..., Any], block: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a block, again in the backward pass if that is switched on and nothing inside of it is read."""
+    """Run a block, with gradient checkpointing if it is enabled and nothing inside the block is read."""
     if not step.gradient_checkpointing:
         return forward(block, *args, **kwargs)
     reading: _Reading | None = getattr(_NOW, "reading", None)
@@ -135,21 +135,21 @@ def _run_whole(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwa
 
 
 class Denoiser(nn.Module):
-    """A diffusion transformer that is read at taps of its blocks, and run no further than the last of them.
+    """A diffusion transformer that is read at taps of its blocks, and stops after the last tap.
 
-    The call is ended by an exception as soon as all taps are read. Where it must end in good order, in `torch.export`
-    and with offloaded weights, the lists of blocks are cut behind the last tap instead. Where FSDP shards the blocks,
-    the call ends after the last of them.
+    An exception ends the call as soon as all taps are read. Under `torch.export` and with offloaded weights, where the
+    call must complete, the lists of blocks are cut after the last tap instead. If FSDP shards the blocks, the call
+    ends after the last block that is read.
 
     Args:
         transformer: A transformer of the family.
         family: Its description.
-        rebuild: Builds the same transformer once more, with new weights: for tables that checkpoints do not hold, and
-            that are lost where it was built without data. None where it has its data.
-        timestep_embedding: How a timestep is embedded; "diffusers" is what diffusers itself does.
-        prompt_shapes: Shapes of the empty prompt's embeddings, by name; the values are buffers of that name. None to
-            do without them, where nothing is read.
-        guidance: Guidance that a guidance-distilled transformer is conditioned on; the others have no use for it.
+        rebuild: Builds the same transformer with new weights, to restore tables that are not in checkpoints if it was
+            built without data. None if it has its data.
+        timestep_embedding: Kind of timestep embedding. "diffusers" is the one of diffusers.
+        prompt_shapes: Shapes of the empty prompt's embeddings by name. The values are buffers of that name. None if
+            nothing will be read.
+        guidance: Guidance scale of a guidance-distilled transformer. Other transformers ignore it.
         vae_scale_factor: Pixels a side that one latent stands for.
 
     Raises:
@@ -223,7 +223,7 @@ class Denoiser(nn.Module):
         return [self.transformer.get_submodule(path) for path in self.family.whole_modules]
 
     def _parts(self) -> list[Any]:
-        """Return of each block which list it is in."""
+        """Return the list of blocks that each block belongs to."""
         return [part for part in self.family.blocks for _ in self.transformer.get_submodule(part.path)]
 
     @property
@@ -247,20 +247,20 @@ class Denoiser(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Classes that the transformer knows; as a label, this number is the null label. 0 for text-conditioned."""
+        """Number of classes, which is also the null label. 0 for text-conditioned transformers."""
         return int(self.transformer.config[self.family.num_classes]) if self.family.num_classes else 0
 
     def forward(self, noised_latents: Tensor, timesteps: Tensor | int, block: int, feature: str) -> Tensor:
-        """Return the tokens at a tap, (B, N, D), running no block that comes after it; see `read_taps`."""
+        """Return the tokens at a tap, (B, N, D), without running later blocks. See `read_taps`."""
         return self.read_taps(noised_latents, timesteps, [(block, feature)])[block, feature]
 
     def read_taps(self, noised_latents: Tensor, timesteps: Tensor | int, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Return the tokens at several taps from one pass, running no block that comes after the last.
+        """Return the tokens at several taps from one pass, without running blocks after the last tap.
 
         Args:
             noised_latents: Noised latents, (B, C, h, w); h and w multiples of the patch size.
-            timesteps: Timesteps in [0, 1000), (B,), or an integer that is one of all.
-            taps: Blocks, counted from the first, and features; (-1, "hidden") is what the first block reads.
+            timesteps: Timesteps in [0, 1000), (B,), or one integer for all images.
+            taps: Blocks, counted from the first, and features. (-1, "hidden") is the input of the first block.
 
         Returns:
             Tokens of the image at each tap in row-major order, (B, N, D).
@@ -275,10 +275,10 @@ class Denoiser(nn.Module):
         return self._read(self._call(inputs), inputs, taps)
 
     def _must_end(self, last: int) -> bool:
-        """Return whether a call may not be ended by an exception: what waits for its end would wait for ever."""
-        # Modules are followed in and out.
+        """Return whether the call must complete, because tracing or hooks depend on its end."""
+        # Tracing follows the entry and exit of modules.
         is_traced = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-        # accelerate and diffusers put weights back that they fetched.
+        # accelerate and diffusers offload the fetched weights again at the end.
         block = self.blocks[max(last, 0)]
         return is_traced or hasattr(block, "_diffusers_hook") or next(block.parameters()).is_meta
 
@@ -371,24 +371,24 @@ class Denoiser(nn.Module):
                 parent._modules[name] = blocks
 
     def predict(self, noised_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """Return what the transformer predicts, running all of it: what its scheduler's `prediction_type` says.
+        """Return the prediction of the whole transformer, of the kind of its scheduler's `prediction_type`.
 
-        For flow matching that is the velocity from the image to the noise, whichever way the family itself points. A
-        learned variance, where there is one, is left out. Call it in eval mode: in train mode diffusers' DiT replaces
-        one label in ten by the null label, at random.
+        For flow matching this is the velocity from the image to the noise, also for families that predict the opposite
+        direction. A learned variance is left out. Call it in eval mode: in train mode diffusers' DiT randomly replaces
+        one label in ten by the null label.
 
         Args:
             noised_latents: Noised latents, (B, C, h, w).
             timesteps: Timesteps in [0, 1000], (B,).
-            labels: Class indices in [0, `num_classes`), or `num_classes` for the null label, (B,); of no use to a
-                text-conditioned transformer, which always has the empty prompt.
+            labels: Class indices in [0, `num_classes`), or `num_classes` for the null label, (B,). Ignored by
+                text-conditioned transformers, which always use the empty prompt.
 
         Returns:
             The prediction, (B, C, h, w).
         """
         inputs = self._inputs(noised_latents, timesteps, labels)
         if self.family.output_module:
-            # What comes after it may be made for squares alone.
+            # Later layers may only support square images.
             is_square = noised_latents.shape[-2] == noised_latents.shape[-1]
             output = self._read(self._call(inputs), inputs, [_OUTPUT], may_stop=not is_square)[_OUTPUT]
         else:
@@ -437,12 +437,12 @@ class Denoiser(nn.Module):
         return {name: list(getattr(self, name).shape) for name in self.family.prompt_fields}
 
     def unused_modules(self, block: int, feature: str) -> list[nn.Module]:
-        """Return the largest modules that have weights, none of which has an influence on the tokens."""
+        """Return the largest modules whose weights do not influence the tokens."""
         unused = {id(each) for each in self.unused_parameters([(block, feature)])}
         return _largest(self.transformer, lambda module: all(id(each) in unused for each in module.parameters()))
 
     def tables_of(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return what a module's buffers that no checkpoint holds must be after a build without data, by name."""
+        """Return the values, by name, of a module's buffers that are lost in a build without data."""
         return self._tables.get(module, {})
 
     def _restore_tables(self) -> None:
@@ -494,9 +494,9 @@ def _ended_after(block: nn.Module) -> Iterator[None]:
 
 
 class _WeightsWithoutData(TorchFunctionMode):
-    """Lets modules make their weights without data, while all that is computed is there.
+    """Creates the weights of modules without data, while computed tables get their values.
 
-    torch's own layers ask for their weights by `torch.empty`, of which no table is made.
+    torch's own layers allocate weights by `torch.empty`, which tables do not use.
     """
 
     def __torch_function__(
@@ -542,10 +542,10 @@ def _check_names(transformer: Any, family: TransformerFamily) -> None:
 
 
 def _check_prompt(transformer: Any, family: TransformerFamily, shapes: Mapping[str, list[int]]) -> None:
-    """Reject embeddings of the prompt that the transformer does not take.
+    """Reject prompt embeddings that do not fit the transformer.
 
     Raises:
-        ValueError: If there are others than it asks for, or they are too many or of another width.
+        ValueError: If their names, number of tokens or width do not fit.
     """
     name, config = family.name, transformer.config
     if set(shapes) != set(family.prompt_fields):
@@ -581,7 +581,7 @@ def _without_data(transformer: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 _OF_MODULES = ("_parameters", "_buffers", "_modules")
-# What stands for a family's `output_module` among the taps.
+# The tap that stands for the output of a family's `output_module`.
 _OUTPUT = (-2, "hidden")
 
 
@@ -591,16 +591,16 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 
 def _largest(module: nn.Module, is_fit: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """Return the largest parts of a module that have weights and are fit."""
+    """Return the largest parts of a module that have weights and fulfil a condition."""
     if next(module.parameters(), None) is None:
         return []
     return [module] if is_fit(module) else [part for child in module.children() for part in _largest(child, is_fit)]
 
 
 def as_if_called(module: Any, read: Callable[[], Any]) -> Any:
-    """Return what a part of a module makes, with all that is done where the module is called.
+    """Return the output of a part of a module, with the hooks that run when the module is called.
 
-    FSDP gathers its weights then, and hooks of accelerate and diffusers bring them in or cast them.
+    FSDP gathers its weights, and hooks of accelerate and diffusers load or cast them.
     """
     registry = getattr(module, "_diffusers_hook", None)
     hooks = [module._hf_hook] if hasattr(module, "_hf_hook") else []
@@ -626,10 +626,10 @@ def _as_if_called_by_fsdp(module: Any, read: Callable[[], Any]) -> Any:
 
 
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
-    """Return the device and the dtype that a module computes in: those of hooks, else of its weights.
+    """Return the device and dtype that a module computes in, from its hooks or else its weights.
 
-    Accelerate keeps weights elsewhere while they are not needed, and diffusers in a smaller dtype. The dtype is None
-    where no weight is in one that computes, as where all are quantized.
+    accelerate may offload weights, and diffusers may store them in a smaller dtype. The dtype is None if no weight has
+    a dtype to compute in, for example if all are quantized.
     """
     device = dtype = None
     for part in module.modules():

@@ -1,4 +1,4 @@
-"""The families of transformers: of each class of diffusers what must be known to build it and to read it."""
+"""The families of transformers: how each class of diffusers is built and read."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -13,18 +13,18 @@ from .layouts import MAX_LAYERS, MAX_SIZE, TransformerLayout, hint_of
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a transformer is called with, before its family makes keywords of it.
+    """The inputs of a transformer, before its family turns them into keywords.
 
     Args:
         transformer: The transformer.
         latents: Noised latents, (B, C, h, w).
         timesteps: Timesteps in [0, 1000], 0 = least noise, (B,), float32.
-        labels: Class indices, (B,); the null label where features are read.
+        labels: Class indices, (B,). Features are read with the null label.
         prompt: The empty prompt's embeddings by name, for each image: (B, L, C) or (B, C).
-        guidance: Guidance of a guidance-distilled transformer.
+        guidance: Guidance scale of a guidance-distilled transformer.
         vae_scale_factor: Pixels a side that one latent stands for.
-        timestep_embedding: Which of its family's; see `TransformerFamily`.
-        given_timesteps: The timesteps as they were given, (B,): integers where features are read.
+        timestep_embedding: Kind of timestep embedding, one of its family's. See `TransformerFamily`.
+        given_timesteps: The timesteps as passed, (B,). Integers when features are read.
     """
 
     transformer: Any
@@ -65,18 +65,18 @@ class Inputs:
         return self.timesteps.new_tensor(sides).expand(len(self.timesteps), -1)
 
     def grid(self, side: int = 2) -> tuple[int, int]:
-        """Return rows and columns of tokens of `side` × `side` latents."""
+        """Return the rows and columns of the grid of tokens of `side` × `side` latents."""
         return self.latents.shape[-2] // side, self.latents.shape[-1] // side
 
     def packed(self) -> Tensor:
-        """Return 2 × 2 latents in one token, (B, N, 4C), channels first, as FLUX's pipeline packs them."""
+        """Return latents packed 2 × 2 into tokens, (B, N, 4C), channels first, as in FLUX's pipeline."""
         rows, columns = self.grid()
         patches = self.latents.unflatten(-1, (columns, 2)).unflatten(2, (rows, 2))  # (B, C, rows, 2, columns, 2)
         tokens: Tensor = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return tokens
 
     def places(self, side: int = 2, axes: int = 3) -> Tensor:
-        """Return the image's positions, (N, axes), float32: row and column are the second and third axis."""
+        """Return the positions of the image's tokens, (N, axes), float32. Axes 1 and 2 are row and column."""
         rows, columns = self.grid(side)
         places = torch.zeros(rows, columns, axes, device=self.latents.device)
         places[..., 1] = torch.arange(rows, device=places.device)[:, None]
@@ -85,13 +85,13 @@ class Inputs:
 
 
 def last_tokens(sequence: Tensor, num_tokens: int) -> Tensor:
-    """Return the image's tokens where they are all, or come after the text's, (B, N, D)."""
-    # A slice is not what the next block reads: it would get no gradient.
+    """Return the image's tokens, (B, N, D), of a sequence without text or with the text first."""
+    # Not a slice if there is no text: the next block does not read the slice, so it would get no gradient.
     return sequence if sequence.shape[1] == num_tokens else sequence[:, -num_tokens:]
 
 
 def first_tokens(sequence: Tensor, num_tokens: int) -> Tensor:
-    """Return the image's tokens where they come before the text's, (B, N, D)."""
+    """Return the image's tokens, (B, N, D), of a sequence with the text last."""
     return sequence[:, :num_tokens]
 
 
@@ -114,10 +114,10 @@ class TransformerBlocks:
 
     Args:
         path: Its name in the transformer.
-        attention: Name of the self-attention in a block. Its first argument is what `normed` means.
-        hidden: Which of a block's outputs has the image, where there are several.
-        projections: Names of query, key and value in the attention; or a function that takes the attention and the
-            tokens that it reads, (B, N, D), and returns the three, where they are one layer.
+        attention: Name of the self-attention in a block. Its first argument is the feature `normed`.
+        hidden: Index of the block's output that contains the image, if there are several.
+        projections: Names of query, key and value in the attention; or, if they are one layer, a
+            function that takes the attention and its input tokens, (B, N, D), and returns the three.
 
     Example:
         >>> from hf_aselect import TransformerBlocks
@@ -133,7 +133,7 @@ class TransformerBlocks:
 
 @dataclass(frozen=True)
 class TransformerFamily:
-    """A class of transformers: its sizes, how it is called, and where its tokens are.
+    """A class of transformers: its sizes, its call, and the location of its tokens.
 
     Args:
         name: Name of the class, in diffusers or of `transformer_class`.
@@ -142,24 +142,25 @@ class TransformerFamily:
         call: Makes the keywords of its `forward`.
         blocks: Its lists of blocks, in the order in which they are run.
         tokens: Returns the image's tokens of a sequence, (B, N, D), given N: `last_tokens` or `first_tokens`.
-        output: Makes the prediction, (B, C, h, w), of what `forward` returns first; it points from the image to the
-            noise.
-        output_module: Name of the module whose output `output` gets instead, (B, N, C); "" for what `forward` returns.
-        prompt_fields: Names of the empty prompt's embeddings, and the field of the configuration that says how wide
-            each is ("" if there is none); empty for a transformer without a text.
-        patch_embedding: Name of the module that makes tokens of latents. Where it is, the model computes.
-        timestep_modules: Names of modules that get the timestep rounded in half precision, and what timesteps in
-            [0, 1000] are divided by to be what they take.
+        output: Turns the first output of `forward` into the prediction, (B, C, h, w), which points from the image to
+            the noise.
+        output_module: Name of the module whose output, (B, N, C), `output` gets instead. "" for that of `forward`.
+        prompt_fields: Names of the empty prompt's embeddings, each with the field of the configuration that has its
+            width ("" if there is none). Empty for a transformer without text.
+        patch_embedding: Name of the module that turns latents into tokens. Its device is the model's.
+        timestep_modules: Names of modules that would get a rounded timestep in half precision, each with the divisor
+            that maps timesteps in [0, 1000] to its range.
         whole_modules: Names of modules that take weights of layers inside of them without calling these layers. While
             such a module runs, all of its weights are in memory, and on one device.
-        timestep_embeddings: Ways to embed a timestep that its checkpoints were trained with, of which a configuration
-            names one.
-        prepare: Changes a new transformer for one of them; None where there is nothing to change.
+        timestep_embeddings: Kinds of timestep embedding that its checkpoints were trained with. A configuration names
+            one of them.
+        prepare: Adapts a new transformer to a kind of timestep embedding. None if there is nothing to change.
         num_classes: Field of the configuration with the number of classes; "" for none.
         pipeline: Name of diffusers' pipeline that encodes a prompt; "" if embeddings are always given.
         encode_prompt: Takes this pipeline and the transformer's configuration, and returns the empty prompt's
             embeddings by name, (1, L, C) or (1, C).
-        transformer_class: The class, if it is none of diffusers'. It has diffusers' `ModelMixin` and `ConfigMixin`.
+        transformer_class: The class, if it is not in diffusers. It must have diffusers' `ModelMixin` and
+            `ConfigMixin`.
 
     Example:
         >>> from hf_aselect import TransformerFamily, transformer_layout
@@ -252,11 +253,11 @@ def _is_size(value: Any) -> bool:
 
 
 def transformer_layout(config: Mapping[str, Any], **given: Any) -> TransformerLayout:
-    """Return the layout of a transformer whose configuration has diffusers' usual names, but for what is given.
+    """Return the layout of a transformer whose configuration has diffusers' usual names.
 
     Args:
-        config: diffusers' configuration of it.
-        given: Fields of `TransformerLayout`; `needs_prompt` by default true.
+        config: diffusers' configuration of the transformer.
+        given: Fields of `TransformerLayout` that are set here instead. `needs_prompt` is True by default.
 
     Example:
         >>> from hf_aselect import transformer_layout
@@ -284,7 +285,7 @@ _WIDE = ("hidden_size", "num_attention_heads", "in_channels", "num_layers", "sam
 
 
 def _dit_call(inputs: Inputs) -> dict[str, Any]:
-    # As integers where they are: FSDP rounds what else its blocks are given. SiT's own time runs the other way.
+    # Integers stay integers, because FSDP rounds floating-point inputs. SiT's own time runs in the other direction.
     timesteps = inputs.timesteps if inputs.given_timesteps is None else inputs.given_timesteps
     if inputs.timestep_embedding in ("sit", "repa"):
         timesteps = 1 - inputs.sigmas if inputs.timestep_embedding == "sit" else inputs.sigmas
@@ -325,13 +326,13 @@ def _sana_layout(config: Mapping[str, Any]) -> TransformerLayout:
 
 
 class _WholeMask:
-    """A mask of a text that leaves nothing out, whose sums are known without looking: Lumina2 counts it in Python."""
+    """A text mask of ones with known sums. Lumina2 counts them in Python, which would wait for the device."""
 
     def __init__(self, text: Tensor) -> None:
         self.shape, self._device = text.shape[:2], text.device
 
     def sum(self, dim: int) -> "_WholeMask":
-        """Return what `tolist` is asked of."""
+        """Return the object whose `tolist` has the sums."""
         return self
 
     def tolist(self) -> list[int]:
@@ -344,9 +345,9 @@ class _WholeMask:
 
 
 def _flux_layout(config: Mapping[str, Any]) -> TransformerLayout:
-    # diffusers' pipeline packs 2 × 2 latents into one token before the transformer sees them. The size is the
-    # pipeline's, too: the transformer has no position table and takes any. Blocks of two streams come first, then
-    # those of one, which project attention and MLP together.
+    # diffusers' pipeline packs 2 × 2 latents into one token before the transformer sees them. The size is
+    # that of the pipeline: the transformer has no position table and takes any. Double-stream blocks come first, then
+    # single-stream blocks, which project attention and MLP together.
     joint, depth = config["num_layers"], config["num_layers"] + config["num_single_layers"]
     channels = config["in_channels"] // 4
     packed = transformer_layout(config, num_layers=depth, num_channels=channels, patch_size=2, sample_size=128)
@@ -397,8 +398,8 @@ def _auraflow_layout(config: Mapping[str, Any]) -> TransformerLayout:
 
 def _cogview4_call(inputs: Inputs) -> dict[str, Any]:
     size, (rows, columns), sigmas = inputs.image_size, inputs.grid(), inputs.sigmas
-    # Its pipeline shifts the noise levels by the image's size and hands the timesteps over as they were before: what
-    # it conditions on at a level is not 1000 times that. The numbers are those of the published scheduler.
+    # Its pipeline shifts the noise levels by the image's size, but conditions on the unshifted timesteps, which are
+    # not 1000 times the level. The numbers are those of the published scheduler.
     shift = 0.25 + 0.75 * (rows * columns / 256) ** 0.5
     timesteps = 1000 * sigmas / (sigmas + shift * (1 - sigmas))
     return inputs.keywords(timesteps, original_size=size, target_size=size, crop_coords=size * 0)
@@ -406,7 +407,7 @@ def _cogview4_call(inputs: Inputs) -> dict[str, Any]:
 
 def _hunyuan_dit_call(inputs: Inputs) -> dict[str, Any]:
     config, prompt, dtype = inputs.transformer.config, inputs.prompt, inputs.latents.dtype
-    # As the pipeline: positions are those of a grid of 512 pixels, whose middle the image is enlarged or shrunk to.
+    # As in the pipeline, positions span the centre of the grid of a 512-pixel image, for any image size.
     grid, base = inputs.grid(), 512 // 8 // 2
     sides = [round(base / max(grid) * side) for side in grid]
     start = [round((base - side) / 2) for side in sides]
@@ -414,7 +415,7 @@ def _hunyuan_dit_call(inputs: Inputs) -> dict[str, Any]:
     rotary = _embeddings().get_2d_rotary_pos_embed(
         config.attention_head_dim, (start, stop), grid, device=inputs.latents.device, output_type="pt"
     )
-    # Up to version 1.1 it is also conditioned on sizes, of which the first is 1024, and on a style.
+    # Versions up to 1.1 are also conditioned on a style and on sizes, the first of which is 1024.
     none = inputs.image_size * 0
     return inputs.keywords(
         inputs.timesteps.to(dtype),
@@ -445,7 +446,7 @@ def _lumina_next_call(inputs: Inputs) -> dict[str, Any]:
 
 
 def _embeddings() -> Any:
-    # It is there with the transformer. With an import, transformers would ask for diffusers where none is needed.
+    # Already imported with the transformer. An import statement would make diffusers a requirement of the saved code.
     return sys.modules["diffusers.models.embeddings"]
 
 

@@ -1,4 +1,4 @@
-"""What all models share, and the one without a head: a diffusion transformer read at taps of its blocks."""
+"""The base class of all models, and `DiTModel`, a diffusion transformer read at taps of its blocks."""
 
 import importlib
 import logging
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -65,21 +66,23 @@ logger = logging.getLogger(__name__)
 
 # Layers that LoRA is put on: queries and values, which folded models, PRX and FLUX.2's last blocks have in one.
 LORA_LAYERS = ("to_q", "to_v", "query_key_value", "query_key_value_mlp", "img_qkv_proj", "to_qkv_mlp_proj")
+# What is being loaded: transformers gets diffusers' weights as a state dict, and would report them "from: None".
+SOURCE: ContextVar[str | None] = ContextVar("source", default=None)
 OWN_WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
 def package(module: str, what: str | None = None) -> Any:
-    """Return a module of the installed package: the one way from here to what does not travel with a checkpoint.
+    """Return a module of the installed package. All access to code that does not travel with a checkpoint is here.
 
     Args:
-        module: Its name below `hf_aselect`, as "selection.select".
-        what: What needs it, for the error; None where it can be done without.
+        module: Its name below `hf_aselect`, such as "selection.select".
+        what: The operation that needs it, for the error message. None if it is optional.
 
     Returns:
-        The module; None where the package is not installed and nothing needs it.
+        The module, or None if the package is not installed and the module is optional.
 
     Raises:
-        ImportError: If the package is not installed and `what` needs it.
+        ImportError: If the package is not installed and the module is required.
     """
     try:
         return importlib.import_module(f"hf_aselect.{module}")
@@ -92,24 +95,24 @@ def package(module: str, what: str | None = None) -> Any:
 
 
 class TokenReader(PreTrainedModel):
-    """The road from images to tokens, walked by every model: encode, add noise, read at taps."""
+    """The steps from images to tokens, shared by all models: encode, add noise, read at taps."""
 
     config: ASelectConfig
     base_model_prefix = "backbone"
 
     def _base(self) -> "DiTModel":
-        """Return the model that holds the denoiser: this one, or the one under the head."""
+        """Return the model that contains the denoiser: this one, or the backbone of a model with a head."""
         base: DiTModel = self.base_model  # type: ignore[assignment]
         return base
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: where the first layer computes, wherever accelerate keeps its weights meanwhile."""
+        """The device of the inputs. This is where the first layer computes, even if its weights are offloaded."""
         return placement(self._base().denoiser.patch_embedding)[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """What tokens are computed in, whatever hooks of diffusers or a quantization keep weights in."""
+        """The dtype that tokens are computed in, even if weights are stored in another one (hooks, quantization)."""
         dtype = placement(self._base().denoiser.patch_embedding)[1] or self.config.dtype
         return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
 
@@ -125,8 +128,8 @@ class TokenReader(PreTrainedModel):
             pixel_values: Images in [-1, 1], (B, C, H, W); H and W multiples of a token's side.
 
         Returns:
-            Latents, (B, C, h, w), float32 where the model computes in half precision: noise is added before they are
-            rounded, of which a small timestep would leave little.
+            Latents, (B, C, h, w). They are float32 if the model computes in half precision, because rounding them
+            before noise is added would lose most of the noise of a small timestep.
 
         Raises:
             ValueError: If the shape does not fit the model or a value is NaN or infinite.
@@ -175,20 +178,20 @@ class TokenReader(PreTrainedModel):
         num_noise_draws: int | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Return the tokens of images; what is None is taken from the configuration.
+        """Return the tokens of images. Arguments that are None are taken from the configuration.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W).
             timestep: Integer in [0, 1000), 0 = least noise, or several.
             block: Block index, negative from the end; several, or "all".
-            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`, or several. Where one of the three is
-                given, what is None is that of a `read_out`'s first entry.
+            feature: `hidden`, `normed`, `query`, `key`, `value` or `attention`, or several. If only some of
+                timestep, block and feature are given, the others come from the first entry of `read_out`.
             num_noise_draws: Fixed noise draws to average over.
             latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
 
         Returns:
-            Tokens in row-major order, (B, N, D): those of several taps and timesteps side by side along their
-            channels, in the order of `config.read_outs(timestep, block, feature)`, from one pass a timestep.
+            Tokens in row-major order, (B, N, D). Several taps and timesteps are concatenated along the channels, in
+            the order of `config.read_outs(timestep, block, feature)`. Each timestep takes one pass.
 
         Raises:
             ValueError: If the timestep is not selected yet, an argument is out of range, or not exactly one of
@@ -257,7 +260,7 @@ class TokenReader(PreTrainedModel):
         return tokens
 
     def _clean_latents(self, pixel_values: Tensor | None, latents: Tensor | None) -> Tensor:
-        """Return clean latents: those given, or those of the images."""
+        """Return the given latents, or encode the images."""
         if (pixel_values is None) == (latents is None):
             raise ValueError("Pass exactly one of `pixel_values` and `latents`.")
         if latents is None:
@@ -268,19 +271,20 @@ class TokenReader(PreTrainedModel):
     def generate_latents(
         self, num_images: int, num_steps: int = 20, batch_size: int = 32, seed: int = 0, guidance_scale: float = 2.0
     ) -> Tensor:
-        """Return clean latents that the diffusion model makes itself, of random classes if any, for want of images.
+        """Return clean latents of images that the diffusion model generates, to select a timestep without a dataset.
 
-        They are what `encode` would return for such images of `config.image_size`, sampled by DDIM, or Euler's method
-        for flow matching, with classifier-free guidance: 2 · `num_images` · `num_steps` passes of an image through the
-        whole transformer. One class, or a text (then empty), needs half of that and has no guidance. Images
-        depend only on `seed`, up to rounding, and a larger set begins with the same images.
+        The latents correspond to images of `config.image_size` from random classes, sampled by DDIM (or Euler's method
+        for flow matching) with classifier-free guidance. This takes 2 · `num_images` · `num_steps` passes of an image
+        through the whole transformer, or half of that without guidance, for models with one class or an (empty) text
+        prompt. Images depend only on `seed`, up to rounding, and a larger set begins with the same images.
 
         Args:
-            num_images: How many, at least 1.
-            num_steps: Timesteps on the way from noise, a divisor of 1000.
-            batch_size: Images at once, at least 1; the transformer sees twice as many.
-            seed: Seed of classes and starting noise; no global random state is touched.
-            guidance_scale: At least 1: no guidance, half of the passes, and images of more variety but less sharp.
+            num_images: Number of images, at least 1.
+            num_steps: Number of sampling steps, a divisor of 1000.
+            batch_size: Images per batch, at least 1. With guidance the transformer processes twice as many.
+            seed: Seed of classes and starting noise. The global random state is not changed.
+            guidance_scale: Guidance scale, at least 1. At 1 there is no guidance, which takes half of the passes and
+                gives more varied but less sharp images.
 
         Returns:
             Latents, (n, C, h, w), float32, on the CPU; in pixel space clamped to [-1, 1].
@@ -296,11 +300,11 @@ class TokenReader(PreTrainedModel):
 
 
 class ShareableModel(TokenReader):
-    """A model that is saved whole, with its code where that is wanted, and pushed with its card."""
+    """A model that saves its files atomically, with its code on request, and is pushed with its card."""
 
-    # What `save_pretrained` does where its own `include_code` is None.
+    # The default of `include_code` in `save_pretrained`.
     include_code: bool | None = None
-    # Fields of the card that a training found out.
+    # Fields of the card that are known from training.
     card_facts: Mapping[str, Any] = MappingProxyType({})
 
     def save_pretrained(
@@ -311,19 +315,19 @@ class ShareableModel(TokenReader):
         include_code: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save configuration and weights and, where it is wanted, the code of the model.
+        """Save configuration and weights, and optionally the code of the model.
 
-        With its code a folder can be loaded where this package is not installed, by `trust_remote_code=True`. The
-        record of a selection that is not in use is left out. What lies in the folder is replaced when all is written:
-        a full disk or an interruption leaves what was there (with the package; without it transformers writes).
+        A folder with code can be loaded without this package, using `trust_remote_code=True`. A selection record that
+        is not in use is not saved. Existing files are replaced only when all new ones are written, so a full disk or
+        an interruption leaves them intact (only if the package is installed).
 
         Args:
             save_directory: Folder to write.
             args: Passed on to transformers.
-            push_to_hub: Whether to upload the folder, too, with image processor, card and curve, as `push_to_hub`
-                does, whose arguments can be given; `repo_id` is by default the name of the folder.
-            include_code: Whether to write the code of the model beside it. Default: where it is pushed, where the
-                folder has it already, and where the model itself was loaded from such code.
+            push_to_hub: Whether to also upload the folder with image processor, card and curve, as `push_to_hub` does.
+                Its arguments can be passed as well. `repo_id` defaults to the name of the folder.
+            include_code: Whether to save the code of the model. By default it is saved on a push, if the folder
+                already contains it, or if the model was itself loaded from such code.
             kwargs: Passed on to transformers.
         """
         hub = package("hub.push") if push_to_hub else None
@@ -340,7 +344,7 @@ class ShareableModel(TokenReader):
         include_code: bool | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """Save as `save_pretrained`, and return the names of the files; none where transformers does all of it."""
+        """Save as `save_pretrained`, and return the names of the files (none if the package is not installed)."""
         saving = package("checkpoints.saving")
         if saving is not None:
             kwargs = saving.with_whole_state(self, kwargs)
@@ -349,10 +353,10 @@ class ShareableModel(TokenReader):
         with_code = is_code_saved(self, folder, push_to_hub, asked)
         if not config.is_selection_in_use():
             config.selection = None
-        # What it was loaded from may have been of another class, whose code is not in this folder.
+        # The `auto_map` of another class may have been loaded, and its code is not in this folder.
         kept, config.auto_map = vars(config).get("auto_map"), {}
-        # The configuration writes the code; transformers does so, too, of a class of the user's own, and of one whose
-        # copy came alone.
+        # The configuration writes the code. transformers also does for a user's own class, and for a class whose copy
+        # came without the other modules.
         vars(config)["_code_folder"] = os.path.dirname(__file__) if with_code else ""
         is_users = type(self).__module__.rpartition(".")[0] != __name__.rpartition(".")[0]
         is_users = is_users or not Path(__file__).with_name(f"{ALL_MODELS}.py").exists()
@@ -389,30 +393,30 @@ class ShareableModel(TokenReader):
     ) -> Any:
         """Upload configuration, weights, code, image processor, card and curve as one commit.
 
-        It appears when all of it is there: an upload that is interrupted leaves what was there before. What an earlier
-        push left and this model does not have (weights in more shards, say) is deleted by the same commit. Without
-        the package transformers' own card is written, and nothing is deleted.
+        An interrupted upload leaves the repository unchanged. The commit also deletes files of an earlier push that
+        this model does not have, such as further shards. Without the package, transformers' own card is written and
+        nothing is deleted.
 
         Args:
-            repo_id: Repository, made if it is missing.
-            commit_message: What was done. Default: "Upload model".
-            commit_description: More on it.
+            repo_id: Repository, created if missing.
+            commit_message: Summary of the commit. Default: "Upload model".
+            commit_description: Description of the commit.
             private: Whether a new repository is private.
-            token: Token of the Hub. Default: the one that is stored.
-            revision: Branch, made if it is missing.
+            token: Hub token. Default: the stored one.
+            revision: Branch, created if missing.
             create_pr: Whether to propose it as a pull request.
-            max_shard_size: Weights beyond this are written as several files.
+            max_shard_size: Maximum size of a weight file. Larger weights are sharded.
             tags: Further tags of the card.
-            facts: Fields of `CardFacts` that the model does not know: `dataset=`, `accuracy=`, `license=`, ...; those
-                of a training by `ASelectCallback` are known. They need the package.
+            facts: Fields of `CardFacts` that the model does not know, such as `dataset=`, `accuracy=` and `license=`.
+                After training with `ASelectCallback` they are known. Requires the package.
 
         Returns:
             The Hub's `CommitInfo`.
 
         Raises:
-            HfHubHTTPError: If the Hub rejects: a wrong token, no right to write, a name that is none.
-            ValueError: If a fact is unknown or of no such kind, before anything is made on the Hub.
-            ImportError: If there are facts and the package is not installed.
+            HfHubHTTPError: If the Hub rejects the push: wrong token, no write access, invalid name.
+            ValueError: If a fact is unknown or has the wrong type. Nothing is created on the Hub then.
+            ImportError: If facts are passed and the package is not installed.
         """
         facts.pop("use_temp_dir", None)  # of transformers 4, as is the next one
         if not facts.pop("safe_serialization", True):
@@ -455,7 +459,7 @@ def save_image_processor(model: Any, folder: str | os.PathLike[str], include_cod
 
 
 class ASelectPreTrainedModel(ShareableModel):
-    """What all models share: loading, weight initialisation and the selection of the timestep."""
+    """Base class of all models: loading, weight initialisation and timestep selection."""
 
     task: ClassVar[str] = "image-feature-extraction"
     main_input_name = "pixel_values"
@@ -474,18 +478,18 @@ class ASelectPreTrainedModel(ShareableModel):
         "SanaTransformerBlock",
     ]
     supports_gradient_checkpointing = True
-    # Of folded models; in the others diffusers runs its own kernels.
+    # For folded models. Other models run diffusers' own kernels.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Encoders overflow in float16, and in bfloat16 latents lose what a small timestep leaves of them.
+    # VAE encoders overflow in float16, and bfloat16 is too coarse for latents at a small timestep.
     _keep_in_fp32_modules_strict = {"vae"}  # noqa: RUF012 - transformers' way
 
     def post_init(self) -> None:
         """Finish as transformers does, then drop from `_no_split_modules` the classes this model does not contain."""
         super().post_init()
-        # accelerate's FSDP rejects a model that names a class which it does not contain: those of other families.
+        # accelerate's FSDP rejects class names, here of other families, that the model does not contain.
         here = {type(module).__name__ for module in self.modules()}
         denoiser = self._base().denoiser
         whole = {type(module).__name__ for module in (*denoiser.blocks, *denoiser.whole_modules)}
@@ -498,10 +502,10 @@ class ASelectPreTrainedModel(ShareableModel):
         super()._init_weights(module)
         denoiser = self._base().denoiser
         for name, table in denoiser.tables_of(module).items():
-            # diffusers keeps it out of checkpoints, and loading builds the model without data.
+            # It is not in diffusers' checkpoints, and loading builds the model without data.
             init.copy_(getattr(module, name), table)
         if module is denoiser:
-            # Positions of a folded model, the empty prompt: nothing until they are loaded.
+            # Positions of a folded model and the empty prompt are zero until they are loaded.
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 init.zeros_(tensor)
         if isinstance(module, FeatureStandardization) and module.scale is not None and module.shift is not None:
@@ -534,11 +538,11 @@ class ASelectPreTrainedModel(ShareableModel):
             pretrained_model_name_or_path: An hf_aselect checkpoint (folder or id on the Hub); a pipeline of diffusers
                 (folder or id), or as much of one as `transformer/` and `scheduler/` (and `vae/` for a DiT in latent
                 space); or a bare diffusers transformer (folder or id), taken for a DiT in pixel space with DiT's own
-                noise schedule. Only what is needed is downloaded. A text-conditioned transformer is read with the
-                empty prompt, which the pipeline's text encoders are loaded for, once. Or an adapter of peft, with the
-                model that it was trained on. None to load nothing, but build the model of `config=` from the weights
-                in `state_dict=`; what is missing there is new. Safetensors by the names of the code of DiT, SiT or
-                REPA are read with `layout="dit"`, "sit" or "repa".
+                noise schedule. Only the required files are downloaded. A text-conditioned transformer is read with the
+                empty prompt, for which the pipeline's text encoders are loaded once. A peft adapter is loaded with the
+                model that it was trained on. None builds the model from `config=` and `state_dict=`, and initialises
+                missing weights. Safetensors with the weight names of the DiT, SiT or REPA code are loaded with
+                `layout="dit"`, "sit" or "repa".
             args: Passed on to transformers.
             calibration_images: Images to select the timestep from, as in `select_timestep`; at a fixed timestep a
                 new head standardizes its features by them. Without them the transformer generates some for the
@@ -555,9 +559,9 @@ class ASelectPreTrainedModel(ShareableModel):
             The model in eval mode. Where the timestep was selected here, `config.selection` holds the record.
 
         Raises:
-            ValueError: If the folder is none of those, its files are broken, has only pickled weights, a part of the
-                backbone's weights is missing (but for `output_loading_info=True`, which returns what is), a field is
-                unknown or out of range, or `calibration_images` are given and there is nothing to do with them.
+            ValueError: If the folder is none of those, its files are broken, it has only pickled weights, weights of
+                the backbone are missing (unless `output_loading_info=True`, which returns their names), a field is
+                unknown or out of range, or `calibration_images` are passed but not needed.
             OSError: If a repository of the Hub is not found or may not be read, or the Hub cannot be reached.
             ImportError: If diffusers saved the source, the timestep is to be selected or features are to be
                 standardized, and the package is not installed.
@@ -581,7 +585,7 @@ class ASelectPreTrainedModel(ShareableModel):
         is_checked = kwargs.get("check_layout", True)
         is_diffusers = _take_source(source, kwargs)
         options: Any = {"output_loading_info": True, "use_safetensors": True}  # never unpickle
-        options["ignore_mismatched_sizes"] = True  # checked below, where the error can say what to do
+        options["ignore_mismatched_sizes"] = True  # checked below, with a more helpful error
         with _explained(source):
             loaded: Any = super().from_pretrained(None if is_diffusers else source, *args, **options, **kwargs)
         model: Self
@@ -589,14 +593,14 @@ class ASelectPreTrainedModel(ShareableModel):
         if source is not None:
             check_loaded(source, info, model, replace_head, with_info)
             if is_diffusers:
-                # transformers was given no name, and peft asks what an adapter belongs to.
+                # transformers was given no name, and peft saves it as the base model of an adapter.
                 model.name_or_path = model._base().name_or_path = model.config.name_or_path = str(source)
             elif (licenses := package("checkpoints.licenses")) is not None:
                 licenses.inherited_license(model.config, source, kwargs)
         if is_diffusers and is_checked:
             check = package("checkpoints.layout_check", "Checking a layout").compare_layouts
             if check(model, calibration_images) and model.config.timestep != "auto" and not model._standardizations():
-                calibration_images = None  # that was all that they were for
+                calibration_images = None  # they were only needed for the check
         model._settle_timestep(calibration_images, info, num_train_images)
         return (model, info) if with_info else model  # type: ignore[return-value]
 
@@ -604,7 +608,7 @@ class ASelectPreTrainedModel(ShareableModel):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Load as transformers does, but from safetensors alone: it unpickles shards and adapters of other names."""
+        """Load as transformers does, but only from safetensors: it would unpickle shards with other names."""
         refuse_other_than_safetensors(checkpoint_files or ())
         _place_buffers(model, load_config.device_map)
         if getattr(model.config, "quantization_config", None) is None:
@@ -614,18 +618,25 @@ class ASelectPreTrainedModel(ShareableModel):
         found = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
-        # transformers would save by the names that it loaded.
+        # With these, transformers would save under the names that it loaded.
         model._weight_conversions = [each for each in model._weight_conversions if each not in former]
         return found
 
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Finish as transformers does, whose report then names where diffusers' weights come from."""
+        name = load_config.pretrained_model_name_or_path or SOURCE.get()
+        load_config = replace(load_config, pretrained_model_name_or_path=name)
+        return PreTrainedModel._finalize_model_loading(model, load_config, *args, **kwargs)
+
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load an adapter as transformers does, and what it has no place for: a head's statistics, DoRA's lengths."""
+        """Load an adapter as transformers does, and also a head's statistics and the magnitudes of DoRA."""
         name = adapter_name or "default"
         is_new = name not in getattr(self, "peft_config", {})
         loaded = super().load_adapter(peft_model_id, adapter_name, **kwargs)
         if is_new:
-            # It is installed where an adapter was loaded, and nobody else needs it. In a `try`, as transformers asks
-            # for everything else that a model's code imports.
+            # peft is optional and is installed if an adapter was loaded. The `try` keeps transformers from treating it
+            # as a requirement of the model's code.
             try:
                 import peft
             except ImportError:
@@ -640,25 +651,25 @@ class ASelectPreTrainedModel(ShareableModel):
         return loaded
 
     def _standardizations(self) -> list[FeatureStandardization]:
-        """Return what standardizes each output of `stages`, as the head reads it; empty without a head."""
+        """Return the standardization of each output of `stages` for the head. Empty without a head."""
         return []
 
     def _set_standardization(self, statistics: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """Take the scale, (D,), and shift, (rows, columns, D), of each output; None: leave tokens as they are."""
+        """Set the scale, (D,), and shift, (rows, columns, D), of each output. None removes them."""
         for number, each in enumerate(self._standardizations()):
             taken = (None, None) if statistics is None else statistics[number]
-            # A copy: loading writes into what the model has.
+            # A copy, because loading writes into the model's tensors.
             each.scale, each.shift = (None if value is None else value.to(self.device, copy=True) for value in taken)
         self.config.standardized_grid = None if statistics is None else list(statistics[0][1].shape[:2])
 
     def standardize(self, images: Any, max_images: int = 256) -> None:
-        """Standardize the tokens that the head reads, at this timestep, by their mean and spread over images.
+        """Standardize the tokens that the head reads at this timestep by their mean and spread over images.
 
-        Applying a selection does the same. A head that is trained already has to be trained again.
+        Applying a selection does the same. A trained head has to be trained again afterwards.
 
         Args:
-            images: As in `select_timestep`; a few dozen or more.
-            max_images: Look at no more images than this; a larger set is sampled.
+            images: Images as in `select_timestep`, at least a few dozen.
+            max_images: Maximum number of images. A larger set is sampled.
 
         Raises:
             ValueError: If there is no head, `config.standardize_features` is False, the timestep is not selected yet,
@@ -683,27 +694,27 @@ class ASelectPreTrainedModel(ShareableModel):
     ) -> Any:
         """Fit the linear head, or the linear decoder, in closed form: ridge regression after one pass over the images.
 
-        The strength of the ridge and the scale of the logits are those that do best on images that are held out in
-        turn. What is fitted is an ordinary head: it can be trained further, folded, saved and pushed.
+        The ridge strength and the scale of the logits are selected by cross-validation. The result is an ordinary
+        head, which can be trained further, folded, saved and pushed.
 
             model = DiTForImageClassification.from_pretrained("my/dit", timestep=61, head="linear", num_labels=10)
             fit = model.fit_head(train)  # a dataset with the columns `image` and `label`
             print(f"{fit.accuracy:.1%} of {fit.num_images} images, each by a head that has not seen it")
 
         Args:
-            dataset: A `datasets` dataset, streaming or not, or a cache from `cache_features`; pairs (image, label), in
+            dataset: A `datasets` dataset, streaming or not, or a cache from `cache_features`; pairs (image, label) in
                 a list or a torch dataset; or a dictionary of `pixel_values` (or `features`, `latents`) and `labels`.
-                Labels are class indices, (n,), or, by `config.problem_type`, rows of 0 and 1 or values, (n, K); of a
-                segmenter masks, (n, H, W). Under torchrun all processes give the same.
+                Labels are class indices, (n,), or, depending on `config.problem_type`, rows of 0 and 1 or values, (n,
+                K). For a segmenter they are masks, (n, H, W). Under torchrun, pass the same in all processes.
             image_column: Column of the images. Default: `image`, or the only one with images.
             label_column: Column of the labels. Default: `labels`, `label`, `label_ids`, `annotation` or `mask`.
-            eval_dataset: Images to evaluate the fitted head on, of the same kind; or several such sets by name.
-            max_images: Use no more images than this: a random sample, or the first of a stream. Default: all.
-            balance_classes: Whether each class counts the same, however many images (or pixels) it has. Unless the
-                labels are known beforehand the images are read twice.
-            allow_missing: Whether classes may be without an image; they are then never predicted.
+            eval_dataset: Images of the same kind to evaluate the fitted head on, or a dictionary of several such sets.
+            max_images: Maximum number of images: a random sample, or the first of a stream. Default: all.
+            balance_classes: Whether classes have equal weight, regardless of their number of images (or pixels). The
+                images are read twice unless the labels can be read without them.
+            allow_missing: Whether classes may have no image. They are then never predicted.
             replace_head: Whether an attention head is replaced by a linear one.
-            batch_size: Images in one forward pass. Default: up to 32, fewer large ones.
+            batch_size: Images per forward pass. Default: up to 32, fewer if they are large.
             seed: Seed of the sample.
 
         Returns:
@@ -711,7 +722,8 @@ class ASelectPreTrainedModel(ShareableModel):
 
         Raises:
             ValueError: If there is no linear head, the timestep is not selected yet, the labels do not fit the model,
-                a class has no image, features are constant, NaN or infinite, or their moments exceed the memory.
+                a class has no image, features are constant, NaN or infinite, or the fit needs more memory than there
+                is.
             ImportError: If the package is not installed.
         """
         fitting = package("training.fit", "Fitting a head")
@@ -721,14 +733,14 @@ class ASelectPreTrainedModel(ShareableModel):
         return fitting.fit_head(self, dataset, options, eval_dataset)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Load as torch does, with the statistics of tokens that an adapter of peft's brings along with its head."""
+        """Load as torch does, including the statistics of tokens that a peft adapter contains with its head."""
         for key in [key for key in state_dict if key.startswith(prefix)]:
             if (today := prefix + name_today(key.removeprefix(prefix))) != key:
                 state_dict[today] = state_dict.pop(key)
         for key in [key for key in state_dict if ".standardization." in key and self._standardizations()]:
             if key.endswith("shift"):
                 self.config.standardized_grid = list(state_dict[key].shape[:2])
-            # peft maps to its copy of the head what that has, and a new head has no statistics.
+            # peft only maps weights that its copy of the head has, and a new head has no statistics.
             part, _, name = key.removeprefix(prefix).partition(".")
             copies = f"{prefix}{part}.modules_to_save."
             adapters = {other.removeprefix(copies).partition(".")[0] for other in state_dict if copies in other}
@@ -739,7 +751,7 @@ class ASelectPreTrainedModel(ShareableModel):
     def _settle_timestep(
         self, calibration_images: Any, info: dict[str, Any], num_train_images: int | None = None
     ) -> None:
-        """Select the timestep if it is "auto"; forget a record that no longer fits, and statistics of no head."""
+        """Select the timestep if it is "auto", and drop a selection record or statistics that no longer apply."""
         config = self.config
         if not self._standardizations() or any(".standardization." in name for name in info["missing_keys"]):
             self._set_standardization(None)
@@ -760,33 +772,33 @@ class ASelectPreTrainedModel(ShareableModel):
             settling.warn_of_unknown_channels(self)
 
     def apply_selection(self, selection: Any) -> None:
-        """Read at the timestep and tap of a selection from now on, as they were scored.
+        """Set the timestep and tap of the model to those of a selection.
 
-        Sets `timestep`, `block`, `feature` and `selection` of the configuration and, where massive channels were
-        looked for, those found there in `zeroed_channels`. Selected timesteps take the place of those read before; of
-        several taps all stay. A head standardizes its features as the selection measured them. A record that was saved
-        has no statistics: then those of another timestep or tap are removed.
+        Sets `timestep`, `block`, `feature` and `selection` of the configuration, and `zeroed_channels` if the
+        selection searched for massive channels. The selected timesteps replace the previous ones. If the model reads
+        several taps, all of them stay. A head standardizes its features by the statistics of the selection. A record
+        that was loaded has none, and statistics of another timestep or tap are then removed.
 
         Args:
-            selection: What `select_timestep` returned, a `TimestepSelection`.
+            selection: The `TimestepSelection` from `select_timestep`.
 
         Raises:
-            ValueError: If it is none, or there is a head, and the tokens that are read from then on are of another
-                width than those it reads.
+            ValueError: If it is not a `TimestepSelection`, or the width of the tokens would no longer fit the head.
             ImportError: If the package is not installed.
         """
         package("selection.apply", "Applying a selection").apply_selection(self, selection)
 
     def lora_targets(self, names: Sequence[str] = LORA_LAYERS) -> list[str]:
-        """Return the names of the backbone's layers to apply LoRA to: those of these kinds up to the deepest tap.
+        """Return the names of the backbone's layers to apply LoRA to, up to the deepest tap.
 
             config = peft.LoraConfig(target_modules=model.lora_targets(), modules_to_save=["classifier"])
 
-        Adapters on what comes after the tap would never get a gradient, which DDP takes for an error. Under another
-        model, as UperNet, ask its backbone: peft finds its names there, too.
+        Adapters on layers after the tap would never get a gradient, which is an error under DDP. If the model is the
+        backbone of another one, such as UperNet, call this on the backbone. The names also work there.
 
         Args:
-            names: Ends of names, as "to_out.0". Default: queries and values, of a folded model with the keys.
+            names: Suffixes of layer names, such as "to_out.0". Default: queries and values (in folded models also
+                keys).
 
         Raises:
             ValueError: If there is no such layer up to the tap.
@@ -808,22 +820,21 @@ class ASelectPreTrainedModel(ShareableModel):
         return found
 
     def fold(self) -> Self:
-        """Return a new, smaller model of the same class with equal outputs, at these timesteps and taps alone.
+        """Return a new, smaller model of the same class with equal outputs, limited to its timesteps and taps.
 
-        The timestep's conditioning is multiplied into the neighbouring layers, query, key and value become one layer,
-        and what is not needed is left out: embedders of timestep and label (or text), modulation layers, the blocks
-        after the last tap, the output layers. Several timesteps share all layers; scales and shifts of the norms, and
-        gates, are each one's own. What is left is a plain vision transformer, which needs no diffusers but for a VAE,
-        runs on the kernel that `attn_implementation` names (Sana's linear attention has one only), trains, and takes
-        LoRA.
+        The conditioning on the timestep is merged into the neighbouring layers, query, key and value become one layer,
+        and unused parts are removed: embedders of timestep and label (or text), modulation layers, blocks after the
+        last tap and output layers. Several timesteps share all layers, but each has its own gates and its own scales
+        and shifts of the norms. The result is a plain vision transformer. It needs diffusers only for a VAE, supports
+        `attn_implementation` (except for Sana's linear attention), and can be trained, also with LoRA.
 
         Returns:
-            The folded model, on the same device, in the same dtype and mode, sharing no weights with this one.
+            The folded model, with the same device, dtype and train or eval mode. It shares no weights with this one.
 
         Raises:
-            ValueError: If the timestep is not selected yet, the model is folded already, a layer is none that a plain
-                one could stand for (another kind of norm or activation), it holds adapters or quantized weights, or a
-                part of it is not in memory.
+            ValueError: If the timestep is not selected yet, the model is already folded, a layer cannot be folded
+                (such as another kind of norm or activation), it has adapters or quantized weights, or some weights are
+                not in memory.
             ImportError: If the package is not installed.
         """
         folded: Self = package("folding.fold", "Folding").fold_model(self)
@@ -842,7 +853,7 @@ def _take_source(source: str | os.PathLike[str] | None, kwargs: dict[str, Any]) 
 
 
 def _place_buffers(model: nn.Module, device_map: Any) -> None:
-    """Add to a device map the buffers that it leaves out: transformers forgets those of a module that it splits."""
+    """Add missing buffers to a device map. transformers omits those of a module that it splits."""
     if not isinstance(device_map, dict) or "" in device_map:
         return
     main = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
@@ -853,7 +864,8 @@ def _place_buffers(model: nn.Module, device_map: Any) -> None:
 
 @contextmanager
 def _explained(source: Any) -> Iterator[None]:
-    """Raise clear errors for broken weights and unknown keywords, where those of transformers are unclear."""
+    """Name the source in transformers' report, and raise clear errors for broken weights and unknown keywords."""
+    token = SOURCE.set(None if source is None else str(source))
     try:
         yield
     except SafetensorError as error:
@@ -867,6 +879,8 @@ def _explained(source: Any) -> Iterator[None]:
             raise ValueError(f"Set {', '.join(found)} in `config=` instead of passing keywords beside it.") from error
         refuse_unknown_keywords(found)
         raise
+    finally:
+        SOURCE.reset(token)
 
 
 def _zeroed_at(config: ASelectConfig, read_out: ReadOut, width: int) -> list[int]:
@@ -881,7 +895,7 @@ def _zeroed_at(config: ASelectConfig, read_out: ReadOut, width: int) -> list[int
 
 
 def refuse_tap_keywords(kwargs: dict[str, Any]) -> None:
-    """Reject what `forward` would ignore though it is meant: a timestep or tap, and misspelt images or labels."""
+    """Reject keywords that `forward` would silently ignore: a timestep or tap, and misspelt images or labels."""
     if named := sorted(kwargs.keys() & {"timestep", "block", "feature", "read_out", "num_noise_draws"}):
         raise ValueError(
             f"`forward` reads the timestep and tap of the configuration, and takes no {', '.join(named)}. Set them "
@@ -938,11 +952,11 @@ class DiTModel(ASelectPreTrainedModel):
                 "models (`model.fold()`) support it.",
                 config._attn_implementation,
             )
-        # Made before a graph is compiled or exported, which would have no generator in it.
+        # Computed before a graph is compiled or exported, because graphs cannot contain the generator.
         height, width = (side // config.vae_scale_factor for side in config.image_height_width)
         for draw in range(config.num_noise_draws):
             self.noise((config.layout.num_channels, height, width), draw)
-        # What is frozen, or in eval mode, with the model. What others put in later is theirs.
+        # The modules that the model freezes and keeps in eval mode. Modules added later are not changed.
         self._own_modules = {
             part: list(module.modules())
             for part, module in (("denoiser", self.denoiser), ("vae", self.vae))
@@ -963,15 +977,15 @@ class DiTModel(ASelectPreTrainedModel):
         return self
 
     def stages(self, config: ASelectConfig | None = None) -> list[list[ReadOut]]:
-        """Return what is concatenated to each of the outputs, of which there is one; as another `config` has it."""
+        """Return the read-outs that are concatenated to each output. Here there is one output."""
         return [(config or self.config).read_outs()]
 
     def read_outs(self) -> list[ReadOut]:
-        """Return timestep, block and feature of all that is read, one output after the other."""
+        """Return the timestep, block and feature of all read-outs, one output after the other."""
         return [each for stage in self.stages() for each in stage]
 
     def taps(self) -> list[Tap]:
-        """Return the (block, feature) pairs that are read, at whatever timesteps."""
+        """Return the (block, feature) pairs that are read, without their timesteps."""
         return list(dict.fromkeys((block, feature) for _, block, feature in self.read_outs()))
 
     def noise(self, shape: tuple[int, ...], draw: int = 0) -> Tensor:
@@ -979,40 +993,40 @@ class DiTModel(ASelectPreTrainedModel):
 
         Args:
             shape: Channels, height and width.
-            draw: Which of the seed's noise tensors, from 0.
+            draw: Index of the noise draw, from 0.
         """
         return kept_noise(shape, self.config.noise_seed, draw)
 
     def freeze(self) -> None:
-        """Freeze what is not trained: the VAE, and the denoiser, or the parts of it that come after the last tap."""
+        """Freeze the VAE and the denoiser (or only its parts after the last tap, if the backbone is trained)."""
         for module in self._frozen_modules():
-            # transformers checkpoints what is in train mode.
+            # transformers applies gradient checkpointing only to layers in train mode.
             module.training = module.training and isinstance(module, GradientCheckpointingLayer)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         if not self.config.freeze_backbone:
-            # What is never run never gets a gradient, which distributed training takes for an error.
+            # Parameters that are never used get no gradient, which is an error in distributed training.
             for parameter in self.denoiser.unused_parameters(self.taps()):
                 parameter.requires_grad_(False)
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """Return the modules that are never trained, of those that the model was built with and has to this day."""
+        """Return the modules that are never trained, among those that the model was built with and still has."""
         parts = ("denoiser", "vae") if self.config.freeze_backbone else ("vae",)
         present = set(self.modules())
-        # One that was removed is not held on to.
+        # Drop references to removed modules.
         self._own_modules = {
             name: [module for module in modules if module in present] for name, modules in self._own_modules.items()
         }
         return [module for name in parts for module in self._own_modules.get(name, ())]
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        """Initialize as transformers does. It comes last in a load, by whatever model, and makes weights trainable."""
+        """Initialize as transformers does, then freeze again. This ends a load and makes weights trainable."""
         super()._initialize_weights(module, *args)
         if module is self:
             self.freeze()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Load as torch does, but where weights are taken as they are (`assign=True`), keep what is frozen."""
+        """Load as torch does, but keep frozen parameters frozen with `assign=True`."""
         for name, value in state_dict.items():
             state_dict[name] = value.detach() if isinstance(value, nn.Parameter) else value
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -1034,13 +1048,13 @@ class DiTModel(ASelectPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Return the tokens of images, (B, N, D), and their mean, (B, D), at the configuration's timestep and tap.
 
-        Those of several taps and timesteps lie side by side along the channels, in the order of `config.read_outs()`.
+        Several taps and timesteps are concatenated along the channels, in the order of `config.read_outs()`.
 
         Args:
             pixel_values: Images in [-1, 1], (B, C, H, W).
             latents: Clean latents, (B, C, h, w), as from `encode`, in place of `pixel_values`.
-            output_hidden_states: Whether to return what the first block reads and each block's output in
-                `hidden_states`, too, (B, N, D) each, at the first timestep; runs all blocks.
+            output_hidden_states: Whether to also return `hidden_states`, the first block's input and each block's
+                output, (B, N, D) each, at the first timestep. This runs all blocks.
             kwargs: Ignored, as transformers passes keywords of other models. `return_dict=False` gives a tuple.
 
         Raises:

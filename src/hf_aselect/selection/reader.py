@@ -88,6 +88,8 @@ class Reader:
         self.latents: dict[int, Tensor] = {}
         self.kept_bytes = 0
         self.bar: Any = None
+        # Passes of the batches so far, done or not. Further rounds of a selection add to it.
+        self.num_planned = 0
 
     def batches(self, start: int, stop: int, timesteps: list[int], share: Share = EVERY_IMAGE) -> Iterator[Batch]:
         """Yield the images of a part of the set.
@@ -98,6 +100,11 @@ class Reader:
             timesteps: Timesteps to read them at.
             share: Which of them. Default: all.
         """
+        if self.images.order is not None:
+            num_images = len(self.images.share(start, stop, share.rank, share.world))
+            draws = self.num_draws or self.model.config.num_noise_draws
+            self.num_planned += num_images * draws * len(timesteps)
+            self.bar.total = self.num_planned
         for indices, load in self.images.batches(start, stop, self.batch_size, share.rank, share.world):
             latents = self._encode(indices, load)
             grid = grid_of(latents, self.model.config.layout.patch_size)

@@ -199,9 +199,17 @@ class Sweep:
 
 
 @contextmanager
-def progress_bar(description: str = "Selecting the timestep") -> Iterator[Any]:
-    """Show the passes of a selection, in the first process alone."""
+def progress_bar(
+    description: str = "Selecting the timestep", total: int | None = None, unit: str = "pass"
+) -> Iterator[Any]:
+    """Show the progress of the first process; others show nothing.
+
+    Args:
+        description: What is done.
+        total: How many units there are, None if unknown. A `Reader` sets the total of its bar itself.
+        unit: What is counted.
+    """
     # Not `disable=False` in the first process: that would overrule TQDM_DISABLE.
     quiet = {"disable": True} if process()[0] else {}
-    with host_logging.tqdm(desc=description, unit="pass", leave=False, **quiet) as bar:
+    with host_logging.tqdm(desc=description, total=total, unit=unit, leave=False, **quiet) as bar:
         yield bar

@@ -404,13 +404,15 @@ def _pass(
     description: str,
 ) -> None:
     """Read this process's share of the images, and let each batch and the model's output be taken."""
+    # The size of a stream is unknown.
+    total = None if images.order is None else len(images.share(0, images.max_images, share.rank, share.world))
 
     def read() -> None:
         with (
             eval_mode(model),
             torch.no_grad(),
             torch.autocast(model.device.type, enabled=False),
-            progress_bar(description) as bar,
+            progress_bar(description, total, unit="image") as bar,
         ):
             for batch in images.labelled_batches(batch_size, share):
                 take(batch, model(**batch.inputs))
