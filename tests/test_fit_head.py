@@ -860,18 +860,20 @@ def test_the_command_selects_the_timestep_where_there_is_none(pixel_folder, trai
         folder = tmp_path / "images" / f"class {row['label']}"
         folder.mkdir(parents=True, exist_ok=True)
         row["image"].save(folder / f"{index}.png")
-    assert (
-        main(["fit", str(pixel_folder), "--images", str(tmp_path / "images"), "--output", str(tmp_path / "out")]) == 0
-    )
+    words = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "out"), "--num-images", "35"]
+    assert main(["fit", str(pixel_folder), *words]) == 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    assert f"timestep               {model.config.timestep}, selected from 40 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"timestep               {model.config.timestep}, selected from 40 images" in printed
+    assert "`--block all --feature hidden`" in printed
     assert model.config.selection["settings"]["pooling"] == "mean"
-    assert model.config.selection["options"]["num_train_images"] == 40
+    assert model.config.selection["options"]["num_train_images"] == 35
     assert model.config.id2label == {number: f"class {number}" for number in range(4)}
     assert (tmp_path / "out" / "timestep_curve.png").is_file()
     # Again, from what it wrote: the timestep stays, and the head is another one.
     words = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "again"), "--num-images", "30"]
-    assert main(["fit", str(tmp_path / "out"), *words]) == 0
+    assert main(["fit", str(tmp_path / "out"), *words, "--block", "all"]) == 0
+    assert "`--block all --feature hidden`" not in capsys.readouterr().out
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "again")
     assert again.config.timestep == model.config.timestep and not torch.equal(weights(again), weights(model))
 

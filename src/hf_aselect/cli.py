@@ -321,7 +321,7 @@ def _add_fit(commands: Any) -> None:
         description="Load a diffusion transformer, select its timestep if it has none, standardize its features, fit "
         "a linear head in one pass over labelled images (ridge regression), evaluate it, and save it with its "
         "code and its card. If the labels are masks, the head is a linear decoder.",
-        epilog="example: hf-aselect fit path/to/a/dit --images train.parquet --eval-images test.parquet --output "
+        epilog="example: hf-aselect fit path/to/a/dit --block all --feature hidden --images images/ --output "
         "my-classifier",
     )
     fit.add_argument(
@@ -506,7 +506,7 @@ def _load_to_fit(parsed: argparse.Namespace, train: Any) -> Any:
     loaded: Any = (DiTForSemanticSegmentation if is_dense else DiTForImageClassification).from_pretrained(
         parsed.source,
         calibration_images=images,
-        num_train_images=None if is_dense else len(train),
+        num_train_images=None if is_dense else min(len(train), parsed.num_images or len(train)),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a head that is there is of no use
@@ -556,6 +556,8 @@ def _print_fit(model: Any, fit: Any, judged: Any) -> None:
     for name, value in rows.items():
         print(f"{name:<22} {value}")
     print()
+    if len(config.read_outs()) == 1 and config.num_hidden_layers > 1:
+        print("One block is read. All of them (`--block all --feature hidden`) are usually more accurate.")
 
 
 def _read_outs_in_words(config: Any) -> str:
