@@ -185,7 +185,8 @@ def test_the_cifar10_card_has_the_table_of_its_read_outs():
     assert len(results["rows"][f"DiT, all blocks, t = 92, {linear}"]["seeds"]) == 3
     assert all_blocks >= 0.63
     for name in results["rows"]:
-        if name.startswith("UNet"):
+        # With an attention head the UNet is ahead, as the card says.
+        if name.startswith("UNet") and name.endswith(linear):
             assert all_blocks >= worst(name)
 
 
