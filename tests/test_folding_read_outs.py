@@ -333,7 +333,7 @@ def test_folded_on_the_command_line(folder, tmp_path, capsys):
     model = DiTForImageClassification.from_pretrained(folder, **SEVERAL, **HEAD)
     model.save_pretrained(tmp_path / "whole")
     assert main(["fold", str(tmp_path / "whole"), str(tmp_path / "folded")]) == 0
-    assert "7.hidden, 7.query at timestep 141, 7, 800." in capsys.readouterr().out
+    assert "It reads hidden, query of all blocks at timestep 141, 7, 800." in capsys.readouterr().out
     folded = AutoModelForImageClassification.from_pretrained(tmp_path / "folded")
     assert difference(folded, model) <= 1e-5
     assert "yes, so only these timesteps can be read" in (tmp_path / "folded/README.md").read_text()

@@ -57,10 +57,12 @@ def test_a_load_without_problems_prints_nothing_of_ours(tmp_path):
     assert [line for line in lines if not OF_TRANSFORMERS.fullmatch(line)] == []
 
 
-def test_the_report_of_a_new_head_names_its_source(caplog, tmp_path):
+def test_the_report_of_a_new_head_names_its_source(caplog, tmp_path, monkeypatch):
     from hf_aselect import DiTForImageClassification, DiTModel
 
-    with caplog.at_level(logging.WARNING):
+    # Other tests may have changed both.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         DiTForImageClassification.from_pretrained(EMBEDDED, timestep=19, block=4, num_labels=10)
         DiTModel.from_pretrained(EMBEDDED, timestep=19, block=4).save_pretrained(tmp_path)
         DiTForImageClassification.from_pretrained(tmp_path, num_labels=10)
