@@ -12,7 +12,7 @@ GUIDES = [ROOT / "examples" / "README.md", *sorted((ROOT / "examples").glob("*/R
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "tests/README.md")]
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 TEXTS = [*PAGES, *GUIDES, *CARDS, ROOT / "src" / "hf_aselect" / "hub" / "card_template.md"]
-MODULES = sorted((ROOT / "src" / "hf_aselect").rglob("*.py"))
+MODULES = [*sorted((ROOT / "src" / "hf_aselect").rglob("*.py")), ROOT / "examples" / "space" / "app.py"]
 # What is said in place of each.
 RETIRED = {
     r"pictures?": "image",

@@ -196,10 +196,6 @@ class Pair:
             labels.append([np.bincount(patch).argmax() for patch in patches])
         return np.array(labels)
 
-    def split(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Return the labels of each draw."""
-        return [labels[start : start + len(self.train)] for start in range(0, len(labels), len(self.train))]
-
     @torch.no_grad()
     def tokens(self, latents: Tensor, timestep: int, noise: Tensor | None = None) -> dict[Tap, Tensor]:
         """Return tokens, (n, N, D), of each tap; with the model's own noise unless some is given."""
@@ -259,9 +255,11 @@ class Pair:
         for tap in self.taps:
             place = f"{tap[0]}/{tap[1]}"
             parts = [part[tap] for part in tokens]
-            every = zip(parts[0].split(len(self.train)), self.split(self.drawn_labels), strict=True)
+            num_images = len(self.train)
+            labels = np.split(self.drawn_labels, range(num_images, len(self.drawn), num_images))
+            every = zip(parts[0].split(num_images), labels, strict=True)
             found[f"ridge/{place}"] = np.mean([ridge_hits(*draw, parts[1], self.labels[1]) for draw in every], axis=0)
-            parts[0] = parts[0][: len(self.train)]
+            parts[0] = parts[0][:num_images]
             ways = {"attention": tap in self.attention_taps, PLAIN: tap in self.plain_taps}
             for truth in (truth for truth, is_wanted in ways.items() if is_wanted):
                 part = slice(self.args.num_attention_train)

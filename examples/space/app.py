@@ -57,7 +57,7 @@ img.curve { width: 100%; min-width: 34rem; max-width: 44rem; background: white; 
 @media (max-width: 38rem) { .slides { display: block; margin: 0 0 0.5rem; } }
 button.example { flex-wrap: nowrap; text-align: left; }
 .example img { width: 2rem; height: 2rem; object-fit: contain; }
-.picture img { width: 100%; height: 100%; object-fit: contain; }
+.shown img { width: 100%; height: 100%; object-fit: contain; }
 .prose, .prose * { overflow-wrap: anywhere; }
 .min_value, .max_value { color: var(--body-text-color) !important; }
 button:focus-visible, input:focus-visible, [tabindex="0"]:focus-visible {
@@ -79,7 +79,7 @@ def load(source: str | None) -> Seen:
     """Return a saved model, or the embedded DiT with a head that is trained now.
 
     Raises:
-        ValueError: If it is neither a classifier nor a segmenter, or no timestep is chosen.
+        ValueError: If it is neither a classifier nor a segmenter, or no timestep is selected.
     """
     if source is None:
         return embedded()
@@ -105,22 +105,22 @@ def load(source: str | None) -> Seen:
 
 
 def sample(split: str, num: int) -> Dataset:
-    """Return some of the embedded pictures, of Fashion-MNIST."""
+    """Return some of the embedded images, of Fashion-MNIST."""
     # Not through `load_dataset`, which would tell its makers of it, and copy the sample into a cache.
     return Dataset(pyarrow.parquet.read_table(str(EMBEDDED / f"{split}.parquet"))).select(range(num))
 
 
 def of_each_class(num: int) -> dict[str, Image.Image]:
-    """Return the first embedded picture of each of some classes, by its name."""
+    """Return the first embedded image of each of some classes, by its name."""
     rows = sample("test", 400)
     labels, names = rows["label"][:], rows.features["label"].names
     return {names[label]: rows[labels.index(label)]["image"] for label in range(num)}
 
 
 def scenes() -> dict[str, Image.Image]:
-    """Return pairs of the embedded pictures on one ground, as in the demo of segmentation, by what is on them."""
-    pictures, made = list(of_each_class(10).items()), {}
-    for (first, above), (second, below) in zip(pictures[::2], pictures[1::2], strict=True):
+    """Return pairs of the embedded images on one ground, as in the demo of segmentation, by what is on them."""
+    images, made = list(of_each_class(10).items()), {}
+    for (first, above), (second, below) in zip(images[::2], images[1::2], strict=True):
         ground = Image.new("L", (56, 56))
         for item, place in ((above, (2, 2)), (below, (26, 26))):
             ground.paste(item, place, item.point(lambda level: 255 * (level > 40)))
@@ -129,7 +129,7 @@ def scenes() -> dict[str, Image.Image]:
 
 
 def embedded() -> Seen:
-    """Return a classifier on the embedded DiT: the timestep chosen without labels, a linear head trained."""
+    """Return a classifier on the embedded DiT: the timestep selected without labels, a linear head trained."""
     train = sample("train", NUM_TRAIN)
     names = train.features["label"].names
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def embedded() -> Seen:
 
 
 def opened(path: str | None) -> Image.Image | None:
-    """Return the picture in a file, upright; None without a file.
+    """Return the image in a file, upright; None without a file.
 
     Raises:
         gradio.Error: If it is none, or too large.
@@ -179,45 +179,45 @@ def opened(path: str | None) -> Image.Image | None:
     raise gr.Error(many, print_exception=False)
 
 
-def shown(picture: Image.Image) -> Image.Image:
-    """Return a picture as it is put on the page: in colours, small ones enlarged without blur, large ones reduced."""
-    if picture.mode.startswith("I;16"):  # `convert` would clip instead of scale
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    picture = picture.convert("RGB")
-    scale = SIDE // max(picture.size)
+def shown(image: Image.Image) -> Image.Image:
+    """Return an image as it is put on the page: in colours, small ones enlarged without blur, large ones reduced."""
+    if image.mode.startswith("I;16"):  # `convert` would clip instead of scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
+    scale = SIDE // max(image.size)
     if scale > 1:
-        return picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
-    picture.thumbnail((2 * SIDE, 2 * SIDE))
-    return picture
+        return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    image.thumbnail((2 * SIDE, 2 * SIDE))
+    return image
 
 
-def pixel_values(seen: Seen, picture: Image.Image) -> Tensor:
-    """Return a picture as the model's `pixel_values`, (1, C, H, W).
+def pixel_values(seen: Seen, image: Image.Image) -> Tensor:
+    """Return an image as the model's `pixel_values`, (1, C, H, W).
 
-    A segmenter's picture is squeezed into them as a whole, as where it was evaluated: masks must cover all of it.
+    A segmenter's image is squeezed into them as a whole, as where it was evaluated: masks must cover all of it.
 
     Raises:
         gradio.Error: If the processor refuses it.
     """
     crop = {"do_center_crop": False} if isinstance(seen.model, DiTForSemanticSegmentation) else {}
     try:
-        pixels: Tensor = seen.processor(picture, return_tensors="pt", **crop).pixel_values
+        pixels: Tensor = seen.processor(image, return_tensors="pt", **crop).pixel_values
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
     return pixels.to(seen.model.device)
 
 
 @torch.no_grad()
-def classes(seen: Seen, picture: Image.Image) -> dict[str, float]:
+def classes(seen: Seen, image: Image.Image) -> dict[str, float]:
     """Return the probability of each class by name."""
-    shares = seen.model(pixel_values(seen, picture)).logits[0].float().softmax(-1).tolist()
+    shares = seen.model(pixel_values(seen, image)).logits[0].float().softmax(-1).tolist()
     return {seen.model.config.id2label[index]: share for index, share in enumerate(shares)}
 
 
 @torch.no_grad()
-def mask(seen: Seen, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Return the class of each pixel of a picture of that width and height, (height, width)."""
-    outputs = seen.model(pixel_values(seen, picture))
+def mask(seen: Seen, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return the class of each pixel of an image of that width and height, (height, width)."""
+    outputs = seen.model(pixel_values(seen, image))
     (found,) = seen.processor.post_process_semantic_segmentation(outputs, target_sizes=[size[::-1]])
     return found.cpu().numpy()
 
@@ -253,17 +253,17 @@ def middle(where: np.ndarray) -> tuple[int, int]:
     return step * column, step * row
 
 
-def overlay(seen: Seen, picture: Image.Image) -> str:
-    """Return a picture with what is where on it as an element of the page: in colours, and numbered for the grey."""
-    ground = shown(picture)
-    found = mask(seen, picture, ground.size)
+def overlay(seen: Seen, image: Image.Image) -> str:
+    """Return an image with its classes, in colours and numbered, as an element of the page."""
+    ground = shown(image)
+    found = mask(seen, image, ground.size)
     indices, counts = np.unique(found, return_counts=True)
     order = [int(index) for index in indices[np.argsort(-counts, kind="stable")]]
     colours = colours_of(order)
     tint = np.zeros((*found.shape, 3))
     for index, colour in zip(order, colours, strict=True):
         tint[found == index] = ImageColor.getrgb(colour)
-    # Over grey, so that the picture's own colours are not taken for classes.
+    # Over grey, so that the image's own colours are not taken for classes.
     drawn = Image.fromarray((0.3 * np.asarray(ground.convert("L"))[..., None] + 0.7 * tint).astype(np.uint8))
     size = max(12, max(drawn.size) // 20)
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(size)
@@ -275,15 +275,15 @@ def overlay(seen: Seen, picture: Image.Image) -> str:
         said.append(f"{seen.model.config.id2label[index]}, {where.mean():.1%}")
         style = f"background: {colour}; color: {ink_on(colour)}"
         items.append(f'<li><b style="{style}">{number}</b>{html.escape(said[-1])}</li>')
-    image = img(drawn, "Classes in the image: " + "; ".join(said), "overlay")
-    return f'{image}<ol class="legend">{"".join(items)}</ol>'
+    drawing = img(drawn, "Classes in the image: " + "; ".join(said), "overlay")
+    return f'{drawing}<ol class="legend">{"".join(items)}</ol>'
 
 
 @torch.no_grad()
 def principal_colours(seen: Seen, pixels: Tensor, timestep: int) -> np.ndarray:
-    """Return the first three principal components of a picture's tokens at a timestep as colours, (rows, columns, 3).
+    """Return the first three principal components of an image's tokens at a timestep as colours, (rows, columns, 3).
 
-    Components have no sign and no order of their own: they are turned to be like those at the chosen timestep
+    Components have no sign and no order of their own: they are turned to be like those at the selected timestep
     (orthogonal Procrustes), so that what moves with the slider is what the tokens hold.
     """
 
@@ -306,21 +306,21 @@ def principal_colours(seen: Seen, pixels: Tensor, timestep: int) -> np.ndarray:
     return (255 * colours).round().byte().unflatten(0, own.shape[1:]).numpy()
 
 
-def img(picture: Image.Image, alt: str, kind: str) -> str:
-    """Return a picture as an element of the page that says what it shows."""
+def img(image: Image.Image, alt: str, kind: str) -> str:
+    """Return an image as an element of the page that says what it shows."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img class="{kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def tokens_at(seen: Seen, path: str | None, timestep: float) -> tuple[str, str]:
-    """Return the picture of the tokens, and what is seen on it."""
-    picture = opened(path)
-    if picture is None:
+    """Return the image of the tokens, and what is seen on it."""
+    image = opened(path)
+    if image is None:
         return "", FIRST
     timestep = int(timestep)
-    colours = Image.fromarray(principal_colours(seen, pixel_values(seen, picture), timestep))
+    colours = Image.fromarray(principal_colours(seen, pixel_values(seen, image), timestep))
     scale = max(1, 384 // max(colours.size))
     large = colours.resize((scale * colours.width, scale * colours.height), Image.Resampling.NEAREST)
     level = float(seen.model.noise_schedule.log_snr(torch.tensor([timestep]))[0])
@@ -337,7 +337,7 @@ def curve(seen: Seen) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curve.png"
         seen.selection.plot(path)
-        with Image.open(path) as picture:
+        with Image.open(path) as image:
             alt = (
                 f"{seen.selection.criterion} over the timestep from 0 (least noise) to 999 (pure noise), highest at "
                 f"t = {config.timestep}, the selected timestep"
@@ -345,7 +345,7 @@ def curve(seen: Seen) -> str:
             # On a phone it is wider than the page, and slides by finger or arrow keys.
             words = 'tabindex="0" role="region" aria-label="The curve of the selection"'
             slides = '<p class="slides">Slide the curve sideways to see all of it.</p>'
-            return f'{slides}<div class="wide" {words}>{img(picture, alt, "curve")}</div>'
+            return f'{slides}<div class="wide" {words}>{img(image, alt, "curve")}</div>'
 
 
 def certainty(seen: Seen) -> str:
@@ -373,26 +373,26 @@ def build(seen: Seen) -> gr.Blocks:
         example.save(paths[name])
 
     def show(path: str | None, at: float) -> tuple[Any, ...]:
-        """Return all that is shown of a picture: itself, its classes or masks, its tokens and what is said of them."""
-        picture = opened(path)
-        if picture is None:
+        """Return what is shown of an image: itself, its classes or mask, its tokens, and the text about them."""
+        image = opened(path)
+        if image is None:
             return path, None, "" if is_segmenter else None, "", FIRST
-        found = overlay(seen, picture) if is_segmenter else classes(seen, picture)
-        return path, shown(picture), found, *tokens_at(seen, path, at)
+        found = overlay(seen, image) if is_segmenter else classes(seen, image)
+        return path, shown(image), found, *tokens_at(seen, path, at)
 
     with gr.Blocks(title="What a diffusion transformer sees", analytics_enabled=False) as page:
         gr.Markdown(
             "# What a diffusion transformer sees\n\nA DiT is trained to generate images. At the right noise level, "
             f"the *timestep*, its tokens also describe what an image shows. Shown here: {seen.name}."
         )
-        chosen = gr.State()
+        selected = gr.State()
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
+                image = gr.Image(
                     label="Image",
                     interactive=False,
                     height=320,
-                    elem_classes="picture",
+                    elem_classes="shown",
                     alt_text="The selected image",
                     buttons=[],
                 )
@@ -426,13 +426,13 @@ def build(seen: Seen) -> gr.Blocks:
                 said = gr.Markdown(FIRST)
             with gr.Column():
                 tokens = gr.HTML()
-        parts = [chosen, picture, found, tokens, said]
+        parts = [selected, image, found, tokens, said]
         upload.upload(show, [upload, at], parts, api_name="show")
         for name, button in buttons.items():
             button.click(partial(show, paths[name]), at, parts, api_visibility="private")
         at.change(
             partial(tokens_at, seen),
-            [chosen, at],
+            [selected, at],
             [tokens, said],
             api_visibility="private",
             show_progress="hidden",
