@@ -4,11 +4,13 @@ from importlib.resources import files
 
 import pytest
 import torch
+from datasets import load_dataset
 from sklearn.datasets import load_digits
 from sklearn.linear_model import Ridge
 
-from hf_aselect import DiTModel, select_timestep
+from hf_aselect import ASelectConfig, DiTModel, select_timestep
 from hf_aselect.selection import consensus
+from hf_aselect.selection.accumulators import _is_before_mixing
 from hf_aselect.selection.consensus import NUM_COMPONENTS, STRENGTHS, ConsensusSums, leading_directions, unexplained
 from hf_aselect.selection.criteria import Consensus
 
@@ -298,6 +300,82 @@ def test_regions_count_in_the_targets_as_they_are_weighted():
         sums.add(at(9), indices, content[:, None], at(9))
         scores.append(r_squared(sums, 9))
     assert scores[0] < 0.05 < scores[1] < scores[2]
+
+
+@pytest.mark.parametrize(("common", "weight"), [(0.0, 0.0), (0.01, 0.001), (0.2, 0.4), (0.36, 1.0), (0.7, 1.0)])
+def test_the_layout_counts_where_images_are_aligned(common, weight):
+    assert consensus.layout_weight(common) == pytest.approx(weight)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_layout_counts_in_the_targets(weight):
+    pooled = views([1.0] * 5)
+    layout = torch.randn(NUM_PICTURES, 64, generator=torch.Generator().manual_seed(12))
+    sums = ConsensusSums(NUM_FOLDS, 512)
+    sums.calibrate(pooled, layout=layout, layout_weight=weight)
+    indices = list(range(NUM_PICTURES))
+    sums.add_targets(indices, pooled, layout=layout)
+    sums.scales[at(9)] = (layout[:, None].mean(0), layout[:, None].std(0), 0.0)
+    sums.add(at(9), indices, layout[:, None], at(9))
+    sums.add(at(0), indices, pooled[at(0)], at(0))
+    assert (r_squared(sums, 9) > 0.2) == bool(weight)
+    # What the features agree on still counts.
+    assert r_squared(sums, 0) > 0.2
+
+
+def test_what_is_coarse_is_the_mean_of_fields():
+    latents = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(consensus.coarse_layout(latents)[1, 64], latents[1, 1, :2, :2].mean(), atol=1e-6)
+    assert consensus.coarse_layout(latents).shape == (3, 128)
+
+
+def shifted_squares(count=96):
+    """Squares of one size and of random places, all of them near the middle: only where they are tells them apart."""
+    generator = torch.Generator().manual_seed(3)
+    images = -torch.ones(count, 1, 28, 28)
+    for image, (row, column) in zip(
+        images, torch.randint(6, 15, (count, 2), generator=generator).tolist(), strict=True
+    ):
+        image[:, row : row + 8, column : column + 8] = 1
+    return images
+
+
+@pytest.mark.parametrize(
+    ("block", "feature", "head", "is_moved"),
+    [
+        (0, "query", "linear", True),
+        (0, "normed", "linear", True),
+        (0, "hidden", "linear", False),
+        (3, "query", "linear", False),
+        (0, "query", "attention", False),
+    ],
+)
+def test_only_a_mean_of_tokens_that_have_not_seen_each_other_is_held_against_the_layout(
+    monkeypatch, block, feature, head, is_moved
+):
+    given = {"block": block, "feature": feature, "timesteps": [10, 166, 454, 834]}
+    model = DiTModel.from_pretrained(EMBEDDED, timestep=0, head=head)
+    scores = []
+    for weight in (0.0, 1.0):
+        monkeypatch.setattr("hf_aselect.selection.accumulators.layout_weight", lambda common, weight=weight: weight)
+        scores.append(select_timestep(model, shifted_squares(), **given).scores)
+    assert (scores[0] != scores[1]) == is_moved
+
+
+def test_at_the_first_query_a_linear_head_reads_places_from_the_noise():
+    """A linear head is 15 points better there at t = 893 than at t = 50, on images of clothes."""
+    model = DiTModel.from_pretrained(EMBEDDED, timestep=0, block=0, feature="query", head="linear")
+    images = load_dataset("parquet", data_files=str(EMBEDDED / "train.parquet"), split="train[:128]")
+    selected = select_timestep(model, images.select_columns(["image"]))
+    assert selected.timestep >= 546
+
+
+def test_tokens_that_blocks_before_the_first_have_mixed_are_not_held_against_the_layout():
+    config = ASelectConfig(timestep=0)
+    config.transformer = {**config.transformer, "n_refiner_layers": 2}
+    assert not _is_before_mixing(config, 0, "query")
+    config.transformer["n_refiner_layers"] = 0
+    assert _is_before_mixing(config, 0, "query")
 
 
 def test_the_sketch_of_regions_keeps_inner_products():

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_aselect import ASelectConfig
-from ..model.layouts import Tap
+from ..model.layouts import BEFORE_ATTENTION, Tap
 from ..model.noise_schedule import NoiseSchedule
 from .consensus import (
     NUM_JOINT,
     ConsensusSums,
     Key,
     alignment,
+    coarse_layout,
+    layout_weight,
     leading_directions,
     reference_range,
     region_share,
@@ -234,7 +236,8 @@ class ConsensusAccumulator(Accumulator):
         measure_regions: Returns the means over regions of the image, (B, R, D), float32.
         num_targets: Size of the sketch of all reference features.
         num_read: How many of the statistics are predicted from, counted from the first.
-        region_weight: How much regions count in the targets, before it is multiplied by `consensus.region_share`.
+        region_weight: How much regions count in the targets, before it is multiplied by `consensus.region_share`. With
+            0 the images' layout does not count either.
         context: The selection.
     """
 
@@ -255,6 +258,9 @@ class ConsensusAccumulator(Accumulator):
         self.taps = list(dict.fromkeys([*self.own_taps, *_reference_taps(context.config)]))
         is_single = len(self.own_taps) == 1
         self.region_weight = region_weight if is_single else 0.0
+        # Tokens that have not seen each other, of which only the mean is read: see `consensus`.
+        is_mean_alone = self.region_weight > 0 and num_read == 1
+        self.has_layout = is_mean_alone and _is_before_mixing(context.config, *self.own_taps[0])
         self.num_read_by_head, self.num_train_images = num_read, context.num_train_images
         self.references: list[int] = []  # timesteps, once calibrated
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
@@ -266,7 +272,8 @@ class ConsensusAccumulator(Accumulator):
         One process's scales are used by all: the last bits may differ from machine to machine.
         """
         read = [index for batch in batches for index in batch.indices]
-        common = alignment(torch.cat([batch.latents.float().cpu() for batch in batches]))
+        latents = torch.cat([batch.latents.float().cpu() for batch in batches])
+        common, layout = alignment(latents), coarse_layout(latents)
         self.region_weight *= region_share(common, self.kept.num_read)
         self.references = self._references(batches[0].timesteps, common)
         measured = [self._measured_references(batch) for batch in batches]
@@ -274,15 +281,15 @@ class ConsensusAccumulator(Accumulator):
             {key: torch.cat([each[part].pop(key) for each in measured]) for key in list(measured[0][part])}
             for part in (0, 1)
         )
-        self.kept.calibrate(pooled, self.references, regions, self.region_weight)
-        scales = (self.kept.scales, self.kept.region_scales, self.kept.region_factor)
-        self.kept.scales, self.kept.region_scales, self.kept.region_factor = self.share.gather(scales)[0]
+        weight = layout_weight(common) if self.has_layout else 0.0
+        self.kept.calibrate(pooled, self.references, regions, self.region_weight, layout, weight)
+        self.kept.use_scales(self.share.gather(self.kept.all_scales())[0])
         if own:
             places = [read.index(index) for index in own]
             mine, mine_by_region = (
                 {key: values[places] for key, values in part.items()} for part in (pooled, regions)
             )
-            self.kept.add_targets(own, mine, mine_by_region)
+            self.kept.add_targets(own, mine, mine_by_region, layout[places])
             self._add(own, mine, batches[0].timesteps)
 
     def add(self, batch: Batch) -> None:
@@ -292,7 +299,7 @@ class ConsensusAccumulator(Accumulator):
             self._add(batch.indices, self._measured(batch, self.own_taps), batch.timesteps)
             return
         measured, regions = self._measured_references(batch)
-        self.kept.add_targets(batch.indices, measured, regions)
+        self.kept.add_targets(batch.indices, measured, regions, coarse_layout(batch.latents.cpu()))
         self._add(batch.indices, measured, batch.timesteps)
 
     def sums(self, timesteps: list[int]) -> dict[int, Tensor]:
@@ -388,6 +395,13 @@ class ConsensusAccumulator(Accumulator):
             near = min(calibrated, key=lambda known: abs(known - timestep))
             for tap in self.own_taps:
                 self.kept.add((timestep, *tap), indices, measured[(timestep, *tap)], (near, *tap))
+
+
+def _is_before_mixing(config: ASelectConfig, block: int, feature: str) -> bool:
+    """Return whether no attention was run before a tap, so that no token has seen another."""
+    # Blocks that diffusers does not count as such: of Lumina-Image 2.0 and Z-Image they are run on the image.
+    is_refined = any(name.endswith("refiner_layers") and count for name, count in (config.transformer or {}).items())
+    return block == 0 and feature in BEFORE_ATTENTION and not is_refined
 
 
 def _reference_taps(config: ASelectConfig) -> list[Tap]:

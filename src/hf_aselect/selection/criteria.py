@@ -281,6 +281,10 @@ class Consensus:
     of the depth even for an earlier tap. Several taps are held against the same targets, so that their scores can be
     compared.
 
+    At a single tap of the first block that is read before the attention (`query`, `key`, `value`, `normed`) by its
+    mean alone, what is coarse in the images counts in the targets, too (`consensus.layout_weight`): no token has seen
+    another there, and the mean shows where something is only as far as the noise marks the places.
+
     Args:
         pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",
             their mean and standard deviation, for heads that look at each token. At the first block the two can want
@@ -289,7 +293,8 @@ class Consensus:
         region_weight: How much the means over 4 × 4 regions of the image count in the targets, against the mean over
             all of it; at least 0. It is multiplied by a · (1 - a) for the pooling "mean" and by a² for "mean_std",
             where a says how far images are aligned, from 0.01 (photographs) to 0.7 (digits). With several taps
-            regions do not count. Default: 0.5 for "mean" and 0.2 for "mean_std".
+            regions do not count. With 0 the layout of the images does not count either. Default: 0.5 for "mean" and
+            0.2 for "mean_std".
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
             holds is right to about 1 / sqrt(size), and it is kept for each image; with 128 numbers more accuracy is
             lost.
