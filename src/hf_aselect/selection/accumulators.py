@@ -259,8 +259,7 @@ class ConsensusAccumulator(Accumulator):
         is_single = len(self.own_taps) == 1
         self.region_weight = region_weight if is_single else 0.0
         # Tokens that have not seen each other, of which only the mean is read: see `consensus`.
-        is_mean_alone = self.region_weight > 0 and num_read == 1
-        self.has_layout = is_mean_alone and _is_before_mixing(context.config, *self.own_taps[0])
+        self.has_layout = region_weight > 0 and num_read == 1 and is_before_mixing(context.config, self.own_taps)
         self.num_read_by_head, self.num_train_images = num_read, context.num_train_images
         self.references: list[int] = []  # timesteps, once calibrated
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
@@ -397,11 +396,11 @@ class ConsensusAccumulator(Accumulator):
                 self.kept.add((timestep, *tap), indices, measured[(timestep, *tap)], (near, *tap))
 
 
-def _is_before_mixing(config: ASelectConfig, block: int, feature: str) -> bool:
-    """Return whether no attention was run before a tap, so that no token has seen another."""
+def is_before_mixing(config: ASelectConfig, taps: Sequence[Tap]) -> bool:
+    """Return whether there is one tap, and no attention was run before it, so that no token has seen another."""
     # Blocks that diffusers does not count as such: of Lumina-Image 2.0 and Z-Image they are run on the image.
     is_refined = any(name.endswith("refiner_layers") and count for name, count in (config.transformer or {}).items())
-    return block == 0 and feature in BEFORE_ATTENTION and not is_refined
+    return len(taps) == 1 and taps[0][0] == 0 and taps[0][1] in BEFORE_ATTENTION and not is_refined
 
 
 def _reference_taps(config: ASelectConfig) -> list[Tap]:

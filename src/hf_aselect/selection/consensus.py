@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 NUM_COMPONENTS = 20
+# Of references: with more noise little is left of the image.
+LEAST_LOG_SNR = -5.5
 # Sketches keep inner products to about 1 / sqrt(size).
 MAX_FEATURES = 192
 # So many images at a timestep are summed up: their features have come to the size of the moments.
@@ -312,7 +314,7 @@ def reference_range(common: float, num_read: int, num_train_images: int | None =
     many, few = 1000, 100
     scarcity = 0.0 if num_train_images is None else math.log(many / max(1, num_train_images)) / math.log(many / few)
     fall = 5.0 * min(1.0, 2 * common) if num_read == 1 else 6.0 * common**2
-    return -5.5, 8.0 - fall * min(1.0, max(0.0, scarcity))
+    return LEAST_LOG_SNR, 8.0 - fall * min(1.0, max(0.0, scarcity))
 
 
 def unexplained(left: Tensor, right: Tensor, variance: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The criteria that a timestep can be selected by: each measures images and turns the sums into a score."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -9,8 +11,17 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..model.checks import is_finite_number
 from ..model.configuration_aselect import ASelectConfig
-from .accumulators import Accumulator, ConsensusAccumulator, Context, PatchLabels, ProbeAccumulator, SumAccumulator
-from .consensus import NUM_COMPONENTS
+from ..model.layouts import Tap
+from .accumulators import (
+    Accumulator,
+    ConsensusAccumulator,
+    Context,
+    PatchLabels,
+    ProbeAccumulator,
+    SumAccumulator,
+    is_before_mixing,
+)
+from .consensus import LEAST_LOG_SNR, NUM_COMPONENTS
 from .probe import held_out_hits, leave_one_out_hits
 from .spectrum import band_powers, noisy_power, signal_power, token_spectrum
 
@@ -36,6 +47,8 @@ class Criterion(Protocol):
     - `labels_wanted`, what its accumulator needs as the context's labels: `CLASSES` or `MASKS`;
     - `compares_taps`, whether its scores can be compared across blocks and features (default: if it needs labels);
     - `scores_sets`, whether its accumulator scores several timesteps together, by `joint_sums` (default: no);
+    - `least_log_snr`, which takes the model's configuration and the taps, and returns the log-SNR at which the default
+      grid ends (default: where the noise schedule's ends);
     - `suited_to`, which takes the model's configuration and whether masks are given, and returns the criterion with
       the settings that suit these.
     """
@@ -82,6 +95,14 @@ def compares_taps(criterion: Criterion) -> bool:
 def scores_sets(criterion: Criterion) -> bool:
     """Return whether a criterion scores several timesteps together."""
     return bool(getattr(criterion, "scores_sets", False))
+
+
+def least_log_snr(criterion: Criterion, config: ASelectConfig, taps: Sequence[Tap]) -> float:
+    """Return the log-SNR below which a criterion does not want the default grid to go; minus infinity where any."""
+    if not hasattr(criterion, "least_log_snr"):
+        return -math.inf
+    least: float = criterion.least_log_snr(config, taps)
+    return least
 
 
 def suited(criterion: Criterion, config: ASelectConfig, has_masks: bool) -> Criterion:
@@ -283,7 +304,8 @@ class Consensus:
 
     At a single tap of the first block that is read before the attention (`query`, `key`, `value`, `normed`) by its
     mean alone, what is coarse in the images counts in the targets, too (`consensus.layout_weight`): no token has seen
-    another there, and the mean shows where something is only as far as the noise marks the places.
+    another there, and the mean shows where something is only as far as the noise marks the places. More noise marks
+    them better, until nothing is left of the image, so the default grid ends there at a log-SNR of -5.5.
 
     Args:
         pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",
@@ -346,6 +368,11 @@ class Consensus:
         return ConsensusAccumulator(
             self.measure, self.measure_regions, self.num_targets, self.num_read, self._region_weight, context
         )
+
+    def least_log_snr(self, config: ASelectConfig, taps: Sequence[Tap]) -> float:
+        """Return where the default grid ends: at the end of the references where the layout counts."""
+        holds_layout = self.num_read == 1 and self._region_weight > 0 and is_before_mixing(config, taps)
+        return LEAST_LOG_SNR if holds_layout else -math.inf
 
     @property
     def _region_weight(self) -> float:

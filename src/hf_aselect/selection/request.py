@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..images.rows import column_of
@@ -13,7 +14,7 @@ from ..model.checks import check_count, check_timestep
 from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import Tap, plain
 from .accumulators import AUTO_FEATURES
-from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, scores_sets, suited
+from .criteria import CRITERIA, MASKS, Criterion, compares_taps, labels_wanted, least_log_snr, scores_sets, suited
 from .placement import selected_at
 from .reader import ReadableModel
 
@@ -93,7 +94,7 @@ def checked_request(
         )
     _check_numbers(max_images, batch_size, confidence, seed)
     taps = _checked_taps(model.config, block, feature, several=compares_taps(criterion))
-    grid = model.noise_schedule.even_timesteps() if timesteps is None else _checked_grid(timesteps)
+    grid = _default_grid(model, criterion, taps) if timesteps is None else _checked_grid(timesteps)
     count = _checked_count(model.config, criterion, num_timesteps)
     if masks is None and labels is not None:
         labels = _checked_labels(labels, images)
@@ -116,6 +117,15 @@ def checked_request(
             "Pass more as `timesteps=`."
         )
     return request
+
+
+def _default_grid(model: ReadableModel, criterion: Criterion, taps: list[Tap]) -> list[int]:
+    """Return the timesteps of the schedule's even grid, as far toward noise as the criterion wants them."""
+    schedule = model.noise_schedule
+    grid = schedule.even_timesteps()
+    log_snr = schedule.log_snr(torch.tensor(grid)).tolist()
+    least = least_log_snr(criterion, model.config, taps)
+    return [timestep for timestep, ratio in zip(grid, log_snr, strict=True) if ratio >= least] or grid
 
 
 def _checked_count(config: ASelectConfig, criterion: Criterion, num_timesteps: int | None) -> int:
