@@ -306,11 +306,12 @@ def test_an_unresolved_model_can_be_read_at_a_named_timestep(model, pixels):
 
 
 def test_loading_without_pictures_chooses_from_those_that_the_transformer_makes(pixel_folder, caplog):
-    with caplog.at_level(logging.INFO, logger="hf_aselect"):
+    with caplog.at_level(logging.WARNING, logger="hf_aselect"):
         model = DiTModel.from_pretrained(pixel_folder, timestep="auto")
     assert model.config.timestep == model.config.selection["timestep"]
     assert model.config.selection["pictures"] == "generated"
     assert "No images were given to select a timestep on, so the transformer generates" in caplog.text
+    assert "Your own images may give another timestep, above all where they look different" in caplog.text
 
 
 def test_loading_with_pictures_chooses_and_records(pixel_folder, pictures):

@@ -16,8 +16,13 @@ everything; with `--summarize` alone the tables over all pairs in OUTPUT_DIR are
 drawn. The search is kept in `OUTPUT_DIR/NAME.search.npz` timestep by timestep: a run that was stopped goes on there.
 
 Two losses are given. `loss`: the timestep that is best on one half of the test images against the selected one, both
-on the other half, over 20 random halves: what an exhaustive search really buys. `loss_to_maximum`: against the largest
-accuracy on all test images, which is lucky by as much as the largest of many noisy numbers is.
+on the other half, over 20 random halves: what an exhaustive search really buys. With `--num_attention_seeds` each head
+is held against the timestep that is best for the heads of the other seeds, as a head's luck is not bought either.
+`loss_to_maximum`: against the largest accuracy on all test images, which is lucky by as much as the largest of many
+noisy numbers is.
+
+With `--only_taps` only those taps are tried and selected for again; their rows take the place of those in
+`OUTPUT_DIR/NAME.json`, if the linear classifier's accuracies are the same as there.
 """
 
 import inspect
@@ -46,6 +51,7 @@ from hf_aselect import ASelectImageProcessor, DiTModel, TimestepSelection, selec
 from hf_aselect.checkpoints.atomic import whole_file
 from hf_aselect.model import noise_schedule
 from hf_aselect.model.heads import AttentionHead
+from hf_aselect.model.layouts import parse_tap_key
 from hf_aselect.selection import accumulators
 from hf_aselect.selection.criteria import HFR, Consensus, Criterion, SignalHFR
 from hf_aselect.selection.standardization import TokenMoments, scale_and_shift
@@ -72,7 +78,7 @@ STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 6))
 NUM_HALVES = 20
 OF_THE_SEARCH = (
     *("train_file", "test_file", "annotation_column", "ignore_index", "num_train", "num_draws", "num_test"),
-    *("attention_features", "plain_features", "num_attention_train", "num_measured"),
+    *("attention_features", "plain_features", "num_attention_train", "num_attention_seeds", "num_measured"),
 )
 # Of an attention head's training: as many steps from few images as from many.
 BATCH_SIZE = 50
@@ -114,6 +120,13 @@ class BenchmarkArguments:
         metadata={"help": "Those of them that it is also trained on without the mean of each position taken out."},
     )
     num_attention_train: int = field(default=1500, metadata={"help": "Images that the head is trained on."})
+    num_attention_seeds: int = field(
+        default=1,
+        metadata={"help": "Heads that are trained, each with a seed and, as far as there are --num_draws, a draw."},
+    )
+    only_taps: list[str] = field(
+        default_factory=list, metadata={"help": "Only these, as 0.query; NAME.json keeps what it has of others."}
+    )
     num_timesteps: int = field(default=20, metadata={"help": "Timesteps of the exhaustive search."})
     num_measured: int = field(default=128, metadata={"help": "Images for RankMe, alpha-ReQ and LiDAR."})
     batch_size: int = field(default=64, metadata={"help": "Images in one forward pass."})
@@ -158,6 +171,8 @@ class Pair:
         self.grid = sorted({*schedule.even_timesteps(args.num_timesteps), *schedule.even_timesteps(), *GUESSES})
         blocks = sorted({share * self.model.config.num_hidden_layers // 8 for share in (0, 3, 6)})
         self.taps: list[Tap] = [(block, feature) for block in blocks for feature in FEATURES]
+        if args.only_taps:
+            self.taps = [parse_tap_key(key) for key in args.only_taps]
         self.attention_taps = [tap for tap in self.taps if tap[1] in args.attention_features]
         self.plain_taps = [tap for tap in self.attention_taps if tap[1] in args.plain_features]
         self.drawn_labels = self.read_labels(self.drawn)
@@ -215,7 +230,7 @@ class Pair:
         return {tap: torch.cat(values) for tap, values in parts.items()}
 
     def exhaustive_search(self) -> tuple[Hits, dict[str, dict[Tap, list[float]]], float]:
-        """Return hits, (T, m), of each truth and tap, the literature's measures of each tap, and the seconds."""
+        """Return hits, (T, S, m), of each truth and tap, the literature's measures of each tap, and the seconds."""
         path = Path(self.args.output_dir) / f"{self.args.name}.search.npz"
         # A search of other images or taps is another search.
         weights = sum(float(values.double().abs().sum()) for values in self.model.state_dict().values())
@@ -236,7 +251,7 @@ class Pair:
         def stacked(name: str, tap: Tap) -> np.ndarray:
             return np.stack([done[f"{timestep}/{name}/{tap[0]}/{tap[1]}"] for timestep in self.grid])
 
-        hits = {("ridge", tap): stacked("ridge", tap) for tap in self.taps}
+        hits = {("ridge", tap): stacked("ridge", tap)[:, None] for tap in self.taps}
         hits |= {("attention", tap): stacked("attention", tap) for tap in self.attention_taps}
         hits |= {(PLAIN, tap): stacked(PLAIN, tap) for tap in self.plain_taps}
         measures = {name: {tap: stacked(name, tap).tolist() for tap in self.taps} for name in MEASURES}
@@ -257,17 +272,21 @@ class Pair:
             parts = [part[tap] for part in tokens]
             num_images = len(self.train)
             labels = np.split(self.drawn_labels, range(num_images, len(self.drawn), num_images))
-            every = zip(parts[0].split(num_images), labels, strict=True)
-            found[f"ridge/{place}"] = np.mean([ridge_hits(*draw, parts[1], self.labels[1]) for draw in every], axis=0)
-            parts[0] = parts[0][:num_images]
+            draws_of = list(zip(parts[0].split(num_images), labels, strict=True))
+            found[f"ridge/{place}"] = np.mean(
+                [ridge_hits(*draw, parts[1], self.labels[1]) for draw in draws_of], axis=0
+            )
             ways = {"attention": tap in self.attention_taps, PLAIN: tap in self.plain_taps}
             for truth in (truth for truth, is_wanted in ways.items() if is_wanted):
-                part = slice(self.args.num_attention_train)
-                standardized = standardize(*parts, per_position=truth != PLAIN)
-                found[f"{truth}/{place}"] = head_hits(
-                    standardized[0][part], self.labels[0][part], standardized[1], self.labels[1]
-                )
-            found[f"share/{place}"] = np.array(moments_of(parts[0]).share_between_images)
+                heads = []
+                for seed in range(self.args.num_attention_seeds):
+                    drawn, drawn_labels = draws_of[seed % len(draws_of)]
+                    part = slice(self.args.num_attention_train)
+                    standardized = standardize(drawn, parts[1], per_position=truth != PLAIN)
+                    given = (standardized[0][part], drawn_labels[part], standardized[1], self.labels[1])
+                    heads.append(head_hits(*given, seed=seed))
+                found[f"{truth}/{place}"] = np.stack(heads)
+            found[f"share/{place}"] = np.array(moments_of(draws_of[0][0]).share_between_images)
         # What the measures cost is no part of an exhaustive search.
         found["seconds"] = np.array(time.monotonic() - started)
         views = [self.tokens(measured, timestep, noise) for noise in draws]
@@ -283,7 +302,7 @@ class Pair:
         hits, measures, seconds = self.exhaustive_search()
         rows = []
         for tap in self.taps:
-            accuracy = hits["ridge", tap].mean(1)
+            accuracy = hits["ridge", tap].mean((1, 2))
             for name, values in measures.items():
                 chosen = self.grid[int(np.argmax(values[tap]))]
                 rows.append(self.row(name, tap, hits, chosen, spearmanr(values[tap], accuracy).statistic))
@@ -303,13 +322,14 @@ class Pair:
             if self.per_picture and not self.args.consensus_only:
                 rows.append(self.selection_row("probe", tap, hits, self.args.seeds[0]))
         for truth in dict.fromkeys(truth for truth, _ in hits if truth in HEADS):
-            rows += self.tap_rows(truth, hits)
+            # Of a part of the taps the best is not the best of the search.
+            rows += [] if self.args.only_taps else self.tap_rows(truth, hits)
         return {
             "arguments": asdict(self.args),
             "timesteps": self.grid,
             "log_snr": self.model.noise_schedule.log_snr(torch.tensor(self.grid)).tolist(),
             "accuracy": [
-                {"truth": truth, "block": tap[0], "feature": tap[1], "accuracies": values.mean(1).tolist()}
+                {"truth": truth, "block": tap[0], "feature": tap[1], "accuracies": values.mean((1, 2)).tolist()}
                 for (truth, tap), values in hits.items()
             ],
             "search": {
@@ -338,7 +358,7 @@ class Pair:
                 num_train_images=None if name == UNTOLD else self.num_labelled,
             )
         places = [self.nearest(timestep) for timestep in record.timesteps]
-        correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean(1)[places]).statistic
+        correlation = spearmanr(record.scores, hits[truth or "ridge", tap].mean((1, 2))[places]).statistic
         if name == "probe":
             name = f"probe, {record.num_images} labels"
         name += OWN if generated else ""
@@ -422,7 +442,8 @@ class Pair:
             if (truth, tap) in hits:
                 values = hits[truth, tap]
                 row[f"{prefix}loss"] = loss(values, place)
-                row[f"{prefix}loss_to_maximum"] = 100 * float(values.mean(1).max() - values.mean(1)[place])
+                accuracy = values.mean((1, 2))
+                row[f"{prefix}loss_to_maximum"] = 100 * float(accuracy.max() - accuracy[place])
         row["rank_correlation"] = None if correlation is None else float(correlation)
         return row
 
@@ -497,7 +518,9 @@ class DenseHead(AttentionHead):
         return logits.transpose(1, 2)
 
 
-def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray) -> np.ndarray:
+def head_hits(
+    train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray, seed: int = 0
+) -> np.ndarray:
     """Return for each test image whether a small attention head, trained for 180 steps or more, is right about it.
 
     With labels per patch, (n, N), each token is classified and the share of the labelled ones that the head is right
@@ -506,7 +529,7 @@ def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels
     kind = AttentionHead if train_labels.ndim == 1 else DenseHead
     known = torch.from_numpy(test_labels != UNLABELLED)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         num_classes = int(train_labels[train_labels != UNLABELLED].max()) + 1
         head = kind(train.shape[-1], num_classes, 64, 1, 8, 4)
         for weight in head.parameters():
@@ -531,14 +554,43 @@ def head_hits(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels
 
 
 def loss(hits: np.ndarray, place: int) -> float:
-    """Return how many points the selection of one half of the images gains over `place` on the other half."""
+    """Return how many points the best timestep of one half of the images gains over `place` on the other half.
+
+    Args:
+        hits: Whether a classifier of each timestep and seed is right about each image, (T, S, m). The best timestep
+            for a seed is that of the other seeds, if there are any.
+        place: Which timestep was selected.
+    """
     losses = []
-    for seed in range(NUM_HALVES):
-        order = np.random.default_rng(seed).permutation(hits.shape[1])
+    num_seeds = hits.shape[1]
+    for shuffle in range(NUM_HALVES):
+        order = np.random.default_rng(shuffle).permutation(hits.shape[2])
         half = len(order) // 2
-        best = int(hits[:, order[:half]].mean(1).argmax())
-        losses.append(float(hits[best, order[half:]].mean() - hits[place, order[half:]].mean()))
+        accuracy, others = hits[:, :, order[half:]].mean(2), hits[:, :, order[:half]].mean(2)  # (T, S)
+        for seed in range(num_seeds):
+            best = others[:, [each for each in range(num_seeds) if each != seed or num_seeds == 1]].mean(1).argmax()
+            losses.append(float(accuracy[best, seed] - accuracy[place, seed]))
     return 100 * float(np.mean(losses))
+
+
+def updated(path: Path, found: dict[str, Any], taps: list[Tap]) -> dict[str, Any]:
+    """Return a pair's results with those of some taps replaced.
+
+    Raises:
+        ValueError: If the linear classifier found something else before: of another DiT, or other images.
+    """
+    known = json.loads(path.read_text(encoding="utf-8"))
+
+    def is_kept(row: dict[str, Any]) -> bool:
+        return (row["block"], row["feature"]) not in taps or row.get("criterion", "").startswith(TAPS)
+
+    before = [row for row in known["accuracy"] if not is_kept(row)]
+    linear = [[row for row in rows if row["truth"] == "ridge"] for rows in (before, found["accuracy"])]
+    if known["timesteps"] != found["timesteps"] or linear[0] != linear[1]:
+        raise ValueError(f"{path} is of another search: the linear classifier's accuracies at {taps} differ.")
+    for name in ("accuracy", "rows"):
+        known[name] = [row for row in known[name] if is_kept(row)] + found[name]
+    return known
 
 
 def rank_me(features: np.ndarray) -> float:
@@ -587,7 +639,10 @@ def main() -> None:
         if args.search_only:
             pair.exhaustive_search()
             return
-        write(output / f"{args.name}.json", json.dumps(pair.run(), indent=1))
+        path, found = output / f"{args.name}.json", pair.run()
+        if args.only_taps:
+            found = updated(path, found, pair.taps)
+        write(path, json.dumps(found, indent=1))
     table = summarize(output)
     write(output / "table.md", table)
     print(table)

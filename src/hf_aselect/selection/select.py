@@ -183,8 +183,10 @@ def _sweep_of_generated(model: Any, request: Request) -> Sweep:
     """Return a sweep over images that the model makes itself, and count what these cost."""
     count = request.max_images
     num_forwards = count_forwards(count)
-    logger.info(
-        "No images were given to select a timestep on, so the transformer generates %d in %d passes.",
+    logger.warning(
+        "No images were given to select a timestep on, so the transformer generates %d in %d passes. Your own images "
+        "may give another timestep, above all where they look different or labels are few. Pass them as `images`, or "
+        "to `from_pretrained` as `calibration_images`.",
         count,
         num_forwards,
     )
