@@ -302,11 +302,6 @@ def test_regions_count_in_the_targets_as_they_are_weighted():
     assert scores[0] < 0.05 < scores[1] < scores[2]
 
 
-@pytest.mark.parametrize(("common", "weight"), [(0.0, 0.0), (0.01, 0.001), (0.2, 0.4), (0.36, 1.0), (0.7, 1.0)])
-def test_the_layout_counts_where_images_are_aligned(common, weight):
-    assert consensus.layout_weight(common) == pytest.approx(weight)
-
-
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_the_layout_counts_in_the_targets(weight):
     pooled = views([1.0] * 5)
@@ -357,7 +352,7 @@ def test_only_a_mean_of_tokens_that_have_not_seen_each_other_is_held_against_the
     model = DiTModel.from_pretrained(EMBEDDED, timestep=0, head=head)
     scores = []
     for weight in (0.0, 1.0):
-        monkeypatch.setattr("hf_aselect.selection.accumulators.layout_weight", lambda common, weight=weight: weight)
+        monkeypatch.setattr("hf_aselect.selection.accumulators.LAYOUT_WEIGHT", weight)
         scores.append(select_timestep(model, shifted_squares(), **given).scores)
     assert (scores[0] != scores[1]) == is_moved
 

@@ -13,12 +13,12 @@ from ..model.configuration_aselect import ASelectConfig
 from ..model.layouts import BEFORE_ATTENTION, Tap
 from ..model.noise_schedule import NoiseSchedule
 from .consensus import (
+    LAYOUT_WEIGHT,
     NUM_JOINT,
     ConsensusSums,
     Key,
     alignment,
     coarse_layout,
-    layout_weight,
     leading_directions,
     reference_range,
     region_share,
@@ -280,7 +280,7 @@ class ConsensusAccumulator(Accumulator):
             {key: torch.cat([each[part].pop(key) for each in measured]) for key in list(measured[0][part])}
             for part in (0, 1)
         )
-        weight = layout_weight(common) if self.has_layout else 0.0
+        weight = LAYOUT_WEIGHT if self.has_layout else 0.0
         self.kept.calibrate(pooled, self.references, regions, self.region_weight, layout, weight)
         self.kept.use_scales(self.share.gather(self.kept.all_scales())[0])
         if own:

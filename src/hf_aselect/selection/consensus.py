@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 NUM_COMPONENTS = 20
+# How much the layout of images counts in the targets, against all features, at taps before any attention.
+LAYOUT_WEIGHT = 1.0
 # Of references: with more noise little is left of the image.
 LEAST_LOG_SNR = -5.5
 # Sketches keep inner products to about 1 / sqrt(size).
@@ -271,18 +273,6 @@ def alignment(latents: Tensor) -> float:
 def coarse_layout(latents: Tensor) -> Tensor:
     """Return what is coarse in latents, (n, C, h, w): the means of 8 × 8 fields, (n, C · 64), float32."""
     return adaptive_avg_pool2d(latents.float(), 8).flatten(1)
-
-
-def layout_weight(common: float) -> float:
-    """Return how much the layout of images counts in the targets, against all features, at taps before any attention.
-
-    It is min(1, 10 · a²), for images that are aligned as far as `common` says: 0.001 for the photographs of CIFAR-10,
-    1 for Fashion-MNIST's garments and digits. Where nothing is aligned, the layout says little of what images show.
-
-    Args:
-        common: What `alignment` says, a, in [0, 1].
-    """
-    return min(1.0, 10.0 * common**2)
 
 
 def region_share(common: float, num_read: int) -> float:

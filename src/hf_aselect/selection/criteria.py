@@ -303,7 +303,7 @@ class Consensus:
     compared.
 
     At a single tap of the first block that is read before the attention (`query`, `key`, `value`, `normed`) by its
-    mean alone, what is coarse in the images counts in the targets, too (`consensus.layout_weight`): no token has seen
+    mean alone, what is coarse in the images counts in the targets, too (`consensus.LAYOUT_WEIGHT`): no token has seen
     another there, and the mean shows where something is only as far as the noise marks the places. More noise marks
     them better, until nothing is left of the image, so the default grid ends there at a log-SNR of -5.5.
 
