@@ -633,6 +633,32 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
     assert "\n| consensus, attention head | " in table.split("images that the DiT generates itself")[1]
     with PILImage.open(tmp_path / "tiny.png") as picture:
         assert picture.width > 800
+    # Again at one tap, with two attention heads: what is known of the others stays.
+    run(
+        "benchmarks/selection_regret.py",
+        *("--name", "tiny", "--model_name_or_path", pretrained, "--train_file", parquet, "--test_file", parquet),
+        *("--image_column", "picture", "--label_column", "class", "--num_timesteps", 3, "--seeds", 0),
+        *("--output_dir", tmp_path, "--only_taps", "0.query", "--num_attention_seeds", 2, "--own_pictures", False),
+    )
+    again = json.loads((tmp_path / "tiny.json").read_text())
+
+    def at_others(rows):
+        return [row for row in rows if (row["block"], row["feature"]) != (0, "query") or "tap_loss" in row]
+
+    assert at_others(again["rows"]) == at_others(result["rows"])
+    own = [row["criterion"] for row in again["rows"] if row not in at_others(again["rows"])]
+    assert "consensus" in own and "consensus, own images" not in own
+    assert len(again["accuracy"]) == len(result["accuracy"])
+
+
+def test_a_loss_is_not_the_luck_of_one_attention_head():
+    """Of two heads one is right at t = 0 alone and one at t = 1 alone: neither gains by what the other says."""
+    hits = np.zeros((2, 2, 100))
+    hits[0, 0] = hits[1, 1] = 1
+    loss = example("benchmarks/selection_regret.py").loss
+    assert loss(hits, 0) == -50
+    assert loss(hits[:, :1], 1) == 100
+    assert loss(hits[:, :1], 0) == 0
 
 
 @pytest.mark.slow
