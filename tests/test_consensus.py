@@ -318,6 +318,45 @@ def test_the_layout_counts_in_the_targets(weight):
     assert r_squared(sums, 0) > 0.2
 
 
+def test_one_image_that_reaches_the_border_is_not_most_of_the_layout():
+    """The first images, which the scales are taken from, are all but level there."""
+    generator = torch.Generator().manual_seed(4)
+    layout = 1e-4 * torch.randn(128, 8, 8, generator=generator)
+    layout[:, 2:6, 2:6] = torch.randn(128, 4, 4, generator=generator)
+    layout[100, 0, 0] = 1.0
+    sums = ConsensusSums(NUM_FOLDS, 512)
+    pooled = views([1.0] * 5, count=128)
+    sums.calibrate(
+        {key: values[:32] for key, values in pooled.items()}, layout=layout.flatten(1)[:32], layout_weight=1
+    )
+    sums.add_targets(list(range(128)), pooled, layout=layout.flatten(1))
+    energy = torch.stack([sums.targets[index] for index in range(128)]).square().sum(1)
+    assert float(energy.max() / energy.sum()) < 0.05
+
+
+def test_targets_need_the_layout_that_the_calibration_had():
+    pooled = views([1.0] * 5)
+    sums = ConsensusSums(NUM_FOLDS, 512)
+    sums.calibrate(pooled, layout=torch.randn(NUM_PICTURES, 64), layout_weight=1.0)
+    with pytest.raises(ValueError, match="The calibration had a layout"):
+        sums.add_targets(list(range(NUM_PICTURES)), pooled)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "taps", "ends_early"),
+    [
+        (Consensus("mean"), [(0, "query")], True),
+        (Consensus("mean"), [(0, "hidden")], False),
+        (Consensus("mean"), [(1, "query")], False),
+        (Consensus("mean"), [(0, "query"), (0, "key")], False),
+        (Consensus("mean", region_weight=0.0), [(0, "query")], False),
+        (Consensus("mean_std"), [(0, "query")], False),
+    ],
+)
+def test_the_default_grid_ends_early_only_where_the_layout_counts(criterion, taps, ends_early):
+    assert (criterion.least_log_snr(ASelectConfig(timestep=0), taps) == consensus.LEAST_LOG_SNR) == ends_early
+
+
 def test_what_is_coarse_is_the_mean_of_fields():
     latents = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(consensus.coarse_layout(latents)[1, 64], latents[1, 1, :2, :2].mean(), atol=1e-6)

@@ -646,9 +646,19 @@ def test_the_benchmark_ends_with_a_table_of_what_each_criterion_loses(parquet, p
         return [row for row in rows if (row["block"], row["feature"]) != (0, "query") or "tap_loss" in row]
 
     assert at_others(again["rows"]) == at_others(result["rows"])
-    own = [row["criterion"] for row in again["rows"] if row not in at_others(again["rows"])]
-    assert "consensus" in own and "consensus, own images" not in own
+    assert [row["num_attention_seeds"] for row in again["again"]] == [2]
+    assert len(again["rows"]) == len(result["rows"])
     assert len(again["accuracy"]) == len(result["accuracy"])
+    updated = example("benchmarks/selection_regret.py").updated
+    other = {**again, "accuracy": [{**row, "accuracies": [0.5]} for row in again["accuracy"]]}
+    with pytest.raises(ValueError, match="another search"):
+        updated(again, other, [(0, "query")])
+
+
+def test_taps_that_are_not_known_yet_cannot_be_tried_again(tmp_path):
+    known_results = example("benchmarks/selection_regret.py").known_results
+    with pytest.raises(ValueError, match="Run it without first"):
+        known_results(tmp_path / "tiny.json", [(0, "query")])
 
 
 def test_a_loss_is_not_the_luck_of_one_attention_head():

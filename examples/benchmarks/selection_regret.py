@@ -108,7 +108,7 @@ class BenchmarkArguments:
     num_train: int = field(default=1500, metadata={"help": "Images that a ridge classifier is fitted to."})
     num_draws: int = field(
         default=1,
-        metadata={"help": "Draws of --num_train images over which a ridge classifier is averaged."},
+        metadata={"help": "Draws of --num_train images, over which a ridge classifier is averaged."},
     )
     num_test: int = field(default=2500, metadata={"help": "Images that it is tried on."})
     attention_features: list[str] = field(
@@ -122,7 +122,7 @@ class BenchmarkArguments:
     num_attention_train: int = field(default=1500, metadata={"help": "Images that the head is trained on."})
     num_attention_seeds: int = field(
         default=1,
-        metadata={"help": "Heads that are trained, each with a seed and, as far as there are --num_draws, a draw."},
+        metadata={"help": "Attention heads, each with its own seed. With --num_draws, head k learns from draw k."},
     )
     only_taps: list[str] = field(
         default_factory=list, metadata={"help": "Only these, as 0.query; NAME.json keeps what it has of others."}
@@ -157,7 +157,7 @@ class Pair:
         self.saved_seconds = 0.0  # that images of its own would have taken to make again
         self.make_own_pictures_once()
         self.processor = ASelectImageProcessor.from_model_config(self.model.config)
-        # Selections, measures and attention heads have the first draw alone.
+        # Selections and measures have the first draw alone.
         self.drawn = sample(args.train_file, args.num_train * args.num_draws)
         if args.num_draws > 1 and len(self.drawn) < args.num_train * args.num_draws:
             raise ValueError(
@@ -231,7 +231,9 @@ class Pair:
 
     def exhaustive_search(self) -> tuple[Hits, dict[str, dict[Tap, list[float]]], float]:
         """Return hits, (T, S, m), of each truth and tap, the literature's measures of each tap, and the seconds."""
-        path = Path(self.args.output_dir) / f"{self.args.name}.search.npz"
+        # A search of some taps leaves that of all of them.
+        name = "-".join([self.args.name, *self.args.only_taps])
+        path = Path(self.args.output_dir) / f"{name}.search.npz"
         # A search of other images or taps is another search.
         weights = sum(float(values.double().abs().sum()) for values in self.model.state_dict().values())
         given = {name: value for name, value in asdict(self.args).items() if name in OF_THE_SEARCH}
@@ -573,23 +575,38 @@ def loss(hits: np.ndarray, place: int) -> float:
     return 100 * float(np.mean(losses))
 
 
-def updated(path: Path, found: dict[str, Any], taps: list[Tap]) -> dict[str, Any]:
-    """Return a pair's results with those of some taps replaced.
+def known_results(path: Path, taps: list[Tap]) -> dict[str, Any]:
+    """Return a pair's results, which those of some taps are to replace.
+
+    Raises:
+        ValueError: If there are none, or none of one of the taps.
+    """
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"accuracy": []}
+    have = {(row["block"], row["feature"]) for row in known["accuracy"]}
+    if missing := [tap for tap in taps if tap not in have]:
+        raise ValueError(f"--only_taps replaces results, and {path} has none of {missing}. Run it without first.")
+    return known
+
+
+def updated(known: dict[str, Any], found: dict[str, Any], taps: list[Tap]) -> dict[str, Any]:
+    """Return a pair's results with those of some taps replaced, by what was found again.
 
     Raises:
         ValueError: If the linear classifier found something else before: of another DiT, or other images.
     """
-    known = json.loads(path.read_text(encoding="utf-8"))
 
-    def is_kept(row: dict[str, Any]) -> bool:
-        return (row["block"], row["feature"]) not in taps or row.get("criterion", "").startswith(TAPS)
+    def linear(results: dict[str, Any]) -> dict[Tap, list[float]]:
+        rows = [row for row in results["accuracy"] if row["truth"] == "ridge"]
+        return {(row["block"], row["feature"]): row["accuracies"] for row in rows}
 
-    before = [row for row in known["accuracy"] if not is_kept(row)]
-    linear = [[row for row in rows if row["truth"] == "ridge"] for rows in (before, found["accuracy"])]
-    if known["timesteps"] != found["timesteps"] or linear[0] != linear[1]:
-        raise ValueError(f"{path} is of another search: the linear classifier's accuracies at {taps} differ.")
-    for name in ("accuracy", "rows"):
-        known[name] = [row for row in known[name] if is_kept(row)] + found[name]
+    before, now = linear(known), linear(found)
+    if known["timesteps"] != found["timesteps"] or any(before[tap] != now[tap] for tap in taps):
+        raise ValueError(f"The linear classifier's accuracies at {taps} differ from those of before: another search.")
+    for name, kind in (("accuracy", "truth"), ("rows", "criterion")):
+        again = {(row["block"], row["feature"], row[kind]) for row in found[name]}
+        kept = [row for row in known[name] if (row["block"], row["feature"], row.get(kind)) not in again]
+        known[name] = kept + found[name]
+    known["again"] = [*known.get("again", []), found["arguments"]]
     return known
 
 
@@ -639,10 +656,10 @@ def main() -> None:
         if args.search_only:
             pair.exhaustive_search()
             return
-        path, found = output / f"{args.name}.json", pair.run()
-        if args.only_taps:
-            found = updated(path, found, pair.taps)
-        write(path, json.dumps(found, indent=1))
+        path = output / f"{args.name}.json"
+        known = known_results(path, pair.taps) if args.only_taps else None
+        found = pair.run()
+        write(path, json.dumps(updated(known, found, pair.taps) if known else found, indent=1))
     table = summarize(output)
     write(output / "table.md", table)
     print(table)

@@ -236,8 +236,8 @@ class ConsensusAccumulator(Accumulator):
         measure_regions: Returns the means over regions of the image, (B, R, D), float32.
         num_targets: Size of the sketch of all reference features.
         num_read: How many of the statistics are predicted from, counted from the first.
-        region_weight: How much regions count in the targets, before it is multiplied by `consensus.region_share`. With
-            0 the images' layout does not count either.
+        region_weight: How much regions count in the targets, before it is multiplied by `consensus.region_share`.
+        has_layout: Whether the images' layout counts in the targets.
         context: The selection.
     """
 
@@ -250,6 +250,7 @@ class ConsensusAccumulator(Accumulator):
         num_targets: int,
         num_read: int,
         region_weight: float,
+        has_layout: bool,
         context: Context,
     ) -> None:
         self.measure, self.measure_regions = measure, measure_regions
@@ -258,8 +259,7 @@ class ConsensusAccumulator(Accumulator):
         self.taps = list(dict.fromkeys([*self.own_taps, *_reference_taps(context.config)]))
         is_single = len(self.own_taps) == 1
         self.region_weight = region_weight if is_single else 0.0
-        # Tokens that have not seen each other, of which only the mean is read: see `consensus`.
-        self.has_layout = region_weight > 0 and num_read == 1 and is_before_mixing(context.config, self.own_taps)
+        self.has_layout = has_layout
         self.num_read_by_head, self.num_train_images = num_read, context.num_train_images
         self.references: list[int] = []  # timesteps, once calibrated
         self.kept = ConsensusSums(NUM_GROUPS, num_targets, num_read if is_single else 1)
@@ -298,7 +298,8 @@ class ConsensusAccumulator(Accumulator):
             self._add(batch.indices, self._measured(batch, self.own_taps), batch.timesteps)
             return
         measured, regions = self._measured_references(batch)
-        self.kept.add_targets(batch.indices, measured, regions, coarse_layout(batch.latents.cpu()))
+        layout = coarse_layout(batch.latents.cpu()) if self.has_layout else None
+        self.kept.add_targets(batch.indices, measured, regions, layout)
         self._add(batch.indices, measured, batch.timesteps)
 
     def sums(self, timesteps: list[int]) -> dict[int, Tensor]:

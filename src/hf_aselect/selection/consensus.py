@@ -11,9 +11,9 @@ are not (photographs of animals), it says little. The more they are aligned, the
 image count beside the mean over all of it, and the more noise the references have where labels are few: see
 `alignment` and `reference_range`.
 
-In the first block tokens before the attention have not seen each other. Their mean shows where something is only as
-far as the noise, which differs from place to place and is the same for all images, marks the places. What other
-features agree on does not tell how far that is, so there the layout of the images themselves counts, too.
+In the first block tokens before the attention have not seen each other. Their mean tells where something is only
+because the noise differs from place to place. It tells more where there is more noise, which what other features agree
+on does not show. So there the layout of the images themselves counts, too.
 """
 
 import math
@@ -26,7 +26,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 NUM_COMPONENTS = 20
-# How much the layout of images counts in the targets, against all features, at taps before any attention.
+# Fields a side in which a layout is described.
+NUM_FIELDS = 8
+# How much the layout of images counts in the targets, against all features, at taps before any attention. From 0.3 to
+# 5 the selection hardly changes, see model_cards/selection-benchmark.
 LAYOUT_WEIGHT = 1.0
 # Of references: with more noise little is left of the image.
 LEAST_LOG_SNR = -5.5
@@ -65,7 +68,7 @@ class ConsensusSums:
         self.scales: dict[Key, Any] = {}  # mean and spread of the statistics, (S, D), and the weight of the mean
         self.region_scales: dict[Key, Any] = {}  # the same of regions, (R, D)
         self.region_factor = 0.0
-        self.layout_scale: Any = None  # the same of the layout, (1, P), with the factor in the weight
+        self.layout_scale: Any = None  # mean and spread of the layout, (P,), and its weight
         self.targets: dict[int, Tensor] = {}  # by image, (num_targets,): what timesteps read later are held against
         self.features: dict[Key, list[tuple[list[int], Tensor]]] = {}  # which images, (B, d)
         self.num_kept: dict[Key, int] = {}  # how many these are
@@ -103,9 +106,10 @@ class ConsensusSums:
         if self.region_scales and float(shared[1].norm()):
             self.region_factor = (region_weight * float(shared[0].norm() / shared[1].norm())) ** 0.5
         if layout is not None and layout_weight:
-            mean, spread, weight, _ = _scales(layout[:, None], slice(None), is_reference=True)
+            mean, spread, gram = _layout_scales(layout)
             whole = shared[0] + self.region_factor**2 * shared[1]
-            self.layout_scale = mean, spread, weight * (layout_weight * float(whole.norm())) ** 0.5
+            norm = float(gram.norm())
+            self.layout_scale = mean, spread, (layout_weight * float(whole.norm()) / norm) ** 0.5 if norm else 0.0
 
     def all_scales(self) -> Any:
         """Return what `calibrate` found, for other processes."""
@@ -134,7 +138,9 @@ class ConsensusSums:
         for number, (key, (mean, spread, weight)) in enumerate(sorted(self.region_scales.items())):
             values = (((regions or {})[key] - mean) / spread).flatten(1) * (weight * self.region_factor)
             _count_sketch(values, total, number)
-        if self.layout_scale is not None and layout is not None:
+        if self.layout_scale is not None:
+            if layout is None:
+                raise ValueError("The calibration had a layout of the images, so their targets need theirs.")
             mean, spread, weight = self.layout_scale
             _count_sketch((layout - mean) / spread * weight, total, -1)
         for number, (key, (mean, spread, weight)) in enumerate(sorted(self.scales.items())):
@@ -272,7 +278,7 @@ def alignment(latents: Tensor) -> float:
 
 def coarse_layout(latents: Tensor) -> Tensor:
     """Return what is coarse in latents, (n, C, h, w): the means of 8 × 8 fields, (n, C · 64), float32."""
-    return adaptive_avg_pool2d(latents.float(), 8).flatten(1)
+    return adaptive_avg_pool2d(latents.float(), NUM_FIELDS).flatten(1)
 
 
 def region_share(common: float, num_read: int) -> float:
@@ -398,6 +404,19 @@ def _scales(values: Tensor, part: slice, is_reference: bool) -> tuple[Tensor, Te
     if is_still or not is_reference:
         return mean, spread, 0.0, torch.zeros_like(gram)
     return mean, spread, 1 / float(gram.norm()) ** 0.5, gram / gram.norm()
+
+
+def _layout_scales(layout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and spread, (P,), of layouts, (n, P), and the Gram matrix, (n, n), of the standardised ones.
+
+    All fields of a channel have one spread. In aligned images those at the border hardly differ, and divided by a
+    spread of their own a few images that reach the border would be most of the variance.
+    """
+    mean = layout.mean(0)
+    channels = layout.var(0, correction=0).unflatten(0, (-1, NUM_FIELDS**2)).mean(1).sqrt()
+    spread = channels.maximum(0.1 * channels.mean()).repeat_interleave(NUM_FIELDS**2) + 1e-12
+    standard = (layout - mean) / spread
+    return mean, spread, standard @ standard.T
 
 
 def _count_sketch(values: Tensor, total: Tensor, number: int) -> None:

@@ -98,7 +98,7 @@ def scores_sets(criterion: Criterion) -> bool:
 
 
 def least_log_snr(criterion: Criterion, config: ASelectConfig, taps: Sequence[Tap]) -> float:
-    """Return the log-SNR below which a criterion does not want the default grid to go; minus infinity where any."""
+    """Return the log-SNR at which a criterion wants the default grid to end, minus infinity if it sets no limit."""
     if not hasattr(criterion, "least_log_snr"):
         return -math.inf
     least: float = criterion.least_log_snr(config, taps)
@@ -304,8 +304,8 @@ class Consensus:
 
     At a single tap of the first block that is read before the attention (`query`, `key`, `value`, `normed`) by its
     mean alone, what is coarse in the images counts in the targets, too (`consensus.LAYOUT_WEIGHT`): no token has seen
-    another there, and the mean shows where something is only as far as the noise marks the places. More noise marks
-    them better, until nothing is left of the image, so the default grid ends there at a log-SNR of -5.5.
+    another there, and their mean tells where something is only because the noise differs from place to place. More
+    noise tells more, until nothing is left of the image, so the default grid ends there at a log-SNR of -5.5.
 
     Args:
         pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",
@@ -366,13 +366,22 @@ class Consensus:
     def accumulator(self, context: Context) -> Accumulator:
         """Return what holds the tap against the features of all timesteps and several blocks."""
         return ConsensusAccumulator(
-            self.measure, self.measure_regions, self.num_targets, self.num_read, self._region_weight, context
+            self.measure,
+            self.measure_regions,
+            self.num_targets,
+            self.num_read,
+            self._region_weight,
+            self._has_layout(context.config, context.taps),
+            context,
         )
 
     def least_log_snr(self, config: ASelectConfig, taps: Sequence[Tap]) -> float:
         """Return where the default grid ends: at the end of the references where the layout counts."""
-        holds_layout = self.num_read == 1 and self._region_weight > 0 and is_before_mixing(config, taps)
-        return LEAST_LOG_SNR if holds_layout else -math.inf
+        return LEAST_LOG_SNR if self._has_layout(config, taps) else -math.inf
+
+    def _has_layout(self, config: ASelectConfig, taps: Sequence[Tap]) -> bool:
+        """Return whether tokens that have not seen each other are read by their mean alone."""
+        return self.num_read == 1 and self._region_weight > 0 and is_before_mixing(config, taps)
 
     @property
     def _region_weight(self) -> float:

@@ -90,7 +90,8 @@ def select_timestep(
             probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or a criterion with other
             settings, such as `criteria.HFR(cutoff=0.25)`.
         timesteps: Timesteps to read, integers in [0, 1000): all of them, from every image. Default: from coarse to
-            fine on `model.noise_schedule.even_timesteps()`.
+            fine on `model.noise_schedule.even_timesteps()`; for "consensus", a linear head and query, key or value of
+            the first block only those with a log-SNR of at least -5.5.
         labels: For "probe": class index of each image in `images`; or, for dense tasks, its mask, one class index a
             pixel: the probe then classifies patches ("patch_probe"). Or the name of a column with either.
         block: Block to read at in place of the configuration's (first) one; several, or "auto" for every third, to
@@ -185,8 +186,7 @@ def _sweep_of_generated(model: Any, request: Request) -> Sweep:
     num_forwards = count_forwards(count)
     logger.warning(
         "No images were given to select a timestep on, so the transformer generates %d in %d passes. Your own images "
-        "may give another timestep, above all where they look different or labels are few. Pass them as `images`, or "
-        "to `from_pretrained` as `calibration_images`.",
+        "may give another timestep, above all where they look different or labels are few.",
         count,
         num_forwards,
     )
