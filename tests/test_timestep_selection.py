@@ -862,6 +862,8 @@ def select_in_all_ways(folder):
     # The second process has none of them.
     ways.append(({"criterion": "hfr", "timesteps": GRID}, images[:1]))
     ways.append(({"criterion": "consensus", "timesteps": GRID, "max_images": 6}, None))
+    # The layout of the images counts.
+    ways.append(({"criterion": Consensus("mean"), "block": 0, "feature": "query"}, images))
     return [select_timestep(model, given, confidence=1.0, **options).to_dict() for options, given in ways]
 
 
@@ -884,7 +886,7 @@ def pictures_of_three_channels(count=90):
 @pytest.mark.process
 def test_two_processes_choose_what_one_does(pixel_folder):
     records = in_two_processes(select_in_process, pixel_folder)
-    assert [record["num_images"] for record in records[0]] == [64, 150, 150, 64, 40, 70, 1, 6]
+    assert [record["num_images"] for record in records[0]] == [64, 150, 150, 64, 40, 70, 1, 6, 150]
     assert records[0][2]["settings"] == {"pooling": "mean_std", "num_targets": 256, "region_weight": 0.2}
     for first, second, alone in zip(*records, select_in_all_ways(pixel_folder), strict=True):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
