@@ -245,6 +245,15 @@ def test_alignment_is_the_share_of_the_mean_however_few_images(share, count):
     assert consensus.alignment(photographs(count, share)) == pytest.approx(share, abs=0.12)
 
 
+def test_a_few_photographs_are_not_aligned_by_chance(monkeypatch):
+    """Of images with four fields anywhere, the mean of 32 is uneven by a few hundredths."""
+    generator = torch.Generator().manual_seed(6)
+    sets = torch.nn.functional.interpolate(torch.randn(3200, 3, 2, 2, generator=generator), 32).split(32)
+    assert not any(map(consensus.alignment, sets))
+    monkeypatch.setattr(consensus, "LEAST_ALIGNMENT", 1e-9)
+    assert any(map(consensus.alignment, sets))
+
+
 def test_equal_images_are_aligned_and_level_ones_are_not():
     assert consensus.alignment(photographs(1).expand(8, -1, -1, -1)) == pytest.approx(1.0)
     assert consensus.alignment(torch.zeros(8, 3, 16, 16)) == 0.0

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 NUM_COMPONENTS = 20
+# Of 32 photographs less than that can be chance. Regions would count by it, and a little of them changes the targets.
+LEAST_ALIGNMENT = 0.1
 # Fields a side in which a layout is described.
 NUM_FIELDS = 8
 # How much the layout of images counts in the targets, against all features, at taps before any attention. From 0.3 to
@@ -260,7 +262,7 @@ class ConsensusSums:
 def alignment(latents: Tensor) -> float:
     """Return how far images are aligned, in [0, 1]: their mean's share of the variance of what is coarse in them.
 
-    0.01 for the photographs of CIFAR-10, 0.36 for Fashion-MNIST's garments, 0.7 for digits.
+    0 for the photographs of CIFAR-10, 0.36 for Fashion-MNIST's garments, 0.7 for digits.
 
     Args:
         latents: Clean latents of some images, (n, C, h, w).
@@ -273,7 +275,8 @@ def alignment(latents: Tensor) -> float:
     # The mean of n images varies by a share of that on its own.
     between = mean.var(1, correction=0) - within / len(coarse)
     whole = (between.clamp_min(0) + within).mean()
-    return float(between.clamp_min(0).mean() / whole) if float(whole) else 0.0
+    share = float(between.clamp_min(0).mean() / whole) if float(whole) else 0.0
+    return share if share >= LEAST_ALIGNMENT else 0.0
 
 
 def coarse_layout(latents: Tensor) -> Tensor:
