@@ -1012,6 +1012,8 @@ def test_speed_compares_ways_that_read_the_same(monkeypatch):
 def test_speed_measures_read_outs_as_they_are_and_folded(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(SPEED, "SIZES", {"S/2": (4, 32, 2)})
     words = ["--output_dir", str(tmp_path), "--sizes", "S/2", "--batches", "2", "--repetitions", "1"]
+    # It switches progress bars off for all that this process does later.
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
     monkeypatch.setattr(sys, "argv", ["speed.py", *words, "--sections", "read_outs"])
     SPEED.main()
     rows = json.loads((tmp_path / "speed.json").read_text())["read_outs"]
@@ -1042,6 +1044,7 @@ def test_speed_from_end_to_end(monkeypatch, tmp_path, capsys):
     )
     monkeypatch.setattr(SPEED, "TEXT_BLOCK", 1)
     words = ["speed.py", "--output_dir", str(tmp_path), "--sizes", "S/2", "--batches", "1", "--repetitions", "1"]
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
     monkeypatch.setattr(sys, "argv", words)
     SPEED.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.json", "speed.md", "speed.png"]

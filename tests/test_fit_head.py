@@ -78,6 +78,8 @@ def bars(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(sweep.host_logging, "tqdm", shown)
+    # Another test may have switched them off.
+    monkeypatch.setattr(sweep.host_logging, "_tqdm_active", True)
     return made
 
 

@@ -314,7 +314,7 @@ class Consensus:
             have no such head (tokens alone, segmenters) unless it is set.
         region_weight: How much the means over 4 × 4 regions of the image count in the targets, against the mean over
             all of it; at least 0. It is multiplied by a · (1 - a) for the pooling "mean" and by a² for "mean_std",
-            where a says how far images are aligned, from 0.01 (photographs) to 0.7 (digits). With several taps
+            where a says how far images are aligned, from 0 (photographs) to 0.7 (digits). With several taps
             regions do not count. With 0 the layout of the images does not count either. Default: 0.5 for "mean" and
             0.2 for "mean_std".
         num_targets: Size of the random projection in which all reference features are added up, at least 20. What it
