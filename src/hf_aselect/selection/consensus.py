@@ -12,8 +12,8 @@ image count beside the mean over all of it, and the more noise the references ha
 `alignment` and `reference_range`.
 
 In the first block tokens before the attention have not seen each other. Their mean tells where something is only
-because the noise differs from place to place. It tells more where there is more noise, which what other features agree
-on does not show. So there the layout of the images themselves counts, too.
+because noise and position embeddings differ from place to place. It tells more where there is more noise, which what
+other features agree on does not show. So there the layout of the images themselves counts, too.
 """
 
 import math
@@ -413,7 +413,8 @@ def _layout_scales(layout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean and spread, (P,), of layouts, (n, P), and the Gram matrix, (n, n), of the standardised ones.
 
     All fields of a channel have one spread. In aligned images those at the border hardly differ, and divided by a
-    spread of their own a few images that reach the border would be most of the variance.
+    spread of their own a few images that reach the border would be most of the variance. A channel that is all but
+    level in these images counts at most ten times as much as it varies beside the others.
     """
     mean = layout.mean(0)
     channels = layout.var(0, correction=0).unflatten(0, (-1, NUM_FIELDS**2)).mean(1).sqrt()

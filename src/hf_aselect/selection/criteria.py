@@ -304,8 +304,9 @@ class Consensus:
 
     At a single tap of the first block that is read before the attention (`query`, `key`, `value`, `normed`) by its
     mean alone, what is coarse in the images counts in the targets, too (`consensus.LAYOUT_WEIGHT`): no token has seen
-    another there, and their mean tells where something is only because the noise differs from place to place. More
-    noise tells more, until nothing is left of the image, so the default grid ends there at a log-SNR of -5.5.
+    another there, and their mean tells where something is only because noise and position embeddings differ from place
+    to place. More noise tells more, until nothing is left of the image, so the default grid ends there at a log-SNR
+    of -5.5.
 
     Args:
         pooling: What it is read from: the "mean" of the tokens, which is all that a linear head sees, or "mean_std",

@@ -90,8 +90,8 @@ def select_timestep(
             probe, needs `labels`), "patch_probe" (the same of patches, needs masks), or a criterion with other
             settings, such as `criteria.HFR(cutoff=0.25)`.
         timesteps: Timesteps to read, integers in [0, 1000): all of them, from every image. Default: from coarse to
-            fine on `model.noise_schedule.even_timesteps()`; for "consensus", a linear head and query, key or value of
-            the first block only those with a log-SNR of at least -5.5.
+            fine on `model.noise_schedule.even_timesteps()`; for "consensus", a linear head and `normed`, `query`,
+            `key` or `value` of the first block only those with a log-SNR of at least -5.5.
         labels: For "probe": class index of each image in `images`; or, for dense tasks, its mask, one class index a
             pixel: the probe then classifies patches ("patch_probe"). Or the name of a column with either.
         block: Block to read at in place of the configuration's (first) one; several, or "auto" for every third, to
